@@ -82,16 +82,15 @@ def last_messages(messages: Sequence[ChatMessage], count: int) -> list[ChatMessa
     if count == 0:
         return []
     start = max(len(messages) - count, 0)
-    call_index = start
-    while call_index > 0 and messages[call_index].role == ChatRole.TOOL:
-        call_index -= 1
-    answered_at = [call_index + 1 + answer for _, answer, _ in _pairs(messages[call_index], _answers(messages, call_index))]
-    return list(messages[call_index if any(index >= start for index in answered_at) else start :])
+    first = start
+    while first > 0 and messages[first].role == ChatRole.TOOL:
+        first -= 1
+    pairs = _pairs(messages[first], _answers(messages, first)) if messages else []
+    is_split = any(first < start <= first + 1 + answer for _, answer, _ in pairs)
+    return list(messages[first if is_split else start :])
 
 
-def with_current_messages(
-    history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]
-) -> list[ChatMessage]:
+def with_current_messages(history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """
     Put the messages of this turn around a window of history: their system messages before it, all others after it.
 

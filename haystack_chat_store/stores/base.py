@@ -130,13 +130,13 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         """
 
     @abstractmethod
-    def _delete(self, session: SessionT, chat_history_id: str) -> "None | Coroutine[Any, Any, None]":
+    def _delete(self, session: SessionT, chat_history_id: str) -> "Coroutine[Any, Any, None] | None":
         """
         Delete a history and all that belongs to it.
         """
 
     @abstractmethod
-    def _delete_all(self, session: SessionT) -> "None | Coroutine[Any, Any, None]":
+    def _delete_all(self, session: SessionT) -> "Coroutine[Any, Any, None] | None":
         """
         Delete every history of this namespace.
         """
@@ -168,7 +168,8 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         """
         history, wanted = self._to_write(chat_history_id, messages)
         encoded = _encoded(wanted)
-        return self._run(self._write, history, encoded) if encoded else 0
+        written: int = self._run(self._write, history, encoded) if encoded else 0
+        return written
 
     async def write_messages_async(self, chat_history_id: str, messages: Iterable[ChatMessage]) -> int:
         """
@@ -176,7 +177,8 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         """
         history, wanted = self._to_write(chat_history_id, messages)
         encoded = await _off_loop_if_many(_encoded, wanted)
-        return await self._run_async(self._write, history, encoded) if encoded else 0
+        written: int = await self._run_async(self._write, history, encoded) if encoded else 0
+        return written
 
     def retrieve_messages(self, chat_history_id: str, last_k: int | None = None) -> list[ChatMessage]:
         """
@@ -215,13 +217,15 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         :raises ValueError: If `chat_history_id` cannot be one.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        return self._run(self._count, _validated_id(chat_history_id, "chat_history_id"))
+        count: int = self._run(self._count, _validated_id(chat_history_id, "chat_history_id"))
+        return count
 
     async def count_messages_async(self, chat_history_id: str) -> int:
         """
         Do what `count_messages` does, without blocking the event loop.
         """
-        return await self._run_async(self._count, _validated_id(chat_history_id, "chat_history_id"))
+        count: int = await self._run_async(self._count, _validated_id(chat_history_id, "chat_history_id"))
+        return count
 
     def delete_messages(self, chat_history_id: str) -> None:
         """
@@ -253,7 +257,7 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         """
         await self._run_async(self._delete_all)
 
-    def close(self) -> None:  # noqa: B027  (an engine with nothing to release has nothing to add)
+    def close(self) -> None:
         """
         Release connections and threads. The next use opens them again; closing twice does nothing.
         """
@@ -313,7 +317,7 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
             if not isinstance(message, ChatMessage):
                 raise ValueError(f"{name} must be a ChatMessage, got {type(message).__name__}. Nothing was written.")
             if not isinstance(message.role, ChatRole) or not isinstance(message.meta, dict):
-                raise ValueError(f"{name} must have a ChatRole as its role and a dict as its meta. Nothing was written.")
+                raise ValueError(f"{name} must have a ChatRole as role and a dict as meta. Nothing was written.")
         if self.skip_system_messages:
             named = [(name, message) for name, message in named if message.role is not ChatRole.SYSTEM]
         return history, named
@@ -336,7 +340,7 @@ def new_message_id() -> str:
 
 def _listed(messages: Any) -> list[Any]:
     if isinstance(messages, (str, bytes, dict)) or not isinstance(messages, Iterable):
-        raise ValueError(f"messages must be a list of ChatMessages, got {type(messages).__name__}. Nothing was written.")
+        raise ValueError(f"messages must be a list of ChatMessages, got {type(messages).__name__}.")
     return list(messages)
 
 

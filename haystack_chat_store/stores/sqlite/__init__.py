@@ -165,7 +165,7 @@ class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
             if found is None:
                 new = messages
                 values = (self.namespace, chat_history_id, now, now)
-                history_key, position = connection.execute(_INSERT_HISTORY, values).lastrowid, 0
+                history_key, position = int(connection.execute(_INSERT_HISTORY, values).lastrowid or 0), 0
             else:
                 history_key, position = found
                 new = [

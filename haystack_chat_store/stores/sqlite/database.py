@@ -116,11 +116,13 @@ class Database:
         if "locked" in text:
             return self._timed_out("another process")
         if "unable to open" in text:
-            return StoreUnavailableError(f"{path} cannot be opened. Is it a file that this process may read and write?")
+            return StoreUnavailableError(
+                f"{path} cannot be opened. It must be a file that this process may read and write."
+            )
         if "not a database" in text:
-            return StoreUnavailableError(f"{path} is not an SQLite database. Choose another path for the chat histories.")
+            return StoreUnavailableError(f"{path} is not an SQLite database. Choose another path.")
         if "readonly" in text:
-            return StoreUnavailableError(f"{path} cannot be written. Give this process write access to it and its folder.")
+            return StoreUnavailableError(f"{path} is read-only. Give this process write access to it and its folder.")
         if "is full" in text:
             return StoreUnavailableError(f"There is no room to write to {path}. Nothing of the failed call was stored.")
         return StoreUnavailableError(f"SQLite failed on {path}: {text}.")
@@ -239,8 +241,7 @@ def _leave_all_to_the_parent() -> None:
     A child that merely closed an inherited connection could delete the parent's write-ahead log, so these objects are
     never freed (https://www.sqlite.org/howtocorrupt.html, section 2.6).
     """
-    global _registry_lock
-    _registry_lock = threading.Lock()
+    _registry_lock.release()
     for connection in _connections:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
     _connections.clear()
@@ -254,4 +255,8 @@ def _close_all() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_all_to_the_parent)
+    os.register_at_fork(
+        before=_registry_lock.acquire,
+        after_in_parent=_registry_lock.release,
+        after_in_child=_leave_all_to_the_parent,
+    )

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Everything one can run: `nox -l` lists it, `nox -s NAME` runs it.
+"""
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "types", "tests", "docs"]
+
+ENVIRONMENT = {"HAYSTACK_TELEMETRY_ENABLED": "False"}
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    session.install("-e", ".[testing]", *(argument for group in groups for argument in ("--group", group)))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run all tests, with branch coverage."""
+    install(session, "test")
+    arguments = session.posargs or ["--cov", "--cov-report=term", "--cov-fail-under=95"]
+    session.run("pytest", *arguments, env=ENVIRONMENT)
+
+
+@nox.session(python=PYTHONS)
+def versions(session: nox.Session) -> None:
+    """Run all tests on each supported version of Python."""
+    install(session, "test")
+    session.run("pytest", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(python="3.10")
+def lowest(session: nox.Session) -> None:
+    """Run all tests with the lowest dependencies that pyproject.toml allows."""
+    session.install("uv")
+    session.run("uv", "pip", "install", "--resolution=lowest-direct", "-e", ".[testing]", "--group", "test")
+    session.run("pytest", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install("--group", "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(name="format")
+def format_code(session: nox.Session) -> None:
+    """Format all code and mend what can be mended."""
+    session.install("--group", "lint")
+    session.run("ruff", "check", "--fix", ".")
+    session.run("ruff", "format", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, strictly."""
+    install(session, "types")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Run every example in the README and in docstrings."""
+    install(session, "test")
+    session.run("pytest", "tests/test_documentation.py", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Run the example chatbots."""
+    install(session, "test")
+    session.run("pytest", "tests/test_examples.py", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Chat with a bot that remembers."""
+    session.install("-e", ".")
+    session.run("python", "examples/terminal_chatbot.py", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Measure our stores beside their floors."""
+    install(session, "test")
+    session.run("python", "benchmarks/run.py", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build the wheel and use it, and an editable install, beside another package of Haystack's namespace."""
+    session.install("build", "haystack-ai", "ollama-haystack")
+    folder = session.create_tmp()
+    session.run("python", "-m", "build", "--wheel", "--outdir", folder)
+    for source in (f"--find-links={folder} --no-index haystack-chat-store", "--editable ."):
+        session.install("--no-deps", "--force-reinstall", *source.split(" "))
+        session.run("python", "-I", "-c", NEIGHBOURS, env=ENVIRONMENT)
+
+
+NEIGHBOURS = """
+from haystack_integrations.components.generators.ollama import OllamaChatGenerator
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+from haystack_integrations.components.writers.chat_store import ChatMessageWriter
+import haystack_chat_store
+print(haystack_chat_store.__file__)
+"""

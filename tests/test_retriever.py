@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+ChatMessageRetriever: the end of a history with the messages of this turn around it, as a model accepts it.
+"""
+
+import asyncio
+import copy
+import threading
+import uuid
+
+import pytest
+from haystack import DeserializationError
+from haystack.dataclasses import ChatMessage, ChatRole, ToolCall, ToolCallResult
+from haystack_experimental.chat_message_stores.in_memory import InMemoryChatMessageStore as ExperimentalStore
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+from hypothesis import given
+from hypothesis import strategies as st
+from strict_model import problems
+from test_rounds import any_conversations
+
+from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
+from haystack_chat_store.rounds import MESSAGE_ID_KEY
+
+USER, ASSISTANT, SYSTEM = ChatMessage.from_user, ChatMessage.from_assistant, ChatMessage.from_system
+CALL = ToolCall("weather", {"city": "Rome"}, id="call_1")
+
+
+def run_sync(retriever, *arguments, **options):
+    return retriever.run(*arguments, **options)["messages"]
+
+
+def run_async(retriever, *arguments, **options):
+    return asyncio.run(retriever.run_async(*arguments, **options))["messages"]
+
+
+@pytest.fixture(params=[run_sync, run_async], ids=["sync", "async"])
+def run(request):
+    return request.param
+
+
+@pytest.fixture
+def store():
+    return InMemoryChatMessageStore(skip_system_messages=False, namespace=uuid.uuid4().hex)
+
+
+@pytest.fixture
+def rounds(store):
+    """
+    Four rounds of one question and one answer each.
+    """
+    for number in range(4):
+        store.write_messages("h", [USER(f"q{number}"), ASSISTANT(f"a{number}")])
+
+
+def texts(messages):
+    return [message.text for message in messages]
+
+
+class MinimalStore:
+    """
+    What the protocol asks for and no more. Keeps one history.
+    """
+
+    def __init__(self, messages=()):
+        self.messages = list(messages)
+        self.asked = []
+
+    def to_dict(self):
+        return {"type": "test_retriever.MinimalStore", "init_parameters": {}}
+
+    @classmethod
+    def from_dict(cls, data):
+        return cls()
+
+    def count_messages(self, chat_history_id):
+        return len(self.messages)
+
+    def write_messages(self, chat_history_id, messages):
+        self.messages += messages
+        return len(messages)
+
+    def retrieve_messages(self, chat_history_id, last_k=None):
+        self.asked.append((chat_history_id, last_k, threading.current_thread()))
+        return list(self.messages)
+
+    def delete_messages(self, chat_history_id):
+        self.messages.clear()
+
+    def delete_all_messages(self):
+        self.messages.clear()
+
+
+class TestOrder:
+    def test_system_messages_then_the_history_then_the_rest(self, run, store, rounds):
+        current = [USER("q4"), SYSTEM("s0"), ASSISTANT("a4"), SYSTEM("s1")]
+        messages = run(ChatMessageRetriever(store), "h", last_k=1, current_messages=current)
+        assert texts(messages) == ["s0", "s1", "q3", "a3", "q4", "a4"]
+
+    @pytest.mark.parametrize("current", [None, []])
+    def test_without_current_messages_the_history_alone(self, run, store, rounds, current):
+        messages = run(ChatMessageRetriever(store), "h", last_k=2, current_messages=current)
+        assert texts(messages) == ["q2", "a2", "q3", "a3"]
+
+    def test_a_history_that_does_not_exist_is_empty(self, run, store):
+        assert run(ChatMessageRetriever(store), "h") == []
+        assert run(ChatMessageRetriever(store), "h", current_messages=[USER("q0")]) == [USER("q0")]
+
+    def test_current_messages_are_passed_on_unchanged_and_stored_nowhere(self, run, store):
+        current = [SYSTEM("s0"), USER("q0")]
+        messages = run(ChatMessageRetriever(store), "h", current_messages=current)
+        assert [*map(id, messages)] == [*map(id, current)]
+        assert current == [SYSTEM("s0"), USER("q0")]
+        assert store.count_messages("h") == 0
+
+    def test_messages_brought_with_their_ids_are_not_repeated(self, run, store, rounds):
+        retriever = ChatMessageRetriever(store)
+        transcript = run(retriever, "h")
+        assert run(retriever, "h", current_messages=transcript) == transcript
+        assert texts(run(retriever, "h", current_messages=[*transcript[4:], USER("q4")])) == [
+            *("q0", "a0", "q1", "a1", "q2", "a2", "q3", "a3", "q4")
+        ]
+
+    def test_a_system_message_that_is_stored_and_brought_comes_once_and_first(self, run, store):
+        store.write_messages("h", [USER("q0"), SYSTEM("s0")])
+        _, system = run(ChatMessageRetriever(store), "h")
+        assert texts(run(ChatMessageRetriever(store), "h", current_messages=[system])) == ["s0", "q0"]
+
+
+class TestLastK:
+    @pytest.mark.parametrize(
+        ("of_run", "of_component", "of_store", "expected"),
+        [
+            (1, 2, 3, 1),
+            (None, 2, 3, 2),
+            (None, None, 3, 3),
+            (None, None, None, 4),
+            (3, None, 1, 3),
+            (2, 0, 3, 2),
+            (None, 0, 3, 0),
+            (0, 2, 3, 0),
+            (None, None, 0, 0),
+        ],
+    )
+    def test_the_runs_goes_before_the_components_and_that_before_the_stores(
+        self, run, store, rounds, of_run, of_component, of_store, expected
+    ):
+        store = InMemoryChatMessageStore(last_k=of_store, namespace=store.namespace)
+        messages = run(ChatMessageRetriever(store, last_k=of_component), "h", last_k=of_run)
+        assert texts(messages) == [f"{who}{number}" for number in range(4 - expected, 4) for who in "qa"]
+
+    def test_is_ten_if_nobody_says(self, run, store):
+        store.write_messages("h", [USER(str(number)) for number in range(12)])
+        assert texts(run(ChatMessageRetriever(store), "h")) == [str(number) for number in range(2, 12)]
+
+    def test_zero_gives_only_the_current_messages_in_their_order(self, run, store, rounds):
+        current = [USER("q4"), SYSTEM("s0")]
+        assert texts(run(ChatMessageRetriever(store), "h", last_k=0, current_messages=current)) == ["s0", "q4"]
+        assert run(ChatMessageRetriever(store, last_k=0), "h") == []
+
+    @pytest.mark.parametrize("last_k", [-1, 1.5, True, "3"])
+    def test_is_refused_if_it_is_no_count(self, run, store, last_k):
+        with pytest.raises(ValueError, match="last_k must be"):
+            ChatMessageRetriever(store, last_k=last_k)
+        with pytest.raises(ValueError, match="last_k must be"):
+            run(ChatMessageRetriever(store), "h", last_k=last_k)
+
+
+class TestValidForTheModel:
+    def test_calls_without_results_and_results_without_calls_stay_in_the_store(self, run, store):
+        other = ChatMessage.from_tool("done", ToolCall("time", {}, id="call_2"))
+        store.write_messages("h", [USER("q0"), ASSISTANT("Let me look.", tool_calls=[CALL]), USER("q1"), other])
+        assert texts(run(ChatMessageRetriever(store), "h")) == ["q0", "Let me look.", "q1"]
+        assert problems(run(ChatMessageRetriever(store), "h")) == []
+        stored = store.retrieve_messages("h")
+        assert (stored[1].tool_calls, stored[3].tool_call_results) == ([CALL], other.tool_call_results)
+
+    def test_results_in_the_current_messages_count_as_answers(self, run, store):
+        store.write_messages("h", [USER("q0"), ASSISTANT(tool_calls=[CALL])])
+        answer = ChatMessage.from_tool("sunny", CALL)
+        messages = run(ChatMessageRetriever(store), "h", current_messages=[answer, SYSTEM("s0")])
+        assert [message.role for message in messages] == [
+            ChatRole.SYSTEM,
+            ChatRole.USER,
+            ChatRole.ASSISTANT,
+            ChatRole.TOOL,
+        ]
+        assert problems(messages) == []
+
+    def test_current_messages_are_made_valid_too(self, run, store):
+        current = [ChatMessage.from_tool("sunny", CALL), USER("q0"), ASSISTANT(tool_calls=[CALL])]
+        for last_k in (0, 1):
+            assert run(ChatMessageRetriever(store), "h", last_k=last_k, current_messages=current) == [USER("q0")]
+
+    @given(any_conversations, any_conversations, st.integers(0, 4), st.sampled_from(["round", "message"]))
+    def test_whatever_is_stored_what_comes_out_is_accepted_by_a_strict_model(self, stored, current, last_k, unit):
+        store = InMemoryChatMessageStore(False, last_k=None, last_k_unit=unit, namespace="any conversations")
+        store.delete_all_messages()
+        store.write_messages("h", stored)
+        retriever = ChatMessageRetriever(store, last_k=None)
+        assert problems(run_sync(retriever, "h", last_k=last_k, current_messages=current)) == []
+        assert problems(run_sync(retriever, "h", current_messages=current)) == []
+
+
+class TestOtherStores:
+    def test_the_store_of_haystack_experimental(self, run):
+        store, history = ExperimentalStore(), uuid.uuid4().hex
+        store.write_messages(history, [USER("q0"), ASSISTANT("a0"), USER("q1"), ASSISTANT(tool_calls=[CALL])])
+        messages = run(ChatMessageRetriever(store), history, last_k=1, current_messages=[SYSTEM("s0"), USER("q2")])
+        assert texts(messages) == ["s0", "q1", "q2"]
+        assert run(ChatMessageRetriever(store), history, last_k=0) == []
+        store.delete_messages(history)
+
+    @pytest.mark.parametrize(("last_k", "asked"), [(3, 3), (None, None)])
+    def test_any_object_that_follows_the_protocol(self, run, last_k, asked):
+        store = MinimalStore([USER("q0")])
+        assert run(ChatMessageRetriever(store, last_k=last_k), "h", current_messages=[USER("q1")]) == [
+            USER("q0"),
+            USER("q1"),
+        ]
+        assert [call[:2] for call in store.asked] == [("h", asked)]
+
+    def test_one_without_asynchronous_methods_does_not_block_the_loop(self):
+        class SlowStore(MinimalStore):
+            def retrieve_messages(self, chat_history_id, last_k=None):
+                assert loop_went_on.wait(60), "the event loop was blocked"
+                return super().retrieve_messages(chat_history_id, last_k)
+
+        async def main():
+            retrieval = asyncio.ensure_future(ChatMessageRetriever(SlowStore([USER("q0")])).run_async("h"))
+            await asyncio.sleep(0.01)
+            loop_went_on.set()
+            return await retrieval
+
+        loop_went_on = threading.Event()
+        assert asyncio.run(main()) == {"messages": [USER("q0")]}
+
+    def test_one_that_hands_out_its_own_list_gets_it_back_unchanged(self, run):
+        class OpenStore(MinimalStore):
+            def retrieve_messages(self, chat_history_id, last_k=None):
+                return self.messages
+
+        store = OpenStore([USER("q0"), ASSISTANT(tool_calls=[CALL])])
+        before = copy.deepcopy(store.messages)
+        messages = run(ChatMessageRetriever(store), "h", current_messages=[USER("q1")])
+        messages.clear()
+        assert store.messages == before
+
+    def test_messages_without_an_id_are_not_taken_for_each_other(self, run):
+        store = MinimalStore([USER("q0"), ChatMessage(ChatRole.USER, USER("q1")._content, _meta={MESSAGE_ID_KEY: None})])
+        current = [ChatMessage(ChatRole.USER, USER("q2")._content, _meta={MESSAGE_ID_KEY: None})]
+        assert texts(run(ChatMessageRetriever(store), "h", current_messages=current)) == ["q0", "q1", "q2"]
+
+
+class TestSerialization:
+    def stores(self, tmp_path):
+        return [
+            InMemoryChatMessageStore(False, 3, last_k_unit="message", namespace="n"),
+            SQLiteChatMessageStore(tmp_path / "h.db", durability="normal"),
+            ExperimentalStore(last_k=3),
+        ]
+
+    def test_goes_through_the_stores_own_and_comes_back_equal(self, tmp_path):
+        for store in self.stores(tmp_path):
+            data = ChatMessageRetriever(store, last_k=7).to_dict()
+            assert data == {
+                "type": "haystack_integrations.components.retrievers.chat_store"
+                ".chat_message_retriever.ChatMessageRetriever",
+                "init_parameters": {"chat_message_store": store.to_dict(), "last_k": 7},
+            }
+            loaded = ChatMessageRetriever.from_dict(data)
+            assert type(loaded.chat_message_store) is type(store)
+            assert loaded.to_dict() == data
+        assert list(tmp_path.iterdir()) == []
+
+    def test_does_not_change_its_input_so_it_can_be_used_again(self, store):
+        data = ChatMessageRetriever(store).to_dict()
+        before = copy.deepcopy(data)
+        first, second = ChatMessageRetriever.from_dict(data), ChatMessageRetriever.from_dict(data)
+        assert data == before
+        assert first.chat_message_store == second.chat_message_store == store
+        assert first.chat_message_store is not second.chat_message_store
+
+    @pytest.mark.parametrize(
+        "store_type",
+        ["haystack_chat_store.stores.nowhere.Store", "haystack_chat_store.stores.in_memory.Nobody", "os.path.Store"],
+        ids=["unknown module", "unknown class", "untrusted module"],
+    )
+    def test_a_store_that_cannot_be_loaded_is_an_error(self, store, store_type):
+        data = ChatMessageRetriever(store).to_dict()
+        data["init_parameters"]["chat_message_store"]["type"] = store_type
+        with pytest.raises((DeserializationError, ImportError), match="chat_message_store"):
+            ChatMessageRetriever.from_dict(data)
+
+    @pytest.mark.parametrize(
+        "store_type",
+        ["haystack_chat_store.stores.nowhere.Store", "haystack_chat_store.stores.in_memory.Nobody", "os.path.Store"],
+        ids=["unknown module", "unknown class", "untrusted module"],
+    )
+    def test_the_error_is_a_deserialization_error(self, store, store_type):
+        data = ChatMessageRetriever(store).to_dict()
+        data["init_parameters"]["chat_message_store"]["type"] = store_type
+        with pytest.raises(DeserializationError):
+            ChatMessageRetriever.from_dict(data)
+
+
+class TestClose:
+    @pytest.mark.parametrize("close", [ChatMessageRetriever.close, ChatMessageRetriever.close_async])
+    def test_releases_the_store_until_its_next_use(self, run, close, tmp_path):
+        store = SQLiteChatMessageStore(tmp_path / "h.db")
+        store.write_messages("h", [USER("q0")])
+        retriever = ChatMessageRetriever(store)
+        for _ in range(2):
+            assert texts(run(retriever, "h")) == ["q0"]
+            assert (tmp_path / "h.db-wal").exists()
+            done = close(retriever)
+            if done is not None:
+                asyncio.run(done)
+            assert not (tmp_path / "h.db-wal").exists()
+
+    @pytest.mark.parametrize("store", [MinimalStore(), ExperimentalStore()], ids=["minimal", "experimental"])
+    def test_of_a_store_that_has_nothing_to_close_does_nothing(self, store):
+        ChatMessageRetriever(store).close()
+        asyncio.run(ChatMessageRetriever(store).close_async())
+
+    def test_of_a_store_with_only_one_of_the_two_uses_that(self):
+        class Closable(MinimalStore):
+            closed = 0
+
+            def close(self):
+                self.closed += 1
+
+        store = Closable()
+        ChatMessageRetriever(store).close()
+        asyncio.run(ChatMessageRetriever(store).close_async())
+        assert store.closed == 2
+
+
+def test_a_result_that_a_tool_message_repeats_does_not_double_the_answer(run, store):
+    call = ASSISTANT(tool_calls=[CALL])
+    doubled = ChatMessage(ChatRole.TOOL, [ToolCallResult("sunny", CALL, False)] * 2)
+    store.write_messages("h", [USER("q0"), call, doubled])
+    messages = run(ChatMessageRetriever(store), "h")
+    assert [len(message.tool_call_results) for message in messages] == [0, 0, 1]

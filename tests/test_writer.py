@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+ChatMessageWriter: the messages of a turn, and the replies to them, as one batch.
+"""
+
+import asyncio
+import copy
+import threading
+import uuid
+
+import pytest
+from haystack import DeserializationError
+from haystack.dataclasses import ChatMessage
+from haystack_experimental.chat_message_stores.in_memory import InMemoryChatMessageStore as ExperimentalStore
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+from haystack_integrations.components.writers.chat_store import ChatMessageWriter
+from test_retriever import MinimalStore, texts
+
+from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
+from haystack_chat_store.errors import MessageEncodingError
+
+USER, ASSISTANT = ChatMessage.from_user, ChatMessage.from_assistant
+
+
+def run_sync(writer, *arguments, **options):
+    return writer.run(*arguments, **options)["messages_written"]
+
+
+def run_async(writer, *arguments, **options):
+    return asyncio.run(writer.run_async(*arguments, **options))["messages_written"]
+
+
+@pytest.fixture(params=[run_sync, run_async], ids=["sync", "async"])
+def run(request):
+    return request.param
+
+
+@pytest.fixture
+def store():
+    return InMemoryChatMessageStore(namespace=uuid.uuid4().hex)
+
+
+@pytest.fixture
+def writer(store):
+    return ChatMessageWriter(store)
+
+
+class RecordingStore(MinimalStore):
+    """
+    Keeps the batches it is given apart.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def write_messages(self, chat_history_id, messages):
+        self.batches.append([chat_history_id, *texts(messages)])
+        return super().write_messages(chat_history_id, messages)
+
+
+class TestBatch:
+    def test_messages_come_before_replies_in_one_write(self, run):
+        store = RecordingStore()
+        assert run(ChatMessageWriter(store), "h", [USER("q0"), USER("q1")], [ASSISTANT("a0"), ASSISTANT("a1")]) == 4
+        assert store.batches == [["h", "q0", "q1", "a0", "a1"]]
+
+    @pytest.mark.parametrize("replies", [None, [], iter(())], ids=["none", "empty", "empty iterator"])
+    def test_there_need_be_no_replies(self, run, replies):
+        store = RecordingStore()
+        assert run(ChatMessageWriter(store), "h", [USER("q0")], replies) == 1
+        assert store.batches == [["h", "q0"]]
+
+    def test_replies_alone_will_do(self, run, store, writer):
+        assert run(writer, "h", [], [ASSISTANT("a0")]) == 1
+        assert texts(store.retrieve_messages("h")) == ["a0"]
+
+    def test_nothing_is_nothing(self, run, store, writer):
+        assert run(writer, "h", []) == 0
+        assert store.count_messages("h") == 0
+
+    def test_generators_are_written_whole(self, run, store, writer):
+        questions, answers = (USER(f"q{i}") for i in range(2)), (ASSISTANT(f"a{i}") for i in range(2))
+        assert run(writer, "h", questions) == 2
+        assert run(writer, "h", (USER(f"q{i}") for i in (2,)), answers) == 3
+        assert texts(store.retrieve_messages("h")) == ["q0", "q1", "q2", "a0", "a1"]
+
+    def test_the_lists_passed_in_are_not_changed(self, run, writer):
+        messages, replies = [USER("q0")], [ASSISTANT("a0")]
+        run(writer, "h", messages, replies)
+        assert (messages, replies) == ([USER("q0")], [ASSISTANT("a0")])
+
+    def test_system_messages_are_not_counted_where_the_store_skips_them(self, run, writer):
+        assert run(writer, "h", [ChatMessage.from_system("Be brief."), USER("q0")], [ASSISTANT("a0")]) == 2
+
+    def test_the_whole_output_of_the_retriever_is_not_stored_again(self, run, store, writer):
+        run(writer, "h", [USER("q0")], [ASSISTANT("a0")])
+        retrieved = ChatMessageRetriever(store).run("h", current_messages=[USER("q1")])["messages"]
+        assert run(writer, "h", retrieved, [ASSISTANT("a1")]) == 2
+        assert texts(store.retrieve_messages("h")) == ["q0", "a0", "q1", "a1"]
+
+
+class TestWrongArguments:
+    @pytest.mark.parametrize("replies", [None, [ASSISTANT("a0")]], ids=["no replies", "replies"])
+    @pytest.mark.parametrize(
+        "messages",
+        [None, "Hi!", USER("q0"), {"role": "user"}, 5, [USER("q0"), "Hi!"], [None]],
+        ids=["none", "text", "one message", "dict", "number", "text in a list", "none in a list"],
+    )
+    def test_messages_that_are_none_are_refused_and_nothing_is_written(self, run, store, writer, messages, replies):
+        with pytest.raises(ValueError, match="messages"):
+            run(writer, "h", messages, replies)
+        assert store.count_messages("h") == 0
+
+    @pytest.mark.parametrize(
+        "replies", ["Hi!", ASSISTANT("a0"), 5, ["Hi!"]], ids=["text", "one message", "number", "text in a list"]
+    )
+    def test_replies_that_are_no_messages_are_refused_and_nothing_is_written(self, run, store, writer, replies):
+        with pytest.raises(ValueError, match=r"replies|messages\[1\]"):
+            run(writer, "h", [USER("q0")], replies)
+        assert store.count_messages("h") == 0
+
+    def test_what_cannot_be_stored_is_named_by_its_place_in_the_batch(self, run, store, writer):
+        with pytest.raises(MessageEncodingError, match=r"^messages\[1\]\.meta\['x'\]"):
+            run(writer, "h", [USER("q0")], [ASSISTANT("a0", meta={"x": object()})])
+        assert store.count_messages("h") == 0
+
+    @pytest.mark.parametrize("chat_history_id", ["", None, 5, "a\x00b", "\ud800", "x" * 513])
+    def test_an_id_that_cannot_be_one_is_refused(self, run, writer, chat_history_id):
+        with pytest.raises(ValueError, match="chat_history_id must"):
+            run(writer, chat_history_id, [USER("q0")])
+
+
+class TestOtherStores:
+    def test_the_store_of_haystack_experimental(self, run):
+        store, history = ExperimentalStore(), uuid.uuid4().hex
+        assert run(ChatMessageWriter(store), history, [USER("q0")], [ASSISTANT("a0")]) == 2
+        assert texts(store.retrieve_messages(history)) == ["q0", "a0"]
+        store.delete_messages(history)
+
+    def test_one_without_asynchronous_methods_does_not_block_the_loop(self):
+        class SlowStore(MinimalStore):
+            def write_messages(self, chat_history_id, messages):
+                assert loop_went_on.wait(60), "the event loop was blocked"
+                return super().write_messages(chat_history_id, messages)
+
+        async def main():
+            writing = asyncio.ensure_future(ChatMessageWriter(SlowStore()).run_async("h", [USER("q0")]))
+            await asyncio.sleep(0.01)
+            loop_went_on.set()
+            return await writing
+
+        loop_went_on = threading.Event()
+        assert asyncio.run(main()) == {"messages_written": 1}
+
+
+class TestSerialization:
+    def test_goes_through_the_stores_own_and_comes_back_equal(self, tmp_path):
+        for store in (
+            InMemoryChatMessageStore(False, 3, last_k_unit="message", namespace="n"),
+            SQLiteChatMessageStore(tmp_path / "h.db", durability="normal"),
+            ExperimentalStore(last_k=3),
+        ):
+            data = ChatMessageWriter(store).to_dict()
+            assert data == {
+                "type": "haystack_integrations.components.writers.chat_store.chat_message_writer.ChatMessageWriter",
+                "init_parameters": {"chat_message_store": store.to_dict()},
+            }
+            loaded = ChatMessageWriter.from_dict(data)
+            assert type(loaded.chat_message_store) is type(store)
+            assert loaded.to_dict() == data
+        assert list(tmp_path.iterdir()) == []
+
+    def test_does_not_change_its_input_so_it_can_be_used_again(self, store, writer):
+        data = writer.to_dict()
+        before = copy.deepcopy(data)
+        first, second = ChatMessageWriter.from_dict(data), ChatMessageWriter.from_dict(data)
+        assert data == before
+        assert first.chat_message_store == second.chat_message_store == store
+
+    @pytest.mark.parametrize(
+        "store_type",
+        ["haystack_chat_store.stores.nowhere.Store", "haystack_chat_store.stores.in_memory.Nobody", "os.path.Store"],
+        ids=["unknown module", "unknown class", "untrusted module"],
+    )
+    def test_a_store_that_cannot_be_loaded_is_an_error(self, writer, store_type):
+        data = writer.to_dict()
+        data["init_parameters"]["chat_message_store"]["type"] = store_type
+        with pytest.raises(DeserializationError, match="chat_message_store"):
+            ChatMessageWriter.from_dict(data)
+
+
+class TestClose:
+    @pytest.mark.parametrize("close", [ChatMessageWriter.close, ChatMessageWriter.close_async])
+    def test_releases_the_store_until_its_next_use(self, run, close, tmp_path):
+        writer = ChatMessageWriter(SQLiteChatMessageStore(tmp_path / "h.db"))
+        for _ in range(2):
+            assert run(writer, "h", [USER("q0")]) == 1
+            assert (tmp_path / "h.db-wal").exists()
+            done = close(writer)
+            if done is not None:
+                asyncio.run(done)
+            assert not (tmp_path / "h.db-wal").exists()
+
+    def test_of_a_store_that_has_nothing_to_close_does_nothing(self):
+        ChatMessageWriter(MinimalStore()).close()
+        asyncio.run(ChatMessageWriter(MinimalStore()).close_async())
