@@ -4,9 +4,30 @@ How components and hooks call a store that follows the protocol but may have no 
 """
 
 import asyncio
-from typing import Any
+from typing import Any, TypeVar
+
+from haystack import DeserializationError, default_from_dict
 
 from haystack_chat_store.types import ChatMessageStore
+
+ComponentT = TypeVar("ComponentT")
+
+
+def component_from_dict(kind: type[ComponentT], data: dict[str, Any]) -> ComponentT:
+    """
+    Make a component, and the store it was serialized with.
+
+    :param kind: The component's class.
+    :param data: The serialized component. It is not changed.
+    :raises DeserializationError: If there is no store in it, or the store's class is not trusted or not there.
+    """
+    store = data.get("init_parameters", {}).get("chat_message_store")
+    if not isinstance(store, dict) or "type" not in store:
+        raise DeserializationError("init_parameters must have a 'chat_message_store' with the 'type' of the store.")
+    try:
+        return default_from_dict(kind, data)
+    except ImportError as error:
+        raise DeserializationError(f"The store's class {store['type']} cannot be imported: {error}") from error
 
 
 async def call_async(store: ChatMessageStore, method: str, *arguments: Any) -> Any:

@@ -43,6 +43,9 @@ _PART_KINDS = {key: kind for kind, key in _PART_KEYS.items()}
 _FIELDS = {kind: frozenset(field.name for field in fields(kind)) for kind in (ChatMessage, *_PART_KEYS)}
 _MESSAGE_KEYS = frozenset({"role", "meta", "name", "content"})
 
+# What lies deeper is left to json_form, which counts from the message down and decides.
+_CHECKED_DEPTH = MAX_DEPTH - 10
+
 # Bulk reads of at least so many messages are worth pausing the garbage collector for.
 _MANY = 1000
 
@@ -105,7 +108,7 @@ def encode_message(message: ChatMessage, message_id: str, where: str = "message"
     try:
         if _is_json(meta) and all(map(_is_json_part, message._content)):
             return json_text(data)
-    except (ValueError, TypeError):  # a NaN, a very long integer, a name that is no text
+    except (ValueError, TypeError):  # a NaN, a very long integer, a lone surrogate, a name that is no text
         pass
     return encode_unusual(data, where)
 
@@ -122,14 +125,14 @@ def decode_messages(texts: Sequence[str]) -> list[ChatMessage]:
             rows = parse_json(f"[{','.join(texts)}]")
             if len(rows) == len(texts):
                 return [_message_from_dict(row) for row in rows]
-        except Exception:  # noqa: S110  (whatever a damaged text makes of the parser; which one is found out below)
+        except Exception:  # noqa: S110  (damaged, or written by another version of Haystack: one by one, then)
             pass
         return [_decoded_alone(text, index) for index, text in enumerate(texts)]
 
 
 def _decoded_alone(text: str, index: int) -> ChatMessage:
     try:
-        return _message_from_dict(parse_json(text))
+        return ChatMessage.from_dict(parse_json(text))
     except Exception as error:
         raise MessageDecodingError(
             f"Message {index} of those read cannot be turned back into a ChatMessage ({type(error).__name__}). "
@@ -181,17 +184,16 @@ def _message_from_dict(data: dict[str, Any]) -> ChatMessage:
     """
     Do what `ChatMessage.from_dict()` does, past the constructors of the messages and their parts.
 
-    These would validate and guess again what was settled when the message was first made. What another version of
-    Haystack wrote, with other fields, goes through them.
+    These would validate and guess again what was settled when the message was first made.
     """
-    if data.keys() != _MESSAGE_KEYS or type(data["content"]) is not list:
-        return ChatMessage.from_dict(data)
+    if data.keys() != _MESSAGE_KEYS:
+        raise ValueError("Not what this version of Haystack writes.")
     message = object.__new__(ChatMessage)
     vars(message).update(
         _role=_ROLES[data["role"]],
         _content=[_part_from_dict(part) for part in data["content"]],
         _name=data["name"],
-        _meta=data["meta"],
+        _meta=data["meta"] or {},
     )
     return message
 
@@ -212,13 +214,13 @@ def _part_from_dict(data: dict[str, Any]) -> Any:
 
 def _dataclass_from_dict(kind: type, data: dict[str, Any]) -> Any:
     if data.keys() != _FIELDS[kind]:
-        return kind(**data)
+        raise ValueError("Not what this version of Haystack writes.")
     made: Any = object.__new__(kind)
     vars(made).update(data)
     return made
 
 
-def _is_json(data: Any, depth: int = MAX_DEPTH) -> bool:
+def _is_json(data: Any, depth: int = _CHECKED_DEPTH) -> bool:
     """
     Whether a dict or list consists of nothing but what JSON has a form for. Keys and scalars cost no Python code each.
     """

@@ -11,7 +11,7 @@ JSON text, and what becomes of values that JSON has no form for.
 | UUID, Decimal, Path | text |
 | bytes, bytearray, memoryview | base64 text |
 | NaN, Infinity, -Infinity | the text `"NaN"`, `"Infinity"`, `"-Infinity"` |
-| numpy scalar, numpy array | number, list |
+| numpy scalar, numpy array | number (a datetime64: ISO 8601 text), list |
 | a high and a low surrogate side by side | the character they encode |
 | a dict key that is not text | text, as `json` writes it; refused if two keys become the same |
 | anything else, a cycle, more than 200 levels | refused with a `MessageEncodingError` that names the path |
@@ -68,15 +68,12 @@ def json_text(data: Any) -> str:
     Return data as compact JSON text that UTF-8 can write.
 
     :param data: What consists of nothing but dicts with text as keys, lists, texts, numbers, booleans and `None`.
-    :raises ValueError: If there is a NaN, an infinity or an integer of over 4,300 digits in it.
+    :raises ValueError: If there is a NaN, an infinity, an integer of over 4,300 digits or a lone surrogate in it.
     :raises TypeError: If there is anything else in it.
     """
     text = _encode(data)
     if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # a lone surrogate can only be written as an escape sequence
-            return _ascii_encoder.encode(data)
+        text.encode()
     return text
 
 
@@ -108,7 +105,10 @@ def encode_unusual(data: dict[str, Any], where: str) -> str:
     """
     long_integers: dict[str, str] = {}
     form = {key: _json_form(value, f"{where}.{key}", MAX_DEPTH, long_integers) for key, value in data.items()}
-    text = json_text(form)
+    try:
+        text = json_text(form)
+    except UnicodeEncodeError:  # a lone surrogate can only be written as an escape sequence
+        text = _ascii_encoder.encode(form)
     for placeholder, digits in long_integers.items():
         text = text.replace(f'"{placeholder}"', digits)
     return text
@@ -126,8 +126,11 @@ def _json_form(value: Any, path: str, depth: int, long_integers: dict[str, str])
     for is_meant, converted in _CONVERSIONS:
         if is_meant(value):
             value = converted(value)
-    if value is None or isinstance(value, (str, bool)):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        # A pair of surrogates becomes the character it encodes, as it would when it is read back.
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
     if isinstance(value, (int, float)):
         return _number_form(value, long_integers)
     if isinstance(value, Mapping):
@@ -142,13 +145,19 @@ def _json_form(value: Any, path: str, depth: int, long_integers: dict[str, str])
 def _object_form(value: Mapping[Any, Any], path: str, depth: int, long_integers: dict[str, str]) -> dict[str, Any]:
     form: dict[str, Any] = {}
     for key, item in value.items():
-        name = _json_form(key, f"{path}[{key!r}]", depth - 1, {})
-        if not isinstance(name, str):
-            name = json_text(name)
+        name = _key_form(key, path, depth)
         if name in form:
             raise MessageEncodingError(f"{path} has two keys that both become {name!r} in JSON.")
-        form[name] = _json_form(item, f"{path}[{key!r}]", depth - 1, long_integers)
+        form[name] = _json_form(item, f"{path}[{name!r}]", depth - 1, long_integers)
     return form
+
+
+def _key_form(key: Any, path: str, depth: int) -> str:
+    long_integers: dict[str, str] = {}
+    form = _json_form(key, f"a key of {path}", depth - 1, long_integers)
+    if isinstance(form, str):
+        return long_integers.get(form, form)
+    return json_text(form)
 
 
 def _number_form(value: float, long_integers: dict[str, str]) -> float | str:
@@ -170,6 +179,13 @@ def _sorted_if_possible(values: set[Any] | frozenset[Any]) -> list[Any]:
         return list(values)
 
 
+def _from_numpy(value: Any) -> Any:
+    kind = value.dtype.kind
+    if kind == "m":
+        return value  # numpy gives a duration as a bare number in some unit
+    return (value.astype(str) if kind == "M" else value).tolist()  # and no time ("NaT") as None
+
+
 def _is_a(*kinds: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kinds)
 
@@ -182,7 +198,7 @@ _CONVERSIONS: tuple[tuple[Callable[[Any], bool], Callable[[Any], Any]], ...] = (
         lambda value: is_dataclass(value) and not isinstance(value, type),
         lambda value: {field.name: getattr(value, field.name) for field in fields(value)},
     ),
-    (lambda value: type(value).__module__ == "numpy" and hasattr(value, "tolist"), lambda value: value.tolist()),
+    (lambda value: type(value).__module__ == "numpy" and hasattr(value, "dtype"), _from_numpy),
     (_is_a(set, frozenset), _sorted_if_possible),
     (_is_a(date, datetime, time), lambda value: value.isoformat()),
     (_is_a(uuid.UUID, Decimal, PurePath), str),

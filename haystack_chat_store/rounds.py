@@ -10,7 +10,7 @@ An **exchange** is an assistant message with tool calls and the tool messages th
 accept a tool result nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -49,6 +49,19 @@ def validate_last_k(last_k: Any) -> None:
         raise ValueError(f"last_k must be an integer or None, got {type(last_k).__name__}.")
     if last_k < 0:
         raise ValueError(f"last_k must be 0 or greater, got {last_k}.")
+
+
+def listed(messages: Any, name: str = "messages") -> list[Any]:
+    """
+    Return an iterable of messages as a list, whole.
+
+    :param messages: A list or other iterable.
+    :param name: What the error calls it.
+    :raises ValueError: If it is nothing of the kind.
+    """
+    if isinstance(messages, (str, bytes, dict)) or not isinstance(messages, Iterable):
+        raise ValueError(f"{name} must be a list of ChatMessages, got {type(messages).__name__}.")
+    return list(messages)
 
 
 def round_starts(messages: Sequence[ChatMessage]) -> list[int]:

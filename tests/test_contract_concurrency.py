@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import sqlite3
 import uuid
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
-from haystack_chat_store.testing.concurrency import ConcurrencyContract
+from haystack_chat_store.testing.concurrency import ConcurrencyTest
+from haystack_chat_store.testing.processes import ProcessesTest
 
 
-class TestInMemory(ConcurrencyContract):
+class TestInMemory(ConcurrencyTest):
     durable = False
 
     @pytest.fixture
@@ -22,7 +23,7 @@ class TestInMemory(ConcurrencyContract):
         return make
 
 
-class TestSQLite(ConcurrencyContract):
+class TestSQLite(ConcurrencyTest, ProcessesTest):
     @pytest.fixture
     def make_store(self, tmp_path):
         def make(**settings):
@@ -32,8 +33,16 @@ class TestSQLite(ConcurrencyContract):
 
     @contextmanager
     def stalled(self, store):
-        connection = sqlite3.connect(store.path, isolation_level=None)
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-        connection.execute("ROLLBACK")
-        connection.close()
+        with closing(sqlite3.connect(store.path, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            yield
+
+    def assert_sound(self, store):
+        with closing(sqlite3.connect(store.path)) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            counters = "SELECT next_position, message_count, round_count FROM chat_histories ORDER BY history_key"
+            counted = """
+                SELECT max(message_key & 0xffffffff) + 1, count(*), sum(role = 'user') FROM chat_messages
+                GROUP BY message_key >> 32 ORDER BY message_key >> 32
+            """
+            assert connection.execute(counters).fetchall() == connection.execute(counted).fetchall()

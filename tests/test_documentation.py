@@ -58,7 +58,7 @@ def test_the_examples_of_a_page_run(page, tmp_path):
     run("\n".join(code), tmp_path)
 
 
-@pytest.mark.parametrize("source", sources_with_examples(), ids=lambda source: str(source.relative_to(ROOT)))
+@pytest.mark.parametrize("source", list(sources_with_examples()), ids=lambda source: str(source.relative_to(ROOT)))
 def test_the_examples_in_docstrings_run(source, tmp_path):
     for docstring in docstrings(source):
         for language, _, block in blocks(docstring):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
 
-from haystack import component, default_from_dict, default_to_dict
+from haystack import component, default_to_dict
 from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store import calls
@@ -70,9 +70,9 @@ class ChatMessageRetriever:
         Make the component, and its store, from what `to_dict` returned.
 
         :param data: The serialized component. It is not changed.
-        :raises DeserializationError: If the store's class cannot be imported or is not trusted.
+        :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
         """
-        return default_from_dict(cls, data)
+        return calls.component_from_dict(cls, data)
 
     @component.output_types(messages=list[ChatMessage])
     def run(

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
 
-from haystack import component, default_from_dict, default_to_dict
+from haystack import component, default_to_dict
 from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store import calls
+from haystack_chat_store.rounds import listed
 from haystack_chat_store.types import ChatMessageStore
 
 
@@ -45,9 +46,9 @@ class ChatMessageWriter:
         Make the component, and its store, from what `to_dict` returned.
 
         :param data: The serialized component. It is not changed.
-        :raises DeserializationError: If the store's class cannot be imported or is not trusted.
+        :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
         """
-        return default_from_dict(cls, data)
+        return calls.component_from_dict(cls, data)
 
     @component.output_types(messages_written=int)
     def run(
@@ -65,7 +66,7 @@ class ChatMessageWriter:
         :raises ValueError: If an argument is wrong. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        batch = [*messages, *replies] if replies else messages
+        batch = listed(messages) + listed(replies or [], "replies")
         return {"messages_written": self.chat_message_store.write_messages(chat_history_id, batch)}
 
     @component.output_types(messages_written=int)
@@ -82,7 +83,7 @@ class ChatMessageWriter:
         :raises ValueError: If an argument is wrong. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        batch = [*messages, *replies] if replies else messages
+        batch = listed(messages) + listed(replies or [], "replies")
         written = await calls.call_async(self.chat_message_store, "write_messages", chat_history_id, batch)
         return {"messages_written": written}
 

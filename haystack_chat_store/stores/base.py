@@ -279,14 +279,10 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         return default_from_dict(cls, data)
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.to_dict() == self.to_dict()
+        return type(other) is type(self) and vars(other) == vars(self)
 
     def __hash__(self) -> int:
         return hash((type(self), self.namespace))
-
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{key}={value!r}" for key, value in self.to_dict()["init_parameters"].items())
-        return f"{type(self).__name__}({settings})"
 
     # ------------------------------------------------------------------ shared by engines
 
@@ -312,7 +308,7 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         :returns: The history's id, and the messages to write, each under the name that errors give it.
         """
         history = _validated_id(chat_history_id, "chat_history_id")
-        named = [(f"messages[{index}]", message) for index, message in enumerate(_listed(messages))]
+        named = [(f"messages[{index}]", message) for index, message in enumerate(rounds.listed(messages))]
         for name, message in named:
             if not isinstance(message, ChatMessage):
                 raise ValueError(f"{name} must be a ChatMessage, got {type(message).__name__}. Nothing was written.")
@@ -336,12 +332,6 @@ def new_message_id() -> str:
     (the idea of UUID version 7, RFC 9562). Nothing reads the time back: positions alone decide the order.
     """
     return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
-
-
-def _listed(messages: Any) -> list[Any]:
-    if isinstance(messages, (str, bytes, dict)) or not isinstance(messages, Iterable):
-        raise ValueError(f"messages must be a list of ChatMessages, got {type(messages).__name__}.")
-    return list(messages)
 
 
 def _validated_id(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str:

@@ -8,14 +8,14 @@ from typing import Any
 
 from haystack.dataclasses import ChatRole
 
+from haystack_chat_store.errors import MessageDecodingError
 from haystack_chat_store.rounds import LastKUnit, Window
 from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage
 from haystack_chat_store.stores.sqlite.database import (
     Database,
     Durability,
     Settings,
-    close_database,
-    shared_database,
+    databases,
 )
 
 # A message's key is its history's key times 2**32 plus its position. So all messages of a history lie side by side in
@@ -116,6 +116,8 @@ class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
         :raises ValueError: If a setting is not one of these, or the path is empty or `":memory:"`.
         """
         super().__init__(skip_system_messages, last_k, last_k_unit=last_k_unit, namespace=namespace)
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"path must be text or a Path, got {type(path).__name__}.")
         self.path = os.fspath(path)
         if not isinstance(self.path, str) or not self.path or "\x00" in self.path:
             raise ValueError(f"path must be the path of a file, got {self.path!r}.")
@@ -145,18 +147,20 @@ class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
 
         Calls that are under way in other threads are finished first, by these threads.
         """
-        close_database(self._settings)
+        databases.close(self._settings)
 
     def _run(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        database = shared_database(self._settings)
+        database = databases.get(self._settings)
         try:
             return operation(database, *arguments)
         except sqlite3.Error as error:
+            if "Could not decode" in str(error):  # this one quotes the text
+                raise MessageDecodingError("A stored message cannot be read: its text was damaged.") from None
             raise database.explained(error) from error
 
     async def _run_async(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         # sqlite3 can wait for a lock or a disk only by blocking, so it does that on one of the database's threads.
-        return await asyncio.wrap_future(shared_database(self._settings).submit(self._run, operation, *arguments))
+        return await asyncio.wrap_future(databases.get(self._settings).submit(self._run, operation, *arguments))
 
     def _write(self, session: Database, chat_history_id: str, messages: Sequence[EncodedMessage]) -> int:
         now = time.time_ns() // 1000

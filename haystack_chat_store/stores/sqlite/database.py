@@ -3,8 +3,6 @@
 Connections to one file: opened when needed, lent to one thread at a time, shared by all stores with equal settings.
 """
 
-import atexit
-import ctypes
 import os
 import sqlite3
 import threading
@@ -15,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from haystack_chat_store.errors import ChatMessageStoreError, StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.stores.shared import Shared, never_free
 from haystack_chat_store.stores.sqlite import schema
 
 #: How much of what a call has acknowledged survives a power cut: everything, or everything but the last moments.
@@ -23,6 +22,15 @@ Durability = Literal["full", "normal"]
 # More idle connections than threads that work at once would only hold file handles.
 _MAX_IDLE_CONNECTIONS = 16
 _MAX_WORKERS = 16
+
+# What to do, by what SQLite says.
+_ADVICE = {
+    "unable to open": "It must be a file that this process may read and write.",
+    "not a database": "Choose another path for the chat histories.",
+    "readonly": "Give this process write access to the file and its folder.",
+    "is full": "Nothing of the failed call was stored. Make room on the disk.",
+    "I/O error": "Look at its disk, quota and limits.",
+}
 
 
 class Settings(NamedTuple):
@@ -50,9 +58,11 @@ class Database:
         """
         self._settings = settings
         self._idle: list[_Connection] = []
+        self._lent: set[_Connection] = set()
         self._workers: ThreadPoolExecutor | None = None
         self._is_closed = False
-        self._lock = threading.Lock()
+        self._is_forking = False
+        self._lock = threading.Condition()
         # Writers of this process queue here instead of polling the file's lock, which is slower and less fair.
         self._write_lock = threading.Lock()
 
@@ -65,9 +75,9 @@ class Database:
         try:
             yield connection
         except BaseException:
-            _close(connection)  # which rolls back what was under way
+            self._take_back(connection, is_sound=False)
             raise
-        self._give_back(connection)
+        self._take_back(connection, is_sound=True)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -104,106 +114,110 @@ class Database:
             idle, self._idle = self._idle, []
             workers, self._workers = self._workers, None
         for connection in idle:
-            _close(connection)
+            connection.close()
         if workers is not None:
             workers.shutdown(wait=False)
+
+    def before_fork(self) -> None:
+        """
+        Close every connection, when the calls under way are done: each waits for a lock no longer than the timeout.
+
+        SQLite remembers in the process which locks it holds on a file. A child that inherits this takes no locks on its
+        own connections, and loses what it writes (https://www.sqlite.org/howtocorrupt.html, section 2.6).
+        """
+        with self._lock:
+            self._is_forking = True
+            self._lock.wait_for(lambda: not self._lent, 2 * self._settings.timeout)
+            while self._idle:
+                self._idle.pop().close()
+
+    def after_fork_in_parent(self) -> None:
+        """
+        Lend connections again.
+        """
+        with self._lock:
+            self._is_forking = False
+            self._lock.notify_all()
+
+    def after_fork_in_child(self) -> None:
+        """
+        Neither use nor close what did not come back in time.
+        """
+        for connection in self._lent:
+            never_free(connection)
 
     def explained(self, error: sqlite3.Error) -> ChatMessageStoreError:
         """
         Turn an exception of `sqlite3` into one of ours that says what to do.
         """
-        path, text = self._settings.path, str(error)
+        text = str(error)
         if "locked" in text:
-            return self._timed_out("another process")
-        if "unable to open" in text:
-            return StoreUnavailableError(
-                f"{path} cannot be opened. It must be a file that this process may read and write."
-            )
-        if "not a database" in text:
-            return StoreUnavailableError(f"{path} is not an SQLite database. Choose another path.")
-        if "readonly" in text:
-            return StoreUnavailableError(f"{path} is read-only. Give this process write access to it and its folder.")
-        if "is full" in text:
-            return StoreUnavailableError(f"There is no room to write to {path}. Nothing of the failed call was stored.")
-        return StoreUnavailableError(f"SQLite failed on {path}: {text}.")
+            return self._timed_out("another process or connection")
+        advice = next((advice for sign, advice in _ADVICE.items() if sign in text), "")
+        return StoreUnavailableError(f"SQLite failed on {self._settings.path}: {text}. {advice}".rstrip())
 
     def _timed_out(self, holder: str) -> StoreTimeoutError:
         path, _, timeout = self._settings
         return StoreTimeoutError(
-            f"{path} was kept locked by {holder} for more than {timeout} seconds. Nothing was stored. "
+            f"{path} stayed locked by {holder} for more than {timeout} seconds. Nothing was stored. "
             "Try again, or give the store a longer timeout."
         )
 
     def _borrow(self) -> _Connection:
         # A file that was deleted or replaced is not the one that idle connections still write to.
         identity = _file_identity(self._settings.path)
-        while True:
-            with self._lock:
-                if not self._idle:
-                    break
-                connection = self._idle.pop()
-            if connection.file_identity == identity:
-                return connection
-            _close(connection)
-        return _opened(self._settings)
-
-    def _give_back(self, connection: _Connection) -> None:
         with self._lock:
-            if not self._is_closed and len(self._idle) < _MAX_IDLE_CONNECTIONS:
+            self._lock.wait_for(lambda: not self._is_forking)
+            while self._idle and self._idle[-1].file_identity != identity:
+                self._idle.pop().close()
+            connection = self._idle.pop() if self._idle else _connected(self._settings)
+            self._lent.add(connection)
+        try:
+            if connection.file_identity is None:
+                _make_ready(connection, self._settings)
+        except BaseException:
+            self._take_back(connection, is_sound=False)
+            raise
+        return connection
+
+    def _take_back(self, connection: _Connection, is_sound: bool) -> None:
+        with self._lock:
+            self._lent.discard(connection)
+            if is_sound and not self._is_closed and not self._is_forking and len(self._idle) < _MAX_IDLE_CONNECTIONS:
                 self._idle.append(connection)
-                return
-        _close(connection)
+            else:
+                connection.close()  # which rolls back what was under way
+            if self._is_forking:
+                self._lock.notify_all()
 
 
-_databases: dict[Settings, Database] = {}
-_connections: set[_Connection] = set()
-_registry_lock = threading.Lock()
+#: The databases of this process.
+databases = Shared(Database)
 
 
-def shared_database(settings: Settings) -> Database:
-    """
-    Return the database that all stores with these settings share.
-    """
-    database = _databases.get(settings)
-    if database is None:
-        with _registry_lock:
-            database = _databases.setdefault(settings, Database(settings))
-    return database
-
-
-def close_database(settings: Settings) -> None:
-    """
-    Close the database that stores with these settings share. The next use makes a new one.
-    """
-    with _registry_lock:
-        database = _databases.pop(settings, None)
-    if database is not None:
-        database.close()
-
-
-def _opened(settings: Settings) -> _Connection:
+def _connected(settings: Settings) -> _Connection:
     folder = os.path.dirname(settings.path)
     if not os.path.isdir(folder):
         raise StoreUnavailableError(f"The folder {folder} does not exist. Create it, or choose another path.")
-    connection = sqlite3.connect(
+    return sqlite3.connect(
         settings.path,
         timeout=settings.timeout,
         isolation_level=None,  # transactions begin and end where this package says
         check_same_thread=False,  # one thread at a time has it
         factory=_Connection,
     )
-    _connections.add(connection)
-    try:
-        is_current = schema.is_current(connection)  # before anything is written: a newer database stays untouched
-        connection.execute(f"PRAGMA synchronous = {settings.durability}")
-        _switch_to_wal(connection, time.monotonic() + settings.timeout)
-        if not is_current:
-            schema.migrate(connection)
-    except BaseException:
-        _close(connection)
-        raise
+
+
+def _make_ready(connection: _Connection, settings: Settings) -> None:
+    """
+    Prepare a new connection for its work, and once for each file the tables.
+    """
+    is_current = schema.is_current(connection, settings.path)  # first: a newer database stays untouched
+    connection.execute(f"PRAGMA synchronous = {settings.durability}")
+    _switch_to_wal(connection, time.monotonic() + settings.timeout)
+    if not is_current:
+        schema.migrate(connection, settings.path)
     connection.file_identity = _file_identity(settings.path)
-    return connection
 
 
 def _switch_to_wal(connection: sqlite3.Connection, deadline: float) -> None:
@@ -221,42 +235,9 @@ def _switch_to_wal(connection: sqlite3.Connection, deadline: float) -> None:
             time.sleep(0.01)
 
 
-def _close(connection: _Connection) -> None:
-    _connections.discard(connection)
-    connection.close()
-
-
 def _file_identity(path: str) -> tuple[int, int] | None:
     try:
         status = os.stat(path)
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _leave_all_to_the_parent() -> None:
-    """
-    Forget, in a forked child, what belongs to the parent.
-
-    A child that merely closed an inherited connection could delete the parent's write-ahead log, so these objects are
-    never freed (https://www.sqlite.org/howtocorrupt.html, section 2.6).
-    """
-    _registry_lock.release()
-    for connection in _connections:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-    _connections.clear()
-    _databases.clear()
-
-
-@atexit.register
-def _close_all() -> None:
-    for settings in list(_databases):
-        close_database(settings)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_registry_lock.acquire,
-        after_in_parent=_registry_lock.release,
-        after_in_child=_leave_all_to_the_parent,
-    )

@@ -51,7 +51,7 @@ _CREATE_VERSION = "CREATE TABLE IF NOT EXISTS chat_store_schema (version INTEGER
 _HAS_VERSION = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'chat_store_schema'"
 
 
-def is_current(connection: sqlite3.Connection) -> bool:
+def is_current(connection: sqlite3.Connection, path: str) -> bool:
     """
     Whether the database has this version's tables. Only reads.
 
@@ -60,18 +60,18 @@ def is_current(connection: sqlite3.Connection) -> bool:
     version = _version(connection)
     if version > len(MIGRATIONS):
         raise SchemaVersionError(
-            f"The database has schema version {version}, but this version of haystack-chat-store knows only versions "
+            f"{path} has schema version {version}, but this version of haystack-chat-store knows only versions "
             f"up to {len(MIGRATIONS)}. It was left untouched. Upgrade haystack-chat-store to use it."
         )
     return version == len(MIGRATIONS)
 
 
-def migrate(connection: sqlite3.Connection) -> None:
+def migrate(connection: sqlite3.Connection, path: str) -> None:
     """
     Bring the database to this version, in one transaction. If many processes start together, the first one does it.
     """
     connection.execute("BEGIN IMMEDIATE")
-    if not is_current(connection):
+    if not is_current(connection, path):
         connection.execute(_CREATE_VERSION)
         for statements in MIGRATIONS[_version(connection) :]:
             for statement in statements:

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Timing on a machine that does other things too: what is compared takes turns, and medians are what counts.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+
+class Trial(NamedTuple):
+    """
+    One thing to time.
+
+    :param key: What its median is filed under.
+    :param call: What is timed.
+    :param arguments: Makes the arguments of one call. Not timed.
+    """
+
+    key: Hashable
+    call: Callable[..., Any]
+    arguments: Callable[[], tuple[Any, ...]]
+
+
+def medians(groups: Sequence[Sequence[Trial]], repetitions: int) -> dict[Hashable, float]:
+    """
+    Time every trial `repetitions` times and return the medians in microseconds.
+
+    Each repetition runs all trials once. Those of a group, a floor and its store, run one directly after the other, and
+    another one of them goes first each time. Each time another group goes first, too.
+    """
+    times: dict[Hashable, list[int]] = {trial.key: [] for group in groups for trial in group}
+    for repetition in range(repetitions):
+        for group in _rotated(groups, repetition):
+            for trial in _rotated(group, repetition):
+                times[trial.key].append(_timed(trial.call, trial.arguments()))
+    return {key: median(taken) / 1000 for key, taken in times.items()}
+
+
+def _timed(call: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
+    started = time.perf_counter_ns()
+    result = call(*arguments)
+    ended = time.perf_counter_ns()
+    del result  # here, so that freeing it is not part of the time
+    return ended - started
+
+
+def _rotated(items: Sequence[Any], by: int) -> list[Any]:
+    by %= len(items)
+    return [*items[by:], *items[:by]]

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Connections to one server: opened when needed, lent to one call at a time, shared by all stores with equal settings.
+
+Asynchronous connections belong to the event loop that opened them. `psycopg_pool` is not used because its
+`AsyncConnectionPool` needs background tasks, and a loop that ends while the pool grows waits for them for ever.
+"""
+
+import asyncio
+import math
+import select
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import psycopg
+from psycopg import abc
+from psycopg.pq import TransactionStatus
+from psycopg.types.string import TextLoader
+
+from haystack_chat_store.errors import SchemaVersionError, StoreTimeoutError
+from haystack_chat_store.stores.coroutines import run_to_end
+from haystack_chat_store.stores.postgres.schema import HAS_SCHEMA, MIGRATIONS, Tables
+from haystack_chat_store.stores.shared import Shared, never_free
+
+ResultT = TypeVar("ResultT")
+Parameters = Sequence[Any] | dict[str, Any]
+
+# An idle connection that nobody needed for so many seconds is closed, unless the pool is to keep it.
+_MAX_IDLE_SECONDS = 600
+# Processes that create the tables at once wait for each other here. The number is "chat" in ASCII.
+_UPGRADE_LOCK = "SELECT pg_advisory_xact_lock(1667785076)"
+_STATE = "SELECT pg_backend_pid(), to_regclass(%s) IS NOT NULL"
+
+
+class Settings(NamedTuple):
+    """
+    What stores have in common that share their connections.
+    """
+
+    connection_string: str
+    schema_name: str
+    table_prefix: str
+    min_pool_size: int
+    max_pool_size: int
+    timeout: float
+
+
+class _Limited:
+    """
+    A connection whose every wait for the server ends at the deadline of the call it is lent to.
+    """
+
+    deadline = math.inf
+    idle_since = 0.0
+    prepares = True
+
+    def limited(self, steps: "abc.PQGen[ResultT]") -> "Generator[Any, Any, ResultT]":
+        """
+        Take the steps of a conversation with the server, but give up when the deadline has passed.
+
+        psycopg resumes a generator at least ten times a second while it waits.
+        """
+        try:
+            wanted = next(steps)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > self.deadline:
+                    raise TimeoutError
+                wanted = steps.send(ready)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+
+class _Connection(_Limited, psycopg.Connection[tuple[Any, ...]]):
+    def wait(self, gen: "abc.PQGen[ResultT]", *arguments: Any, **options: Any) -> ResultT:
+        return super().wait(self.limited(gen), *arguments, **options)
+
+
+class _AsyncConnection(_Limited, psycopg.AsyncConnection[tuple[Any, ...]]):
+    async def wait(self, gen: "abc.PQGen[ResultT]", *arguments: Any, **options: Any) -> ResultT:
+        return await super().wait(self.limited(gen), *arguments, **options)
+
+
+class Session:
+    """
+    What an operation talks to: a connection that it has for itself. Written for both kinds of connection.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        """
+        Talk through a connection.
+
+        :param connection: A synchronous connection, with which nothing here ever waits, or an asynchronous one.
+        """
+        self.connection = connection
+        self._is_async = isinstance(connection, _AsyncConnection)
+
+    async def run(self, statement: str, parameters: Parameters = ()) -> Any:
+        """
+        Execute a statement and return its cursor.
+        """
+        cursor = self.connection.execute(statement, parameters, prepare=self.connection.prepares)
+        return await cursor if self._is_async else cursor
+
+    async def fetch(self, statement: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
+        """
+        Execute a statement and return its rows.
+        """
+        cursor = await self.run(statement, parameters)
+        rows = cursor.fetchall()
+        return await rows if self._is_async else rows  # type: ignore[no-any-return]
+
+
+class _Idle:
+    """
+    Connections that wait for work, the one used last on top.
+    """
+
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
+        self._connections: list[Any] = []
+
+    def push(self, connection: Any) -> None:
+        connection.idle_since = time.monotonic()
+        self._connections.append(connection)
+        while len(self._connections) > self._kept and self._is_old(self._connections[0]):
+            _close(self._connections.pop(0))
+
+    def pop(self) -> Any | None:
+        """
+        Return a connection that still stands, or none.
+        """
+        while self._connections:
+            connection = self._connections.pop()
+            if not connection.closed and not _has_news(connection.pgconn.socket):
+                return connection
+            _close(connection)
+        return None
+
+    def close(self) -> None:
+        while self._connections:
+            _close(self._connections.pop())
+
+    @staticmethod
+    def _is_old(connection: Any) -> bool:
+        return bool(time.monotonic() - connection.idle_since > _MAX_IDLE_SECONDS)
+
+
+class _OfLoop:
+    """
+    What belongs to one event loop.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.idle = _Idle(settings.min_pool_size)
+        self.limit = asyncio.Semaphore(settings.max_pool_size)
+
+
+class Pool:
+    """
+    The connections to one server.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """
+        Open nothing yet.
+        """
+        self._settings = settings
+        self._tables = Tables(settings.schema_name, settings.table_prefix)
+        self._lock = threading.Lock()
+        self._limit = threading.Semaphore(settings.max_pool_size)
+        self._idle = _Idle(settings.min_pool_size)
+        self._loops: dict[asyncio.AbstractEventLoop, _OfLoop] = {}
+        self._open: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._is_current = False
+        self._is_closed = False
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """
+        Lend a connection to a synchronous call.
+
+        :raises StoreTimeoutError: If all are in use for longer than the timeout.
+        """
+        deadline = time.monotonic() + self._settings.timeout
+        if not self._limit.acquire(timeout=self._settings.timeout):
+            raise self._all_in_use()
+        try:
+            with self._lock:
+                connection = self._idle.pop()
+            is_new = connection is None
+            if connection is None:
+                connection = _Connection.connect(self._settings.connection_string, **self._connect_options())
+            with self._lent(connection, self._idle, deadline):
+                if is_new:
+                    run_to_end(self._make_ready(connection))
+                yield Session(connection)
+        finally:
+            self._limit.release()
+
+    @asynccontextmanager
+    async def session_async(self) -> AsyncIterator[Session]:
+        """
+        Lend a connection of the running event loop to an asynchronous call.
+
+        :raises StoreTimeoutError: If all are in use for longer than the timeout.
+        """
+        deadline = time.monotonic() + self._settings.timeout
+        ours = self._of_running_loop()
+        if ours.limit.locked():
+            try:
+                await asyncio.wait_for(ours.limit.acquire(), self._settings.timeout)
+            except asyncio.TimeoutError:
+                raise self._all_in_use() from None
+        else:
+            await ours.limit.acquire()
+        try:
+            with self._lock:
+                connection = ours.idle.pop()
+            is_new = connection is None
+            if connection is None:
+                options = self._connect_options()
+                connection = await _AsyncConnection.connect(self._settings.connection_string, **options)
+            with self._lent(connection, ours.idle, deadline):
+                if is_new:
+                    await self._make_ready(connection)
+                yield Session(connection)
+        finally:
+            ours.limit.release()
+
+    def close(self) -> None:
+        """
+        Close what is idle now, and what is in use as soon as it is given back.
+        """
+        with self._lock:
+            self._is_closed = True
+            for idle in (self._idle, *(of_loop.idle for of_loop in self._loops.values())):
+                idle.close()
+            self._loops.clear()
+
+    def before_fork(self) -> None:
+        """
+        Nothing has to be done: a child can do without what it inherits.
+        """
+
+    def after_fork_in_parent(self) -> None:
+        """
+        Nothing has to be done.
+        """
+
+    def after_fork_in_child(self) -> None:
+        """
+        Neither use nor close, in a forked child, what the parent opened.
+        """
+        for connection in self._open:
+            never_free(connection)
+
+    def _connect_options(self) -> dict[str, Any]:
+        # psycopg takes whole seconds, at least two.
+        timeout = max(2, math.ceil(self._settings.timeout))
+        return {"autocommit": True, "prepare_threshold": None, "connect_timeout": timeout}
+
+    async def _make_ready(self, connection: Any) -> None:
+        """
+        Prepare a new connection for its work, and once for each process the database.
+        """
+        connection.prepares = False
+        connection.adapters.register_loader("json", TextLoader)  # the codec parses a window at once
+        session = Session(connection)
+        ((backend_pid, has_tables),) = await session.fetch(_STATE, [self._tables.version_table])
+        # A pooler such as pgbouncer gives clients a process id of its own, and each statement another server
+        # connection: none of them would know what another has prepared.
+        connection.prepares = backend_pid == connection.info.backend_pid
+        if not self._is_current:
+            await self._bring_up_to_date(session, has_tables)
+            self._is_current = True
+
+    async def _bring_up_to_date(self, session: Session, has_tables: bool) -> None:
+        if has_tables and await self._version(session) == len(MIGRATIONS):
+            return
+        await session.run("BEGIN")
+        await session.run(_UPGRADE_LOCK)
+        ((_, has_tables),) = await session.fetch(_STATE, [self._tables.version_table])
+        version = await self._version(session) if has_tables else 0
+        if version < len(MIGRATIONS):
+            for statement in await self._upgrade(session, version):
+                await session.run(statement)
+        await session.run("COMMIT")
+
+    async def _upgrade(self, session: Session, version: int) -> list[str]:
+        has_schema = await session.fetch(HAS_SCHEMA, [self._settings.schema_name])
+        return [*([] if has_schema else [self._tables.create_schema()]), *self._tables.upgrade(version)]
+
+    async def _version(self, session: Session) -> int:
+        ((version,),) = await session.fetch(self._tables.statements.version)
+        version = version or 0
+        if version > len(MIGRATIONS):
+            raise SchemaVersionError(
+                f"The database has schema version {version}, but this version of haystack-chat-store knows only "
+                f"versions up to {len(MIGRATIONS)}. It was left untouched. Upgrade haystack-chat-store to use it."
+            )
+        return int(version)
+
+    def _of_running_loop(self) -> _OfLoop:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if loop not in self._loops:
+                for ended in [loop for loop in self._loops if loop.is_closed()]:
+                    self._loops.pop(ended).idle.close()
+                self._loops[loop] = _OfLoop(self._settings)
+            return self._loops[loop]
+
+    @contextmanager
+    def _lent(self, connection: Any, idle: _Idle, deadline: float) -> Iterator[None]:
+        """
+        Take a connection back after its use, or close it if it is not as it was: the server then undoes what was begun.
+        """
+        self._open.add(connection)
+        connection.deadline = deadline
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._is_closed or connection.info.transaction_status != TransactionStatus.IDLE:
+                    _close(connection)
+                else:
+                    idle.push(connection)
+
+    def _all_in_use(self) -> StoreTimeoutError:
+        return StoreTimeoutError(
+            f"All {self._settings.max_pool_size} connections were in use for more than {self._settings.timeout} "
+            "seconds. Nothing was stored. Give the store a larger max_pool_size, or a longer timeout."
+        )
+
+
+#: The pools of this process.
+pools: Shared[Settings, Pool] = Shared(Pool)
+
+
+def _close(connection: Any) -> None:
+    """
+    Close a connection of either kind. The asynchronous one does not wait for anything either, whatever its loop.
+    """
+    closing = connection.close()
+    if closing is not None:
+        run_to_end(closing)
+
+
+def _has_news(socket: int) -> bool:
+    """
+    Whether an idle connection has something to read: the server has closed it, or is about to.
+    """
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(socket, select.POLLIN)
+        return bool(poll.poll(0))
+    return bool(select.select([socket], [], [], 0)[0])

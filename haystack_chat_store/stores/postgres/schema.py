@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The tables, the statements on them, and how a database of an earlier version becomes one of this version.
+"""
+
+from typing import NamedTuple
+
+from psycopg import sql
+
+# Each step takes a database from the version of its index to the next. Never change one that was released: add one.
+# Every table leads with history_key, a hash of namespace and id, so that the tables can be distributed by it.
+MIGRATIONS: list[list[str]] = [
+    [
+        """
+        CREATE TABLE {histories} (
+            history_key uuid PRIMARY KEY,
+            namespace text NOT NULL,
+            chat_history_id text NOT NULL,
+            next_position bigint NOT NULL,
+            message_count bigint NOT NULL,
+            round_count bigint NOT NULL,
+            created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            title text,
+            meta json
+        )
+        """,
+        """
+        CREATE TABLE {messages} (
+            history_key uuid NOT NULL,
+            position bigint NOT NULL,
+            created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+            message_id text NOT NULL,
+            role text NOT NULL,
+            content json NOT NULL,
+            PRIMARY KEY (history_key, position)
+        )
+        """,
+        "CREATE UNIQUE INDEX {messages_by_id} ON {messages} (history_key, message_id)",
+        "CREATE INDEX {messages_from_user} ON {messages} (history_key, position) WHERE role = 'user'",
+        'CREATE INDEX {histories_by_id} ON {histories} (namespace, chat_history_id COLLATE "C")',
+    ],
+]
+
+HAS_SCHEMA = "SELECT 1 FROM pg_namespace WHERE nspname = %s"
+_CREATE_SCHEMA = "CREATE SCHEMA IF NOT EXISTS {schema}"
+_SET_VERSION = "INSERT INTO {version} VALUES ({number})"
+_CREATE_VERSION = "CREATE TABLE IF NOT EXISTS {version} (version integer NOT NULL)"
+
+# The row of the history is the lock that hands out positions: writers of one history queue for it, and it moves on only
+# when its messages are committed.
+_APPEND = """
+    WITH history AS (
+        INSERT INTO {histories} AS h
+            (history_key, namespace, chat_history_id, next_position, message_count, round_count)
+        VALUES (%(key)s, %(namespace)s, %(id)s, %(count)s, %(count)s, %(rounds)s)
+        ON CONFLICT (history_key) DO UPDATE SET
+            next_position = h.next_position + excluded.next_position,
+            message_count = h.message_count + excluded.message_count,
+            round_count = h.round_count + excluded.round_count,
+            updated_at = clock_timestamp()
+        RETURNING next_position - %(count)s AS start
+    )
+    INSERT INTO {messages} (history_key, position, message_id, role, content)
+    SELECT %(key)s, start + place - 1, message_id, role, content::json
+    FROM history, unnest(%(message_ids)s::text[], %(roles)s::text[], %(contents)s::text[])
+        WITH ORDINALITY AS new (message_id, role, content, place)
+"""
+_KNOWN_IDS = "SELECT message_id FROM {messages} WHERE history_key = %s AND message_id = ANY (%s)"
+_COUNT = "SELECT message_count FROM {histories} WHERE history_key = %s"
+
+# The upper bound excludes nothing. It tells the planner that the range is narrow, whatever it knows of the table, so
+# that it walks along the primary key (a range between two unknown bounds is taken for 0.5 % of the table).
+_READ = """
+    SELECT content FROM {{messages}}
+    WHERE history_key = %(key)s AND position BETWEEN {start} AND %(end)s ORDER BY position
+"""
+_READ_ALL = _READ.format(start="0")
+_READ_ROUNDS = _READ.format(
+    start="""coalesce(
+        (SELECT position FROM {messages} WHERE history_key = %(key)s AND role = 'user'
+            ORDER BY position DESC OFFSET %(before)s LIMIT 1),
+        0)"""
+)
+_READ_MESSAGES = _READ.format(
+    start="""coalesce(
+        (SELECT position FROM {messages} WHERE history_key = %(key)s AND role <> 'tool' AND position <=
+            (SELECT position FROM {messages} WHERE history_key = %(key)s
+                ORDER BY position DESC OFFSET %(before)s LIMIT 1)
+            ORDER BY position DESC LIMIT 1),
+        0)"""
+)
+# Locks first, messages next, so that no writer slips in between.
+_LOCK_ONE = "SELECT history_key FROM {histories} WHERE history_key = %s FOR UPDATE"
+_LOCK_ALL = "SELECT history_key FROM {histories} WHERE namespace = %s ORDER BY history_key FOR UPDATE"
+_DELETE_MESSAGES = "DELETE FROM {messages} WHERE history_key = ANY (%s)"
+_DELETE_HISTORIES = "DELETE FROM {histories} WHERE history_key = ANY (%s)"
+
+
+class Statements(NamedTuple):
+    """
+    The statements of a store, with the names of its tables in them.
+    """
+
+    version: str
+    append: str
+    known_ids: str
+    message_count: str
+    read_all: str
+    read_rounds: str
+    read_messages: str
+    lock_one: str
+    lock_all: str
+    delete_messages: str
+    delete_histories: str
+
+
+class Tables:
+    """
+    The names of the tables, and what is said to them.
+    """
+
+    def __init__(self, schema_name: str, table_prefix: str) -> None:
+        """
+        Compose the names.
+
+        :param schema_name: The PostgreSQL schema that holds the tables.
+        :param table_prefix: What the tables' names begin with.
+        """
+        #: The table that holds the schema version, as `to_regclass` takes it.
+        self.version_table = sql.Identifier(schema_name, f"{table_prefix}_version").as_string(None)
+        tables = ("histories", "messages", "version")
+        indexes = ("messages_by_id", "messages_from_user", "histories_by_id")
+        self._names: dict[str, sql.Composable] = {
+            "schema": sql.Identifier(schema_name),
+            **{name: sql.Identifier(schema_name, f"{table_prefix}_{name}") for name in tables},
+            **{name: sql.Identifier(f"{table_prefix}_{name}") for name in indexes},
+            "number": sql.Literal(len(MIGRATIONS)),
+        }
+        self.statements = Statements(
+            version=self._named("SELECT max(version) FROM {version}"),
+            append=self._named(_APPEND),
+            known_ids=self._named(_KNOWN_IDS),
+            message_count=self._named(_COUNT),
+            read_all=self._named(_READ_ALL),
+            read_rounds=self._named(_READ_ROUNDS),
+            read_messages=self._named(_READ_MESSAGES),
+            lock_one=self._named(_LOCK_ONE),
+            lock_all=self._named(_LOCK_ALL),
+            delete_messages=self._named(_DELETE_MESSAGES),
+            delete_histories=self._named(_DELETE_HISTORIES),
+        )
+
+    def upgrade(self, version: int) -> list[str]:
+        """
+        Return the statements that bring a database to this version.
+
+        :param version: Its present version; 0 if it has no tables yet.
+        """
+        statements = [statement for step in MIGRATIONS[version:] for statement in step]
+        first = [_CREATE_VERSION] if version == 0 else []
+        return [self._named(statement) for statement in [*first, *statements, _SET_VERSION]]
+
+    def script(self) -> str:
+        """
+        Return all that makes the tables, as one text to run by hand.
+        """
+        return "".join(f"{statement.strip()};\n" for statement in [self.create_schema(), *self.upgrade(0)])
+
+    def create_schema(self) -> str:
+        """
+        Return the statement that makes the PostgreSQL schema, if it is missing.
+        """
+        return self._named(_CREATE_SCHEMA)
+
+    def _named(self, statement: str) -> str:
+        return sql.SQL(statement).format(**self._names).as_string(None)

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Rule 11: every part of a message comes back equal, is stored in a documented form, or is refused.
+"""
+
+import base64
+import dataclasses
+import datetime as dt
+import enum
+import math
+import types
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+from haystack.dataclasses import ChatMessage, ImageContent, ReasoningContent, TextContent, ToolCall
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from haystack_chat_store.errors import MessageEncodingError
+from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, exactly, without_ids
+from haystack_chat_store.testing.messages import messages, sample_messages, user
+
+_SURROGATES = range(0xD800, 0xE000)
+
+#: Text that some engine, driver or encoding stumbles over.
+HARD_TEXTS = {
+    "NUL": "a\x00b\x00",
+    "NUL escaped": "a\\u0000b",
+    "lone surrogates": "\ud800 \udfff \ude00\ud83d",
+    "every surrogate": " ".join(map(chr, _SURROGATES)),
+    "line ends": "\r\n\n\r\u2028\u2029\x85\x0b",
+    "quotes": "'\"`\\''\"\"; -- /* $1 ? :a %s {} \\",
+    "normal forms": "caf\u00e9 cafe\u0301 \ufb01 \u212b",
+    "not a character": "\ufffe\uffff\ufffd\U0010ffff",
+    "blanks": " \t a \u00a0\u3000 ",
+    "JSON": '{"role": "user", "content": [{"text": null}]}',
+}
+
+
+def _nested(levels: int) -> Any:
+    value: Any = "deep"
+    for level in range(levels):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+#: What JSON has a form for, but not every engine and driver keeps.
+HARD_VALUES = {
+    "beyond 64 bits": [2**63, -(2**63) - 1, 2**64, 2**70, -(2**70)],
+    "5,001 digits": [10**5000, -(10**5000)],
+    "zeros": [0, 0.0, -0.0],
+    "one in three types": [1, 1.0, True],
+    "floats": [1e308, -1e308, 5e-324, 2.2250738585072014e-308, 0.1 + 0.2, 1e22, 1e23, 123456789012345680.0],
+    "nothing": [None, "", [], {}, False, 0, [None], {"": None}],
+    "keys": dict.fromkeys(["", " ", "a.b", "$ref", "a\x00", "\ud800", "é", "e\u0301", "'", "__proto__", "text"], 1),
+    "text like other types": ["null", "true", "1", "1.0", "NaN", "2024-01-01", "[]"],
+    "deep": _nested(190),
+}
+
+
+class _Colour(enum.Enum):
+    RED = "red"
+
+
+class _Level(enum.IntEnum):
+    HIGH = 3
+
+
+class _Mood(str, enum.Enum):
+    GOOD = "good"
+
+
+class _Text(str):
+    pass
+
+
+class _Point(BaseModel):
+    x: int
+    when: dt.date
+
+
+@dataclasses.dataclass
+class _Usage:
+    tokens: int
+    by: tuple[str, ...]
+
+
+_UTC = dt.timezone.utc
+
+#: What JSON has no form for, and the form it is stored in: the table in the docstring of `haystack_chat_store.codec`.
+STORED_FORMS: dict[str, tuple[Any, Any]] = {
+    "tuple": ((1, (2,), ()), [1, [2], []]),
+    "set": ({3, 1, 2}, [1, 2, 3]),
+    "frozenset": (frozenset("ba"), ["a", "b"]),
+    "set without an order": ({1, None} - {None}, [1]),
+    "deque": (deque([1, 2]), [1, 2]),
+    "datetime": (dt.datetime(2024, 2, 29, 12, 30, 1, 5, _UTC), "2024-02-29T12:30:01.000005+00:00"),
+    "date": (dt.date(2024, 2, 29), "2024-02-29"),
+    "time": (dt.time(12, 30), "12:30:00"),
+    "Enum": (_Colour.RED, "red"),
+    "IntEnum": (_Level.HIGH, 3),
+    "text Enum": (_Mood.GOOD, "good"),
+    "subclass of text": (_Text("text"), "text"),
+    "dataclass": (_Usage(1, ("a", "b")), {"tokens": 1, "by": ["a", "b"]}),
+    "pydantic model": (_Point(x=1, when=dt.date(2024, 2, 29)), {"x": 1, "when": "2024-02-29"}),
+    "other mapping": (types.MappingProxyType({"a": (1,)}), {"a": [1]}),
+    "OrderedDict": (OrderedDict(b=1, a=2), {"b": 1, "a": 2}),
+    "UUID": (uuid.UUID(int=7), "00000000-0000-0000-0000-000000000007"),
+    "Decimal": (Decimal("1.10"), "1.10"),
+    "Path": (PurePosixPath("a/b"), "a/b"),
+    "bytes": (b"\x00\xff", "AP8="),
+    "bytearray": (bytearray(b"\x00\xff"), "AP8="),
+    "memoryview": (memoryview(b"\x00\xff"), "AP8="),
+    "NaN": (math.nan, "NaN"),
+    "Infinity": (math.inf, "Infinity"),
+    "-Infinity": (-math.inf, "-Infinity"),
+    "numpy integer": (np.int64(7), 7),
+    "numpy float": (np.float32(0.5), 0.5),
+    "numpy bool": (np.bool_(True), True),
+    "numpy NaN": (np.float64("nan"), "NaN"),
+    "numpy array": (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+    "surrogates side by side": ("\ud83d\ude00", "\U0001f600"),
+    "number as key": ({1: "a", 2.5: "b"}, {"1": "a", "2.5": "b"}),
+    "None and bool as keys": ({None: "a", True: "b", False: "c"}, {"null": "a", "true": "b", "false": "c"}),
+    "other keys": ({_Colour.RED: 1, dt.date(2024, 2, 29): 2}, {"red": 1, "2024-02-29": 2}),
+}
+
+
+def _cycle() -> Any:
+    inner: list[Any] = []
+    inner.append({"self": inner})
+    return inner
+
+
+#: What has no form in JSON at all.
+REFUSED: dict[str, Callable[[], Any]] = {
+    "function": lambda: print,
+    "lambda": lambda: lambda: None,
+    "object": object,
+    "class": lambda: dict,
+    "generator": lambda: (number for number in range(3)),
+    "complex number": lambda: 1j,
+    "dict that contains itself": _cycle,
+    "1,000 levels": lambda: _nested(1000),
+    "100,000 levels": lambda: _nested(100_000),
+    "keys that become the same": lambda: {1: "a", "1": "b"},
+    "key without a form": lambda: {object(): 1},
+}
+
+# The places in a message that can hold anything, each with how an error has to name it.
+_PLACES: dict[str, tuple[Callable[[Any], ChatMessage], str]] = {
+    "meta": (lambda value: user(usage={"x": value}), r"messages\[2\]\.meta\['usage'\]\['x'\]"),
+    "list in meta": (lambda value: user(usage=[0, value]), r"messages\[2\]\.meta\['usage'\]\[1\]"),
+    "arguments": (
+        lambda value: ChatMessage.from_assistant(tool_calls=[ToolCall("search", {"x": value})]),
+        r"messages\[2\]\.content\[0\].*arguments.*\['x'\]",
+    ),
+    "extra of a call": (
+        lambda value: ChatMessage.from_assistant("Hm.", tool_calls=[ToolCall("search", {}, extra={"x": value})]),
+        r"messages\[2\]\.content\[1\].*extra.*\['x'\]",
+    ),
+    "extra of reasoning": (
+        lambda value: ChatMessage.from_assistant(reasoning=ReasoningContent("Hm.", {"x": value})),
+        r"messages\[2\]\.content\[0\].*extra.*\['x'\]",
+    ),
+    "origin of a result": (
+        lambda value: ChatMessage.from_tool("done", origin=ToolCall("search", {"x": value})),
+        r"messages\[2\]\.content\[0\].*origin.*arguments.*\['x'\]",
+    ),
+    "meta of an image in a result": (
+        lambda value: ChatMessage.from_tool(
+            [TextContent("a map:"), ImageContent("", "image/png", meta={"x": value})], origin=ToolCall("draw", {})
+        ),
+        r"messages\[2\]\.content\[0\].*result.*\[1\].*meta.*\['x'\]",
+    ),
+}
+
+
+def _cases(values: dict[str, Any], *names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(names if len(names) > 1 else names[0], list(values.values()), ids=list(values))
+
+
+class Rule11LosslessTest(ContractTest):
+    """
+    Rule 11: what is written comes back equal, in a documented form, or was refused; nothing is dropped.
+    """
+
+    @_cases(sample_messages(), "message")
+    def test_message_of_every_kind_comes_back_equal(
+        self, new_store: StoreFactory, calls: Calls, message: ChatMessage
+    ) -> None:
+        _assert_comes_back_equal(new_store(skip_system_messages=False), calls, [message])
+
+    def test_messages_of_all_kinds_come_back_equal_together(self, new_store: StoreFactory, calls: Calls) -> None:
+        _assert_comes_back_equal(new_store(skip_system_messages=False), calls, list(sample_messages().values()))
+
+    @_cases(HARD_TEXTS, "text")
+    def test_hard_text_comes_back_equal_wherever_it_stands(self, store: ClosableStore, calls: Calls, text: str) -> None:
+        call = ToolCall(text, {text: text}, id=text, extra={text: [text]})
+        written = [
+            ChatMessage.from_user(text, name=text, meta={text: text}),
+            ChatMessage.from_assistant(text, reasoning=ReasoningContent(text, {text: text}), tool_calls=[call]),
+            ChatMessage.from_tool(text, origin=call),
+            ChatMessage.from_tool([TextContent(text)], origin=call, error=True),
+        ]
+        _assert_comes_back_equal(store, calls, written)
+
+    def test_every_character_comes_back_equal(self, store: ClosableStore, calls: Calls) -> None:
+        text = "".join(chr(code) for code in range(0x110000) if code not in _SURROGATES)
+        _assert_comes_back_equal(store, calls, [ChatMessage.from_user(text, meta={text: text})])
+
+    @_cases(HARD_VALUES, "value")
+    def test_hard_value_comes_back_equal_and_of_the_same_type(
+        self, store: ClosableStore, calls: Calls, value: Any
+    ) -> None:
+        call = ToolCall("search", {"value": value}, extra={"value": value})
+        written = [user(value=value), ChatMessage.from_assistant(tool_calls=[call], meta={"value": value})]
+        _assert_comes_back_equal(store, calls, written)
+
+    @_cases(HARD_VALUES, "value")
+    def test_hard_value_comes_back_equal_beside_one_without_a_form(
+        self, store: ClosableStore, calls: Calls, value: Any
+    ) -> None:
+        calls.write(store, "chat", [user(value=value, odd=(1, 2))])
+        (message,) = calls.retrieve(store, "chat")
+        assert exactly(message.meta["value"]) == exactly(value)
+        assert message.meta["odd"] == [1, 2]
+
+    def test_hard_values_do_not_hide_each_other(self, store: ClosableStore, calls: Calls) -> None:
+        _assert_comes_back_equal(store, calls, [user(value=value) for value in HARD_VALUES.values()])
+
+    def test_image_of_20_megabytes_comes_back_equal(self, store: ClosableStore, calls: Calls) -> None:
+        base64_image = base64.b64encode(bytes(range(256)) * 60_000).decode()
+        assert len(base64_image) > 20_000_000
+        image = ImageContent(base64_image, "image/png", validation=False)
+        calls.write(store, "chat", [ChatMessage.from_user(content_parts=[image])])
+        assert calls.retrieve(store, "chat")[0].image == image
+
+    def test_any_message_comes_back_equal(self, new_store: StoreFactory, calls: Calls) -> None:
+        store = new_store(last_k=None)
+
+        # Making such messages takes hypothesis a while on a busy machine, which is no fault of the store's.
+        @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        @given(st.lists(messages(), max_size=3))
+        def holds(written: list[ChatMessage]) -> None:
+            _assert_comes_back_equal(store, calls, written)
+
+        holds()
+
+    @_cases(STORED_FORMS, "value", "stored")
+    def test_what_json_has_no_form_for_is_stored_in_its_documented_form(
+        self, store: ClosableStore, calls: Calls, value: Any, stored: Any
+    ) -> None:
+        call = ToolCall("search", {"value": value}, extra={"value": [value]})
+        calls.write(store, "chat", [ChatMessage.from_assistant(tool_calls=[call], meta={"value": {"in": value}})])
+        (message,) = calls.retrieve(store, "chat")
+        (found,) = message.tool_calls
+        assert exactly(message.meta["value"]) == exactly({"in": stored})
+        assert exactly(found.arguments) == exactly({"value": stored})
+        assert exactly(found.extra) == exactly({"value": [stored]})
+
+    def test_set_without_an_order_becomes_a_list_in_any_order(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", [user(value={1, "a", None})])
+        (message,) = calls.retrieve(store, "chat")
+        assert sorted(message.meta["value"], key=repr) == ["a", 1, None]
+
+    @_cases(_PLACES, "make_message", "path")
+    @_cases(REFUSED, "make_value")
+    def test_what_has_no_form_is_refused_and_named_wherever_it_stands(
+        self,
+        store: ClosableStore,
+        calls: Calls,
+        make_value: Callable[[], Any],
+        make_message: Callable[[Any], ChatMessage],
+        path: str,
+    ) -> None:
+        with pytest.raises(MessageEncodingError, match=path):
+            calls.write(store, "chat", [user(), user(), make_message(make_value()), user()])
+        assert calls.count(store, "chat") == 0
+
+    def test_content_that_is_no_part_of_a_message_is_refused(self, store: ClosableStore, calls: Calls) -> None:
+        odd = dataclasses.replace(user(), _content=[TextContent("Hello"), "Hello"])  # type: ignore[list-item]
+        with pytest.raises(MessageEncodingError, match=r"messages\[1\]\.content\[1\]"):
+            calls.write(store, "chat", [user(), odd])
+        assert calls.count(store, "chat") == 0
+
+
+def _assert_comes_back_equal(store: ClosableStore, calls: Calls, written: list[ChatMessage]) -> None:
+    chat_history_id = uuid.uuid4().hex
+    assert calls.write(store, chat_history_id, written) == len(written)
+    found = without_ids(calls.retrieve(store, chat_history_id, last_k=1000))
+    assert found == written
+    assert exactly(found) == exactly(written)

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What all tests of the contract stand on.
+
+The fixtures, the two ways of calling a store, what an engine states about itself, and exact comparison of messages.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import pytest
+from haystack.dataclasses import ChatMessage
+
+from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.types import AsyncChatMessageStore
+
+TestT = TypeVar("TestT", bound=Callable[..., Any])
+
+
+class ClosableStore(AsyncChatMessageStore, Protocol):
+    """
+    What the contract is checked on: a store with all calls, both ways, that can be closed.
+    """
+
+    def close(self) -> None:
+        """
+        Release what the store holds open.
+        """
+        ...
+
+    async def close_async(self) -> None:
+        """
+        Do what `close` does, without blocking the event loop.
+        """
+        ...
+
+
+#: Makes a store. Takes the settings that all stores have: `skip_system_messages`, `last_k`, `last_k_unit`, `namespace`.
+StoreFactory = Callable[..., ClosableStore]
+
+
+class Calls:
+    """
+    One of the two ways of calling a store: its methods, or their asynchronous twins, all in one event loop.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """
+        Choose the way.
+
+        :param loop: The event loop to call the asynchronous twins in; `None` to call the methods.
+        """
+        self._loop = loop
+
+    def write(self, store: ClosableStore, chat_history_id: Any, messages: Any) -> int:
+        """
+        Call `write_messages`.
+        """
+        return self._call(store, "write_messages", chat_history_id, messages)  # type: ignore[no-any-return]
+
+    def retrieve(self, store: ClosableStore, chat_history_id: Any, **last_k: Any) -> list[ChatMessage]:
+        """
+        Call `retrieve_messages`, with `last_k` only if it is given.
+        """
+        return self._call(store, "retrieve_messages", chat_history_id, **last_k)  # type: ignore[no-any-return]
+
+    def count(self, store: ClosableStore, chat_history_id: Any) -> int:
+        """
+        Call `count_messages`.
+        """
+        return self._call(store, "count_messages", chat_history_id)  # type: ignore[no-any-return]
+
+    def delete(self, store: ClosableStore, chat_history_id: Any) -> None:
+        """
+        Call `delete_messages`.
+        """
+        self._call(store, "delete_messages", chat_history_id)
+
+    def delete_all(self, store: ClosableStore) -> None:
+        """
+        Call `delete_all_messages`.
+        """
+        self._call(store, "delete_all_messages")
+
+    def close(self, store: ClosableStore) -> None:
+        """
+        Call `close`.
+        """
+        self._call(store, "close")
+
+    def _call(self, store: ClosableStore, method: str, *arguments: Any, **options: Any) -> Any:
+        if self._loop is None:
+            return getattr(store, method)(*arguments, **options)
+        return self._loop.run_until_complete(getattr(store, f"{method}_async")(*arguments, **options))
+
+
+@contextmanager
+def calls_in_a_loop() -> Iterator[Calls]:
+    """
+    Provide the asynchronous way of calling, in an event loop that ends with the block.
+    """
+    loop = asyncio.new_event_loop()
+    try:
+        yield Calls(loop)
+    finally:
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+
+def only_where(stated: str) -> Callable[[TestT], TestT]:
+    """
+    Mark a test that makes sense only for engines that state something about themselves; for others it does not exist.
+
+    :param stated: The name of a class attribute that must be true, such as `"durable"`.
+    """
+
+    def mark(test: TestT) -> TestT:
+        test.only_where = stated  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+class ContractTest:
+    """
+    The base of all tests of the contract: what a store's author provides, and the fixtures built on it.
+
+    Only `make_store` has to be provided. The other attributes have defaults that suit most engines.
+    """
+
+    #: Whether histories outlive the process, so that other processes see them. False for a store in memory.
+    durable = True
+
+    #: The longest `chat_history_id` and message id that the store takes, in characters.
+    max_id_length = 512
+
+    #: The longest `namespace` that the store takes, in characters.
+    max_namespace_length = 128
+
+    #: Override it with a fixture like `make_store`, whose stores lead to an engine that does not answer: a server that
+    #: is not there, a file in a folder that does not exist. Tests that need it exist only where it is overridden.
+    make_unreachable_store: Any = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """
+        Leave out the tests marked with `only_where` that make no sense for this engine.
+        """
+        super().__init_subclass__(**options)
+        for name in set(dir(cls)).difference(vars(cls)):
+            definitions = [vars(base)[name] for base in cls.__mro__[1:] if vars(base).get(name) is not None]
+            stated = getattr(definitions[0], "only_where", None) if definitions else None
+            if stated is not None:
+                setattr(cls, name, definitions[0] if getattr(cls, stated) else None)
+
+    @pytest.fixture
+    def make_store(self) -> StoreFactory:
+        """
+        Return a function that makes a store with the given settings. Every test class has to override this.
+
+        All stores that it makes within one test lead to the same database, which is empty when the test begins.
+        """
+        raise NotImplementedError("Override the fixture make_store: it returns a function that makes a store.")
+
+    @pytest.fixture
+    def new_store(self, make_store: StoreFactory) -> Iterator[StoreFactory]:
+        """
+        Return `make_store`, but close at the end of the test what it made.
+        """
+        made: list[ClosableStore] = []
+
+        def new(**settings: Any) -> ClosableStore:
+            made.append(make_store(**settings))
+            return made[-1]
+
+        yield new
+        for store in made:
+            store.close()
+
+    @pytest.fixture
+    def store(self, new_store: StoreFactory) -> ClosableStore:
+        """
+        Return a store with default settings on an empty database.
+        """
+        return new_store()
+
+    @pytest.fixture(params=["sync", "async"])
+    def calls(self, request: pytest.FixtureRequest) -> Iterator[Calls]:
+        """
+        Return each of the two ways of calling a store. A test that uses this fixture runs both ways.
+        """
+        if request.param == "sync":
+            yield Calls()
+        else:
+            with calls_in_a_loop() as calls:
+                yield calls
+
+
+def ids(messages: list[ChatMessage]) -> list[str]:
+    """
+    Return the ids of retrieved messages.
+    """
+    return [message.meta[MESSAGE_ID_KEY] for message in messages]
+
+
+def texts(messages: list[ChatMessage]) -> list[str | None]:
+    """
+    Return the first text of each message.
+    """
+    return [message.text for message in messages]
+
+
+def exactly(value: Any) -> Any:
+    """
+    Return what is equal for two values only if they are the same in type and sign, too: not for 1, 1.0 and True.
+
+    :param value: A message, a list of messages, or anything made of lists, dicts and scalars.
+    """
+    if isinstance(value, ChatMessage):
+        return exactly(value.to_dict())
+    if isinstance(value, dict):
+        return {key: exactly(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [exactly(item) for item in value]
+    return type(value), repr(value) if isinstance(value, float) else value
+
+
+def without_ids(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """
+    Return copies of retrieved messages without the ids that the store gave them, to compare with what was written.
+    """
+    return [
+        replace(message, _meta={key: value for key, value in message.meta.items() if key != MESSAGE_ID_KEY})
+        for message in messages
+    ]
