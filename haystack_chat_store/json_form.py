@@ -56,25 +56,16 @@ def _kept_encoder() -> Callable[[Any], str]:
     make: Any = getattr(json_encoder, "c_make_encoder", None)
     if make is None:  # an interpreter whose json has no accelerator
         return _encoder.encode
-    encode = make(None, _encoder.default, json_encoder.encode_basestring, None, ":", ",", False, False, False)
+    encode = make(None, _encoder.default, quoted, None, ":", ",", False, False, False)
     return lambda data: "".join(encode(data, 0))
 
 
-_encode = _kept_encoder()
+#: Returns text as a JSON string.
+quoted: Callable[[str], str] = json_encoder.encode_basestring
 
-
-def json_text(data: Any) -> str:
-    """
-    Return data as compact JSON text that UTF-8 can write.
-
-    :param data: What consists of nothing but dicts with text as keys, lists, texts, numbers, booleans and `None`.
-    :raises ValueError: If there is a NaN, an infinity, an integer of over 4,300 digits or a lone surrogate in it.
-    :raises TypeError: If there is anything else in it.
-    """
-    text = _encode(data)
-    if not text.isascii():
-        text.encode()
-    return text
+#: Returns data as compact JSON text. Raises ValueError for a NaN, an infinity and an integer of over 4,300 digits, and
+#: TypeError for what JSON has no form for.
+encoded = _kept_encoder()
 
 
 def parse_json(text: str) -> Any:
@@ -105,8 +96,9 @@ def encode_unusual(data: dict[str, Any], where: str) -> str:
     """
     long_integers: dict[str, str] = {}
     form = {key: _json_form(value, f"{where}.{key}", MAX_DEPTH, long_integers) for key, value in data.items()}
+    text = encoded(form)
     try:
-        text = json_text(form)
+        text.encode()
     except UnicodeEncodeError:  # a lone surrogate can only be written as an escape sequence
         text = _ascii_encoder.encode(form)
     for placeholder, digits in long_integers.items():
@@ -157,7 +149,7 @@ def _key_form(key: Any, path: str, depth: int) -> str:
     form = _json_form(key, f"a key of {path}", depth - 1, long_integers)
     if isinstance(form, str):
         return long_integers.get(form, form)
-    return json_text(form)
+    return encoded(form)
 
 
 def _number_form(value: float, long_integers: dict[str, str]) -> float | str:

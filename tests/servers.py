@@ -563,8 +563,16 @@ class RedisCluster:
         """
         third = range(i, len(self.nodes), self.masters)
         replica = next(j for j in third if self._replication(j)["role"] == "slave")
-        self._cluster(replica, "FAILOVER")
-        wait_until(lambda: self._replication(replica)["role"] == "master", f"node {replica} to take over")
+
+        def takes_over() -> bool:
+            # A request expires after 5 seconds, and nodes refuse to vote twice on one master within two node timeouts.
+            self._cluster(replica, "FAILOVER")
+            with suppress(TimeoutError):
+                wait_until(lambda: self._replication(replica)["role"] == "master", "the votes", hang_limit=6)
+                return True
+            return False
+
+        wait_until(takes_over, f"node {replica} to take over")
         self.wait_until_ok()
 
 
