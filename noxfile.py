@@ -8,7 +8,7 @@ import nox
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "tests", "docs"]
+nox.options.sessions = ["lint", "types", "tests"]
 
 ENVIRONMENT = {"HAYSTACK_TELEMETRY_ENABLED": "False"}
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
@@ -33,11 +33,12 @@ def versions(session: nox.Session) -> None:
     session.run("pytest", *session.posargs, env=ENVIRONMENT)
 
 
-@nox.session(python="3.10")
+@nox.session(python="3.10", reuse_venv=False)  # a newer version that is there already would stay
 def lowest(session: nox.Session) -> None:
     """Run all tests with the lowest dependencies that pyproject.toml allows."""
     session.install("uv")
-    session.run("uv", "pip", "install", "--resolution=lowest-direct", "-e", ".[testing]", "--group", "test")
+    everything = ["-e", ".[postgres,redis,testing]", "--group", "test"]
+    session.run("uv", "pip", "install", "--resolution=lowest-direct", *everything)
     session.run("pytest", *session.posargs, env=ENVIRONMENT)
 
 
@@ -98,8 +99,8 @@ def package(session: nox.Session) -> None:
     session.install("build", "haystack-ai", "ollama-haystack")
     folder = session.create_tmp()
     session.run("python", "-m", "build", "--wheel", "--outdir", folder)
-    for source in (f"--find-links={folder} --no-index haystack-chat-store", "--editable ."):
-        session.install("--no-deps", "--force-reinstall", *source.split(" "))
+    for source in (["--no-index", f"--find-links={folder}", "haystack-chat-store"], ["--editable", "."]):
+        session.install("--no-deps", "--force-reinstall", *source)
         session.run("python", "-I", "-c", NEIGHBOURS, env=ENVIRONMENT)
 
 

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sqlite3
 import sys
 import tempfile
@@ -32,6 +33,8 @@ def main() -> None:
     if arguments.sizes:
         plan = plan._replace(sizes=sorted({int(size) for size in arguments.sizes.split(",")}))
 
+    # Leave as Ctrl-C does, so that the temporary folder is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
     results = measure(plan)
     print("# Benchmarks", environment(), report(plan, results), sep="\n\n")

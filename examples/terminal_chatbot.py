@@ -5,6 +5,7 @@ A chatbot for the terminal that remembers: leave it, start it again, and it stil
     python examples/terminal_chatbot.py                          chat; needs no API key
     python examples/terminal_chatbot.py --say "My name is Ada."  one turn, without a prompt
     python examples/terminal_chatbot.py --llm openai             chat with a real model; needs OPENAI_API_KEY
+    python examples/terminal_chatbot.py --store redis://host     remember in another store than a file
 
 Without a model it answers by rules, simple enough that one can see what it remembers.
 """
@@ -12,7 +13,9 @@ Without a model it answers by rules, simple enough that one can see what it reme
 import argparse
 import os
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
@@ -25,7 +28,7 @@ from haystack.dataclasses import ChatMessage, ChatRole, StreamingChunk
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
 
-from haystack_chat_store import ChatMessageStoreError, SQLiteChatMessageStore
+from haystack_chat_store import ChatMessageStore, ChatMessageStoreError, SQLiteChatMessageStore, store_from_url
 
 SYSTEM_PROMPT = "You are a friendly chatbot. Use what the user has told you so far."
 
@@ -57,7 +60,7 @@ def print_chunk(chunk: StreamingChunk) -> None:
     print("bot> " if chunk.start else "", chunk.content, sep="", end="", flush=True)
 
 
-def build_pipeline(store: SQLiteChatMessageStore, llm: str) -> Pipeline:
+def build_pipeline(store: ChatMessageStore, llm: str) -> Pipeline:
     """
     Build the pipeline: the question joins its history, goes to the model, and is stored together with the answer.
     """
@@ -90,21 +93,22 @@ def say(pipeline: Pipeline, chat_history_id: str, text: str) -> None:
     print()
 
 
-def chat(pipeline: Pipeline, store: SQLiteChatMessageStore, chat_history_id: str) -> None:
+def chat(pipeline: Pipeline, store: ChatMessageStore, chat_history_id: str) -> None:
     """
-    Chat until the end of input or Ctrl-C.
+    Chat until the end of input, or Ctrl-C at the prompt.
     """
     remembered = store.count_messages(chat_history_id)
     print(f"I remember {remembered} messages of ours." if remembered else "We have not met yet.")
     print("Say something. Ctrl-D or Ctrl-C leaves; start me again and I remember.")
+    prompt = "you> " if sys.stdin.isatty() else ""
     while True:
         try:
-            text = input("you> ").strip()
-            if text:
-                say(pipeline, chat_history_id, text)
+            text = input(prompt).strip()
         except (EOFError, KeyboardInterrupt):
-            print("\nGoodbye! I will remember.")
+            print("\n" if prompt else "", "Goodbye! I will remember.", sep="")
             return
+        if text:
+            say(pipeline, chat_history_id, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -112,21 +116,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Read the command line and chat.
     """
     parser = argparse.ArgumentParser(description="A chatbot that remembers across restarts.")
-    parser.add_argument("--db", default="chat_history.db", metavar="PATH", help="database file (%(default)s)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--db", default="chat_history.db", metavar="PATH", help="database file (%(default)s)")
+    where.add_argument("--store", metavar="URL", help="another store, such as postgresql://… or redis://…")
     parser.add_argument("--history", default="terminal", metavar="ID", help="which conversation (%(default)s)")
     parser.add_argument("--say", metavar="TEXT", help="say this, print the answer and leave")
     parser.add_argument("--llm", choices=["mock", "openai"], default="mock", help="who answers (%(default)s)")
     options = parser.parse_args(arguments)
     if options.llm == "openai" and not os.environ.get("OPENAI_API_KEY"):
         parser.error("--llm openai needs the environment variable OPENAI_API_KEY.")
+    store: Any
     try:
-        store = SQLiteChatMessageStore(options.db, last_k=None)
-        pipeline = build_pipeline(store, options.llm)
-        if options.say is None:
-            chat(pipeline, store, options.history)
+        if options.store is None:
+            store = SQLiteChatMessageStore(options.db, last_k=None)
         else:
-            say(pipeline, options.history, options.say)
-    except (ChatMessageStoreError, PipelineRuntimeError, ValueError) as error:
+            store = store_from_url(options.store, last_k=None)
+    except (ImportError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    try:
+        with closing(store):
+            pipeline = build_pipeline(store, options.llm)
+            if options.say is None:
+                chat(pipeline, store, options.history)
+            else:
+                say(pipeline, options.history, options.say)
+    except KeyboardInterrupt:
+        parser.exit(130, "\nGoodbye! I may not remember this last turn.\n")
+    except PipelineRuntimeError as error:
+        parser.exit(1, f"{parser.prog}: {error.__cause__ or error}\n")
+    except (ChatMessageStoreError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
 
 

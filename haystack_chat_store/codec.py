@@ -9,8 +9,8 @@ no form for is stored in the form that `json_form` documents, or refused.
 import gc
 import os
 import threading
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -49,46 +49,28 @@ _CHECKED_DEPTH = MAX_DEPTH - 10
 _MANY = 1000
 
 
-class _GarbageCollectorPause:
-    """
-    Keeps the garbage collector from looking through messages while they are made: half of a bulk read would be that.
-
-    Threads may pause at the same time. The collector runs again when the last is done, if it did before the first.
-    """
-
-    def __init__(self) -> None:
-        self._start_over()
-
-    def _start_over(self) -> None:
-        self._lock = threading.Lock()
-        self._pausing = 0
-        self._was_enabled = gc.isenabled()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._pausing == 0:
-                self._was_enabled = gc.isenabled()
-                gc.disable()
-            self._pausing += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._pausing -= 1
-            if self._pausing == 0 and self._was_enabled:
-                gc.enable()
-
-    def end_in_child(self) -> None:
-        """
-        End, in a forked child, the pauses of threads that exist only in the parent.
-        """
-        if self._pausing and self._was_enabled:
-            gc.enable()
-        self._start_over()
-
-
-_garbage_collector_paused = _GarbageCollectorPause()
+# Held by the one bulk read at a time that pauses the garbage collector, and over a fork.
+_pausing = threading.Lock()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_garbage_collector_paused.end_in_child)
+    os.register_at_fork(before=_pausing.acquire, after_in_parent=_pausing.release, after_in_child=_pausing.release)
+
+
+@contextmanager
+def _garbage_collector_paused() -> Iterator[None]:
+    """
+    Keep the garbage collector from looking through messages while they are made: half of a bulk read would be that.
+
+    While one thread does, others decode as they are, so that there is always a time when the collector may run.
+    """
+    if not gc.isenabled() or not _pausing.acquire(blocking=False):
+        yield
+        return
+    try:
+        gc.disable()
+        yield
+    finally:
+        gc.enable()
+        _pausing.release()
 
 
 def encode_message(message: ChatMessage, message_id: str, where: str = "message") -> str:
@@ -102,7 +84,11 @@ def encode_message(message: ChatMessage, message_id: str, where: str = "message"
     """
     try:
         text = _plain_text(message, message_id)
-    except (ValueError, TypeError, AttributeError):  # a NaN, a very long integer, a lone surrogate, or what Haystack has no part for
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):  # a NaN, a very long integer, a lone surrogate, or what Haystack has no part for
         text = None
     if text is None:
         data = _message_to_dict(message, where)
@@ -146,7 +132,7 @@ def decode_messages(texts: Sequence[str]) -> list[ChatMessage]:
     :param texts: What `encode_message` returned, oldest first.
     :raises MessageDecodingError: If one of them cannot be read back. It names the text's index, not its content.
     """
-    with _garbage_collector_paused if len(texts) >= _MANY else nullcontext():
+    with _garbage_collector_paused() if len(texts) >= _MANY else nullcontext():
         try:
             rows = parse_json(f"[{','.join(texts)}]")
             if len(rows) == len(texts):
@@ -209,7 +195,7 @@ def _message_from_dict(data: dict[str, Any]) -> ChatMessage:
     """
     content = [_part_from_dict(part) for part in data["content"]]
     state = {"_role": _ROLES[data["role"]], "_content": content, "_name": data["name"], "_meta": data["meta"] or {}}
-    if len(data) != len(state) or type(data["content"]) is not list:
+    if len(data) != len(state) or type(data["content"]) is not list or type(state["_meta"]) is not dict:
         raise ValueError("Not what this version of Haystack writes.")
     return _made(ChatMessage, state)  # type: ignore[no-any-return]
 

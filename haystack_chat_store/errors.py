@@ -29,7 +29,8 @@ class StoreUnavailableError(ChatMessageStoreError):
     """
     The engine behind the store cannot be opened, reached, read or written.
 
-    Nothing of the failed call was stored.
+    Of a failed write nothing was stored, or all of it if only the engine's confirmation was lost. It is safe to write
+    again what carries ids.
     """
 
 

@@ -29,7 +29,7 @@ from decimal import Decimal
 from enum import Enum
 from json import encoder as json_encoder
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
@@ -39,10 +39,13 @@ from haystack_chat_store.errors import MessageEncodingError
 #: meet either, however deep in a program it happens.
 MAX_DEPTH = 200
 
-# Integers of up to so many digits are turned into text and back by Python without objection (sys.int_info). Decimal
-# has no such limit.
-_MAX_DIGITS = 4300
+# Integers of up to so many digits are turned into text and back by Python without objection, however its limit is set
+# (sys.set_int_max_str_digits). Decimal has no such limit.
+_MAX_DIGITS = 640
 _MAX_BITS = int(_MAX_DIGITS * math.log2(10)) - 1
+
+# Where a value stands: the message's field, or another path and a step from there.
+_Path: TypeAlias = "tuple[str] | tuple[_Path, str | int]"
 
 # check_circular is off because the depth limit finds cycles too, and it would cost a third of the time.
 _encoder = json.JSONEncoder(ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":"))
@@ -56,7 +59,10 @@ def _kept_encoder() -> Callable[[Any], str]:
     make: Any = getattr(json_encoder, "c_make_encoder", None)
     if make is None:  # an interpreter whose json has no accelerator
         return _encoder.encode
-    encode = make(None, _encoder.default, quoted, None, ":", ",", False, False, False)
+    try:
+        encode = make(None, _encoder.default, quoted, None, ":", ",", False, False, False)
+    except TypeError:  # not part of json's interface: another version may want other arguments
+        return _encoder.encode
     return lambda data: "".join(encode(data, 0))
 
 
@@ -95,18 +101,33 @@ def encode_unusual(data: dict[str, Any], where: str) -> str:
     :raises MessageEncodingError: If a value has no form. It names the value's path.
     """
     long_integers: dict[str, str] = {}
-    form = {key: _json_form(value, f"{where}.{key}", MAX_DEPTH, long_integers) for key, value in data.items()}
+    form = {key: _json_form(value, (f"{where}.{key}",), MAX_DEPTH, long_integers) for key, value in data.items()}
     text = encoded(form)
     try:
         text.encode()
     except UnicodeEncodeError:  # a lone surrogate can only be written as an escape sequence
         text = _ascii_encoder.encode(form)
+    return _with_long_integers(text, long_integers)
+
+
+def _with_long_integers(text: str, long_integers: dict[str, str]) -> str:
     for placeholder, digits in long_integers.items():
         text = text.replace(f'"{placeholder}"', digits)
     return text
 
 
-def _json_form(value: Any, path: str, depth: int, long_integers: dict[str, str]) -> Any:
+def _shown(path: _Path) -> str:
+    """
+    Return a path as an error shows it, such as `messages[2].meta['usage']['x']`. Put together only then.
+    """
+    steps = []
+    while len(path) == 2:
+        path, step = path
+        steps.append(f"[{step!r}]"[:100])
+    return "".join([path[0], *reversed(steps)])[:200]
+
+
+def _json_form(value: Any, path: _Path, depth: int, long_integers: dict[str, str]) -> Any:
     """
     Return a copy of a value in its JSON form.
 
@@ -114,13 +135,19 @@ def _json_form(value: Any, path: str, depth: int, long_integers: dict[str, str])
         stands for each in the copy.
     """
     if depth == 0:
-        raise MessageEncodingError(f"{path[:200]}… is nested more than {MAX_DEPTH} levels deep, or contains itself.")
+        raise MessageEncodingError(f"{_shown(path)}… is nested more than {MAX_DEPTH} levels deep, or contains itself.")
     for is_meant, converted in _CONVERSIONS:
         if is_meant(value):
-            value = converted(value)
+            try:
+                value = converted(value)
+            except Exception as error:  # a model's own serializer may raise anything, and quote the value
+                raise MessageEncodingError(
+                    f"{_shown(path)} is a {type(value).__name__} that cannot be made JSON ({type(error).__name__})."
+                ) from None
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
+        value = str.__str__(value)  # plain, whatever a subclass makes of its methods
         # A pair of surrogates becomes the character it encodes, as it would when it is read back.
         return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
     if isinstance(value, (int, float)):
@@ -128,28 +155,29 @@ def _json_form(value: Any, path: str, depth: int, long_integers: dict[str, str])
     if isinstance(value, Mapping):
         return _object_form(value, path, depth, long_integers)
     if isinstance(value, (list, tuple, deque)):
-        return [_json_form(item, f"{path}[{i}]", depth - 1, long_integers) for i, item in enumerate(value)]
+        return [_json_form(item, (path, i), depth - 1, long_integers) for i, item in enumerate(value)]
     raise MessageEncodingError(
-        f"{path} is a {type(value).__name__}, which JSON has no form for. Turn it into text, numbers, lists or dicts."
+        f"{_shown(path)} is a {type(value).__name__}, which JSON has no form for. "
+        "Turn it into text, numbers, lists or dicts."
     )
 
 
-def _object_form(value: Mapping[Any, Any], path: str, depth: int, long_integers: dict[str, str]) -> dict[str, Any]:
+def _object_form(value: Mapping[Any, Any], path: _Path, depth: int, long_integers: dict[str, str]) -> dict[str, Any]:
     form: dict[str, Any] = {}
     for key, item in value.items():
         name = _key_form(key, path, depth)
         if name in form:
-            raise MessageEncodingError(f"{path} has two keys that both become {name!r} in JSON.")
-        form[name] = _json_form(item, f"{path}[{name!r}]", depth - 1, long_integers)
+            raise MessageEncodingError(f"{_shown(path)} has two keys that both become {name[:200]!r} in JSON.")
+        form[name] = _json_form(item, (path, name), depth - 1, long_integers)
     return form
 
 
-def _key_form(key: Any, path: str, depth: int) -> str:
+def _key_form(key: Any, path: _Path, depth: int) -> str:
     long_integers: dict[str, str] = {}
-    form = _json_form(key, f"a key of {path}", depth - 1, long_integers)
+    form = _json_form(key, (path, "a key"), depth - 1, long_integers)
     if isinstance(form, str):
         return long_integers.get(form, form)
-    return encoded(form)
+    return _with_long_integers(encoded(form), long_integers)
 
 
 def _number_form(value: float, long_integers: dict[str, str]) -> float | str:
@@ -194,5 +222,5 @@ _CONVERSIONS: tuple[tuple[Callable[[Any], bool], Callable[[Any], Any]], ...] = (
     (_is_a(set, frozenset), _sorted_if_possible),
     (_is_a(date, datetime, time), lambda value: value.isoformat()),
     (_is_a(uuid.UUID, Decimal, PurePath), str),
-    (_is_a(bytes, bytearray, memoryview), lambda value: base64.b64encode(value).decode("ascii")),
+    (_is_a(bytes, bytearray, memoryview), lambda value: base64.b64encode(bytes(value)).decode("ascii")),
 )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, ToolCall, ToolCallResult
+from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
 
 #: Where a stored message keeps its id, in its `meta`. The same key as in haystack-experimental.
 MESSAGE_ID_KEY = "chat_message_id"
@@ -51,37 +51,25 @@ def validate_last_k(last_k: Any) -> None:
         raise ValueError(f"last_k must be 0 or greater, got {last_k}.")
 
 
-def listed(messages: Any, name: str = "messages") -> list[Any]:
+def validated_messages(messages: Any, name: str = "messages") -> list[ChatMessage]:
     """
     Return an iterable of messages as a list, whole.
 
     :param messages: A list or other iterable.
-    :param name: What the error calls it.
-    :raises ValueError: If it is nothing of the kind.
+    :param name: What errors call it.
+    :raises ValueError: If it is nothing of the kind, or one of its items is no `ChatMessage`. It names the item.
     """
-    if isinstance(messages, (str, bytes, dict)) or not isinstance(messages, Iterable):
+    if isinstance(messages, (str, bytes, bytearray, dict)) or not isinstance(messages, Iterable):
         raise ValueError(f"{name} must be a list of ChatMessages, got {type(messages).__name__}.")
-    return list(messages)
-
-
-def round_starts(messages: Sequence[ChatMessage]) -> list[int]:
-    """
-    Return the index of each message that begins a round: the user messages.
-    """
-    return [index for index, message in enumerate(messages) if message.role == ChatRole.USER]
-
-
-def last_rounds(messages: Sequence[ChatMessage], count: int) -> list[ChatMessage]:
-    """
-    Return the last `count` rounds, and the preamble too when there are fewer rounds than that.
-
-    :param messages: A whole history, oldest first.
-    :param count: The number of rounds, 0 or more.
-    """
-    if count == 0:
-        return []
-    starts = round_starts(messages)
-    return list(messages[starts[-count] :] if len(starts) >= count else messages)
+    listed = list(messages)
+    for index, message in enumerate(listed):
+        if not isinstance(message, ChatMessage):
+            raise ValueError(f"{name}[{index}] must be a ChatMessage, got {type(message).__name__}.")
+        if not isinstance(message.role, ChatRole) or not isinstance(message.meta, dict):
+            raise ValueError(f"{name}[{index}] must have a ChatRole as role and a dict as meta.")
+        if not isinstance(message._content, Sequence):
+            raise ValueError(f"{name}[{index}] must have a list of parts as content.")
+    return listed
 
 
 def last_messages(messages: Sequence[ChatMessage], count: int) -> list[ChatMessage]:
@@ -112,7 +100,7 @@ def with_current_messages(history: Sequence[ChatMessage], current_messages: Sequ
     :param history: The window, oldest first.
     :param current_messages: The messages of this turn.
     """
-    # A list, for ids of this turn's messages have not been validated and may be anything, even unhashable.
+    # A list, for these ids have not been validated and may be anything, even unhashable.
     current_ids = [message.meta[MESSAGE_ID_KEY] for message in current_messages if message.meta.get(MESSAGE_ID_KEY)]
     return [
         *(message for message in current_messages if message.role == ChatRole.SYSTEM),
@@ -166,7 +154,7 @@ def _pairs(message: ChatMessage, answers: Sequence[ChatMessage]) -> list[tuple[i
     waiting: dict[int, ToolCall] = {}
     for place, part in enumerate(message._content):
         # A second call with the same id could not be told from the first: providers want ids unique in a message.
-        if isinstance(part, ToolCall) and not any(part.id is not None and part.id == c.id for c in waiting.values()):
+        if isinstance(part, ToolCall) and not (part.id and part.id in [call.id for call in waiting.values()]):
             waiting[place] = part
     pairs: list[tuple[int, int, int]] = []
     for position, answer in enumerate(answers):
@@ -180,7 +168,7 @@ def _pairs(message: ChatMessage, answers: Sequence[ChatMessage]) -> list[tuple[i
 
 
 def _is_answer(origin: ToolCall, call: ToolCall) -> bool:
-    if origin.id is None and call.id is None:
+    if not origin.id and not call.id:
         return (origin.tool_name, origin.arguments) == (call.tool_name, call.arguments)
     return origin.id == call.id
 
@@ -200,7 +188,11 @@ def _with_tool_parts(message: ChatMessage, places: set[int]) -> ChatMessage | No
         return None
     if len(content) == len(message._content):
         return message
-    # Reasoning alone is no message: providers want it followed by the text or call it led to.
-    if all(isinstance(part, ReasoningContent) for part in content):
+    if all(map(_says_nothing, content)):
         return None
     return replace(message, _content=content)
+
+
+def _says_nothing(part: Any) -> bool:
+    # Providers refuse blank texts, and want reasoning followed by the text or call it led to.
+    return isinstance(part, ReasoningContent) or (isinstance(part, TextContent) and not str(part.text or "").strip())

@@ -14,7 +14,7 @@ class ChatMessageStore(Protocol):
     Keeps the messages of many chat histories, each under its `chat_history_id`.
 
     These are the methods of haystack-experimental's `ChatMessageStore`, so its store is one too. What our own stores
-    promise beyond the signatures is this contract. `haystack_chat_store.testing` checks each rule by its number.
+    promise beyond the signatures is this contract. `haystack_chat_store.testing` checks it, by these numbers.
 
     1. **Signatures.** Those below. Each call but `to_dict` and `from_dict` has a twin that ends in `_async` and takes
        the same arguments. Constructors take `skip_system_messages=True` and `last_k=10`.

@@ -526,13 +526,14 @@ class RedisCluster:
         if [replication["role"] for replication in replications.values()].count("master") != self.masters:
             return False
         for i, replication in replications.items():
-            state, seen = self._cluster(i, "INFO"), self._cluster(i, "NODES")
+            state = self._cluster(i, "INFO")
             if (state["cluster_state"], state["cluster_slots_ok"]) != ("ok", "16384"):
                 return False
             if replication.get("master_link_status", "up") != "up":
                 return False
+            seen = {address.rpartition(":")[2]: node["flags"] for address, node in self._cluster(i, "NODES").items()}
             for j, other in replications.items():
-                if other["role"] not in seen[f"{HOST}:{self.nodes[j].port}"]["flags"].split(","):
+                if other["role"] not in seen.get(str(self.nodes[j].port), "").split(","):
                     return False
         return True
 

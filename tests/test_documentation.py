@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Every Python example in the documentation runs: those of a page together, in order, in a process of their own.
+Every Python example in the documentation runs: those of a page together, in order, in a process of their own. It prints
+what the page says it prints.
 """
 
 import ast
@@ -11,6 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from haystack import Pipeline
+from haystack.components.agents import Agent
+from haystack.components.generators.chat import MockChatGenerator
+from haystack.dataclasses import ChatMessage, ToolCall
+from haystack.tools import Tool
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+from haystack_integrations.components.writers.chat_store import ChatMessageWriter
+
+from haystack_chat_store import SQLiteChatMessageStore
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,14 +58,18 @@ def run(code, folder):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_of_a_page_run(page, tmp_path):
-    code = []
+    code, outputs = [], []
     for language, name, block in blocks(page.read_text(encoding="utf-8")):
         if name:
             (tmp_path / name).write_text(block, encoding="utf-8")
         elif language == "python":
             code.append(block)
+        elif language == "output":
+            outputs.append(block)
 
-    run("\n".join(code), tmp_path)
+    printed = run("\n".join(code), tmp_path)
+    for output in outputs:
+        assert output in printed
 
 
 @pytest.mark.parametrize("source", list(sources_with_examples()), ids=lambda source: str(source.relative_to(ROOT)))
@@ -64,6 +78,48 @@ def test_the_examples_in_docstrings_run(source, tmp_path):
         for language, _, block in blocks(docstring):
             if language == "python":
                 run(block, tmp_path)
+
+
+def test_an_agent_between_the_components_doubles_nothing_as_the_readme_says(tmp_path):
+    call = ChatMessage.from_assistant(tool_calls=[ToolCall("weather", {}, id="call")])
+    model = MockChatGenerator([call, "It is sunny."])
+    weather = Tool("weather", "Tells the weather.", {"type": "object", "properties": {}}, function=lambda: "Sun.")
+    store = SQLiteChatMessageStore(tmp_path / "chat_history.db")
+    pipeline = Pipeline()
+    pipeline.add_component("retriever", ChatMessageRetriever(store))
+    pipeline.add_component("agent", Agent(chat_generator=model, tools=[weather], system_prompt="You are helpful."))
+    pipeline.add_component("writer", ChatMessageWriter(store))
+    pipeline.connect("retriever.messages", "agent.messages")
+    pipeline.connect("agent.messages", "writer.messages")
+
+    for question in ("And today?", "And now?"):
+        pipeline.run({"chat_history_id": "user_456", "current_messages": [ChatMessage.from_user(question)]})
+
+    stored = store.retrieve_messages("user_456")
+    assert [message.role.value for message in stored] == ["user", "assistant", "tool", "assistant"] * 2
+    assert [message.text for message in stored if message.text] == [
+        "And today?",
+        "It is sunny.",
+        "And now?",
+        "It is sunny.",
+    ]
+
+
+def test_a_store_of_ones_own_loads_from_yaml_as_the_readme_says(tmp_path):
+    code = """
+from haystack import DeserializationError, Pipeline
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+from own_store import FolderChatMessageStore
+
+pipeline = Pipeline()
+pipeline.add_component("retriever", ChatMessageRetriever(FolderChatMessageStore("histories")))
+try:
+    Pipeline.loads(pipeline.dumps())
+except DeserializationError:
+    Pipeline.loads(pipeline.dumps(), allowed_modules=["own_store"])
+    print("It has to be allowed.")
+"""
+    assert run(code, tmp_path) == "It has to be allowed.\n"
 
 
 def test_links_between_pages_lead_somewhere():

@@ -48,8 +48,8 @@ def test_the_chatbot_chats_until_the_end_of_input(run):
     result = run("terminal_chatbot.py", text_in="Grüße aus 東京!\n\nHow are you?\n")
 
     assert result.returncode == 0, result.stderr
+    assert [line.split(maxsplit=1)[0] for line in result.stdout.splitlines()[2:]] == ["bot>", "bot>", "Goodbye!"]
     assert 'The first was: "Grüße aus 東京!"' in result.stdout
-    assert "Goodbye!" in result.stdout
     assert "I remember 4 messages" in run("terminal_chatbot.py").stdout
 
 
@@ -69,6 +69,46 @@ def test_the_chatbot_leaves_cleanly_on_ctrl_c(tmp_path):
     assert err == ""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize(("arguments", "text_in"), [(["--say", "Hello."], ""), ([], "Hello.\n")])
+def test_the_chatbot_does_not_claim_to_remember_a_turn_that_ctrl_c_ended(tmp_path, arguments, text_in):
+    script = """
+import signal, sys, terminal_chatbot
+
+def answer_until_ctrl_c(messages):
+    signal.raise_signal(signal.SIGINT)
+    return "never said"
+
+terminal_chatbot.answer_from_memory = answer_until_ctrl_c
+terminal_chatbot.main(sys.argv[1:])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES)},
+        input=text_in,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert result.returncode == 130
+    assert result.stderr == "\nGoodbye! I may not remember this last turn.\n"
+    assert "I will remember" not in result.stdout
+
+
+def test_the_chatbot_remembers_in_the_store_that_a_url_names(run):
+    run("terminal_chatbot.py", "--say", "My name is Ada.", "--store", "sqlite:///other.db")
+    same_store = run("terminal_chatbot.py", "--say", "What is my name?", "--store", "sqlite:///other.db")
+    same_file = run("terminal_chatbot.py", "--say", "What is my name?", "--db", "other.db")
+    other_store = run("terminal_chatbot.py", "--say", "What is my name?", "--store", "memory://")
+
+    assert "Your name is Ada." in same_store.stdout
+    assert "Your name is Ada." in same_file.stdout
+    assert "Nice to meet you!" in other_store.stdout
+
+
 def test_histories_and_databases_of_the_chatbot_are_apart(run):
     run("terminal_chatbot.py", "--say", "I like tea.", "--history", "ada")
     other_history = run("terminal_chatbot.py", "--say", "Hello.", "--history", "grace")
@@ -83,13 +123,29 @@ def test_histories_and_databases_of_the_chatbot_are_apart(run):
     [
         (["--db", "missing/chat.db", "--say", "Hello."], 1, "does not exist"),
         (["--history", "", "--say", "Hello."], 1, "chat_history_id must have 1 to 512 characters"),
-        (["--llm", "openai"], 2, "needs the environment variable OPENAI_API_KEY"),
+        (["--store", "redis//host", "--say", "Hello."], 2, "The URL must have one of these forms"),
+        (["--store", "sqlite:///missing/chat.db"], 1, "does not exist"),
     ],
 )
-def test_the_chatbot_says_what_is_wrong(run, arguments, status, message):
+def test_the_chatbot_says_in_one_line_what_is_wrong(run, arguments, status, message):
     result = run("terminal_chatbot.py", *arguments)
 
     assert result.returncode == status
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--llm", "openai"], "needs the environment variable OPENAI_API_KEY"),
+        (["--db", "chat.db", "--store", "memory://"], "not allowed with argument"),
+    ],
+)
+def test_the_chatbot_says_which_arguments_are_wrong(run, arguments, message):
+    result = run("terminal_chatbot.py", *arguments)
+
+    assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -16,8 +16,6 @@ from strict_model import StrictChatGenerator, call_key, problems
 from haystack_chat_store.rounds import (
     MESSAGE_ID_KEY,
     last_messages,
-    last_rounds,
-    round_starts,
     valid_for_model,
     validate_last_k,
     with_current_messages,
@@ -57,38 +55,6 @@ class TestValidateLastK:
     def test_refuses_what_is_no_count(self, last_k):
         with pytest.raises(ValueError, match="last_k must be"):
             validate_last_k(last_k)
-
-
-class TestLastRounds:
-    HISTORY = (
-        SYSTEM,
-        GREETING,
-        QUESTION,
-        calling(ROME),
-        result_of(ROME),
-        ANSWER,
-        QUESTION,
-        calling(OSLO),
-        result_of(OSLO),
-        QUESTION,
-    )
-
-    def test_a_round_begins_at_each_user_message_and_nowhere_else(self):
-        assert round_starts(self.HISTORY) == [2, 6, 9]
-
-    @pytest.mark.parametrize(("count", "start"), [(1, 9), (2, 6), (3, 2)])
-    def test_rounds_come_whole_with_the_tool_calls_and_results_between(self, count, start):
-        assert same_objects(last_rounds(self.HISTORY, count), self.HISTORY[start:])
-
-    def test_the_preamble_comes_along_when_there_are_fewer_rounds(self):
-        assert same_objects(last_rounds(self.HISTORY, 4), self.HISTORY)
-
-    def test_the_preamble_alone_is_fewer_rounds_than_any(self):
-        assert same_objects(last_rounds([SYSTEM, GREETING], 1), [SYSTEM, GREETING])
-
-    @pytest.mark.parametrize("history", [(), HISTORY])
-    def test_no_rounds_are_nothing(self, history):
-        assert last_rounds(history, 0) == []
 
 
 class TestLastMessages:
@@ -335,7 +301,7 @@ def test_a_valid_conversation_is_left_as_it_is(conversation):
 @given(any_conversations)
 def test_what_people_and_models_said_is_never_lost_or_reordered(conversation):
     def said(messages):
-        return [(message.role, message.texts) for message in messages if message.texts]
+        return [(message.role, message.texts) for message in messages if any(message.texts)]
 
     def untouched(messages):
         return [message for message in messages if message.role in (ChatRole.USER, ChatRole.SYSTEM)]
@@ -378,21 +344,6 @@ def test_a_call_with_an_id_of_its_own_stays_if_nothing_but_tool_messages_come_be
 
     kept = {call.id for message in valid_for_model(conversation) for call in message.tool_calls}
     assert kept == {call.id for call in calls if is_answered(call)}
-
-
-@untimed
-@given(any_conversations, st.integers(0, 9))
-def test_last_rounds_are_the_last_groups_that_a_user_message_opens(conversation, count):
-    groups = []
-    for message in conversation:
-        if message.role == ChatRole.USER:
-            groups.append([])
-        if groups:
-            groups[-1].append(message)
-    expected = [message for group in groups[len(groups) - count :] for message in group]
-    if count > len(groups):
-        expected = conversation
-    assert same_objects(last_rounds(conversation, count), expected)
 
 
 @untimed

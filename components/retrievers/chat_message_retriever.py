@@ -4,8 +4,8 @@ from typing import Any
 from haystack import component, default_to_dict
 from haystack.dataclasses import ChatMessage
 
-from haystack_chat_store import calls
-from haystack_chat_store.rounds import valid_for_model, validate_last_k, with_current_messages
+from haystack_chat_store import any_store
+from haystack_chat_store.rounds import valid_for_model, validate_last_k, validated_messages, with_current_messages
 from haystack_chat_store.types import ChatMessageStore
 
 
@@ -49,13 +49,14 @@ class ChatMessageRetriever:
 
         :param chat_message_store: Where the chat histories are kept. Any object that follows the `ChatMessageStore`
             protocol.
-        :param last_k: How many rounds of the history to retrieve when a run does not say. Defaults to 10; `None` for
-            the store's own `last_k`, where `None` means all. A round is a user message and everything up to the next
-            one.
-        :raises ValueError: If `last_k` is neither `None` nor an integer of 0 or more.
+        :param last_k: How many rounds of the history to retrieve when a run does not say. Defaults to 10, whatever the
+            store's own `last_k` is; `None` for the store's own, where `None` means all. A round is a user message and
+            everything up to the next one. (If the store has `last_k_unit="message"`, these are messages.)
+        :raises ValueError: If `last_k` is neither `None` nor an integer of 0 or more, or `chat_message_store` does not
+            follow the protocol.
         """
         validate_last_k(last_k)
-        self.chat_message_store = chat_message_store
+        self.chat_message_store = any_store.validated_store(chat_message_store)
         self.last_k = last_k
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ class ChatMessageRetriever:
         :param data: The serialized component. It is not changed.
         :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
         """
-        return calls.component_from_dict(cls, data)
+        return any_store.component_from_dict(cls, data)
 
     @component.output_types(messages=list[ChatMessage])
     def run(
@@ -94,9 +95,11 @@ class ChatMessageRetriever:
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the store fails.
         """
+        current = validated_messages([] if current_messages is None else current_messages, "current_messages")
         last_k = self._resolved(last_k)
+        # Not left to the store: to anybody's slice of the last 0 messages, 0 may mean all.
         history = [] if last_k == 0 else self.chat_message_store.retrieve_messages(chat_history_id, last_k)
-        return {"messages": valid_for_model(with_current_messages(history, current_messages or []))}
+        return {"messages": valid_for_model(with_current_messages(history, current))}
 
     @component.output_types(messages=list[ChatMessage])
     async def run_async(
@@ -116,22 +119,22 @@ class ChatMessageRetriever:
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the store fails.
         """
-        last_k, history = self._resolved(last_k), []
-        if last_k != 0:
-            history = await calls.call_async(self.chat_message_store, "retrieve_messages", chat_history_id, last_k)
-        return {"messages": valid_for_model(with_current_messages(history, current_messages or []))}
+        current = validated_messages([] if current_messages is None else current_messages, "current_messages")
+        last_k, store = self._resolved(last_k), self.chat_message_store
+        history = [] if last_k == 0 else await any_store.retrieve_async(store, chat_history_id, last_k)
+        return {"messages": valid_for_model(with_current_messages(history, current))}
 
     def close(self) -> None:
         """
         Close the store. The next run opens it again.
         """
-        calls.close(self.chat_message_store)
+        any_store.close(self.chat_message_store)
 
     async def close_async(self) -> None:
         """
         Do what `close` does, without blocking the event loop.
         """
-        await calls.close_async(self.chat_message_store)
+        await any_store.close_async(self.chat_message_store)
 
     def _resolved(self, last_k: int | None) -> int | None:
         validate_last_k(last_k)

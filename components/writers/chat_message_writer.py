@@ -4,8 +4,8 @@ from typing import Any
 from haystack import component, default_to_dict
 from haystack.dataclasses import ChatMessage
 
-from haystack_chat_store import calls
-from haystack_chat_store.rounds import listed
+from haystack_chat_store import any_store
+from haystack_chat_store.rounds import validated_messages
 from haystack_chat_store.types import ChatMessageStore
 
 
@@ -31,8 +31,9 @@ class ChatMessageWriter:
 
         :param chat_message_store: Where the chat histories are kept. Any object that follows the `ChatMessageStore`
             protocol.
+        :raises ValueError: If `chat_message_store` does not.
         """
-        self.chat_message_store = chat_message_store
+        self.chat_message_store = any_store.validated_store(chat_message_store)
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -48,7 +49,7 @@ class ChatMessageWriter:
         :param data: The serialized component. It is not changed.
         :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
         """
-        return calls.component_from_dict(cls, data)
+        return any_store.component_from_dict(cls, data)
 
     @component.output_types(messages_written=int)
     def run(
@@ -66,7 +67,7 @@ class ChatMessageWriter:
         :raises ValueError: If an argument is wrong. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        batch = listed(messages) + listed(replies or [], "replies")
+        batch = validated_messages(messages) + validated_messages([] if replies is None else replies, "replies")
         return {"messages_written": self.chat_message_store.write_messages(chat_history_id, batch)}
 
     @component.output_types(messages_written=int)
@@ -83,18 +84,18 @@ class ChatMessageWriter:
         :raises ValueError: If an argument is wrong. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        batch = listed(messages) + listed(replies or [], "replies")
-        written = await calls.call_async(self.chat_message_store, "write_messages", chat_history_id, batch)
+        batch = validated_messages(messages) + validated_messages([] if replies is None else replies, "replies")
+        written = await any_store.write_async(self.chat_message_store, chat_history_id, batch)
         return {"messages_written": written}
 
     def close(self) -> None:
         """
         Close the store. The next run opens it again.
         """
-        calls.close(self.chat_message_store)
+        any_store.close(self.chat_message_store)
 
     async def close_async(self) -> None:
         """
         Do what `close` does, without blocking the event loop.
         """
-        await calls.close_async(self.chat_message_store)
+        await any_store.close_async(self.chat_message_store)

@@ -25,8 +25,9 @@ MAX_ID_LENGTH = 512
 #: The longest `namespace`, in characters.
 MAX_NAMESPACE_LENGTH = 128
 
-# So many messages are encoded or decoded on the event loop itself; more would keep it busy for over 10 ms.
-_MESSAGES_PER_LOOP_STEP = 500
+# As much is encoded or decoded on the event loop itself, in a few milliseconds. More goes to a thread. (A single text
+# of many megabytes holds the loop up all the same, for json lets no other thread run while it works on it.)
+_CHARACTERS_PER_LOOP_STEP = 100_000
 
 ResultT = TypeVar("ResultT")
 SessionT = TypeVar("SessionT")
@@ -56,7 +57,7 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
     and the two ways to run one (`_run`, `_run_async`). An operation is a method whose first argument is the engine's
     *session*, such as a connection: `_run` and `_run_async` provide it. An operation is written once and serves both:
     as a plain function if `_run_async` runs it on a thread or it never waits, or as a coroutine function that awaits
-    what its session does.
+    what its session does. Later versions may know more operations; those will not have to be implemented.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         rounds.validate_last_k(last_k)
         if last_k_unit not in ("round", "message"):
             raise ValueError(f'last_k_unit must be "round" or "message", got {last_k_unit!r}.')
+        if not isinstance(skip_system_messages, bool):
+            raise ValueError(f"skip_system_messages must be True or False, got {skip_system_messages!r}.")
         self.skip_system_messages = skip_system_messages
         self.last_k = last_k
         self.last_k_unit = last_k_unit
@@ -156,8 +159,8 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         Append messages to a history, as one batch that becomes visible and durable whole or not at all.
 
         A message that carries an id in `meta["chat_message_id"]` which the history already has is skipped, so it is
-        safe to write again what was retrieved, or what a failed call may have written. Others get an id of their own.
-        The objects passed in are not changed.
+        safe to write again what was retrieved. Others get an id of their own, a new one at each call: to be able to
+        repeat a call that may have failed, give its messages ids first. The objects passed in are not changed.
 
         :param chat_history_id: Which conversation: 1 to 512 characters, anything but NUL and lone surrogates.
         :param messages: A list or other iterable of `ChatMessage`s, oldest first.
@@ -176,7 +179,7 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         Do what `write_messages` does, without blocking the event loop.
         """
         history, wanted = self._to_write(chat_history_id, messages)
-        encoded = await _off_loop_if_many(_encoded, wanted)
+        encoded = await _off_loop_if(_is_much_to_encode(wanted), _encoded, wanted)
         written: int = await self._run_async(self._write, history, encoded) if encoded else 0
         return written
 
@@ -207,7 +210,8 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         history, window = self._to_read(chat_history_id, last_k)
         if window.count == 0:
             return []
-        return await _off_loop_if_many(_decoded, await self._run_async(self._read, history, window), window)
+        contents = await self._run_async(self._read, history, window)
+        return await _off_loop_if(sum(map(len, contents)) > _CHARACTERS_PER_LOOP_STEP, _decoded, contents, window)
 
     def count_messages(self, chat_history_id: str) -> int:
         """
@@ -284,6 +288,9 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
     def __hash__(self) -> int:
         return hash((type(self), self.namespace))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(namespace={self.namespace!r})"
+
     # ------------------------------------------------------------------ shared by engines
 
     def _settings_to_dict(self, **engine_settings: Any) -> dict[str, Any]:
@@ -308,15 +315,11 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         :returns: The history's id, and the messages to write, each under the name that errors give it.
         """
         history = _validated_id(chat_history_id, "chat_history_id")
-        named = [(f"messages[{index}]", message) for index, message in enumerate(rounds.listed(messages))]
-        for name, message in named:
-            if not isinstance(message, ChatMessage):
-                raise ValueError(f"{name} must be a ChatMessage, got {type(message).__name__}. Nothing was written.")
-            if not isinstance(message.role, ChatRole) or not isinstance(message.meta, dict):
-                raise ValueError(f"{name} must have a ChatRole as role and a dict as meta. Nothing was written.")
-        if self.skip_system_messages:
-            named = [(name, message) for name, message in named if message.role is not ChatRole.SYSTEM]
-        return history, named
+        return history, [
+            (f"messages[{index}]", message)
+            for index, message in enumerate(rounds.validated_messages(messages))
+            if not (self.skip_system_messages and message.role is ChatRole.SYSTEM)
+        ]
 
     def _to_read(self, chat_history_id: str, last_k: int | None) -> tuple[str, Window]:
         history = _validated_id(chat_history_id, "chat_history_id")
@@ -342,16 +345,17 @@ def _validated_id(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str
     """
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, got {type(value).__name__}.")
-    if not 0 < len(value) <= max_length:
-        raise ValueError(f"{name} must have 1 to {max_length} characters, got {len(value)}.")
-    if "\x00" in value:
+    text = str.__str__(value)  # plain, whatever a subclass makes of its methods
+    if not 0 < len(text) <= max_length:
+        raise ValueError(f"{name} must have 1 to {max_length} characters, got {len(text)}.")
+    if "\x00" in text:
         raise ValueError(f"{name} must not contain NUL characters.")
-    if not value.isascii():
+    if not text.isascii():
         try:
-            value.encode()
+            text.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{name} must not contain lone surrogates.") from None
-    return str.__str__(value)
+    return text
 
 
 def _encoded(named: Sequence[tuple[str, ChatMessage]]) -> list[EncodedMessage]:
@@ -377,10 +381,20 @@ def _decoded(contents: Sequence[str], window: Window) -> list[ChatMessage]:
     return messages
 
 
-async def _off_loop_if_many(function: Callable[..., ResultT], items: Sequence[Any], *arguments: Any) -> ResultT:
+def _is_much_to_encode(named: Sequence[tuple[str, ChatMessage]]) -> bool:
     """
-    Call `function(items, *arguments)`: at once, or in a thread if there are so many that the event loop would wait.
+    Whether encoding takes more than a few milliseconds, judged by the lengths of texts and of what is in the meta.
     """
-    if len(items) <= _MESSAGES_PER_LOOP_STEP:
-        return function(items, *arguments)
-    return await asyncio.to_thread(function, items, *arguments)
+    work = 100 * len(named)
+    for _, message in named:
+        work += sum(100 * len(value) for value in message.meta.values() if isinstance(value, (list, dict)))
+        for part in message._content:
+            work += sum(len(value) for value in getattr(part, "__dict__", {}).values() if isinstance(value, str))
+    return work > _CHARACTERS_PER_LOOP_STEP
+
+
+async def _off_loop_if(is_much: bool, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
+    """
+    Call `function(*arguments)`: at once, or in a thread if there is so much to do that the event loop would wait.
+    """
+    return await asyncio.to_thread(function, *arguments) if is_much else function(*arguments)

@@ -13,16 +13,47 @@ from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage
 
 @dataclass
 class _History:
-    contents: list[str] = field(default_factory=list)
-    roles: list[str] = field(default_factory=list)
-    user_positions: list[int] = field(default_factory=list)
+    """
+    The messages of a history and an index of them.
+
+    Only the messages are written; the index catches up before it is used. So a write is a single step, which neither
+    Ctrl-C can cut in two nor a signal handler that writes to the same history.
+    """
+
+    messages: list[EncodedMessage] = field(default_factory=list)
     message_ids: set[str] = field(default_factory=set)
+    user_positions: list[int] = field(default_factory=list)
+    indexed: int = 0
+
+    def catch_up(self) -> None:
+        """
+        Index the messages that are new. Each step may be done twice without harm.
+        """
+        for position in range(self.indexed, len(self.messages)):
+            message = self.messages[position]
+            self.message_ids.add(message.message_id)
+            if message.role == ChatRole.USER.value and position > max(self.user_positions[-1:], default=-1):
+                self.user_positions.append(position)
+            self.indexed = position + 1
+
+    def window_start(self, window: Window) -> int:
+        if window.count is None:
+            return 0
+        if window.unit == "round":
+            self.catch_up()
+            has_enough = len(self.user_positions) >= window.count
+            return self.user_positions[-window.count] if has_enough else 0
+        start = max(len(self.messages) - window.count, 0)
+        while start > 0 and self.messages[start].role == ChatRole.TOOL.value:
+            start -= 1
+        return start
 
 
 _Namespace = dict[str, _History]
 _namespaces: dict[str, _Namespace] = {}
-# One lock for all: an operation holds it for microseconds.
-_lock = threading.Lock()
+# One lock for all, for an operation holds it only briefly. Reentrant, for an operation may be interrupted by a signal
+# handler or a finalizer that writes, in its own thread.
+_lock = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child gets the histories as they were between two operations
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
@@ -77,42 +108,24 @@ class InMemoryChatMessageStore(BaseChatMessageStore[_Namespace]):
         return self._run(operation, *arguments)
 
     def _write(self, session: _Namespace, chat_history_id: str, messages: Sequence[EncodedMessage]) -> int:
-        history = session.get(chat_history_id) or _History()
+        history = session.setdefault(chat_history_id, _History())
+        history.catch_up()
         new = [message for message in messages if message.message_id not in history.message_ids]
-        position = len(history.contents)
-        history.message_ids.update(message.message_id for message in new)
-        history.user_positions.extend(
-            position + index for index, message in enumerate(new) if message.role == ChatRole.USER.value
-        )
-        history.roles.extend(message.role for message in new)
-        history.contents.extend(message.content for message in new)
-        session[chat_history_id] = history
+        history.messages.extend(new)
         return len(new)
 
     def _read(self, session: _Namespace, chat_history_id: str, window: Window) -> list[str]:
         history = session.get(chat_history_id)
         if history is None:
             return []
-        return history.contents[_window_start(history, window) :]
+        return [message.content for message in history.messages[history.window_start(window) :]]
 
     def _count(self, session: _Namespace, chat_history_id: str) -> int:
         history = session.get(chat_history_id)
-        return 0 if history is None else len(history.contents)
+        return 0 if history is None else len(history.messages)
 
     def _delete(self, session: _Namespace, chat_history_id: str) -> None:
         session.pop(chat_history_id, None)
 
     def _delete_all(self, session: _Namespace) -> None:
         session.clear()
-
-
-def _window_start(history: _History, window: Window) -> int:
-    if window.count is None:
-        return 0
-    if window.unit == "round":
-        has_enough = len(history.user_positions) >= window.count
-        return history.user_positions[-window.count] if has_enough else 0
-    start = max(len(history.contents) - window.count, 0)
-    while start > 0 and history.roles[start] == ChatRole.TOOL.value:
-        start -= 1
-    return start

@@ -94,6 +94,8 @@ class Shared(Generic[SettingsT, ConnectionsT]):
             self.close(settings)
 
     def _before_fork(self) -> None:
+        for made in list(self._alive):  # this may take a while, in which others still get what they ask for
+            made.before_fork()
         self._lock.acquire()
         for made in self._alive:
             made.before_fork()

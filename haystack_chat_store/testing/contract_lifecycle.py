@@ -15,7 +15,6 @@ from haystack_chat_store.testing.kit import (
     ClosableStore,
     ContractTest,
     StoreFactory,
-    calls_in_a_loop,
     only_where,
     texts,
 )
@@ -54,15 +53,15 @@ class Rule13LifecycleTest(ContractTest):
         assert calls.count(store, "chat") == 0
 
     def test_both_ways_of_calling_can_be_mixed(self, store: ClosableStore) -> None:
-        with calls_in_a_loop() as calls:
-            ways = [Calls(), calls]
-            for number in range(8):
-                ways[number % 2].write(store, "chat", [user(str(number))])
-                ways[number // 2 % 2].close(store)
-                ways[number // 4].write(store, "chat", [user("!")])
-            assert texts(ways[1].retrieve(store, "chat", last_k=20)) == [
-                text for number in range(8) for text in (str(number), "!")
-            ]
+        ways = [Calls(is_async=False), Calls(is_async=True)]
+        for number in range(8):
+            ways[number % 2].write(store, "chat", [user(str(number))])
+            ways[number // 2 % 2].close(store)
+            ways[number // 4].write(store, "chat", [user("!")])
+        assert texts(ways[1].retrieve(store, "chat", last_k=20)) == [
+            text for number in range(8) for text in (str(number), "!")
+        ]
+        ways[1].end()
 
     def test_stores_on_one_database_see_each_others_writes(self, new_store: StoreFactory, calls: Calls) -> None:
         first, second = new_store(), new_store(last_k=1)

@@ -6,8 +6,8 @@ The fixtures, the two ways of calling a store, what an engine states about itsel
 """
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -44,16 +44,27 @@ StoreFactory = Callable[..., ClosableStore]
 
 class Calls:
     """
-    One of the two ways of calling a store: its methods, or their asynchronous twins, all in one event loop.
+    One of the two ways of calling a store: its methods, or their asynchronous twins.
+
+    The test's own thread makes all asynchronous calls in one event loop, other threads each in a loop of its own.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(self, *, is_async: bool) -> None:
         """
         Choose the way.
 
-        :param loop: The event loop to call the asynchronous twins in; `None` to call the methods.
+        :param is_async: Whether to call the asynchronous twins.
         """
-        self._loop = loop
+        self._loop = asyncio.new_event_loop() if is_async else None
+        self._thread = threading.get_ident()
+
+    def end(self) -> None:
+        """
+        Close the event loop.
+        """
+        if self._loop is not None:
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
 
     def write(self, store: ClosableStore, chat_history_id: Any, messages: Any) -> int:
         """
@@ -94,20 +105,11 @@ class Calls:
     def _call(self, store: ClosableStore, method: str, *arguments: Any, **options: Any) -> Any:
         if self._loop is None:
             return getattr(store, method)(*arguments, **options)
-        return self._loop.run_until_complete(getattr(store, f"{method}_async")(*arguments, **options))
 
+        async def call() -> Any:
+            return await getattr(store, f"{method}_async")(*arguments, **options)
 
-@contextmanager
-def calls_in_a_loop() -> Iterator[Calls]:
-    """
-    Provide the asynchronous way of calling, in an event loop that ends with the block.
-    """
-    loop = asyncio.new_event_loop()
-    try:
-        yield Calls(loop)
-    finally:
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
+        return self._loop.run_until_complete(call()) if threading.get_ident() == self._thread else asyncio.run(call())
 
 
 def only_where(stated: str) -> Callable[[TestT], TestT]:
@@ -191,11 +193,9 @@ class ContractTest:
         """
         Return each of the two ways of calling a store. A test that uses this fixture runs both ways.
         """
-        if request.param == "sync":
-            yield Calls()
-        else:
-            with calls_in_a_loop() as calls:
-                yield calls
+        calls = Calls(is_async=request.param == "async")
+        yield calls
+        calls.end()
 
 
 def ids(messages: list[ChatMessage]) -> list[str]:

@@ -2,6 +2,7 @@
 import hashlib
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +20,7 @@ with LazyImport("Run 'pip install \"haystack-chat-store[postgres]\"'") as psycop
     from psycopg.conninfo import conninfo_to_dict
 
     from haystack_chat_store.stores.postgres.connections import Session, Settings, pools
-    from haystack_chat_store.stores.postgres.schema import Tables
+    from haystack_chat_store.stores.postgres.schema import BEGIN, Tables
 
 # PostgreSQL cuts names at 63 bytes, and the longest that begins with the prefix has 20 more.
 _MAX_PREFIX_LENGTH = 40
@@ -120,7 +121,8 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         """
         Close the connections, for every store with the same settings. The next use opens them again.
         """
-        pools.close(self._settings())
+        with suppress(StoreUnavailableError):  # without a connection string, nothing was opened
+            pools.close(self._settings())
 
     def _run(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         settings = self._settings()
@@ -145,16 +147,13 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         while new := [message for message in messages if message.message_id not in known]:
             try:
                 await session.run(self._statements.append, self._to_append(key, chat_history_id, new))
-            except psycopg.errors.UniqueViolation:
-                # Somebody else has written one of them since we looked.
-                found = await self._known_ids(session, key, [message.message_id for message in new])
-                if not found:
-                    raise
-                known |= found
-            except psycopg.errors.SerializationFailure:
-                continue  # where the database's default is a stricter isolation level than READ COMMITTED
-            else:
                 break
+            except psycopg.errors.UniqueViolation as violation:
+                # The name is longer where the tables are distributed.
+                if not (violation.diag.constraint_name or "").startswith(f"{self.table_prefix}_messages_by_id"):
+                    raise
+                # Somebody else has written one of them since we looked.
+                known |= await self._known_ids(session, key, [message.message_id for message in new])
         return len(new)
 
     async def _read(self, session: "Session", chat_history_id: str, window: Window) -> list[str]:
@@ -177,7 +176,7 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         await self._delete_locked(session, self._statements.lock_all, self.namespace)
 
     async def _delete_locked(self, session: "Session", lock: str, which: uuid.UUID | str) -> None:
-        await session.run("BEGIN")
+        await session.run(BEGIN)
         keys = [key for (key,) in await session.fetch(lock, [which])]
         await session.run(self._statements.delete_messages, [keys])
         await session.run(self._statements.delete_histories, [keys])
@@ -224,7 +223,7 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         """
         address, password = _address_and_password(settings.connection_string)
         server = f"PostgreSQL at {address}"
-        if isinstance(error, (TimeoutError, psycopg.errors.ConnectionTimeout)):
+        if isinstance(error, psycopg.errors.ConnectionTimeout):
             return StoreTimeoutError(f"{server}, did not answer within {self.timeout} seconds.")
         if isinstance(error, psycopg.errors.InsufficientPrivilege):
             return StoreUnavailableError(
@@ -251,7 +250,10 @@ def _address_and_password(connection_string: str) -> tuple[str, str]:
     except psycopg.ProgrammingError:
         # Without its cause, which quotes the connection string.
         raise ValueError("It must be like postgresql://user:password@host:port/database.") from None
-    host, port = parts.get("host", "the local socket"), parts.get("port", 5432)
+    host, port = str(parts.get("host", "the local socket")), str(parts.get("port", 5432))
+    if "@" in host or not port.replace(",", "").isdigit():
+        # Part of a password, most likely: not to be repeated in errors.
+        raise ValueError("Percent-encode what is neither letter nor digit in its password, such as %40 for @.")
     return f"{host}, port {port}", str(parts.get("password", ""))
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import psycopg
@@ -23,7 +23,7 @@ from psycopg.types.string import TextLoader
 
 from haystack_chat_store.errors import SchemaVersionError, StoreTimeoutError
 from haystack_chat_store.stores.coroutines import run_to_end
-from haystack_chat_store.stores.postgres.schema import HAS_SCHEMA, MIGRATIONS, Tables
+from haystack_chat_store.stores.postgres.schema import BEGIN, HAS_SCHEMA, MIGRATIONS, Tables
 from haystack_chat_store.stores.shared import Shared, never_free
 
 ResultT = TypeVar("ResultT")
@@ -31,9 +31,20 @@ Parameters = Sequence[Any] | dict[str, Any]
 
 # An idle connection that nobody needed for so many seconds is closed, unless the pool is to keep it.
 _MAX_IDLE_SECONDS = 600
+# A call that is given up is cancelled on the server too, where it would wait on for a lock, and so long for an answer.
+_CANCEL_SECONDS = 1.0
 # Processes that create the tables at once wait for each other here. The number is "chat" in ASCII.
 _UPGRADE_LOCK = "SELECT pg_advisory_xact_lock(1667785076)"
-_STATE = "SELECT pg_backend_pid(), to_regclass(%s) IS NOT NULL"
+# Looked up in the catalog, for to_regclass may answer from a cache that another session's commit has outdated.
+_STATE = """
+    SELECT pg_backend_pid(), EXISTS (
+        SELECT FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = %s AND relname = %s)
+"""
+# A plan that is prepared while a table is small is still used when it has grown, unless somebody analyses the table.
+_WALK_ALONG_INDEXES = """
+    SELECT set_config('enable_seqscan', 'off', false), set_config('enable_bitmapscan', 'off', false),
+        set_config('enable_sort', 'off', false)
+"""
 
 
 class Settings(NamedTuple):
@@ -56,7 +67,9 @@ class _Limited:
 
     deadline = math.inf
     idle_since = 0.0
-    prepares = True
+    is_ready = False
+    prepares = False
+    loop: asyncio.AbstractEventLoop | None = None
 
     def limited(self, steps: "abc.PQGen[ResultT]") -> "Generator[Any, Any, ResultT]":
         """
@@ -64,12 +77,14 @@ class _Limited:
 
         psycopg resumes a generator at least ten times a second while it waits.
         """
+        if time.monotonic() > self.deadline:
+            raise psycopg.errors.ConnectionTimeout
         try:
             wanted = next(steps)
             while True:
                 ready = yield wanted
                 if not ready and time.monotonic() > self.deadline:
-                    raise TimeoutError
+                    raise psycopg.errors.ConnectionTimeout
                 wanted = steps.send(ready)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
@@ -103,8 +118,13 @@ class Session:
         """
         Execute a statement and return its cursor.
         """
-        cursor = self.connection.execute(statement, parameters, prepare=self.connection.prepares)
-        return await cursor if self._is_async else cursor
+        while True:
+            try:
+                cursor = self.connection.execute(statement, parameters, prepare=self.connection.prepares)
+                return await cursor if self._is_async else cursor
+            except psycopg.errors.SerializationFailure:
+                # Only a statement on its own can fail so, where the database's default is a stricter isolation level.
+                continue
 
     async def fetch(self, statement: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
         """
@@ -192,13 +212,18 @@ class Pool:
         try:
             with self._lock:
                 connection = self._idle.pop()
-            is_new = connection is None
             if connection is None:
                 connection = _Connection.connect(self._settings.connection_string, **self._connect_options())
             with self._lent(connection, self._idle, deadline):
-                if is_new:
-                    run_to_end(self._make_ready(connection))
-                yield Session(connection)
+                try:
+                    if not connection.is_ready:
+                        run_to_end(self._make_ready(connection))
+                    yield Session(connection)
+                except psycopg.errors.ConnectionTimeout:
+                    if psycopg.capabilities.has_cancel_safe():
+                        with suppress(psycopg.Error):
+                            connection.cancel_safe(timeout=_CANCEL_SECONDS)
+                    raise
         finally:
             self._limit.release()
 
@@ -221,14 +246,20 @@ class Pool:
         try:
             with self._lock:
                 connection = ours.idle.pop()
-            is_new = connection is None
             if connection is None:
                 options = self._connect_options()
                 connection = await _AsyncConnection.connect(self._settings.connection_string, **options)
+                connection.loop = asyncio.get_running_loop()
             with self._lent(connection, ours.idle, deadline):
-                if is_new:
-                    await self._make_ready(connection)
-                yield Session(connection)
+                try:
+                    if not connection.is_ready:
+                        await self._make_ready(connection)
+                    yield Session(connection)
+                except psycopg.errors.ConnectionTimeout:
+                    if psycopg.capabilities.has_cancel_safe():
+                        with suppress(psycopg.Error):
+                            await connection.cancel_safe(timeout=_CANCEL_SECONDS)
+                    raise
         finally:
             ours.limit.release()
 
@@ -255,36 +286,41 @@ class Pool:
     def after_fork_in_child(self) -> None:
         """
         Neither use nor close, in a forked child, what the parent opened.
+
+        A connection keeps its event loop alive, and that the calls under way: freed, they would take their connections
+        from the selector that parent and child share.
         """
         for connection in self._open:
             never_free(connection)
 
     def _connect_options(self) -> dict[str, Any]:
-        # psycopg takes whole seconds, at least two.
+        # psycopg takes whole seconds, at least two. Whatever the database's encoding, we speak UTF-8.
         timeout = max(2, math.ceil(self._settings.timeout))
-        return {"autocommit": True, "prepare_threshold": None, "connect_timeout": timeout}
+        return {"autocommit": True, "connect_timeout": timeout, "client_encoding": "utf8"}
 
     async def _make_ready(self, connection: Any) -> None:
         """
         Prepare a new connection for its work, and once for each process the database.
         """
-        connection.prepares = False
         connection.adapters.register_loader("json", TextLoader)  # the codec parses a window at once
         session = Session(connection)
-        ((backend_pid, has_tables),) = await session.fetch(_STATE, [self._tables.version_table])
+        ((backend_pid, has_tables),) = await session.fetch(_STATE, self._tables.version_table)
         # A pooler such as pgbouncer gives clients a process id of its own, and each statement another server
         # connection: none of them would know what another has prepared.
-        connection.prepares = backend_pid == connection.info.backend_pid
+        if backend_pid == connection.info.backend_pid:
+            connection.prepares = True
+            await session.run(_WALK_ALONG_INDEXES)
         if not self._is_current:
             await self._bring_up_to_date(session, has_tables)
             self._is_current = True
+        connection.is_ready = True
 
     async def _bring_up_to_date(self, session: Session, has_tables: bool) -> None:
         if has_tables and await self._version(session) == len(MIGRATIONS):
             return
-        await session.run("BEGIN")
+        await session.run(BEGIN)
         await session.run(_UPGRADE_LOCK)
-        ((_, has_tables),) = await session.fetch(_STATE, [self._tables.version_table])
+        ((_, has_tables),) = await session.fetch(_STATE, self._tables.version_table)
         version = await self._version(session) if has_tables else 0
         if version < len(MIGRATIONS):
             for statement in await self._upgrade(session, version):

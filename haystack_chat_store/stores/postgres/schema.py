@@ -3,6 +3,7 @@
 The tables, the statements on them, and how a database of an earlier version becomes one of this version.
 """
 
+from textwrap import dedent
 from typing import NamedTuple
 
 from psycopg import sql
@@ -42,6 +43,8 @@ MIGRATIONS: list[list[str]] = [
     ],
 ]
 
+# What others commit while this transaction waits for a lock, it sees, whatever the database's default is.
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 HAS_SCHEMA = "SELECT 1 FROM pg_namespace WHERE nspname = %s"
 _CREATE_SCHEMA = "CREATE SCHEMA IF NOT EXISTS {schema}"
 _SET_VERSION = "INSERT INTO {version} VALUES ({number})"
@@ -63,13 +66,13 @@ _APPEND = """
     )
     INSERT INTO {messages} (history_key, position, message_id, role, content)
     SELECT %(key)s, start + place - 1, message_id, role, content::json
-    FROM history, unnest(%(message_ids)s::text[], %(roles)s::text[], %(contents)s::text[])
+    FROM history, unnest(%(message_ids)b::text[], %(roles)b::text[], %(contents)b::text[])
         WITH ORDINALITY AS new (message_id, role, content, place)
 """
 _KNOWN_IDS = "SELECT message_id FROM {messages} WHERE history_key = %s AND message_id = ANY (%s)"
 _COUNT = "SELECT message_count FROM {histories} WHERE history_key = %s"
 
-# The upper bound excludes nothing. It tells the planner that the range is narrow, whatever it knows of the table, so
+# The upper bounds exclude nothing. They tell the planner that the range is narrow, whatever it knows of the table, so
 # that it walks along the primary key (a range between two unknown bounds is taken for 0.5 % of the table).
 _READ = """
     SELECT content FROM {{messages}}
@@ -78,14 +81,15 @@ _READ = """
 _READ_ALL = _READ.format(start="0")
 _READ_ROUNDS = _READ.format(
     start="""coalesce(
-        (SELECT position FROM {messages} WHERE history_key = %(key)s AND role = 'user'
+        (SELECT position FROM {messages}
+            WHERE history_key = %(key)s AND role = 'user' AND position BETWEEN 0 AND %(end)s
             ORDER BY position DESC OFFSET %(before)s LIMIT 1),
         0)"""
 )
 _READ_MESSAGES = _READ.format(
     start="""coalesce(
         (SELECT position FROM {messages} WHERE history_key = %(key)s AND role <> 'tool' AND position <=
-            (SELECT position FROM {messages} WHERE history_key = %(key)s
+            (SELECT position FROM {messages} WHERE history_key = %(key)s AND position BETWEEN 0 AND %(end)s
                 ORDER BY position DESC OFFSET %(before)s LIMIT 1)
             ORDER BY position DESC LIMIT 1),
         0)"""
@@ -127,8 +131,9 @@ class Tables:
         :param schema_name: The PostgreSQL schema that holds the tables.
         :param table_prefix: What the tables' names begin with.
         """
-        #: The table that holds the schema version, as `to_regclass` takes it.
-        self.version_table = sql.Identifier(schema_name, f"{table_prefix}_version").as_string(None)
+        #: The schema and the name of the table that holds the schema version.
+        self.version_table = (schema_name, f"{table_prefix}_version")
+        schema_name, table_prefix = schema_name.replace("%", "%%"), table_prefix.replace("%", "%%")  # for psycopg
         tables = ("histories", "messages", "version")
         indexes = ("messages_by_id", "messages_from_user", "histories_by_id")
         self._names: dict[str, sql.Composable] = {
@@ -165,7 +170,8 @@ class Tables:
         """
         Return all that makes the tables, as one text to run by hand.
         """
-        return "".join(f"{statement.strip()};\n" for statement in [self.create_schema(), *self.upgrade(0)])
+        statements = [self.create_schema(), *self.upgrade(0)]
+        return "".join(f"{dedent(statement).strip()};\n" for statement in statements).replace("%%", "%")
 
     def create_schema(self) -> str:
         """

@@ -8,7 +8,7 @@ from typing import Any
 
 from haystack.dataclasses import ChatRole
 
-from haystack_chat_store.errors import MessageDecodingError
+from haystack_chat_store.errors import MessageDecodingError, StoreUnavailableError
 from haystack_chat_store.rounds import LastKUnit, Window
 from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage
 from haystack_chat_store.stores.sqlite.database import (
@@ -69,7 +69,7 @@ _DELETE_MESSAGES = "DELETE FROM chat_messages WHERE message_key BETWEEN ? AND ?"
 _DELETE_HISTORY = "DELETE FROM chat_histories WHERE history_key = ?"
 _HISTORY_KEYS = "SELECT history_key FROM chat_histories WHERE namespace = ?"
 
-# The widest OFFSET that SQLite takes, and more messages than a history can have.
+# More messages than a history can have, and an integer that SQLite takes.
 _MAX_OFFSET = 2**62
 
 
@@ -141,6 +141,9 @@ class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
         """
         return self._settings_to_dict(path=self.path, durability=self.durability, timeout=self.timeout)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path!r}, namespace={self.namespace!r})"
+
     def close(self) -> None:
         """
         Close the file, for every store with the same settings. The next use opens it again.
@@ -150,17 +153,17 @@ class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
         databases.close(self._settings)
 
     def _run(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        database = databases.get(self._settings)
-        try:
-            return operation(database, *arguments)
-        except sqlite3.Error as error:
-            if "Could not decode" in str(error):  # this one quotes the text
-                raise MessageDecodingError("A stored message cannot be read: its text was damaged.") from None
-            raise database.explained(error) from error
+        return _run_on(databases.get(self._settings), operation, *arguments)
 
     async def _run_async(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         # sqlite3 can wait for a lock or a disk only by blocking, so it does that on one of the database's threads.
-        return await asyncio.wrap_future(databases.get(self._settings).submit(self._run, operation, *arguments))
+        database = databases.get(self._settings)
+        submit = database.submit_read if operation in (self._read, self._count) else database.submit_write
+        try:
+            future = submit(_run_on, database, operation, *arguments)
+        except RuntimeError as error:  # no thread can be started any more
+            raise StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.") from error
+        return await asyncio.wrap_future(future)
 
     def _write(self, session: Database, chat_history_id: str, messages: Sequence[EncodedMessage]) -> int:
         now = time.time_ns() // 1000
@@ -216,6 +219,15 @@ class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
         with session.transaction() as connection:
             for (history_key,) in connection.execute(_HISTORY_KEYS, (self.namespace,)).fetchall():
                 _delete_history(connection, history_key)
+
+
+def _run_on(database: Database, operation: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return operation(database, *arguments)
+    except sqlite3.Error as error:
+        if "Could not decode" in str(error):  # this one quotes the text
+            raise MessageDecodingError("A stored message cannot be read: its text was damaged.") from None
+        raise database.explained(error) from error
 
 
 def _delete_history(connection: sqlite3.Connection, history_key: int) -> None:

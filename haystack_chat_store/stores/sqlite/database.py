@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +22,11 @@ Durability = Literal["full", "normal"]
 
 # More idle connections than threads that work at once would only hold file handles.
 _MAX_IDLE_CONNECTIONS = 16
-_MAX_WORKERS = 16
+_MAX_READERS = 16
+# How often a fork looks whether the calls under way are done, and a call whether the fork is.
+_POLL_SECONDS = 0.002
+# A fork waits for the calls under way, which may themselves wait for a lock.
+_MIN_FORK_WAIT_SECONDS = 60
 
 # What to do, by what SQLite says.
 _ADVICE = {
@@ -30,6 +35,8 @@ _ADVICE = {
     "readonly": "Give this process write access to the file and its folder.",
     "is full": "Nothing of the failed call was stored. Make room on the disk.",
     "I/O error": "Look at its disk, quota and limits.",
+    "malformed": "The file is damaged. Restore it from a backup, or recover what is readable with SQLite's own tools.",
+    "already exists": "Other software has a table of this name in the file. Choose another path.",
 }
 
 
@@ -58,11 +65,13 @@ class Database:
         """
         self._settings = settings
         self._idle: list[_Connection] = []
-        self._lent: set[_Connection] = set()
-        self._workers: ThreadPoolExecutor | None = None
+        self._lent: weakref.WeakSet[_Connection] = weakref.WeakSet()  # weak: an interrupted call may lose one
+        self._readers: ThreadPoolExecutor | None = None
+        self._writer: ThreadPoolExecutor | None = None
+        self._workers_lock = threading.Lock()
         self._is_closed = False
         self._is_forking = False
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
         # Writers of this process queue here instead of polling the file's lock, which is slower and less fair.
         self._write_lock = threading.Lock()
 
@@ -86,24 +95,32 @@ class Database:
 
         :raises StoreTimeoutError: If other threads keep the database busy for longer than the timeout.
         """
-        if not self._write_lock.acquire(timeout=self._settings.timeout):
-            raise self._timed_out("other threads of this process")
-        try:
+        waits_until = time.monotonic() + self._settings.timeout
+        with self._write_lock:
+            if time.monotonic() > waits_until:
+                raise self._timed_out("other threads of this process")
             with self.connection() as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
                 connection.execute("COMMIT")
-        finally:
-            self._write_lock.release()
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+    def submit_read(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
         """
-        Call a function on one of the database's threads.
+        Call a function that reads, on one of several threads.
         """
-        with self._lock:
-            if self._workers is None:
-                self._workers = ThreadPoolExecutor(_MAX_WORKERS, "haystack-chat-store-sqlite")
-            return self._workers.submit(function, *arguments)
+        with self._workers_lock:
+            if self._readers is None:
+                self._readers = ThreadPoolExecutor(_MAX_READERS, "haystack-chat-store-reader")
+            return self._readers.submit(function, *arguments)
+
+    def submit_write(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """
+        Call a function that writes, on a thread of its own: writes wait for each other anyway, and no read for them.
+        """
+        with self._workers_lock:
+            if self._writer is None:
+                self._writer = ThreadPoolExecutor(1, "haystack-chat-store-writer")
+            return self._writer.submit(function, *arguments)
 
     def close(self) -> None:
         """
@@ -111,23 +128,26 @@ class Database:
         """
         with self._lock:
             self._is_closed = True
-            idle, self._idle = self._idle, []
-            workers, self._workers = self._workers, None
-        for connection in idle:
-            connection.close()
-        if workers is not None:
-            workers.shutdown(wait=False)
+            while self._idle:
+                self._idle.pop().close()
+        with self._workers_lock:
+            workers = [executor for executor in (self._readers, self._writer) if executor is not None]
+            self._readers = self._writer = None
+        for executor in workers:
+            executor.shutdown(wait=False)
 
     def before_fork(self) -> None:
         """
-        Close every connection, when the calls under way are done: each waits for a lock no longer than the timeout.
+        Close every connection, as soon as the calls under way are done.
 
         SQLite remembers in the process which locks it holds on a file. A child that inherits this takes no locks on its
         own connections, and loses what it writes (https://www.sqlite.org/howtocorrupt.html, section 2.6).
         """
+        self._is_forking = True
+        waits_until = time.monotonic() + max(_MIN_FORK_WAIT_SECONDS, 2 * self._settings.timeout)
+        while self._lent and time.monotonic() < waits_until:
+            time.sleep(_POLL_SECONDS)
         with self._lock:
-            self._is_forking = True
-            self._lock.wait_for(lambda: not self._lent, 2 * self._settings.timeout)
             while self._idle:
                 self._idle.pop().close()
 
@@ -135,16 +155,15 @@ class Database:
         """
         Lend connections again.
         """
-        with self._lock:
-            self._is_forking = False
-            self._lock.notify_all()
+        self._is_forking = False
 
     def after_fork_in_child(self) -> None:
         """
-        Neither use nor close what did not come back in time.
+        Neither use nor close what did not come back in time, nor anything else of that file.
         """
         for connection in self._lent:
             never_free(connection)
+            _locked_by_parent.add(connection.file_identity or _file_identity(self._settings.path))
 
     def explained(self, error: sqlite3.Error) -> ChatMessageStoreError:
         """
@@ -159,19 +178,22 @@ class Database:
     def _timed_out(self, holder: str) -> StoreTimeoutError:
         path, _, timeout = self._settings
         return StoreTimeoutError(
-            f"{path} stayed locked by {holder} for more than {timeout} seconds. Nothing was stored. "
+            f"{path} stayed locked by {holder} for more than {timeout} seconds. Nothing was changed. "
             "Try again, or give the store a longer timeout."
         )
 
     def _borrow(self) -> _Connection:
         # A file that was deleted or replaced is not the one that idle connections still write to.
         identity = _file_identity(self._settings.path)
-        with self._lock:
-            self._lock.wait_for(lambda: not self._is_forking)
-            while self._idle and self._idle[-1].file_identity != identity:
-                self._idle.pop().close()
-            connection = self._idle.pop() if self._idle else _connected(self._settings)
-            self._lent.add(connection)
+        while True:
+            with self._lock:
+                if not self._is_forking:
+                    while self._idle and self._idle[-1].file_identity != identity:
+                        self._idle.pop().close()
+                    connection = self._idle.pop() if self._idle else _connected(self._settings)
+                    self._lent.add(connection)
+                    break
+            time.sleep(_POLL_SECONDS)
         try:
             if connection.file_identity is None:
                 _make_ready(connection, self._settings)
@@ -187,9 +209,10 @@ class Database:
                 self._idle.append(connection)
             else:
                 connection.close()  # which rolls back what was under way
-            if self._is_forking:
-                self._lock.notify_all()
 
+
+# Files on which SQLite believes in this process that it holds the locks that its parent holds.
+_locked_by_parent: set[tuple[int, int] | None] = set()
 
 #: The databases of this process.
 databases = Shared(Database)
@@ -199,6 +222,11 @@ def _connected(settings: Settings) -> _Connection:
     folder = os.path.dirname(settings.path)
     if not os.path.isdir(folder):
         raise StoreUnavailableError(f"The folder {folder} does not exist. Create it, or choose another path.")
+    if _locked_by_parent and _file_identity(settings.path) in _locked_by_parent:
+        raise StoreUnavailableError(
+            f"This process was forked while another thread was using {settings.path}, so SQLite cannot use the file "
+            "safely here. Start processes with multiprocessing's 'spawn' method instead."
+        )
     return sqlite3.connect(
         settings.path,
         timeout=settings.timeout,
@@ -214,19 +242,20 @@ def _make_ready(connection: _Connection, settings: Settings) -> None:
     """
     is_current = schema.is_current(connection, settings.path)  # first: a newer database stays untouched
     connection.execute(f"PRAGMA synchronous = {settings.durability}")
-    _switch_to_wal(connection, time.monotonic() + settings.timeout)
+    _switch_to_wal(connection, settings.path, time.monotonic() + settings.timeout)
     if not is_current:
         schema.migrate(connection, settings.path)
     connection.file_identity = _file_identity(settings.path)
 
 
-def _switch_to_wal(connection: sqlite3.Connection, deadline: float) -> None:
+def _switch_to_wal(connection: sqlite3.Connection, path: str, deadline: float) -> None:
     """
     Let readers and a writer work side by side. The switch stays in the file.
     """
     while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
         try:
-            connection.execute("PRAGMA journal_mode = wal")
+            if connection.execute("PRAGMA journal_mode = wal").fetchone()[0] != "wal":
+                raise StoreUnavailableError(f"{path} does not allow SQLite's WAL mode. Is it on a network drive?")
             return
         except sqlite3.OperationalError as error:
             # SQLite does not wait here as it does elsewhere when several processes make the switch at once.

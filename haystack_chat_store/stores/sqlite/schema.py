@@ -85,4 +85,4 @@ def _version(connection: sqlite3.Connection) -> int:
     if connection.execute(_HAS_VERSION).fetchone() is None:
         return 0
     found = connection.execute("SELECT max(version) FROM chat_store_schema").fetchone()
-    return found[0] or 0
+    return int(found[0] or 0)

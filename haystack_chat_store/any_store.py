@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What components do with a store that may be anybody's: make it from YAML, call it, close it.
+
+The protocol does not ask for asynchronous methods, nor for `close`.
+"""
+
+import asyncio
+from typing import Any, TypeVar
+
+from haystack import DeserializationError, default_from_dict
+from haystack.dataclasses import ChatMessage
+
+from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore
+
+ComponentT = TypeVar("ComponentT")
+
+
+def component_from_dict(kind: type[ComponentT], data: dict[str, Any]) -> ComponentT:
+    """
+    Make a component, and the store it was serialized with.
+
+    :param kind: The component's class.
+    :param data: The serialized component. It is not changed.
+    :raises DeserializationError: If there is no store in it, or the store's class is not trusted or not there.
+    """
+    store = (data.get("init_parameters") or {}).get("chat_message_store")
+    if not isinstance(store, dict) or "type" not in store:
+        raise DeserializationError("init_parameters must have a 'chat_message_store' with the 'type' of the store.")
+    try:
+        return default_from_dict(kind, data)
+    except ImportError as error:
+        raise DeserializationError(f"The store's class {store['type']} cannot be imported: {error}") from error
+
+
+def validated_store(store: Any) -> ChatMessageStore:
+    """
+    Return a store.
+
+    :raises ValueError: If the object does not follow the protocol.
+    """
+    if isinstance(store, type) or not isinstance(store, ChatMessageStore):
+        got = f"the class {store.__name__}" if isinstance(store, type) else type(store).__name__
+        raise ValueError(f"chat_message_store must be a ChatMessageStore such as SQLiteChatMessageStore(), got {got}.")
+    return store
+
+
+async def retrieve_async(store: ChatMessageStore, chat_history_id: str, last_k: int | None) -> list[ChatMessage]:
+    """
+    Await a store's `retrieve_messages_async` or, where it has none, run `retrieve_messages` in a thread.
+    """
+    if isinstance(store, AsyncChatMessageStore):
+        return await store.retrieve_messages_async(chat_history_id, last_k)
+    return await asyncio.to_thread(store.retrieve_messages, chat_history_id, last_k)
+
+
+async def write_async(store: ChatMessageStore, chat_history_id: str, messages: list[ChatMessage]) -> int:
+    """
+    Await a store's `write_messages_async` or, where it has none, run `write_messages` in a thread.
+    """
+    if isinstance(store, AsyncChatMessageStore):
+        return await store.write_messages_async(chat_history_id, messages)
+    return await asyncio.to_thread(store.write_messages, chat_history_id, messages)
+
+
+def close(store: ChatMessageStore) -> None:
+    """
+    Close a store that can be closed.
+    """
+    if hasattr(store, "close"):
+        store.close()
+
+
+async def close_async(store: ChatMessageStore) -> None:
+    """
+    Close a store that can be closed, without blocking the event loop.
+    """
+    if hasattr(store, "close_async"):
+        await store.close_async()
+    else:
+        await asyncio.to_thread(close, store)

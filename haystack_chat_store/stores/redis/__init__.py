@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from haystack.lazy_imports import LazyImport
+from haystack.utils import Secret
+
+from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.rounds import LastKUnit, Window
+from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage
+from haystack_chat_store.stores.coroutines import run_to_end
+from haystack_chat_store.stores.redis import scripts
+from haystack_chat_store.stores.redis.keys import BUCKETS, BucketKeys, HistoryKeys, Keys, bucket_of
+
+with LazyImport("Run 'pip install \"haystack-chat-store[redis]\"'") as redis_import:
+    from haystack_chat_store.stores.redis.connections import Server, Session, Settings, servers
+
+_READ = {"round": scripts.READ_ROUNDS, "message": scripts.READ_MESSAGES}
+# More messages than a history can have, and a number that Lua still takes exactly.
+_MAX_COUNT = 2**53
+# `delete_all_messages` keeps the server busy with so many histories at once.
+_HISTORIES_PER_STEP = 100
+
+
+class RedisChatMessageStore(BaseChatMessageStore["Session"]):
+    """
+    Keeps chat histories in Redis or Valkey, on one server or a Redis Cluster: for speed, and for many machines at once.
+
+    Needs Redis 6.2 or newer, or Valkey, and `pip install "haystack-chat-store[redis]"`. How much of what it has
+    acknowledged survives a crash of the server is for the server's settings to say: see `docs/redis.md`.
+
+    ```python
+    from haystack_chat_store.stores.redis import RedisChatMessageStore
+
+    store = RedisChatMessageStore(namespace="my_app", ttl=30 * 24 * 3600)  # REDIS_URL=redis://:password@host:6379/0
+    print(store.to_dict())
+    ```
+    """
+
+    def __init__(
+        self,
+        url: Secret = Secret.from_env_var("REDIS_URL"),
+        skip_system_messages: bool = True,
+        last_k: int | None = 10,
+        *,
+        last_k_unit: LastKUnit = "round",
+        namespace: str = "default",
+        cluster: bool = False,
+        key_prefix: str = "chat",
+        ttl: float | None = None,
+        timeout: float = 30.0,
+    ) -> None:
+        """
+        Create the store. It connects on first use.
+
+        :param url: A secret with a URL as redis-py takes it: `redis://user:password@host:port/database`, `rediss://`
+            for TLS, `unix://` for a socket. Defaults to the environment variable `REDIS_URL`, read when connecting.
+        :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
+        :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
+        :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
+        :param namespace: Separates tenants, applications or test runs in one database. Defaults to `"default"`.
+        :param cluster: Whether the URL leads to a node of a Redis Cluster, which then says where the others are.
+            Defaults to False.
+        :param key_prefix: What the names of all keys begin with, after a brace. Defaults to `"chat"`. Without braces.
+        :param ttl: After how many seconds without a write a history expires, all of it at once. A write starts the time
+            anew. Defaults to `None`: never.
+        :param timeout: How long a call may take, in seconds: waiting for a connection, connecting, waiting for the
+            answer (a synchronous call: each of them). For so long a call waits for a server that is starting, and for
+            a cluster to replace a master. Defaults to 30.
+        :raises ValueError: If a setting is not one of these.
+        :raises ImportError: If redis-py is not installed.
+        """
+        redis_import.check()
+        super().__init__(skip_system_messages, last_k, last_k_unit=last_k_unit, namespace=namespace)
+        if not isinstance(url, Secret):
+            raise ValueError("url must be a Secret, such as Secret.from_env_var('REDIS_URL').")
+        if not isinstance(key_prefix, str) or not key_prefix or not key_prefix.isprintable():
+            raise ValueError(f"key_prefix must be printable text, got {key_prefix!r}.")
+        if "{" in key_prefix or "}" in key_prefix:
+            raise ValueError(f"key_prefix must not contain braces, by which a cluster places keys; got {key_prefix!r}.")
+        for name, seconds in (("ttl", ttl), ("timeout", timeout)):
+            if name == "ttl" and seconds is None:
+                continue
+            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0.001 <= seconds <= 10**10:
+                raise ValueError(f"{name} must be a number of seconds from 0.001 to 10**10, got {seconds!r}.")
+        self.url = url
+        self.cluster = cluster
+        self.key_prefix = key_prefix
+        self.ttl = ttl
+        self.timeout = timeout
+        self._keys = Keys(key_prefix, namespace)
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        Serialize the store's settings. The URL is named by its environment variable, never written out.
+
+        :raises ValueError: If it is not a secret from the environment.
+        """
+        return self._settings_to_dict(
+            url=self.url,
+            cluster=self.cluster,
+            key_prefix=self.key_prefix,
+            ttl=self.ttl,
+            timeout=self.timeout,
+        )
+
+    def close(self) -> None:
+        """
+        Close the connections, for every store with the same settings. The next use opens them again.
+        """
+        with suppress(StoreUnavailableError):  # without a url, nothing can have been opened
+            servers.close(self._settings())
+
+    async def close_async(self) -> None:
+        """
+        Do what `close` does, without blocking the event loop.
+        """
+        with suppress(StoreUnavailableError):
+            session = await self._server().session_async()
+            await session.close()
+        self.close()
+
+    def _run(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        return run_to_end(operation(self._server().session(), *arguments))
+
+    async def _run_async(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        return await operation(await self._server().session_async(), *arguments)
+
+    async def _write(self, session: "Session", chat_history_id: str, messages: Sequence[EncodedMessage]) -> int:
+        letters = (message.role[0] if message.brought_its_id else message.role[0].upper() for message in messages)
+        bucket, history = self._keys_of(chat_history_id)
+        written: int = await session.run(
+            scripts.WRITE,
+            [*bucket, *history],
+            [
+                chat_history_id,
+                round((self.ttl or 0) * 1000),
+                "".join(letters),
+                "\x00".join(message.message_id for message in messages),
+                *(message.content for message in messages),
+            ],
+        )
+        return written
+
+    async def _read(self, session: "Session", chat_history_id: str, window: Window) -> list[str]:
+        bucket, history = self._keys_of(chat_history_id)
+        script = scripts.READ_ALL if window.count is None else _READ[window.unit]
+        keys = [bucket.schema_version, history.contents, history.roles]
+        found: list[str] = await session.run(script, keys, [min(window.count or 0, _MAX_COUNT)])
+        return found
+
+    async def _count(self, session: "Session", chat_history_id: str) -> int:
+        bucket, history = self._keys_of(chat_history_id)
+        count: int = await session.run(scripts.COUNT, [bucket.schema_version, history.counters])
+        return count
+
+    async def _delete(self, session: "Session", chat_history_id: str) -> None:
+        await self._delete_several(session, bucket_of(chat_history_id), [chat_history_id])
+
+    async def _delete_all(self, session: "Session") -> None:
+        for bucket in range(BUCKETS):
+            until_time = ""
+            while True:
+                until_time, found = await session.run(
+                    scripts.LIST, self._keys.of_bucket(bucket), [until_time, _HISTORIES_PER_STEP]
+                )
+                if not found:
+                    break
+                await self._delete_several(session, bucket, found)
+
+    async def _delete_several(self, session: "Session", bucket: int, chat_history_ids: list[str]) -> None:
+        keys = [key for chat_history_id in chat_history_ids for key in self._keys.of_history(chat_history_id)]
+        await session.run(scripts.DELETE, [*self._keys.of_bucket(bucket), *keys], chat_history_ids)
+
+    def _keys_of(self, chat_history_id: str) -> tuple[BucketKeys, HistoryKeys]:
+        return self._keys.of_bucket(bucket_of(chat_history_id)), self._keys.of_history(chat_history_id)
+
+    def _settings(self) -> "Settings":
+        try:
+            return Settings(self.url.resolve_value() or "", self.cluster, self.timeout)
+        except ValueError as error:
+            raise StoreUnavailableError(f"The url cannot be used. {error}") from error
+
+    def _server(self) -> "Server":
+        return servers.get(self._settings())

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The names of the keys. `docs/redis.md` shows what is kept in each.
+"""
+
+import zlib
+from functools import lru_cache
+from typing import NamedTuple
+from urllib.parse import quote
+
+#: Among so many groups the histories of a namespace are spread. All keys of a group lie on one node of a cluster.
+BUCKETS = 64
+
+
+class BucketKeys(NamedTuple):
+    """
+    The keys that the histories of a bucket have in common.
+    """
+
+    schema_version: str
+    directory: str
+    expiries: str
+
+
+class HistoryKeys(NamedTuple):
+    """
+    The keys of one history.
+    """
+
+    counters: str
+    contents: str
+    roles: str
+    message_ids: str
+
+
+class Keys(NamedTuple):
+    """
+    The keys of a namespace.
+
+    A cluster places a key by what stands in its first braces. Names are percent-encoded but for letters, digits and
+    `-._~`, so nothing in an id can close the braces or be taken for a separator, and no two ids become the same key.
+    """
+
+    key_prefix: str
+    namespace: str
+
+    def of_bucket(self, bucket: int) -> BucketKeys:
+        """
+        Return the keys that the histories of a bucket have in common.
+        """
+        tag = self._tag(bucket)
+        return BucketKeys(f"{tag}:schema_version", f"{tag}:histories", f"{tag}:expiries")
+
+    def of_history(self, chat_history_id: str) -> HistoryKeys:
+        """
+        Return the keys of one history.
+        """
+        name = f"{self._tag(bucket_of(chat_history_id))}:{_encoded(chat_history_id)}"
+        return HistoryKeys(f"{name}:history", f"{name}:contents", f"{name}:roles", f"{name}:message_ids")
+
+    def _tag(self, bucket: int) -> str:
+        return f"{{{self.key_prefix}:{_encoded(self.namespace)}:{bucket}}}"
+
+
+def bucket_of(chat_history_id: str) -> int:
+    """
+    Return the bucket of a history. Never to be changed: what is stored would not be found again.
+    """
+    return zlib.crc32(chat_history_id.encode()) % BUCKETS
+
+
+@lru_cache(maxsize=1024)
+def _encoded(name: str) -> str:
+    return quote(name, safe="")

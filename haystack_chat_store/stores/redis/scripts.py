@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What the server runs: one Lua script for each operation, so that each is atomic and takes one round trip.
+
+Redis does not undo what a script has done before it failed. So whatever can fail is done before the first write: all
+keys are looked at, which shows those that hold something else, and what comes first among the writes is a command that
+Redis refuses when it is out of memory or may not be written to. After that it refuses none of the script.
+"""
+
+import hashlib
+
+#: The version of how histories are kept. It is recorded in every bucket.
+SCHEMA_VERSION = 1
+
+
+class Script:
+    """
+    A Lua script, and the digest by which a server knows it once it has run it.
+    """
+
+    def __init__(self, text: str) -> None:
+        """
+        Make a script that leaves a bucket of a newer schema version untouched.
+
+        :param text: The script. Its first key is the bucket's schema version.
+        """
+        self.text = _CHECK_SCHEMA + text
+        self.digest = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+
+_CHECK_SCHEMA = f"""
+local version = redis.call('GET', KEYS[1])
+if version and tonumber(version) > {SCHEMA_VERSION} then
+    return redis.error_reply('NEWERSCHEMA ' .. version)
+end
+"""
+
+#: Append messages. Keys: those of the bucket, those of the history. Arguments: the history's id; milliseconds until it
+#: expires, 0 for never; the first letter of each message's role, as a capital if this call made up the message's id;
+#: the messages' ids, separated by NUL; then their contents, each an argument. Returns how many this call has written.
+WRITE = Script(f"""
+local _, directory, expiries, history, contents, roles, message_ids = unpack(KEYS)
+local chat_history_id, ttl, letters = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+
+local counters = redis.call('HMGET', history, 'next_position', 'message_count', 'round_count', 'expires_at')
+local position, message_count = tonumber(counters[1] or 0), tonumber(counters[2] or 0)
+if redis.call('LLEN', contents) ~= position or redis.call('STRLEN', roles) ~= position
+        or redis.call('HLEN', message_ids) ~= message_count then
+    return redis.error_reply('DAMAGED')
+end
+redis.call('ZCARD', directory)
+redis.call('ZCARD', expiries)
+
+local written, rounds, new, new_roles = 0, 0, {{}}, {{}}
+local index = 0
+for message_id in string.gmatch(ARGV[4], '%Z+') do
+    index = index + 1
+    local letter = string.sub(letters, index, index)
+    local role = string.lower(letter)
+    if redis.call('HSETNX', message_ids, message_id, position + #new) == 1 then
+        written = written + 1
+        new[#new + 1] = ARGV[4 + index]
+        new_roles[#new] = role
+        if role == 'u' then rounds = rounds + 1 end
+    elseif role ~= letter then
+        written = written + 1  -- by an earlier attempt of this same call, whose answer was lost
+    end
+end
+
+local time = redis.call('TIME')
+local microseconds = string.format('%.0f', time[1] * 1000000 + time[2])
+local milliseconds = time[1] * 1000 + math.floor(time[2] / 1000)
+if #new > 0 then
+    for first = 1, #new, 1000 do  -- more arguments than that may not fit on Lua's stack
+        redis.call('RPUSH', contents, unpack(new, first, math.min(first + 999, #new)))
+    end
+    redis.call('APPEND', roles, table.concat(new_roles))
+    redis.call('HSET', history, 'next_position', position + #new, 'message_count', message_count + #new,
+        'round_count', tonumber(counters[3] or 0) + rounds, 'updated_at', microseconds)
+    if position == 0 then
+        redis.call('HSET', history, 'chat_history_id', chat_history_id, 'created_at', microseconds)
+    end
+    redis.call('ZADD', directory, microseconds, chat_history_id)
+    if not version then redis.call('SET', KEYS[1], {SCHEMA_VERSION}) end
+end
+
+if ttl > 0 then
+    local expires_at = string.format('%.0f', milliseconds + ttl)
+    redis.call('HSET', history, 'expires_at', expires_at)
+    for key = 4, 7 do redis.call('PEXPIREAT', KEYS[key], expires_at) end
+    redis.call('ZADD', expiries, expires_at, chat_history_id)
+    -- Histories that have expired leave the directory; some at a time, so that no write takes long.
+    local expired = redis.call('ZRANGEBYSCORE', expiries, '-inf', '(' .. string.format('%.0f', milliseconds),
+        'LIMIT', 0, 100)
+    if #expired > 0 then
+        redis.call('ZREM', expiries, unpack(expired))
+        redis.call('ZREM', directory, unpack(expired))
+    end
+    -- Where every history is to expire, the bucket does with the last of them.
+    local last = redis.call('ZREVRANGE', expiries, 0, 0, 'WITHSCORES')[2]
+    local has_end = redis.call('ZCARD', expiries) == redis.call('ZCARD', directory)
+    for key = 1, 3 do
+        if has_end then redis.call('PEXPIREAT', KEYS[key], last) else redis.call('PERSIST', KEYS[key]) end
+    end
+elseif counters[4] or position == 0 then
+    redis.call('HDEL', history, 'expires_at')
+    redis.call('ZREM', expiries, chat_history_id)
+    for key = 1, 7 do redis.call('PERSIST', KEYS[key]) end
+end
+return written
+""")
+
+_READ = """
+local _, contents, roles = unpack(KEYS)
+local length = redis.call('STRLEN', roles)
+if redis.call('LLEN', contents) ~= length then return redis.error_reply('DAMAGED') end
+local wanted, start = tonumber(ARGV[1]), 0
+{find_start}
+return redis.call('LRANGE', contents, start, -1)
+"""
+
+# Keys of the three: the bucket's schema version, the history's contents and roles. Argument: the window's count.
+
+#: Return the whole history.
+READ_ALL = Script(_READ.format(find_start=""))
+
+#: Return the last rounds: walk back over the roles to the user message that begins the first of them.
+READ_ROUNDS = Script(
+    _READ.format(
+        find_start="""
+local unseen = length
+while unseen > 0 and wanted > 0 do
+    local first = math.max(unseen - 1000, 0)
+    local part = redis.call('GETRANGE', roles, first, unseen - 1)
+    for index = #part, 1, -1 do
+        if string.byte(part, index) == 117 then  -- u
+            wanted = wanted - 1
+            if wanted == 0 then
+                start = first + index - 1
+                break
+            end
+        end
+    end
+    unseen = first
+end
+"""
+    )
+)
+
+#: Return the last messages, and where these begin with tool messages, what comes before up to one that is none.
+READ_MESSAGES = Script(
+    _READ.format(
+        find_start="""
+start = math.max(length - wanted, 0)
+while start > 0 and redis.call('GETRANGE', roles, start, start) == 't' do start = start - 1 end
+"""
+    )
+)
+
+#: Return the number of messages. Keys: the bucket's schema version, the history's counters.
+COUNT = Script("return tonumber(redis.call('HGET', KEYS[2], 'message_count') or 0)")
+
+#: Delete histories of a bucket. Keys: those of the bucket, then those of the histories. Arguments: the histories' ids.
+DELETE = Script("""
+redis.call('ZCARD', KEYS[2])
+redis.call('ZCARD', KEYS[3])
+redis.call('UNLINK', unpack(KEYS, 4))
+redis.call('ZREM', KEYS[2], unpack(ARGV))
+redis.call('ZREM', KEYS[3], unpack(ARGV))
+if redis.call('EXISTS', KEYS[2]) == 0 then redis.call('UNLINK', KEYS[1]) end
+""")
+
+#: Return the time of a bucket's last write and the ids of some of its histories, those first that were not written to
+#: for longest. Keys: those of the bucket. Arguments: the time, if it was returned before, so that what is written from
+#: then on is left out; how many ids at most.
+LIST = Script("""
+local until_time = ARGV[1]
+if until_time == '' then
+    until_time = redis.call('ZREVRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2]
+    if not until_time then return {'', {}} end
+end
+return {until_time, redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', until_time, 'LIMIT', 0, ARGV[2])}
+""")
