@@ -20,10 +20,10 @@ def install(session: nox.Session, *groups: str) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests, with branch coverage."""
+    """Run all tests on all cores, with branch coverage."""
     install(session, "test")
     arguments = session.posargs or ["--cov", "--cov-report=term", "--cov-fail-under=95"]
-    session.run("pytest", *arguments, env=ENVIRONMENT)
+    session.run("pytest", "--numprocesses=auto", "--dist=loadfile", *arguments, env=ENVIRONMENT)
 
 
 @nox.session(python=PYTHONS)

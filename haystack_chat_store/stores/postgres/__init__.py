@@ -230,8 +230,9 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
                 f"{server}, refused: {error.diag.message_primary}. If this role may not create tables, let an "
                 "administrator run what create_schema_sql() returns."
             )
-        if isinstance(error, psycopg.errors.UndefinedTable):
-            pools.close(settings)  # so that the next call makes them again
+        if isinstance(error, (psycopg.errors.UndefinedTable, psycopg.errors.ReadOnlySqlTransaction)):
+            # The tables were dropped, or this server is no longer the primary: the next call connects anew.
+            pools.close(settings)
         if isinstance(error, (psycopg.OperationalError, psycopg.ProgrammingError)):
             said = (error.diag.message_primary if error.sqlstate else None) or str(error)
             return StoreUnavailableError(f"{server}, failed: {_without(password, said)}")

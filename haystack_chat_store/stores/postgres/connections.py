@@ -31,7 +31,7 @@ Parameters = Sequence[Any] | dict[str, Any]
 
 # An idle connection that nobody needed for so many seconds is closed, unless the pool is to keep it.
 _MAX_IDLE_SECONDS = 600
-# A call that is given up is cancelled on the server too, where it would wait on for a lock, and so long for an answer.
+# How long the server is asked to cancel what a call has given up. Else it would go on waiting for a lock.
 _CANCEL_SECONDS = 1.0
 # Processes that create the tables at once wait for each other here. The number is "chat" in ASCII.
 _UPGRADE_LOCK = "SELECT pg_advisory_xact_lock(1667785076)"
@@ -134,6 +134,16 @@ class Session:
         rows = cursor.fetchall()
         return await rows if self._is_async else rows  # type: ignore[no-any-return]
 
+    async def cancel(self) -> None:
+        """
+        Ask the server to stop what it does for this connection. It may not have noticed that nobody waits any more.
+        """
+        if psycopg.capabilities.has_cancel_safe():  # what older libraries have instead could wait for ever
+            with suppress(psycopg.Error):
+                cancelling = self.connection.cancel_safe(timeout=_CANCEL_SECONDS)
+                if self._is_async:
+                    await cancelling
+
 
 class _Idle:
     """
@@ -213,16 +223,15 @@ class Pool:
             with self._lock:
                 connection = self._idle.pop()
             if connection is None:
-                connection = _Connection.connect(self._settings.connection_string, **self._connect_options())
+                connection = _Connection.connect(self._settings.connection_string, **self._connect_options(deadline))
             with self._lent(connection, self._idle, deadline):
+                session = Session(connection)
                 try:
                     if not connection.is_ready:
-                        run_to_end(self._make_ready(connection))
-                    yield Session(connection)
+                        run_to_end(self._make_ready(session))
+                    yield session
                 except psycopg.errors.ConnectionTimeout:
-                    if psycopg.capabilities.has_cancel_safe():
-                        with suppress(psycopg.Error):
-                            connection.cancel_safe(timeout=_CANCEL_SECONDS)
+                    run_to_end(session.cancel())
                     raise
         finally:
             self._limit.release()
@@ -247,18 +256,17 @@ class Pool:
             with self._lock:
                 connection = ours.idle.pop()
             if connection is None:
-                options = self._connect_options()
+                options = self._connect_options(deadline)
                 connection = await _AsyncConnection.connect(self._settings.connection_string, **options)
                 connection.loop = asyncio.get_running_loop()
             with self._lent(connection, ours.idle, deadline):
+                session = Session(connection)
                 try:
                     if not connection.is_ready:
-                        await self._make_ready(connection)
-                    yield Session(connection)
+                        await self._make_ready(session)
+                    yield session
                 except psycopg.errors.ConnectionTimeout:
-                    if psycopg.capabilities.has_cancel_safe():
-                        with suppress(psycopg.Error):
-                            await connection.cancel_safe(timeout=_CANCEL_SECONDS)
+                    await session.cancel()
                     raise
         finally:
             ours.limit.release()
@@ -293,17 +301,18 @@ class Pool:
         for connection in self._open:
             never_free(connection)
 
-    def _connect_options(self) -> dict[str, Any]:
+    @staticmethod
+    def _connect_options(deadline: float) -> dict[str, Any]:
         # psycopg takes whole seconds, at least two. Whatever the database's encoding, we speak UTF-8.
-        timeout = max(2, math.ceil(self._settings.timeout))
+        timeout = max(2, math.ceil(deadline - time.monotonic()))
         return {"autocommit": True, "connect_timeout": timeout, "client_encoding": "utf8"}
 
-    async def _make_ready(self, connection: Any) -> None:
+    async def _make_ready(self, session: Session) -> None:
         """
         Prepare a new connection for its work, and once for each process the database.
         """
+        connection = session.connection
         connection.adapters.register_loader("json", TextLoader)  # the codec parses a window at once
-        session = Session(connection)
         ((backend_pid, has_tables),) = await session.fetch(_STATE, self._tables.version_table)
         # A pooler such as pgbouncer gives clients a process id of its own, and each statement another server
         # connection: none of them would know what another has prepared.

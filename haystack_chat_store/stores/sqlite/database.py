@@ -3,6 +3,7 @@
 Connections to one file: opened when needed, lent to one thread at a time, shared by all stores with equal settings.
 """
 
+import gc
 import os
 import sqlite3
 import threading
@@ -145,6 +146,8 @@ class Database:
         """
         self._is_forking = True
         waits_until = time.monotonic() + max(_MIN_FORK_WAIT_SECONDS, 2 * self._settings.timeout)
+        if self._lent:
+            gc.collect()  # a connection that an interrupted call has lost may be part of a cycle
         while self._lent and time.monotonic() < waits_until:
             time.sleep(_POLL_SECONDS)
         with self._lock:

@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Behaviour that has been wrong once and is easily broken again.
+"""
+
+import asyncio
+import base64
+import json
+import os
+import signal
+import sqlite3
+import sys
+import threading
+import time
+import traceback
+from contextlib import closing, contextmanager
+from datetime import datetime, timezone
+
+import pytest
+from haystack import DeserializationError
+from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+from haystack_integrations.components.writers.chat_store import ChatMessageWriter
+from pydantic import BaseModel, field_serializer
+
+from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
+from haystack_chat_store.errors import MessageEncodingError, StoreUnavailableError
+from haystack_chat_store.rounds import valid_for_model
+from haystack_chat_store.stores.sqlite import database
+from haystack_chat_store.testing.kit import texts
+from haystack_chat_store.testing.messages import user
+
+HANG_LIMIT = 30.0
+# Put together, so that it stands in no line of source that a traceback shows.
+SECRET = " ".join(["my", "password", "is", "4711"])
+
+
+def forks(test):
+    """
+    Mark a test that forks while it has other threads.
+    """
+    test = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")(test)
+    return pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork on this platform")(test)
+
+
+@pytest.fixture
+def store(request):
+    store = InMemoryChatMessageStore(last_k=None, namespace=request.node.name[:128])
+    yield store
+    store.delete_all_messages()
+
+
+@pytest.fixture
+def new_sqlite_store(tmp_path):
+    made = []
+
+    def new(name="chat_history.db", **settings):
+        made.append(SQLiteChatMessageStore(tmp_path / name, last_k=None, **settings))
+        return made[-1]
+
+    yield new
+    for store in made:
+        store.close()
+
+
+@pytest.fixture(params=["run", "run_async"])
+def run(request):
+    """
+    Run a component in one of the two ways.
+    """
+
+    def run(component, *arguments, **more):
+        made = getattr(component, request.param)(*arguments, **more)
+        return made if request.param == "run" else asyncio.run(made)
+
+    return run
+
+
+# ---------------------------------------------------------------------- components
+
+
+def test_the_messages_of_this_turn_may_come_from_a_generator(store, run):
+    messages = (ChatMessage.from_user(text) for text in ("Hi!", "Are you there?"))
+    retrieved = run(ChatMessageRetriever(store), "history", current_messages=messages)["messages"]
+    assert texts(retrieved) == ["Hi!", "Are you there?"]
+
+
+@pytest.mark.parametrize(
+    "messages", [ChatMessage.from_user("Hi!"), "Hi!", ["Hi!"], 0, "", {}], ids=lambda value: type(value).__name__
+)
+def test_what_is_no_list_of_messages_is_refused_as_messages_of_this_turn(store, run, messages):
+    with pytest.raises(ValueError, match="current_messages"):
+        run(ChatMessageRetriever(store), "history", current_messages=messages)
+
+
+@pytest.mark.parametrize("replies", [0, "", {}], ids=repr)
+def test_what_is_no_list_of_messages_is_refused_as_replies_even_if_it_is_empty(store, run, replies):
+    with pytest.raises(ValueError, match="replies"):
+        run(ChatMessageWriter(store), "history", messages=[ChatMessage.from_user("Hi!")], replies=replies)
+    assert store.count_messages("history") == 0
+
+
+@pytest.mark.parametrize("component", [ChatMessageRetriever, ChatMessageWriter])
+@pytest.mark.parametrize("wrong", [None, "chat_history.db", InMemoryChatMessageStore], ids=str)
+def test_what_is_no_store_is_refused_when_the_component_is_made(component, wrong):
+    with pytest.raises(ValueError, match="chat_message_store"):
+        component(wrong)
+
+
+@pytest.mark.parametrize("component", [ChatMessageRetriever, ChatMessageWriter])
+def test_init_parameters_left_empty_in_yaml_are_a_deserialization_error(store, component):
+    data = {**component(store).to_dict(), "init_parameters": None}
+    with pytest.raises(DeserializationError, match="chat_message_store"):
+        component.from_dict(data)
+
+
+@pytest.mark.parametrize("kind", [InMemoryChatMessageStore, SQLiteChatMessageStore])
+@pytest.mark.parametrize("wrong", ["no", 0, None], ids=repr)
+def test_a_store_takes_nothing_but_a_bool_for_skip_system_messages(kind, wrong):
+    with pytest.raises(ValueError, match="skip_system_messages"):
+        kind(skip_system_messages=wrong)
+
+
+# ---------------------------------------------------------------------- tool calls
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        [TextContent("")],
+        [TextContent(" \n")],
+        [ReasoningContent("I should search.")],
+        [ReasoningContent("I should search."), TextContent("")],
+    ],
+    ids=["empty text", "blank text", "reasoning", "reasoning and empty text"],
+)
+def test_an_unanswered_call_leaves_no_message_that_says_nothing(beside):
+    asked = ChatMessage(ChatRole.ASSISTANT, [*beside, ToolCall("search", {"q": 1}, id="call_1")])
+    question, next_question = ChatMessage.from_user("Find it."), ChatMessage.from_user("Well?")
+    assert valid_for_model([question, asked, next_question]) == [question, next_question]
+
+
+def test_parallel_calls_with_empty_ids_are_paired_by_name_and_arguments():
+    calls = [ToolCall("search", {"q": number}, id="") for number in range(3)]
+    asked = ChatMessage.from_assistant(tool_calls=calls)
+    answers = [ChatMessage.from_tool(f"found {call.arguments['q']}", origin=call) for call in reversed(calls)]
+    assert valid_for_model([asked, *answers]) == [asked, *answers]
+    (with_two_calls, *_) = valid_for_model([asked, *answers[:2]])
+    assert with_two_calls.tool_calls == calls[1:]
+
+
+# ---------------------------------------------------------------------- SQLite: asynchronous calls
+
+
+@contextmanager
+def locked(path):
+    """
+    Hold the file's write lock, as another process may.
+    """
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+
+
+async def begun_writes(store, count):
+    writes = [
+        asyncio.create_task(store.write_messages_async("history", [ChatMessage.from_user(f"{number}")]))
+        for number in range(count)
+    ]
+    await asyncio.sleep(0)  # each goes to its thread, or into the queue there
+    return writes
+
+
+def test_reads_do_not_wait_behind_writes_that_wait_for_a_lock(new_sqlite_store):
+    store = new_sqlite_store(timeout=4 * HANG_LIMIT)
+    store.write_messages("history", [ChatMessage.from_user("Hi!")])
+
+    async def read_while_writes_wait():
+        with locked(store.path):
+            writes = await begun_writes(store, 30)
+            read = asyncio.create_task(store.retrieve_messages_async("history"))
+            await asyncio.wait([read], timeout=HANG_LIMIT)
+            was_read, written = read.done(), sum(write.done() for write in writes)
+        assert await asyncio.gather(*writes) == [1] * 30
+        return was_read, written, texts(await read)
+
+    was_read, written, said = asyncio.run(read_while_writes_wait())
+    assert (was_read, written) == (True, 0)
+    assert said[0] == "Hi!"
+    assert store.count_messages("history") == 31
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux tells which files a process has open")
+def test_closing_lets_queued_writes_finish_and_leaves_no_file_open(new_sqlite_store):
+    store = new_sqlite_store(timeout=4 * HANG_LIMIT)
+    store.write_messages("history", [ChatMessage.from_user("Hi!")])
+
+    async def close_while_writes_wait():
+        with locked(store.path):
+            writes = await begun_writes(store, 30)
+            await store.close_async()
+        return await asyncio.gather(*writes)
+
+    assert asyncio.run(close_while_writes_wait()) == [1] * 30
+    targets = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    assert [target for target in targets if target.startswith(os.path.realpath(store.path))] == []
+    assert store.count_messages("history") == 31
+
+
+# ---------------------------------------------------------------------- SQLite: forks
+
+
+def in_child(function):
+    """
+    Return what a function returns in a forked child; of what it raises, the class's name and the message.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(int(HANG_LIMIT))
+            try:
+                outcome = function()
+            except BaseException as error:
+                outcome = [type(error).__name__, str(error)]
+            os.write(writer, json.dumps(outcome).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        outcome = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(outcome)
+
+
+@contextmanager
+def lent(store, until=None):
+    """
+    Have another thread hold a connection in the middle of a write: until the end, or until something else.
+    """
+    is_lent, is_over = threading.Event(), until or threading.Event()
+
+    def hold():
+        with database.databases.get(store._settings).connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            is_lent.set()
+            is_over.wait(3 * HANG_LIMIT)
+            connection.execute("COMMIT")
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert is_lent.wait(HANG_LIMIT)
+    try:
+        yield
+    finally:
+        is_over.set()
+        holder.join()
+
+
+@forks
+def test_a_child_forked_during_a_long_write_is_told_that_it_cannot_use_the_file(new_sqlite_store, monkeypatch):
+    monkeypatch.setattr(database, "_MIN_FORK_WAIT_SECONDS", 0.1)
+    store, other = new_sqlite_store(timeout=0.1), new_sqlite_store("other.db", timeout=HANG_LIMIT)
+    for each in (store, other):
+        each.write_messages("history", [ChatMessage.from_user("Hi!")])
+    with lent(store):
+        name, message = in_child(lambda: store.write_messages("history", [ChatMessage.from_user("Lost?")]))
+        assert name == StoreUnavailableError.__name__, message
+        assert str(store.path) in message
+        assert "fork" in message
+        assert in_child(lambda: other.write_messages("history", [ChatMessage.from_user("From a child")])) == 1
+    assert texts(other.retrieve_messages("history")) == ["Hi!", "From a child"]
+    store.write_messages("history", [ChatMessage.from_user("Still there?")])
+    assert texts(store.retrieve_messages("history")) == ["Hi!", "Still there?"]
+    assert in_child(lambda: store.count_messages("history")) == 2
+
+
+@forks
+def test_a_fork_that_waits_for_one_file_does_not_hold_up_the_first_use_of_another(new_sqlite_store):
+    store, other = new_sqlite_store(timeout=1), new_sqlite_store("other.db")
+    is_used = threading.Event()
+
+    def use_other():
+        while not database.databases.get(store._settings)._is_forking:
+            time.sleep(0.001)
+        other.write_messages("history", [ChatMessage.from_user("Hi!")])
+        is_used.set()
+
+    with lent(store, until=is_used):
+        thread = threading.Thread(target=use_other)
+        thread.start()
+        assert in_child(lambda: "forked") == "forked"
+        was_held_up = thread.is_alive() and not is_used.is_set()
+        thread.join()
+    assert not was_held_up
+
+
+# ---------------------------------------------------------------------- what JSON has no form for
+
+
+def stored(store, meta):
+    store.write_messages("history", [user(**meta)])
+    return store.retrieve_messages("history")[-1].meta
+
+
+def test_an_error_of_a_models_own_serializer_is_named_by_its_path_and_not_quoted(store):
+    class Account(BaseModel):
+        password: str
+
+        @field_serializer("password")
+        def _refuse(self, value):
+            raise RuntimeError(value)
+
+    with pytest.raises(MessageEncodingError) as caught:
+        store.write_messages("history", [user(), user(account=[Account(password=SECRET)])])
+    assert "messages[1].meta['account'][0]" in str(caught.value)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+    assert store.count_messages("history") == 0
+
+
+def test_a_huge_integer_in_the_key_of_a_dict_is_stored_with_all_its_digits(store):
+    assert stored(store, {"seen": {(10**5000, 1): "yes"}})["seen"] == {f"[1{'0' * 5000},1]": "yes"}
+
+
+def test_a_memoryview_with_gaps_is_stored(store):
+    assert base64.b64decode(stored(store, {"bytes": memoryview(b"a-b-c-")[::2]})["bytes"]) == b"abc"
+
+
+@pytest.fixture
+def few_digits():
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(640)
+    yield
+    sys.set_int_max_str_digits(before)
+
+
+@pytest.mark.parametrize("digits", [639, 640, 641, 4301])
+@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+def test_integers_are_stored_with_all_their_digits_where_python_converts_few(store, few_digits, digits, sign):
+    number = sign * (10**digits - 7)
+    is_equal = stored(store, {"number": number, "in_a_list": [number]})["in_a_list"][0] == number
+    assert is_equal  # two steps, for pytest shows what it compares, which Python refuses here
+
+
+class OddText(str):
+    """
+    Text whose methods say something else than it does.
+    """
+
+    __slots__ = ()
+
+    def encode(self, *arguments):
+        return b""
+
+    def isascii(self):
+        return True
+
+    def __str__(self):
+        return "odd"
+
+
+class OddlyEncodedText(str):
+    __slots__ = ()
+
+    def encode(self, *arguments):
+        return b""
+
+
+@pytest.mark.parametrize("kind", [OddText, OddlyEncodedText])
+def test_text_of_a_subclass_is_stored_as_plain_text_whatever_its_methods_say(store, kind):
+    text = "Grüße 💬"
+    store.write_messages(kind(text), [ChatMessage.from_user(kind(text), meta={"text": kind(text)})])
+    (message,) = store.retrieve_messages(text)
+    assert (message.text, message.meta["text"]) == (text, text)
+
+
+def test_an_id_of_a_subclass_of_text_is_checked_as_plain_text(store):
+    with pytest.raises(ValueError, match="lone surrogates"):
+        store.count_messages(OddText("\ud800"))
+
+
+# ---------------------------------------------------------------------- large batches
+
+
+def test_encoding_much_metadata_does_not_hold_up_the_event_loop(store):
+    rows = [{"n": number} for number in range(1000)]
+    batch = [user(rows=rows, at=datetime(2026, 1, 1, tzinfo=timezone.utc)) for _ in range(200)]
+
+    async def write_while_ticking():
+        gaps = []
+
+        async def tick():
+            last = time.perf_counter()
+            while True:
+                await asyncio.sleep(0.001)
+                now = time.perf_counter()
+                gaps.append(now - last)
+                last = now
+
+        ticker = asyncio.create_task(tick())
+        await asyncio.sleep(0.01)
+        gaps.clear()
+        started = time.perf_counter()
+        assert await store.write_messages_async("history", batch) == 200
+        took = time.perf_counter() - started
+        await asyncio.sleep(0.01)
+        ticker.cancel()
+        return max(gaps), took
+
+    largest_gap, took = asyncio.run(write_while_ticking())
+    assert largest_gap < took / 2
