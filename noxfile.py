@@ -15,7 +15,9 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 
 
 def install(session: nox.Session, *groups: str) -> None:
-    session.install("-e", ".[postgres,redis,testing]", *(argument for group in groups for argument in ("--group", group)))
+    session.install(
+        "-e", ".[postgres,redis,testing]", *(argument for group in groups for argument in ("--group", group))
+    )
 
 
 @nox.session
