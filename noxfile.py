@@ -32,7 +32,7 @@ def tests(session: nox.Session) -> None:
 def versions(session: nox.Session) -> None:
     """Run all tests on each supported version of Python."""
     install(session, "test")
-    session.run("pytest", *session.posargs, env=ENVIRONMENT)
+    session.run("pytest", "--numprocesses=auto", "--dist=loadfile", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session(python="3.10", reuse_venv=False)  # a newer version that is there already would stay
@@ -41,7 +41,7 @@ def lowest(session: nox.Session) -> None:
     session.install("uv")
     everything = ["-e", ".[postgres,redis,testing]", "--group", "test"]
     session.run("uv", "pip", "install", "--resolution=lowest-direct", *everything)
-    session.run("pytest", *session.posargs, env=ENVIRONMENT)
+    session.run("pytest", "--numprocesses=auto", "--dist=loadfile", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session

@@ -328,6 +328,32 @@ def test_max_connections_of_the_url_is_kept(server, monkeypatch):
         assert len(clients_of(server)) <= before + 2
 
 
+@on_one_server
+def test_a_call_that_finds_no_connection_free_is_given_up(server, monkeypatch):
+    monkeypatch.setenv("CHAT_STORE_URL", f"{server.url}?max_connections=1")
+
+    def count():
+        with pytest.raises(StoreTimeoutError) as raised:
+            store.count_messages("history")
+        return str(raised.value)
+
+    async def count_often():
+        calls = [store.count_messages_async("history") for _ in range(5)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    with (
+        closing(RedisChatMessageStore(Secret.from_env_var("CHAT_STORE_URL"), timeout=0.5)) as store,
+        server.client() as client,
+    ):
+        client.client_pause(60_000, all=False)
+        try:
+            assert "All 1 connections" in "".join(in_threads(count, count, count))
+            assert {type(result) for result in asyncio.run(count_often())} == {StoreTimeoutError}
+        finally:
+            client.client_unpause()
+        assert store.count_messages("history") == 0
+
+
 # ---------------------------------------------------------------------- keys
 
 
@@ -421,22 +447,22 @@ def test_deleting_everything_leaves_all_other_keys_alone(make_store, client):
 
 
 @on_one_server
-def test_deleting_everything_comes_to_an_end_while_others_write(store):
-    ends = threading.Event()
+def test_deleting_everything_comes_to_an_end_however_fast_others_write(store, monkeypatch):
+    delete_several = RedisChatMessageStore._delete_several
+    steps = []
 
-    def write():
-        while not ends.is_set():
-            for number in range(20):
-                say(store, "Hi!", history=f"user_{number}")
+    async def delete_and_write_again(self, session, bucket, histories):
+        await delete_several(self, session, bucket, histories)
+        steps.append(bucket)
+        assert len(steps) < 1000, "it does not come to an end"
+        for history in histories:
+            say(self, "Hi again!", history=history)
 
-    def delete():
-        try:
-            for _ in range(5):
-                store.delete_all_messages()
-        finally:
-            ends.set()
-
-    in_threads(write, delete)
+    for history in MANY:
+        say(store, "Hi!", history=history)
+    monkeypatch.setattr(RedisChatMessageStore, "_delete_several", delete_and_write_again)
+    store.delete_all_messages()
+    assert [said(store, history) for history in MANY] == [["Hi again!"]] * len(MANY)
 
 
 @on_every_engine
@@ -531,42 +557,38 @@ def test_an_expired_history_is_gone_and_its_next_life_begins_empty(make_store, c
     assert said(store) == ["Hi again!"]
 
 
+MANY = [f"user_{number}" for number in range(300)]  # some in every bucket
+
+
 @on_every_engine
 def test_expired_histories_leave_the_directory(make_store, client):
     short, long = make_store(ttl=0.2), make_store(ttl=60)
-    ids = [f"user_{number}" for number in range(500)]
-    for history in ids:
-        say(short, "Hi!", history=history)
+    for history in MANY:
+        say(long, "Hi!", history=history)
+        say(short, "Hi!", history=f"another {history}")
     time.sleep(0.3)
-    for history in ids:
-        say(long, "Hi!", history=f"another {history}")
+    for history in MANY:
+        say(long, "Hi!", history=history)
     for kind in ("histories", "expiries"):
-        entries = [client.zcard(key) for key in keys_of(long, client) if key.endswith(f"}}:{kind}")]
-        assert sum(entries) == 500
+        assert sum(client.zcard(key) for key in keys_of(long, client) if key.endswith(f"}}:{kind}")) == len(MANY)
 
 
 @on_every_engine
 def test_none_means_never(make_store, client):
-    mortal, immortal = make_store(ttl=0.3), make_store(ttl=None)
-    say(mortal, "one", history="saved")
-    say(immortal, "one", history="never mortal")
+    mortal, immortal = make_store(ttl=1), make_store(ttl=None)
+    for history in MANY:
+        say(immortal, "one", history=history)
     say(mortal, "one", history="lost")
+    say(mortal, "one", history="saved")
     say(immortal, "two", history="saved")
-    time.sleep(0.4)
+    time.sleep(1.1)
     say(immortal, "two", history="lost")  # anew
-    for number in range(300):  # writes that look for what has expired
-        say(mortal, "Hi!", history=f"user_{number}")
-    time.sleep(0.4)
-    assert [said(immortal, history) for history in ("saved", "never mortal", "lost")] == [
-        ["one", "two"],
-        ["one"],
-        ["two"],
-    ]
-    assert not any(
-        "expires_at" in str(client.hgetall(key)) for key in keys_of(mortal, client) if key.endswith(":history")
-    )
+    for history in MANY:  # writes that look for what has expired
+        say(mortal, "one", history=f"another {history}")
+    time.sleep(1.1)
+    assert [said(immortal, history) for history in ("lost", "saved", MANY[7])] == [["two"], ["one", "two"], ["one"]]
     immortal.delete_all_messages()
-    assert said(immortal, "saved") == said(immortal, "lost") == []
+    assert [immortal.count_messages(history) for history in ("lost", "saved", MANY[7])] == [0, 0, 0]
 
 
 @on_every_engine
