@@ -20,19 +20,35 @@ def install(session: nox.Session, *groups: str) -> None:
     )
 
 
+# These have servers to start, and take several times as long as all others together.
+SERVERS = ["tests/test_servers.py", "tests/test_postgres.py", "tests/test_redis.py"]
+# These interrupt code at any moment, that of a tracer too, which then waits for itself for ever.
+INTERRUPTIONS = "tests/test_interruptions.py"
+ON_ALL_CORES = ["--numprocesses=auto", "--dist=loadfile"]
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests on all cores, with branch coverage."""
+    """Run the tests of all that needs no server, on all cores, with branch coverage."""
     install(session, "test")
-    arguments = session.posargs or ["--cov", "--cov-report=term", "--cov-fail-under=95"]
-    session.run("pytest", "--numprocesses=auto", "--dist=loadfile", *arguments, env=ENVIRONMENT)
+    without = [f"--ignore={path}" for path in (*SERVERS, INTERRUPTIONS)]
+    coverage = ["--cov", "--cov-report=term", "--cov-fail-under=95"]
+    session.run("pytest", *ON_ALL_CORES, *without, *(session.posargs or coverage), env=ENVIRONMENT)
+    session.run("pytest", INTERRUPTIONS, env=ENVIRONMENT)
+
+
+@nox.session
+def servers(session: nox.Session) -> None:
+    """Run the tests of the stores for servers, on real ones."""
+    install(session, "test")
+    session.run("pytest", *ON_ALL_CORES, *(session.posargs or SERVERS), env=ENVIRONMENT)
 
 
 @nox.session(python=PYTHONS)
 def versions(session: nox.Session) -> None:
     """Run all tests on each supported version of Python."""
     install(session, "test")
-    session.run("pytest", "--numprocesses=auto", "--dist=loadfile", *session.posargs, env=ENVIRONMENT)
+    session.run("pytest", *ON_ALL_CORES, *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session(python="3.10", reuse_venv=False)  # a newer version that is there already would stay
@@ -41,7 +57,7 @@ def lowest(session: nox.Session) -> None:
     session.install("uv")
     everything = ["-e", ".[postgres,redis,testing]", "--group", "test"]
     session.run("uv", "pip", "install", "--resolution=lowest-direct", *everything)
-    session.run("pytest", "--numprocesses=auto", "--dist=loadfile", *session.posargs, env=ENVIRONMENT)
+    session.run("pytest", *ON_ALL_CORES, *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
