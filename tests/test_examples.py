@@ -74,6 +74,7 @@ def test_the_chatbot_leaves_cleanly_on_ctrl_c(tmp_path):
 def test_the_chatbot_does_not_claim_to_remember_a_turn_that_ctrl_c_ended(tmp_path, arguments, text_in):
     script = """
 import signal, sys, terminal_chatbot
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 
 def answer_until_ctrl_c(messages):
     signal.raise_signal(signal.SIGINT)
