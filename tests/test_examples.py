@@ -57,7 +57,13 @@ def test_the_chatbot_chats_until_the_end_of_input(run):
 def test_the_chatbot_leaves_cleanly_on_ctrl_c(tmp_path):
     command = [sys.executable, "-u", EXAMPLES / "terminal_chatbot.py"]
     with subprocess.Popen(
-        command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        text=True,
     ) as chatbot:
         while not chatbot.stdout.readline().startswith("Say something"):
             pass
