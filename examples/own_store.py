@@ -61,9 +61,10 @@ class FolderChatMessageStore(BaseChatMessageStore[Path]):
         os.replace(temporary, file)
         return len(new)
 
-    def _read(self, session: Path, chat_history_id: str, window: Window) -> list[str]:
+    def _read(self, session: Path, chat_history_id: str, window: Window) -> tuple[list[str], int]:
         rows = _rows(session / _file_name(chat_history_id))
-        return [content for _, _, content in rows[_start(rows, window) :]]
+        start, size = _start_and_size(rows, window)
+        return [content for _, _, content in rows[start:]], size
 
     def _count(self, session: Path, chat_history_id: str) -> int:
         return len(_rows(session / _file_name(chat_history_id)))
@@ -86,13 +87,15 @@ def _rows(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text(encoding="ascii").splitlines()]
 
 
-def _start(rows: Sequence[Row], window: Window) -> int:
+def _start_and_size(rows: Sequence[Row], window: Window) -> tuple[int, int]:
     if window.count is None:
-        return 0
+        return 0, len(rows)
     if window.unit == "round":
         starts = [index for index, (_, role, _) in enumerate(rows) if role == "user"]
-        return starts[-window.count] if len(starts) >= window.count else 0
-    start = max(len(rows) - window.count, 0)
+        size = window.size(len(starts))
+        return (starts[-size] if size <= len(starts) else 0), size
+    size = window.size(len(rows))
+    start = max(len(rows) - size, 0)
     while start > 0 and rows[start][1] == "tool":
         start -= 1
-    return start
+    return start, size

@@ -2,18 +2,23 @@
 """
 What components do with a store that may be anybody's: make it from YAML, call it, close it.
 
-The protocol does not ask for asynchronous methods, nor for `close`.
+The protocol does not ask for asynchronous methods, nor for `close`, nor for `window_step`.
 """
 
 import asyncio
-from typing import Any, TypeVar
+import inspect
+from typing import Any, NamedTuple, TypeVar
 
 from haystack import DeserializationError, default_from_dict
 from haystack.dataclasses import ChatMessage
 
+from haystack_chat_store.rounds import LastKUnit, Window, last_rounds
 from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore
 
 ComponentT = TypeVar("ComponentT")
+
+# More rounds than a history has, and a number that anybody's database takes.
+_ALL = 2**31 - 1
 
 
 def component_from_dict(kind: type[ComponentT], data: dict[str, Any]) -> ComponentT:
@@ -45,13 +50,59 @@ def validated_store(store: Any) -> ChatMessageStore:
     return store
 
 
-async def retrieve_async(store: ChatMessageStore, chat_history_id: str, last_k: int | None) -> list[ChatMessage]:
+def last_k_unit(store: ChatMessageStore) -> LastKUnit:
+    """
+    Return what a store's `last_k` counts. Of a store that does not say, not more is expected than single messages.
+    """
+    return "round" if getattr(store, "last_k_unit", None) == "round" else "message"
+
+
+def retrieve(
+    store: ChatMessageStore, chat_history_id: str, last_k: int | None, window_step: int = 1
+) -> list[ChatMessage]:
+    """
+    Call a store's `retrieve_messages`.
+
+    Of a store that does not take `window_step`, the whole history is read and the window cut out of it, in rounds.
+    """
+    last_k, options, window = _read_of(store, last_k, window_step)
+    messages = store.retrieve_messages(chat_history_id, last_k, **options)
+    return messages if window is None else last_rounds(messages, window)
+
+
+async def retrieve_async(
+    store: ChatMessageStore, chat_history_id: str, last_k: int | None, window_step: int = 1
+) -> list[ChatMessage]:
     """
     Await a store's `retrieve_messages_async` or, where it has none, run `retrieve_messages` in a thread.
+
+    Of a store that does not take `window_step`, the whole history is read and the window cut out of it, in rounds.
     """
+    last_k, options, window = _read_of(store, last_k, window_step)
     if isinstance(store, AsyncChatMessageStore):
-        return await store.retrieve_messages_async(chat_history_id, last_k)
-    return await asyncio.to_thread(store.retrieve_messages, chat_history_id, last_k)
+        messages = await store.retrieve_messages_async(chat_history_id, last_k, **options)
+    else:
+        messages = await asyncio.to_thread(store.retrieve_messages, chat_history_id, last_k, **options)
+    return messages if window is None else last_rounds(messages, window)
+
+
+class _Read(NamedTuple):
+    """
+    How to call a store's `retrieve_messages`, and the window to cut out of what it returns.
+    """
+
+    last_k: int | None
+    options: dict[str, Any]
+    window: Window | None
+
+
+def _read_of(store: ChatMessageStore, last_k: int | None, window_step: int) -> _Read:
+    if window_step == 1:
+        return _Read(last_k, {}, None)
+    if "window_step" in inspect.signature(store.retrieve_messages).parameters:
+        return _Read(last_k, {"window_step": window_step}, None)
+    count = getattr(store, "last_k", None) if last_k is None else last_k
+    return _Read(_ALL, {}, Window("round", count, window_step))
 
 
 async def write_async(store: ChatMessageStore, chat_history_id: str, messages: list[ChatMessage]) -> int:

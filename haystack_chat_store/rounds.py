@@ -6,18 +6,24 @@ A **round** begins at each user message and lasts until the next one, whatever c
 results, replies with or without text. This is what Haystack's own compaction calls a turn. Messages before the first
 user message (a greeting, a system message) are the **preamble**.
 
-An **exchange** is an assistant message with tool calls and the tool messages that directly follow it. Model providers
-accept a tool result nowhere else.
+What a model is shown of a history is a window of it (`last_rounds`), with the messages of each question together
+(`in_question_order`), around it the messages of this turn (`with_current_messages`), without what a model would reject
+(`valid_for_model`).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
+from haystack.dataclasses import ChatMessage, ChatRole
+
+from haystack_chat_store.exchanges import answers_of, pairs_of, with_tool_parts
 
 #: Where a stored message keeps its id, in its `meta`. The same key as in haystack-experimental.
 MESSAGE_ID_KEY = "chat_message_id"
+
+#: Where a message that an agent's run produced keeps the id of the user message that it was produced for.
+QUESTION_ID_KEY = "chat_question_id"
 
 #: What `last_k` counts.
 LastKUnit = Literal["round", "message"]
@@ -28,12 +34,24 @@ class Window:
     """
     The end of a history that a call wants to read.
 
-    :param unit: What `count` counts: rounds or single messages.
+    :param unit: What `count` and `step` count: rounds or single messages.
     :param count: How many of them, newest last; at least 1. `None` for the whole history.
+    :param step: The window's start moves only when so many have come, so that it holds up to `step - 1` more of them.
     """
 
     unit: LastKUnit
     count: int | None
+    step: int = 1
+
+    def size(self, total: int) -> int:
+        """
+        Return how many of the newest rounds or messages the window holds. If that is more than there are, everything.
+
+        :param total: How many there are in the history.
+        """
+        if self.count is None:
+            return total + 1
+        return self.count + max(total - self.count, 0) % self.step
 
 
 def validate_last_k(last_k: Any) -> None:
@@ -49,6 +67,19 @@ def validate_last_k(last_k: Any) -> None:
         raise ValueError(f"last_k must be an integer or None, got {type(last_k).__name__}.")
     if last_k < 0:
         raise ValueError(f"last_k must be 0 or greater, got {last_k}.")
+
+
+def validate_window_step(window_step: Any) -> None:
+    """
+    Refuse what cannot be a `window_step`.
+
+    :param window_step: A number of rounds or messages.
+    :raises ValueError: If `window_step` is not an integer of 1 or more.
+    """
+    if not isinstance(window_step, int) or isinstance(window_step, bool):
+        raise ValueError(f"window_step must be an integer, got {type(window_step).__name__}.")
+    if window_step < 1:
+        raise ValueError(f"window_step must be 1 or greater, got {window_step}.")
 
 
 def validated_messages(messages: Any, name: str = "messages") -> list[ChatMessage]:
@@ -72,6 +103,25 @@ def validated_messages(messages: Any, name: str = "messages") -> list[ChatMessag
     return listed
 
 
+def round_starts(messages: Sequence[ChatMessage]) -> list[int]:
+    """
+    Return where the rounds begin.
+    """
+    return [index for index, message in enumerate(messages) if message.role is ChatRole.USER]
+
+
+def last_rounds(messages: Sequence[ChatMessage], window: Window) -> list[ChatMessage]:
+    """
+    Return the rounds in the window, with the preamble if there are fewer of them than the window holds.
+
+    :param messages: A whole history, oldest first.
+    :param window: A window that counts rounds.
+    """
+    starts = round_starts(messages)
+    size = window.size(len(starts))
+    return list(messages[starts[-size] if size <= len(starts) else 0 :])
+
+
 def last_messages(messages: Sequence[ChatMessage], count: int) -> list[ChatMessage]:
     """
     Return the last `count` messages, and as many before them as it takes for no tool result to come without its call.
@@ -84,115 +134,117 @@ def last_messages(messages: Sequence[ChatMessage], count: int) -> list[ChatMessa
         return []
     start = max(len(messages) - count, 0)
     first = start
-    while first > 0 and messages[first].role == ChatRole.TOOL:
+    while first > 0 and messages[first].role is ChatRole.TOOL:
         first -= 1
-    pairs = _pairs(messages[first], _answers(messages, first)) if messages else []
+    pairs = pairs_of(messages[first], answers_of(messages, first)) if messages else []
     is_split = any(first < start <= first + 1 + answer for _, answer, _ in pairs)
     return list(messages[first if is_split else start :])
+
+
+def in_question_order(history: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """
+    Put the messages that were produced for a question together behind it, one question after the other.
+
+    Agents that run at the same time on one history store their messages interleaved. Each message that a run produced
+    names its question in `meta["chat_question_id"]`: it joins the group of that question. A message without such a mark
+    stays where it is: a user message begins a group, any other joins the group of the message before it. A marked
+    message whose question does not stand before it is left out, unless it is a user message (which a hook added): that
+    one begins the group. Groups come in the order of their first messages. A history without marks stays as it is.
+
+    :param history: A window of a history, oldest first.
+    """
+    preamble: list[ChatMessage] = []
+    groups = [preamble]
+    group = preamble
+    group_of: dict[str | int, list[ChatMessage]] = {}
+    for message in history:
+        question = _id_in(message, QUESTION_ID_KEY)
+        if question in group_of:
+            group = group_of[question]
+        elif message.role is ChatRole.USER:
+            group = []
+            groups.append(group)
+        elif question is not None:
+            continue
+        group.append(message)
+        if message.role is ChatRole.USER:
+            for key in (question, _id_in(message, MESSAGE_ID_KEY)):
+                if key is not None:
+                    group_of[key] = group
+    return [message for group in groups for message in group]
 
 
 def with_current_messages(history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """
     Put the messages of this turn around a window of history: their system messages before it, all others after it.
 
-    A message that `current_messages` bring along with its id is not repeated from the history.
+    What the history has is not repeated after it: a message with the id of one in the history, and, since
+    `current_messages` may be a transcript that is longer than the window, one that has an id and stands before such a
+    message. A system message stands first even if the history has it too.
 
     :param history: The window, oldest first.
     :param current_messages: The messages of this turn.
     """
-    # A list, for these ids have not been validated and may be anything, even unhashable.
-    current_ids = [message.meta[MESSAGE_ID_KEY] for message in current_messages if message.meta.get(MESSAGE_ID_KEY)]
-    return [
-        *(message for message in current_messages if message.role == ChatRole.SYSTEM),
-        *(message for message in history if message.meta.get(MESSAGE_ID_KEY) not in current_ids),
-        *(message for message in current_messages if message.role != ChatRole.SYSTEM),
-    ]
+    system, shown, rest = _around(history, current_messages)
+    return [*system, *shown, *rest]
 
 
-def valid_for_model(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+def valid_for_model(history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage] = ()) -> list[ChatMessage]:
     """
-    Return the messages without unanswered tool calls and without tool results that answer no call.
+    Put the messages of this turn around a window of history, and leave out what model providers reject.
 
-    Model providers reject a conversation that holds either. Calls and results are paired within one exchange, by call
-    id or, where there is none, by tool name and arguments: ids may be missing, and may repeat from one exchange to the
-    next. Of a message with text and several calls only the unanswered calls go; a message with nothing else to say is
-    left out whole. All other messages are returned as they are.
+    That is: tool calls without a result, and results that answer no call, paired within one exchange (of a message with
+    text and several calls only the unanswered calls go); messages that say nothing, such as blank texts; and, of the
+    history, assistant and tool messages before its first user message, for the user has to speak first. All other
+    messages are returned as they are. Results in `current_messages` count as answers to calls in the history.
 
-    :param messages: A window of a conversation, oldest first. Neither the list nor its messages are changed.
+    :param history: A window of a conversation, oldest first. Neither the list nor its messages are changed.
+    :param current_messages: The messages of this turn, to go around it as `with_current_messages` says.
     """
+    system, shown, rest = _around(history, current_messages)
+    messages = [*system, *_from_first_user(shown), *rest]
     valid: list[ChatMessage | None] = []
     index = 0
     while index < len(messages):
-        answers = _answers(messages, index)
-        pairs = _pairs(messages[index], answers)
-        valid.append(_with_tool_parts(messages[index], {call for call, _, _ in pairs}))
+        answers = answers_of(messages, index)
+        pairs = pairs_of(messages[index], answers) if answers else []
+        valid.append(with_tool_parts(messages[index], {call for call, _, _ in pairs}))
         for position, answer in enumerate(answers):
-            valid.append(_with_tool_parts(answer, {result for _, where, result in pairs if where == position}))
+            valid.append(with_tool_parts(answer, {result for _, where, result in pairs if where == position}))
         index += 1 + len(answers)
     return [message for message in valid if message is not None]
 
 
-def _answers(messages: Sequence[ChatMessage], index: int) -> Sequence[ChatMessage]:
+def _around(
+    history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]
+) -> tuple[list[ChatMessage], list[ChatMessage], list[ChatMessage]]:
     """
-    Return the tool messages that belong to the exchange which begins at `index`, if one begins there.
+    Return what `with_current_messages` puts together: what comes before the history, the history, what comes after it.
     """
-    if not (messages[index].role == ChatRole.ASSISTANT and messages[index].tool_calls):
-        return ()
-    end = index + 1
-    while end < len(messages) and messages[end].role == ChatRole.TOOL:
-        end += 1
-    return messages[index + 1 : end]
+    system = [message for message in current_messages if message.role is ChatRole.SYSTEM]
+    others = [message for message in current_messages if message.role is not ChatRole.SYSTEM]
+    brought = {_id_in(message, MESSAGE_ID_KEY) for message in system} - {None}
+    shown = [message for message in history if not brought or _id_in(message, MESSAGE_ID_KEY) not in brought]
+    ends = {_id_in(message, MESSAGE_ID_KEY): end for end, message in enumerate(others, 1)}
+    ends.pop(None, None)
+    known = max((ends.get(_id_in(message, MESSAGE_ID_KEY), 0) for message in shown), default=0) if ends else 0
+    without_id = [message for message in others[:known] if _id_in(message, MESSAGE_ID_KEY) is None]
+    return system, shown, without_id + others[known:]
 
 
-def _pairs(message: ChatMessage, answers: Sequence[ChatMessage]) -> list[tuple[int, int, int]]:
+def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
     """
-    Pair the tool calls of a message with their results: each call with one result, each result with one call.
-
-    :returns: For each pair the call's place in the message's content, which of the answers holds the result, and the
-        result's place in that answer's content.
+    Leave out the assistant and tool messages that come before the first user message that says something.
     """
-    waiting: dict[int, ToolCall] = {}
-    for place, part in enumerate(message._content):
-        # A second call with the same id could not be told from the first: providers want ids unique in a message.
-        if isinstance(part, ToolCall) and not (part.id and part.id in [call.id for call in waiting.values()]):
-            waiting[place] = part
-    pairs: list[tuple[int, int, int]] = []
-    for position, answer in enumerate(answers):
-        for place, part in enumerate(answer._content):
-            if isinstance(part, ToolCallResult):
-                call = next((call for call, asked in waiting.items() if _is_answer(part.origin, asked)), None)
-                if call is not None:
-                    del waiting[call]
-                    pairs.append((call, position, place))
-    return pairs
+    for index, message in enumerate(history):
+        if message.role is ChatRole.USER and with_tool_parts(message, ()):
+            return [*(message for message in history[:index] if message.role is ChatRole.SYSTEM), *history[index:]]
+    return [message for message in history if message.role is ChatRole.SYSTEM]
 
 
-def _is_answer(origin: ToolCall, call: ToolCall) -> bool:
-    if not origin.id and not call.id:
-        return (origin.tool_name, origin.arguments) == (call.tool_name, call.arguments)
-    return origin.id == call.id
-
-
-def _with_tool_parts(message: ChatMessage, places: set[int]) -> ChatMessage | None:
+def _id_in(message: ChatMessage, key: str) -> str | int | None:
     """
-    Return the message with only those of its tool calls and results that stand at `places` in its content.
-
-    :returns: The message itself if nothing has to go, `None` if what remains says nothing to a model.
+    Return an id in the meta of a message that nobody has validated, `None` if it is none.
     """
-    content = [
-        part
-        for place, part in enumerate(message._content)
-        if place in places or not isinstance(part, (ToolCall, ToolCallResult))
-    ]
-    if message.role == ChatRole.TOOL and not places:
-        return None
-    if len(content) == len(message._content):
-        return message
-    if all(map(_says_nothing, content)):
-        return None
-    return replace(message, _content=content)
-
-
-def _says_nothing(part: Any) -> bool:
-    # Providers refuse blank texts, and want reasoning followed by the text or call it led to.
-    return isinstance(part, ReasoningContent) or (isinstance(part, TextContent) and not str(part.text or "").strip())
+    value = message.meta.get(key)
+    return value if value and isinstance(value, (str, int)) else None

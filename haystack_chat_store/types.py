@@ -32,7 +32,9 @@ class ChatMessageStore(Protocol):
        counts those really written.
     7. **`last_k` counts rounds.** A round begins at each user message. What comes before the first belongs to no round
        and is returned when the history has fewer than `last_k` rounds. With `last_k_unit="message"` it counts single
-       messages, and returns as many more as it takes for no tool result to come without its call.
+       messages, and returns as many more as it takes for no tool result to come without its call. Our own stores also
+       take `window_step`: the window's start moves only by so many rounds (or messages) at a time, and the window holds
+       `last_k` to `last_k + window_step - 1` of them. All others are read whole where a component is given a step.
     8. **Cost follows the window**, not the length of the history.
     9. **Isolation.** Histories never mix, whatever their ids contain; neither do namespaces.
     10. **No aliasing.** Changing what was written or returned changes nothing stored.

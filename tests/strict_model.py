@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from haystack import component
-from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, ToolCall
+from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall
 
 
 def problems(messages: list[ChatMessage]) -> list[str]:
@@ -19,6 +19,8 @@ def problems(messages: list[ChatMessage]) -> list[str]:
     Return why a strict provider would refuse the conversation; nothing if it would not.
     """
     found: list[str] = []
+    if [message.role for message in messages if message.role != ChatRole.SYSTEM][:1] not in ([], [ChatRole.USER]):
+        found.append("somebody else speaks before the user")
     open_calls: Counter[str] = Counter()
     for index, message in enumerate(messages):
         found += [f"messages[{index}] {problem}" for problem in _own_problems(message)]
@@ -36,7 +38,8 @@ def problems(messages: list[ChatMessage]) -> list[str]:
 
 
 def _own_problems(message: ChatMessage) -> Iterator[str]:
-    if all(isinstance(part, ReasoningContent) for part in message._content):
+    blank = [part for part in message._content if isinstance(part, TextContent) and not part.text.strip()]
+    if all(isinstance(part, ReasoningContent) or part in blank for part in message._content):
         yield "says nothing"
     if message.tool_calls and message.role != ChatRole.ASSISTANT:
         yield "is no assistant message but calls a tool"

@@ -142,10 +142,10 @@ def test_an_unanswered_call_leaves_no_message_that_says_nothing(beside):
 
 def test_parallel_calls_with_empty_ids_are_paired_by_name_and_arguments():
     calls = [ToolCall("search", {"q": number}, id="") for number in range(3)]
-    asked = ChatMessage.from_assistant(tool_calls=calls)
+    question, asked = ChatMessage.from_user("Find them."), ChatMessage.from_assistant(tool_calls=calls)
     answers = [ChatMessage.from_tool(f"found {call.arguments['q']}", origin=call) for call in reversed(calls)]
-    assert valid_for_model([asked, *answers]) == [asked, *answers]
-    (with_two_calls, *_) = valid_for_model([asked, *answers[:2]])
+    assert valid_for_model([question, asked, *answers]) == [question, asked, *answers]
+    (_, with_two_calls, *_) = valid_for_model([question, asked, *answers[:2]])
     assert with_two_calls.tool_calls == calls[1:]
 
 

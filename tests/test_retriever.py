@@ -11,6 +11,7 @@ import uuid
 import pytest
 from haystack import DeserializationError
 from haystack.dataclasses import ChatMessage, ChatRole, ToolCall, ToolCallResult
+from haystack.token_counters import ApproximateTokenCounter
 from haystack_experimental.chat_message_stores.in_memory import InMemoryChatMessageStore as ExperimentalStore
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
 from hypothesis import given
@@ -19,7 +20,7 @@ from strict_model import problems
 from test_rounds import any_conversations, untimed
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.rounds import MESSAGE_ID_KEY, QUESTION_ID_KEY
 
 USER, ASSISTANT, SYSTEM = ChatMessage.from_user, ChatMessage.from_assistant, ChatMessage.from_system
 CALL = ToolCall("weather", {"city": "Rome"}, id="call_1")
@@ -133,6 +134,25 @@ class TestOrder:
             *("q0", "a0", "q1", "a1", "q2", "a2", "q3", "a3", "q4")
         ]
 
+    def test_of_a_whole_transcript_brought_back_only_what_is_new_comes_after_the_history(self, run, store, rounds):
+        transcript = store.retrieve_messages("h")
+        current = [*transcript, USER("q4")]
+        messages = run(ChatMessageRetriever(store, last_k=2), "h", current_messages=current)
+        assert texts(messages) == ["q2", "a2", "q3", "a3", "q4"]
+
+    def test_a_question_that_was_stored_and_is_sent_again_stands_where_it_was_stored(self, run, store):
+        question = USER("q0", meta={MESSAGE_ID_KEY: "1"})
+        store.write_messages("h", [question, ASSISTANT(tool_calls=[CALL]), ChatMessage.from_tool("sunny", CALL)])
+        messages = run(ChatMessageRetriever(store), "h", current_messages=[SYSTEM("s0"), question])
+        assert [message.role.value for message in messages] == ["system", "user", "assistant", "tool"]
+
+    def test_of_agents_that_ran_at_the_same_time_one_comes_after_the_other(self, run, store):
+        questions = [USER(f"q{number}", meta={MESSAGE_ID_KEY: str(number)}) for number in range(2)]
+        answers = [ASSISTANT(f"a{number}", meta={QUESTION_ID_KEY: str(number)}) for number in range(2)]
+        store.write_messages("h", [*questions, *answers])
+        assert texts(run(ChatMessageRetriever(store), "h")) == ["q0", "a0", "q1", "a1"]
+        assert texts(run(ChatMessageRetriever(store), "h", last_k=1)) == ["q1", "a1"]
+
     def test_a_system_message_that_is_stored_and_brought_comes_once_and_first(self, run, store):
         store.write_messages("h", [USER("q0"), SYSTEM("s0")])
         _, system = run(ChatMessageRetriever(store), "h")
@@ -216,8 +236,79 @@ class TestValidForTheModel:
         store.delete_all_messages()
         store.write_messages("h", stored)
         retriever = ChatMessageRetriever(store, last_k=None)
-        assert problems(run_sync(retriever, "h", last_k=last_k, current_messages=current)) == []
-        assert problems(run_sync(retriever, "h", current_messages=current)) == []
+        for current_messages in ([], [USER("q"), *current]):  # who speaks first in these is up to the caller
+            assert problems(run_sync(retriever, "h", last_k=last_k, current_messages=current_messages)) == []
+            assert problems(run_sync(retriever, "h", current_messages=current_messages)) == []
+
+    def test_a_greeting_stays_in_the_store_and_out_of_sight_of_the_model(self, run, store):
+        store.write_messages("h", [ASSISTANT("Hello!"), USER("q0")])
+        assert texts(run(ChatMessageRetriever(store), "h")) == ["q0"]
+        assert texts(store.retrieve_messages("h")) == ["Hello!", "q0"]
+
+
+class TestBudget:
+    """
+    What is counted here are characters; what fits is for the tests of the window reader to say.
+    """
+
+    def test_the_newest_rounds_that_fit_beside_the_current_messages(self, run, store, rounds):
+        retriever = ChatMessageRetriever(store, max_tokens=10, token_counter=CharacterCounter())
+        assert texts(run(retriever, "h")) == ["q2", "a2", "q3", "a3"]
+        assert texts(run(retriever, "h", current_messages=[SYSTEM("s0")])) == ["s0", "q2", "a2", "q3", "a3"]
+        assert texts(run(retriever, "h", current_messages=[USER("longer than ten")])) == ["longer than ten"]
+
+    def test_without_a_counter_is_counted_approximately(self, run, store, rounds):
+        count = ApproximateTokenCounter().count
+        two_rounds = count(store.retrieve_messages("h", 2))
+        assert two_rounds < count(store.retrieve_messages("h", 3))
+        messages = run(ChatMessageRetriever(store, max_tokens=two_rounds), "h")
+        assert texts(messages) == ["q2", "a2", "q3", "a3"]
+
+    def test_warms_up_a_counter_that_wants_it(self, store):
+        class ColdCounter(CharacterCounter):
+            warm = False
+
+            def warm_up(self):
+                self.warm = True
+
+        counter = ColdCounter()
+        ChatMessageRetriever(store, max_tokens=10, token_counter=counter).warm_up()
+        assert counter.warm
+        ChatMessageRetriever(store).warm_up()
+        ChatMessageRetriever(store, max_tokens=10, token_counter=CharacterCounter()).warm_up()
+
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            {"max_tokens": 0},
+            {"max_tokens": True},
+            {"max_tokens": 1.5},
+            {"token_counter": 4},
+            {"window_step": 0},
+            {"window_step": None},
+        ],
+    )
+    def test_settings_that_cannot_be_are_refused(self, store, setting):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))} must be"):
+            ChatMessageRetriever(store, **setting)
+
+
+def test_a_window_step_moves_the_start_only_by_whole_steps(run, store, rounds):
+    retriever = ChatMessageRetriever(store, last_k=1, window_step=3)
+    assert texts(run(retriever, "h"))[0] == "q3"
+    assert texts(run(retriever, "h", last_k=2))[0] == "q0"
+
+
+class CharacterCounter:
+    """
+    Counts characters instead of tokens.
+    """
+
+    def count(self, messages, tools=None):
+        return sum(len(message.text or "") for message in messages)
+
+    def to_dict(self):
+        return {"type": "test_retriever.CharacterCounter", "init_parameters": {}}
 
 
 class TestOtherStores:
@@ -237,6 +328,17 @@ class TestOtherStores:
             USER("q1"),
         ]
         assert [call[:2] for call in store.asked] == [("h", asked)]
+
+    def test_one_that_knows_no_window_step_is_read_whole_and_cut_alike(self, run):
+        messages = [message for number in range(5) for message in (USER(f"q{number}"), ASSISTANT(f"a{number}"))]
+        minimal, experimental, history = MinimalStore(messages), ExperimentalStore(last_k=2), uuid.uuid4().hex
+        experimental.write_messages(history, messages)
+        for store in (minimal, experimental):
+            assert texts(run(ChatMessageRetriever(store, last_k=2, window_step=2), history))[0] == "q2"
+            assert texts(run(ChatMessageRetriever(store, last_k=3, window_step=2), history))[0] == "q2"
+        assert texts(run(ChatMessageRetriever(minimal, last_k=None, window_step=2), history))[0] == "q0"
+        assert texts(run(ChatMessageRetriever(experimental, last_k=None, window_step=2), history))[0] == "q2"
+        experimental.delete_messages(history)
 
     def test_one_without_asynchronous_methods_does_not_block_the_loop(self):
         class SlowStore(MinimalStore):
@@ -280,14 +382,24 @@ class TestSerialization:
 
     def test_goes_through_the_stores_own_and_comes_back_equal(self, tmp_path):
         for store in self.stores(tmp_path):
-            data = ChatMessageRetriever(store, last_k=7).to_dict()
+            counter = ApproximateTokenCounter(chars_per_token=3)
+            data = ChatMessageRetriever(
+                store, last_k=7, max_tokens=4000, token_counter=counter, window_step=5
+            ).to_dict()
             assert data == {
                 "type": "haystack_integrations.components.retrievers.chat_store"
                 ".chat_message_retriever.ChatMessageRetriever",
-                "init_parameters": {"chat_message_store": store.to_dict(), "last_k": 7},
+                "init_parameters": {
+                    "chat_message_store": store.to_dict(),
+                    "last_k": 7,
+                    "max_tokens": 4000,
+                    "token_counter": counter.to_dict(),
+                    "window_step": 5,
+                },
             }
             loaded = ChatMessageRetriever.from_dict(data)
             assert type(loaded.chat_message_store) is type(store)
+            assert type(loaded.window_reader.token_counter) is ApproximateTokenCounter
             assert loaded.to_dict() == data
         assert list(tmp_path.iterdir()) == []
 

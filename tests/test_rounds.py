@@ -6,6 +6,7 @@ The rules of conversations: rounds, windows, what a model accepts.
 import asyncio
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
@@ -15,9 +16,14 @@ from strict_model import StrictChatGenerator, call_key, problems
 
 from haystack_chat_store.rounds import (
     MESSAGE_ID_KEY,
+    QUESTION_ID_KEY,
+    Window,
+    in_question_order,
     last_messages,
+    last_rounds,
     valid_for_model,
     validate_last_k,
+    validate_window_step,
     with_current_messages,
 )
 
@@ -57,6 +63,38 @@ class TestValidateLastK:
             validate_last_k(last_k)
 
 
+class TestValidateWindowStep:
+    @pytest.mark.parametrize("window_step", [1, 2, 10**30])
+    def test_takes_any_count(self, window_step):
+        validate_window_step(window_step)
+
+    @pytest.mark.parametrize("window_step", [0, -1, True, 1.0, "1", None])
+    def test_refuses_what_is_no_count(self, window_step):
+        with pytest.raises(ValueError, match="window_step must be"):
+            validate_window_step(window_step)
+
+
+class TestLastRounds:
+    HISTORY = (GREETING, QUESTION, ANSWER, QUESTION, QUESTION, calling(ROME), result_of(ROME), ANSWER)
+
+    @pytest.mark.parametrize(("count", "start"), [(1, 4), (2, 3), (3, 1), (4, 0), (None, 0)])
+    def test_begins_at_a_user_message_or_with_everything(self, count, start):
+        assert same_objects(last_rounds(self.HISTORY, Window("round", count)), self.HISTORY[start:])
+
+    @pytest.mark.parametrize(("count", "step", "start"), [(1, 2, 4), (2, 2, 1), (1, 3, 1), (4, 3, 0), (1, 9, 1)])
+    def test_moves_by_whole_steps_only(self, count, step, start):
+        assert same_objects(last_rounds(self.HISTORY, Window("round", count, step)), self.HISTORY[start:])
+
+    @given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 12))
+    def test_a_window_holds_its_count_and_less_than_a_step_more_and_begins_at_a_whole_step(self, total, count, step):
+        size = Window("round", count, step).size(total)
+        if total <= count:
+            assert size == count
+        else:
+            assert count <= size < count + step
+            assert (total - size) % step == 0
+
+
 class TestLastMessages:
     EXCHANGE = (QUESTION, calling(ROME, OSLO), result_of(ROME), result_of(OSLO), ANSWER)
 
@@ -85,11 +123,24 @@ class TestWithCurrentMessages:
         history = [SYSTEM, GREETING]
         assert same_objects(with_current_messages(history, current), [SYSTEM, SYSTEM, GREETING, QUESTION, ANSWER])
 
-    def test_a_message_brought_along_with_its_id_is_not_repeated(self):
-        brought = with_id(QUESTION, "1")
-        merged = with_current_messages([with_id(QUESTION, "1"), with_id(ANSWER, "2")], [brought])
-        assert same_objects(merged[1:], [brought])
-        assert merged[0].meta[MESSAGE_ID_KEY] == "2"
+    def test_what_the_history_has_is_not_repeated_after_it(self):
+        history = [with_id(QUESTION, "1"), with_id(ANSWER, "2")]
+        assert same_objects(with_current_messages(history, [with_id(QUESTION, "1")]), history)
+        assert with_current_messages(history, [*history, QUESTION]) == [*history, QUESTION]
+
+    def test_of_a_transcript_that_is_longer_than_the_history_only_what_is_new_comes(self):
+        transcript = [with_id(QUESTION, str(number)) for number in range(6)]
+        new = [*transcript[5:], ANSWER]
+        assert with_current_messages(transcript[2:5], [*transcript, ANSWER]) == [*transcript[2:5], *new]
+
+    def test_messages_without_an_id_are_new_wherever_they_stand(self):
+        history = [with_id(QUESTION, "1"), with_id(ANSWER, "2")]
+        assert with_current_messages(history, [GREETING, *history]) == [*history, GREETING]
+
+    def test_a_system_message_comes_first_even_if_the_history_has_it(self):
+        history = [with_id(QUESTION, "1"), with_id(SYSTEM, "2"), with_id(ANSWER, "3")]
+        merged = with_current_messages(history, [with_id(SYSTEM, "2")])
+        assert merged == [history[1], history[0], history[2]]
 
     @pytest.mark.parametrize("no_id", [None, ""])
     def test_messages_without_an_id_are_all_different(self, no_id):
@@ -104,12 +155,12 @@ class TestValidForModel:
         "conversation",
         [
             [],
-            [SYSTEM, GREETING, QUESTION, ANSWER],
+            [SYSTEM, QUESTION, ANSWER],
             [QUESTION, calling(ROME, OSLO), result_of(ROME), result_of(OSLO), ANSWER],
             [QUESTION, calling(ROME, OSLO), result_of(OSLO, ROME)],
-            [calling(ROME), result_of(ROME), calling(ROME), result_of(ROME)],
-            [calling(NAMELESS, NAMELESS), result_of(NAMELESS), result_of(NAMELESS)],
-            [calling(ROME, text="Let me look.", reasoning="I need the weather."), result_of(ROME)],
+            [QUESTION, calling(ROME), result_of(ROME), calling(ROME), result_of(ROME)],
+            [QUESTION, calling(NAMELESS, NAMELESS), result_of(NAMELESS), result_of(NAMELESS)],
+            [QUESTION, calling(ROME, text="Let me look.", reasoning="I need the weather."), result_of(ROME)],
         ],
         ids=["empty", "plain", "exchange", "any order", "id again in the next exchange", "without ids", "all parts"],
     )
@@ -139,7 +190,7 @@ class TestValidForModel:
         ],
     )
     def test_leaves_out_calls_without_a_result(self, conversation, expected):
-        assert valid_for_model(conversation) == expected
+        assert valid_for_model([QUESTION, *conversation]) == [QUESTION, *expected]
 
     @pytest.mark.parametrize(
         ("conversation", "expected"),
@@ -167,22 +218,54 @@ class TestValidForModel:
         ],
     )
     def test_leaves_out_results_without_a_call(self, conversation, expected):
-        assert valid_for_model(conversation) == expected
+        assert valid_for_model([QUESTION, *conversation]) == [QUESTION, *expected]
 
     def test_keeps_name_and_meta_of_a_message_that_loses_a_call(self):
         message = ChatMessage.from_assistant("Let me look.", {"model": "x"}, "bot", [ROME])
-        assert valid_for_model([message]) == [ChatMessage.from_assistant("Let me look.", {"model": "x"}, "bot")]
+        expected = ChatMessage.from_assistant("Let me look.", {"model": "x"}, "bot")
+        assert valid_for_model([QUESTION, message]) == [QUESTION, expected]
 
     def test_keeps_calls_and_other_parts_in_their_order(self):
         parts = [ReasoningContent("Hm."), OSLO, TextContent("Let me look."), ROME]
         expected = [ReasoningContent("Hm."), OSLO, TextContent("Let me look.")]
-        valid = valid_for_model([ChatMessage(ChatRole.ASSISTANT, parts), result_of(OSLO)])
-        assert valid[0]._content == expected
+        valid = valid_for_model([QUESTION, ChatMessage(ChatRole.ASSISTANT, parts), result_of(OSLO)])
+        assert valid[1]._content == expected
 
-    @pytest.mark.parametrize("parts", [[], [ReasoningContent("Hm.")]], ids=["empty", "reasoning"])
-    def test_does_not_judge_messages_that_never_held_a_call(self, parts):
-        conversation = [ChatMessage(ChatRole.ASSISTANT, parts)]
-        assert same_objects(valid_for_model(conversation), conversation)
+    @pytest.mark.parametrize("role", [ChatRole.USER, ChatRole.ASSISTANT, ChatRole.SYSTEM])
+    @pytest.mark.parametrize(
+        "parts",
+        [[], [ReasoningContent("Hm.")], [TextContent(" \n")], [ReasoningContent("Hm."), TextContent("")]],
+        ids=["empty", "reasoning", "blank", "reasoning and blank"],
+    )
+    def test_leaves_out_messages_that_say_nothing(self, role, parts):
+        assert valid_for_model([QUESTION, ChatMessage(role, parts), ANSWER]) == [QUESTION, ANSWER]
+
+    @pytest.mark.parametrize(
+        ("before", "expected"),
+        [
+            ([GREETING], []),
+            ([SYSTEM, GREETING], [SYSTEM]),
+            ([calling(ROME), result_of(ROME), ANSWER], []),
+            ([ChatMessage.from_user(""), ANSWER], []),
+            ([ChatMessage(ChatRole.USER, [ROME]), ANSWER], []),
+        ],
+        ids=["greeting", "system message", "exchange", "user who says nothing", "user who only calls"],
+    )
+    def test_the_user_speaks_first_in_a_history(self, before, expected):
+        assert valid_for_model([*before, QUESTION, ANSWER]) == [*expected, QUESTION, ANSWER]
+        assert valid_for_model(before) == expected
+
+    def test_puts_the_current_messages_around_the_history(self):
+        assert valid_for_model([GREETING, QUESTION], [ANSWER, SYSTEM]) == [SYSTEM, QUESTION, ANSWER]
+
+    def test_who_speaks_first_in_the_current_messages_is_up_to_the_caller(self):
+        assert valid_for_model([], [GREETING, QUESTION]) == [GREETING, QUESTION]
+
+    def test_results_in_the_current_messages_answer_calls_in_the_history(self):
+        assert valid_for_model([QUESTION, calling(ROME)], [result_of(ROME)]) == [
+            *(QUESTION, calling(ROME), result_of(ROME))
+        ]
+        assert valid_for_model([calling(ROME)], [result_of(ROME), QUESTION]) == [QUESTION]
 
 
 class TestStrictModel:
@@ -200,15 +283,81 @@ class TestStrictModel:
             [ChatMessage(ChatRole.TOOL, [TextContent("done")])],
             [ChatMessage(ChatRole.ASSISTANT, [])],
             [ChatMessage(ChatRole.ASSISTANT, [ReasoningContent("Hm.")])],
+            [ChatMessage(ChatRole.USER, [TextContent(" ")])],
             [ChatMessage(ChatRole.USER, [ROME]), result_of(ROME)],
             [calling(ROME), ChatMessage(ChatRole.USER, [ToolCallResult("done", ROME, False)])],
         ],
     )
     def test_refuses_what_providers_refuse(self, conversation):
+        conversation = [QUESTION, *conversation]
         assert problems(conversation) != []
         for run in (StrictChatGenerator().run, lambda messages: asyncio.run(StrictChatGenerator().run_async(messages))):
             with pytest.raises(ValueError, match="refuses the conversation"):
                 run(conversation)
+
+    @pytest.mark.parametrize("first", [GREETING, calling(ROME)])
+    def test_refuses_a_conversation_in_which_the_user_does_not_speak_first(self, first):
+        assert problems([SYSTEM, QUESTION, ANSWER]) == []
+        assert problems([SYSTEM, first, QUESTION, ANSWER]) != []
+
+
+def of_run(question, *numbers):
+    """
+    What a run for a question produced: assistant messages with these numbers as texts.
+    """
+    return [ChatMessage.from_assistant(number, meta={QUESTION_ID_KEY: question}) for number in numbers]
+
+
+def said(messages):
+    return " ".join(message.text for message in messages)
+
+
+class TestInQuestionOrder:
+    ONE, TWO = (ChatMessage.from_user(number, meta={MESSAGE_ID_KEY: number}) for number in ("Q1", "Q2"))
+
+    def test_without_marks_a_history_stays_as_it_is(self):
+        history = [GREETING, self.ONE, ANSWER, SYSTEM, self.TWO, self.TWO, ANSWER]
+        assert same_objects(in_question_order(history), history)
+
+    def test_runs_at_the_same_time_come_one_after_the_other(self):
+        (c1, a1), (c2, a2) = of_run("Q1", "c1", "a1"), of_run("Q2", "c2", "a2")
+        history = [self.ONE, self.TWO, c1, c2, a2, a1]
+        assert said(in_question_order(history)) == "Q1 c1 a1 Q2 c2 a2"
+
+    def test_calls_and_results_of_different_runs_are_no_longer_between_each_other(self):
+        rome, oslo = calling(ROME), calling(OSLO)
+        interleaved = [(self.ONE, None), (self.TWO, None), (rome, "Q1"), (oslo, "Q2")]
+        interleaved += [(result_of(ROME), "Q1"), (result_of(OSLO), "Q2"), (ANSWER, "Q1"), (ANSWER, "Q2")]
+        history = [
+            message if question is None else replace(message, _meta={QUESTION_ID_KEY: question})
+            for message, question in interleaved
+        ]
+        assert problems(history) != []
+        assert problems(in_question_order(history)) == []
+        assert valid_for_model(in_question_order(history)) == in_question_order(history)
+
+    def test_what_belongs_to_a_question_before_the_window_is_left_out(self):
+        history = [self.TWO, *of_run("Q1", "c1"), *of_run("Q2", "c2"), *of_run("Q1", "a1"), *of_run("Q2", "a2")]
+        assert said(in_question_order(history)) == "Q2 c2 a2"
+
+    def test_a_user_message_of_a_run_joins_its_question(self):
+        hint = ChatMessage.from_user("hint", meta={QUESTION_ID_KEY: "Q1"})
+        history = [self.ONE, self.TWO, *of_run("Q2", "a2"), hint, *of_run("Q1", "a1")]
+        assert said(in_question_order(history)) == "Q1 hint a1 Q2 a2"
+
+    def test_or_stands_for_it_where_it_is_before_the_window(self):
+        hint = ChatMessage.from_user("hint", meta={QUESTION_ID_KEY: "Q1"})
+        history = [hint, self.TWO, *of_run("Q1", "a1"), *of_run("Q2", "a2")]
+        assert said(in_question_order(history)) == "hint a1 Q2 a2"
+
+    def test_messages_without_a_mark_stay_with_the_message_before_them(self):
+        history = [GREETING, self.ONE, self.TWO, *of_run("Q1", "a1"), ANSWER, *of_run("Q2", "a2"), SYSTEM]
+        assert said(in_question_order(history)) == f"{GREETING.text} Q1 a1 {ANSWER.text} Q2 a2 {SYSTEM.text}"
+
+    @pytest.mark.parametrize("mark", [None, "", ["Q1"], {}])
+    def test_a_mark_that_is_no_id_is_none(self, mark):
+        (answer,) = of_run(mark, "a1")
+        assert said(in_question_order([self.ONE, self.TWO, answer])) == "Q1 Q2 a1"
 
 
 # ---------------------------------------------------------------------- properties
@@ -216,11 +365,13 @@ class TestStrictModel:
 # How long an example takes says something about the machine, nothing about the rules.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-plain_messages = st.one_of(
-    st.sampled_from([SYSTEM, GREETING]),
-    st.text(max_size=3).map(ChatMessage.from_user),
-    st.text(max_size=3).map(ChatMessage.from_assistant),
-)
+
+def plain_messages(said):
+    return st.one_of(
+        st.sampled_from([SYSTEM, GREETING]), said.map(ChatMessage.from_user), said.map(ChatMessage.from_assistant)
+    )
+
+
 tool_calls = st.builds(
     ToolCall,
     tool_name=st.sampled_from(["weather", "time"]),
@@ -254,12 +405,16 @@ def conversations_of(*pieces):
 
 
 single_messages = st.one_of(
-    plain_messages,
+    plain_messages(st.text(max_size=3)),
     st.builds(calling, tool_calls, text=texts, reasoning=reasonings),
     st.lists(tool_calls, min_size=1, max_size=3).map(lambda calls: result_of(*calls)),
 ).map(lambda message: [message])
-valid_conversations = conversations_of(plain_messages.map(lambda message: [message]), exchanges(complete=True))
+somethings = st.text(min_size=1, max_size=3).filter(str.strip)
+valid_conversations = conversations_of(
+    plain_messages(somethings).map(lambda message: [message]), exchanges(complete=True)
+).map(lambda conversation: [QUESTION, *conversation])
 any_conversations = conversations_of(single_messages, exchanges(), exchanges(complete=True))
+after_a_question = any_conversations.map(lambda conversation: [QUESTION, *conversation])
 
 
 def pairs(messages):
@@ -298,17 +453,17 @@ def test_a_valid_conversation_is_left_as_it_is(conversation):
 
 
 @untimed
-@given(any_conversations)
+@given(after_a_question)
 def test_what_people_and_models_said_is_never_lost_or_reordered(conversation):
-    def said(messages):
-        return [(message.role, message.texts) for message in messages if any(message.texts)]
+    def spoken(messages):
+        return [(message.role, message.texts) for message in messages if "".join(message.texts).strip()]
 
     def untouched(messages):
-        return [message for message in messages if message.role in (ChatRole.USER, ChatRole.SYSTEM)]
+        return [message for message in messages if message.role in (ChatRole.USER, ChatRole.SYSTEM) and message.text]
 
     valid = valid_for_model(conversation)
-    assert said(valid) == said(conversation)
-    assert same_objects(untouched(valid), untouched(conversation))
+    assert spoken(valid) == spoken(conversation)
+    assert same_objects(untouched(valid), [message for message in untouched(conversation) if message.text.strip()])
 
 
 @untimed
@@ -321,7 +476,7 @@ def test_the_conversation_passed_in_is_not_changed(conversation):
 
 
 @untimed
-@given(any_conversations)
+@given(after_a_question)
 def test_all_answered_calls_and_their_results_are_kept(conversation):
     valid = valid_for_model(conversation)
     assert sum(len(message.tool_calls) for message in valid) == len(pairs(conversation))
@@ -342,7 +497,7 @@ def test_a_call_with_an_id_of_its_own_stays_if_nothing_but_tool_messages_come_be
         between = conversation[conversation.index(calling(call)) + 1 : conversation.index(result_of(call)) + 1]
         return bool(between) and all(message.role == ChatRole.TOOL for message in between)
 
-    kept = {call.id for message in valid_for_model(conversation) for call in message.tool_calls}
+    kept = {call.id for message in valid_for_model([QUESTION, *conversation]) for call in message.tool_calls}
     assert kept == {call.id for call in calls if is_answered(call)}
 
 
@@ -360,3 +515,77 @@ def test_last_messages_need_no_more_of_the_history_than_the_exchange_they_begin_
     window = last_messages(conversation, count)
     enough = conversation[max(len(conversation) - len(window) - more, 0) :]
     assert same_objects(last_messages(enough, count), window)
+
+
+ids = st.sampled_from(["1", "2", "3"])
+
+
+@st.composite
+def marked_histories(draw):
+    """
+    Conversations with ids that may be missing or come again, and marks that point anywhere.
+    """
+    history = []
+    for message in draw(any_conversations):
+        keys = {MESSAGE_ID_KEY: draw(st.none() | ids), QUESTION_ID_KEY: draw(st.none() | st.none() | ids)}
+        history.append(replace(message, _meta={key: value for key, value in keys.items() if value is not None}))
+    return history
+
+
+@untimed
+@given(marked_histories())
+def test_in_question_order_nothing_that_has_no_mark_is_lost_and_nothing_comes_twice(history):
+    ordered, objects = in_question_order(history), [*map(id, history)]
+    assert len({*map(id, ordered)}) == len(ordered)
+    assert {*map(id, ordered)} <= {*objects}
+    unmarked = [message for message in history if QUESTION_ID_KEY not in message.meta]
+    assert {*map(id, unmarked)} <= {*map(id, ordered)}
+    assert sum(message.role == ChatRole.USER for message in ordered) == sum(
+        message.role == ChatRole.USER for message in history
+    )
+
+
+@untimed
+@given(marked_histories())
+def test_in_question_order_what_a_run_said_stands_somewhere_behind_its_question(history):
+    ordered = in_question_order(history)
+    for index, message in enumerate(ordered):
+        if message.role != ChatRole.USER and QUESTION_ID_KEY in message.meta:
+            before = [other.meta for other in ordered[:index] if other.role == ChatRole.USER]
+            asked = {meta.get(key) for meta in before for key in (MESSAGE_ID_KEY, QUESTION_ID_KEY)}
+            assert message.meta[QUESTION_ID_KEY] in asked
+
+
+@untimed
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=20))
+def test_in_question_order_runs_at_the_same_time_look_like_runs_in_turn(events):
+    """
+    Each event is something that the run of a question stores: first its question, then what it said.
+    """
+    history, runs = [], {}
+    for run, is_call in events:
+        mark = {QUESTION_ID_KEY: str(run)}
+        if run not in runs:
+            new = [ChatMessage.from_user(str(run), meta={MESSAGE_ID_KEY: str(run)})]
+        elif is_call:
+            new = [replace(message, _meta=mark) for message in (calling(ROME), result_of(ROME))]
+        else:
+            new = [ChatMessage.from_assistant("done", meta=mark)]
+        history += new
+        runs.setdefault(run, []).extend(new)
+    assert same_objects(in_question_order(history), [message for run in runs.values() for message in run])
+
+
+@untimed
+@given(marked_histories(), marked_histories())
+def test_whatever_comes_with_the_history_is_valid_and_no_new_message_is_lost(history, current):
+    current = [QUESTION, *current]
+    merged = with_current_messages(history, current)
+    assert problems(valid_for_model(history, current)) == []
+    kept = {*map(id, merged)}
+    assert {id(message) for message in current if MESSAGE_ID_KEY not in message.meta} <= kept
+    assert same_objects([m for m in merged if id(m) in {*map(id, history)}], [m for m in history if id(m) in kept])
+
+
+def _own_id(message):
+    return message.meta.get(MESSAGE_ID_KEY)

@@ -3,10 +3,12 @@ from typing import Any
 
 from haystack import component, default_to_dict
 from haystack.dataclasses import ChatMessage
+from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import any_store
-from haystack_chat_store.rounds import valid_for_model, validate_last_k, validated_messages, with_current_messages
+from haystack_chat_store.rounds import valid_for_model, validated_messages
 from haystack_chat_store.types import ChatMessageStore
+from haystack_chat_store.window_reader import WindowReader
 
 
 @component
@@ -14,8 +16,9 @@ class ChatMessageRetriever:
     """
     Retrieves the end of a chat history and puts the messages of this turn around it, ready for a ChatGenerator.
 
-    What comes out is valid for the model: tool calls that never got their result, and results without a call, are left
-    out (the store keeps them).
+    What comes out is valid for the model: tool calls that never got their result, results without a call, and what an
+    assistant said before the user did, are left out (the store keeps them). It fits `max_tokens`. Where several agents
+    ran on the history at the same time, each question is followed by what belongs to it.
 
     ```python
     from haystack import Pipeline
@@ -43,27 +46,46 @@ class ChatMessageRetriever:
     ```
     """
 
-    def __init__(self, chat_message_store: ChatMessageStore, last_k: int | None = 10) -> None:
+    def __init__(
+        self,
+        chat_message_store: ChatMessageStore,
+        last_k: int | None = 10,
+        *,
+        max_tokens: int | None = None,
+        token_counter: TokenCounter | None = None,
+        window_step: int = 1,
+    ) -> None:
         """
         Create the component.
 
         :param chat_message_store: Where the chat histories are kept. Any object that follows the `ChatMessageStore`
             protocol.
         :param last_k: How many rounds of the history to retrieve when a run does not say. Defaults to 10, whatever the
-            store's own `last_k` is; `None` for the store's own, where `None` means all. A round is a user message and
-            everything up to the next one. (If the store has `last_k_unit="message"`, these are messages.)
-        :raises ValueError: If `last_k` is neither `None` nor an integer of 0 or more, or `chat_message_store` does not
-            follow the protocol.
+            store's own `last_k` is. `None` for as many as fit `max_tokens` or, without `max_tokens`, for the store's
+            own, where `None` means all. A round is a user message and everything up to the next one. (If the store has
+            `last_k_unit="message"`, these are messages.)
+        :param max_tokens: How many tokens `messages` may have, those of this turn included. Only these can be more by
+            themselves. Defaults to `None`: any number. Of a longer history come the newest whole rounds that fit; if
+            not even the newest round fits, its question and the newest of its steps (a step is an assistant message
+            and the tool messages after it); if not even the question fits, nothing.
+        :param token_counter: What counts the tokens: any Haystack `TokenCounter`. Defaults to
+            `ApproximateTokenCounter()`.
+        :param window_step: How many rounds have to come before the start of the history that is shown moves on.
+            Defaults to 1. Greater values hold up to `window_step - 1` rounds more than `last_k` (or so many fewer than
+            fit `max_tokens`), and let the prompts of several turns begin with the same messages, as a provider's
+            prompt cache wants it. Stores that are not of this package are read whole for it.
+        :raises ValueError: If a setting is not one of these, or `chat_message_store` does not follow the protocol.
         """
-        validate_last_k(last_k)
         self.chat_message_store = any_store.validated_store(chat_message_store)
-        self.last_k = last_k
+        self.window_reader = WindowReader(
+            last_k, max_tokens=max_tokens, token_counter=token_counter, window_step=window_step
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """
-        Serialize the component and its store.
+        Serialize the component, its store and its token counter.
         """
-        return default_to_dict(self, chat_message_store=self.chat_message_store, last_k=self.last_k)
+        return default_to_dict(self, chat_message_store=self.chat_message_store, **self.window_reader.settings())
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ChatMessageRetriever":
@@ -89,17 +111,16 @@ class ChatMessageRetriever:
         :param chat_history_id: Which conversation.
         :param last_k: How many rounds of the history to retrieve; 0 for none. Defaults to the component's `last_k`.
         :param current_messages: The messages of this turn. Their system messages come before the history, all others
-            after it. One that carries the id of a stored message is not repeated from the history. Tool results among
-            them count as answers to stored calls.
+            after it. What the retrieved history has is not repeated after it: a message with the id of a stored one,
+            and others with ids that stand before such a message, as in a whole transcript. Tool results among them
+            count as answers to stored calls.
         :returns: A dictionary with the key `messages`: a list of `ChatMessage`s that a ChatGenerator takes as it is.
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
-        last_k = self._resolved(last_k)
-        # Not left to the store: to anybody's slice of the last 0 messages, 0 may mean all.
-        history = [] if last_k == 0 else self.chat_message_store.retrieve_messages(chat_history_id, last_k)
-        return {"messages": valid_for_model(with_current_messages(history, current))}
+        history = self.window_reader.read(self.chat_message_store, chat_history_id, current, last_k)
+        return {"messages": valid_for_model(history, current)}
 
     @component.output_types(messages=list[ChatMessage])
     async def run_async(
@@ -120,9 +141,14 @@ class ChatMessageRetriever:
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
-        last_k, store = self._resolved(last_k), self.chat_message_store
-        history = [] if last_k == 0 else await any_store.retrieve_async(store, chat_history_id, last_k)
-        return {"messages": valid_for_model(with_current_messages(history, current))}
+        history = await self.window_reader.read_async(self.chat_message_store, chat_history_id, current, last_k)
+        return {"messages": valid_for_model(history, current)}
+
+    def warm_up(self) -> None:
+        """
+        Warm up the token counter, if there is something to.
+        """
+        self.window_reader.warm_up()
 
     def close(self) -> None:
         """
@@ -135,7 +161,3 @@ class ChatMessageRetriever:
         Do what `close` does, without blocking the event loop.
         """
         await any_store.close_async(self.chat_message_store)
-
-    def _resolved(self, last_k: int | None) -> int | None:
-        validate_last_k(last_k)
-        return self.last_k if last_k is None else last_k

@@ -117,13 +117,15 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
     @abstractmethod
     def _read(
         self, session: SessionT, chat_history_id: str, window: Window
-    ) -> "list[str] | Coroutine[Any, Any, list[str]]":
+    ) -> "tuple[list[str], int] | Coroutine[Any, Any, tuple[list[str], int]]":
         """
-        Return the contents in the window, oldest first, as of one moment.
+        Return the contents in the window, oldest first, and the window's size, as of one moment.
 
-        For the unit `"round"`: from the `count`-th last user message on, or everything if there are fewer. For the unit
-        `"message"`: the last `count` messages; where the first of these is a tool message, preceded by what comes
-        before it up to and including the nearest message that is not.
+        The size is `window.size` of the number of rounds or messages that the history has, which an engine keeps count
+        of; it is not asked for a window of everything. For the unit `"round"`, the window begins at the `size`-th last
+        user message, or holds everything if there are fewer. For the unit `"message"`, it holds the last `size`
+        messages; where the first of these is a tool message, they are preceded by what comes before it up to and
+        including the nearest message that is not.
         """
 
     @abstractmethod
@@ -183,7 +185,9 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         written: int = await self._run_async(self._write, history, encoded) if encoded else 0
         return written
 
-    def retrieve_messages(self, chat_history_id: str, last_k: int | None = None) -> list[ChatMessage]:
+    def retrieve_messages(
+        self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
+    ) -> list[ChatMessage]:
         """
         Return the last rounds of a history, oldest message first.
 
@@ -194,24 +198,31 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
 
         :param chat_history_id: Which conversation. One that does not exist is empty.
         :param last_k: How many rounds. 0 for none; `None`, the default, for the store's own `last_k`.
+        :param window_step: How many rounds have to come before the window's start moves on: it then stands at the first
+            round, or so many after it, or twice as many, and the window holds up to `window_step - 1` rounds more than
+            `last_k`. Defaults to 1. (With `last_k_unit="message"`, it counts messages.)
         :returns: Messages that are the caller's own, each with its id in `meta["chat_message_id"]`.
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
         """
-        history, window = self._to_read(chat_history_id, last_k)
+        history, window = self._to_read(chat_history_id, last_k, window_step)
         if window.count == 0:
             return []
-        return _decoded(self._run(self._read, history, window), window)
+        contents, size = self._run(self._read, history, window)
+        return _decoded(contents, size, window)
 
-    async def retrieve_messages_async(self, chat_history_id: str, last_k: int | None = None) -> list[ChatMessage]:
+    async def retrieve_messages_async(
+        self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
+    ) -> list[ChatMessage]:
         """
         Do what `retrieve_messages` does, without blocking the event loop.
         """
-        history, window = self._to_read(chat_history_id, last_k)
+        history, window = self._to_read(chat_history_id, last_k, window_step)
         if window.count == 0:
             return []
-        contents = await self._run_async(self._read, history, window)
-        return await _off_loop_if(sum(map(len, contents)) > _CHARACTERS_PER_LOOP_STEP, _decoded, contents, window)
+        contents, size = await self._run_async(self._read, history, window)
+        is_much = sum(map(len, contents)) > _CHARACTERS_PER_LOOP_STEP
+        return await _off_loop_if(is_much, _decoded, contents, size, window)
 
     def count_messages(self, chat_history_id: str) -> int:
         """
@@ -321,10 +332,11 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
             if not (self.skip_system_messages and message.role is ChatRole.SYSTEM)
         ]
 
-    def _to_read(self, chat_history_id: str, last_k: int | None) -> tuple[str, Window]:
+    def _to_read(self, chat_history_id: str, last_k: int | None, window_step: int) -> tuple[str, Window]:
         history = _validated_id(chat_history_id, "chat_history_id")
         rounds.validate_last_k(last_k)
-        return history, Window(self.last_k_unit, self.last_k if last_k is None else last_k)
+        rounds.validate_window_step(window_step)
+        return history, Window(self.last_k_unit, self.last_k if last_k is None else last_k, window_step)
 
 
 def new_message_id() -> str:
@@ -335,6 +347,14 @@ def new_message_id() -> str:
     (the idea of UUID version 7, RFC 9562). Nothing reads the time back: positions alone decide the order.
     """
     return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
+
+
+def contents_and_size(rows: Iterable[tuple[str, int]]) -> tuple[list[str], int]:
+    """
+    Return what `_read` has to, from rows that each hold a content and the window's size.
+    """
+    found = list(rows)
+    return [content for content, _ in found], found[-1][1] if found else 0
 
 
 def _validated_id(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str:
@@ -374,10 +394,10 @@ def _encoded(named: Sequence[tuple[str, ChatMessage]]) -> list[EncodedMessage]:
     return list(encoded.values())
 
 
-def _decoded(contents: Sequence[str], window: Window) -> list[ChatMessage]:
+def _decoded(contents: Sequence[str], size: int, window: Window) -> list[ChatMessage]:
     messages = decode_messages(contents)
     if window.unit == "message" and window.count is not None:
-        return rounds.last_messages(messages, window.count)
+        return rounds.last_messages(messages, size)
     return messages
 
 

@@ -36,17 +36,22 @@ class _History:
                 self.user_positions.append(position)
             self.indexed = position + 1
 
-    def window_start(self, window: Window) -> int:
+    def read(self, window: Window) -> tuple[list[str], int]:
+        """
+        Return the contents in the window, and its size.
+        """
         if window.count is None:
-            return 0
-        if window.unit == "round":
+            start, size = 0, 0
+        elif window.unit == "round":
             self.catch_up()
-            has_enough = len(self.user_positions) >= window.count
-            return self.user_positions[-window.count] if has_enough else 0
-        start = max(len(self.messages) - window.count, 0)
-        while start > 0 and self.messages[start].role == ChatRole.TOOL.value:
-            start -= 1
-        return start
+            size = window.size(len(self.user_positions))
+            start = self.user_positions[-size] if size <= len(self.user_positions) else 0
+        else:
+            size = window.size(len(self.messages))
+            start = max(len(self.messages) - size, 0)
+            while start > 0 and self.messages[start].role == ChatRole.TOOL.value:
+                start -= 1
+        return [message.content for message in self.messages[start:]], size
 
 
 _Namespace = dict[str, _History]
@@ -114,11 +119,8 @@ class InMemoryChatMessageStore(BaseChatMessageStore[_Namespace]):
         history.messages.extend(new)
         return len(new)
 
-    def _read(self, session: _Namespace, chat_history_id: str, window: Window) -> list[str]:
-        history = session.get(chat_history_id)
-        if history is None:
-            return []
-        return [message.content for message in history.messages[history.window_start(window) :]]
+    def _read(self, session: _Namespace, chat_history_id: str, window: Window) -> tuple[list[str], int]:
+        return session.get(chat_history_id, _History()).read(window)
 
     def _count(self, session: _Namespace, chat_history_id: str) -> int:
         history = session.get(chat_history_id)

@@ -11,7 +11,7 @@ from haystack.dataclasses import ChatMessage, ToolCall
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, texts
+from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, only_where, texts
 from haystack_chat_store.testing.messages import (
     conversation,
     conversations,
@@ -134,6 +134,70 @@ class Rule07WindowsTest(ContractTest):
             calls.write(store, chat_history_id, written)
             window = calls.retrieve(store, chat_history_id, last_k=last_k)
             assert positions(window) == positions(expected(written, last_k))
+
+        holds()
+
+    @only_where("takes_window_step")
+    @pytest.mark.parametrize(
+        ("rounds", "last_k", "window_step", "start"),
+        [
+            (2, 3, 4, 0),
+            (3, 3, 4, 0),
+            (6, 3, 4, 0),
+            (7, 3, 4, 4),  # a round more would be as many as last_k and a whole step
+            (10, 3, 4, 4),
+            (11, 3, 4, 8),
+            (11, 3, 1, 8),
+            (11, 0, 4, 11),
+            (11, None, 4, 0),
+            (11, 10**30, 4, 0),
+            (11, 3, 10**30, 0),
+        ],
+    )
+    def test_with_a_window_step_the_start_moves_only_by_whole_steps(
+        self,
+        new_store: StoreFactory,
+        calls: Calls,
+        rounds: int,
+        last_k: int | None,
+        window_step: int,
+        start: int,
+    ) -> None:
+        store = new_store(last_k=None)
+        calls.write(store, "chat", conversation("ucta" * rounds))
+        window = calls.retrieve(store, "chat", last_k=last_k, window_step=window_step)
+        assert positions(window) == list(range(4 * start, 4 * rounds))
+
+    @only_where("takes_window_step")
+    def test_with_a_window_step_too_what_comes_before_the_first_round_belongs_to_none(
+        self, store: ClosableStore, calls: Calls
+    ) -> None:
+        calls.write(store, "chat", conversation("a ua ua ua"))
+        assert positions(calls.retrieve(store, "chat", last_k=4, window_step=2)) == [0, 1, 2, 3, 4, 5, 6]
+        assert positions(calls.retrieve(store, "chat", last_k=2, window_step=2)) == [1, 2, 3, 4, 5, 6]
+
+    @only_where("takes_window_step")
+    @pytest.mark.parametrize("window_step", [0, -1, True, 1.5, "2", None])
+    def test_window_step_is_refused_if_it_is_no_count(
+        self, store: ClosableStore, calls: Calls, window_step: Any
+    ) -> None:
+        with pytest.raises(ValueError, match="window_step must be"):
+            calls.retrieve(store, "chat", window_step=window_step)
+
+    @only_where("takes_window_step")
+    @pytest.mark.parametrize(("unit", "expected"), [("round", expected_rounds), ("message", expected_messages)])
+    def test_any_window_with_a_step_is_that_of_a_list(
+        self, new_store: StoreFactory, calls: Calls, unit: str, expected: Any
+    ) -> None:
+        store = new_store(skip_system_messages=False, last_k=None, last_k_unit=unit)
+
+        @settings(max_examples=100, deadline=None)
+        @given(conversations(), st.none() | st.integers(0, 12), st.integers(1, 9))
+        def holds(roles: str, last_k: int | None, window_step: int) -> None:
+            chat_history_id, written = uuid.uuid4().hex, conversation(roles)
+            calls.write(store, chat_history_id, written)
+            window = calls.retrieve(store, chat_history_id, last_k=last_k, window_step=window_step)
+            assert positions(window) == positions(expected(written, last_k, window_step))
 
         holds()
 

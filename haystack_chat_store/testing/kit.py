@@ -72,11 +72,11 @@ class Calls:
         """
         return self._call(store, "write_messages", chat_history_id, messages)  # type: ignore[no-any-return]
 
-    def retrieve(self, store: ClosableStore, chat_history_id: Any, **last_k: Any) -> list[ChatMessage]:
+    def retrieve(self, store: ClosableStore, chat_history_id: Any, **window: Any) -> list[ChatMessage]:
         """
-        Call `retrieve_messages`, with `last_k` only if it is given.
+        Call `retrieve_messages`, with `last_k` and `window_step` only if they are given.
         """
-        return self._call(store, "retrieve_messages", chat_history_id, **last_k)  # type: ignore[no-any-return]
+        return self._call(store, "retrieve_messages", chat_history_id, **window)  # type: ignore[no-any-return]
 
     def count(self, store: ClosableStore, chat_history_id: Any) -> int:
         """
@@ -141,6 +141,9 @@ class ContractTest:
 
     #: The longest `namespace` that the store takes, in characters.
     max_namespace_length = 128
+
+    #: Whether `retrieve_messages` takes `window_step`, which the published protocol does not have.
+    takes_window_step = True
 
     #: Override it with a fixture like `make_store`, whose stores lead to an engine that does not answer: a server that
     #: is not there, a file in a folder that does not exist. Tests that need it exist only where it is overridden.

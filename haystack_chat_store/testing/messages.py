@@ -64,12 +64,13 @@ def positions(messages: Sequence[ChatMessage]) -> list[int]:
     return [message.meta["position"] for message in messages]
 
 
-def expected_rounds(messages: Sequence[ChatMessage], last_k: int | None) -> list[ChatMessage]:
+def expected_rounds(messages: Sequence[ChatMessage], last_k: int | None, window_step: int = 1) -> list[ChatMessage]:
     """
     Return what a store that counts rounds has to return from a history, worked out on a plain list.
 
     :param messages: The whole history, oldest first.
     :param last_k: The number of rounds; `None` for all.
+    :param window_step: How many rounds have to come before the window's start moves on.
     """
     rounds: list[list[ChatMessage]] = []
     preamble: list[ChatMessage] = []
@@ -79,20 +80,31 @@ def expected_rounds(messages: Sequence[ChatMessage], last_k: int | None) -> list
         (rounds[-1] if rounds else preamble).append(message)
     if last_k is None or last_k > len(rounds):
         return list(messages)
-    return [message for one_round in rounds[len(rounds) - last_k :] for message in one_round]
+    start = _expected_start(len(rounds), last_k, window_step)
+    return [message for one_round in rounds[start:] for message in one_round]
 
 
-def expected_messages(messages: Sequence[ChatMessage], last_k: int | None) -> list[ChatMessage]:
+def expected_messages(messages: Sequence[ChatMessage], last_k: int | None, window_step: int = 1) -> list[ChatMessage]:
     """
     Return what a store that counts single messages has to return from a `conversation`, worked out on a plain list.
 
     :param messages: The whole history, oldest first.
     :param last_k: The number of messages; `None` for all.
+    :param window_step: How many messages have to come before the window's start moves on.
     """
     asked_at = {call.id: index for index, message in enumerate(messages) for call in message.tool_calls}
-    start = 0 if last_k is None else max(len(messages) - last_k, 0)
+    start = 0 if last_k is None else _expected_start(len(messages), last_k, window_step)
     answered = [result.origin.id for message in messages[start:] for result in message.tool_call_results]
     return list(messages[min([start, *(asked_at[call] for call in answered if call in asked_at)]) :])
+
+
+def _expected_start(total: int, last_k: int, window_step: int) -> int:
+    if last_k == 0:
+        return total
+    start = 0
+    while start + window_step + last_k <= total:
+        start += window_step
+    return start
 
 
 def user(text: str = "Hello", **meta: Any) -> ChatMessage:

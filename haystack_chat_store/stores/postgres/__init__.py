@@ -12,7 +12,7 @@ from haystack.utils import Secret
 
 from haystack_chat_store.errors import ChatMessageStoreError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.rounds import LastKUnit, Window
-from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage
+from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage, contents_and_size
 from haystack_chat_store.stores.coroutines import run_to_end
 
 with LazyImport("Run 'pip install \"haystack-chat-store[postgres]\"'") as psycopg_import:
@@ -156,14 +156,17 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
                 known |= await self._known_ids(session, key, [message.message_id for message in new])
         return len(new)
 
-    async def _read(self, session: "Session", chat_history_id: str, window: Window) -> list[str]:
+    async def _read(self, session: "Session", chat_history_id: str, window: Window) -> tuple[list[str], int]:
         parameters = {"key": self._history_key(chat_history_id), "end": _MAX_POSITION}
-        statement = self._statements.read_all
+        statement, by_round = self._statements.read_all, window.unit == "round"
         if window.count is not None:
-            parameters["before"] = min(window.count - 1, _MAX_POSITION)
-            by_round = window.unit == "round"
+            parameters["count"] = min(window.count, _MAX_POSITION)
             statement = self._statements.read_rounds if by_round else self._statements.read_messages
-        return [content for (content,) in await session.fetch(statement, parameters)]
+            if window.step > 1:
+                parameters["step"] = min(window.step, _MAX_POSITION)
+                statements = self._statements
+                statement = statements.read_rounds_by_step if by_round else statements.read_messages_by_step
+        return contents_and_size(await session.fetch(statement, parameters))
 
     async def _count(self, session: "Session", chat_history_id: str) -> int:
         rows = await session.fetch(self._statements.message_count, [self._history_key(chat_history_id)])

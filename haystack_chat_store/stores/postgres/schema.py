@@ -75,24 +75,30 @@ _COUNT = "SELECT message_count FROM {histories} WHERE history_key = %s"
 # The upper bounds exclude nothing. They tell the planner that the range is narrow, whatever it knows of the table, so
 # that it walks along the primary key (a range between two unknown bounds is taken for 0.5 % of the table).
 _READ = """
-    SELECT content FROM {{messages}}
+    SELECT content, {size} FROM {{messages}}
     WHERE history_key = %(key)s AND position BETWEEN {start} AND %(end)s ORDER BY position
 """
-_READ_ALL = _READ.format(start="0")
-_READ_ROUNDS = _READ.format(
-    start="""coalesce(
-        (SELECT position FROM {messages}
+_START_OF_ROUNDS = """coalesce(
+        (SELECT position FROM {{messages}}
             WHERE history_key = %(key)s AND role = 'user' AND position BETWEEN 0 AND %(end)s
-            ORDER BY position DESC OFFSET %(before)s LIMIT 1),
+            ORDER BY position DESC OFFSET {size} - 1 LIMIT 1),
         0)"""
-)
-_READ_MESSAGES = _READ.format(
-    start="""coalesce(
-        (SELECT position FROM {messages} WHERE history_key = %(key)s AND role <> 'tool' AND position <=
-            (SELECT position FROM {messages} WHERE history_key = %(key)s AND position BETWEEN 0 AND %(end)s
-                ORDER BY position DESC OFFSET %(before)s LIMIT 1)
+_START_OF_MESSAGES = """coalesce(
+        (SELECT position FROM {{messages}} WHERE history_key = %(key)s AND role <> 'tool' AND position <=
+            (SELECT position FROM {{messages}} WHERE history_key = %(key)s AND position BETWEEN 0 AND %(end)s
+                ORDER BY position DESC OFFSET {size} - 1 LIMIT 1)
             ORDER BY position DESC LIMIT 1),
         0)"""
+# The window's size: only with a step does it depend on how long the history is.
+_SIZE = "%(count)s::bigint"
+_SIZE_BY_STEP = """(SELECT %(count)s::bigint + mod(greatest({total} - %(count)s::bigint, 0), %(step)s::bigint)
+            FROM {{histories}} WHERE history_key = %(key)s)"""
+
+_READ_ALL = _READ.format(start="0", size="0")
+_READ_ROUNDS, _READ_ROUNDS_BY_STEP, _READ_MESSAGES, _READ_MESSAGES_BY_STEP = (
+    _READ.format(start=start.format(size=size), size=size)
+    for start, total in ((_START_OF_ROUNDS, "round_count"), (_START_OF_MESSAGES, "message_count"))
+    for size in (_SIZE, _SIZE_BY_STEP.format(total=total))
 )
 # Locks first, messages next, so that no writer slips in between.
 _LOCK_ONE = "SELECT history_key FROM {histories} WHERE history_key = %s FOR UPDATE"
@@ -112,7 +118,9 @@ class Statements(NamedTuple):
     message_count: str
     read_all: str
     read_rounds: str
+    read_rounds_by_step: str
     read_messages: str
+    read_messages_by_step: str
     lock_one: str
     lock_all: str
     delete_messages: str
@@ -149,7 +157,9 @@ class Tables:
             message_count=self._named(_COUNT),
             read_all=self._named(_READ_ALL),
             read_rounds=self._named(_READ_ROUNDS),
+            read_rounds_by_step=self._named(_READ_ROUNDS_BY_STEP),
             read_messages=self._named(_READ_MESSAGES),
+            read_messages_by_step=self._named(_READ_MESSAGES_BY_STEP),
             lock_one=self._named(_LOCK_ONE),
             lock_all=self._named(_LOCK_ALL),
             delete_messages=self._named(_DELETE_MESSAGES),

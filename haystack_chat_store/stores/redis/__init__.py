@@ -143,12 +143,13 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
         )
         return written
 
-    async def _read(self, session: "Session", chat_history_id: str, window: Window) -> list[str]:
+    async def _read(self, session: "Session", chat_history_id: str, window: Window) -> tuple[list[str], int]:
         bucket, history = self._keys_of(chat_history_id)
         script = scripts.READ_ALL if window.count is None else _READ[window.unit]
-        keys = [bucket.schema_version, history.contents, history.roles]
-        found: list[str] = await session.run(script, keys, [min(window.count or 0, _MAX_COUNT)])
-        return found
+        keys = [bucket.schema_version, history.counters, history.contents, history.roles]
+        counts = [min(window.count or 0, _MAX_COUNT), min(window.step, _MAX_COUNT)]
+        size, contents = await session.run(script, keys, counts)
+        return contents, size
 
     async def _count(self, session: "Session", chat_history_id: str) -> int:
         bucket, history = self._keys_of(chat_history_id)

@@ -111,20 +111,23 @@ return written
 """)
 
 _READ = """
-local _, contents, roles = unpack(KEYS)
+local _, counters, contents, roles = unpack(KEYS)
 local length = redis.call('STRLEN', roles)
 if redis.call('LLEN', contents) ~= length then return redis.error_reply('DAMAGED') end
-local wanted, start = tonumber(ARGV[1]), 0
+local count, step, start = tonumber(ARGV[1]), tonumber(ARGV[2]), 0
+local function size_of(total) return count + math.max(total - count, 0) % step end
+local size = 0
 {find_start}
 if redis.REDIS_VERSION_NUM or start < length / 2 or length - start > 1000 then
-    return redis.call('LRANGE', contents, start, -1)
+    return {{size, redis.call('LRANGE', contents, start, -1)}}
 end
 local window = {{}}  -- Redis 6 finds the end of a long list slowly, but not for LINDEX
 for index = start - length, -1 do window[#window + 1] = redis.call('LINDEX', contents, index) end
-return window
+return {{size, window}}
 """
 
-# Keys of the three: the bucket's schema version, the history's contents and roles. Argument: the window's count.
+# Keys of the three: the bucket's schema version, the history's counters, contents and roles. Arguments: the window's
+# count and step. They return the window's size and the contents.
 
 #: Return the whole history.
 READ_ALL = Script(_READ.format(find_start=""))
@@ -133,7 +136,8 @@ READ_ALL = Script(_READ.format(find_start=""))
 READ_ROUNDS = Script(
     _READ.format(
         find_start="""
-local unseen = length
+size = size_of(step > 1 and tonumber(redis.call('HGET', counters, 'round_count') or 0) or 0)
+local unseen, wanted = length, size
 while unseen > 0 and wanted > 0 do
     local first = math.max(unseen - 1000, 0)
     local part = redis.call('GETRANGE', roles, first, unseen - 1)
@@ -156,7 +160,8 @@ end
 READ_MESSAGES = Script(
     _READ.format(
         find_start="""
-start = math.max(length - wanted, 0)
+size = size_of(length)
+start = math.max(length - size, 0)
 while start > 0 and redis.call('GETRANGE', roles, start, start) == 't' do start = start - 1 end
 """
     )

@@ -10,7 +10,7 @@ from haystack.dataclasses import ChatRole
 
 from haystack_chat_store.errors import MessageDecodingError, StoreUnavailableError
 from haystack_chat_store.rounds import LastKUnit, Window
-from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage
+from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage, contents_and_size
 from haystack_chat_store.stores.sqlite.database import (
     Database,
     Durability,
@@ -41,36 +41,43 @@ _INSERT_MESSAGE = """
 """
 _COUNT = "SELECT message_count FROM chat_histories WHERE namespace = ? AND chat_history_id = ?"
 
-# A read is one statement, so that history and messages are seen as of one moment. {start} is the window's first key.
+# A read is one statement, so that history and messages are seen as of one moment. {size} is the window's size, {start}
+# its first key.
 _READ = """
-    WITH history (first_key, last_key) AS (
-        SELECT history_key << 32, (history_key + 1 << 32) - 1
-        FROM chat_histories WHERE namespace = ? AND chat_history_id = ?
+    WITH history (first_key, last_key, size) AS (
+        SELECT history_key << 32, (history_key + 1 << 32) - 1, {size}
+        FROM chat_histories WHERE namespace = ?1 AND chat_history_id = ?2
     )
-    SELECT content FROM history CROSS JOIN chat_messages ON message_key BETWEEN {start} AND last_key
+    SELECT content, size FROM history CROSS JOIN chat_messages ON message_key BETWEEN {start} AND last_key
     ORDER BY message_key
 """
-_READ_ALL = _READ.format(start="first_key")
-_READ_ROUNDS = _READ.format(
-    start="""coalesce(
+_START_OF_ROUNDS = """coalesce(
         (SELECT message_key FROM chat_messages WHERE role = 'user' AND message_key BETWEEN first_key AND last_key
-            ORDER BY message_key DESC LIMIT 1 OFFSET ?),
+            ORDER BY message_key DESC LIMIT 1 OFFSET {before}),
         first_key)"""
-)
-_READ_MESSAGES = _READ.format(
-    start="""coalesce(
+_START_OF_MESSAGES = """coalesce(
         (SELECT message_key FROM chat_messages WHERE role <> 'tool' AND message_key BETWEEN first_key AND
             (SELECT message_key FROM chat_messages WHERE message_key BETWEEN first_key AND last_key
-                ORDER BY message_key DESC LIMIT 1 OFFSET ?)
+                ORDER BY message_key DESC LIMIT 1 OFFSET {before})
             ORDER BY message_key DESC LIMIT 1),
         first_key)"""
+# An offset cannot name a column of the statement around it, so it looks the history up once more.
+_BEFORE = "(SELECT {size} - 1 FROM chat_histories WHERE namespace = ?1 AND chat_history_id = ?2)"
+_SIZE = "?3 + max({total} - ?3, 0) % ?4"
+_READ_ALL = _READ.format(size="message_count", start="first_key")
+_READ_ROUNDS, _READ_MESSAGES = (
+    _READ.format(size=size, start=start.format(before=_BEFORE.format(size=size)))
+    for start, size in (
+        (_START_OF_ROUNDS, _SIZE.format(total="round_count")),
+        (_START_OF_MESSAGES, _SIZE.format(total="message_count")),
+    )
 )
 _DELETE_MESSAGES = "DELETE FROM chat_messages WHERE message_key BETWEEN ? AND ?"
 _DELETE_HISTORY = "DELETE FROM chat_histories WHERE history_key = ?"
 _HISTORY_KEYS = "SELECT history_key FROM chat_histories WHERE namespace = ?"
 
 # More messages than a history can have, and an integer that SQLite takes.
-_MAX_OFFSET = 2**62
+_MAX_COUNT = 2**62
 
 
 class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
@@ -194,15 +201,16 @@ class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
                 connection.execute(_UPDATE_HISTORY, (len(new), round_count, now, history_key))
         return len(new)
 
-    def _read(self, session: Database, chat_history_id: str, window: Window) -> list[str]:
+    def _read(self, session: Database, chat_history_id: str, window: Window) -> tuple[list[str], int]:
         history = (self.namespace, chat_history_id)
         with session.connection() as connection:
             if window.count is None:
                 rows = connection.execute(_READ_ALL, history)
             else:
                 query = _READ_ROUNDS if window.unit == "round" else _READ_MESSAGES
-                rows = connection.execute(query, (*history, min(window.count - 1, _MAX_OFFSET)))
-            return [content for (content,) in rows]
+                counts = (min(window.count, _MAX_COUNT), min(window.step, _MAX_COUNT))
+                rows = connection.execute(query, (*history, *counts))
+            return contents_and_size(rows)
 
     def _count(self, session: Database, chat_history_id: str) -> int:
         with session.connection() as connection:

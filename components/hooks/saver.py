@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from haystack import default_to_dict, logging
+from haystack.components.agents.state import State
+
+from haystack_chat_store import any_store
+from haystack_chat_store.errors import ChatMessageStoreError
+from haystack_chat_store.types import ChatMessageStore
+
+from .agent_run import AgentRun, put_result_right, run_of, set_messages
+
+logger = logging.getLogger(__name__)
+
+
+class ChatHistorySaver:
+    """
+    Saves what is said in an agent's run to its chat history: the question before the model is asked, and every step.
+
+    The saver stands at every hook point that it allows; `chat_history_hooks` puts it there, in the right order with
+    other hooks. At each it writes, as one batch, what this run has not saved yet. What is saved stays, whatever happens
+    to the process afterwards. System messages and what a compactor made are not saved.
+    """
+
+    allowed_hook_points = ("before_run", "before_tool", "after_tool", "on_exit", "after_run")
+
+    def __init__(self, chat_message_store: ChatMessageStore, *, raise_on_failure: bool = True) -> None:
+        """
+        Create the hook.
+
+        :param chat_message_store: Where the chat histories are kept. Any object that follows the `ChatMessageStore`
+            protocol.
+        :param raise_on_failure: Whether the run fails if saving does, which is the default. If not, the error is logged
+            and the run goes on; what could not be saved is tried again at the next hook point.
+        :raises ValueError: If an argument is wrong.
+        """
+        if not isinstance(raise_on_failure, bool):
+            raise ValueError(f"raise_on_failure must be True or False, got {raise_on_failure!r}.")
+        self.chat_message_store = any_store.validated_store(chat_message_store)
+        self.raise_on_failure = raise_on_failure
+
+    def run(self, state: State) -> None:
+        """
+        Save what this run has not saved yet.
+
+        :param state: The state of the agent's run.
+        :raises ValueError: If the run has no chat history, or a message cannot be stored.
+        :raises ChatMessageStoreError: If the store fails.
+        """
+        run = _collected(state)
+        if run.unsaved:
+            with self._failure_handled(run):
+                self.chat_message_store.write_messages(run.chat_history_id, run.unsaved)
+                run.unsaved = []
+
+    async def run_async(self, state: State) -> None:
+        """
+        Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
+
+        :param state: The state of the agent's run.
+        :raises ValueError: If the run has no chat history, or a message cannot be stored.
+        :raises ChatMessageStoreError: If the store fails.
+        """
+        run = _collected(state)
+        if run.unsaved:
+            with self._failure_handled(run):
+                await any_store.write_async(self.chat_message_store, run.chat_history_id, run.unsaved)
+                run.unsaved = []
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        Serialize the hook and its store.
+        """
+        return default_to_dict(self, chat_message_store=self.chat_message_store, raise_on_failure=self.raise_on_failure)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "ChatHistorySaver":
+        """
+        Make the hook, and its store, from what `to_dict` returned.
+
+        :param data: The serialized hook. It is not changed.
+        :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
+        """
+        return any_store.component_from_dict(cls, data)
+
+    def close(self) -> None:
+        """
+        Close the store. The next run opens it again.
+        """
+        any_store.close(self.chat_message_store)
+
+    async def close_async(self) -> None:
+        """
+        Do what `close` does, without blocking the event loop.
+        """
+        await any_store.close_async(self.chat_message_store)
+
+    @contextmanager
+    def _failure_handled(self, run: AgentRun) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self.raise_on_failure:
+                raise
+            logger.error(
+                "{number} messages of an agent's run are not saved yet: {error}",
+                number=len(run.unsaved),
+                # What other errors say might be what a message says.
+                error=error if isinstance(error, ChatMessageStoreError) else type(error).__name__,
+            )
+
+
+def _collected(state: State) -> AgentRun:
+    run = run_of(state)
+    set_messages(state, run.collect(state.data["messages"]))
+    put_result_right(state, run.exit_reason)
+    return run
