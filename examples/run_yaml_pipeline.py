@@ -1,24 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Runs one turn of the pipeline in chat_pipeline.yaml. Run it twice: the second run still knows the first.
+Runs one turn of a pipeline in a YAML file. Run it twice: the second run still knows the first.
 
     python examples/run_yaml_pipeline.py "Hello, I am Ada."
+    python examples/run_yaml_pipeline.py --file agent_pipeline.yaml "How much is pi?"
 """
 
+import argparse
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
 
 from haystack import Pipeline
 
-pipeline = Pipeline.loads(Path(__file__).with_name("chat_pipeline.yaml").read_text(encoding="utf-8"))
-question = " ".join(sys.argv[1:]) or "Hello!"
-results = pipeline.run({"query": question, "chat_history_id": "yaml"}, include_outputs_from={"retriever", "llm"})
+parser = argparse.ArgumentParser(description="Runs one turn of a pipeline in a YAML file.")
+parser.add_argument("--file", default="chat_pipeline.yaml", help="one beside this script (%(default)s)")
+parser.add_argument("question", nargs="*", default=["Hello!"])
+options = parser.parse_args()
 
+pipeline = Pipeline.loads(Path(__file__).with_name(options.file).read_text(encoding="utf-8"))
+data = {"query": " ".join(options.question), "chat_history_id": "yaml"}
+results = pipeline.run(data, include_outputs_from={"retriever", "llm"} & set(pipeline.graph.nodes))
+
+if "agent" in results:
+    *seen, answer = results["agent"]["messages"]
+else:
+    seen, (answer,) = results["retriever"]["messages"], results["llm"]["replies"]
 print("What the model saw:")
-for message in results["retriever"]["messages"]:
-    print(f"  {message.role.value:>9}: {message.text}")
-print(f"It answered: {results['llm']['replies'][0].text}")
-print(f"Messages stored: {results['writer']['messages_written']}")
+for message in seen:
+    calls = ", ".join(call.tool_name for call in message.tool_calls)
+    content = message.text or calls or message.tool_call_result.result
+    print(f"  {message.role.value:>9}: {content}")
+print(f"It answered: {answer.text}")
+if "writer" in results:
+    print(f"Messages stored: {results['writer']['messages_written']}")

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Simulate a conversation and show how much of its prompts a provider's prompt cache can use again, by `window_step`.
+
+Nothing is timed, no model is asked: the figures are the same on every machine.
+"""
+
+import argparse
+import random
+import tempfile
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from conversations import ASSISTANT_TEXT, TOOL_RESULT, USER_TEXT
+from haystack.dataclasses import ChatMessage, ChatRole, ToolCall
+from haystack.token_counters import ApproximateTokenCounter
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+
+from haystack_chat_store import SQLiteChatMessageStore
+
+COUNTER = ApproximateTokenCounter()
+INSTRUCTIONS = ChatMessage.from_system("You work at the help desk of a shop. " + USER_TEXT * 8)
+# The windows that are tried, and the steps in which each moves.
+WINDOWS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "everything": ({"last_k": None}, [1]),
+    "`last_k=10`": ({"last_k": 10}, [1, 4, 8, 16]),
+    "`max_tokens=4000`": ({"last_k": None, "max_tokens": 4000}, [1, 4, 8, 16]),
+}
+
+
+class Prompts(NamedTuple):
+    """
+    What a model was sent over a whole conversation.
+
+    :param rounds: How many rounds, that of the question included, summed over all prompts.
+    :param tokens: How many tokens.
+    :param cached: How many of these stood where a prompt began as the one before it.
+    """
+
+    rounds: int
+    tokens: int
+    cached: int
+
+
+def turn(number: int, randomly: random.Random) -> list[ChatMessage]:
+    """
+    A question and its answer, every third time with a call of a tool in between. No two turns are the same.
+    """
+    question = ChatMessage.from_user(f"{number}. {USER_TEXT[: randomly.randint(40, 120)]}")
+    answer = ChatMessage.from_assistant(f"{number}. {ASSISTANT_TEXT[: randomly.randint(100, 600)]}")
+    if number % 3:
+        return [question, answer]
+    call = ToolCall("find_orders", {"customer": number}, id=f"call_{number}")
+    result = ChatMessage.from_tool(TOOL_RESULT[: randomly.randint(200, 2000)], origin=call)
+    return [question, ChatMessage.from_assistant(tool_calls=[call]), result, answer]
+
+
+def simulate(turns: int, settings: dict[str, Any], folder: Path) -> Prompts:
+    """
+    Have a conversation and look at the first prompt of each turn. (Those after a tool begin with it as it is.)
+    """
+    randomly = random.Random(0)
+    rounds = tokens = cached = 0
+    before: list[ChatMessage] = []
+    with closing(SQLiteChatMessageStore(folder / "chats.db", last_k=None, durability="normal")) as store:
+        retriever = ChatMessageRetriever(store, **settings)
+        for number in range(turns):
+            messages = turn(number, randomly)
+            prompt = retriever.run(str(settings), current_messages=[INSTRUCTIONS, messages[0]])["messages"]
+            rounds += sum(message.role is ChatRole.USER for message in prompt)
+            tokens += COUNTER.count(prompt)
+            cached += COUNTER.count(common_beginning(before, prompt))
+            before = prompt
+            store.write_messages(str(settings), messages)
+    return Prompts(rounds, tokens, cached)
+
+
+def common_beginning(one: Sequence[ChatMessage], other: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """
+    Return the messages with which both begin. (A message's meta is not sent to a model.)
+    """
+    length = 0
+    while length < min(len(one), len(other)) and said(one[length]) == said(other[length]):
+        length += 1
+    return list(other[:length])
+
+
+def said(message: ChatMessage) -> dict[str, Any]:
+    return {**message.to_dict(), "meta": {}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=200, help="how long the conversation is (%(default)s)")
+    turns = parser.parse_args().turns
+    print("| window | `window_step` | rounds shown | tokens a prompt | of these cacheable | not cacheable |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(prefix="chat-store-simulation-") as folder:
+        for name, (window, steps) in WINDOWS.items():
+            for step in steps:
+                prompts = simulate(turns, {**window, "window_step": step}, Path(folder))
+                rounds, tokens, cached = (figure / turns for figure in prompts)
+                share = f"{cached / tokens:.0%} | {tokens - cached:,.0f}"
+                print(f"| {name} | {step} | {rounds:.1f} | {tokens:,.0f} | {share} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
