@@ -57,8 +57,9 @@ def _is_answer(origin: ToolCall, call: ToolCall) -> bool:
 
 def with_tool_parts(message: ChatMessage, places: Collection[int]) -> ChatMessage | None:
     """
-    Return the message with only those of its tool calls and results that stand at `places` in its content.
+    Return the message with only those of its tool calls and results that stand at `places`, and without blank texts.
 
+    :param places: Places in the message's content.
     :returns: The message itself if nothing has to go, `None` if what remains says nothing to a model.
     """
     if message.role == ChatRole.TOOL and not places:
@@ -66,13 +67,14 @@ def with_tool_parts(message: ChatMessage, places: Collection[int]) -> ChatMessag
     content = [
         part
         for place, part in enumerate(message._content)
-        if place in places or not isinstance(part, (ToolCall, ToolCallResult))
+        if place in places or not (isinstance(part, (ToolCall, ToolCallResult)) or _is_blank(part))
     ]
-    if all(map(_says_nothing, content)):
+    # Providers want reasoning followed by the text or call it led to.
+    if all(isinstance(part, ReasoningContent) for part in content):
         return None
     return message if len(content) == len(message._content) else replace(message, _content=content)
 
 
-def _says_nothing(part: Any) -> bool:
-    # Providers refuse blank texts, and want reasoning followed by the text or call it led to.
-    return isinstance(part, ReasoningContent) or (isinstance(part, TextContent) and not str(part.text or "").strip())
+def _is_blank(part: Any) -> bool:
+    # Providers refuse blank texts, also beside other parts.
+    return isinstance(part, TextContent) and not str(part.text or "").strip()

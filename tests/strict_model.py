@@ -38,8 +38,9 @@ def problems(messages: list[ChatMessage]) -> list[str]:
 
 
 def _own_problems(message: ChatMessage) -> Iterator[str]:
-    blank = [part for part in message._content if isinstance(part, TextContent) and not part.text.strip()]
-    if all(isinstance(part, ReasoningContent) or part in blank for part in message._content):
+    if any(isinstance(part, TextContent) and not part.text.strip() for part in message._content):
+        yield "has a blank text"
+    if all(isinstance(part, ReasoningContent) for part in message._content):
         yield "says nothing"
     if message.tool_calls and message.role != ChatRole.ASSISTANT:
         yield "is no assistant message but calls a tool"

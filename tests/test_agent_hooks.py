@@ -485,6 +485,21 @@ def test_a_complete_history_costs_no_call_of_the_model(store, run):
     assert store.count_messages("h") == 4
 
 
+def test_on_a_complete_history_no_hook_before_the_model_runs(store, run):
+    """
+    It could ask a model itself, to summarize what is there.
+    """
+    seen = []
+
+    @hook
+    def look(state: State) -> None:
+        seen.append(len(state.data["messages"]))
+
+    run(agent_with(store, reply("Hello!"), hooks={"before_llm": [look]}), [user("Hi")])
+    run(agent_with(store, hooks={"before_llm": [look]}), [])
+    assert seen == [1]
+
+
 def test_a_reply_that_was_cut_short_is_complete(store, run):
     run(agent_with(store, reply("And so on and", finish_reason="length"), tools=[]), [user("Tell me.")])
     agent = agent_with(store)
@@ -793,7 +808,7 @@ def test_the_hooks_of_the_caller_are_put_in_order_and_the_mapping_stays_as_it_is
         "before_tool": ["object", "Saver"],
         "after_tool": ["Saver", "object"],
         "on_exit": ["Saver", "object"],
-        "after_run": ["object", "Saver"],
+        "after_run": ["Saver", "object", "Saver"],
     }
     assert {point: list(hooks) for point, hooks in others.items()} == before
 

@@ -378,7 +378,7 @@ tool_calls = st.builds(
     arguments=st.sampled_from([{}, {"city": "Rome"}]),
     id=st.sampled_from([None, "a", "b", "c"]),
 )
-texts = st.none() | st.sampled_from(["", "Let me look."])
+remarks = st.none() | st.just("Let me look.")
 reasonings = st.none() | st.just("Hm.")
 
 
@@ -392,7 +392,8 @@ def exchanges(draw, *, complete=False):
         answered = draw(st.permutations(calls))
     else:
         answered = draw(st.lists(st.sampled_from(calls) | tool_calls, max_size=5))
-    exchange = [calling(*calls, text=draw(texts), reasoning=draw(reasonings))]
+    said = draw(remarks if complete else remarks | st.just(" "))
+    exchange = [calling(*calls, text=said, reasoning=draw(reasonings))]
     while answered:
         size = draw(st.integers(1, len(answered)))
         exchange.append(result_of(*answered[:size]))
@@ -406,7 +407,7 @@ def conversations_of(*pieces):
 
 single_messages = st.one_of(
     plain_messages(st.text(max_size=3)),
-    st.builds(calling, tool_calls, text=texts, reasoning=reasonings),
+    st.builds(calling, tool_calls, text=remarks | st.just(""), reasoning=reasonings),
     st.lists(tool_calls, min_size=1, max_size=3).map(lambda calls: result_of(*calls)),
 ).map(lambda message: [message])
 somethings = st.text(min_size=1, max_size=3).filter(str.strip)

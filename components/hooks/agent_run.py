@@ -139,22 +139,21 @@ def set_messages(state: State, messages: list[ChatMessage]) -> None:
     state.set("messages", messages, handler_override=replace_values)
 
 
-def end_before_first_step(state: State, reason: str) -> None:
+def end_before_first_step(state: State) -> None:
     """
-    Let a run end without a call of the model. To be called before its first step.
+    Let a run end at once. To be called before its first step.
 
-    :param reason: What the result shall have as `exit_reason`.
+    Haystack begins to count steps where a `before_run` hook leaves the count. (It also reads the state's `stop_run`, but
+    only after the `before_llm` hooks, and one of those that compacts may ask a model.)
     """
-    if "stop_run" in state.schema:
-        state.set("stop_run", reason)
-    else:
-        # Haystack before 3.4 knows no such key, but begins to count steps here.
-        state.set("step_count", _TOO_MANY_STEPS)
+    state.set("step_count", _TOO_MANY_STEPS)
 
 
 def put_result_right(state: State, reason: str | None) -> None:
     """
     Undo, after the run, what `end_before_first_step` did to its result.
+
+    :param reason: What the result shall have as `exit_reason`.
     """
     if state.data["step_count"] == _TOO_MANY_STEPS and state.data["exit_reason"] is not None:
         state.set("step_count", 0)

@@ -58,11 +58,13 @@ def chat_history_hooks(
     )
     saver = ChatHistorySaver(chat_message_store, raise_on_failure=raise_on_failure)
     others = {point: list(listed) for point, listed in (hooks or {}).items()}
+    # First, for then the result of a run without steps is put right; and last, for the others may have added to it.
+    after_run = [saver, *others["after_run"], saver] if others.get("after_run") else [saver]
     return {
         **others,
         "before_run": [loader, *others.get("before_run", ()), saver],
         "before_tool": [*others.get("before_tool", ()), saver],
         "after_tool": [saver, *others.get("after_tool", ())],
         "on_exit": [saver, *others.get("on_exit", ())],
-        "after_run": [*others.get("after_run", ()), saver],
+        "after_run": after_run,
     }

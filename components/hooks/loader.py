@@ -158,7 +158,7 @@ class ChatHistoryLoader:
         run.collect(given[: hidden[-1] + 1] if hidden else [])
         set_messages(state, loaded)
         if run.exit_reason is not None:
-            end_before_first_step(state, run.exit_reason)
+            end_before_first_step(state)
 
 
 def _begun(state: State) -> tuple[AgentRun, list[ChatMessage]]:
