@@ -143,8 +143,8 @@ def end_before_first_step(state: State) -> None:
     """
     Let a run end at once. To be called before its first step.
 
-    Haystack begins to count steps where a `before_run` hook leaves the count. (It also reads the state's `stop_run`, but
-    only after the `before_llm` hooks, and one of those that compacts may ask a model.)
+    Haystack begins to count steps where a `before_run` hook leaves the count. (Newer versions also read `stop_run` in
+    the state, but only after the `before_llm` hooks, and one of those that compacts may ask a model.)
     """
     state.set("step_count", _TOO_MANY_STEPS)
 

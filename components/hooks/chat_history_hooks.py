@@ -59,7 +59,7 @@ def chat_history_hooks(
     saver = ChatHistorySaver(chat_message_store, raise_on_failure=raise_on_failure)
     others = {point: list(listed) for point, listed in (hooks or {}).items()}
     # First, for then the result of a run without steps is put right; and last, for the others may have added to it.
-    after_run = [saver, *others["after_run"], saver] if others.get("after_run") else [saver]
+    after_run: list[Hook] = [saver, *others["after_run"], saver] if others.get("after_run") else [saver]
     return {
         **others,
         "before_run": [loader, *others.get("before_run", ()), saver],
