@@ -35,7 +35,16 @@ from haystack_chat_store.errors import (
     StoreUnavailableError,
 )
 from haystack_chat_store.stores.redis import RedisChatMessageStore
-from haystack_chat_store.testing import ChatMessageStoreContract, ConcurrencyTest, ProcessesTest
+from haystack_chat_store.testing import (
+    ChatMessageStoreContract,
+    ConcurrencyTest,
+    ProcessesTest,
+    Rule03AtomicBatchesTest,
+    Rule04OrderTest,
+    Rule06IdempotentWritesTest,
+    Rule07WindowsTest,
+    Rule13LifecycleTest,
+)
 from haystack_chat_store.testing.concurrency import (
     HANG_LIMIT,
     assert_whole_and_in_order,
@@ -55,6 +64,7 @@ CLUSTER = "three masters"
 on_every_engine = pytest.mark.parametrize("server", [*SERVERS, CLUSTER], indirect=True)
 on_every_server = pytest.mark.parametrize("server", SERVERS, indirect=True)
 on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True)
+on_the_other_servers = pytest.mark.parametrize("server", SERVERS[1:], indirect=True)
 on_a_cluster = pytest.mark.parametrize("server", [CLUSTER], indirect=True)
 
 # Put together, so that it stands in no line of source that a traceback shows.
@@ -167,7 +177,7 @@ def nodes_of(server):
 # ---------------------------------------------------------------------- the contract
 
 
-class OnRedis(ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
+class OnRedis:
     @pytest.fixture
     def make_store(self, server):
         with stores_on(server) as make:
@@ -205,13 +215,28 @@ class OnRedis(ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
                 assert client.llen(f"{of_history}:contents") == client.hlen(f"{of_history}:message_ids") == len(roles)
 
 
-@on_every_server
-class TestServer(OnRedis):
+@on_one_server
+class TestServer(OnRedis, ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
     pass
 
 
+@on_the_other_servers
+class TestOtherServers(
+    OnRedis,
+    Rule03AtomicBatchesTest,
+    Rule04OrderTest,
+    Rule06IdempotentWritesTest,
+    Rule07WindowsTest,
+    Rule13LifecycleTest,
+    ConcurrencyTest,
+):
+    """
+    What could depend on the server's make and version.
+    """
+
+
 @on_a_cluster
-class TestCluster(OnRedis):
+class TestCluster(OnRedis, ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
     @pytest.fixture
     def make_unreachable_store(self, monkeypatch):
         def make(**settings):
