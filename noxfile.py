@@ -20,8 +20,6 @@ def install(session: nox.Session, *groups: str) -> None:
     )
 
 
-# These have servers to start, and take several times as long as all others together.
-SERVERS = ["tests/test_servers.py", "tests/test_postgres.py", "tests/test_redis.py"]
 # These interrupt code at any moment, that of a tracer too, which then waits for itself for ever.
 INTERRUPTIONS = "tests/test_interruptions.py"
 ON_ALL_CORES = ["--numprocesses=auto", "--dist=loadfile"]
@@ -29,19 +27,11 @@ ON_ALL_CORES = ["--numprocesses=auto", "--dist=loadfile"]
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests of all that needs no server, on all cores, with branch coverage."""
+    """Run all tests, on all cores, with branch coverage. They start the servers that they need."""
     install(session, "test")
-    without = [f"--ignore={path}" for path in (*SERVERS, INTERRUPTIONS)]
     coverage = ["--cov", "--cov-report=term", "--cov-fail-under=95"]
-    session.run("pytest", *ON_ALL_CORES, *without, *(session.posargs or coverage), env=ENVIRONMENT)
+    session.run("pytest", *ON_ALL_CORES, f"--ignore={INTERRUPTIONS}", *(session.posargs or coverage), env=ENVIRONMENT)
     session.run("pytest", INTERRUPTIONS, env=ENVIRONMENT)
-
-
-@nox.session
-def servers(session: nox.Session) -> None:
-    """Run the tests of the stores for servers, on real ones."""
-    install(session, "test")
-    session.run("pytest", *ON_ALL_CORES, *(session.posargs or SERVERS), env=ENVIRONMENT)
 
 
 @nox.session(python=PYTHONS)

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The measurements. Each returns medians in microseconds, as `{row: {column: median}}`.
+The measurements. Each returns medians in microseconds, or bytes a message, as `{row: {column: median}}`.
 """
 
+import asyncio
 import json
 import os
+import tracemalloc
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack
-from itertools import count
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from functools import partial
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from conversations import conversation, encoded_conversation, kinds_of_message, reply_with_usage
-from engines import Engine
+from engines import ASYNC, SYNC, Engine
 from haystack.dataclasses import ChatMessage
-from measuring import Trial, medians
+from measuring import LOOP, Trial, medians
 
 from haystack_chat_store.codec import decode_messages, encode_message
 from haystack_chat_store.stores.base import new_message_id
@@ -25,7 +29,11 @@ Medians = dict[str, dict[str, float]]
 BATCH = 10_000  # messages per bulk write
 ROUNDS = 10  # read at once
 WINDOW = 2 * ROUNDS  # the messages in these
-BULK = f"{BATCH:,} messages in one call"
+BULK_WRITE, BULK_READ = f"write {BATCH:,} messages in one call", f"read {BATCH:,} messages in one call"
+WRITERS = 8  # at the same time
+TURNS = 25  # that each of them writes in one go
+SHARED, OWN = "one history", "each its own"
+ENCODED, ONE_HISTORY, MANY_HISTORIES = "encoded JSON", "one history", "many short histories"
 MIX = "mix: the four above alike"
 USAGE = "not in the mix: assistant, with the usage an LLM reports"
 ENCODE, ENCODE_HAYSTACK = "encode_message", "json.dumps(to_dict())"
@@ -37,6 +45,9 @@ class Plan(NamedTuple):
     repetitions: int
     bulk_repetitions: int
     appends_before: int
+    writers_repetitions: int
+    long_history: int
+    short_histories: int
 
 
 class Case(NamedTuple):
@@ -44,7 +55,7 @@ class Case(NamedTuple):
     A state that stores are measured in.
 
     :param size: How many messages a history has.
-    :param appends_before: How many turns this process appended to it on top of these, one by one.
+    :param appends_before: How many turns this process appended to it on top of these, one by one, in each form of call.
     :param histories: How many such histories there are; they are appended to by turns.
     """
 
@@ -68,9 +79,21 @@ class Contestant(NamedTuple):
     A store that takes messages, or a floor that takes encoded ones.
     """
 
-    name: str
+    name: Callable[[str], str]
     store: Any
     messages: Callable[[int], list[Any]]
+    forms: tuple[str, ...]
+
+    def method(self, name: str, form: str) -> Callable[..., Any]:
+        return getattr(self.store, name + form)
+
+    def call(self, name: str, form: str, *arguments: Any) -> None:
+        result = self.method(name, form)(*arguments)
+        if form == ASYNC:
+            LOOP.run_until_complete(result)
+
+    def trial(self, name: str, form: str, column: str, arguments: Iterator[tuple[Any, ...]]) -> Trial:
+        return Trial((self.name(form), column), self.method(name, form), partial(next, arguments))
 
     def fill(self, case: Case) -> None:
         batch = self.messages(min(case.size, BATCH))
@@ -78,8 +101,10 @@ class Contestant(NamedTuple):
             self.store.delete_messages(history_id)
             for written in range(0, case.size, BATCH):
                 self.store.write_messages(history_id, batch[: case.size - written])
+        for form in self.forms:
             for _ in range(case.appends_before):
-                self.store.write_messages(history_id, self.messages(2))
+                for history_id in case.history_ids:
+                    self.call("write_messages", form, history_id, self.messages(2))
 
     def turns(self, case: Case) -> Iterator[tuple[str, list[Any]]]:
         """
@@ -101,34 +126,117 @@ def cases(plan: Plan) -> list[Case]:
     return [*map(Case, plan.sizes), Case(1000, plan.appends_before), Case(10, histories=plan.repetitions)]
 
 
-def read_and_append(engine: Engine, plan: Plan, folder: Path) -> tuple[Medians, Medians]:
+def by_size(engine: Engine, plan: Plan, folder: Path) -> dict[str, Medians]:
     """
-    Read the last rounds of histories of every size, then append turns to them.
+    Read the last rounds of histories of every size, count their messages, then append turns to them.
     """
-    reads, appends = [], []
+    groups: dict[str, list[list[Trial]]] = {"read": [], "count": [], "append": []}
     with ExitStack() as opened:
         for case in cases(plan):
             if engine.max_size is not None and (case.size > engine.max_size or case.appends_before):
                 continue
             contestants = _opened(engine, folder / case.label, opened)
+            turns = [contestant.turns(case) for contestant in contestants]
             for contestant in contestants:
                 contestant.fill(case)
-            if case.histories == 1:
-                reads.append([_read(contestant, case) for contestant in contestants])
-            appends.append([_write(contestant, case.label, contestant.turns(case)) for contestant in contestants])
+            for form in engine.forms:
+                if case.histories == 1:
+                    (history_id,) = case.history_ids
+                    window, whole = repeat((history_id, ROUNDS)), repeat((history_id,))
+                    reads = [each.trial("retrieve_messages", form, case.label, window) for each in contestants]
+                    groups["read"].append(reads)
+                    groups["count"].append([contestants[0].trial("count_messages", form, case.label, whole)])
+                pairs = zip(contestants, turns, strict=True)
+                groups["append"].append([each.trial("write_messages", form, case.label, own) for each, own in pairs])
         _settle()
-        return _table(medians(reads, plan.repetitions)), _table(medians(appends, plan.repetitions))
+        return {name: _table(medians(trials, plan.repetitions)) for name, trials in groups.items()}
 
 
-def bulk_write(engine: Engine, plan: Plan, folder: Path) -> Medians:
+def bulk(engine: Engine, plan: Plan, folder: Path) -> Medians:
     """
-    Write many messages in one call, into a new history each time.
+    Write many messages in one call, into a new history each time, and read as many.
     """
     with ExitStack() as opened:
         contestants = _opened(engine, folder / "bulk", opened)
+        for contestant in contestants:
+            contestant.store.write_messages("to read", contestant.messages(BATCH))
         _settle()
-        trials = [_write(contestant, BULK, _batches(contestant)) for contestant in contestants]
-        return _table(medians([trials], plan.bulk_repetitions))
+        writes = [each.trial("write_messages", SYNC, BULK_WRITE, _batches(each)) for each in contestants]
+        reads = [each.trial("retrieve_messages", SYNC, BULK_READ, repeat(("to read", BATCH))) for each in contestants]
+        return _table(medians([writes, reads], plan.bulk_repetitions))
+
+
+def writers(engine: Engine, plan: Plan, folder: Path) -> Medians:
+    """
+    Append turns by several writers at once. Per turn, of whichever writer.
+
+    The store is one object. Of the floor, each writer has one of its own, and where they share a history, its way to
+    hand out positions.
+    """
+    with ExitStack() as opened, ThreadPoolExecutor(WRITERS) as threads:
+        store, floor = _opened(engine, folder / "writers", opened)
+        floors = [opened.enter_context(closing(floor.store.another())) for _ in range(WRITERS)]
+
+        def in_threads(writes: Sequence[Callable[..., Any]], batches: Sequence[Any]) -> None:
+            list(threads.map(_write_turns, writes, batches))
+
+        async def in_tasks(writes: Sequence[Callable[..., Any]], batches: Sequence[Any]) -> None:
+            await asyncio.gather(*map(_write_turns_async, writes, batches))
+
+        groups = []
+        for form, kind, run in ((SYNC, "threads", in_threads), (ASYNC, "tasks", in_tasks)):
+            for which, method in ((SHARED, "write_shared"), (OWN, "write_messages")):
+                ids = [SHARED if which == SHARED else f"{kind}, writer {number}" for number in range(WRITERS)]
+                column = f"{WRITERS} {kind}, {which}"
+                by_store = [store.method("write_messages", form)] * WRITERS
+                by_floors = [getattr(each, method + form) for each in floors]
+                sides = ((engine.name, by_store, store.messages), (engine.floor_name, by_floors, floor.messages))
+                groups.append(
+                    [
+                        Trial((name, column), run, partial(_turns_of_writers, writes, ids, messages))
+                        for name, writes, messages in sides
+                    ]
+                )
+        _settle()
+        table = _table(medians(groups, plan.writers_repetitions))
+    return {name: {column: taken / (WRITERS * TURNS) for column, taken in row.items()} for name, row in table.items()}
+
+
+def _turns_of_writers(
+    writes: list[Callable[..., Any]], history_ids: list[str], messages: Callable[[int], list[Any]]
+) -> tuple[Any, ...]:
+    return writes, [[(history_id, messages(2)) for _ in range(TURNS)] for history_id in history_ids]
+
+
+def _write_turns(write: Callable[..., Any], turns: list[tuple[str, list[Any]]]) -> None:
+    for turn in turns:
+        write(*turn)
+
+
+async def _write_turns_async(write: Callable[..., Any], turns: list[tuple[str, list[Any]]]) -> None:
+    for turn in turns:
+        await write(*turn)
+
+
+def stored_bytes(engine: Engine, plan: Plan, folder: Path) -> Medians:
+    """
+    See how large what is stored becomes, turn by turn: in one long history, and in short ones that grow side by side.
+    """
+    texts = encoded_conversation(2)
+    found = {ENCODED: sum(len(text.encode()) for text in texts) / len(texts)}
+    for column, case in (
+        (ONE_HISTORY, Case(0, plan.long_history // 2)),
+        (MANY_HISTORIES, Case(0, ROUNDS, histories=plan.short_histories)),
+    ):
+        with ExitStack() as opened:
+            (contestant, *_) = _opened(engine, folder / column, opened)
+            if engine.stored_bytes is None:
+                tracemalloc.start()
+                opened.callback(tracemalloc.stop)
+            contestant._replace(forms=(SYNC,)).fill(case)
+            held = engine.stored_bytes(contestant.store) if engine.stored_bytes else tracemalloc.get_traced_memory()[0]
+            found[column] = held / (case.histories * (case.size + 2 * case.appends_before))
+    return {engine.name: found}
 
 
 def codec(plan: Plan) -> Medians:
@@ -162,20 +270,12 @@ def _codec_groups(row: str, messages: list[ChatMessage]) -> list[list[Trial]]:
 
 def _opened(engine: Engine, folder: Path, opened: ExitStack) -> list[Contestant]:
     folder.mkdir(parents=True)
-    contestants = [Contestant(engine.name, opened.enter_context(engine.open_store(folder)), conversation)]
+    store = opened.enter_context(engine.open_store(folder))
+    contestants = [Contestant(engine.row, store, conversation, engine.forms)]
     if engine.open_floor is not None:
         floor = opened.enter_context(engine.open_floor(folder))
-        contestants.append(Contestant(engine.floor_name, floor, encoded_conversation))
+        contestants.append(Contestant(engine.floor_row, floor, encoded_conversation, engine.forms))
     return contestants
-
-
-def _read(contestant: Contestant, case: Case) -> Trial:
-    (history_id,) = case.history_ids
-    return Trial((contestant.name, case.label), contestant.store.retrieve_messages, lambda: (history_id, ROUNDS))
-
-
-def _write(contestant: Contestant, column: str, arguments: Iterator[tuple[str, list[Any]]]) -> Trial:
-    return Trial((contestant.name, column), contestant.store.write_messages, lambda: next(arguments))
 
 
 def _batches(contestant: Contestant) -> Iterator[tuple[str, list[Any]]]:

@@ -12,15 +12,33 @@ import sqlite3
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
-from engines import ENGINES
-from experiments import Medians, Plan, bulk_write, codec, read_and_append
+import experiments
+from engines import KEYS, SERVERS, Engine, chosen
+from experiments import Medians, Plan
 from report import report
 
-FULL = Plan(sizes=[10, 100, 1000, 10_000, 100_000, 1_000_000], repetitions=600, bulk_repetitions=9, appends_before=5000)
-QUICK = Plan(sizes=[10, 100, 1000, 10_000], repetitions=50, bulk_repetitions=3, appends_before=200)
+FULL = Plan(
+    sizes=[10, 100, 1000, 10_000, 100_000, 1_000_000],
+    repetitions=600,
+    bulk_repetitions=9,
+    appends_before=5000,
+    writers_repetitions=25,
+    long_history=20_000,
+    short_histories=1000,
+)
+QUICK = Plan(
+    sizes=[10, 100, 1000, 10_000],
+    repetitions=50,
+    bulk_repetitions=3,
+    appends_before=200,
+    writers_repetitions=3,
+    long_history=1000,
+    short_histories=20,
+)
 
 
 def main() -> None:
@@ -28,7 +46,15 @@ def main() -> None:
     parser.add_argument("--sizes", help="numbers of stored messages, such as 10,1000,100000")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the medians in microseconds to this file")
+    parser.add_argument(
+        "--engines", default=",".join(KEYS), help=f"which to measure, of {', '.join(KEYS)}; default: all"
+    )
+    for key in SERVERS:
+        parser.add_argument(f"--{key}", metavar="URL", help="measure against this server; default: start a private one")
     arguments = parser.parse_args()
+    keys = arguments.engines.split(",")
+    if not set(keys) <= set(KEYS):
+        parser.error(f"--engines must be some of {', '.join(KEYS)}.")
     plan = QUICK if arguments.quick else FULL
     if arguments.sizes:
         plan = plan._replace(sizes=sorted({int(size) for size in arguments.sizes.split(",")}))
@@ -36,31 +62,40 @@ def main() -> None:
     # Leave as Ctrl-C does, so that the temporary folder is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
-    results = measure(plan)
-    print("# Benchmarks", environment(), report(plan, results), sep="\n\n")
+    with ExitStack() as running:
+        engines = chosen(keys, {key: getattr(arguments, key) for key in SERVERS}, running)
+        results = measure(engines, plan)
+    print("# Benchmarks", environment(engines), report(plan, engines, results), sep="\n\n")
     print(f"\n{time.monotonic() - started:.0f} seconds.")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"environment": environment(), "medians_us": results}, indent=2) + "\n")
+        found = {"environment": environment(engines), "medians_us": results}
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def measure(plan: Plan) -> dict[str, Medians]:
-    results: dict[str, Medians] = {"read": {}, "append": {}, "bulk": {}, "codec": {}}
-    for engine in ENGINES:
+def measure(engines: list[Engine], plan: Plan) -> dict[str, Medians]:
+    names = ["append", "read", "count", "bulk", "writers", "bytes"]
+    results: dict[str, Medians] = {name: {} for name in names}
+    for engine in engines:
         print(f"{engine.name} …", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(prefix="chat-store-benchmark-") as name:
             folder = Path(name)
-            results["bulk"] |= bulk_write(engine, plan, folder)
-            reads, appends = read_and_append(engine, plan, folder)
-            results["read"] |= reads
-            results["append"] |= appends
+            found = {
+                "bulk": experiments.bulk(engine, plan, folder),
+                "bytes": experiments.stored_bytes(engine, plan, folder),
+                # Before histories of every size, which leave the disk much to do.
+                "writers": experiments.writers(engine, plan, folder) if engine.server else {},
+                **experiments.by_size(engine, plan, folder),
+            }
+            for measurement, medians in found.items():
+                results[measurement] |= medians
     print("codec …", file=sys.stderr, flush=True)
-    results["codec"] = codec(plan)
-    return results
+    return {**results, "codec": experiments.codec(plan)}
 
 
-def environment() -> str:
+def environment(engines: list[Engine]) -> str:
+    servers = "".join(f"{engine.server}, " for engine in engines if engine.server)
     return (
-        f"{platform.python_implementation()} {platform.python_version()}, SQLite {sqlite3.sqlite_version}, "
+        f"{platform.python_implementation()} {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {servers}"
         f"haystack-ai {version('haystack-ai')}, haystack-experimental {version('haystack-experimental')}, "
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
     )

@@ -44,7 +44,7 @@ def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore[Any]:
         return SQLiteChatMessageStore(unquote(rest[1:]), **settings)
     if scheme == "memory" and not rest:
         return InMemoryChatMessageStore(**settings)
-    if scheme in ("postgresql", "postgres") and urlsplit(url).netloc:
+    if scheme in ("postgresql", "postgres") and rest:
         from haystack_chat_store.stores.postgres import PostgresChatMessageStore
 
         return PostgresChatMessageStore(Secret.from_token(url), **settings)

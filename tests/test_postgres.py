@@ -58,7 +58,7 @@ ENGINES = dict(sorted(postgres_binaries().items(), key=lambda item: _version(ite
 NEWEST, *OLDER = list(ENGINES) or ["any server"]
 
 on_the_newest = pytest.mark.parametrize("server", [NEWEST], indirect=True)
-on_the_older = pytest.mark.parametrize("server", OLDER, indirect=True)
+on_the_oldest = pytest.mark.parametrize("server", OLDER[-1:], indirect=True)
 
 DOCUMENTATION = (Path(__file__).parent.parent / "docs" / "postgres.md").read_text(encoding="utf-8")
 
@@ -205,8 +205,8 @@ class PartOfTheContract(
     """
 
 
-@on_the_older
-class TestOlder(PartOfTheContract):
+@on_the_oldest
+class TestOldest(PartOfTheContract):
     pass
 
 
@@ -215,6 +215,15 @@ class TestBehindPgBouncer(PartOfTheContract):
     @pytest.fixture
     def make_store(self, pooler):
         with stores_on(pooler.url) as make:
+            yield make
+
+
+@on_the_newest
+class TestPartitioned(PartOfTheContract):
+    @pytest.fixture
+    def make_store(self, server):
+        with stores_on(server.url) as make:
+            execute(server.url, make().create_schema_sql(partitions=3))
             yield make
 
 
@@ -529,6 +538,27 @@ def test_no_call_reads_a_whole_table_while_a_history_grows(server, mode):
             store.count_messages("history")
         store.delete_messages("history")
         assert scans() == before
+
+
+def test_a_call_looks_into_one_partition(server, make_store):
+    store = make_store()
+    execute(server.url, store.create_schema_sql(partitions=5))
+    for number in range(20):  # so often that plans for any parameters are in use
+        store.write_messages("history", [with_id(f"{number}"), *conversation("ua")])
+        store.retrieve_messages("history")
+        store.count_messages("history")
+    store.close()
+    wait_until(lambda: not connections_of(server, store), "the statistics to be complete")
+
+    statement = "SELECT relname FROM pg_stat_user_tables WHERE schemaname = %s AND idx_scan > 0"
+    used = [name for (name,) in server.execute(statement, [store.schema_name])]
+    assert sorted(name.rstrip("01234") for name in used) == ["chat_histories_", "chat_messages_"]
+
+
+@pytest.mark.parametrize("partitions", [0, -1, 1001, True, "4"])
+def test_a_number_of_partitions_that_cannot_be_is_refused(partitions):
+    with pytest.raises(ValueError, match="partitions must be a number from 1 to 1000"):
+        PostgresChatMessageStore().create_schema_sql(partitions)
 
 
 def connections_of(server, store):

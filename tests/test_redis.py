@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from itertools import takewhile
+from itertools import combinations, count, islice, takewhile
 
 import pytest
 import redis
@@ -35,7 +36,17 @@ from haystack_chat_store.errors import (
     StoreUnavailableError,
 )
 from haystack_chat_store.stores.redis import RedisChatMessageStore
-from haystack_chat_store.testing import ChatMessageStoreContract, ConcurrencyTest, ProcessesTest
+from haystack_chat_store.stores.redis.keys import bucket_of
+from haystack_chat_store.testing import (
+    ChatMessageStoreContract,
+    ConcurrencyTest,
+    ProcessesTest,
+    Rule03AtomicBatchesTest,
+    Rule04OrderTest,
+    Rule06IdempotentWritesTest,
+    Rule07WindowsTest,
+    Rule13LifecycleTest,
+)
 from haystack_chat_store.testing.concurrency import (
     HANG_LIMIT,
     assert_whole_and_in_order,
@@ -55,6 +66,7 @@ CLUSTER = "three masters"
 on_every_engine = pytest.mark.parametrize("server", [*SERVERS, CLUSTER], indirect=True)
 on_every_server = pytest.mark.parametrize("server", SERVERS, indirect=True)
 on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True)
+on_the_other_servers = pytest.mark.parametrize("server", SERVERS[1:], indirect=True)
 on_a_cluster = pytest.mark.parametrize("server", [CLUSTER], indirect=True)
 
 # Put together, so that it stands in no line of source that a traceback shows.
@@ -167,7 +179,7 @@ def nodes_of(server):
 # ---------------------------------------------------------------------- the contract
 
 
-class OnRedis(ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
+class OnRedis:
     @pytest.fixture
     def make_store(self, server):
         with stores_on(server) as make:
@@ -205,13 +217,28 @@ class OnRedis(ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
                 assert client.llen(f"{of_history}:contents") == client.hlen(f"{of_history}:message_ids") == len(roles)
 
 
-@on_every_server
-class TestServer(OnRedis):
+@on_one_server
+class TestServer(OnRedis, ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
     pass
 
 
+@on_the_other_servers
+class TestOtherServers(
+    OnRedis,
+    Rule03AtomicBatchesTest,
+    Rule04OrderTest,
+    Rule06IdempotentWritesTest,
+    Rule07WindowsTest,
+    Rule13LifecycleTest,
+    ConcurrencyTest,
+):
+    """
+    What could depend on the server's make and version.
+    """
+
+
 @on_a_cluster
-class TestCluster(OnRedis):
+class TestCluster(OnRedis, ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
     @pytest.fixture
     def make_unreachable_store(self, monkeypatch):
         def make(**settings):
@@ -270,12 +297,23 @@ def test_a_url_that_is_no_environment_variable_is_never_written_out():
 
 
 @pytest.mark.parametrize(
-    "url", [f"http://:{PASSWORD}@{HOST}", f"redis://:{PASSWORD}#?/@{HOST}", f"redis://:{PASSWORD}@{HOST}?colour=blue"]
+    "url",
+    [
+        f"http://:{PASSWORD}@{HOST}",
+        f"redis://:{PASSWORD}@{HOST}?colour=blue",
+        # Cut off there, what comes before would be taken for a host and its port.
+        f"redis://:{PASSWORD}#?/@{HOST}",
+        f"redis://:4711#{PASSWORD}@{HOST}",
+        f"redis://user:4711/{PASSWORD}@{HOST}",
+        f"redis://user:4711?{PASSWORD}@{HOST}",
+    ],
 )
 def test_a_url_that_cannot_work_is_not_repeated(url, write):
     with pytest.raises(StoreUnavailableError, match="url") as raised:
         write(RedisChatMessageStore(Secret.from_token(url)), "Hi!")
-    assert PASSWORD not in "".join(traceback.format_exception(raised.value))
+    shown = "".join(traceback.format_exception(raised.value))
+    assert PASSWORD not in shown
+    assert "4711" not in shown
 
 
 def test_without_the_driver_the_error_says_what_to_install():
@@ -314,6 +352,34 @@ def test_a_url_may_name_a_database_and_a_socket(server, monkeypatch):
 
 
 @on_one_server
+def test_a_url_that_changes_is_followed_and_leaves_no_connection_behind(server, monkeypatch):
+    def move():
+        for database in range(5):
+            monkeypatch.setenv("CHAT_STORE_URL", f"redis://:{PASSWORD}@{HOST}:{private.port}/{database}")
+            yield
+            wait_until(lambda: len(clients_of(private)) <= 1)
+
+    def use():
+        for _ in move():
+            assert say(store, "Hi!") == 1
+
+    async def use_async():
+        for _ in move():
+            assert await store.write_messages_async("history", [ChatMessage.from_user("Hi!")]) == 1
+            await asyncio.sleep(0.1)  # in which the loop closes what was open
+
+    with RedisServer(server.binary) as private, private.client() as client:
+        store = RedisChatMessageStore(Secret.from_env_var("CHAT_STORE_URL"))
+        use()
+        monkeypatch.delenv("CHAT_STORE_URL")
+        store.close()
+        wait_until(lambda: not clients_of(private))
+        asyncio.run(use_async())
+        assert set(client.info("keyspace")) == {"db0", "db1", "db2", "db3", "db4"}
+        store.close()
+
+
+@on_one_server
 def test_max_connections_of_the_url_is_kept(server, monkeypatch):
     monkeypatch.setenv("CHAT_STORE_URL", f"{server.url}?max_connections=2")
     before = len(clients_of(server))
@@ -348,7 +414,9 @@ def test_a_call_that_finds_no_connection_free_is_given_up(server, monkeypatch):
         client.client_pause(60_000, all=False)
         try:
             assert "All 1 connections" in "".join(in_threads(count, count, count))
-            assert {type(result) for result in asyncio.run(count_often())} == {StoreTimeoutError}
+            results = asyncio.run(count_often())
+            assert {type(result) for result in results} == {StoreTimeoutError}
+            assert "All 1 connections" in "".join(map(str, results))
         finally:
             client.client_unpause()
         assert store.count_messages("history") == 0
@@ -463,6 +531,29 @@ def test_deleting_everything_comes_to_an_end_however_fast_others_write(store, mo
     monkeypatch.setattr(RedisChatMessageStore, "_delete_several", delete_and_write_again)
     store.delete_all_messages()
     assert [said(store, history) for history in MANY] == [["Hi again!"]] * len(MANY)
+
+
+def neighbours(history):
+    """
+    The ids of histories in the same bucket.
+    """
+    return (other for number in count() if bucket_of(other := f"another_{number}") == bucket_of(history))
+
+
+@on_one_server
+def test_deleting_everything_leaves_nothing_of_a_history_that_is_written_to_meanwhile(store, monkeypatch):
+    delete_several = RedisChatMessageStore._delete_several
+
+    async def write_and_delete(self, session, bucket, histories):
+        say(self, "meanwhile")
+        await delete_several(self, session, bucket, histories)
+
+    for history in islice(neighbours("history"), 150):
+        say(store, "Hi!", history=history)
+    say(store, "Hi!")
+    monkeypatch.setattr(RedisChatMessageStore, "_delete_several", write_and_delete)
+    store.delete_all_messages()
+    assert said(store) == []
 
 
 @on_every_engine
@@ -592,6 +683,33 @@ def test_none_means_never(make_store, client):
 
 
 @on_every_engine
+def test_a_bucket_is_gone_when_all_its_histories_have_expired_or_been_deleted(make_store, client):
+    mortal, immortal = make_store(ttl=0.2), make_store(ttl=None)
+    first, second = islice(neighbours("history"), 2)
+
+    def fill():
+        say(immortal, "Hi!")
+        say(mortal, "Hi!", history=first)
+        say(mortal, "Hi!", history=second)
+
+    fill()
+    immortal.delete_messages("history")
+    time.sleep(0.3)
+    assert keys_of(immortal, client) == []
+    fill()
+    time.sleep(0.3)
+    immortal.delete_messages("history")
+    assert keys_of(immortal, client) == []
+    fill()
+    time.sleep(0.3)
+    say(immortal, "Are you there?")
+    (kept,) = (key for key in keys_of(immortal, client) if key.endswith("}:histories"))
+    assert client.zrange(kept, 0, -1) == [b"history"]
+    immortal.delete_messages("history")
+    assert keys_of(immortal, client) == []
+
+
+@on_every_engine
 def test_deleting_everything_finds_histories_that_expire(make_store, client):
     mortal, immortal = make_store(ttl=60), make_store()
     for number in range(100):
@@ -624,20 +742,27 @@ def test_a_key_that_holds_something_else_is_left_alone(store, client, write):
     assert said(store) == ["Hi!", "Are you there?"]
 
 
+KINDS = ["contents", "roles", "message_ids", "history"]
+
+
 @on_every_engine
-@pytest.mark.parametrize("kind", ["contents", "roles", "message_ids", "history"])
-def test_a_history_that_has_lost_a_key_is_not_taken_for_a_whole_one(store, client, write, kind):
-    say(store, "Hi!")
-    client.delete(key_of(store, client, kind))
+@pytest.mark.parametrize("lost", [lost for number in (1, 2, 3) for lost in combinations(KINDS, number)], ids="+".join)
+def test_a_history_that_has_lost_keys_is_not_taken_for_a_whole_one(store, client, lost):
+    say(store, "Hi!", "Are you there?")
+    for kind in lost:
+        client.delete(key_of(store, client, kind))
     before = everything(store, client)
-    with pytest.raises(StoreUnavailableError, match="noeviction"):
-        write(store, "Are you there?")
-    assert everything(store, client) == before
-    if kind in ("contents", "roles"):
+    for call in (
+        lambda: say(store, "Hello?"),
+        lambda: said(store),
+        lambda: store.retrieve_messages("history"),
+        lambda: store.count_messages("history"),
+    ):
         with pytest.raises(StoreUnavailableError, match="noeviction"):
-            said(store)
+            call()
+    assert everything(store, client) == before
     store.delete_messages("history")
-    assert write(store, "Hi again!") == 1
+    assert say(store, "Hi again!") == 1
     assert said(store) == ["Hi again!"]
 
 
@@ -728,6 +853,70 @@ def test_a_refused_password_is_not_repeated(server, write, password):
     assert_says(raised.value, f"{HOST}:{port}", "user name or password")
     assert "wrong" not in "".join(map(str, raised.value.args))
     store.close()
+
+
+class WithoutAuth(RedisServer):
+    """
+    A server that does not know how to log in, and quotes what it was sent.
+    """
+
+    def __init__(self, binary):
+        super().__init__(binary, requirepass="")
+
+    def _command(self):
+        return [*super()._command(), "--rename-command", "AUTH", "ANOTHER"]
+
+    def client(self):
+        return redis.Redis(host=HOST, port=self.port, retry=None)
+
+
+@pytest.mark.parametrize("engine", SERVERS)
+@pytest.mark.parametrize("user", ["", "bob"])
+@pytest.mark.parametrize("password", [PASSWORD, 100 * PASSWORD, "u"], ids=["password", "long", "short"])
+def test_a_password_that_the_server_quotes_is_not_repeated(engine, write, user, password):
+    with WithoutAuth(ENGINES.get(engine)) as server:
+        url = Secret.from_token(f"redis://{user}:{password}@{HOST}:{server.port}")
+        with pytest.raises(StoreUnavailableError, match=f"{HOST}:{server.port} failed") as raised:
+            write(RedisChatMessageStore(url), SECRET)
+    assert_says(raised.value, HOST, "cannot be shown" if password == "u" else "unknown command")  # which has a "u"
+
+
+def test_a_path_is_not_taken_for_an_answer(write):
+    path = "/nowhere/TASKS-OOM-DAMAGED.sock"
+    with pytest.raises(StoreUnavailableError) as raised:
+        write(RedisChatMessageStore(Secret.from_token(f"unix://{path}")), SECRET)
+    assert_says(raised.value, path, "cannot be reached")
+
+
+FILL = """
+local contents, message_ids = {}, {}
+for index = 1, 1000 do contents[index], message_ids[2 * index - 1], message_ids[2 * index] = '{}', 0, 0 end
+for first = 0, ARGV[1] - 1000, 1000 do
+    for index = 1, 1000 do message_ids[2 * index - 1] = first + index end
+    redis.call('RPUSH', KEYS[1], unpack(contents))
+    redis.call('HSET', KEYS[3], unpack(message_ids))
+end
+redis.call('SETRANGE', KEYS[2], 0, string.rep('a', ARGV[1]))
+redis.call('HSET', KEYS[4], 'next_position', ARGV[1], 'message_count', ARGV[1])
+"""
+
+
+@on_every_server
+def test_a_history_that_is_full_stores_all_or_nothing(make_store, client, write):
+    store = make_store(ttl=60)
+    say(store, "Hi!")
+    keys = [key_of(store, client, kind) for kind in KINDS]
+    client.delete(*keys)
+    client.eval(FILL, 4, *keys, 1_048_000)
+    client.config_set("proto-max-bulk-len", 1_048_576)
+    try:
+        with pytest.raises(StoreUnavailableError, match="proto-max-bulk-len"):
+            write(store, *577 * [SECRET])
+        assert store.count_messages("history") == 1_048_000  # all of its keys have as many, or it would be refused
+        assert write(store, *576 * ["Hi!"]) == 576
+    finally:
+        client.config_set("proto-max-bulk-len", 512 * 1024 * 1024)
+    assert store.count_messages("history") == 1_048_576
 
 
 @on_every_engine
@@ -890,7 +1079,7 @@ def test_a_write_whose_answer_was_lost_is_done_once_and_counted(make_store, serv
             proxy.to_lose = 1
             return await store.write_messages_async("history", [with_id("a", "one"), ChatMessage.from_user("two")])
 
-        assert asyncio.run(use()) in (1, 2)  # of a message with an id of its own nobody can tell who wrote it
+        assert asyncio.run(use()) == 1  # of a message with an id of its own nobody can tell who wrote it
         say(store, "three")
         proxy.to_lose = 1
         assert say(store, "four", "five") == 2
@@ -1004,6 +1193,25 @@ def test_a_master_that_dies_is_waited_for(cluster):
         assert said(store) == found
 
 
+def test_a_master_that_hangs_is_waited_for(cluster, write):
+    """
+    Its machine has lost its power, or the network to it: connections stay open, and nothing ever answers.
+    """
+    with stores_on(cluster, timeout=20) as make_store:
+        store = make_store(last_k=None)
+        write(store, "Hi!")
+        hanging = cluster.nodes[home_of(store, cluster)]
+        os.kill(hanging._process.pid, signal.SIGSTOP)
+        try:
+            assert write(store, "Are you there?") == 1
+            assert said(store) == ["Hi!", "Are you there?"]
+        finally:
+            os.kill(hanging._process.pid, signal.SIGCONT)
+            cluster.wait_until_ok()
+        assert write(store, "Hello!") == 1
+        assert said(store) == ["Hi!", "Are you there?", "Hello!"]
+
+
 @on_a_cluster
 def test_a_slot_that_moves_to_another_node_is_followed(store, server, client):
     say(store, "Hi!")
@@ -1076,6 +1284,14 @@ def test_the_connections_of_a_loop_are_closed(store, server, way):
     before = open_connections()
     asyncio.run(use())
     wait_until(lambda: open_connections() <= before)
+
+
+def test_connections_that_keep_their_streams_elsewhere_do_no_harm():
+    async def use():
+        session = await RedisChatMessageStore(Secret.from_token("redis://"))._server().session_async()
+        session._abandon(object())  # of another version of redis-py
+
+    asyncio.run(use())
 
 
 def fork_while_a_loop_waits(store, report):

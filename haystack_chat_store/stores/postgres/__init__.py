@@ -109,13 +109,20 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
             timeout=self.timeout,
         )
 
-    def create_schema_sql(self) -> str:
+    def create_schema_sql(self, partitions: int | None = None) -> str:
         """
         Return the SQL that makes the tables, for an administrator to run if the store's own role may not.
 
         The role then needs SELECT, INSERT, UPDATE and DELETE on them, and USAGE on the schema.
+
+        :param partitions: Into how many partitions the tables are divided, by a hash of the history: 1 to 1,000. For
+            billions of messages on one server; tables that exist cannot be divided any more. Defaults to `None`, for
+            not at all.
+        :raises ValueError: If `partitions` is not one of these.
         """
-        return Tables(self.schema_name, self.table_prefix).script()
+        if partitions is not None and (isinstance(partitions, bool) or partitions not in range(1, 1001)):
+            raise ValueError(f"partitions must be a number from 1 to 1000, or None; got {partitions!r}.")
+        return Tables(self.schema_name, self.table_prefix).script(partitions or 0)
 
     def close(self) -> None:
         """

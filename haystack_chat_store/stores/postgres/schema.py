@@ -24,7 +24,7 @@ MIGRATIONS: list[list[str]] = [
             updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
             title text,
             meta json
-        )
+        ) {partitioned}
         """,
         """
         CREATE TABLE {messages} (
@@ -35,7 +35,7 @@ MIGRATIONS: list[list[str]] = [
             role text NOT NULL,
             content json NOT NULL,
             PRIMARY KEY (history_key, position)
-        )
+        ) {partitioned}
         """,
         "CREATE UNIQUE INDEX {messages_by_id} ON {messages} (history_key, message_id)",
         "CREATE INDEX {messages_from_user} ON {messages} (history_key, position) WHERE role = 'user'",
@@ -48,6 +48,8 @@ BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 HAS_SCHEMA = "SELECT 1 FROM pg_namespace WHERE nspname = %s"
 _CREATE_SCHEMA = "CREATE SCHEMA IF NOT EXISTS {schema}"
 _SET_VERSION = "INSERT INTO {version} VALUES ({number})"
+_PARTITIONED = "PARTITION BY HASH (history_key)"
+_CREATE_PARTITION = "CREATE TABLE {part} PARTITION OF {whole} FOR VALUES WITH (MODULUS {count}, REMAINDER {index})"
 _CREATE_VERSION = "CREATE TABLE IF NOT EXISTS {version} (version integer NOT NULL)"
 
 # The row of the history is the lock that hands out positions: writers of one history queue for it, and it moves on only
@@ -142,6 +144,7 @@ class Tables:
         #: The schema and the name of the table that holds the schema version.
         self.version_table = (schema_name, f"{table_prefix}_version")
         schema_name, table_prefix = schema_name.replace("%", "%%"), table_prefix.replace("%", "%%")  # for psycopg
+        self._schema_name, self._table_prefix = schema_name, table_prefix
         tables = ("histories", "messages", "version")
         indexes = ("messages_by_id", "messages_from_user", "histories_by_id")
         self._names: dict[str, sql.Composable] = {
@@ -149,6 +152,7 @@ class Tables:
             **{name: sql.Identifier(schema_name, f"{table_prefix}_{name}") for name in tables},
             **{name: sql.Identifier(f"{table_prefix}_{name}") for name in indexes},
             "number": sql.Literal(len(MIGRATIONS)),
+            "partitioned": sql.SQL(""),
         }
         self.statements = Statements(
             version=self._named("SELECT max(version) FROM {version}"),
@@ -166,21 +170,30 @@ class Tables:
             delete_histories=self._named(_DELETE_HISTORIES),
         )
 
-    def upgrade(self, version: int) -> list[str]:
+    def upgrade(self, version: int, **names: sql.Composable) -> list[str]:
         """
         Return the statements that bring a database to this version.
 
         :param version: Its present version; 0 if it has no tables yet.
+        :param names: What stands in the statements instead of what usually does.
         """
         statements = [statement for step in MIGRATIONS[version:] for statement in step]
         first = [_CREATE_VERSION] if version == 0 else []
-        return [self._named(statement) for statement in [*first, *statements, _SET_VERSION]]
+        return [self._named(statement, **names) for statement in [*first, *statements, _SET_VERSION]]
 
-    def script(self) -> str:
+    def script(self, partitions: int = 0) -> str:
         """
         Return all that makes the tables, as one text to run by hand.
+
+        :param partitions: Into how many parts the tables are divided; 0 for not at all.
         """
-        statements = [self.create_schema(), *self.upgrade(0)]
+        partitioned = sql.SQL(_PARTITIONED if partitions else "")
+        statements = [self.create_schema(), *self.upgrade(0, partitioned=partitioned)]
+        for table in ("histories", "messages"):
+            for index in range(partitions):
+                part = sql.Identifier(self._schema_name, f"{self._table_prefix}_{table}_{index}")
+                place = {"count": sql.Literal(partitions), "index": sql.Literal(index)}
+                statements.append(self._named(_CREATE_PARTITION, part=part, whole=self._names[table], **place))
         return "".join(f"{dedent(statement).strip()};\n" for statement in statements).replace("%%", "%")
 
     def create_schema(self) -> str:
@@ -189,5 +202,5 @@ class Tables:
         """
         return self._named(_CREATE_SCHEMA)
 
-    def _named(self, statement: str) -> str:
-        return sql.SQL(statement).format(**self._names).as_string(None)
+    def _named(self, statement: str, **names: sql.Composable) -> str:
+        return sql.SQL(statement).format(**{**self._names, **names}).as_string(None)

@@ -14,7 +14,7 @@ from haystack_chat_store.stores.redis import scripts
 from haystack_chat_store.stores.redis.keys import BUCKETS, BucketKeys, HistoryKeys, Keys, bucket_of
 
 with LazyImport("Run 'pip install \"haystack-chat-store[redis]\"'") as redis_import:
-    from haystack_chat_store.stores.redis.connections import Server, Session, Settings, servers
+    from haystack_chat_store.stores.redis.connections import Server, Session, Settings, server_of, servers
 
 _READ = {"round": scripts.READ_ROUNDS, "message": scripts.READ_MESSAGES}
 # More messages than a history can have, and a number that Lua still takes exactly.
@@ -55,7 +55,8 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
         Create the store. It connects on first use.
 
         :param url: A secret with a URL as redis-py takes it: `redis://user:password@host:port/database`, `rediss://`
-            for TLS, `unix://` for a socket. Defaults to the environment variable `REDIS_URL`, read when connecting.
+            for TLS, `unix://` for a socket. Defaults to the environment variable `REDIS_URL`. Read at each call: when
+            it has changed, the store connects to where it leads now, and closes what it had open.
         :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
         :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
@@ -67,7 +68,8 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
             anew. Defaults to `None`: never.
         :param timeout: How long a call may take, in seconds: waiting for a connection, connecting, waiting for the
             answer (a synchronous call: each of them). For so long a call waits for a server that is starting, and for
-            a cluster to replace a master. Defaults to 30.
+            a cluster to replace a master; a node of a cluster that does not answer for a quarter of it is taken for
+            one that is to be replaced. Defaults to 30.
         :raises ValueError: If a setting is not one of these.
         :raises ImportError: If redis-py is not installed.
         """
@@ -90,6 +92,7 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
         self.ttl = ttl
         self.timeout = timeout
         self._keys = Keys(key_prefix, namespace)
+        self._settings = Settings(url, cluster, timeout)
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -109,8 +112,7 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
         """
         Close the connections, for every store with the same settings. The next use opens them again.
         """
-        with suppress(StoreUnavailableError):  # without a url, nothing can have been opened
-            servers.close(self._settings())
+        servers.close(self._settings)
 
     async def close_async(self) -> None:
         """
@@ -146,14 +148,13 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
     async def _read(self, session: "Session", chat_history_id: str, window: Window) -> tuple[list[str], int]:
         bucket, history = self._keys_of(chat_history_id)
         script = scripts.READ_ALL if window.count is None else _READ[window.unit]
-        keys = [bucket.schema_version, history.counters, history.contents, history.roles]
         counts = [min(window.count or 0, _MAX_COUNT), min(window.step, _MAX_COUNT)]
-        size, contents = await session.run(script, keys, counts)
+        size, contents = await session.run(script, [bucket.schema_version, *history], counts)
         return contents, size
 
     async def _count(self, session: "Session", chat_history_id: str) -> int:
         bucket, history = self._keys_of(chat_history_id)
-        count: int = await session.run(scripts.COUNT, [bucket.schema_version, history.counters])
+        count: int = await session.run(scripts.COUNT, [bucket.schema_version, *history])
         return count
 
     async def _delete(self, session: "Session", chat_history_id: str) -> None:
@@ -161,14 +162,14 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
 
     async def _delete_all(self, session: "Session") -> None:
         for bucket in range(BUCKETS):
-            until_time = ""
-            while True:
+            until_time, is_last = "", False
+            while not is_last:
                 until_time, found = await session.run(
                     scripts.LIST, self._keys.of_bucket(bucket), [until_time, _HISTORIES_PER_STEP]
                 )
-                if not found:
-                    break
-                await self._delete_several(session, bucket, found)
+                is_last = not until_time
+                for first in range(0, len(found), _HISTORIES_PER_STEP):
+                    await self._delete_several(session, bucket, found[first : first + _HISTORIES_PER_STEP])
 
     async def _delete_several(self, session: "Session", bucket: int, chat_history_ids: list[str]) -> None:
         keys = [key for chat_history_id in chat_history_ids for key in self._keys.of_history(chat_history_id)]
@@ -177,11 +178,5 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
     def _keys_of(self, chat_history_id: str) -> tuple[BucketKeys, HistoryKeys]:
         return self._keys.of_bucket(bucket_of(chat_history_id)), self._keys.of_history(chat_history_id)
 
-    def _settings(self) -> "Settings":
-        try:
-            return Settings(self.url.resolve_value() or "", self.cluster, self.timeout)
-        except ValueError as error:
-            raise StoreUnavailableError(f"The url cannot be used. {error}") from error
-
     def _server(self) -> "Server":
-        return servers.get(self._settings())
+        return server_of(self._settings)

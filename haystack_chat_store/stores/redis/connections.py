@@ -18,17 +18,25 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import redis.asyncio.connection
 import redis.connection
+from haystack.utils import Secret
 from redis import exceptions
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.coroutines import run_to_end
-from haystack_chat_store.stores.redis.failures import Address, explained, passes_by_itself, redirection
+from haystack_chat_store.stores.redis.failures import (
+    Address,
+    explained,
+    of_logging_in,
+    passes_by_itself,
+    redirection,
+)
 from haystack_chat_store.stores.redis.scripts import Script
-from haystack_chat_store.stores.shared import Shared, never_free
+from haystack_chat_store.stores.shared import Connections, Shared, never_free
 
 if sys.version_info >= (3, 11, 3):
     from asyncio import timeout as time_limit  # type: ignore[attr-defined, unused-ignore]
@@ -51,7 +59,7 @@ class Settings(NamedTuple):
     What stores have in common that share their connections.
     """
 
-    url: str
+    url: Secret
     cluster: bool
     timeout: float
 
@@ -84,7 +92,7 @@ class Session(ABC):
         :param driver: redis-py's module of connections of this kind.
         """
         self._server = server
-        options = driver.parse_url(server.settings.url)
+        options = driver.parse_url(server.url)
         self._connection_class = options.pop("connection_class", driver.Connection)
         self._max_connections = options.pop("max_connections", _MAX_CONNECTIONS)
         self._options = {
@@ -95,7 +103,7 @@ class Session(ABC):
             "protocol": 2,
             **_NO_INTRODUCTION,
             "socket_timeout": None,
-            "socket_connect_timeout": server.node_timeout if server.settings.cluster else server.settings.timeout,
+            "socket_connect_timeout": server.node_timeout,
         }
         self._idle: dict[Address, list[Any]] = {}
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -144,6 +152,14 @@ class Session(ABC):
     async def _limited(self, running: Coroutine[Any, Any, Any]) -> Any:
         """
         Run a call within the timeout, when one of the places for calls is free.
+        """
+
+    @abstractmethod
+    async def _attempted(self, running: Coroutine[Any, Any, Any]) -> Any:
+        """
+        Run one attempt of a call within the time that a node of a cluster has.
+
+        :raises redis.exceptions.TimeoutError: If that takes longer.
         """
 
     @abstractmethod
@@ -219,10 +235,18 @@ class Session(ABC):
             await self._done(connection.connect())
         except BaseException as error:
             await self._disconnect(connection)
+            if type(error) is exceptions.ResponseError:
+                raise of_logging_in(error, self._options.get("password")) from None
             if self._server.settings.cluster and isinstance(error, exceptions.TimeoutError):
                 raise exceptions.ConnectionError(str(error)) from error  # nothing was sent: others may be asked
             raise
         return connection
+
+    def _all_in_use(self) -> StoreTimeoutError:
+        return StoreTimeoutError(
+            f"All {self._max_connections} connections to Redis at {self._server.start} were in use for more than "
+            f"{self._server.settings.timeout} seconds. Nothing was stored."
+        )
 
     def _pop_idle(self, address: Address) -> Any | None:
         with self._lock:
@@ -248,15 +272,19 @@ class Session(ABC):
     async def _run_in_cluster(self, call: _Call) -> Any:
         slot = key_slot(call.tail[1].encode())
         redirections = 0
+        unanswered: exceptions.RedisError | None = None
         while True:
             if not redirections:
-                slots = self._server.slots or await self._discover()
+                slots = self._server.slots or await self._discover(call, unanswered)
                 call.address = slots[slot]
             try:
-                return await self._run_once(call)
+                return await self._attempted(self._run_once(call))
             except exceptions.RedisError as error:
+                if isinstance(error, exceptions.TimeoutError):  # it hangs: another may have taken its place
+                    self._server.silent.add(call.address)
+                    unanswered = error
                 if self._is_late(call):
-                    raise
+                    raise (unanswered or error) from None
                 found = redirection(error, call.address.host)
                 if found is not None:
                     redirections += 1
@@ -270,9 +298,12 @@ class Session(ABC):
                 if redirections != 1:  # or nodes that disagree would send it to and fro
                     await self._pause()
 
-    async def _discover(self) -> list[Address]:
+    async def _discover(self, call: _Call, unanswered: exceptions.RedisError | None) -> list[Address]:
         """
         Ask the nodes, one after the other, which of them serves which slot.
+
+        :param call: What is to be run.
+        :param unanswered: What an earlier attempt to run it ended with, if it was sent, which is then what to report.
         """
         failure: exceptions.RedisError = exceptions.ClusterDownError("No node knows who serves the slots.")
         for address in self._server.nodes():
@@ -286,7 +317,10 @@ class Session(ABC):
                     return self._server.learn(rows, address)
             except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
                 failure = error
-        raise failure
+                self._server.silent.add(address)
+                if self._is_late(call):
+                    break
+        raise unanswered or failure
 
 
 class SyncSession(Session):
@@ -299,7 +333,7 @@ class SyncSession(Session):
         Open nothing yet.
         """
         super().__init__(server, redis.connection)
-        self._options["socket_timeout"] = server.settings.timeout
+        self._options["socket_timeout"] = server.node_timeout
         self._places = threading.Semaphore(self._max_connections)
 
     def start(self) -> Address:
@@ -315,14 +349,14 @@ class SyncSession(Session):
     async def _limited(self, running: Coroutine[Any, Any, Any]) -> Any:
         if not self._places.acquire(timeout=self._server.settings.timeout):
             running.close()
-            raise StoreTimeoutError(
-                f"All {self._max_connections} connections to Redis at {self._server.start} were in use for more than "
-                f"{self._server.settings.timeout} seconds. Nothing was stored."
-            )
+            raise self._all_in_use()
         try:
             return await running
         finally:
             self._places.release()
+
+    async def _attempted(self, running: Coroutine[Any, Any, Any]) -> Any:
+        return await running
 
     async def _done(self, result: Any) -> Any:
         return result
@@ -394,11 +428,13 @@ class AsyncSession(Session):
     def _abandon(self, connection: Any) -> None:
         """
         Close a connection where no task can do it, or its loop has stopped. redis-py needs both.
+
+        In a version of redis-py that keeps its streams elsewhere, it is left to be closed when it is freed.
         """
-        writer = connection._writer
-        connection._reader = connection._writer = None
+        writer = getattr(connection, "_writer", None)
         if writer is None:
             return
+        connection._reader = connection._writer = None
         with suppress(RuntimeError):  # the loop is closed
             writer.transport.abort()
         if self._loop.is_closed():
@@ -410,9 +446,23 @@ class AsyncSession(Session):
                 transport._sock = None
 
     async def _limited(self, running: Coroutine[Any, Any, Any]) -> Any:
+        has_place = False
         with closing(running):  # if its turn never comes
-            async with time_limit(self._server.settings.timeout), self._places:
+            try:
+                async with time_limit(self._server.settings.timeout), self._places:
+                    has_place = True
+                    return await running
+            except (TimeoutError, asyncio.TimeoutError):
+                if has_place:
+                    raise
+                raise self._all_in_use() from None
+
+    async def _attempted(self, running: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            async with time_limit(self._server.node_timeout):
                 return await running
+        except (TimeoutError, asyncio.TimeoutError) as error:
+            raise exceptions.TimeoutError("Timeout reading from a node") from error
 
     async def _done(self, result: Any) -> Any:
         return await result
@@ -428,7 +478,7 @@ class AsyncSession(Session):
         await asyncio.sleep(_PAUSE)
 
 
-class Server:
+class Server(Connections):
     """
     A server or a cluster, and the sessions with it.
     """
@@ -441,16 +491,23 @@ class Server:
         :raises StoreUnavailableError: If the url is none.
         """
         self.settings = settings
-        self.node_timeout = settings.timeout * _NODE_TIMEOUT_SHARE
+        self.url = _resolved(settings.url)
+        # How long a synchronous call waits for each answer, and any call for a node of a cluster.
+        self.node_timeout = settings.timeout * (_NODE_TIMEOUT_SHARE if settings.cluster else 1)
         self.slots: list[Address] | None = None
+        self.silent: set[Address] = set()  # nodes that did not answer when they were last asked
         self._others: list[Address] = []
         try:
+            parts = urlsplit(self.url)
+            if parts.fragment or "@" in parts.path + parts.query:  # what comes after it in a password is lost
+                raise ValueError
             self._sync = SyncSession(self)
             self.start = self._sync.start()
         except (ValueError, TypeError):  # which may quote the password
             raise StoreUnavailableError(
                 "The url cannot be used. It must be like redis://user:password@host:6379/0 (rediss:// for TLS), "
-                "perhaps with options that redis-py's connections have."
+                "perhaps with options that redis-py's connections have. Percent-encode what is not a letter or a digit "
+                "in the user name and the password."
             ) from None
         self._of_loops: dict[asyncio.AbstractEventLoop, AsyncSession] = {}
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet([self._sync])  # closed ones may still be in use
@@ -479,9 +536,9 @@ class Server:
 
     def nodes(self) -> list[Address]:
         """
-        Return the addresses at which to ask about the cluster.
+        Return the addresses at which to ask about the cluster, those last that were silent.
         """
-        return [self.start, *self._others]
+        return sorted([self.start, *self._others], key=self.silent.__contains__)
 
     def learn(self, rows: list[Any], asked: Address) -> list[Address]:
         """
@@ -490,6 +547,7 @@ class Server:
         :param rows: The answer to CLUSTER SLOTS: first slot, last slot, master, replicas.
         :param asked: Who gave it. It may leave out its own host.
         """
+        self.silent.discard(asked)
         slots = [asked] * REDIS_CLUSTER_HASH_SLOTS  # who says CLUSTERDOWN for those that nobody serves
         others = []
         for first, last, *nodes in rows:
@@ -517,16 +575,6 @@ class Server:
         for session in sessions:
             session.end()
 
-    def before_fork(self) -> None:
-        """
-        Nothing has to be done: a child can do without what it inherits.
-        """
-
-    def after_fork_in_parent(self) -> None:
-        """
-        Nothing has to be done.
-        """
-
     def after_fork_in_child(self) -> None:
         """
         Neither use nor close what the parent opened.
@@ -537,6 +585,25 @@ class Server:
 
 #: The servers that this process uses.
 servers: Shared[Settings, Server] = Shared(Server)
+
+
+def server_of(settings: Settings) -> Server:
+    """
+    Return what stores with these settings share: a new one if the secret has another value by now.
+    """
+    url = _resolved(settings.url)
+    server = servers.get(settings)
+    if server.url != url:
+        servers.close(settings)  # or connections would stay open to wherever it has ever led
+        server = servers.get(settings)
+    return server
+
+
+def _resolved(url: Secret) -> str:
+    try:
+        return url.resolve_value() or ""
+    except ValueError as error:
+        raise StoreUnavailableError(f"The url cannot be used. {error}") from error
 
 
 def _runs(loop: asyncio.AbstractEventLoop) -> bool:

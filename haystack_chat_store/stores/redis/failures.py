@@ -29,36 +29,43 @@ class Address(NamedTuple):
         return self.host if self.port is None else f"{self.host}:{self.port}"
 
 
-# Some versions of redis-py take the first word of an answer for the class of the exception, others leave it in the
-# text. Redis 6 puts the answer to a command of a script behind a text of its own.
-_REDIRECTION = re.compile(r"(?:ResponseError )?(Moved|Ask)(?:Error)? \d+ (\S*):(\d+)$", re.IGNORECASE)
-_PASSING = re.compile(
-    r"(BusyLoading|TryAgain|ClusterDown|MasterDown)Error |ResponseError (TRYAGAIN|CLUSTERDOWN|MASTERDOWN) "
-)
+# Redis 6 puts the answer to a command of a script behind a text of its own.
+_OF_SCRIPT = re.compile(r"Error running script .*?@user_script: ?\d+: -?")
+_REDIRECTION = re.compile(r"(MOVED|ASK) \d+ (\S*):(\d+)$")
+_PASSING = ("LOADING", "BUSYLOADING", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
+# By the beginnings of what `_said` returns.
 _REASONS = {
-    r"NEWERSCHEMA": (
+    ("NEWERSCHEMA",): (
         "has histories of a newer schema version; this version of haystack-chat-store knows only versions up to "
         f"{SCHEMA_VERSION}. They were left untouched. Upgrade haystack-chat-store to use them."
     ),
-    r"DAMAGED": (
+    ("DAMAGED",): (
         "holds only parts of this history: something else has changed or evicted its keys. They were left untouched. "
-        "Set maxmemory-policy to noeviction; delete the history to write to it again."
+        "Set maxmemory-policy to noeviction; delete the history to use it again."
     ),
-    r"WRONGTYPE": "has something else under a key of this history. Choose another key_prefix.",
-    r"^Authentication|^Authorization|NOAUTH|WRONGPASS|unauthenticated": "refused the user name or password in the url.",
-    r"^NoPermission|NOPERM": "does not permit this user what the store has to do. See docs/redis.md for the commands.",
-    r"^OutOfMemory|OOM": "has reached its maxmemory. Nothing of the call was stored. Give it more memory, or a ttl.",
-    r"^ReadOnly|READONLY": "is a replica, which may not be written to. Connect to its master.",
-    r"MISCONF": "cannot save to its disk and therefore accepts no writes. Its log says why.",
-    r"NOREPLICAS": "accepts no writes, since too few replicas follow it (min-replicas-to-write).",
-    r"^BusyLoading": "is still loading its data.",
-    r"BUSY ": "is busy with a script that takes long.",
-    r"^ClusterDown|CLUSTERDOWN|^MasterDown|MASTERDOWN|^TryAgain|TRYAGAIN": "is part of a cluster that is not whole.",
-    r"^Moved|MOVED|^Ask|ASK": (
+    ("WRONGTYPE",): "has something else under a key of this history. Choose another key_prefix.",
+    ("AUTHENTICATION", "AUTHORIZATION", "NOAUTH", "WRONGPASS", "Protocol error: unauthenticated"): (
+        "refused the user name or password in the url."
+    ),
+    ("NOPERM", "The user executing the script can't", "ACL failure in script"): (
+        "does not permit this user what the store has to do. See docs/redis.md for the commands."
+    ),
+    ("OUTOFMEMORY", "OOM"): "has reached its maxmemory. Nothing of the call was stored. Give it more memory, or a ttl.",
+    ("string exceeds maximum",): (
+        "takes no more messages into this history, which has as many as its proto-max-bulk-len allows. Nothing of the "
+        "call was stored."
+    ),
+    ("READONLY",): "is a replica, which may not be written to. Connect to its master.",
+    ("MISCONF",): "cannot save to its disk and therefore accepts no writes. Its log says why.",
+    ("NOREPLICAS",): "accepts no writes, since too few replicas follow it (min-replicas-to-write).",
+    ("LOADING", "BUSYLOADING"): "is still loading its data.",
+    ("BUSY ",): "is busy with a script that takes long.",
+    ("CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN"): "is part of a cluster that is not whole.",
+    ("MOVED ", "ASK "): (
         "does not have this history: it is part of a cluster that is just moving it, or the store lacks cluster=True."
     ),
-    r"cluster support disabled": "is no cluster. Leave out cluster=True.",
-    r"max number of clients": "has as many connections as it takes (maxclients).",
+    ("This instance has cluster support disabled",): "is no cluster. Leave out cluster=True.",
+    ("max number of clients", "CONNECTION max number of clients"): "has as many connections as it takes (maxclients).",
 }
 
 
@@ -69,17 +76,29 @@ def redirection(error: Exception, host: str) -> "tuple[Address, bool] | None":
     :param error: Its answer.
     :param host: The host that answered. Redis leaves it out if it is the same.
     """
-    found = _REDIRECTION.match(f"{type(error).__name__} {error}")
-    return (Address(found[2] or host, int(found[3])), found[1].upper() == "ASK") if found else None
+    found = _REDIRECTION.match(_said(error))
+    return (Address(found[2] or host, int(found[3])), found[1] == "ASK") if found else None
 
 
 def passes_by_itself(error: Exception, *, in_cluster: bool = False) -> bool:
     """
     Whether the same call can be expected to succeed soon: the server is starting, or a cluster replaces a master.
     """
-    if in_cluster and isinstance(error, exceptions.ConnectionError):
+    if in_cluster and isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError)):
         return not isinstance(error, (exceptions.AuthenticationError, exceptions.AuthorizationError))
-    return _PASSING.match(f"{type(error).__name__} {error}") is not None
+    return _said(error).startswith(_PASSING)
+
+
+def of_logging_in(error: exceptions.ResponseError, password: str | None) -> exceptions.ResponseError:
+    """
+    Return what to raise instead of an unexpected answer to logging in, which may quote, and cut, the password.
+
+    :param error: The answer.
+    :param password: The password.
+    """
+    said = re.split("[\"'`]", str(error))[0]
+    is_shown = not password or password not in said
+    return exceptions.ResponseError(said if is_shown else "the answer to logging in cannot be shown.")
 
 
 def explained(error: Exception, address: Address, timeout: float) -> ChatMessageStoreError:
@@ -95,13 +114,24 @@ def explained(error: Exception, address: Address, timeout: float) -> ChatMessage
         return StoreTimeoutError(
             f"{server} did not answer within {timeout} seconds. If this was a write, all or nothing of it was stored."
         )
-    said = f"{type(error).__name__} {error}"
-    for pattern, reason in _REASONS.items():
-        if re.search(pattern, said):
-            kind = SchemaVersionError if pattern == "NEWERSCHEMA" else StoreUnavailableError
+    said = _said(error)
+    for beginnings, reason in _REASONS.items():
+        if said.startswith(beginnings):
+            kind = SchemaVersionError if said.startswith("NEWERSCHEMA") else StoreUnavailableError
             return kind(f"{server} {reason}")
     if isinstance(error, exceptions.ConnectionError):
         return StoreUnavailableError(
             f"{server} cannot be reached, or closed the connection. Check the url, and whether the server runs. {error}"
         )
     return StoreUnavailableError(f"{server} failed: {error}")
+
+
+def _said(error: Exception) -> str:
+    """
+    Return what a server answered, or happened to a connection: first the word that says which error it is.
+
+    Some versions of redis-py take it for the class of the exception, others leave it in the text.
+    """
+    if type(error) is exceptions.ResponseError:
+        return _OF_SCRIPT.sub("", str(error), count=1)
+    return f"{type(error).__name__.removesuffix('Error').upper()} {error}"
