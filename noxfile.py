@@ -84,7 +84,7 @@ def docs(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Run the example chatbots."""
     install(session, "test")
-    session.run("pytest", "tests/test_examples.py", *session.posargs, env=ENVIRONMENT)
+    session.run("pytest", "tests/test_examples.py", "tests/test_agent_examples.py", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
@@ -116,6 +116,7 @@ NEIGHBOURS = """
 from haystack_integrations.components.generators.ollama import OllamaChatGenerator
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
+from haystack_integrations.hooks.chat_store import chat_history_hooks
 import haystack_chat_store
 print(haystack_chat_store.__file__)
 """
