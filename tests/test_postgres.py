@@ -11,7 +11,8 @@ import threading
 import time
 import traceback
 import uuid
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import psycopg
@@ -264,6 +265,31 @@ def test_a_store_without_its_environment_variable_loads_and_says_so_when_used(mo
     calls.close(store)
 
 
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_a_connection_string_that_changes_leaves_no_connection_behind(server, monkeypatch, way):
+    store = PostgresChatMessageStore(Secret.from_env_var("ROTATING"), schema_name=f"test_{uuid.uuid4().hex}")
+    calls = Calls(is_async=way == "async")
+    for number in range(5):
+        monkeypatch.setenv("ROTATING", f"{server.url}?application_name=number-{number}")
+        assert calls.write(store, "history", [with_id("a"), with_id(f"{number}")]) == (1 if number else 2)
+        wait_until(lambda: len(connections_of(server, store)) == 1, "the former connection to be closed")
+    monkeypatch.delenv("ROTATING")
+    calls.close(store)
+    wait_until(lambda: not connections_of(server, store), "the last connection to be closed")
+    calls.end()
+
+
+def test_a_connection_string_that_changes_leads_to_another_database(server, database, monkeypatch, calls):
+    store = PostgresChatMessageStore(Secret.from_env_var("ROTATING"), schema_name=f"test_{uuid.uuid4().hex}")
+    monkeypatch.setenv("ROTATING", server.url)
+    assert calls.write(store, "history", [with_id("a")]) == 1
+    monkeypatch.setenv("ROTATING", database)
+    assert calls.count(store, "history") == 0
+    monkeypatch.setenv("ROTATING", server.url)
+    assert calls.count(store, "history") == 1
+    calls.close(store)
+
+
 def test_a_password_is_never_serialized():
     with pytest.raises(ValueError, match="serialize"):
         store_at("postgresql://user:password@localhost/db").to_dict()
@@ -339,7 +365,19 @@ def test_a_role_without_rights_to_create_uses_what_an_administrator_has_made(res
     role = psycopg.conninfo.conninfo_to_dict(restricted)["user"]
     # What the documentation tells the administrator, for this role.
     rights = re.search(r"```sql\n(GRANT.*?)```", DOCUMENTATION, re.DOTALL)[1].replace("my_app", role)
-    execute(database, store.create_schema_sql(), rights.replace("SCHEMA public", "SCHEMA chatbot"))
+    own_table = "CREATE TABLE chatbot.of_the_application (secret text)"
+    execute(database, store.create_schema_sql(), own_table, rights.replace("public", "chatbot"))
+    changed = "INSERT", "UPDATE", "DELETE"
+    for table, permitted in (
+        ("chat_histories", {"SELECT", *changed}),
+        ("chat_messages", {"SELECT", *changed}),
+        ("chat_version", {"SELECT"}),
+        ("of_the_application", set()),
+    ):
+        may = "SELECT name FROM unnest(%s::text[]) AS name WHERE has_table_privilege(%s, %s, name)"
+        with psycopg.connect(database) as connection:
+            found = connection.execute(may, [["SELECT", *changed, "TRUNCATE"], role, f"chatbot.{table}"])
+            assert {name for (name,) in found} == permitted
     assert calls.write(store, "history", [with_id("a"), with_id("b")]) == 2
     assert calls.write(store, "history", [with_id("b"), with_id("c")]) == 1
     assert len(calls.retrieve(store, "history")) == calls.count(store, "history") == 3
@@ -443,16 +481,137 @@ def test_a_stricter_default_isolation_level_does_no_harm(server):
 # ---------------------------------------------------------------------- writers of the same messages
 
 
-def test_writers_of_the_same_messages_store_each_once(store, calls):
+@pytest.mark.parametrize("partitions", [None, 3])
+def test_writers_of_the_same_messages_store_each_once(make_store, server, calls, partitions):
     """
     All have looked before the first has written.
     """
+    store = make_store(last_k=None)
+    execute(server.url, store.create_schema_sql(partitions))
 
     def write():
         return [calls.write(store, "history", [with_id(f"{n}"), with_id(f"{n + 1}")]) for n in range(30)]
 
     written = in_threads(*[write] * 6)
     assert sum(map(sum, written)) == store.count_messages("history") == len(said(store)) == 31
+
+
+@pytest.mark.parametrize("way", ["directly", "behind PgBouncer"])
+def test_a_batch_is_stored_whole_or_not_at_all_beside_a_delete(server, pooler, way):
+    """
+    Of its two messages, the history has the first at times when the writer looks, and none when it writes.
+    """
+    with stores_on(server.url if way == "directly" else pooler.url) as make:
+        writer, deleter = make(last_k=None), make(last_k=None, max_pool_size=2)
+        has_written = threading.Event()
+
+        def write():
+            try:
+                for number in range(400):
+                    first, second = f"first {number}", f"second {number}"
+                    writer.write_messages("history", [with_id(first)])
+                    writer.write_messages("history", [with_id(first), with_id(second)])
+                    found = [message.meta["chat_message_id"] for message in writer.retrieve_messages("history")]
+                    assert (first in found) >= (second in found)
+            finally:
+                has_written.set()
+
+        def delete():
+            while not has_written.is_set():
+                deleter.delete_messages("history")
+
+        in_threads(write, delete)
+        writer.write_messages("history", [with_id("last")])
+        assert writer.count_messages("history") == len(writer.retrieve_messages("history"))
+
+
+def test_messages_without_their_history_are_an_error_and_not_waited_for(store, server):
+    """
+    Only by hand can they get so.
+    """
+    store.write_messages("history", [with_id("a")])
+    server.execute(f"DELETE FROM {store.schema_name}.chat_histories")
+    with pytest.raises(StoreUnavailableError, match="UniqueViolation"):
+        store.write_messages("history", [with_id("a"), with_id("b")])
+
+
+# ---------------------------------------------------------------------- deleting everything
+
+
+def fill(server, store, histories, messages):
+    """
+    Put histories into the store's tables, each with so many messages, faster than the store could.
+    """
+    key, schema_name = "md5('filler' || h)::uuid", store.schema_name
+    store.count_messages("history")
+    server.execute(
+        f"INSERT INTO {schema_name}.chat_histories "
+        f"SELECT {key}, 'default', 'filler ' || h, {messages}, {messages}, {messages} "
+        f"FROM generate_series(1, {histories}) h"
+    )
+    server.execute(
+        f"INSERT INTO {schema_name}.chat_messages SELECT {key}, p, now(), p, 'user', '{{}}' "
+        f"FROM generate_series(1, {histories}) h, generate_series(0, {messages - 1}) p"
+    )
+
+
+@pytest.mark.parametrize("partitions", [None, 3])
+@pytest.mark.parametrize(("histories", "messages"), [(2500, 1), (3, 60_000)], ids=["many", "long"])
+def test_everything_is_deleted_in_several_transactions(make_store, server, calls, partitions, histories, messages):
+    store, other = make_store(), make_store(namespace="other")
+    execute(server.url, store.create_schema_sql(partitions))
+    say(other, "stays")
+    fill(server, store, histories, messages)
+    statement = f"SELECT count(DISTINCT xmax::text) FROM {store.schema_name}.chat_messages"
+    with psycopg.connect(server.url) as connection:
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        connection.execute(statement)  # sees from now on what is there now, with the marks of who has deleted it
+        calls.delete_all(store)
+        assert connection.execute(statement).fetchone() == (3 + 1,)
+    assert said(other) == ["stays"]
+    for table in ("histories", "messages"):
+        assert server.execute(f"SELECT count(*) FROM {store.schema_name}.chat_{table}") == [(1,)]
+
+
+def test_everything_is_deleted_however_long_it_takes(make_store, server):
+    """
+    Each step has the timeout to itself.
+    """
+    store = make_store(timeout=4)
+    fill(server, store, 6000, 1)
+    slowly = f"{store.schema_name}.slowly"
+    execute(
+        server.url,
+        f"CREATE FUNCTION {slowly}() RETURNS trigger LANGUAGE plpgsql AS "
+        "'BEGIN PERFORM pg_sleep(0.001); RETURN NULL; END'",
+        f"CREATE TRIGGER slowly AFTER DELETE ON {store.schema_name}.chat_messages "
+        f"FOR EACH ROW EXECUTE FUNCTION {slowly}()",
+    )
+    store.delete_all_messages()
+    assert server.execute(f"SELECT count(*) FROM {store.schema_name}.chat_messages") == [(0,)]
+
+
+def test_deleting_everything_at_once_from_several_threads_disturbs_no_writer(make_store, server):
+    stores = [make_store(max_pool_size=size) for size in range(4, 7)]
+    has_written = threading.Event()
+
+    def write():
+        try:
+            for number in range(150):
+                assert say(stores[0], "Hello", "Hello?", history=f"{number % 20}") == 2
+        finally:
+            has_written.set()
+
+    def delete(store):
+        while not has_written.is_set():
+            store.delete_all_messages()
+
+    in_threads(write, *(lambda store=store: delete(store) for store in stores[1:]))
+    for history in range(20):
+        assert stores[0].count_messages(f"{history}") == len(said(stores[0], f"{history}"))
+    stores[0].delete_all_messages()
+    for table in ("histories", "messages"):
+        assert server.execute(f"SELECT count(*) FROM {stores[0].schema_name}.chat_{table}") == [(0,)]
 
 
 # ---------------------------------------------------------------------- plans
@@ -470,7 +629,7 @@ def long_history(server):
         yield store
 
 
-ON_MESSAGES = ["append", "known_ids", "read_all", "read_rounds", "read_messages"]
+ON_MESSAGES = ["append_all", "append_rest", "known_ids", "read_all", "read_rounds", "read_messages"]
 ON_BOTH_TABLES = [name for name in schema.Statements._fields if name != "version"]
 
 
@@ -511,8 +670,8 @@ def test_every_statement_walks_along_an_index(server, pooler, long_history, way,
     store = store_at(server.url if way == "directly" else pooler.url, schema_name=long_history.schema_name)
     plan = store._run(plan_of)
     store.close()
-    assert "Seq Scan" not in plan, plan
-    assert "Sort" not in plan or name == "lock_all", plan
+    assert ("Seq Scan" if way == "directly" else "Seq Scan on chat_messages") not in plan, plan
+    assert "Sort" not in plan, plan
 
 
 @pytest.mark.parametrize("mode", ["auto", "force_generic_plan", "force_custom_plan"])
@@ -586,11 +745,17 @@ def test_statements_are_prepared_unless_a_pooler_stands_between(way):
 
 def test_chats_can_be_queried_in_sql_as_documented(database):
     store = store_at(database)
-    store.write_messages("user_456", [*conversation("ua"), ChatMessage.from_assistant("NUL \x00 and \ud800")])
+    shown = {
+        "NUL \x00 and \ud800, \udc00\ud800\x00\x00": r"NUL \u0000 and \ud800, \udc00\ud800\u0000\u0000",
+        r"\u0000 \\u0000 \ud800": r"\u0000 \\u0000 \ud800",
+        "\\\x00 \\\\\ud800 \n": "\\\\u0000 \\\\\\ud800 \n",
+        'Ünïcode 😀 "quoted"': 'Ünïcode 😀 "quoted"',
+    }
+    hidden = ChatMessage.from_user("in its meta", meta={"nul": "\x00", "lone": ["\ud800"]})
+    store.write_messages("user_456", [*conversation("ua"), hidden, *map(ChatMessage.from_assistant, shown)])
     transcript = re.search(r"```sql\n(SELECT.*?)```", DOCUMENTATION, re.DOTALL)[1]
-    rows = execute(database, transcript.replace("WHERE", "WHERE position < 2 AND"))
-    assert [row[-1] for row in rows] == texts(store.retrieve_messages("user_456"))[:2]
-    assert store.retrieve_messages("user_456")[-1].text == "NUL \x00 and \ud800"
+    rows = execute(database, transcript)
+    assert [row[-1] for row in rows] == [*texts(store.retrieve_messages("user_456"))[: -len(shown)], *shown.values()]
     store.close()
 
 
@@ -628,6 +793,75 @@ def test_a_server_that_never_answers_is_given_up(calls):
             calls.count(store, "history")
         assert time.monotonic() - began < 20
         assert_tells_where_and_no_secret(raised.value, port)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "option", "limit"), [(6, "", 6), (1, "", 3 * 2), (30, "&connect_timeout=2", 3 * 2)]
+)
+def test_several_hosts_that_never_answer_share_the_timeout(calls, timeout, option, limit):
+    with ExitStack() as stack:
+        ports = [str(stack.enter_context(silent_port())) for _ in range(3)]
+        hosts = ",".join(f"{HOST}:{port}" for port in ports)
+        store = store_at(f"postgresql://{USER}:{PASSWORD}@{hosts}/postgres?sslmode=disable{option}", timeout=timeout)
+        began = time.monotonic()
+        with pytest.raises(StoreTimeoutError, match="in time") as raised:
+            calls.count(store, "history")
+        assert time.monotonic() - began < limit + 5
+        assert_tells_where_and_no_secret(raised.value, ",".join(ports))
+
+
+def test_a_host_that_never_answers_leaves_time_for_the_next(server, calls):
+    with silent_port() as port:
+        url = server.url.replace(f"{HOST}:", f"{HOST}:{port},{HOST}:")
+        store = store_at(url, timeout=10, schema_name=f"test_{uuid.uuid4().hex}")
+        assert calls.write(store, "history", [with_id("a")]) == 1
+        calls.close(store)
+
+
+@pytest.mark.parametrize(
+    ("environment", "connection_string", "where"),
+    [
+        ({"PGHOST": HOST, "PGPORT": "1"}, "", f"{HOST}, port 1"),
+        ({"PGPORT": "1"}, f"host={HOST}", f"{HOST}, port 1"),
+        ({"PGHOST": "elsewhere", "PGPORT": "1"}, f"hostaddr={HOST} port=2", f"{HOST}, port 2"),
+        ({"PGHOSTADDR": HOST, "PGPORT": "1"}, "", f"{HOST}, port 1"),
+        ({}, "host=/nowhere", "/nowhere, port 5432"),
+        ({"PGHOST": "elsewhere"}, "service=chats", "the service chats"),
+    ],
+)
+def test_an_error_names_the_server_that_libpq_connects_to(monkeypatch, tmp_path, environment, connection_string, where):
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "services").write_text(f"[chats]\nhost={HOST}\nport=1\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StoreUnavailableError, match=f"^PostgreSQL at {where}, failed: "):
+        store_at(f"{connection_string} dbname=chats user={USER}").count_messages("history")
+
+
+@pytest.mark.parametrize("password", ["a", "failed", PASSWORD])
+def test_a_password_cannot_be_guessed_from_what_an_error_leaves_out(server, password):
+    role = f'"{PASSWORD} {uuid.uuid4().hex}"'
+    execute(server.url, f"CREATE ROLE {role} LOGIN PASSWORD 'another'")
+    url = psycopg.conninfo.make_conninfo(server.url, user=role.strip('"'), password=password)
+    with pytest.raises(StoreUnavailableError) as raised:
+        store_at(url).count_messages("history")
+    execute(server.url, f"DROP ROLE {role}")
+    assert str(raised.value) == f"PostgreSQL at {HOST}, port {server.port}, failed: OperationalError"
+
+
+def test_what_psycopg_itself_refuses_is_reported(store, monkeypatch):
+    """
+    As it refuses the event loop that is Windows' default.
+    """
+
+    async def refuse(*_, **__):
+        raise psycopg.InterfaceError("Psycopg cannot use the 'ProactorEventLoop'")
+
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.connections.conninfo_attempts_async", refuse)
+    with pytest.raises(StoreUnavailableError, match="cannot use the 'ProactorEventLoop'"):
+        asyncio.run(store.count_messages_async("history"))
 
 
 def test_a_call_that_waits_too_long_is_given_up_and_leaves_nothing_waiting(server, make_store, calls):
@@ -746,6 +980,28 @@ def test_a_store_opens_no_more_connections_than_it_may(make_store, server, way):
     else:
         in_threads(*(lambda number=number: say(store, "Hi!", history=f"{number}") for number in range(30)))
         assert len(connections_of(server, store)) <= 3
+
+
+def test_connections_that_were_idle_for_long_are_closed_by_the_next_call(make_store, server, monkeypatch):
+    store = make_store()
+    say(store, "Hello")
+
+    async def count_at_once():
+        return await asyncio.gather(*(store.count_messages_async("history") for _ in range(3)))
+
+    with closing(asyncio.new_event_loop()) as loop, ThreadPoolExecutor(6) as executor:
+        with psycopg.connect(server.url) as connection:
+            connection.execute(f"LOCK TABLE {store.schema_name}.chat_histories")
+            in_loop = executor.submit(loop.run_until_complete, count_at_once())
+            in_threads = [executor.submit(store.count_messages, "history") for _ in range(5)]
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            wait_until(lambda: server.execute(waiting) == [(3 + 5,)], "all to wait")
+        assert [*in_loop.result(), *(call.result() for call in in_threads)] == [1] * 8
+        assert len(connections_of(server, store)) == 8
+        monkeypatch.setattr("haystack_chat_store.stores.postgres.connections._MAX_IDLE_SECONDS", 0)
+        assert store.count_messages("history") == 1
+        wait_until(lambda: len(connections_of(server, store)) == 1 + 1, "one to be left on each side")
+        store.close()
 
 
 def test_the_connections_of_loops_that_ended_are_closed(make_store, server):

@@ -262,7 +262,9 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         """
         Delete every history of this store's namespace, for good. Other namespaces keep theirs.
 
-        :raises ChatMessageStoreError: If the engine fails.
+        Each history goes whole, but servers delete some at a time: if this fails, some may be gone and others not.
+
+        :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
         self._run(self._delete_all)
 

@@ -24,7 +24,7 @@ class Connections(Protocol):
 
     def before_fork(self) -> None:
         """
-        Bring into order what a child must not inherit.
+        Bring into order what a child must not inherit. Nothing, if it can do without all of it.
         """
 
     def after_fork_in_parent(self) -> None:

@@ -2,8 +2,7 @@
 import hashlib
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import lru_cache
+from datetime import datetime
 from typing import Any
 
 from haystack.dataclasses import ChatRole
@@ -17,14 +16,16 @@ from haystack_chat_store.stores.coroutines import run_to_end
 
 with LazyImport("Run 'pip install \"haystack-chat-store[postgres]\"'") as psycopg_import:
     import psycopg
-    from psycopg.conninfo import conninfo_to_dict
 
-    from haystack_chat_store.stores.postgres.connections import Session, Settings, pools
+    from haystack_chat_store.stores.postgres.connections import Pool, Session, Settings, pool_of, pools
     from haystack_chat_store.stores.postgres.schema import BEGIN, Tables
 
 # PostgreSQL cuts names at 63 bytes, and the longest that begins with the prefix has 20 more.
 _MAX_PREFIX_LENGTH = 40
 _MAX_POSITION = 2**63 - 1
+# What `delete_all_messages` deletes in one transaction: so many histories, or fewer if they have more messages.
+_HISTORIES_PER_STEP = 1_000
+_MESSAGES_PER_STEP = 100_000
 
 
 class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
@@ -33,6 +34,9 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
 
     Needs PostgreSQL 12 or newer and `pip install "haystack-chat-store[postgres]"`. The tables are made on first use. A
     pooler such as pgbouncer may stand in between, in transaction mode too.
+
+    `delete_all_messages` deletes up to 1,000 histories at a time. If it fails, some are gone and others whole; call it
+    again. A history that is written to meanwhile may be deleted or begin anew.
 
     ```python
     from haystack_chat_store.stores.postgres import PostgresChatMessageStore
@@ -60,19 +64,21 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         Create the store. It connects on first use.
 
         :param connection_string: A secret with a URL, `postgresql://user:password@host:port/database`, or with libpq's
-            `key=value` pairs. Defaults to the environment variable `PG_CONN_STR`, read when connecting.
+            `key=value` pairs. Defaults to the environment variable `PG_CONN_STR`. Read at each call: when it has
+            changed, the store connects to where it leads now, and closes what it had open.
         :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
         :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
         :param namespace: Separates tenants, applications or test runs in one database. Defaults to `"default"`.
         :param schema_name: The PostgreSQL schema that holds the tables. Defaults to `"public"`; made if it is missing.
         :param table_prefix: What the tables' names begin with. Defaults to `"chat"`. 1 to 40 characters.
-        :param min_pool_size: How many idle connections are kept however long nobody needs them. Others are closed after
-            ten minutes. Defaults to 1.
+        :param min_pool_size: How many idle connections are kept however long nobody needs them. Others are closed by
+            the first call after they were idle for ten minutes. Defaults to 1.
         :param max_pool_size: How many connections are open at most: so many for all synchronous calls of the process,
             and so many for each event loop. Defaults to 10.
-        :param timeout: How long a call may take, in seconds: waiting for a connection, connecting (2 seconds at least),
-            and waiting for the server. Defaults to 30.
+        :param timeout: How long a call may take, in seconds: waiting for a connection, connecting (2 seconds at least
+            for each address of the server), and waiting for the server. In `delete_all_messages`, each step may take as
+            long. Defaults to 30.
         :raises ValueError: If a setting is not one of these.
         :raises ImportError: If psycopg is not installed.
         """
@@ -92,6 +98,7 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         self.min_pool_size = min_pool_size
         self.max_pool_size = max_pool_size
         self.timeout = timeout
+        self._settings = Settings(connection_string, schema_name, table_prefix, min_pool_size, max_pool_size, timeout)
         self._statements = Tables(schema_name, table_prefix).statements
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +120,8 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         """
         Return the SQL that makes the tables, for an administrator to run if the store's own role may not.
 
-        The role then needs SELECT, INSERT, UPDATE and DELETE on them, and USAGE on the schema.
+        The role then needs SELECT, INSERT, UPDATE and DELETE on the histories and messages, SELECT on the version, and
+        USAGE on the schema.
 
         :param partitions: Into how many partitions the tables are divided, by a hash of the history: 1 to 1,000. For
             billions of messages on one server; tables that exist cannot be divided any more. Defaults to `None`, for
@@ -128,39 +136,40 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         """
         Close the connections, for every store with the same settings. The next use opens them again.
         """
-        with suppress(StoreUnavailableError):  # without a connection string, nothing was opened
-            pools.close(self._settings())
+        pools.close(self._settings)
 
     def _run(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        settings = self._settings()
+        pool = pool_of(self._settings)
         try:
-            with pools.get(settings).session() as session:
+            with pool.session() as session:
                 return run_to_end(operation(session, *arguments))
         except (psycopg.Error, OSError) as error:
-            raise self._explained(error, settings) from error
+            raise self._explained(error, pool) from error
 
     async def _run_async(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        settings = self._settings()
+        pool = pool_of(self._settings)
         try:
-            async with pools.get(settings).session_async() as session:
+            async with pool.session_async() as session:
                 return await operation(session, *arguments)
         except (psycopg.Error, OSError) as error:
-            raise self._explained(error, settings) from error
+            raise self._explained(error, pool) from error
 
     async def _write(self, session: "Session", chat_history_id: str, messages: Sequence[EncodedMessage]) -> int:
         key = self._history_key(chat_history_id)
         brought = [message.message_id for message in messages if message.brought_its_id]
-        known = await self._known_ids(session, key, brought) if brought else set()
+        known = await self._known_ids(session, key, brought) if brought else {}
         while new := [message for message in messages if message.message_id not in known]:
+            statement = self._statements.append_rest if known else self._statements.append_all
+            parameters = self._to_append(key, chat_history_id, new, known)
             try:
-                await session.run(self._statements.append, self._to_append(key, chat_history_id, new))
-                break
+                if (await session.run(statement, parameters)).rowcount:
+                    break
             except psycopg.errors.UniqueViolation as violation:
-                # The name is longer where the tables are distributed.
-                if not (violation.diag.constraint_name or "").startswith(f"{self.table_prefix}_messages_by_id"):
+                # A name of a constraint says less: partitions have their own.
+                if "message_id" not in (violation.diag.message_detail or ""):
                     raise
-                # Somebody else has written one of them since we looked.
-                known |= await self._known_ids(session, key, [message.message_id for message in new])
+            # Since we looked, somebody has written one of them, or has deleted the history.
+            known = await self._known_ids(session, key, [message.message_id for message in messages])
         return len(new)
 
     async def _read(self, session: "Session", chat_history_id: str, window: Window) -> tuple[list[str], int]:
@@ -180,23 +189,45 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         return int(rows[0][0]) if rows else 0
 
     async def _delete(self, session: "Session", chat_history_id: str) -> None:
-        await self._delete_locked(session, self._statements.lock_one, self._history_key(chat_history_id))
+        await self._delete_histories(session, [self._history_key(chat_history_id)])
 
     async def _delete_all(self, session: "Session") -> None:
-        await self._delete_locked(session, self._statements.lock_all, self.namespace)
+        """
+        Delete in steps, each with a time limit of its own, so that any number of histories can be deleted.
+        """
+        last_id = ""
+        while found := await session.fetch(
+            self._statements.next_histories, [self.namespace, last_id, _HISTORIES_PER_STEP]
+        ):
+            keys: list[uuid.UUID] = []
+            messages = 0
+            for chat_history_id, key, count in found:
+                if keys and messages + count > _MESSAGES_PER_STEP:
+                    break
+                last_id, messages = chat_history_id, messages + count
+                keys.append(key)
+            await self._delete_histories(session, keys)
+            session.renew_deadline()
 
-    async def _delete_locked(self, session: "Session", lock: str, which: uuid.UUID | str) -> None:
+    async def _delete_histories(self, session: "Session", keys: list[uuid.UUID]) -> None:
         await session.run(BEGIN)
-        keys = [key for (key,) in await session.fetch(lock, [which])]
-        await session.run(self._statements.delete_messages, [keys])
-        await session.run(self._statements.delete_histories, [keys])
+        deleted = [key for (key,) in await session.fetch(self._statements.delete_histories, [keys])]
+        await session.run(self._statements.delete_messages, [deleted])
         await session.run("COMMIT")
 
-    async def _known_ids(self, session: "Session", key: uuid.UUID, message_ids: list[str]) -> set[str]:
-        return {message_id for (message_id,) in await session.fetch(self._statements.known_ids, [key, message_ids])}
+    async def _known_ids(self, session: "Session", key: uuid.UUID, message_ids: list[str]) -> dict[str, datetime]:
+        """
+        Return which of these ids the history has, each with the time when the history was created.
 
-    def _to_append(self, key: uuid.UUID, chat_history_id: str, new: Sequence[EncodedMessage]) -> dict[str, Any]:
+        If it is deleted and begins anew, that is another history, which has none of them.
+        """
+        return dict(await session.fetch(self._statements.known_ids, [key, message_ids]))
+
+    def _to_append(
+        self, key: uuid.UUID, chat_history_id: str, new: Sequence[EncodedMessage], known: dict[str, datetime]
+    ) -> dict[str, Any]:
         return {
+            "created_at": next(iter(known.values()), None),
             "key": key,
             "namespace": self.namespace,
             "id": chat_history_id,
@@ -212,61 +243,30 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         name = f"{self.namespace}\x00{chat_history_id}".encode()
         return uuid.UUID(bytes=hashlib.blake2b(name, digest_size=16).digest())
 
-    def _settings(self) -> "Settings":
-        try:
-            connection_string = self.connection_string.resolve_value() or ""
-            _address_and_password(connection_string)
-        except ValueError as error:
-            raise StoreUnavailableError(f"The connection string cannot be used. {error}") from error
-        return Settings(
-            connection_string,
-            self.schema_name,
-            self.table_prefix,
-            self.min_pool_size,
-            self.max_pool_size,
-            self.timeout,
-        )
-
-    def _explained(self, error: Exception, settings: "Settings") -> ChatMessageStoreError:
+    def _explained(self, error: Exception, pool: "Pool") -> ChatMessageStoreError:
         """
         Turn an exception of psycopg into one of ours that says what to do.
         """
-        address, password = _address_and_password(settings.connection_string)
+        address, password = pool.address_and_password()
         server = f"PostgreSQL at {address}"
         if isinstance(error, psycopg.errors.ConnectionTimeout):
-            return StoreTimeoutError(f"{server}, did not answer within {self.timeout} seconds.")
-        if isinstance(error, psycopg.errors.InsufficientPrivilege):
-            return StoreUnavailableError(
-                f"{server}, refused: {error.diag.message_primary}. If this role may not create tables, let an "
-                "administrator run what create_schema_sql() returns."
-            )
+            return StoreTimeoutError(f"{server}, did not answer in time. The timeout is {self.timeout} seconds.")
         if isinstance(error, (psycopg.errors.UndefinedTable, psycopg.errors.ReadOnlySqlTransaction)):
             # The tables were dropped, or this server is no longer the primary: the next call connects anew.
-            pools.close(settings)
-        if isinstance(error, (psycopg.OperationalError, psycopg.ProgrammingError)):
-            said = (error.diag.message_primary if error.sqlstate else None) or str(error)
-            return StoreUnavailableError(f"{server}, failed: {_without(password, said)}")
-        return StoreUnavailableError(f"{server}, failed: {type(error).__name__}.")
+            pools.close(self._settings)
+        said = type(error).__name__
+        if isinstance(error, (psycopg.OperationalError, psycopg.ProgrammingError, psycopg.InterfaceError)):
+            text = (error.diag.message_primary if error.sqlstate else None) or str(error)
+            # A mask in the password's place would show which word, or which letter, it is.
+            said = said if password and password in text else text
+        if isinstance(error, psycopg.errors.InsufficientPrivilege):
+            return StoreUnavailableError(
+                f"{server}, refused: {said}. If this role may not create tables, let an "
+                "administrator run what create_schema_sql() returns."
+            )
+        return StoreUnavailableError(f"{server}, failed: {said}")
 
 
 def _validate_name(name: Any, setting: str, max_length: int) -> None:
     if not isinstance(name, str) or not name or "\x00" in name or len(name.encode()) > max_length:
         raise ValueError(f"{setting} must be a name of 1 to {max_length} bytes, got {name!r}.")
-
-
-@lru_cache(maxsize=32)
-def _address_and_password(connection_string: str) -> tuple[str, str]:
-    try:
-        parts = conninfo_to_dict(connection_string)
-    except psycopg.ProgrammingError:
-        # Without its cause, which quotes the connection string.
-        raise ValueError("It must be like postgresql://user:password@host:port/database.") from None
-    host, port = str(parts.get("host", "the local socket")), str(parts.get("port", 5432))
-    if "@" in host or not port.replace(",", "").isdigit():
-        # Part of a password, most likely: not to be repeated in errors.
-        raise ValueError("Percent-encode what is neither letter nor digit in its password, such as %40 for @.")
-    return f"{host}, port {port}", str(parts.get("password", ""))
-
-
-def _without(secret: str, text: str) -> str:
-    return text.replace(secret, "***") if secret else text

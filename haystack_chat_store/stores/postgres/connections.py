@@ -17,14 +17,16 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import psycopg
+from haystack.utils import Secret
 from psycopg import abc
-from psycopg.pq import TransactionStatus
+from psycopg.conninfo import conninfo_attempts, conninfo_attempts_async, conninfo_to_dict, timeout_from_conninfo
+from psycopg.pq import Conninfo, TransactionStatus
 from psycopg.types.string import TextLoader
 
-from haystack_chat_store.errors import SchemaVersionError, StoreTimeoutError
+from haystack_chat_store.errors import SchemaVersionError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.coroutines import run_to_end
 from haystack_chat_store.stores.postgres.schema import BEGIN, HAS_SCHEMA, MIGRATIONS, Tables
-from haystack_chat_store.stores.shared import Shared, never_free
+from haystack_chat_store.stores.shared import Connections, Shared, never_free
 
 ResultT = TypeVar("ResultT")
 Parameters = Sequence[Any] | dict[str, Any]
@@ -52,7 +54,7 @@ class Settings(NamedTuple):
     What stores have in common that share their connections.
     """
 
-    connection_string: str
+    connection_string: Secret
     schema_name: str
     table_prefix: str
     min_pool_size: int
@@ -105,13 +107,15 @@ class Session:
     What an operation talks to: a connection that it has for itself. Written for both kinds of connection.
     """
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, timeout: float) -> None:
         """
         Talk through a connection.
 
         :param connection: A synchronous connection, with which nothing here ever waits, or an asynchronous one.
+        :param timeout: How long a call may take, in seconds.
         """
         self.connection = connection
+        self._timeout = timeout
         self._is_async = isinstance(connection, _AsyncConnection)
 
     async def run(self, statement: str, parameters: Parameters = ()) -> Any:
@@ -133,6 +137,12 @@ class Session:
         cursor = await self.run(statement, parameters)
         rows = cursor.fetchall()
         return await rows if self._is_async else rows  # type: ignore[no-any-return]
+
+    def renew_deadline(self) -> None:
+        """
+        Give what follows as much time as a call has.
+        """
+        self.connection.deadline = time.monotonic() + self._timeout
 
     async def cancel(self) -> None:
         """
@@ -157,8 +167,6 @@ class _Idle:
     def push(self, connection: Any) -> None:
         connection.idle_since = time.monotonic()
         self._connections.append(connection)
-        while len(self._connections) > self._kept and self._is_old(self._connections[0]):
-            _close(self._connections.pop(0))
 
     def pop(self) -> Any | None:
         """
@@ -170,6 +178,10 @@ class _Idle:
                 return connection
             _close(connection)
         return None
+
+    def close_old(self) -> None:
+        while len(self._connections) > self._kept and self._is_old(self._connections[0]):
+            _close(self._connections.pop(0))
 
     def close(self) -> None:
         while self._connections:
@@ -190,7 +202,7 @@ class _OfLoop:
         self.limit = asyncio.Semaphore(settings.max_pool_size)
 
 
-class Pool:
+class Pool(Connections):
     """
     The connections to one server.
     """
@@ -198,8 +210,13 @@ class Pool:
     def __init__(self, settings: Settings) -> None:
         """
         Open nothing yet.
+
+        :param settings: What the stores have in common.
+        :raises StoreUnavailableError: If the connection string is none.
         """
         self._settings = settings
+        self.connection_string = _resolved(settings.connection_string)
+        self._connection_info = _parsed(self.connection_string)
         self._tables = Tables(settings.schema_name, settings.table_prefix)
         self._lock = threading.Lock()
         self._limit = threading.Semaphore(settings.max_pool_size)
@@ -223,9 +240,10 @@ class Pool:
             with self._lock:
                 connection = self._idle.pop()
             if connection is None:
-                connection = _Connection.connect(self._settings.connection_string, **self._connect_options(deadline))
+                options = self._connect_options(conninfo_attempts(self._connection_info), deadline)
+                connection = _Connection.connect(self.connection_string, **options)
             with self._lent(connection, self._idle, deadline):
-                session = Session(connection)
+                session = Session(connection, self._settings.timeout)
                 try:
                     if not connection.is_ready:
                         run_to_end(self._make_ready(session))
@@ -256,11 +274,11 @@ class Pool:
             with self._lock:
                 connection = ours.idle.pop()
             if connection is None:
-                options = self._connect_options(deadline)
-                connection = await _AsyncConnection.connect(self._settings.connection_string, **options)
+                options = self._connect_options(await conninfo_attempts_async(self._connection_info), deadline)
+                connection = await _AsyncConnection.connect(self.connection_string, **options)
                 connection.loop = asyncio.get_running_loop()
             with self._lent(connection, ours.idle, deadline):
-                session = Session(connection)
+                session = Session(connection, self._settings.timeout)
                 try:
                     if not connection.is_ready:
                         await self._make_ready(session)
@@ -277,19 +295,22 @@ class Pool:
         """
         with self._lock:
             self._is_closed = True
-            for idle in (self._idle, *(of_loop.idle for of_loop in self._loops.values())):
+            for idle in self._all_idle():
                 idle.close()
             self._loops.clear()
 
-    def before_fork(self) -> None:
+    def address_and_password(self) -> tuple[str, Any]:
         """
-        Nothing has to be done: a child can do without what it inherits.
+        Return where libpq connects to, and with which password, as far as can be known without asking it.
         """
-
-    def after_fork_in_parent(self) -> None:
-        """
-        Nothing has to be done.
-        """
+        given = self._connection_info
+        defaults = {option.keyword.decode(): option.val.decode() for option in Conninfo.get_defaults() if option.val}
+        known = {**defaults, **given}  # defaults are from the environment, such as PGHOST
+        host = given.get("host") or given.get("hostaddr")
+        if not host and "service" in given:
+            return f"the service {given['service']}", known.get("password")
+        host = host or known.get("host") or known.get("hostaddr") or "the local socket"
+        return f"{host}, port {known['port']}", known.get("password")
 
     def after_fork_in_child(self) -> None:
         """
@@ -301,10 +322,11 @@ class Pool:
         for connection in self._open:
             never_free(connection)
 
-    @staticmethod
-    def _connect_options(deadline: float) -> dict[str, Any]:
-        # psycopg takes whole seconds, at least two. Whatever the database's encoding, we speak UTF-8.
-        timeout = max(2, math.ceil(deadline - time.monotonic()))
+    def _connect_options(self, attempts: Sequence[Any], deadline: float) -> dict[str, Any]:
+        # psycopg gives each address of the server so many whole seconds, at least two.
+        share = max(2, round((deadline - time.monotonic()) / len(attempts)))
+        timeout = min(share, timeout_from_conninfo(self._connection_info))
+        # Whatever the database's encoding, we speak UTF-8.
         return {"autocommit": True, "connect_timeout": timeout, "client_encoding": "utf8"}
 
     async def _make_ready(self, session: Session) -> None:
@@ -359,6 +381,9 @@ class Pool:
                 self._loops[loop] = _OfLoop(self._settings)
             return self._loops[loop]
 
+    def _all_idle(self) -> list[_Idle]:
+        return [self._idle, *(of_loop.idle for of_loop in self._loops.values())]
+
     @contextmanager
     def _lent(self, connection: Any, idle: _Idle, deadline: float) -> Iterator[None]:
         """
@@ -374,6 +399,8 @@ class Pool:
                     _close(connection)
                 else:
                     idle.push(connection)
+                for every in self._all_idle():
+                    every.close_old()
 
     def _all_in_use(self) -> StoreTimeoutError:
         return StoreTimeoutError(
@@ -384,6 +411,42 @@ class Pool:
 
 #: The pools of this process.
 pools: Shared[Settings, Pool] = Shared(Pool)
+
+
+def pool_of(settings: Settings) -> Pool:
+    """
+    Return what stores with these settings share: a new one if the secret has another value by now.
+    """
+    connection_string = _resolved(settings.connection_string)
+    pool = pools.get(settings)
+    if pool.connection_string != connection_string:
+        pools.close(settings)  # or connections would stay open to wherever it has ever led
+        pool = pools.get(settings)
+    return pool
+
+
+def _resolved(connection_string: Secret) -> str:
+    try:
+        return connection_string.resolve_value() or ""
+    except ValueError as error:
+        raise StoreUnavailableError(f"The connection string cannot be used. {error}") from error
+
+
+def _parsed(connection_string: str) -> dict[str, Any]:
+    try:
+        parts = conninfo_to_dict(connection_string)
+    except psycopg.ProgrammingError:
+        # Without its cause, which quotes the connection string.
+        raise StoreUnavailableError(
+            "The connection string cannot be used. It must be like postgresql://user:password@host:port/database."
+        ) from None
+    if "@" in str(parts.get("host", "")) or not str(parts.get("port", 0)).replace(",", "").isdigit():
+        # Part of a password, most likely: not to be repeated in errors.
+        raise StoreUnavailableError(
+            "The connection string cannot be used. Percent-encode what is neither letter nor digit in its password, "
+            "such as %40 for @."
+        )
+    return parts
 
 
 def _close(connection: Any) -> None:

@@ -55,7 +55,14 @@ _CREATE_VERSION = "CREATE TABLE IF NOT EXISTS {version} (version integer NOT NUL
 # The row of the history is the lock that hands out positions: writers of one history queue for it, and it moves on only
 # when its messages are committed.
 _APPEND = """
-    WITH history AS (
+    WITH history AS ({move_on} RETURNING next_position - %(count)s AS start)
+    INSERT INTO {{messages}} (history_key, position, message_id, role, content)
+    SELECT %(key)s, start + place - 1, message_id, role, content::json
+    FROM history, unnest(%(message_ids)b::text[], %(roles)b::text[], %(contents)b::text[])
+        WITH ORDINALITY AS new (message_id, role, content, place)
+"""
+_APPEND_ALL = _APPEND.format(
+    move_on="""
         INSERT INTO {histories} AS h
             (history_key, namespace, chat_history_id, next_position, message_count, round_count)
         VALUES (%(key)s, %(namespace)s, %(id)s, %(count)s, %(count)s, %(rounds)s)
@@ -63,15 +70,24 @@ _APPEND = """
             next_position = h.next_position + excluded.next_position,
             message_count = h.message_count + excluded.message_count,
             round_count = h.round_count + excluded.round_count,
-            updated_at = clock_timestamp()
-        RETURNING next_position - %(count)s AS start
-    )
-    INSERT INTO {messages} (history_key, position, message_id, role, content)
-    SELECT %(key)s, start + place - 1, message_id, role, content::json
-    FROM history, unnest(%(message_ids)b::text[], %(roles)b::text[], %(contents)b::text[])
-        WITH ORDINALITY AS new (message_id, role, content, place)
+            updated_at = excluded.updated_at
+    """
+)
+# For the rest of a batch: only to the very history that was found to have the others.
+_APPEND_REST = _APPEND.format(
+    move_on="""
+        UPDATE {histories} SET
+            next_position = next_position + %(count)s,
+            message_count = message_count + %(count)s,
+            round_count = round_count + %(rounds)s,
+            updated_at = now()
+        WHERE history_key = %(key)s AND created_at = %(created_at)s
+    """
+)
+_KNOWN_IDS = """
+    SELECT message_id, h.created_at FROM {messages} JOIN {histories} AS h USING (history_key)
+    WHERE history_key = %s AND message_id = ANY (%s)
 """
-_KNOWN_IDS = "SELECT message_id FROM {messages} WHERE history_key = %s AND message_id = ANY (%s)"
 _COUNT = "SELECT message_count FROM {histories} WHERE history_key = %s"
 
 # The upper bounds exclude nothing. They tell the planner that the range is narrow, whatever it knows of the table, so
@@ -102,11 +118,13 @@ _READ_ROUNDS, _READ_ROUNDS_BY_STEP, _READ_MESSAGES, _READ_MESSAGES_BY_STEP = (
     for start, total in ((_START_OF_ROUNDS, "round_count"), (_START_OF_MESSAGES, "message_count"))
     for size in (_SIZE, _SIZE_BY_STEP.format(total=total))
 )
-# Locks first, messages next, so that no writer slips in between.
-_LOCK_ONE = "SELECT history_key FROM {histories} WHERE history_key = %s FOR UPDATE"
-_LOCK_ALL = "SELECT history_key FROM {histories} WHERE namespace = %s ORDER BY history_key FOR UPDATE"
+_NEXT_HISTORIES = """
+    SELECT chat_history_id, history_key, message_count FROM {histories}
+    WHERE namespace = %s AND chat_history_id COLLATE "C" > %s ORDER BY chat_history_id COLLATE "C" LIMIT %s
+"""
+# The row of the history first: who has deleted it holds its lock, and no writer slips in before its messages go.
+_DELETE_HISTORIES = "DELETE FROM {histories} WHERE history_key = ANY (%s) RETURNING history_key"
 _DELETE_MESSAGES = "DELETE FROM {messages} WHERE history_key = ANY (%s)"
-_DELETE_HISTORIES = "DELETE FROM {histories} WHERE history_key = ANY (%s)"
 
 
 class Statements(NamedTuple):
@@ -115,7 +133,8 @@ class Statements(NamedTuple):
     """
 
     version: str
-    append: str
+    append_all: str
+    append_rest: str
     known_ids: str
     message_count: str
     read_all: str
@@ -123,10 +142,9 @@ class Statements(NamedTuple):
     read_rounds_by_step: str
     read_messages: str
     read_messages_by_step: str
-    lock_one: str
-    lock_all: str
-    delete_messages: str
+    next_histories: str
     delete_histories: str
+    delete_messages: str
 
 
 class Tables:
@@ -156,7 +174,8 @@ class Tables:
         }
         self.statements = Statements(
             version=self._named("SELECT max(version) FROM {version}"),
-            append=self._named(_APPEND),
+            append_all=self._named(_APPEND_ALL),
+            append_rest=self._named(_APPEND_REST),
             known_ids=self._named(_KNOWN_IDS),
             message_count=self._named(_COUNT),
             read_all=self._named(_READ_ALL),
@@ -164,10 +183,9 @@ class Tables:
             read_rounds_by_step=self._named(_READ_ROUNDS_BY_STEP),
             read_messages=self._named(_READ_MESSAGES),
             read_messages_by_step=self._named(_READ_MESSAGES_BY_STEP),
-            lock_one=self._named(_LOCK_ONE),
-            lock_all=self._named(_LOCK_ALL),
-            delete_messages=self._named(_DELETE_MESSAGES),
+            next_histories=self._named(_NEXT_HISTORIES),
             delete_histories=self._named(_DELETE_HISTORIES),
+            delete_messages=self._named(_DELETE_MESSAGES),
         )
 
     def upgrade(self, version: int, **names: sql.Composable) -> list[str]:
