@@ -58,8 +58,10 @@ _APPEND = """
     WITH history AS ({move_on} RETURNING next_position - %(count)s AS start)
     INSERT INTO {{messages}} (history_key, position, message_id, role, content)
     SELECT %(key)s, start + place - 1, message_id, role, content::json
-    FROM history, unnest(%(message_ids)b::text[], %(roles)b::text[], %(contents)b::text[])
-        WITH ORDINALITY AS new (message_id, role, content, place)
+    FROM history, ROWS FROM (
+        json_array_elements_text(%(message_ids)s::json),
+        unnest(string_to_array(%(roles)s, ' '), string_to_array(%(contents)s, E'\n'))
+    ) WITH ORDINALITY AS new (message_id, role, content, place)
 """
 _APPEND_ALL = _APPEND.format(
     move_on="""
