@@ -1072,3 +1072,50 @@ def test_a_fork_does_not_disturb_calls_under_way_in_a_loop(store, server):
         assert list(reports) == [0]
         assert program.exit_code() == 0
     assert sorted(said(store)) == sorted(["before", *map(str, range(5)), "the child", "the child awaits"])
+
+
+def fork_while_threads_connect(store, report, times):
+    """
+    In a process that has never connected: begin to connect in threads, and fork children that connect, too. Again and
+    again, each time in a process of its own. Report how each ended.
+    """
+    import os
+    import signal
+    import threading
+    import time
+
+    def fork(function):
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(function())
+            finally:
+                os._exit(1)
+        return child
+
+    def connect():
+        signal.alarm(60)  # of those that hang
+        return store.count_messages("history")
+
+    def connect_and_fork():
+        for _ in range(4):
+            threading.Thread(target=store.count_messages, args=("history",)).start()
+        children = []
+        for number in range(6):
+            time.sleep(number / 1000)
+            children.append(fork(connect))
+        return max(os.waitpid(child, 0)[1] for child in children)
+
+    for _ in range(times):
+        report(os.waitpid(fork(connect_and_fork), 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork on this platform")
+def test_a_child_forked_while_threads_connect_can_connect_too(store):
+    """
+    What the threads hold of OpenSSL's locks at that moment would stay held in the child for ever.
+    """
+    store.count_messages("history")  # makes the tables
+    with Program(fork_while_threads_connect, store, 40) as program:
+        program.begin()
+        assert program.reports_to_the_end() == [0] * 40

@@ -8,6 +8,7 @@ Asynchronous connections belong to the event loop that opened them. `psycopg_poo
 
 import asyncio
 import math
+import os
 import select
 import threading
 import time
@@ -63,6 +64,15 @@ class Settings(NamedTuple):
     timeout: float
 
 
+# Held during each step of connecting: a child that is forked while a thread of its parent is inside of OpenSSL, which
+# checks passwords, inherits OpenSSL's locks as held for ever.
+_connecting = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_connecting.acquire, after_in_parent=_connecting.release, after_in_child=_connecting.release
+    )
+
+
 class _Limited:
     """
     A connection whose every wait for the server ends at the deadline of the call it is lent to.
@@ -73,6 +83,20 @@ class _Limited:
     is_ready = False
     prepares = False
     loop: asyncio.AbstractEventLoop | None = None
+
+    @classmethod
+    def _connect_gen(cls, *arguments: Any, **options: Any) -> "Generator[Any, Any, Any]":
+        steps = super()._connect_gen(*arguments, **options)  # type: ignore[misc]  # psycopg's, for both kinds
+        ready = None
+        try:
+            while True:
+                with _connecting:
+                    wanted = steps.send(ready)
+                ready = yield wanted
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            steps.close()
 
     def limited(self, steps: "abc.PQGen[ResultT]") -> "Generator[Any, Any, ResultT]":
         """
