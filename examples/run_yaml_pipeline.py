@@ -15,12 +15,15 @@ os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
 from haystack import Pipeline
 
 parser = argparse.ArgumentParser(description="Runs one turn of a pipeline in a YAML file.")
-parser.add_argument("--file", default="chat_pipeline.yaml", help="one beside this script (%(default)s)")
+parser.add_argument("--file", type=Path, default="chat_pipeline.yaml", help="here or beside this script (%(default)s)")
 parser.add_argument("question", nargs="*", default=["Hello!"])
 options = parser.parse_args()
+file = options.file if options.file.exists() else Path(__file__).with_name(options.file.name)
+if not file.exists():
+    parser.error(f"There is no {options.file}.")
 
-pipeline = Pipeline.loads(Path(__file__).with_name(options.file).read_text(encoding="utf-8"))
-data = {"query": " ".join(options.question), "chat_history_id": "yaml"}
+pipeline = Pipeline.loads(file.read_text(encoding="utf-8"))
+data = {"query": " ".join(options.question), "chat_history_id": file.stem}
 results = pipeline.run(data, include_outputs_from={"retriever", "llm"} & set(pipeline.graph.nodes))
 
 if "agent" in results:

@@ -31,16 +31,17 @@ def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore[Any]:
     store = store_from_url("sqlite:///chat_history.db", last_k=20)
     ```
 
-    A store made from a URL with a password holds it as a token secret, which cannot be serialized. For YAML, name an
-    environment variable instead.
+    A store on a server that is made from a URL holds it as a token secret, which cannot be serialized. For YAML, make
+    the store by its class, which names an environment variable. Settings are arguments, not part of an SQLite URL;
+    `?` and `#` in a file's name are `%3F` and `%23`.
 
     :param url: One of these forms.
     :param settings: Further settings of the store's constructor, such as `last_k` and `namespace`.
     :raises ValueError: If the URL has none of these forms. The error does not repeat it, for it may hold a password.
     :raises ImportError: If the engine's driver is not installed.
     """
-    scheme, _, rest = url.partition("://")
-    if scheme == "sqlite" and rest.startswith("/") and len(rest) > 1:
+    scheme, _, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
+    if scheme == "sqlite" and rest.startswith("/") and len(rest) > 1 and not {"?", "#"} & set(rest):
         return SQLiteChatMessageStore(unquote(rest[1:]), **settings)
     if scheme == "memory" and not rest:
         return InMemoryChatMessageStore(**settings)

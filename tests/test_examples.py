@@ -171,5 +171,13 @@ def test_the_yaml_pipeline_continues_in_the_next_process(run):
     assert "Messages stored: 2" in second.stdout
 
 
+def test_the_yaml_script_takes_the_readers_own_file(run, tmp_path):
+    (tmp_path / "own.yaml").write_text((EXAMPLES / "chat_pipeline.yaml").read_text().replace("friendly", "terse"))
+    assert "You are a terse chatbot." in run("run_yaml_pipeline.py", "--file", "own.yaml").stdout
+    missing = run("run_yaml_pipeline.py", "--file", "missing.yaml")
+    assert missing.returncode == 2
+    assert "There is no missing.yaml." in missing.stderr
+
+
 def test_the_yaml_script_imports_nothing_of_ours():
     assert "chat_store" not in (EXAMPLES / "run_yaml_pipeline.py").read_text(encoding="utf-8")

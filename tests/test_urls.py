@@ -63,8 +63,11 @@ def test_an_engines_own_settings_go_to_it_too():
 @pytest.mark.parametrize(
     "url",
     [
+        None,
         "",
         "chat.db",
+        "sqlite:///chat.db?s3cret=1",
+        "sqlite:///chat.db#s3cret",
         "sqlite://",
         "sqlite:///",
         "sqlite://host/s3cret.db",

@@ -15,7 +15,9 @@ from haystack_chat_store.rounds import LastKUnit, Window
 from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage, contents_and_size
 from haystack_chat_store.stores.coroutines import run_to_end
 
-with LazyImport("Run 'pip install \"haystack-chat-store[postgres]\"'") as psycopg_import:
+with LazyImport(
+    'It comes with the extra \'postgres\': pip install "haystack-chat-store[postgres]", or "psycopg[binary]>=3.3".'
+) as psycopg_import:
     import psycopg
 
     from haystack_chat_store.stores.postgres.connections import Pool, Session, Settings, pool_of, pools

@@ -13,7 +13,9 @@ from haystack_chat_store.stores.coroutines import run_to_end
 from haystack_chat_store.stores.redis import scripts
 from haystack_chat_store.stores.redis.keys import BUCKETS, BucketKeys, HistoryKeys, Keys, bucket_of
 
-with LazyImport("Run 'pip install \"haystack-chat-store[redis]\"'") as redis_import:
+with LazyImport(
+    'It comes with the extra \'redis\': pip install "haystack-chat-store[redis]", or "redis>=5.1".'
+) as redis_import:
     from haystack_chat_store.stores.redis.connections import Server, Session, Settings, server_of, servers
 
 _READ = {"round": scripts.READ_ROUNDS, "message": scripts.READ_MESSAGES}
