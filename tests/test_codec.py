@@ -460,7 +460,7 @@ def test_what_contains_itself_is_refused(put, get, path):
 
 def test_what_numpy_has_for_no_time_does_not_become_null():
     moments = np.array(["2026-01-02", "NaT"], dtype="datetime64[D]")
-    message = ChatMessage.from_user("Hi!", meta={"x": moments, "y": np.datetime64("NaT")})
+    message = ChatMessage.from_user("Hi!", meta={"x": moments, "y": np.datetime64("NaT", "s")})
 
     assert json.loads(encoded(message))["meta"]["x"] == ["2026-01-02", "NaT"]
     assert json.loads(encoded(message))["meta"]["y"] == "NaT"
