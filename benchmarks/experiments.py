@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from conversations import conversation, encoded_conversation, kinds_of_message, reply_with_usage
 from engines import ASYNC, SYNC, Engine
 from haystack.dataclasses import ChatMessage
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
 from measuring import LOOP, Trial, medians
 
 from haystack_chat_store.codec import decode_messages, encode_message
@@ -29,6 +30,8 @@ Medians = dict[str, dict[str, float]]
 BATCH = 10_000  # messages per bulk write
 ROUNDS = 10  # read at once
 WINDOW = 2 * ROUNDS  # the messages in these
+MAX_TOKENS = 4000  # that the retriever shows: some 20 rounds
+ENOUGH = 100  # messages have more than so many tokens
 BULK_WRITE, BULK_READ = f"write {BATCH:,} messages in one call", f"read {BATCH:,} messages in one call"
 WRITERS = 8  # at the same time
 TURNS = 25  # that each of them writes in one go
@@ -128,9 +131,9 @@ def cases(plan: Plan) -> list[Case]:
 
 def by_size(engine: Engine, plan: Plan, folder: Path) -> dict[str, Medians]:
     """
-    Read the last rounds of histories of every size, count their messages, then append turns to them.
+    Read the last rounds of histories of every size, and what fits a budget, count their messages, then append turns.
     """
-    groups: dict[str, list[list[Trial]]] = {"read": [], "count": [], "append": []}
+    groups: dict[str, list[list[Trial]]] = {"read": [], "retrieve": [], "count": [], "append": []}
     with ExitStack() as opened:
         for case in cases(plan):
             if engine.max_size is not None and (case.size > engine.max_size or case.appends_before):
@@ -145,6 +148,9 @@ def by_size(engine: Engine, plan: Plan, folder: Path) -> dict[str, Medians]:
                     window, whole = repeat((history_id, ROUNDS)), repeat((history_id,))
                     reads = [each.trial("retrieve_messages", form, case.label, window) for each in contestants]
                     groups["read"].append(reads)
+                    retriever = ChatMessageRetriever(contestants[0].store, last_k=None, max_tokens=MAX_TOKENS)
+                    row = contestants[0]._replace(store=retriever)
+                    groups["retrieve"].append([row.trial("run", form, case.label, whole)])
                     groups["count"].append([contestants[0].trial("count_messages", form, case.label, whole)])
                 pairs = zip(contestants, turns, strict=True)
                 groups["append"].append([each.trial("write_messages", form, case.label, own) for each, own in pairs])

@@ -25,6 +25,8 @@ from experiments import (
 
 #: How much longer than with the smallest history an operation may take for its cost to count as flat.
 FLAT = 1.3
+#: How much longer than with a history just longer than its budget the retriever may take.
+BUDGET = 2
 #: The share of the floor's throughput that writers at the same time must reach.
 THROUGHPUT = 0.5
 
@@ -127,6 +129,8 @@ def report(plan: Plan, engines: list[Engine], results: dict[str, Medians]) -> st
     whole_windows = [f"{size:,}" for size in plan.sizes if size >= experiments.WINDOW]
     append = BySize(engines, results["append"], [*sizes, after, many], sizes[0])
     read = BySize(engines, results["read"], [*sizes, after], (whole_windows or [after])[0])
+    enough = [f"{size:,}" for size in plan.sizes if size >= experiments.ENOUGH]
+    retrieve = BySize(engines, results["retrieve"], [*sizes, after], (enough or [after])[0])
     others = [engine for engine in engines if engine is not EXPERIMENTAL]
     count = BySize(others, results["count"], [*sizes, after], sizes[0])
     notes = {
@@ -143,7 +147,7 @@ def report(plan: Plan, engines: list[Engine], results: dict[str, Medians]) -> st
         for key, note in _NOTES.items()
     }
     targets = [
-        *(target for engine in engines for target in _targets(engine, append, read, results, many)),
+        *(target for engine in engines for target in _targets(engine, append, read, retrieve, results, many)),
         *_codec_targets(results["codec"][MIX]),
     ]
     return "\n\n".join(
@@ -154,6 +158,8 @@ def report(plan: Plan, engines: list[Engine], results: dict[str, Medians]) -> st
             f"## Read the last {experiments.ROUNDS} rounds: {experiments.WINDOW} messages (median, µs)",
             str(read),
             notes["read"],
+            f"## Retrieve what fits {experiments.MAX_TOKENS:,} tokens, with ChatMessageRetriever (median, µs)",
+            str(retrieve),
             "## Count the messages (median, µs)",
             str(count),
             f"## Write and read {experiments.BATCH:,} messages in one call (median)",
@@ -173,7 +179,9 @@ def report(plan: Plan, engines: list[Engine], results: dict[str, Medians]) -> st
     )
 
 
-def _targets(engine: Engine, append: BySize, read: BySize, results: dict[str, Medians], many: str) -> Iterator[Target]:
+def _targets(
+    engine: Engine, append: BySize, read: BySize, retrieve: BySize, results: dict[str, Medians], many: str
+) -> Iterator[Target]:
     def worst(ratios: dict[str, float]) -> float:
         return max(ratio for column, ratio in ratios.items() if column != many)
 
@@ -190,6 +198,9 @@ def _targets(engine: Engine, append: BySize, read: BySize, results: dict[str, Me
                 over_floor = worst(by_size.over_floor(engine, form))
                 yield Target(f"{text}, over its floor, worst size", over_floor, engine.limits[key])
             yield Target(f"{text}, slowest over fastest size", spread(by_size.over_first(engine, form)), FLAT)
+        over_first = retrieve.over_first(engine, form)
+        text = f"{engine.row(form)}: retrieve {experiments.MAX_TOKENS:,} tokens"
+        yield Target(f"{text}, worst size over {next(iter(over_first))}", worst(over_first), BUDGET)
     if engine is IN_MEMORY:
         at = f"{EXPERIMENTAL.max_size:,}"
         for operation, by_size in operations.values():

@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def measure(engines: list[Engine], plan: Plan) -> dict[str, Medians]:
-    names = ["append", "read", "count", "bulk", "writers", "bytes"]
+    names = ["append", "read", "retrieve", "count", "bulk", "writers", "bytes"]
     results: dict[str, Medians] = {name: {} for name in names}
     for engine in engines:
         print(f"{engine.name} …", file=sys.stderr, flush=True)

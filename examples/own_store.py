@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from haystack_chat_store.rounds import Window
-from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage
+from haystack_chat_store import BaseChatMessageStore, EncodedMessage, Window
 
 Row = tuple[str, str, str]  # message id, role, content
 _lock = threading.Lock()

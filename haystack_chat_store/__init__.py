@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from haystack.core.serialization import allow_deserialization_module
 
-from haystack_chat_store.errors import ChatMessageStoreError
+from haystack_chat_store.errors import (
+    ChatMessageStoreError,
+    MessageDecodingError,
+    MessageEncodingError,
+    SchemaVersionError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+)
+from haystack_chat_store.rounds import Window
+from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage
 from haystack_chat_store.stores.in_memory import InMemoryChatMessageStore
 from haystack_chat_store.stores.sqlite import SQLiteChatMessageStore
 from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore
@@ -23,12 +32,20 @@ allow_deserialization_module("haystack_chat_store")
 
 __all__ = [
     "AsyncChatMessageStore",
+    "BaseChatMessageStore",
     "ChatMessageStore",
     "ChatMessageStoreError",
+    "EncodedMessage",
     "InMemoryChatMessageStore",
+    "MessageDecodingError",
+    "MessageEncodingError",
     "PostgresChatMessageStore",
     "RedisChatMessageStore",
     "SQLiteChatMessageStore",
+    "SchemaVersionError",
+    "StoreTimeoutError",
+    "StoreUnavailableError",
+    "Window",
     "store_from_url",
 ]
 

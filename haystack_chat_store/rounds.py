@@ -7,17 +7,17 @@ results, replies with or without text. This is what Haystack's own compaction ca
 user message (a greeting, a system message) are the **preamble**.
 
 What a model is shown of a history is a window of it (`last_rounds`), with the messages of each question together
-(`in_question_order`), around it the messages of this turn (`with_current_messages`), without what a model would reject
+(`in_question_order`), around it the messages of this turn (`parted`), without what a model would reject
 (`valid_for_model`).
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from haystack.dataclasses import ChatMessage, ChatRole
 
-from haystack_chat_store.exchanges import answers_of, pairs_of, with_tool_parts
+from haystack_chat_store.exchanges import answers_of, pairs_of, says_something, without_rejected_parts
 
 #: Where a stored message keeps its id, in its `meta`. The same key as in haystack-experimental.
 MESSAGE_ID_KEY = "chat_message_id"
@@ -141,24 +141,25 @@ def last_messages(messages: Sequence[ChatMessage], count: int) -> list[ChatMessa
     return list(messages[first if is_split else start :])
 
 
-def in_question_order(history: Sequence[ChatMessage]) -> list[ChatMessage]:
+def question_groups(history: Sequence[ChatMessage]) -> list[list[ChatMessage]]:
     """
-    Put the messages that were produced for a question together behind it, one question after the other.
+    Put the messages that were produced for a question together behind it.
 
     Agents that run at the same time on one history store their messages interleaved. Each message that a run produced
     names its question in `meta["chat_question_id"]`: it joins the group of that question. A message without such a mark
     stays where it is: a user message begins a group, any other joins the group of the message before it. A marked
     message whose question does not stand before it is left out, unless it is a user message (which a hook added): that
-    one begins the group. Groups come in the order of their first messages. A history without marks stays as it is.
+    one begins the group.
 
     :param history: A window of a history, oldest first.
+    :returns: The preamble, which may be empty, and the groups in the order of their first messages. Each is a round, as
+        the model sees it.
     """
-    preamble: list[ChatMessage] = []
-    groups = [preamble]
-    group = preamble
+    group: list[ChatMessage] = []
+    groups = [group]
     group_of: dict[str | int, list[ChatMessage]] = {}
     for message in history:
-        question = _id_in(message, QUESTION_ID_KEY)
+        question = question_id_of(message)
         if question in group_of:
             group = group_of[question]
         elif message.role is ChatRole.USER:
@@ -168,25 +169,72 @@ def in_question_order(history: Sequence[ChatMessage]) -> list[ChatMessage]:
             continue
         group.append(message)
         if message.role is ChatRole.USER:
-            for key in (question, _id_in(message, MESSAGE_ID_KEY)):
+            for key in (question, message_id_of(message)):
                 if key is not None:
                     group_of[key] = group
-    return [message for group in groups for message in group]
+    return groups
 
 
-def with_current_messages(history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+def in_question_order(history: Sequence[ChatMessage]) -> list[ChatMessage]:
     """
-    Put the messages of this turn around a window of history: their system messages before it, all others after it.
+    Return the messages of each question together, one question after the other, as `question_groups` puts them.
 
-    What the history has is not repeated after it: a message with the id of one in the history, and, since
-    `current_messages` may be a transcript that is longer than the window, one that has an id and stands before such a
-    message. A system message stands first even if the history has it too.
+    A history without marks stays as it is.
+
+    :param history: A window of a history, oldest first.
+    """
+    return [message for group in question_groups(history) for message in group]
+
+
+def question_of(messages: Sequence[ChatMessage], index: int) -> int | None:
+    """
+    Return where the question stands that a message belongs to, by its mark or, without one, by its place.
+
+    :param messages: The messages of a history, oldest first.
+    :param index: The message's index.
+    :returns: An index that is not greater. Of a marked message whose question is not among the messages, it is the
+        nearest question before it; `None` if there is none either. Who says nothing asks nothing.
+    """
+    mark = question_id_of(messages[index])
+    questions = [at for at in range(index + 1) if _asks(messages[at]) and question_id_of(messages[at]) is None]
+    own = [at for at in questions if mark is not None and message_id_of(messages[at]) == mark]
+    return max(own or questions, default=None)
+
+
+class Parts(NamedTuple):
+    """
+    What a model is shown: `system` first, then `history`, then `current`.
+
+    :param system: The system messages of this turn.
+    :param history: The window of the history.
+    :param current: All other messages of this turn that are not in the history.
+    """
+
+    system: list[ChatMessage]
+    history: list[ChatMessage]
+    current: list[ChatMessage]
+
+
+def parted(history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> Parts:
+    """
+    Tell what is shown from where: the messages of this turn go around the history, and what it has is not repeated.
+
+    Not repeated is a message with the id of one in the history, nor, since `current_messages` may be a transcript that
+    is longer than the window, one that has an id and stands before such a message. A system message is taken from
+    `current_messages` even if the history has it too. All messages are the objects passed in.
 
     :param history: The window, oldest first.
     :param current_messages: The messages of this turn.
     """
-    system, shown, rest = _around(history, current_messages)
-    return [*system, *shown, *rest]
+    system = [message for message in current_messages if message.role is ChatRole.SYSTEM]
+    others = [message for message in current_messages if message.role is not ChatRole.SYSTEM]
+    brought = {message_id_of(message) for message in system} - {None}
+    shown = [message for message in history if not brought or message_id_of(message) not in brought]
+    ends = {message_id_of(message): end for end, message in enumerate(others, 1)}
+    ends.pop(None, None)
+    known = max((ends.get(message_id_of(message), 0) for message in shown), default=0) if ends else 0
+    without_id = [message for message in others[:known] if message_id_of(message) is None]
+    return Parts(system, shown, without_id + others[known:])
 
 
 def valid_for_model(history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage] = ()) -> list[ChatMessage]:
@@ -194,42 +242,28 @@ def valid_for_model(history: Sequence[ChatMessage], current_messages: Sequence[C
     Put the messages of this turn around a window of history, and leave out what model providers reject.
 
     That is: tool calls without a result, and results that answer no call, paired within one exchange (of a message with
-    text and several calls only the unanswered calls go); messages that say nothing, such as blank texts; and, of the
-    history, assistant and tool messages before its first user message, for the user has to speak first. All other
-    messages are returned as they are. Results in `current_messages` count as answers to calls in the history.
+    text and several calls only the unanswered calls go, with what the provider wants only together with them); messages
+    that say nothing, such as blank texts; and, of the history, assistant and tool messages before its first user
+    message, for the user has to speak first. All other messages are returned as they are. Results in `current_messages`
+    count as answers to calls in the history.
 
     :param history: A window of a conversation, oldest first. Neither the list nor its messages are changed.
-    :param current_messages: The messages of this turn, to go around it as `with_current_messages` says.
+    :param current_messages: The messages of this turn, to go around it as `parted` says.
     """
-    system, shown, rest = _around(history, current_messages)
-    messages = [*system, *_from_first_user(shown), *rest]
-    valid: list[ChatMessage | None] = []
+    system, shown, current = parted(history, current_messages)
+    messages = [*system, *_from_first_user(shown), *current]
+    valid: list[ChatMessage] = []
     index = 0
     while index < len(messages):
         answers = answers_of(messages, index)
-        pairs = pairs_of(messages[index], answers) if answers else []
-        valid.append(with_tool_parts(messages[index], {call for call, _, _ in pairs}))
-        for position, answer in enumerate(answers):
-            valid.append(with_tool_parts(answer, {result for _, where, result in pairs if where == position}))
+        paired_calls: set[int] = set()
+        paired_results: list[set[int]] = [set() for _ in answers]
+        for call, position, result in pairs_of(messages[index], answers):
+            paired_calls.add(call)
+            paired_results[position].add(result)
+        valid += map(without_rejected_parts, [messages[index], *answers], [paired_calls, *paired_results])
         index += 1 + len(answers)
-    return [message for message in valid if message is not None]
-
-
-def _around(
-    history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]
-) -> tuple[list[ChatMessage], list[ChatMessage], list[ChatMessage]]:
-    """
-    Return what `with_current_messages` puts together: what comes before the history, the history, what comes after it.
-    """
-    system = [message for message in current_messages if message.role is ChatRole.SYSTEM]
-    others = [message for message in current_messages if message.role is not ChatRole.SYSTEM]
-    brought = {_id_in(message, MESSAGE_ID_KEY) for message in system} - {None}
-    shown = [message for message in history if not brought or _id_in(message, MESSAGE_ID_KEY) not in brought]
-    ends = {_id_in(message, MESSAGE_ID_KEY): end for end, message in enumerate(others, 1)}
-    ends.pop(None, None)
-    known = max((ends.get(_id_in(message, MESSAGE_ID_KEY), 0) for message in shown), default=0) if ends else 0
-    without_id = [message for message in others[:known] if _id_in(message, MESSAGE_ID_KEY) is None]
-    return system, shown, without_id + others[known:]
+    return [message for message in valid if says_something(message)]
 
 
 def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
@@ -237,14 +271,30 @@ def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
     Leave out the assistant and tool messages that come before the first user message that says something.
     """
     for index, message in enumerate(history):
-        if message.role is ChatRole.USER and with_tool_parts(message, ()):
+        if _asks(message):
             return [*(message for message in history[:index] if message.role is ChatRole.SYSTEM), *history[index:]]
     return [message for message in history if message.role is ChatRole.SYSTEM]
 
 
+def _asks(message: ChatMessage) -> bool:
+    return message.role is ChatRole.USER and says_something(without_rejected_parts(message, ()))
+
+
+def message_id_of(message: ChatMessage) -> str | int | None:
+    """
+    Return a message's own id, `None` if it has none or one that cannot be one.
+    """
+    return _id_in(message, MESSAGE_ID_KEY)
+
+
+def question_id_of(message: ChatMessage) -> str | int | None:
+    """
+    Return the id of the question that a message was produced for, `None` if it has no such mark.
+    """
+    return _id_in(message, QUESTION_ID_KEY)
+
+
 def _id_in(message: ChatMessage, key: str) -> str | int | None:
-    """
-    Return an id in the meta of a message that nobody has validated, `None` if it is none.
-    """
+    # Nobody has validated these: the message may be the caller's, or come from anybody's store.
     value = message.meta.get(key)
     return value if value and isinstance(value, (str, int)) else None

@@ -5,7 +5,8 @@ Reading as much of a history as a model is to be shown.
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 from haystack.dataclasses import ChatMessage, ChatRole
@@ -14,8 +15,9 @@ from haystack.token_counters.types import TokenCounter
 
 from haystack_chat_store import any_store
 from haystack_chat_store.rounds import (
-    LastKUnit,
     in_question_order,
+    question_groups,
+    question_of,
     round_starts,
     valid_for_model,
     validate_last_k,
@@ -27,8 +29,8 @@ from haystack_chat_store.types import ChatMessageStore
 _FIRST_PAGE = 8
 _PAGE_GROWTH = 4
 
-# Yields the `last_k` of each read that it wants, and is sent what was read; last, yields the window.
-_Reads: TypeAlias = Generator[int | list[ChatMessage] | None, list[ChatMessage], None]
+# Yields the `last_k` of each read that it wants, is sent what was read, and returns the window.
+_Reads: TypeAlias = Generator[int | None, list[ChatMessage], list[ChatMessage]]
 
 
 class WindowReader:
@@ -52,7 +54,8 @@ class WindowReader:
 
         :param last_k: How many rounds to read when a read does not say. Defaults to 10. `None` for as many as fit
             `max_tokens` or, without `max_tokens`, for the store's own `last_k`. (If the store has
-            `last_k_unit="message"`, these are messages.)
+            `last_k_unit="message"`, these are messages, and as many before them as belong to the round in which they
+            begin.)
         :param max_tokens: How many tokens all that the model is shown may have, the messages of this turn included.
             Defaults to `None`: any number. Of a history with more, the newest whole rounds that fit are read; if not
             even the newest round fits, its question and the newest of its steps (a step is an assistant message and
@@ -70,23 +73,14 @@ class WindowReader:
             raise ValueError(f"max_tokens must be an integer or None, got {type(max_tokens).__name__}.")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or greater, got {max_tokens}.")
-        if token_counter is not None and not callable(getattr(token_counter, "count", None)):
+        # Texts, lists and classes have a `count` too, of something else.
+        is_counter = callable(getattr(token_counter, "count", None)) and not isinstance(token_counter, (type, Sequence))
+        if token_counter is not None and not is_counter:
             raise ValueError(f"token_counter must be a TokenCounter or None, got {type(token_counter).__name__}.")
         self.last_k = last_k
         self.max_tokens = max_tokens
         self.token_counter = token_counter or (None if max_tokens is None else ApproximateTokenCounter())
         self.window_step = window_step
-
-    def settings(self) -> dict[str, Any]:
-        """
-        Return what the constructor takes, for the serialization of whatever reads windows.
-        """
-        return {
-            "last_k": self.last_k,
-            "max_tokens": self.max_tokens,
-            "token_counter": self.token_counter,
-            "window_step": self.window_step,
-        }
 
     def warm_up(self) -> None:
         """
@@ -114,11 +108,12 @@ class WindowReader:
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the store fails.
         """
-        reads = self._reads(current_messages, last_k, any_store.last_k_unit(store))
-        wanted = next(reads)
-        while not isinstance(wanted, list):
-            wanted = reads.send(any_store.retrieve(store, chat_history_id, wanted, self.window_step))
-        return wanted
+        reads = self._reads(store, current_messages, last_k)
+        wanted, window = _advanced(reads)
+        while window is None:
+            page = any_store.retrieve(store, chat_history_id, wanted, self.window_step)
+            wanted, window = _advanced(reads, page)
+        return window
 
     async def read_async(
         self,
@@ -130,38 +125,36 @@ class WindowReader:
         """
         Do what `read` does, without blocking the event loop: neither for the store nor for the token counter.
         """
-        reads = self._reads(current_messages, last_k, any_store.last_k_unit(store))
-        wanted = next(reads)
-        while not isinstance(wanted, list):
+        reads = self._reads(store, current_messages, last_k)
+        wanted, window = _advanced(reads)
+        while window is None:
             page = await any_store.retrieve_async(store, chat_history_id, wanted, self.window_step)
             # A counter may take its time, or ask a server.
             is_counted = self.max_tokens is not None
-            wanted = await asyncio.to_thread(reads.send, page) if is_counted else reads.send(page)
-        return wanted
+            wanted, window = await asyncio.to_thread(_advanced, reads, page) if is_counted else _advanced(reads, page)
+        return window
 
-    def _reads(self, current_messages: Sequence[ChatMessage], last_k: int | None, unit: LastKUnit) -> _Reads:
+    def _reads(self, store: ChatMessageStore, current_messages: Sequence[ChatMessage], last_k: int | None) -> _Reads:
         validate_last_k(last_k)
         last_k = self.last_k if last_k is None else last_k
         if last_k == 0:
-            yield []  # Not left to the store: to anybody's slice of the last 0 messages, 0 may mean all.
-        elif last_k is not None or self.max_tokens is None:
-            yield self._fitting(in_question_order((yield last_k)), current_messages)
-        else:
-            count = _FIRST_PAGE
-            while True:
-                page = yield count
-                history = in_question_order(page)
-                fitting = self._fitting(history, current_messages)
-                is_all = (len(round_starts(page)) if unit == "round" else len(page)) < count
-                if is_all or len(fitting) < len(history):
-                    break
-                count *= _PAGE_GROWTH
-            yield fitting
+            return []  # Not left to the store: to anybody's slice of the last 0 messages, 0 may mean all.
+        if last_k is not None or self.max_tokens is None:
+            page = yield from _whole_turns(store, last_k)
+            return self._fitting(page, current_messages)
+        count = _FIRST_PAGE
+        while True:
+            page = yield from _whole_turns(store, count)
+            fitting = self._fitting(page, current_messages)
+            if len(fitting) < len(in_question_order(page)) or _size(page, store) < count:
+                return fitting
+            count *= _PAGE_GROWTH
 
-    def _fitting(self, history: list[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    def _fitting(self, page: list[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """
-        Return the newest part of the history that fits, beginning at a round if it can be.
+        Return the newest part of a page that fits, in question order.
         """
+        history = in_question_order(page)
         counter, max_tokens = self.token_counter, self.max_tokens
         if counter is None or max_tokens is None:
             return history
@@ -169,21 +162,67 @@ class WindowReader:
         def fits(part: list[ChatMessage]) -> bool:
             return counter.count(valid_for_model(part, current_messages)) <= max_tokens
 
+        def longest(starts: Sequence[int], part_from: Callable[[int], list[ChatMessage]]) -> list[ChatMessage] | None:
+            # Each part is shorter than the one before, so bisection finds the first that fits.
+            found = bisect_left(starts, True, key=lambda start: fits(part_from(start)))
+            return part_from(starts[found]) if found < len(starts) else None
+
         if fits(history):
             return history
-        starts = round_starts(history)
-        aligned = starts[:: self.window_step]
-        # Parts of the history, as where their first message stands and where the others begin: each shorter than the
-        # one before, so that the first that fits is found by bisection.
-        parts = [(start, start + 1) for start in aligned if start > 0]
-        parts += [(start, start + 1) for start in starts if start > aligned[-1]]
-        if starts:
-            question, end = starts[-1], len(history)
-            steps = (index for index in range(question, end) if history[index].role == ChatRole.ASSISTANT)
-            parts += [(question, index) for index in (*steps, end)]
+        _, *rounds = question_groups(page)
+        if not rounds:
+            return []
 
-        def messages_of(part: tuple[int, int]) -> list[ChatMessage]:
-            return [history[part[0]], *history[part[1] :]]
+        def rounds_from(start: int) -> list[ChatMessage]:
+            return list(chain.from_iterable(rounds[start:]))
 
-        found = bisect_left(parts, True, key=lambda part: fits(messages_of(part)))
-        return messages_of(parts[found]) if found < len(parts) else []
+        def newest_steps_from(start: int) -> list[ChatMessage]:
+            return [question, *rest[start:]]
+
+        aligned = range(0, len(rounds), self.window_step)
+        after_aligned = range(aligned[-1] + 1, len(rounds))
+        question, *rest = rounds[-1]
+        steps = [index for index, message in enumerate(rest) if message.role is not ChatRole.TOOL]
+        return (
+            longest(aligned, rounds_from)
+            or longest(after_aligned, rounds_from)
+            or longest([*steps, len(rest)], newest_steps_from)
+            or []
+        )
+
+
+def _advanced(reads: _Reads, page: list[ChatMessage] | None = None) -> tuple[int | None, list[ChatMessage] | None]:
+    """
+    Hand over what was read, and return the `last_k` of the next read or, when there is none, the window.
+    """
+    try:
+        return (next(reads) if page is None else reads.send(page)), None
+    except StopIteration as done:
+        return None, done.value
+
+
+def _whole_turns(store: ChatMessageStore, last_k: int | None) -> _Reads:
+    """
+    Read a window, and if it begins in the middle of a turn, more pages, back to the turn's question.
+
+    A store that counts messages begins a window anywhere, and one that counts rounds also at a user message that a hook
+    added to a turn.
+    """
+    window = page = yield last_k
+    limit = any_store.own_last_k(store) if last_k is None else last_k
+    if not window or limit is None or _size(window, store) < limit:
+        return window
+    more = _FIRST_PAGE
+    while (question := question_of(page, len(page) - len(window))) is None:
+        longer = yield _size(window, store) + more
+        if len(longer) <= len(page):
+            return window  # It is all there is.
+        page, more = longer, more * _PAGE_GROWTH
+    return page[question:]
+
+
+def _size(messages: Sequence[ChatMessage], store: ChatMessageStore) -> int:
+    """
+    Return how many rounds or messages these are, as the store counts them.
+    """
+    return len(round_starts(messages)) if any_store.last_k_unit(store) == "round" else len(messages)

@@ -37,6 +37,18 @@ def problems(messages: list[ChatMessage]) -> list[str]:
     return found
 
 
+def problems_when_asked(messages: list[ChatMessage]) -> list[str]:
+    """
+    Return why a strict provider would refuse to answer the conversation, which has to be the model's turn, too.
+    """
+    found = problems(messages)
+    if not any(message.role == ChatRole.USER for message in messages):
+        found.append("no user has said anything")
+    if messages and messages[-1].role == ChatRole.ASSISTANT:
+        found.append("the conversation ends with the model's own words")
+    return found
+
+
 def _own_problems(message: ChatMessage) -> Iterator[str]:
     if any(isinstance(part, TextContent) and not part.text.strip() for part in message._content):
         yield "has a blank text"
@@ -61,12 +73,12 @@ def call_key(call: ToolCall) -> str:
 @component
 class StrictChatGenerator:
     """
-    Answers with all that the user has said so far, and raises if a strict provider would refuse the conversation.
+    Answers with all that the user has said so far, and raises if a strict provider would refuse to answer.
     """
 
     @component.output_types(replies=list[ChatMessage])
     def run(self, messages: list[ChatMessage]) -> dict[str, list[ChatMessage]]:
-        found = problems(messages)
+        found = problems_when_asked(messages)
         if found:
             raise ValueError(f"The model refuses the conversation: {'; '.join(found)}.")
         said = [message.text for message in messages if message.role == ChatRole.USER and message.text]

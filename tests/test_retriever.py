@@ -203,6 +203,32 @@ class TestLastK:
             run(ChatMessageRetriever(store), "h", last_k=last_k)
 
 
+@pytest.mark.parametrize("last_k", [1, 2, 3, 4])
+def test_of_a_store_that_counts_messages_a_long_turn_is_shown_from_its_question(run, last_k):
+    store = InMemoryChatMessageStore(last_k_unit="message", namespace=uuid.uuid4().hex)
+    turn = [USER("q1"), *[ASSISTANT(f"step {number}") for number in range(30)], ASSISTANT("a1")]
+    store.write_messages("h", [USER("q0"), ASSISTANT("a0"), *turn])
+    messages = run(ChatMessageRetriever(store, last_k=last_k), "h", current_messages=[USER("q2")])
+    assert texts(messages) == [*texts(turn), "q2"]
+
+
+def test_settings_are_attributes_that_may_be_changed(run, store, rounds):
+    retriever = ChatMessageRetriever(store, last_k=3)
+    assert (retriever.last_k, retriever.max_tokens, retriever.token_counter, retriever.window_step) == (
+        3,
+        None,
+        None,
+        1,
+    )
+    retriever.last_k = 1
+    assert texts(run(retriever, "h")) == ["q3", "a3"]
+    retriever.last_k, retriever.window_step = 2, 4
+    assert len(run(retriever, "h")) == 8
+    retriever.max_tokens, retriever.token_counter = 3, CharacterCounter()
+    assert texts(run(retriever, "h")) == ["q3"]
+    assert retriever.to_dict()["init_parameters"]["max_tokens"] == 3
+
+
 class TestValidForTheModel:
     def test_calls_without_results_and_results_without_calls_stay_in_the_store(self, run, store):
         other = ChatMessage.from_tool("done", ToolCall("time", {}, id="call_2"))
@@ -399,7 +425,7 @@ class TestSerialization:
             }
             loaded = ChatMessageRetriever.from_dict(data)
             assert type(loaded.chat_message_store) is type(store)
-            assert type(loaded.window_reader.token_counter) is ApproximateTokenCounter
+            assert type(loaded.token_counter) is ApproximateTokenCounter
             assert loaded.to_dict() == data
         assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,7 @@ import pytest
 from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strict_model import StrictChatGenerator, call_key, problems
+from strict_model import StrictChatGenerator, call_key, problems, problems_when_asked
 
 from haystack_chat_store.rounds import (
     MESSAGE_ID_KEY,
@@ -21,10 +21,12 @@ from haystack_chat_store.rounds import (
     in_question_order,
     last_messages,
     last_rounds,
+    parted,
+    question_groups,
+    question_of,
     valid_for_model,
     validate_last_k,
     validate_window_step,
-    with_current_messages,
 )
 
 SYSTEM = ChatMessage.from_system("Be brief.")
@@ -117,37 +119,38 @@ class TestLastMessages:
         assert last_messages([], 3) == []
 
 
-class TestWithCurrentMessages:
+class TestParted:
     def test_system_messages_come_first_then_the_history_then_the_rest(self):
         current = [QUESTION, SYSTEM, ANSWER]
         history = [SYSTEM, GREETING]
-        assert same_objects(with_current_messages(history, current), [SYSTEM, SYSTEM, GREETING, QUESTION, ANSWER])
+        parts = parted(history, current)
+        assert parts == ([SYSTEM], history, [QUESTION, ANSWER])
+        assert same_objects(parts.history + parts.current, [*history, QUESTION, ANSWER])
 
     def test_what_the_history_has_is_not_repeated_after_it(self):
         history = [with_id(QUESTION, "1"), with_id(ANSWER, "2")]
-        assert same_objects(with_current_messages(history, [with_id(QUESTION, "1")]), history)
-        assert with_current_messages(history, [*history, QUESTION]) == [*history, QUESTION]
+        assert parted(history, [with_id(QUESTION, "1")]) == ([], history, [])
+        assert parted(history, [*history, QUESTION]) == ([], history, [QUESTION])
 
     def test_of_a_transcript_that_is_longer_than_the_history_only_what_is_new_comes(self):
         transcript = [with_id(QUESTION, str(number)) for number in range(6)]
         new = [*transcript[5:], ANSWER]
-        assert with_current_messages(transcript[2:5], [*transcript, ANSWER]) == [*transcript[2:5], *new]
+        assert parted(transcript[2:5], [*transcript, ANSWER]) == ([], transcript[2:5], new)
 
     def test_messages_without_an_id_are_new_wherever_they_stand(self):
         history = [with_id(QUESTION, "1"), with_id(ANSWER, "2")]
-        assert with_current_messages(history, [GREETING, *history]) == [*history, GREETING]
+        assert parted(history, [GREETING, *history]).current == [GREETING]
 
     def test_a_system_message_comes_first_even_if_the_history_has_it(self):
         history = [with_id(QUESTION, "1"), with_id(SYSTEM, "2"), with_id(ANSWER, "3")]
-        merged = with_current_messages(history, [with_id(SYSTEM, "2")])
-        assert merged == [history[1], history[0], history[2]]
+        assert parted(history, [with_id(SYSTEM, "2")]) == ([history[1]], [history[0], history[2]], [])
 
     @pytest.mark.parametrize("no_id", [None, ""])
     def test_messages_without_an_id_are_all_different(self, no_id):
-        assert len(with_current_messages([with_id(QUESTION, no_id)], [with_id(QUESTION, no_id)])) == 2
+        assert len(parted([with_id(QUESTION, no_id)], [with_id(QUESTION, no_id)]).current) == 1
 
     def test_an_id_that_could_be_none_of_ours_does_no_harm(self):
-        assert len(with_current_messages([with_id(QUESTION, "1")], [with_id(ANSWER, ["1"])])) == 2
+        assert len(parted([with_id(QUESTION, "1")], [with_id(ANSWER, ["1"])]).current) == 1
 
 
 class TestValidForModel:
@@ -225,6 +228,21 @@ class TestValidForModel:
         expected = ChatMessage.from_assistant("Let me look.", {"model": "x"}, "bot")
         assert valid_for_model([QUESTION, message]) == [QUESTION, expected]
 
+    def test_what_a_provider_needs_only_with_a_call_goes_with_it(self):
+        meta = {"thought_signatures": [{"part_index": 1, "signature": "x"}], "model": "x"}
+        message = ChatMessage.from_assistant("Let me look.", meta, None, [ROME, OSLO], reasoning="Hm.")
+        without_calls = ChatMessage.from_assistant("Let me look.", {"model": "x"})
+        with_one = ChatMessage.from_assistant("Let me look.", {"model": "x"}, None, [OSLO], reasoning="Hm.")
+        assert valid_for_model([QUESTION, message]) == [QUESTION, without_calls]
+        assert valid_for_model([QUESTION, message, result_of(OSLO)]) == [QUESTION, with_one, result_of(OSLO)]
+        assert "thought_signatures" in message.meta
+
+    def test_and_stays_where_no_call_has_to_go(self):
+        meta = {"thought_signatures": [{"part_index": 0, "signature": "x"}]}
+        parts = [ReasoningContent("Hm."), TextContent("Let me look."), TextContent(" ")]
+        valid = valid_for_model([QUESTION, ChatMessage(ChatRole.ASSISTANT, parts, _meta=meta)])
+        assert valid == [QUESTION, ChatMessage(ChatRole.ASSISTANT, parts[:2], _meta=meta)]
+
     def test_keeps_calls_and_other_parts_in_their_order(self):
         parts = [ReasoningContent("Hm."), OSLO, TextContent("Let me look."), ROME]
         expected = [ReasoningContent("Hm."), OSLO, TextContent("Let me look.")]
@@ -300,6 +318,14 @@ class TestStrictModel:
         assert problems([SYSTEM, QUESTION, ANSWER]) == []
         assert problems([SYSTEM, first, QUESTION, ANSWER]) != []
 
+    @pytest.mark.parametrize("conversation", [[], [SYSTEM], [QUESTION, ANSWER], [QUESTION, GREETING]])
+    def test_refuses_to_answer_where_it_is_not_asked(self, conversation):
+        assert problems(conversation) == []
+        assert problems_when_asked(conversation) != []
+        assert problems_when_asked([*conversation, QUESTION]) == []
+        with pytest.raises(ValueError, match="refuses the conversation"):
+            StrictChatGenerator().run(conversation)
+
 
 def of_run(question, *numbers):
     """
@@ -345,7 +371,12 @@ class TestInQuestionOrder:
         history = [self.ONE, self.TWO, *of_run("Q2", "a2"), hint, *of_run("Q1", "a1")]
         assert said(in_question_order(history)) == "Q1 hint a1 Q2 a2"
 
-    def test_or_stands_for_it_where_it_is_before_the_window(self):
+    def test_and_does_not_begin_a_group_of_its_own(self):
+        hint = ChatMessage.from_user("hint", meta={QUESTION_ID_KEY: "Q1"})
+        history = [GREETING, self.ONE, *of_run("Q1", "c1"), hint, *of_run("Q1", "a1"), self.TWO]
+        assert [said(group) for group in question_groups(history)] == [GREETING.text, "Q1 c1 hint a1", "Q2"]
+
+    def test_or_stands_for_it_where_there_is_no_question(self):
         hint = ChatMessage.from_user("hint", meta={QUESTION_ID_KEY: "Q1"})
         history = [hint, self.TWO, *of_run("Q1", "a1"), *of_run("Q2", "a2")]
         assert said(in_question_order(history)) == "hint a1 Q2 a2"
@@ -358,6 +389,36 @@ class TestInQuestionOrder:
     def test_a_mark_that_is_no_id_is_none(self, mark):
         (answer,) = of_run(mark, "a1")
         assert said(in_question_order([self.ONE, self.TWO, answer])) == "Q1 Q2 a1"
+
+
+class TestQuestionOf:
+    ONE, TWO = (ChatMessage.from_user(number, meta={MESSAGE_ID_KEY: number}) for number in ("Q1", "Q2"))
+    HINT = ChatMessage.from_user("hint", meta={QUESTION_ID_KEY: "Q1", MESSAGE_ID_KEY: "Q3"})
+    HISTORY = (GREETING, ONE, ANSWER, TWO, *of_run("Q1", "c1"), HINT, ANSWER, *of_run("Q3", "a3"), QUESTION)
+
+    @pytest.mark.parametrize(
+        ("index", "question"),
+        [(0, None), (1, 1), (2, 1), (3, 3), (4, 1), (5, 1), (6, 3), (7, 3), (8, 8)],
+        ids=[
+            "greeting",
+            "question",
+            "answer",
+            "next",
+            "marked",
+            "marked user",
+            "unmarked",
+            "unknown mark",
+            "without id",
+        ],
+    )
+    def test_goes_by_the_mark_or_by_the_place(self, index, question):
+        assert question_of(self.HISTORY, index) == question
+
+    def test_a_user_who_says_nothing_asks_nothing(self):
+        assert question_of([self.ONE, ChatMessage.from_user(" "), ANSWER], 2) == 0
+
+    def test_of_a_message_before_all_questions_is_none(self):
+        assert question_of([*of_run("Q1", "a1"), self.ONE], 0) is None
 
 
 # ---------------------------------------------------------------------- properties
@@ -581,7 +642,8 @@ def test_in_question_order_runs_at_the_same_time_look_like_runs_in_turn(events):
 @given(marked_histories(), marked_histories())
 def test_whatever_comes_with_the_history_is_valid_and_no_new_message_is_lost(history, current):
     current = [QUESTION, *current]
-    merged = with_current_messages(history, current)
+    system, shown, new = parted(history, current)
+    merged = [*system, *shown, *new]
     assert problems(valid_for_model(history, current)) == []
     kept = {*map(id, merged)}
     assert {id(message) for message in current if MESSAGE_ID_KEY not in message.meta} <= kept

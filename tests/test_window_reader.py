@@ -85,10 +85,6 @@ class TestSettings:
         assert type(WindowReader(max_tokens=1).token_counter) is ApproximateTokenCounter
         assert WindowReader().token_counter is None
 
-    def test_those_it_was_made_with_make_an_equal_one(self):
-        settings = {"last_k": 3, "max_tokens": 10, "token_counter": MessageCounter(), "window_step": 2}
-        assert WindowReader(**settings).settings() == settings
-
     @pytest.mark.parametrize(
         "setting",
         [
@@ -98,6 +94,9 @@ class TestSettings:
             {"max_tokens": True},
             {"max_tokens": 1.5},
             {"token_counter": 4},
+            {"token_counter": "words"},
+            {"token_counter": []},
+            {"token_counter": ApproximateTokenCounter},
             {"window_step": 0},
             {"window_step": None},
         ],
@@ -138,6 +137,88 @@ class TestRounds:
     def test_what_a_model_would_reject_is_still_there(self, read):
         assert positions(read(WindowReader(), store_with("a uc"), "h")) == [0, 1, 2]
         assert positions(read(WindowReader(max_tokens=1000), store_with("a uc"), "h")) == [0, 1, 2]
+
+
+def turn(number, *shape):
+    """
+    A question and what its run produced: `h` is a user message of a hook, any other letter a reply.
+    """
+    marks = {QUESTION_ID_KEY: f"q{number}"}
+    produced = [USER("hint", meta=marks) if kind == "h" else ASSISTANT(f"{kind}{number}", meta=marks) for kind in shape]
+    return [USER(f"q{number}", meta={MESSAGE_ID_KEY: f"q{number}"}), *produced]
+
+
+def said(messages):
+    return " ".join(message.text for message in messages)
+
+
+class TestWholeTurns:
+    """
+    A window that would begin in the middle of a turn begins at its question.
+    """
+
+    @pytest.mark.parametrize(
+        ("last_k", "start", "asked"),
+        [(1, 4, [1, 9]), (2, 4, [2, 10]), (3, 4, [3]), (4, 2, [4, 12]), (5, 2, [5]), (7, 0, [7]), (None, 2, [None])],
+    )
+    def test_of_a_store_that_counts_messages(self, read, last_k, start, asked):
+        store = store_with("ua ua uaa", last_k_unit="message", last_k=5)
+        assert positions(read(WindowReader(last_k), store, "h")) == [*range(start, 7)]
+        assert [count for count, _ in store.asked] == asked
+
+    def test_is_looked_for_in_growing_pages(self, read):
+        store = store_with("ua u" + "a" * 100, last_k_unit="message")
+        assert positions(read(WindowReader(3), store, "h")) == [*range(2, 103)]
+        assert [count for count, _ in store.asked] == [3, 11, 35, 131]
+
+    @pytest.mark.parametrize(("roles", "last_k"), [("aaaa", 2), ("s a ua", 3), ("a" * 20 + "ua", 4)])
+    def test_where_there_is_no_question_the_window_stays_as_it_is(self, read, roles, last_k):
+        store = store_with(roles, last_k_unit="message")
+        end = len(conversation(roles))
+        assert positions(read(WindowReader(last_k), store, "h")) == [*range(end - last_k, end)]
+
+    def test_a_greeting_before_a_window_of_rounds_costs_no_second_read(self, read):
+        store = store_with("a ua ua")
+        assert positions(read(WindowReader(5), store, "h")) == [0, 1, 2, 3, 4]
+        assert store.asked == [(5, 1)]
+
+    @pytest.mark.parametrize(
+        ("last_k", "shown", "asked"),
+        [
+            (1, "q1 c1 hint a1", [1, 9]),
+            (2, "q1 c1 hint a1", [2]),
+            (3, "q0 hint hint a0 q1 c1 hint a1", [3, 11]),
+            (5, "q0 hint hint a0 q1 c1 hint a1", [5]),
+        ],
+    )
+    def test_a_user_message_of_a_hook_begins_no_window(self, read, last_k, shown, asked):
+        store = RecordingStore()
+        store.write_messages("h", [*turn(0, "h", "h", "a"), *turn(1, "c", "h", "a")])
+        assert said(read(WindowReader(last_k), store, "h")) == shown
+        assert [count for count, _ in store.asked] == asked
+
+    def test_of_a_run_among_others_the_question_is_its_own(self, read):
+        store = RecordingStore()
+        (q0, c0, hint, a0), (q1, a1) = turn(0, "c", "h", "a"), turn(1, "a")
+        store.write_messages("h", [q0, q1, c0, hint, a1, a0])
+        assert said(read(WindowReader(1), store, "h")) == "q0 c0 hint a0 q1 a1"
+
+    @pytest.mark.parametrize("last_k", [None, 1, 4, 10])
+    def test_a_budget_takes_rounds_from_their_question_on(self, read, last_k):
+        store = RecordingStore()
+        store.write_messages("h", [*turn(0, "h", "a"), *turn(1, "c", "h", "d", "h", "a")])
+        for messages, shown in [(6, "q1 c1 hint d1 hint a1"), (5, "q1 hint d1 hint a1"), (3, "q1 hint a1"), (1, "q1")]:
+            assert said(read(budget(messages, last_k), store, "h")) == shown
+
+    def test_pages_of_a_budget_too(self, read):
+        store = RecordingStore()
+        store.write_messages("h", [*turn(0, *"ha" * 20), *turn(1, "a")])
+        found = read(budget(10), store, "h")
+        assert said(found) == "q1 a1"
+        found = read(budget(43), store, "h")
+        assert len(found) == 43
+        store.write_messages("h", turn(2, *"ha" * 20))
+        assert said(read(budget(5), store, "h")) == "q2 hint a2 hint a2"
 
 
 class TestBudget:
@@ -296,11 +377,11 @@ class TestWindowStep:
 # ---------------------------------------------------------------------- properties
 
 
-def stored(history):
+def stored(history, unit="round"):
     """
     Return a store with the history, and the history as it has it.
     """
-    store = InMemoryChatMessageStore(False, last_k=None, namespace="window reader")
+    store = InMemoryChatMessageStore(False, last_k=None, last_k_unit=unit, namespace="window reader")
     store.delete_all_messages()
     store.write_messages("h", history)
     return store, store.retrieve_messages("h")
@@ -334,12 +415,31 @@ def test_whatever_is_read_is_the_newest_of_the_history_in_question_order(history
         assert len(valid_for_model(ordered[longer[-1] :])) > max_tokens
 
 
+def is_question(message):
+    return message.role == ChatRole.USER and bool(message.text.strip()) and not message.meta.get(QUESTION_ID_KEY)
+
+
 @untimed
-@given(marked_histories(), st.none() | st.integers(1, 6), st.integers(1, 4))
-def test_without_a_budget_it_is_the_stores_window_in_question_order(history, last_k, window_step):
-    store, _ = stored(history)
-    expected = in_question_order(store.retrieve_messages("h", last_k, window_step=window_step))
-    assert WindowReader(last_k, window_step=window_step).read(store, "h") == expected
+@given(marked_histories(), st.none() | st.integers(1, 6), st.integers(1, 4), st.sampled_from(["round", "message"]))
+def test_without_a_budget_it_is_the_stores_window_from_a_question_on(history, last_k, window_step, unit):
+    store, whole = stored(history, unit)
+    start = len(whole) - len(store.retrieve_messages("h", last_k, window_step=window_step))
+    read = WindowReader(last_k, window_step=window_step).read(store, "h")
+    asked = [index for index in range(start) if is_question(whole[index])]
+    possible = [start] if start in (0, len(whole)) or is_question(whole[start]) else asked or [start]
+    assert read in [in_question_order(whole[index:]) for index in possible]
+
+
+@untimed
+@given(marked_histories(), st.integers(1, 30), st.integers(1, 4))
+def test_of_a_store_that_counts_messages_no_exchange_in_the_window_is_lost(history, last_k, window_step):
+    history = [replace(message, _meta={}) for message in history]
+    store, whole = stored([USER("q"), *history], "message")
+    window = store.retrieve_messages("h", last_k, window_step=window_step)
+    shown = valid_for_model(WindowReader(last_k, window_step=window_step).read(store, "h"))
+    assert {m.meta[MESSAGE_ID_KEY] for m in valid_for_model([whole[0], *window])} <= {
+        *(m.meta[MESSAGE_ID_KEY] for m in [whole[0], *shown])
+    }
 
 
 @untimed

@@ -63,7 +63,8 @@ class ChatMessageRetriever:
         :param last_k: How many rounds of the history to retrieve when a run does not say. Defaults to 10, whatever the
             store's own `last_k` is. `None` for as many as fit `max_tokens` or, without `max_tokens`, for the store's
             own, where `None` means all. A round is a user message and everything up to the next one. (If the store has
-            `last_k_unit="message"`, these are messages.)
+            `last_k_unit="message"`, these are messages, and as many before them as
+            belong to the round in which they begin.)
         :param max_tokens: How many tokens `messages` may have, those of this turn included. Only these can be more by
             themselves. Defaults to `None`: any number. Of a longer history come the newest whole rounds that fit; if
             not even the newest round fits, its question and the newest of its steps (a step is an assistant message
@@ -77,15 +78,24 @@ class ChatMessageRetriever:
         :raises ValueError: If a setting is not one of these, or `chat_message_store` does not follow the protocol.
         """
         self.chat_message_store = any_store.validated_store(chat_message_store)
-        self.window_reader = WindowReader(
-            last_k, max_tokens=max_tokens, token_counter=token_counter, window_step=window_step
-        )
+        self.last_k = last_k
+        self.max_tokens = max_tokens
+        self.token_counter = token_counter
+        self.window_step = window_step
+        self._window_reader()  # refuses settings that cannot be
 
     def to_dict(self) -> dict[str, Any]:
         """
         Serialize the component, its store and its token counter.
         """
-        return default_to_dict(self, chat_message_store=self.chat_message_store, **self.window_reader.settings())
+        return default_to_dict(
+            self,
+            chat_message_store=self.chat_message_store,
+            last_k=self.last_k,
+            max_tokens=self.max_tokens,
+            token_counter=self.token_counter,
+            window_step=self.window_step,
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ChatMessageRetriever":
@@ -119,7 +129,7 @@ class ChatMessageRetriever:
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
-        history = self.window_reader.read(self.chat_message_store, chat_history_id, current, last_k)
+        history = self._window_reader().read(self.chat_message_store, chat_history_id, current, last_k)
         return {"messages": valid_for_model(history, current)}
 
     @component.output_types(messages=list[ChatMessage])
@@ -141,14 +151,14 @@ class ChatMessageRetriever:
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
-        history = await self.window_reader.read_async(self.chat_message_store, chat_history_id, current, last_k)
+        history = await self._window_reader().read_async(self.chat_message_store, chat_history_id, current, last_k)
         return {"messages": valid_for_model(history, current)}
 
     def warm_up(self) -> None:
         """
         Warm up the token counter, if there is something to.
         """
-        self.window_reader.warm_up()
+        self._window_reader().warm_up()
 
     def close(self) -> None:
         """
@@ -161,3 +171,9 @@ class ChatMessageRetriever:
         Do what `close` does, without blocking the event loop.
         """
         await any_store.close_async(self.chat_message_store)
+
+    def _window_reader(self) -> WindowReader:
+        # Made anew for each run, for the settings are attributes that anybody may change.
+        return WindowReader(
+            self.last_k, max_tokens=self.max_tokens, token_counter=self.token_counter, window_step=self.window_step
+        )
