@@ -10,8 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 from haystack import component
-from haystack.components.agents import Agent
+from haystack.components.agents import Agent, State
 from haystack.dataclasses import ChatMessage, ChatRole, ToolCall
+from haystack.hooks import hook
 from haystack.hooks.protocol import VALID_HOOK_POINTS
 from haystack.tools import Tool
 from haystack.utils import Secret
@@ -169,13 +170,30 @@ def watch(store, moments):
 # ---------------------------------------------------------------------- models and tools
 
 
+def planned_turn(messages):
+    asked = max(i for i, m in enumerate(messages) if m.role is ChatRole.USER and (m.text or "").startswith("plan"))
+    return messages[asked:]
+
+
+@hook
+def check(state: State) -> None:
+    """
+    Keep the agent running once, if its question wants that.
+    """
+    question, *others = planned_turn(state.data["messages"])
+    if "check" in question.text and not any(message.text == "Are you sure?" for message in others):
+        state.set("messages", [ChatMessage.from_user("Are you sure?")])
+        state.set("continue_run", True)
+
+
 @component
 class PlannedModel:
     """
     A strict model whose answers follow from the conversation alone, so that a turn goes the same way after a crash.
 
     The question is a plan: "plan 2 1" asks for a step with two calls at once, a step with one, and the answer, which
-    repeats all results of this turn. The model sees that a question is one by its first word.
+    repeats all results of this turn. The model sees that a question is one by its first word. "plan 2 1 check" is not
+    content with the first answer.
     """
 
     def __init__(self, moments=None, has_call_ids=True):
@@ -188,10 +206,10 @@ class PlannedModel:
         found = problems(messages)
         if found:
             raise ValueError(f"The model refuses the conversation: {'; '.join(found)}.")
-        asked = max(i for i, m in enumerate(messages) if m.role is ChatRole.USER and (m.text or "").startswith("plan"))
-        plan = [int(number) for number in messages[asked].text.split()[1:]]
-        results = [result.result for message in messages[asked:] for result in message.tool_call_results]
-        step = sum(bool(message.tool_calls) for message in messages[asked:])
+        turn = planned_turn(messages)
+        plan = [int(number) for number in turn[0].text.split() if number.isdecimal()]
+        results = [result.result for message in turn for result in message.tool_call_results]
+        step = sum(bool(message.tool_calls) for message in turn)
         if step < len(plan):
             calls = [
                 ToolCall(
@@ -273,7 +291,7 @@ def planned_agent(store, moments=None, has_call_ids=True):
     return Agent(
         chat_generator=PlannedModel(moments, has_call_ids),
         tools=tools_with(moments),
-        hooks=with_moments(chat_history_hooks(watch(store, moments), last_k=3), moments),
+        hooks=with_moments(chat_history_hooks(watch(store, moments), last_k=3, hooks={"on_exit": [check]}), moments),
     )
 
 

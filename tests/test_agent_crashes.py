@@ -105,10 +105,11 @@ def killed_everywhere(store, report, way, plan, number_of_moments):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_process_killed_at_any_moment_loses_and_doubles_nothing(new_store, way):
-    plan, moments, undisturbed = "plan 2 3", Moments(), new_store()
+    plan, moments, undisturbed = "plan 2 3 check", Moments(), new_store()
     result = WAYS[way](planned_agent(copy_of(undisturbed), moments), [ChatMessage.from_user(plan)])
     expected = transcript(undisturbed.retrieve_messages("h"))
-    assert len(expected) == 9  # the question, a call and two results, a call and three results, the answer
+    # The question, a call and two results, a call and three results, the answer, what a hook said to it, the answer.
+    assert len(expected) == 11
 
     store = new_store()
     number = len(moments.names)
@@ -138,7 +139,7 @@ def crash():
     raise Crash
 
 
-PLANS = [[], [2], [1, 2], [3, 1], [1, 1, 1]]
+PLANS = [[], [2], [1, 2], [3, 1], [1, 1, 1], [1, "check"]]
 
 
 def fifty_turns(seed):
@@ -158,7 +159,7 @@ def chat_that_crashes(store, turns, seed):
         question = ChatMessage.from_user(turn, meta={MESSAGE_ID_KEY: f"question {number}"})
         is_done = False
         while not is_done:
-            moments = Moments([randomly.randint(1, 21)], crash)
+            moments = Moments([randomly.randint(1, 24)], crash)
             agent = planned_agent(copy_of(store), moments, has_call_ids=bool(number % 2))
             # A client that knows of its question tries again with it; one that was started anew just goes on.
             is_known = question.meta[MESSAGE_ID_KEY] in acknowledged

@@ -29,7 +29,7 @@ from haystack import DeserializationError, Pipeline
 from haystack.components.agents import Agent, State
 from haystack.components.generators.chat import MockChatGenerator
 from haystack.components.generators.utils import print_streaming_chunk
-from haystack.dataclasses import ChatMessage, ChatRole, ToolCall
+from haystack.dataclasses import ChatMessage, ChatRole, ImageContent, TextContent, ToolCall
 from haystack.hooks import hook
 from haystack.hooks.compaction import CompactionHook, SlidingWindowCompactor
 from haystack.hooks.human_in_the_loop import ConfirmationHook, ToolExecutionDecision
@@ -38,6 +38,7 @@ from haystack.token_counters import ApproximateTokenCounter
 from haystack_integrations.hooks.chat_store import ChatHistoryLoader, ChatHistorySaver, chat_history_hooks
 
 from haystack_chat_store import ChatMessageStoreError, SQLiteChatMessageStore
+from haystack_chat_store.errors import MessageEncodingError
 from haystack_chat_store.rounds import MESSAGE_ID_KEY
 
 HANG_LIMIT = 60
@@ -427,6 +428,40 @@ def test_an_older_question_again_gets_its_own_answer(store, run):
     assert store.count_messages("h") == 6
 
 
+@pytest.mark.parametrize("raise_on_failure", [True, False])
+def test_a_question_from_before_the_window_is_not_answered_twice(store, run, raise_on_failure):
+    for number in range(3):
+        run(agent_with(store, reply(f"answer {number}")), [user(f"question {number}", chat_message_id=f"q{number}")])
+    agent = agent_with(store, hook_options={"last_k": 1, "raise_on_failure": raise_on_failure})
+    with pytest.raises(ValueError, match="'q0' was asked before, further back than"):
+        run(agent, [user("question 0", chat_message_id="q0")])
+    assert agent.chat_generator.asked == []
+    assert store.count_messages("h") == 6
+
+
+def test_a_question_that_another_run_has_begun_to_answer_meanwhile_is_not_answered_twice(store, run):
+    question = user("Look!", chat_message_id="q")
+
+    @hook
+    def ask_elsewhere(state: State) -> None:
+        store.write_messages("h", [question])
+
+    agent = agent_with(store, hooks={"before_run": [ask_elsewhere]})
+    with pytest.raises(ValueError, match="or another run is answering it"):
+        run(agent, [question])
+    assert agent.chat_generator.asked == []
+
+
+def test_a_transcript_that_is_longer_than_the_window_may_come_without_a_new_question(store, run):
+    messages = []
+    for number in range(3):
+        outcome = run(agent_with(store, reply(f"answer {number}")), [*messages, user(f"question {number}")])
+        messages = outcome["messages"]
+    agent = agent_with(store, hook_options={"last_k": 1})
+    assert run(agent, messages)["last_message"].text == "answer 2"
+    assert agent.chat_generator.asked == []
+
+
 def test_an_older_question_whose_answer_failed_is_answered_at_its_place(store, run):
     failing = agent_with(store, RuntimeError("The model is down."))
     with pytest.raises(RuntimeError):
@@ -520,6 +555,132 @@ def test_a_tool_result_that_the_caller_brings_answers_the_stored_call(store, run
     run(agent, [result("a")])
     assert asked(agent) == says([*begun, result("a")])
     assert questions(stored_in(store)) == [None, None, None, "q"]
+
+
+TURN = [user("Look!", chat_message_id="q"), reply("I look.", call("a")), result("a"), reply("It is " + "a" * 400)]
+EARLIER = [message for number in range(3) for message in (user(f"question {number}"), reply("answer"))]
+SMALL_WINDOWS = {
+    "no history": {"last_k": 0},
+    "not the question": {"max_tokens": 1},
+    "not the last step": {"max_tokens": 20},
+    "as many as fit": {"last_k": None, "max_tokens": 20},
+    "one round": {"last_k": 1},
+}
+
+
+@pytest.fixture(params=["round", "message"])
+def counting_store(request, make_store, tmp_path):
+    """
+    A store that counts rounds, or one that counts messages.
+    """
+    return make_store("sqlite", tmp_path, last_k_unit=request.param)
+
+
+@pytest.fixture(params=SMALL_WINDOWS.values(), ids=SMALL_WINDOWS)
+def small_window(request):
+    return request.param
+
+
+@pytest.mark.parametrize("brought", [[], TURN[:1]], ids=["nothing new", "the question again"])
+def test_a_complete_turn_is_complete_however_small_the_window(counting_store, run, small_window, brought):
+    counting_store.write_messages("h", [*EARLIER, *TURN])
+    agent = agent_with(counting_store, hook_options=small_window)
+    outcome = run(agent, brought)
+    assert (outcome["last_message"].text, outcome["exit_reason"]) == (TURN[-1].text, "text")
+    assert agent.chat_generator.asked == []
+    assert says(stored_in(counting_store)) == says([*EARLIER, *TURN])
+
+
+@pytest.mark.parametrize("brought", [[], TURN[:1]], ids=["nothing new", "the question again"])
+@pytest.mark.parametrize("done", [1, 3])
+def test_an_interrupted_turn_goes_on_whole_however_small_the_window(counting_store, run, small_window, brought, done):
+    counting_store.write_messages("h", [*EARLIER, *TURN[:done]])
+    agent = agent_with(counting_store, reply("Done."), hook_options=small_window)
+    run(agent, brought)
+    assert asked(agent)[-done:] == says(TURN[:done])
+    stored = stored_in(counting_store)
+    assert says(stored) == says([*EARLIER, *TURN[:done], reply("Done.")])
+    assert questions(stored)[-1] == "q"
+
+
+@pytest.mark.parametrize("window", [{"last_k": 0}, {"last_k": 2}, {"last_k": 2, "window_step": 3}, {"max_tokens": 40}])
+def test_before_an_interrupted_turn_the_model_sees_what_it_saw_when_the_turn_began(store, run, window):
+    store.write_messages("h", [*EARLIER, *EARLIER])
+    agent = agent_with(store, reply(None, call("a")), RuntimeError("The model is down."), hook_options=window)
+    with pytest.raises(RuntimeError):
+        run(agent, [user("Look!")])
+    again = agent_with(store, reply("Done."), hook_options=window)
+    run(again, [])
+    # Of a budget, the steps of the turn have their share.
+    seen, seen_first = asked(again), asked(agent)
+    assert seen == seen_first if "max_tokens" not in window else seen == seen_first[-len(seen) :]
+
+
+def test_a_question_of_the_last_rounds_is_known_again(store, run):
+    store.write_messages("h", [*TURN, *EARLIER])
+    agent = agent_with(store, hook_options={"last_k": 4})
+    assert run(agent, TURN[:1])["last_message"].text == TURN[-1].text
+    assert agent.chat_generator.asked == []
+
+
+def test_the_question_of_a_long_turn_is_found_however_often_a_hook_spoke_for_the_user(store, run):
+    spoken = [user(f"More, {number}.", chat_question_id="q") for number in range(70)]
+    store.write_messages("h", [*EARLIER, user("Look!", chat_message_id="q"), *spoken])
+    agent = agent_with(store, reply("Done."), hook_options={"last_k": 1})
+    run(agent, [])
+    assert asked(agent)[-71:] == says([user("Look!"), *spoken])
+    assert questions(stored_in(store))[-1] == "q"
+
+
+def test_a_question_that_says_nothing_is_no_turn(store, run):
+    store.write_messages("h", [user("Hi"), reply("Hello!"), user(" ")])
+    agent = agent_with(store)
+    assert run(agent, [])["last_message"].text == "Hello!"
+    assert agent.chat_generator.asked == []
+
+
+@pytest.mark.parametrize("before", [[], [user("Hi"), reply("Hello!")]])
+@pytest.mark.parametrize("brought", [user(" "), result("nothing")])
+def test_new_messages_that_say_nothing_fail_before_the_model_is_asked(store, run, before, brought):
+    store.write_messages("h", before)
+    agent = agent_with(store, reply("What?"))
+    with pytest.raises(ValueError, match="says anything to a model"):
+        run(agent, [brought])
+    assert agent.chat_generator.asked == []
+    assert says(stored_in(store)) == says(before)
+
+
+def test_a_run_that_ends_at_once_stores_nothing_that_hooks_add(store, run):
+    @hook
+    def remind(state: State) -> None:
+        state.set("messages", [user("Be polite.")])
+
+    hooks = {"before_run": [remind], "after_run": [remind]}
+    run(agent_with(store, reply("Hello!"), hooks={"before_run": [remind]}), [user("Hi")])
+    stored = stored_in(store)
+    for _start in range(2):
+        agent = agent_with(store, hooks=hooks)
+        assert run(agent, [])["exit_reason"] == "text"
+        assert agent.chat_generator.asked == []
+    assert stored_in(store) == stored
+
+
+def test_a_run_that_ends_at_once_stores_what_the_caller_brings_besides(store, run):
+    store.write_messages("h", [user("Hi", chat_message_id="q"), reply("Hello!")])
+    agent = agent_with(store)
+    run(agent, [user("Elsewhere", chat_message_id="other"), user("Hi", chat_message_id="q")])
+    assert says(stored_in(store)) == says([user("Hi"), reply("Hello!"), user("Elsewhere")])
+
+
+def test_a_reply_without_text_does_not_end_a_turn(store, run):
+    """
+    Haystack asks an agent's model again then.
+    """
+    picture = ImageContent(base64_image="aGk=", mime_type="image/png", validation=False)
+    store.write_messages("h", [user("Draw!"), ChatMessage(ChatRole.ASSISTANT, [picture])])
+    agent = agent_with(store, reply("Done."))
+    agent.chat_generator = MockChatGenerator("Done.")
+    assert run(agent, [])["step_count"] == 1
 
 
 # ---------------------------------------------------------------------- ends of a run
@@ -647,7 +808,7 @@ def test_what_comes_after_an_exit_that_a_hook_prevented_is_stored(store, run, ad
     assert questions(stored) == [None] + [ids(stored)[0]] * (len(stored) - 1)
 
 
-def test_a_turn_goes_on_from_what_a_hook_said_if_the_window_holds_no_more(store, run):
+def test_a_turn_goes_on_whole_though_a_hook_said_something_in_the_middle_of_it(store, run):
     @hook
     def keep_running(state: State) -> None:
         state.set("messages", [user("And now look.")])
@@ -659,8 +820,21 @@ def test_a_turn_goes_on_from_what_a_hook_said_if_the_window_holds_no_more(store,
         run(failing, [user("Look!", chat_message_id="q")])
     again = agent_with(store, reply("Done."), hook_options={"last_k": 1})
     run(again, [])
-    assert asked(again) == says([user("And now look."), reply(None, call("a")), result("a")])
+    assert asked(again) == says(
+        [user("Look!"), reply("No."), user("And now look."), reply(None, call("a")), result("a")]
+    )
     assert questions(stored_in(store)) == [None, *["q"] * 5]
+
+
+def test_an_answer_that_a_hook_changes_at_the_exit_is_stored_as_it_left_it(store, run):
+    @hook
+    def redact(state: State) -> None:
+        *others, answer = state.data["messages"]
+        changed = replace(answer, _content=[TextContent(answer.text.replace("4711", "…"))])
+        state.set("messages", [*others, changed], handler_override=lambda old, new: new)
+
+    run(agent_with(store, reply("It is 4711."), hooks={"on_exit": [redact]}), [user("My number?")])
+    assert says(stored_in(store)) == says([user("My number?"), reply("It is ….")])
 
 
 # ---------------------------------------------------------------------- with other hooks
@@ -807,7 +981,7 @@ def test_the_hooks_of_the_caller_are_put_in_order_and_the_mapping_stays_as_it_is
         "before_llm": ["object"],
         "before_tool": ["object", "Saver"],
         "after_tool": ["Saver", "object"],
-        "on_exit": ["Saver", "object"],
+        "on_exit": ["object", "Saver"],
         "after_run": ["Saver", "object", "Saver"],
     }
     assert {point: list(hooks) for point, hooks in others.items()} == before
@@ -926,6 +1100,29 @@ def test_a_run_can_go_on_though_saving_fails_and_saves_later(failing_store, run,
     assert "Look!" not in caplog.text
 
 
+def test_what_cannot_be_stored_is_left_out_if_the_run_shall_go_on(store, run, caplog):
+    replies = [reply(None, call("a")), reply("Done.")]
+    agent = agent_with(store, *replies, hook_options={"raise_on_failure": False})
+    unclear = [user("Look!"), reply("At what?", clock=object()), user("At a. Secret!")]
+    with caplog.at_level(logging.ERROR):
+        run(agent, unclear)
+    expected = [unclear[0], unclear[2], reply(None, call("a")), result("a"), reply("Done.")]
+    assert says(stored_in(store)) == says(expected)
+    logged = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(logged) == 1
+    assert "cannot be saved" in logged[0]
+    assert "clock" in logged[0]
+    assert "At what?" not in caplog.text
+
+
+def test_if_saving_fails_after_a_message_was_left_out_the_rest_is_saved_later(failing_store, run):
+    agent = agent_with(failing_store, reply("Done."), hook_options={"raise_on_failure": False})
+    failing_store.failures += [MessageEncodingError("No form."), MessageEncodingError("No form.")]
+    failing_store.failures += [ChatMessageStoreError("The disk is full.")]
+    run(agent, [user("1"), user("2"), user("3")])
+    assert says(stored_in(failing_store)) == says([user("2"), user("3"), reply("Done.")])
+
+
 def test_what_could_not_be_saved_is_saved_whole_though_it_was_offloaded_meanwhile(failing_store, run, tmp_path):
     offloading = ToolResultOffloadHook(FileSystemToolResultStore(str(tmp_path / "results")), {"*": AlwaysOffload()})
     agent = agent_with(
@@ -960,6 +1157,8 @@ def test_a_run_fails_if_loading_does(tmp_path, run):
         {"token_counter": object()},
         {"window_step": 0},
         {"raise_on_failure": "never"},
+        {"exit_conditions": "book"},
+        {"exit_conditions": [1]},
         {"chat_message_store": object()},
         {"chat_message_store": SQLiteChatMessageStore},
     ],

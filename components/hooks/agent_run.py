@@ -46,6 +46,16 @@ class AgentRun:
     unsaved: list[ChatMessage] = field(default_factory=list)
     exit_reason: str | None = None
 
+    def know(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+        """
+        Note what is stored.
+
+        :returns: The messages, with an id in each: somebody's store may keep none. Those passed in are not changed.
+        """
+        known = [with_id(message) for message in messages]
+        self.known.update(map(message_id, known))
+        return known
+
     def give(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """
         Note what the run begins with.
@@ -55,7 +65,6 @@ class AgentRun:
         """
         given = [with_id(message) if is_said(message) else message for message in messages]
         self.given.update(message_id(message) for message in given if is_said(message))
-        self.question_id = last_question_id(given)
         return given
 
     def collect(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
@@ -65,22 +74,28 @@ class AgentRun:
         :returns: The messages, with an id in each that is to be stored, and in each that the run has produced, the id
             of its question. Those passed in are not changed.
         """
+        collected: list[ChatMessage] = []
         first_with_id: dict[str, ChatMessage] = {}
+        for message in messages:
+            kept = self._identified(message, first_with_id) if is_said(message) else message
+            if is_said(message) and message_id(kept) not in self.known:
+                kept = self._marked(kept)
+                self.known.add(message_id(kept))
+                self.unsaved.append(kept)
+            collected.append(kept)
+        return collected
 
-        def collected(message: ChatMessage) -> ChatMessage:
-            identified = with_id(message)
-            first = first_with_id.setdefault(message_id(identified), message)
-            if first != message and message_id(identified) not in self.given:
-                # Haystack's confirmation makes several messages of one, and they share its meta.
-                identified = with_new_id(message)
-            if message_id(identified) not in self.known:
-                if self.question_id is not None and message_id(identified) not in self.given:
-                    identified = replace(identified, _meta={**identified.meta, QUESTION_ID_KEY: self.question_id})
-                self.known.add(message_id(identified))
-                self.unsaved.append(identified)
-            return identified
+    def _identified(self, message: ChatMessage, first_with_id: dict[str, ChatMessage]) -> ChatMessage:
+        identified = with_id(message)
+        first = first_with_id.setdefault(message_id(identified), message)
+        # Haystack's confirmation makes several messages of one, and they share its meta.
+        is_another = first != message and message_id(identified) not in self.given
+        return with_new_id(message) if is_another else identified
 
-        return [collected(message) if is_said(message) else message for message in messages]
+    def _marked(self, message: ChatMessage) -> ChatMessage:
+        if self.question_id is None or message_id(message) in self.given:
+            return message
+        return replace(message, _meta={**message.meta, QUESTION_ID_KEY: self.question_id})
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -128,7 +143,9 @@ def run_of(state: State) -> AgentRun:
     run = (state.data.get("hook_context") or {}).get(_RUN_KEY)
     if not isinstance(run, AgentRun):
         run = begin_run(state)
-        set_messages(state, run.give(state.data["messages"]))
+        given = run.give(state.data["messages"])
+        run.question_id = last_question_id(given)
+        set_messages(state, given)
     return run
 
 

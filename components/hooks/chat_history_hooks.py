@@ -65,6 +65,6 @@ def chat_history_hooks(
         "before_run": [loader, *others.get("before_run", ()), saver],
         "before_tool": [*others.get("before_tool", ()), saver],
         "after_tool": [saver, *others.get("after_tool", ())],
-        "on_exit": [saver, *others.get("on_exit", ())],
+        "on_exit": [*others.get("on_exit", ()), saver],
         "after_run": after_run,
     }

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-from dataclasses import replace
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from haystack import default_to_dict
@@ -8,7 +9,7 @@ from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import any_store
-from haystack_chat_store.rounds import valid_for_model, with_current_messages
+from haystack_chat_store.rounds import parted, round_starts, valid_for_model
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.window_reader import WindowReader
 
@@ -21,9 +22,11 @@ from .agent_run import (
     last_question_id,
     message_id,
     set_messages,
-    with_id,
 )
-from .interrupted_turn import exit_reason, up_to_turn, without_open_step
+from .interrupted_turn import before_turn, exit_reason, is_whole, turn_of, without_open_step
+
+# How many times as many rounds are read next, if the last turn's question is not among the last.
+_PAGE_GROWTH = 8
 
 
 class ChatHistoryLoader:
@@ -67,10 +70,16 @@ class ChatHistoryLoader:
             of one of these tools is complete.
         :raises ValueError: If an argument is wrong.
         """
+        if exit_conditions is not None and not (
+            isinstance(exit_conditions, list) and all(isinstance(condition, str) for condition in exit_conditions)
+        ):
+            raise ValueError(f"exit_conditions must be a list of texts or None, got {exit_conditions!r}.")
+        reader = WindowReader(last_k, max_tokens=max_tokens, token_counter=token_counter, window_step=window_step)
         self.chat_message_store = any_store.validated_store(chat_message_store)
-        self.window_reader = WindowReader(
-            last_k, max_tokens=max_tokens, token_counter=token_counter, window_step=window_step
-        )
+        self.last_k = last_k
+        self.max_tokens = max_tokens
+        self.token_counter = reader.token_counter
+        self.window_step = window_step
         self.exit_conditions = exit_conditions
 
     def run(self, state: State) -> None:
@@ -78,24 +87,26 @@ class ChatHistoryLoader:
         Put the end of the history before the run's messages.
 
         :param state: The state of the agent's run.
-        :raises ValueError: If the run has no chat history, or one of its messages has an id that cannot be one.
+        :raises ValueError: If the run has no chat history, one of its messages has an id that cannot be one, or none of
+            its new messages says anything to a model.
         :raises ChatMessageStoreError: If the store fails.
         """
-        run, current = _begun(state)
-        history = self.window_reader.read(self.chat_message_store, run.chat_history_id, current)
-        self._load(state, run, history, current)
+        run = begin_run(state)
+        for read in self._loading(state, run):
+            read.messages = read.reader.read(self.chat_message_store, run.chat_history_id, read.current)
 
     async def run_async(self, state: State) -> None:
         """
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
 
         :param state: The state of the agent's run.
-        :raises ValueError: If the run has no chat history, or one of its messages has an id that cannot be one.
+        :raises ValueError: If the run has no chat history, one of its messages has an id that cannot be one, or none of
+            its new messages says anything to a model.
         :raises ChatMessageStoreError: If the store fails.
         """
-        run, current = _begun(state)
-        history = await self.window_reader.read_async(self.chat_message_store, run.chat_history_id, current)
-        self._load(state, run, history, current)
+        run = begin_run(state)
+        for read in self._loading(state, run):
+            read.messages = await read.reader.read_async(self.chat_message_store, run.chat_history_id, read.current)
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -104,7 +115,10 @@ class ChatHistoryLoader:
         return default_to_dict(
             self,
             chat_message_store=self.chat_message_store,
-            **self.window_reader.settings(),
+            last_k=self.last_k,
+            max_tokens=self.max_tokens,
+            token_counter=self.token_counter,
+            window_step=self.window_step,
             exit_conditions=self.exit_conditions,
         )
 
@@ -122,9 +136,7 @@ class ChatHistoryLoader:
         """
         Warm up the token counter, if there is something to.
         """
-        counter: Any = self.window_reader.token_counter
-        if hasattr(counter, "warm_up"):
-            counter.warm_up()
+        self._window_reader(self.last_k).warm_up()
 
     def close(self) -> None:
         """
@@ -138,30 +150,99 @@ class ChatHistoryLoader:
         """
         await any_store.close_async(self.chat_message_store)
 
-    def _load(self, state: State, run: AgentRun, history: list[ChatMessage], current: list[ChatMessage]) -> None:
-        history = [with_id(message) for message in history]  # somebody's store may keep none
-        run.known.update(map(message_id, history))
-        given = run.give(current)
-        # Only now do all have ids: without one, a message is new wherever it stands.
-        given_as = {id(message): identified for message, identified in zip(current, given, strict=True)}
-        around = [given_as[id(m)] for m in with_current_messages(history, current) if id(m) in given_as]
-        run.question_id = last_question_id(around) or run.question_id or last_question_id(history)
-        if not any(map(is_said, around)):
-            history = up_to_turn(history, run.question_id)
-            run.exit_reason = exit_reason(history, self.exit_conditions or ())
-            history = without_open_step(history)
-
-        loaded = valid_for_model(history, around)
-        # What the model does not get to see of them is stored too, and first what comes before it, in order.
-        seen = set(map(id, loaded))
-        hidden = [index for index, message in enumerate(given) if id(message) not in seen]
-        run.collect(given[: hidden[-1] + 1] if hidden else [])
+    def _loading(self, state: State, run: AgentRun) -> Generator["_Read", None, None]:
+        # What a compactor made of messages that the caller brings back stands for a history that is now loaded itself.
+        # The others are copied, so that each is an object of its own.
+        current = [replace(message) for message in state.data["messages"] if not is_compacted(message)]
+        window = _Read(self._window_reader(self.last_k), current)
+        if any(map(is_said, current)):
+            yield window
+        system, history, new = parted(run.know(window.messages), current)
+        new = yield from self._without_last_question(run, new)
+        new = run.give(new)
+        new_ids = {None, *map(message_id, new)}
+        run.collect(run.give([m for m in current if is_said(m) and message_id(m) not in new_ids]))
+        if new:
+            run.question_id = last_question_id(new) or last_question_id(current) or last_question_id(history)
+            loaded = valid_for_model(history, [*system, *new])
+            run.collect(_hidden(new, loaded))
+        else:
+            loaded = yield from self._resumed(run, system, current)
         set_messages(state, loaded)
         if run.exit_reason is not None:
             end_before_first_step(state)
 
+    def _without_last_question(
+        self, run: AgentRun, new: list[ChatMessage]
+    ) -> Generator["_Read", None, list[ChatMessage]]:
+        """
+        Leave out a question that is that of the last turn, sent again. The window may be too small to tell.
+        """
+        if len(new) != 1 or message_id(new[0]) is None or (self.last_k and self.max_tokens is None):
+            return new
+        last_round = _Read(WindowReader(1))
+        yield last_round
+        return parted(run.know(last_round.messages), new).current
 
-def _begun(state: State) -> tuple[AgentRun, list[ChatMessage]]:
-    # What a compactor made of messages that the caller brings back stands for a history that is now loaded itself. The
-    # others are copied, so that each is an object of its own.
-    return begin_run(state), [replace(message) for message in state.data["messages"] if not is_compacted(message)]
+    def _resumed(
+        self, run: AgentRun, system: list[ChatMessage], current: list[ChatMessage]
+    ) -> Generator["_Read", None, list[ChatMessage]]:
+        """
+        Go on with a turn, the last one or that of a known question.
+
+        The turn is read whole, for only so can one tell how it ended; `last_k` and `max_tokens` bound what comes before
+        it, as they did when it began.
+        """
+        question_id = last_question_id([message for message in current if message_id(message) in run.known])
+        turn = yield from _whole_turn(question_id)
+        before: list[ChatMessage] = []
+        if is_whole(turn) and self.last_k != 0:
+            in_rounds = any_store.last_k_unit(self.chat_message_store) == "round"
+            own = len(round_starts(turn) if in_rounds else turn)
+            last_k = None if self.last_k is None else self.last_k + own
+            window = _Read(self._window_reader(last_k), [*system, *turn])
+            yield window
+            before = before_turn(window.messages, turn)
+        run.question_id = last_question_id(turn)
+        run.exit_reason = exit_reason(turn, self.exit_conditions or ())
+        return valid_for_model(without_open_step(run.know([*before, *turn])), system)
+
+    def _window_reader(self, last_k: int | None) -> WindowReader:
+        return WindowReader(
+            last_k, max_tokens=self.max_tokens, token_counter=self.token_counter, window_step=self.window_step
+        )
+
+
+@dataclass
+class _Read:
+    """
+    One read: how much of the history, and afterwards what was read.
+    """
+
+    reader: WindowReader
+    current: Sequence[ChatMessage] = ()
+    messages: Sequence[ChatMessage] = ()
+
+
+def _whole_turn(question_id: str | None) -> Generator[_Read, None, list[ChatMessage]]:
+    count = 1
+    while True:
+        page = _Read(WindowReader(count))
+        yield page
+        turn = turn_of(page.messages, question_id)
+        if is_whole(turn) or len(page.messages) < count:
+            return turn
+        count *= _PAGE_GROWTH
+
+
+def _hidden(new: list[ChatMessage], loaded: list[ChatMessage]) -> list[ChatMessage]:
+    """
+    Return what the model does not get to see of the new messages, or not whole, and what comes before it, in order.
+
+    :raises ValueError: If it gets to see none of them.
+    """
+    seen = {message_id(message): message for message in loaded}
+    if not any(message_id(message) in seen for message in new):
+        raise ValueError("The agent has nothing to answer: none of its new messages says anything to a model.")
+    hidden = [index for index, message in enumerate(new) if seen.get(message_id(message)) != message]
+    return new[: hidden[-1] + 1] if hidden else []

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from haystack import default_to_dict, logging
 from haystack.components.agents.state import State
+from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store import any_store
-from haystack_chat_store.errors import ChatMessageStoreError
+from haystack_chat_store.errors import ChatMessageStoreError, MessageEncodingError
+from haystack_chat_store.rounds import MESSAGE_ID_KEY
 from haystack_chat_store.types import ChatMessageStore
 
-from .agent_run import AgentRun, put_result_right, run_of, set_messages
+from .agent_run import AgentRun, message_id, put_result_right, run_of, set_messages
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,8 @@ class ChatHistorySaver:
         :param chat_message_store: Where the chat histories are kept. Any object that follows the `ChatMessageStore`
             protocol.
         :param raise_on_failure: Whether the run fails if saving does, which is the default. If not, the error is logged
-            and the run goes on; what could not be saved is tried again at the next hook point.
+            and the run goes on; what could not be saved is tried again at the next hook point. Only a message that
+            cannot be stored at all is left out.
         :raises ValueError: If an argument is wrong.
         """
         if not isinstance(raise_on_failure, bool):
@@ -46,28 +49,30 @@ class ChatHistorySaver:
         Save what this run has not saved yet.
 
         :param state: The state of the agent's run.
-        :raises ValueError: If the run has no chat history, or a message cannot be stored.
+        :raises ValueError: If the run has no chat history, its question was asked before, or a message cannot be
+            stored.
         :raises ChatMessageStoreError: If the store fails.
         """
         run = _collected(state)
-        if run.unsaved:
-            with self._failure_handled(run):
-                self.chat_message_store.write_messages(run.chat_history_id, run.unsaved)
-                run.unsaved = []
+        for attempt in self._attempts(run):
+            with attempt:
+                attempt.written = self.chat_message_store.write_messages(run.chat_history_id, attempt.messages)
 
     async def run_async(self, state: State) -> None:
         """
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
 
         :param state: The state of the agent's run.
-        :raises ValueError: If the run has no chat history, or a message cannot be stored.
+        :raises ValueError: If the run has no chat history, its question was asked before, or a message cannot be
+            stored.
         :raises ChatMessageStoreError: If the store fails.
         """
         run = _collected(state)
-        if run.unsaved:
-            with self._failure_handled(run):
-                await any_store.write_async(self.chat_message_store, run.chat_history_id, run.unsaved)
-                run.unsaved = []
+        for attempt in self._attempts(run):
+            with attempt:
+                attempt.written = await any_store.write_async(
+                    self.chat_message_store, run.chat_history_id, attempt.messages
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -97,23 +102,59 @@ class ChatHistorySaver:
         """
         await any_store.close_async(self.chat_message_store)
 
-    @contextmanager
-    def _failure_handled(self, run: AgentRun) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if self.raise_on_failure:
-                raise
-            logger.error(
-                "{number} messages of an agent's run are not saved yet: {error}",
-                number=len(run.unsaved),
-                # What other errors say might be what a message says.
-                error=error if isinstance(error, ChatMessageStoreError) else type(error).__name__,
-            )
+    def _attempts(self, run: AgentRun) -> Iterator["_Attempt"]:
+        size = len(run.unsaved)
+        while run.unsaved:
+            attempt = _Attempt(run.unsaved[:size])
+            yield attempt
+            if attempt.written == 0 and run.question_id in map(message_id, attempt.messages):
+                raise ValueError(
+                    f"The question with the {MESSAGE_ID_KEY} {run.question_id!r} was asked before, further back than "
+                    "what was loaded, or another run is answering it. Ask it again with another id, or give "
+                    "chat_history_hooks a larger last_k."
+                )
+            if attempt.error is not None and self.raise_on_failure:
+                raise attempt.error
+            if isinstance(attempt.error, MessageEncodingError) and size > 1:
+                size = 1  # One after the other, to leave out only what cannot be stored.
+                continue
+            if isinstance(attempt.error, MessageEncodingError):
+                logger.error("A message of an agent's run cannot be saved: {error}", error=attempt.error)
+            elif attempt.error is not None:
+                logger.error(
+                    "{number} messages of an agent's run are not saved yet: {error}",
+                    number=len(run.unsaved),
+                    # What other errors say might be what a message says.
+                    error=attempt.error
+                    if isinstance(attempt.error, ChatMessageStoreError)
+                    else type(attempt.error).__name__,
+                )
+                return
+            run.unsaved = run.unsaved[size:]
+
+
+@dataclass
+class _Attempt:
+    """
+    One write: what to write and, afterwards, how much of it was new, or the error it failed with.
+    """
+
+    messages: list[ChatMessage]
+    written: int | None = None
+    error: Exception | None = None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        self.error = error if isinstance(error, Exception) else None
+        return self.error is not None
 
 
 def _collected(state: State) -> AgentRun:
     run = run_of(state)
-    set_messages(state, run.collect(state.data["messages"]))
-    put_result_right(state, run.exit_reason)
+    # A run that ends before its first step has produced nothing, whatever hooks have added to its messages.
+    if run.exit_reason is None:
+        set_messages(state, run.collect(state.data["messages"]))
+    else:
+        put_result_right(state, run.exit_reason)
     return run
