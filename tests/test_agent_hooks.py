@@ -452,6 +452,12 @@ def test_a_question_that_another_run_has_begun_to_answer_meanwhile_is_not_answer
     assert agent.chat_generator.asked == []
 
 
+def test_a_reply_with_the_meta_of_its_question_is_stored_all_the_same(store, run):
+    question = user("Hi", chat_message_id="q")
+    run(agent_with(store, ChatMessage.from_assistant("Hello!", meta=question.meta)), [question])
+    assert says(stored_in(store)) == says([question, reply("Hello!")])
+
+
 def test_a_transcript_that_is_longer_than_the_window_may_come_without_a_new_question(store, run):
     messages = []
     for number in range(3):

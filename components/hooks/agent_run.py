@@ -85,12 +85,12 @@ class AgentRun:
             collected.append(kept)
         return collected
 
-    def _identified(self, message: ChatMessage, first_with_id: dict[str, ChatMessage]) -> ChatMessage:
+    @staticmethod
+    def _identified(message: ChatMessage, first_with_id: dict[str, ChatMessage]) -> ChatMessage:
         identified = with_id(message)
         first = first_with_id.setdefault(message_id(identified), message)
-        # Haystack's confirmation makes several messages of one, and they share its meta.
-        is_another = first != message and message_id(identified) not in self.given
-        return with_new_id(message) if is_another else identified
+        # Haystack's confirmation makes several messages of one, and they share its meta; so may a reply its question's.
+        return identified if first == message else with_new_id(message)
 
     def _marked(self, message: ChatMessage) -> ChatMessage:
         if self.question_id is None or message_id(message) in self.given:
