@@ -230,7 +230,6 @@ class TestOtherServers(
     Rule06IdempotentWritesTest,
     Rule07WindowsTest,
     Rule13LifecycleTest,
-    ConcurrencyTest,
 ):
     """
     What could depend on the server's make and version.

@@ -429,7 +429,7 @@ class ProcessesTest(WholeHistoriesTest):
         assert whole_store.count_messages("first") == size
         looks = [whole_store.count_messages("second")]
         while len(looks) == 1 or looks[-1] != looks[-2]:  # a server may still be storing what it was sent
-            time.sleep(1)
+            time.sleep(0.4)
             looks.append(whole_store.count_messages("second"))
         found = texts(whole_store.retrieve_messages("second"))
         assert found in ([], [f"second {index}" for index in range(size)])
