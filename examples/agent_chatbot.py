@@ -214,7 +214,7 @@ class Crash:
     def __init__(self, number: int = 1) -> None:
         self._left = number
 
-    def run(self, state: State) -> None:  # noqa: ARG002
+    def run(self, state: State) -> None:  # noqa: ARG002  (Haystack passes it by this name)
         self._left -= 1
         if self._left == 0:
             sys.stdout.flush()

@@ -197,7 +197,8 @@ def _message_from_dict(data: dict[str, Any]) -> ChatMessage:
     state = {"_role": _ROLES[data["role"]], "_content": content, "_name": data["name"], "_meta": data["meta"] or {}}
     if len(data) != len(state) or type(data["content"]) is not list or type(state["_meta"]) is not dict:
         raise ValueError("Not what this version of Haystack writes.")
-    return _made(ChatMessage, state)  # type: ignore[no-any-return]
+    message: ChatMessage = _made(ChatMessage, state)
+    return message
 
 
 def _part_from_dict(data: dict[str, Any]) -> Any:

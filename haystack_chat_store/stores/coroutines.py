@@ -20,6 +20,7 @@ def run_to_end(operation: Coroutine[Any, Any, ResultT]) -> ResultT:
     try:
         operation.send(None)
     except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return]
+        result: ResultT = stop.value
+        return result
     operation.close()
     raise RuntimeError("An operation of a synchronous call waited for an event loop.")

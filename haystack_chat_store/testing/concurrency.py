@@ -504,8 +504,8 @@ class ConcurrencyTest(WholeHistoriesTest):
         writers = planned_batches(20, 1)
 
         async def main() -> list[Any]:
-            batches = [to_messages(batch) for (batch,) in writers]
-            batches[10].append("not a message")  # type: ignore[arg-type]
+            batches: list[list[Any]] = [to_messages(batch) for (batch,) in writers]
+            batches[10].append("not a message")
             return await asyncio.gather(
                 *(whole_store.write_messages_async("history", batch) for batch in batches), return_exceptions=True
             )
@@ -526,8 +526,8 @@ class ConcurrencyTest(WholeHistoriesTest):
         writers = planned_batches(20, 1)
 
         async def main() -> list[str]:
-            batches = [to_messages(batch) for (batch,) in writers]
-            batches[10].append("not a message")  # type: ignore[arg-type]
+            batches: list[list[Any]] = [to_messages(batch) for (batch,) in writers]
+            batches[10].append("not a message")
             tasks = [asyncio.create_task(whole_store.write_messages_async("history", batch)) for batch in batches]
             _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in pending:

@@ -107,7 +107,7 @@ class Rule01SignaturesTest(ContractTest):
     ) -> None:
         parameters: dict[str, inspect.Parameter] = {}
         for base in reversed(type(store).__mro__):  # a store may hand on what it takes as **settings
-            parameters.update(inspect.signature(base.__init__).parameters)  # type: ignore[misc]
+            parameters.update(inspect.signature(base.__init__).parameters)  # type: ignore[misc]  # of classes, not of an instance
         assert parameters[setting].default == default
 
     def test_system_messages_are_skipped_by_default(self, store: ClosableStore, calls: Calls) -> None:

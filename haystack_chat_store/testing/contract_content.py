@@ -286,7 +286,7 @@ class Rule11LosslessTest(ContractTest):
         assert calls.count(store, "chat") == 0
 
     def test_content_that_is_no_part_of_a_message_is_refused(self, store: ClosableStore, calls: Calls) -> None:
-        odd = dataclasses.replace(user(), _content=[TextContent("Hello"), "Hello"])  # type: ignore[list-item]
+        odd = dataclasses.replace(user(), _content=[TextContent("Hello"), "Hello"])  # type: ignore[list-item]  # on purpose
         with pytest.raises(MessageEncodingError, match=r"messages\[1\]\.content\[1\]"):
             calls.write(store, "chat", [user(), odd])
         assert calls.count(store, "chat") == 0

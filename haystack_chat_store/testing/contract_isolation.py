@@ -152,7 +152,7 @@ class Rule09IsolationTest(ContractTest):
     def test_any_sequence_of_calls_does_what_it_does_to_lists(self, new_store: StoreFactory, calls: Calls) -> None:
         stores = [new_store(namespace="mine"), new_store(namespace="yours")]
         run_state_machine_as_test(
-            lambda: _Histories(stores, calls),  # type: ignore[arg-type]
+            lambda: _Histories(stores, calls),  # type: ignore[arg-type]  # hypothesis calls it, class or not
             settings=settings(max_examples=25, stateful_step_count=25, deadline=None),
         )
 

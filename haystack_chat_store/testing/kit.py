@@ -70,19 +70,22 @@ class Calls:
         """
         Call `write_messages`.
         """
-        return self._call(store, "write_messages", chat_history_id, messages)  # type: ignore[no-any-return]
+        written: int = self._call(store, "write_messages", chat_history_id, messages)
+        return written
 
     def retrieve(self, store: ClosableStore, chat_history_id: Any, **window: Any) -> list[ChatMessage]:
         """
         Call `retrieve_messages`, with `last_k` and `window_step` only if they are given.
         """
-        return self._call(store, "retrieve_messages", chat_history_id, **window)  # type: ignore[no-any-return]
+        messages: list[ChatMessage] = self._call(store, "retrieve_messages", chat_history_id, **window)
+        return messages
 
     def count(self, store: ClosableStore, chat_history_id: Any) -> int:
         """
         Call `count_messages`.
         """
-        return self._call(store, "count_messages", chat_history_id)  # type: ignore[no-any-return]
+        count: int = self._call(store, "count_messages", chat_history_id)
+        return count
 
     def delete(self, store: ClosableStore, chat_history_id: Any) -> None:
         """
@@ -120,7 +123,7 @@ def only_where(stated: str) -> Callable[[TestT], TestT]:
     """
 
     def mark(test: TestT) -> TestT:
-        test.only_where = stated  # type: ignore[attr-defined]
+        test.only_where = stated  # type: ignore[attr-defined]  # a mark for pytest's collection
         return test
 
     return mark

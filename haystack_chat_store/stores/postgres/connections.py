@@ -86,7 +86,7 @@ class _Limited:
 
     @classmethod
     def _connect_gen(cls, *arguments: Any, **options: Any) -> "Generator[Any, Any, Any]":
-        steps = super()._connect_gen(*arguments, **options)  # type: ignore[misc]  # psycopg's, for both kinds
+        steps = super()._connect_gen(*arguments, **options)  # type: ignore[misc]  # a mixin: psycopg's class comes next
         ready = None
         try:
             while True:
@@ -114,7 +114,8 @@ class _Limited:
                     raise psycopg.errors.ConnectionTimeout
                 wanted = steps.send(ready)
         except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
+            result: ResultT = stop.value
+            return result
 
 
 class _Connection(_Limited, psycopg.Connection[tuple[Any, ...]]):
@@ -160,8 +161,9 @@ class Session:
         Execute a statement and return its rows.
         """
         cursor = await self.run(statement, parameters)
-        rows = cursor.fetchall()
-        return await rows if self._is_async else rows  # type: ignore[no-any-return]
+        fetched = cursor.fetchall()
+        rows: list[tuple[Any, ...]] = await fetched if self._is_async else fetched
+        return rows
 
     def renew_deadline(self) -> None:
         """

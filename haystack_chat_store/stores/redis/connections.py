@@ -38,6 +38,7 @@ from haystack_chat_store.stores.redis.failures import (
 from haystack_chat_store.stores.redis.scripts import Script
 from haystack_chat_store.stores.shared import Connections, Shared, never_free
 
+# Types are checked for Python 3.10 and on any Python: one of these two is always unknown there, or always known.
 if sys.version_info >= (3, 11, 3):
     from asyncio import timeout as time_limit  # type: ignore[attr-defined, unused-ignore]
 else:  # which redis-py requires there, and uses for the same reason
@@ -361,7 +362,7 @@ class SyncSession(Session):
     async def _done(self, result: Any) -> Any:
         return result
 
-    async def _disconnect(self, connection: Any, *, is_patient: bool = False) -> None:  # noqa: ARG002
+    async def _disconnect(self, connection: Any, *, is_patient: bool = False) -> None:  # noqa: ARG002  (closing never waits here)
         connection.disconnect()
 
     async def _pause(self) -> None:
