@@ -8,18 +8,36 @@ from typing import TYPE_CHECKING, Any
 from haystack.core.serialization import allow_deserialization_module
 
 from haystack_chat_store.errors import (
+    ChatHistoryChangedError,
+    ChatHistoryExistsError,
+    ChatHistoryNotFoundError,
     ChatMessageStoreError,
+    ConflictError,
+    DamagedFileError,
+    DuplicateMessageError,
     MessageDecodingError,
     MessageEncodingError,
+    MessageNotFoundError,
     SchemaVersionError,
     StoreTimeoutError,
     StoreUnavailableError,
+    UnsupportedOperationError,
 )
 from haystack_chat_store.rounds import Window
-from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage
+from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.in_memory import InMemoryChatMessageStore
+from haystack_chat_store.stores.operations import UNCHANGED, EncodedMessage, FoundRow, HistoryRow, MessageRow
 from haystack_chat_store.stores.sqlite import SQLiteChatMessageStore
-from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore
+from haystack_chat_store.types import (
+    AsyncChatMessageStore,
+    ChatHistoryInfo,
+    ChatHistoryPage,
+    ChatMessageStore,
+    Fault,
+    SearchHit,
+    StoredMessage,
+    StoreStatistics,
+)
 from haystack_chat_store.urls import store_from_url
 
 if TYPE_CHECKING:
@@ -31,20 +49,38 @@ if TYPE_CHECKING:
 allow_deserialization_module("haystack_chat_store")
 
 __all__ = [
+    "UNCHANGED",
     "AsyncChatMessageStore",
     "BaseChatMessageStore",
+    "ChatHistoryChangedError",
+    "ChatHistoryExistsError",
+    "ChatHistoryInfo",
+    "ChatHistoryNotFoundError",
+    "ChatHistoryPage",
     "ChatMessageStore",
     "ChatMessageStoreError",
+    "ConflictError",
+    "DamagedFileError",
+    "DuplicateMessageError",
     "EncodedMessage",
+    "Fault",
+    "FoundRow",
+    "HistoryRow",
     "InMemoryChatMessageStore",
     "MessageDecodingError",
     "MessageEncodingError",
+    "MessageNotFoundError",
+    "MessageRow",
     "PostgresChatMessageStore",
     "RedisChatMessageStore",
     "SQLiteChatMessageStore",
     "SchemaVersionError",
+    "SearchHit",
+    "StoreStatistics",
     "StoreTimeoutError",
     "StoreUnavailableError",
+    "StoredMessage",
+    "UnsupportedOperationError",
     "Window",
     "store_from_url",
 ]

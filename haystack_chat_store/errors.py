@@ -8,7 +8,15 @@ ChatMessageStoreError            everything below; catch this one to catch all
 │   └── StoreTimeoutError        the engine did not become free, or did not answer, in time
 ├── SchemaVersionError           the database was written by a newer version of this package; it was left untouched
 ├── MessageEncodingError         a message holds something that cannot be stored (also a ValueError)
-└── MessageDecodingError         a stored message cannot be read back
+├── MessageDecodingError         a stored message cannot be read back
+├── ConflictError                what is stored is not what the call took it for; nothing was changed
+│   ├── DuplicateMessageError    an id is there already, and the policy is FAIL
+│   ├── ChatHistoryChangedError  the history has another number of messages than expected
+│   └── ChatHistoryExistsError   the history to copy or import to has other messages already
+├── ChatHistoryNotFoundError     there is no such history (also a LookupError)
+├── MessageNotFoundError         the history has no such message (also a LookupError)
+├── UnsupportedOperationError    this store, or its engine, cannot do that
+└── DamagedFileError             a file to import was changed or cut off (also a ValueError); nothing was imported
 ```
 
 Arguments that are wrong in themselves (an empty `chat_history_id`, a negative `last_k`, a list item that is not a
@@ -55,4 +63,53 @@ class MessageEncodingError(ChatMessageStoreError, ValueError):
 class MessageDecodingError(ChatMessageStoreError):
     """
     A stored message cannot be read back: it was changed by something else, or damaged.
+    """
+
+
+class ConflictError(ChatMessageStoreError):
+    """
+    What is stored is not what the call took it for. Nothing was changed.
+    """
+
+
+class DuplicateMessageError(ConflictError):
+    """
+    A message's id is there already, and the policy of the write is `DuplicatePolicy.FAIL`. Nothing was written.
+    """
+
+
+class ChatHistoryChangedError(ConflictError):
+    """
+    The history does not have the number of messages that the call expected: somebody else wrote to it. Nothing was
+    written. Read what is new, then decide again.
+    """
+
+
+class ChatHistoryExistsError(ConflictError):
+    """
+    The history to copy or import to has messages already that are not those. Nothing was changed.
+    """
+
+
+class ChatHistoryNotFoundError(ChatMessageStoreError, LookupError):
+    """
+    There is no history with this id.
+    """
+
+
+class MessageNotFoundError(ChatMessageStoreError, LookupError):
+    """
+    The history has no message with this id. Nothing was changed.
+    """
+
+
+class UnsupportedOperationError(ChatMessageStoreError):
+    """
+    This store cannot do what was asked: its engine has no means for it, or it was opened without.
+    """
+
+
+class DamagedFileError(ChatMessageStoreError, ValueError):
+    """
+    A file to import was changed or cut off, or is of another format. Nothing of it was imported.
     """

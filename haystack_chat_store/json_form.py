@@ -102,6 +102,20 @@ def encode_unusual(data: dict[str, Any], where: str) -> str:
     """
     long_integers: dict[str, str] = {}
     form = {key: _json_form(value, (f"{where}.{key}",), MAX_DEPTH, long_integers) for key, value in data.items()}
+    return _as_text(form, long_integers)
+
+
+def encode_meta(meta: dict[Any, Any]) -> str:
+    """
+    Return the meta of a chat history as JSON text, with the same forms for what is unusual.
+
+    :raises MessageEncodingError: If a value has no form. It names the value's path.
+    """
+    long_integers: dict[str, str] = {}
+    return _as_text(_json_form(meta, ("meta",), MAX_DEPTH, long_integers), long_integers)
+
+
+def _as_text(form: Any, long_integers: dict[str, str]) -> str:
     text = encoded(form)
     try:
         text.encode()

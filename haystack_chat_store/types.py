@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The protocols that components and hooks hang on. Anything that follows them is a chat message store.
+The protocols that components and hooks hang on, and what stores return.
+
+Anything that follows the protocols is a chat message store.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from datetime import date, datetime
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from haystack.dataclasses import ChatMessage
 
@@ -48,6 +52,27 @@ class ChatMessageStore(Protocol):
     15. **Errors** are `ChatMessageStoreError`s, and contain neither message text nor credentials.
     16. **Schema versions.** A durable store records its version, upgrades in place, and leaves alone what a newer
         version wrote.
+
+    What our own stores can do beyond this protocol has rules too:
+
+    17. **Directory.** `list_chat_histories` returns pages of the histories whose ids begin with a literal prefix, the
+        one whose messages changed last first. A walk along its cursors sees each history once that is there throughout
+        and not changed meanwhile; one that is changed moves to the front, and is seen once at most. A page costs the
+        same however many messages and histories there are. `get_chat_history` and `update_chat_history` read and set
+        title and meta; setting them is not a change of messages. Times are aware, in UTC.
+    18. **Pages.** `list_messages` returns messages by position, in order: the newest, those just before a position, or
+        those just after one. Positions rise and are never used again. `iterate_messages` walks a whole history, in
+        memory that does not grow with it.
+    19. **Changing what was said.** A write takes a `DuplicatePolicy`: OVERWRITE puts a message in the place of the one
+        with its id, FAIL refuses the batch. With `expected_count` a write is refused if the history has another number
+        of messages. Single messages, or all from one on, can be deleted. Rounds, counts and windows are right after it.
+    20. **Forking.** `copy_messages` copies a history, or its beginning, whole or not at all, to one without messages.
+    21. **Search.** `search_messages` finds the messages that have all words and phrases, whatever is asked, in any
+        language, and nothing else. What is written can be found at once; what is deleted cannot.
+    22. **Erasing.** `delete_chat_histories` deletes the histories with a prefix, `purge` those that have not changed for
+        long: in batches, each history whole.
+    23. **Moving.** What is exported and imported has equal messages, ids, order, titles and meta, on any engine.
+        Importing again adds nothing; a damaged file is refused; of no history is there ever a part.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,3 +154,104 @@ class AsyncChatMessageStore(ChatMessageStore, Protocol):
         Delete every history.
         """
         ...
+
+
+class ChatHistoryInfo(NamedTuple):
+    """
+    What a store knows of a chat history beside its messages.
+
+    :param chat_history_id: Which conversation.
+    :param message_count: How many messages it has.
+    :param round_count: How many rounds: user messages, each with what follows it.
+    :param created_at: When its first message was stored. Aware, in UTC.
+    :param updated_at: When its messages last changed. A new title or meta does not count.
+    :param title: What `update_chat_history` set, or `None`.
+    :param meta: Likewise, or an empty dict.
+    """
+
+    chat_history_id: str
+    message_count: int
+    round_count: int
+    created_at: datetime
+    updated_at: datetime
+    title: str | None
+    meta: dict[str, Any]
+
+
+class ChatHistoryPage(NamedTuple):
+    """
+    A part of the directory.
+
+    :param items: The histories, the one that changed last first.
+    :param cursor: What to give `list_chat_histories` for the next page; `None` if this is the last one.
+    """
+
+    items: list[ChatHistoryInfo]
+    cursor: str | None
+
+
+class StoredMessage(NamedTuple):
+    """
+    A message and its place in its history.
+
+    :param position: Its position. Positions rise from 0 and are never used again, so after deletions there are gaps.
+    :param created_at: When it was stored. Aware, in UTC.
+    :param message: The message, with its id in `meta["chat_message_id"]`.
+    """
+
+    position: int
+    created_at: datetime
+    message: ChatMessage
+
+
+class SearchHit(NamedTuple):
+    """
+    A message that a search has found.
+
+    :param chat_history_id: Its history.
+    :param message_id: Its id.
+    :param position: Its position in its history.
+    :param snippet: The part of its text around the first match, on one line.
+    :param score: How well it matches; more is better. Comparable within one search only.
+    """
+
+    chat_history_id: str
+    message_id: str
+    position: int
+    snippet: str
+    score: float
+
+
+class StoreStatistics(NamedTuple):
+    """
+    How much there is in a store's namespace.
+
+    :param chat_histories: The number of chat histories.
+    :param messages: The number of their messages.
+    :param rounds: The number of their rounds.
+    :param size: How many bytes the engine holds, of everything in the same file, tables or keys, or `None` if it does
+        not say.
+    :param messages_per_day: How many messages were stored on each day (UTC) on which there were any, in order.
+    """
+
+    chat_histories: int
+    messages: int
+    rounds: int
+    size: int | None
+    messages_per_day: Mapping[date, int]
+
+
+class Fault(NamedTuple):
+    """
+    Something in a store that does not fit together.
+
+    :param chat_history_id: The history that it is about, or `None`.
+    :param position: The position of the message that it is about, or `None`.
+    :param description: What is wrong. Never says what a message says.
+    :param is_repaired: Whether it has been mended.
+    """
+
+    chat_history_id: str | None
+    position: int | None
+    description: str
+    is_repaired: bool

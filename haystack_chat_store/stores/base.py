@@ -8,56 +8,33 @@ An engine is a subclass that adds how its operations are run and the few operati
 import asyncio
 import os
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from haystack import default_from_dict, default_to_dict
 from haystack.dataclasses import ChatMessage, ChatRole
+from haystack.document_stores.types import DuplicatePolicy
 from typing_extensions import Self
 
 from haystack_chat_store import rounds
 from haystack_chat_store.codec import decode_messages, encode_message
 from haystack_chat_store.rounds import MESSAGE_ID_KEY, LastKUnit, Window
-
-#: The longest `chat_history_id` and message id, in characters. Keys of every engine hold as much.
-MAX_ID_LENGTH = 512
-#: The longest `namespace`, in characters.
-MAX_NAMESPACE_LENGTH = 128
-
-# As much is encoded or decoded on the event loop itself, in a few milliseconds. More goes to a thread. (A single text
-# of many megabytes holds the loop up all the same, for json lets no other thread run while it works on it.)
-_CHARACTERS_PER_LOOP_STEP = 100_000
-
-ResultT = TypeVar("ResultT")
-SessionT = TypeVar("SessionT")
+from haystack_chat_store.stores.arguments import MAX_NAMESPACE_LENGTH, validated_id, validated_number, validated_policy
+from haystack_chat_store.stores.contents import Contents
+from haystack_chat_store.stores.directory import Directory
+from haystack_chat_store.stores.operations import EncodedMessage, SessionT, duplicate
+from haystack_chat_store.stores.steps import Step, Steps
 
 
-class EncodedMessage(NamedTuple):
-    """
-    A message as an engine stores it.
-
-    :param message_id: Its id, unique in its history.
-    :param role: `"user"`, `"assistant"`, `"tool"` or `"system"`.
-    :param content: The whole message as JSON text, id included.
-    :param brought_its_id: Whether the id came with the message. If not, no history can have it yet.
-    """
-
-    message_id: str
-    role: str
-    content: str
-    brought_its_id: bool
-
-
-class BaseChatMessageStore(ABC, Generic[SessionT]):
+class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
     """
     The base of all stores: everything that does not depend on the engine.
 
-    To write a store, implement `to_dict`, the five operations (`_write`, `_read`, `_count`, `_delete`, `_delete_all`)
-    and the two ways to run one (`_run`, `_run_async`). An operation is a method whose first argument is the engine's
-    *session*, such as a connection: `_run` and `_run_async` provide it. An operation is written once and serves both:
-    as a plain function if `_run_async` runs it on a thread or it never waits, or as a coroutine function that awaits
-    what its session does. Later versions may know more operations; those will not have to be implemented.
+    To write a store, implement `to_dict`, the five operations that every store has (`_write`, `_read`, `_count`,
+    `_delete`, `_delete_all`) and the two ways to run one (`_run`, `_run_async`). `Operations` says what each has to do,
+    and which others make the rest of the methods work: directory, pages, search, and so on. Later versions may know more
+    operations; those will not have to be implemented.
     """
 
     def __init__(
@@ -67,6 +44,7 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         *,
         last_k_unit: LastKUnit = "round",
         namespace: str = "default",
+        search: bool = False,
     ) -> None:
         """
         Check and keep the settings that all stores have.
@@ -76,6 +54,7 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
         :param namespace: What separates tenants, applications or test runs that share one database: a store sees only
             its own namespace. Defaults to `"default"`. 1 to 128 characters.
+        :param search: Whether messages can be searched. Defaults to False.
         :raises ValueError: If a setting is not one of these.
         """
         rounds.validate_last_k(last_k)
@@ -83,68 +62,13 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
             raise ValueError(f'last_k_unit must be "round" or "message", got {last_k_unit!r}.')
         if not isinstance(skip_system_messages, bool):
             raise ValueError(f"skip_system_messages must be True or False, got {skip_system_messages!r}.")
+        if not isinstance(search, bool):
+            raise ValueError(f"search must be True or False, got {search!r}.")
         self.skip_system_messages = skip_system_messages
         self.last_k = last_k
         self.last_k_unit = last_k_unit
-        self.namespace = _validated_id(namespace, "namespace", MAX_NAMESPACE_LENGTH)
-
-    # ------------------------------------------------------------------ what an engine adds
-
-    @abstractmethod
-    def _run(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        """
-        Run an operation to its end: open a session, call `operation(session, *arguments)`, return its result.
-
-        Raises the engine's exceptions as `ChatMessageStoreError`s.
-        """
-
-    @abstractmethod
-    async def _run_async(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        """
-        Do what `_run` does, without ever blocking the event loop.
-        """
-
-    @abstractmethod
-    def _write(
-        self, session: SessionT, chat_history_id: str, messages: Sequence[EncodedMessage]
-    ) -> "int | Coroutine[Any, Any, int]":
-        """
-        Append the messages whose id the history does not have, as one atomic batch. Return their number.
-
-        :param messages: At least one, no id twice.
-        """
-
-    @abstractmethod
-    def _read(
-        self, session: SessionT, chat_history_id: str, window: Window
-    ) -> "tuple[list[str], int] | Coroutine[Any, Any, tuple[list[str], int]]":
-        """
-        Return the contents in the window, oldest first, and the window's size, as of one moment.
-
-        The size is `window.size` of the number of rounds or messages that the history has, which an engine keeps count
-        of; it is not asked for a window of everything. For the unit `"round"`, the window begins at the `size`-th last
-        user message, or holds everything if there are fewer. For the unit `"message"`, it holds the last `size`
-        messages; where the first of these is a tool message, they are preceded by what comes before it up to and
-        including the nearest message that is not.
-        """
-
-    @abstractmethod
-    def _count(self, session: SessionT, chat_history_id: str) -> "int | Coroutine[Any, Any, int]":
-        """
-        Return the number of messages in a history, from a counter.
-        """
-
-    @abstractmethod
-    def _delete(self, session: SessionT, chat_history_id: str) -> "Coroutine[Any, Any, None] | None":
-        """
-        Delete a history and all that belongs to it.
-        """
-
-    @abstractmethod
-    def _delete_all(self, session: SessionT) -> "Coroutine[Any, Any, None] | None":
-        """
-        Delete every history of this namespace.
-        """
+        self.namespace = validated_id(namespace, "namespace", MAX_NAMESPACE_LENGTH)
+        self.search = search
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +80,14 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
 
     # ------------------------------------------------------------------ what users call
 
-    def write_messages(self, chat_history_id: str, messages: Iterable[ChatMessage]) -> int:
+    def write_messages(
+        self,
+        chat_history_id: str,
+        messages: Iterable[ChatMessage],
+        *,
+        policy: DuplicatePolicy = DuplicatePolicy.SKIP,
+        expected_count: int | None = None,
+    ) -> int:
         """
         Append messages to a history, as one batch that becomes visible and durable whole or not at all.
 
@@ -166,24 +97,32 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
 
         :param chat_history_id: Which conversation: 1 to 512 characters, anything but NUL and lone surrogates.
         :param messages: A list or other iterable of `ChatMessage`s, oldest first.
-        :returns: The number of messages that this call wrote.
+        :param policy: What becomes of a message whose id is there already. With SKIP, the default, and NONE it is
+            skipped. With OVERWRITE it takes the place of the one that is there, at the same position; of several in the
+            batch, the last one. With FAIL nothing is written.
+        :param expected_count: How many messages the history must have; if it has another number, nothing is written.
+            So of two who answer the same message, the second one hears of the first. Defaults to `None`: any number.
+        :returns: The number of messages that this call wrote, those that took another's place included.
         :raises ValueError: If an argument is wrong, or a message holds something that cannot be stored (then it is a
             `MessageEncodingError`). Nothing was written.
+        :raises DuplicateMessageError: If an id is there already, or twice in the batch, and the policy is FAIL.
+        :raises ChatHistoryChangedError: If the history does not have `expected_count` messages.
         :raises ChatMessageStoreError: If the engine fails. None or all of the batch was written.
         """
-        history, wanted = self._to_write(chat_history_id, messages)
-        encoded = _encoded(wanted)
-        written: int = self._run(self._write, history, encoded) if encoded else 0
-        return written
+        return self._take(self._writing(chat_history_id, messages, policy, expected_count))
 
-    async def write_messages_async(self, chat_history_id: str, messages: Iterable[ChatMessage]) -> int:
+    async def write_messages_async(
+        self,
+        chat_history_id: str,
+        messages: Iterable[ChatMessage],
+        *,
+        policy: DuplicatePolicy = DuplicatePolicy.SKIP,
+        expected_count: int | None = None,
+    ) -> int:
         """
         Do what `write_messages` does, without blocking the event loop.
         """
-        history, wanted = self._to_write(chat_history_id, messages)
-        encoded = await _off_loop_if(_is_much_to_encode(wanted), _encoded, wanted)
-        written: int = await self._run_async(self._write, history, encoded) if encoded else 0
-        return written
+        return await self._take_async(self._writing(chat_history_id, messages, policy, expected_count))
 
     def retrieve_messages(
         self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
@@ -205,11 +144,7 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
         """
-        history, window = self._to_read(chat_history_id, last_k, window_step)
-        if window.count == 0:
-            return []
-        contents, size = self._run(self._read, history, window)
-        return _decoded(contents, size, window)
+        return self._take(self._reading(chat_history_id, last_k, window_step))
 
     async def retrieve_messages_async(
         self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
@@ -217,12 +152,7 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         """
         Do what `retrieve_messages` does, without blocking the event loop.
         """
-        history, window = self._to_read(chat_history_id, last_k, window_step)
-        if window.count == 0:
-            return []
-        contents, size = await self._run_async(self._read, history, window)
-        is_much = sum(map(len, contents)) > _CHARACTERS_PER_LOOP_STEP
-        return await _off_loop_if(is_much, _decoded, contents, size, window)
+        return await self._take_async(self._reading(chat_history_id, last_k, window_step))
 
     def count_messages(self, chat_history_id: str) -> int:
         """
@@ -232,31 +162,40 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
         :raises ValueError: If `chat_history_id` cannot be one.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        count: int = self._run(self._count, _validated_id(chat_history_id, "chat_history_id"))
+        count: int = self._run(self._count, validated_id(chat_history_id, "chat_history_id"))
         return count
 
     async def count_messages_async(self, chat_history_id: str) -> int:
         """
         Do what `count_messages` does, without blocking the event loop.
         """
-        count: int = await self._run_async(self._count, _validated_id(chat_history_id, "chat_history_id"))
+        count: int = await self._run_async(self._count, validated_id(chat_history_id, "chat_history_id"))
         return count
 
-    def delete_messages(self, chat_history_id: str) -> None:
+    def delete_messages(
+        self, chat_history_id: str, *, message_ids: Iterable[str] | None = None, from_message_id: str | None = None
+    ) -> None:
         """
-        Delete a history, for good. Deleting one that does not exist does nothing.
+        Delete a history, or some of its messages, for good. Deleting what does not exist does nothing.
 
         :param chat_history_id: Which conversation.
-        :raises ValueError: If `chat_history_id` cannot be one.
+        :param message_ids: The ids of the messages to delete. The history stays, with its title and meta, even when none
+            are left. Defaults to `None`: the whole history.
+        :param from_message_id: The id of a message to delete, with all that come after it, to go on from before it.
+            Not both.
+        :raises ValueError: If an argument is wrong.
+        :raises MessageNotFoundError: If the history does not have `from_message_id`. Nothing was deleted.
         :raises ChatMessageStoreError: If the engine fails. None or all of it was deleted.
         """
-        self._run(self._delete, _validated_id(chat_history_id, "chat_history_id"))
+        self._take(self._deleting(chat_history_id, message_ids, from_message_id))
 
-    async def delete_messages_async(self, chat_history_id: str) -> None:
+    async def delete_messages_async(
+        self, chat_history_id: str, *, message_ids: Iterable[str] | None = None, from_message_id: str | None = None
+    ) -> None:
         """
         Do what `delete_messages` does, without blocking the event loop.
         """
-        await self._run_async(self._delete, _validated_id(chat_history_id, "chat_history_id"))
+        await self._take_async(self._deleting(chat_history_id, message_ids, from_message_id))
 
     def delete_all_messages(self) -> None:
         """
@@ -317,28 +256,64 @@ class BaseChatMessageStore(ABC, Generic[SessionT]):
             last_k=self.last_k,
             last_k_unit=self.last_k_unit,
             namespace=self.namespace,
+            search=self.search,
         )
 
-    def _to_write(
-        self, chat_history_id: str, messages: Iterable[ChatMessage]
-    ) -> tuple[str, list[tuple[str, ChatMessage]]]:
-        """
-        Check the arguments of a write.
+    # ------------------------------------------------------------------ the public methods, once, in steps
 
-        :returns: The history's id, and the messages to write, each under the name that errors give it.
-        """
-        history = _validated_id(chat_history_id, "chat_history_id")
-        return history, [
+    def _writing(
+        self,
+        chat_history_id: str,
+        messages: Iterable[ChatMessage],
+        policy: DuplicatePolicy,
+        expected_count: int | None,
+    ) -> "Steps[int]":
+        history = validated_id(chat_history_id, "chat_history_id")
+        policy = validated_policy(policy)
+        if expected_count is not None:
+            validated_number(expected_count, "expected_count", 0)
+        wanted = [
             (f"messages[{index}]", message)
             for index, message in enumerate(rounds.validated_messages(messages))
             if not (self.skip_system_messages and message.role is ChatRole.SYSTEM)
         ]
+        encoded: list[EncodedMessage] = yield Step(_encoded, (wanted, policy), _work_to_encode)
+        written: int = 0
+        if expected_count is not None or (policy is not DuplicatePolicy.SKIP and encoded):
+            written = yield Step(self._write_checked, (history, encoded, policy, expected_count))
+        elif encoded:
+            written = yield Step(self._write, (history, encoded))
+        return written
 
-    def _to_read(self, chat_history_id: str, last_k: int | None, window_step: int) -> tuple[str, Window]:
-        history = _validated_id(chat_history_id, "chat_history_id")
+    def _reading(self, chat_history_id: str, last_k: int | None, window_step: int) -> "Steps[list[ChatMessage]]":
+        history = validated_id(chat_history_id, "chat_history_id")
         rounds.validate_last_k(last_k)
         rounds.validate_window_step(window_step)
-        return history, Window(self.last_k_unit, self.last_k if last_k is None else last_k, window_step)
+        window = Window(self.last_k_unit, self.last_k if last_k is None else last_k, window_step)
+        if window.count == 0:
+            return []
+        contents, size = yield Step(self._read, (history, window))
+        messages: list[ChatMessage] = yield Step(_decoded, (contents, size, window), _work_to_decode)
+        return messages
+
+    def _deleting(
+        self, chat_history_id: str, message_ids: Iterable[str] | None, from_message_id: str | None
+    ) -> "Steps[None]":
+        history = validated_id(chat_history_id, "chat_history_id")
+        if message_ids is None and from_message_id is None:
+            yield Step(self._delete, (history,))
+            return
+        if message_ids is not None and from_message_id is not None:
+            raise ValueError("Give message_ids or from_message_id, not both.")
+        if from_message_id is not None:
+            from_message_id = validated_id(from_message_id, "from_message_id")
+        if message_ids is not None:
+            if isinstance(message_ids, (str, bytes)) or not isinstance(message_ids, Iterable):
+                raise ValueError(f"message_ids must be a list of ids, got {type(message_ids).__name__}.")
+            message_ids = [validated_id(each, f"message_ids[{index}]") for index, each in enumerate(message_ids)]
+            if not message_ids:
+                return
+        yield Step(self._delete_some, (history, message_ids, from_message_id))
 
 
 def new_message_id() -> str:
@@ -359,30 +334,12 @@ def contents_and_size(rows: Iterable[tuple[str, int]]) -> tuple[list[str], int]:
     return [content for content, _ in found], found[-1][1] if found else 0
 
 
-def _validated_id(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str:
+def _encoded(named: Sequence[tuple[str, ChatMessage]], policy: DuplicatePolicy) -> list[EncodedMessage]:
     """
-    Return an id as plain text.
+    Give each message its id and encode it. Of messages with the same id, the first counts, unless the policy forbids
+    them, or has the last one overwrite those before it.
 
-    :raises ValueError: If it is not non-empty text within `max_length`, without NUL and without lone surrogates.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, got {type(value).__name__}.")
-    text = str.__str__(value)  # plain, whatever a subclass makes of its methods
-    if not 0 < len(text) <= max_length:
-        raise ValueError(f"{name} must have 1 to {max_length} characters, got {len(text)}.")
-    if "\x00" in text:
-        raise ValueError(f"{name} must not contain NUL characters.")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{name} must not contain lone surrogates.") from None
-    return text
-
-
-def _encoded(named: Sequence[tuple[str, ChatMessage]]) -> list[EncodedMessage]:
-    """
-    Give each message its id and encode it. Of messages with the same id, the first counts.
+    :param named: The messages, each under the name that errors give it.
     """
     encoded: dict[str, EncodedMessage] = {}
     for name, message in named:
@@ -390,9 +347,14 @@ def _encoded(named: Sequence[tuple[str, ChatMessage]]) -> list[EncodedMessage]:
         if own_id is None:
             message_id = new_message_id()
         else:
-            message_id = _validated_id(own_id, f"{name}.meta[{MESSAGE_ID_KEY!r}]")
+            message_id = validated_id(own_id, f"{name}.meta[{MESSAGE_ID_KEY!r}]")
         content = encode_message(message, message_id, name)
-        encoded.setdefault(message_id, EncodedMessage(message_id, message.role.value, content, own_id is not None))
+        if message_id in encoded:
+            if policy is DuplicatePolicy.FAIL:
+                raise duplicate(message_id)
+            if policy is DuplicatePolicy.SKIP:
+                continue
+        encoded[message_id] = EncodedMessage(message_id, message.role.value, content, own_id is not None)
     return list(encoded.values())
 
 
@@ -403,20 +365,17 @@ def _decoded(contents: Sequence[str], size: int, window: Window) -> list[ChatMes
     return messages
 
 
-def _is_much_to_encode(named: Sequence[tuple[str, ChatMessage]]) -> bool:
+def _work_to_encode(named: Sequence[tuple[str, ChatMessage]], _policy: DuplicatePolicy) -> int:
     """
-    Whether encoding takes more than a few milliseconds, judged by the lengths of texts and of what is in the meta.
+    Return how much there is to encode, in characters of text that take as long.
     """
     work = 100 * len(named)
     for _, message in named:
         work += sum(100 * len(value) for value in message.meta.values() if isinstance(value, (list, dict)))
         for part in message._content:
             work += sum(len(value) for value in getattr(part, "__dict__", {}).values() if isinstance(value, str))
-    return work > _CHARACTERS_PER_LOOP_STEP
+    return work
 
 
-async def _off_loop_if(is_much: bool, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
-    """
-    Call `function(*arguments)`: at once, or in a thread if there is so much to do that the event loop would wait.
-    """
-    return await asyncio.to_thread(function, *arguments) if is_much else function(*arguments)
+def _work_to_decode(contents: Sequence[str], _size: int, _window: Window) -> int:
+    return sum(map(len, contents))

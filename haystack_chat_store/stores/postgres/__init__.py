@@ -12,8 +12,9 @@ from haystack.utils import Secret
 
 from haystack_chat_store.errors import ChatMessageStoreError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.rounds import LastKUnit, Window
-from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage, contents_and_size
+from haystack_chat_store.stores.base import BaseChatMessageStore, contents_and_size
 from haystack_chat_store.stores.coroutines import run_to_end
+from haystack_chat_store.stores.operations import EncodedMessage
 
 with LazyImport(
     'It comes with the extra \'postgres\': pip install "haystack-chat-store[postgres]", or "psycopg[binary]>=3.3".'
@@ -57,6 +58,7 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         *,
         last_k_unit: LastKUnit = "round",
         namespace: str = "default",
+        search: bool = False,
         schema_name: str = "public",
         table_prefix: str = "chat",
         min_pool_size: int = 1,
@@ -73,6 +75,7 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
         :param namespace: Separates tenants, applications or test runs in one database. Defaults to `"default"`.
+        :param search: Whether messages can be searched. What is written is then indexed with it. Defaults to False.
         :param schema_name: The PostgreSQL schema that holds the tables. Defaults to `"public"`; made if it is missing.
         :param table_prefix: What the tables' names begin with. Defaults to `"chat"`. 1 to 40 characters.
         :param min_pool_size: How many idle connections are kept however long nobody needs them. Others are closed by
@@ -86,7 +89,7 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
         :raises ImportError: If psycopg is not installed.
         """
         psycopg_import.check()
-        super().__init__(skip_system_messages, last_k, last_k_unit=last_k_unit, namespace=namespace)
+        super().__init__(skip_system_messages, last_k, last_k_unit=last_k_unit, namespace=namespace, search=search)
         if not isinstance(connection_string, Secret):
             raise ValueError("connection_string must be a Secret, such as Secret.from_env_var('PG_CONN_STR').")
         _validate_name(schema_name, "schema_name", 63)

@@ -6,10 +6,11 @@ from typing import Any
 from haystack.lazy_imports import LazyImport
 from haystack.utils import Secret
 
-from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.errors import StoreUnavailableError, UnsupportedOperationError
 from haystack_chat_store.rounds import LastKUnit, Window
-from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage
+from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.coroutines import run_to_end
+from haystack_chat_store.stores.operations import EncodedMessage
 from haystack_chat_store.stores.redis import scripts
 from haystack_chat_store.stores.redis.keys import BUCKETS, BucketKeys, HistoryKeys, Keys, bucket_of
 
@@ -48,6 +49,7 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
         *,
         last_k_unit: LastKUnit = "round",
         namespace: str = "default",
+        search: bool = False,
         cluster: bool = False,
         key_prefix: str = "chat",
         ttl: float | None = None,
@@ -63,6 +65,7 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
         :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
         :param namespace: Separates tenants, applications or test runs in one database. Defaults to `"default"`.
+        :param search: Must be False: see `docs/redis.md`.
         :param cluster: Whether the URL leads to a node of a Redis Cluster, which then says where the others are.
             Defaults to False.
         :param key_prefix: What the names of all keys begin with, after a brace. Defaults to `"chat"`. Without braces.
@@ -76,7 +79,7 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
         :raises ImportError: If redis-py is not installed.
         """
         redis_import.check()
-        super().__init__(skip_system_messages, last_k, last_k_unit=last_k_unit, namespace=namespace)
+        super().__init__(skip_system_messages, last_k, last_k_unit=last_k_unit, namespace=namespace, search=search)
         if not isinstance(url, Secret):
             raise ValueError("url must be a Secret, such as Secret.from_env_var('REDIS_URL').")
         if not isinstance(key_prefix, str) or not key_prefix or not key_prefix.isprintable():
@@ -88,6 +91,10 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
                 continue
             if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0.001 <= seconds <= 10**10:
                 raise ValueError(f"{name} must be a number of seconds from 0.001 to 10**10, got {seconds!r}.")
+        if search:
+            raise UnsupportedOperationError(
+                "RedisChatMessageStore cannot search messages. SQLiteChatMessageStore and PostgresChatMessageStore can."
+            )
         self.url = url
         self.cluster = cluster
         self.key_prefix = key_prefix

@@ -10,7 +10,8 @@ from haystack.dataclasses import ChatRole
 
 from haystack_chat_store.errors import MessageDecodingError, StoreUnavailableError
 from haystack_chat_store.rounds import LastKUnit, Window
-from haystack_chat_store.stores.base import BaseChatMessageStore, EncodedMessage, contents_and_size
+from haystack_chat_store.stores.base import BaseChatMessageStore, contents_and_size
+from haystack_chat_store.stores.operations import EncodedMessage
 from haystack_chat_store.stores.sqlite.database import (
     Database,
     Durability,
@@ -105,6 +106,7 @@ class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
         *,
         last_k_unit: LastKUnit = "round",
         namespace: str = "default",
+        search: bool = False,
         durability: Durability = "full",
         timeout: float = 30.0,
     ) -> None:
@@ -116,13 +118,14 @@ class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
         :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
         :param namespace: Separates tenants, applications or test runs in one file. Defaults to `"default"`.
+        :param search: Whether messages can be searched. What is written is then indexed with it. Defaults to False.
         :param durability: `"full"`, the default: a write that has returned survives a power cut. `"normal"`: it
             survives a crash of the process, but the last writes before a power cut may be gone (the file stays sound);
             several times as fast where syncing the disk is slow. These are SQLite's `synchronous` levels in WAL mode.
         :param timeout: How long to wait for a database that another process has locked, in seconds. Defaults to 30.
         :raises ValueError: If a setting is not one of these, or the path is empty or `":memory:"`.
         """
-        super().__init__(skip_system_messages, last_k, last_k_unit=last_k_unit, namespace=namespace)
+        super().__init__(skip_system_messages, last_k, last_k_unit=last_k_unit, namespace=namespace, search=search)
         if not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"path must be text or a Path, got {type(path).__name__}.")
         self.path = os.fspath(path)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What may be passed to a store: each function returns the argument as the engines need it, or raises a `ValueError`.
+"""
+
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from haystack.document_stores.types import DuplicatePolicy
+
+from haystack_chat_store.json_form import encode_meta
+from haystack_chat_store.stores.operations import UNCHANGED, Unchanged
+
+#: The longest `chat_history_id` and message id, in characters. Keys of every engine hold as much.
+MAX_ID_LENGTH = 512
+#: The longest `namespace`, in characters.
+MAX_NAMESPACE_LENGTH = 128
+#: The longest title, in characters.
+MAX_TITLE_LENGTH = 1_000
+#: The longest query of a search, in characters.
+MAX_QUERY_LENGTH = 1_000
+#: The most histories, messages or hits that one call returns.
+MAX_LIMIT = 1_000
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+def validated_id(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str:
+    """
+    Return an id as plain text.
+
+    :raises ValueError: If it is not non-empty text within `max_length`, without NUL and without lone surrogates.
+    """
+    text = validated_text(value, name, max_length)
+    if not text:
+        raise ValueError(f"{name} must have 1 to {max_length} characters, got 0.")
+    return text
+
+
+def validated_text(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str:
+    """
+    Return plain text, which may be empty.
+
+    :raises ValueError: If it is not text within `max_length`, without NUL and without lone surrogates.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, got {type(value).__name__}.")
+    text = str.__str__(value)  # plain, whatever a subclass makes of its methods
+    if len(text) > max_length:
+        raise ValueError(f"{name} must have at most {max_length} characters, got {len(text)}.")
+    if "\x00" in text:
+        raise ValueError(f"{name} must not contain NUL characters.")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} must not contain lone surrogates.") from None
+    return text
+
+
+def validated_number(value: Any, name: str, least: int, most: int | None = None) -> int:
+    """
+    Return an integer.
+
+    :raises ValueError: If it is none, or not from `least` to `most`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {type(value).__name__}.")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name} must be {least} {'or greater' if most is None else f'to {most}'}, got {value}.")
+    return int(value)
+
+
+def validated_position(value: Any, name: str) -> int | None:
+    """
+    Return a position, or `None`. One beyond the end of every history will do.
+    """
+    return None if value is None else min(validated_number(value, name, 0), 2**31)
+
+
+def validated_query(query: Any) -> str:
+    """
+    Return the query of a search, which may be any text.
+    """
+    if not isinstance(query, str):
+        raise ValueError(f"query must be text, got {type(query).__name__}.")
+    if len(query) > MAX_QUERY_LENGTH:
+        raise ValueError(f"query must have at most {MAX_QUERY_LENGTH} characters, got {len(query)}.")
+    return query
+
+
+def validated_policy(policy: Any) -> DuplicatePolicy:
+    """
+    Return a `DuplicatePolicy`, with SKIP for NONE.
+    """
+    if not isinstance(policy, DuplicatePolicy):
+        raise ValueError(f"policy must be a DuplicatePolicy, got {type(policy).__name__}.")
+    return DuplicatePolicy.SKIP if policy is DuplicatePolicy.NONE else policy
+
+
+def validated_title(title: Any) -> str | Unchanged | None:
+    """
+    Return a title, `None` for none, or UNCHANGED.
+    """
+    if title is None or title is UNCHANGED:
+        return None if title is None else UNCHANGED
+    return validated_text(title, "title", MAX_TITLE_LENGTH)
+
+
+def validated_meta(meta: Any) -> str | Unchanged | None:
+    """
+    Return the meta of a history as JSON text, `None` for none, or UNCHANGED.
+    """
+    if meta is None or meta is UNCHANGED:
+        return None if meta is None else UNCHANGED
+    if not isinstance(meta, dict):
+        raise ValueError(f"meta must be a dictionary or None, got {type(meta).__name__}.")
+    return encode_meta(meta) if meta else None
+
+
+def microseconds(time: Any, name: str) -> int:
+    """
+    Return a time in microseconds since 1970, UTC.
+
+    :raises ValueError: If it is no aware datetime: without a time zone, nobody knows which moment it means.
+    """
+    if not isinstance(time, datetime) or time.utcoffset() is None:
+        raise ValueError(f"{name} must be a datetime with a time zone, such as datetime.now(timezone.utc).")
+    return (time - _EPOCH) // _MICROSECOND
+
+
+def time_of(microseconds_since_1970: int) -> datetime:
+    """
+    Return the aware time, in UTC, that so many microseconds since 1970 stand for.
+    """
+    return _EPOCH + timedelta(microseconds=microseconds_since_1970)
