@@ -80,8 +80,9 @@ class DuplicateMessageError(ConflictError):
 
 class ChatHistoryChangedError(ConflictError):
     """
-    The history does not have the number of messages that the call expected: somebody else wrote to it. Nothing was
-    written. Read what is new, then decide again.
+    The history does not have the number of messages that the call expected: somebody else wrote to it.
+
+    Nothing was written. Read what is new, then decide again.
     """
 
 

@@ -69,8 +69,8 @@ class ChatMessageStore(Protocol):
     20. **Forking.** `copy_messages` copies a history, or its beginning, whole or not at all, to one without messages.
     21. **Search.** `search_messages` finds the messages that have all words and phrases, whatever is asked, in any
         language, and nothing else. What is written can be found at once; what is deleted cannot.
-    22. **Erasing.** `delete_chat_histories` deletes the histories with a prefix, `purge` those that have not changed for
-        long: in batches, each history whole.
+    22. **Erasing.** `delete_chat_histories` deletes the histories with a prefix, `purge` those that have not changed
+        for long: in batches, each history whole.
     23. **Moving.** What is exported and imported has equal messages, ids, order, titles and meta, on any engine.
         Importing again adds nothing; a damaged file is refused; of no history is there ever a part.
     """

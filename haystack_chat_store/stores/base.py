@@ -33,8 +33,8 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
 
     To write a store, implement `to_dict`, the five operations that every store has (`_write`, `_read`, `_count`,
     `_delete`, `_delete_all`) and the two ways to run one (`_run`, `_run_async`). `Operations` says what each has to do,
-    and which others make the rest of the methods work: directory, pages, search, and so on. Later versions may know more
-    operations; those will not have to be implemented.
+    and which others make the rest of the methods work: directory, pages, search, and so on. Later versions may know
+    more operations; those will not have to be implemented.
     """
 
     def __init__(
@@ -179,8 +179,8 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
         Delete a history, or some of its messages, for good. Deleting what does not exist does nothing.
 
         :param chat_history_id: Which conversation.
-        :param message_ids: The ids of the messages to delete. The history stays, with its title and meta, even when none
-            are left. Defaults to `None`: the whole history.
+        :param message_ids: The ids of the messages to delete. The history stays, with its title and meta, even when
+            none are left. Defaults to `None`: the whole history.
         :param from_message_id: The id of a message to delete, with all that come after it, to go on from before it.
             Not both.
         :raises ValueError: If an argument is wrong.
@@ -336,8 +336,9 @@ def contents_and_size(rows: Iterable[tuple[str, int]]) -> tuple[list[str], int]:
 
 def _encoded(named: Sequence[tuple[str, ChatMessage]], policy: DuplicatePolicy) -> list[EncodedMessage]:
     """
-    Give each message its id and encode it. Of messages with the same id, the first counts, unless the policy forbids
-    them, or has the last one overwrite those before it.
+    Give each message its id and encode it.
+
+    Of messages with the same id the first counts, unless the policy forbids them or has the last one overwrite others.
 
     :param named: The messages, each under the name that errors give it.
     """

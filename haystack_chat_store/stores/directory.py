@@ -29,8 +29,8 @@ class Directory(SteppedOperations[SessionT]):
         Return a page of the histories of this namespace, the one whose messages changed last first.
 
         To see all, call it again with the page's cursor until that is `None`. Each history that is there throughout,
-        and is not changed meanwhile, is then seen exactly once, whatever happens to others; one that is changed moves to
-        the front, and is seen once if its turn had come, else not.
+        and is not changed meanwhile, is then seen exactly once, whatever happens to others; one that is changed moves
+        to the front, and is seen once if its turn had come, else not.
 
         :param prefix: Only histories whose ids begin with this text, taken literally. Defaults to all.
         :param limit: How many a page has at most: 1 to 1,000. Defaults to 50.

@@ -151,8 +151,8 @@ def changed_meanwhile(expected_count: int, count: int) -> ChatHistoryChangedErro
     Return what a call raises that expected another number of messages than the history has.
     """
     return ChatHistoryChangedError(
-        f"The history has {count} messages now, and not {expected_count} as expected. Nothing was written. Read what is "
-        "new, then write again with the new count."
+        f"The history has {count} messages now, and not {expected_count} as expected. Nothing was written. Read what "
+        "is new, then write again with the new count."
     )
 
 
@@ -331,8 +331,9 @@ class Operations(ABC, Generic[SessionT]):
         self, session: SessionT, prefix: str, before: tuple[int, str] | None, limit: int
     ) -> "Operation[list[HistoryRow]]":
         """
-        Return the histories whose ids begin with `prefix`, the one updated last first; of the same time, that with the
-        greater id (by code points) first.
+        Return the histories whose ids begin with `prefix`, the one updated last first.
+
+        Of the same time, that with the greater id (by code points) comes first.
 
         :param before: `updated_at` and id of a history. Only what comes after it in this order is returned.
         """
@@ -340,8 +341,7 @@ class Operations(ABC, Generic[SessionT]):
 
     def _histories_by_id(self, session: SessionT, prefix: str, after: str, limit: int) -> "Operation[list[HistoryRow]]":
         """
-        Return the histories whose ids begin with `prefix` and are greater than `after`, in the order of the code points
-        of their ids.
+        Return the histories whose ids begin with `prefix` and are greater than `after`, by their ids' code points.
         """
         raise self._unsupported("the directory of histories")
 
@@ -390,8 +390,9 @@ class Operations(ABC, Generic[SessionT]):
 
     def _erase_some(self, session: SessionT, prefix: str, updated_before: int | None, limit: int) -> "Operation[int]":
         """
-        Delete up to `limit` of the histories whose ids begin with `prefix` and, if that is given, whose messages have
-        not changed since `updated_before`, in microseconds since 1970. Return their number, 0 if there are none left.
+        Delete up to `limit` of the histories whose ids begin with `prefix`. Return their number, 0 if none are left.
+
+        :param updated_before: Only histories whose messages have not changed since, in microseconds since 1970.
         """
         raise self._unsupported("erasing by prefix or age")
 

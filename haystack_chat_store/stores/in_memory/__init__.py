@@ -16,6 +16,7 @@ from haystack_chat_store.search_text import Phrase, matches, searchable_text_of_
 from haystack_chat_store.stores.arguments import time_of
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.in_memory.histories import History, Namespace, Stored
+from haystack_chat_store.stores.in_memory.search_index import SearchIndex
 from haystack_chat_store.stores.operations import (
     UNCHANGED,
     EncodedMessage,
@@ -115,7 +116,7 @@ class InMemoryChatMessageStore(BaseChatMessageStore[Namespace]):
         session.put(chat_history_id, None)
 
     def _delete_all(self, session: Namespace) -> None:
-        _namespaces[self.namespace] = Namespace()
+        session.histories, session.index = {}, SearchIndex()
 
     def _write_checked(
         self,
@@ -172,7 +173,7 @@ class InMemoryChatMessageStore(BaseChatMessageStore[Namespace]):
             raise changed_meanwhile(expected_count, count)
         imported = [Stored(*row[1:]) for rows in batches for row in rows]
         if target is None:
-            target = History(history.created_at, title=history.title, meta=history.meta)
+            target = History(history.created_at, title=history.title, meta=history.meta, is_kept=True)
         updated_at = max(target.updated_at, history.updated_at)
         session.put(history.chat_history_id, target.changed(updated_at, {}, imported))
         return len(imported)
@@ -187,7 +188,7 @@ class InMemoryChatMessageStore(BaseChatMessageStore[Namespace]):
         keys = (
             (history.updated_at, chat_history_id)
             for chat_history_id, history in session.histories.items()
-            if history.messages and chat_history_id.startswith(prefix)
+            if history.is_there and chat_history_id.startswith(prefix)
         )
         wanted = heapq.nlargest(limit, keys if before is None else (key for key in keys if key < before))
         return [session.histories[chat_history_id].row(chat_history_id) for _, chat_history_id in wanted]
@@ -269,7 +270,7 @@ class InMemoryChatMessageStore(BaseChatMessageStore[Namespace]):
     def _vacuum(self, session: Namespace) -> None:
         pass  # nothing is left of what was deleted
 
-    def _faults(self, session: Namespace, repair: bool) -> list[Fault]:
+    def _faults(self, session: Namespace, repair: bool) -> list[Fault]:  # noqa: ARG002  (an operation takes these)
         return []  # nothing but this code can have written what is there
 
     def _remove(self, session: Namespace, chat_history_id: str, positions: Sequence[int]) -> None:
@@ -282,7 +283,7 @@ class InMemoryChatMessageStore(BaseChatMessageStore[Namespace]):
         return [
             chat_history_id
             for chat_history_id, history in session.histories.items()
-            if history.messages and chat_history_id.startswith(prefix)
+            if history.is_there and chat_history_id.startswith(prefix)
         ]
 
 

@@ -45,6 +45,14 @@ class History:
     positions: dict[str, int] = field(default_factory=dict)
     user_positions: list[int] = field(default_factory=list)
     indexed: int = 0
+    is_kept: bool = False  # even without messages
+
+    @property
+    def is_there(self) -> bool:
+        """
+        Whether it has been written to, however many messages are left. A write that was interrupted may not have.
+        """
+        return bool(self.messages) or self.is_kept
 
     def catch_up(self) -> None:
         """
@@ -161,10 +169,10 @@ class Namespace:
 
     def find(self, chat_history_id: str) -> History | None:
         """
-        Return a history. One that a write has made, but not written to before it was interrupted, is not there yet.
+        Return a history, if it is there.
         """
         history = self.histories.get(chat_history_id)
-        return history if history is not None and history.messages else None
+        return history if history is not None and history.is_there else None
 
     def put(self, chat_history_id: str, history: History | None) -> None:
         """
