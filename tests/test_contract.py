@@ -8,11 +8,11 @@ import uuid
 import pytest
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
-from haystack_chat_store.testing import ChatMessageStoreContract
+from haystack_chat_store.testing import ChatMessageStoreContract, ManagementContract
 from haystack_chat_store.testing.messages import conversation, positions
 
 
-class OurContract(ChatMessageStoreContract):
+class OurContract(ChatMessageStoreContract, ManagementContract):
     """
     Where the contract leaves a choice, all our stores make the same one.
     """

@@ -20,7 +20,9 @@ class TestMyStore(ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
 begins. A store that does not outlive its process says so with the class attribute `durable = False`; what else an
 engine can state is described in `ContractTest` and `ConcurrencyTest`. Each rule of the contract (see
 `haystack_chat_store.types.ChatMessageStore`) is also a test class of its own, so that a store can be built up rule by
-rule. Tests with the parameter `sync` call the store's methods, those with `async` their asynchronous twins.
+rule. What goes beyond the published protocol, the directory, pages, search and so on (rules 17 to 22), is in
+`ManagementContract`. Tests with the parameter `sync` call the store's methods, those with `async` their asynchronous
+twins.
 
 Samples and hypothesis strategies for tests of your own are in `haystack_chat_store.testing.messages`.
 """
@@ -31,9 +33,14 @@ import pytest
 _MODULES = (
     "concurrency",
     "contract_arguments",
+    "contract_changes",
     "contract_content",
+    "contract_directory",
     "contract_isolation",
     "contract_lifecycle",
+    "contract_management",
+    "contract_random_walk",
+    "contract_search",
     "contract_windows",
     "contract_writes",
     "kit",
@@ -46,9 +53,14 @@ pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
 from haystack_chat_store.testing.concurrency import ConcurrencyTest
 from haystack_chat_store.testing.contract import ChatMessageStoreContract
 from haystack_chat_store.testing.contract_arguments import Rule01SignaturesTest, Rule02ValidationTest, Rule15ErrorsTest
+from haystack_chat_store.testing.contract_changes import Rule18PagesTest, Rule19ChangesTest, Rule20ForkingTest
 from haystack_chat_store.testing.contract_content import Rule11LosslessTest
+from haystack_chat_store.testing.contract_directory import Rule17DirectoryTest, Rule22ErasingTest
 from haystack_chat_store.testing.contract_isolation import Rule09IsolationTest, Rule10NoAliasingTest
 from haystack_chat_store.testing.contract_lifecycle import Rule13LifecycleTest, Rule14SerializationTest
+from haystack_chat_store.testing.contract_management import ManagementContract
+from haystack_chat_store.testing.contract_random_walk import RandomWalkTest
+from haystack_chat_store.testing.contract_search import Rule21SearchTest
 from haystack_chat_store.testing.contract_windows import Rule07WindowsTest, Rule08CostTest
 from haystack_chat_store.testing.contract_writes import (
     Rule03AtomicBatchesTest,
@@ -65,7 +77,9 @@ __all__ = [
     "ClosableStore",
     "ConcurrencyTest",
     "ContractTest",
+    "ManagementContract",
     "ProcessesTest",
+    "RandomWalkTest",
     "Rule01SignaturesTest",
     "Rule02ValidationTest",
     "Rule03AtomicBatchesTest",
@@ -80,6 +94,12 @@ __all__ = [
     "Rule13LifecycleTest",
     "Rule14SerializationTest",
     "Rule15ErrorsTest",
+    "Rule17DirectoryTest",
+    "Rule18PagesTest",
+    "Rule19ChangesTest",
+    "Rule20ForkingTest",
+    "Rule21SearchTest",
+    "Rule22ErasingTest",
     "StoreFactory",
     "only_where",
 ]

@@ -66,46 +66,62 @@ class Calls:
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
 
-    def write(self, store: ClosableStore, chat_history_id: Any, messages: Any) -> int:
+    def write(self, store: ClosableStore, chat_history_id: Any, messages: Any, **options: Any) -> int:
         """
         Call `write_messages`.
         """
-        written: int = self._call(store, "write_messages", chat_history_id, messages)
+        written: int = self.call(store, "write_messages", chat_history_id, messages, **options)
         return written
 
     def retrieve(self, store: ClosableStore, chat_history_id: Any, **window: Any) -> list[ChatMessage]:
         """
         Call `retrieve_messages`, with `last_k` and `window_step` only if they are given.
         """
-        messages: list[ChatMessage] = self._call(store, "retrieve_messages", chat_history_id, **window)
+        messages: list[ChatMessage] = self.call(store, "retrieve_messages", chat_history_id, **window)
         return messages
 
     def count(self, store: ClosableStore, chat_history_id: Any) -> int:
         """
         Call `count_messages`.
         """
-        count: int = self._call(store, "count_messages", chat_history_id)
+        count: int = self.call(store, "count_messages", chat_history_id)
         return count
 
-    def delete(self, store: ClosableStore, chat_history_id: Any) -> None:
+    def delete(self, store: ClosableStore, chat_history_id: Any, **options: Any) -> None:
         """
         Call `delete_messages`.
         """
-        self._call(store, "delete_messages", chat_history_id)
+        self.call(store, "delete_messages", chat_history_id, **options)
 
     def delete_all(self, store: ClosableStore) -> None:
         """
         Call `delete_all_messages`.
         """
-        self._call(store, "delete_all_messages")
+        self.call(store, "delete_all_messages")
 
     def close(self, store: ClosableStore) -> None:
         """
         Call `close`.
         """
-        self._call(store, "close")
+        self.call(store, "close")
 
-    def _call(self, store: ClosableStore, method: str, *arguments: Any, **options: Any) -> Any:
+    def iterate(self, store: ClosableStore, chat_history_id: str) -> list[Any]:
+        """
+        Walk through what `iterate_messages` yields.
+        """
+        if self._loop is None:
+            return list(store.iterate_messages(chat_history_id))  # type: ignore[attr-defined]  # not in the protocol
+
+        async def walked() -> list[Any]:
+            found = store.iterate_messages_async(chat_history_id)  # type: ignore[attr-defined]  # likewise
+            return [stored async for stored in found]
+
+        return self._loop.run_until_complete(walked())
+
+    def call(self, store: ClosableStore, method: str, *arguments: Any, **options: Any) -> Any:
+        """
+        Call a method by its name, without `_async`.
+        """
         if self._loop is None:
             return getattr(store, method)(*arguments, **options)
 
@@ -144,6 +160,9 @@ class ContractTest:
 
     #: The longest `namespace` that the store takes, in characters.
     max_namespace_length = 128
+
+    #: Whether the engine can search: whether stores may be made with `search=True`.
+    searches = True
 
     #: Whether `retrieve_messages` takes `window_step`, which the published protocol does not have.
     takes_window_step = True

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The rules about pages of messages (18), about changing what was said (19), and about forking (20).
+"""
+
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from haystack.dataclasses import ChatMessage
+from haystack.document_stores.types import DuplicatePolicy
+
+from haystack_chat_store.errors import (
+    ChatHistoryChangedError,
+    ChatHistoryExistsError,
+    ChatHistoryNotFoundError,
+    ConflictError,
+    DuplicateMessageError,
+    MessageNotFoundError,
+)
+from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, exactly, ids, texts
+from haystack_chat_store.testing.messages import conversation, expected_rounds, sample_messages, user, with_id
+
+OVERWRITE, FAIL = DuplicatePolicy.OVERWRITE, DuplicatePolicy.FAIL
+
+
+def named(roles: str) -> list[ChatMessage]:
+    """
+    Make a conversation whose messages bring their places as ids.
+    """
+    made = conversation(roles)
+    for message in made:
+        message.meta[MESSAGE_ID_KEY] = str(message.meta["position"])
+    return made
+
+
+def places(stored: list[Any]) -> list[tuple[int, str]]:
+    """
+    Return positions and ids.
+    """
+    return [(each.position, each.message.meta[MESSAGE_ID_KEY]) for each in stored]
+
+
+class Rule18PagesTest(ContractTest):
+    """
+    Rule 18: any page of a history, by position.
+    """
+
+    def test_pages_are_the_newest_or_before_or_after_a_position(self, store: ClosableStore, calls: Calls) -> None:
+        for message in named("a uctta ua ua"):
+            calls.write(store, "chat", [message])
+        every = [(number, str(number)) for number in range(10)]
+
+        def page(**options: Any) -> list[tuple[int, str]]:
+            return places(calls.call(store, "list_messages", "chat", **options))
+
+        assert page() == every
+        assert page(limit=3) == every[7:]
+        assert page(before=7, limit=3) == every[4:7]
+        assert page(before=2) == every[:2]
+        assert page(before=0) == []
+        assert page(before=99, limit=2) == every[8:]
+        assert page(after=3, limit=3) == every[4:7]
+        assert page(after=0) == every[1:]
+        assert page(after=9) == page(after=2**40) == []
+
+    def test_messages_come_whole_with_their_times(self, store: ClosableStore, calls: Calls) -> None:
+        before = datetime.now(timezone.utc) - timedelta(minutes=1)
+        written = [m for m in sample_messages().values() if m.role.value != "system"]
+        calls.write(store, "chat", written)
+        stored = calls.call(store, "list_messages", "chat")
+        assert exactly([each.message for each in stored]) == exactly(calls.retrieve(store, "chat", last_k=1000))
+        assert all(before < each.created_at < before + timedelta(minutes=3) for each in stored)
+        assert all(each.created_at.utcoffset() == timedelta(0) for each in stored)
+
+    def test_later_messages_have_later_times(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", [user()])
+        time.sleep(0.002)
+        calls.write(store, "chat", [user(), user()])
+        first, second, third = (each.created_at for each in calls.call(store, "list_messages", "chat"))
+        assert first < second <= third
+
+    def test_history_that_does_not_exist_has_no_pages(self, store: ClosableStore, calls: Calls) -> None:
+        assert calls.call(store, "list_messages", "chat") == []
+        assert calls.iterate(store, "chat") == []
+
+    @pytest.mark.parametrize("count", [1, 499, 500, 501, 1203])
+    def test_iteration_walks_through_all(self, store: ClosableStore, calls: Calls, count: int) -> None:
+        calls.write(store, "chat", [with_id(str(number)) for number in range(count)])
+        calls.write(store, "other", [user()])
+        assert places(calls.iterate(store, "chat")) == [(number, str(number)) for number in range(count)]
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"limit": 0},
+            {"limit": 1001},
+            {"before": -1},
+            {"after": -1},
+            {"after": "1"},
+            {"before": True},
+            {"before": 1, "after": 1},
+        ],
+    )
+    def test_wrong_arguments_are_refused(self, store: ClosableStore, calls: Calls, wrong: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            calls.call(store, "list_messages", "chat", **wrong)
+
+    def test_wrong_id_is_refused_before_iterating(self, store: ClosableStore) -> None:
+        with pytest.raises(ValueError, match="chat_history_id"):
+            store.iterate_messages("")  # type: ignore[attr-defined]  # not in the protocol
+        with pytest.raises(ValueError, match="chat_history_id"):
+            store.iterate_messages_async("")  # type: ignore[attr-defined]  # likewise
+
+
+class Rule19ChangesTest(ContractTest):
+    """
+    Rule 19: messages can be replaced and deleted, and a write can say what it expects.
+    """
+
+    def test_overwriting_puts_a_message_in_the_place_of_another(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", named("ucta ua"))
+        before = calls.call(store, "list_messages", "chat")
+        batch = [with_id("4", "edited"), user("new"), with_id("fresh", "newer")]
+        assert calls.write(store, "chat", batch, policy=OVERWRITE) == 3
+        after = calls.call(store, "list_messages", "chat")
+        assert texts([each.message for each in after[4:]]) == ["edited", "text 5", "new", "newer"]
+        assert [each.position for each in after] == list(range(8))
+        assert [each.created_at for each in after[:6]] == [each.created_at for each in before]
+        assert [each.message for each in after[:4]] == [each.message for each in before[:4]]
+        info = calls.call(store, "get_chat_history", "chat")
+        assert (info.message_count, info.round_count) == (8, 4)
+
+    def test_overwriting_may_change_who_spoke(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", named("ua ua ua"))
+        changed = ChatMessage.from_assistant("no question", meta={MESSAGE_ID_KEY: "2"})
+        assert calls.write(store, "chat", [changed, with_id("1", "a question")], policy=OVERWRITE) == 2
+        assert calls.call(store, "get_chat_history", "chat").round_count == 3
+        assert ids(calls.retrieve(store, "chat", last_k=2)) == ["1", "2", "3", "4", "5"]
+        assert ids(calls.retrieve(store, "chat", last_k=1)) == ["4", "5"]
+
+    def test_of_several_the_last_one_overwrites(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", [with_id("a", "old")])
+        batch = [with_id("b", "b1"), with_id("a", "1"), with_id("b", "b2"), with_id("a", "2")]
+        assert calls.write(store, "chat", batch, policy=OVERWRITE) == 2
+        assert texts(calls.retrieve(store, "chat")) == ["2", "b2"]
+
+    def test_failing_policy_refuses_the_whole_batch(self, store: ClosableStore, calls: Calls) -> None:
+        assert calls.write(store, "chat", [with_id("a", "old")], policy=FAIL) == 1
+        for batch in ([with_id("b"), with_id("a")], [with_id("c"), with_id("c")]):
+            with pytest.raises(DuplicateMessageError, match=batch[1].meta[MESSAGE_ID_KEY]) as caught:
+                calls.write(store, "chat", batch, policy=FAIL)
+            assert isinstance(caught.value, ConflictError)
+            assert texts(calls.retrieve(store, "chat")) == ["old"]
+        assert calls.write(store, "chat", [with_id("b"), user()], policy=FAIL) == 2
+
+    def test_none_means_skip(self, store: ClosableStore, calls: Calls) -> None:
+        for policy, text in ((DuplicatePolicy.NONE, "1"), (DuplicatePolicy.SKIP, "2")):
+            calls.write(store, "chat", [with_id("a", text)], policy=policy)
+        assert texts(calls.retrieve(store, "chat")) == ["1"]
+
+    @pytest.mark.parametrize("policy", [DuplicatePolicy.SKIP, OVERWRITE, FAIL])
+    def test_write_is_refused_where_the_count_is_another(
+        self, store: ClosableStore, calls: Calls, policy: DuplicatePolicy
+    ) -> None:
+        assert calls.write(store, "chat", [user("1"), user("2")], policy=policy, expected_count=0) == 2
+        for wrong in (0, 1, 3):
+            for batch in ([user("3")], []):
+                with pytest.raises(ChatHistoryChangedError, match=f"2 messages.*{wrong}"):
+                    calls.write(store, "chat", batch, policy=policy, expected_count=wrong)
+        with pytest.raises(ChatHistoryChangedError):
+            calls.write(store, "never", [user()], policy=policy, expected_count=1)
+        assert calls.write(store, "chat", [], policy=policy, expected_count=2) == 0
+        assert calls.write(store, "chat", [user("3")], policy=policy, expected_count=2) == 1
+        assert texts(calls.retrieve(store, "chat")) == ["1", "2", "3"]
+        assert calls.call(store, "get_chat_history", "never") is None
+
+    def test_empty_write_makes_no_history(self, store: ClosableStore, calls: Calls) -> None:
+        assert calls.write(store, "chat", [], expected_count=0) == 0
+        assert calls.write(store, "chat", [], policy=OVERWRITE) == 0
+        assert calls.call(store, "get_chat_history", "chat") is None
+
+    @pytest.mark.parametrize("wrong", [{"policy": "skip"}, {"policy": None}, {"expected_count": -1}])
+    def test_wrong_arguments_are_refused(self, store: ClosableStore, calls: Calls, wrong: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            calls.write(store, "chat", [user()], **wrong)
+        assert calls.count(store, "chat") == 0
+
+    def test_single_messages_can_be_deleted(self, store: ClosableStore, calls: Calls) -> None:
+        written = named("a uctta ua ua")
+        calls.write(store, "chat", written)
+        calls.delete(store, "chat", message_ids=["1", "4", "8", "never there", "4"])
+        left = [message for message in written if message.meta[MESSAGE_ID_KEY] not in ("1", "4", "8")]
+        assert calls.count(store, "chat") == 7
+        assert calls.call(store, "get_chat_history", "chat").round_count == 1
+        for last_k in (1, 2, None):
+            assert ids(calls.retrieve(store, "chat", last_k=last_k)) == ids(expected_rounds(left, last_k))
+        assert places(calls.call(store, "list_messages", "chat", limit=2)) == [(7, "7"), (9, "9")]
+        assert places(calls.call(store, "list_messages", "chat", before=7, limit=2)) == [(5, "5"), (6, "6")]
+        assert places(calls.call(store, "list_messages", "chat", after=3, limit=2)) == [(5, "5"), (6, "6")]
+
+    def test_windows_of_messages_skip_what_was_deleted(self, new_store: StoreFactory, calls: Calls) -> None:
+        store = new_store(last_k_unit="message")
+        calls.write(store, "chat", named("ua udtta ua ua"))
+        calls.delete(store, "chat", message_ids=["0", "6", "8", "9"])
+        assert ids(calls.retrieve(store, "chat", last_k=2)) == ["7", "10"]
+        assert ids(calls.retrieve(store, "chat", last_k=3)) == ["3", "4", "5", "7", "10"]
+        assert ids(calls.retrieve(store, "chat", last_k=8)) == ["1", "2", "3", "4", "5", "7", "10"]
+        assert ids(calls.retrieve(store, "chat", last_k=2, window_step=4)) == ["3", "4", "5", "7", "10"]
+
+    def test_history_goes_on_after_deletions(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", named("ua ua"))
+        calls.delete(store, "chat", from_message_id="2")
+        assert calls.write(store, "chat", [with_id("2", "asked differently")]) == 1
+        stored = calls.call(store, "list_messages", "chat")
+        assert places(stored) == [(0, "0"), (1, "1"), (4, "2")]
+        assert stored[-1].message.text == "asked differently"
+
+    def test_everything_from_a_message_on_can_be_deleted(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", named("ua ucta ua"))
+        calls.delete(store, "chat", from_message_id="4")
+        info = calls.call(store, "get_chat_history", "chat")
+        assert (info.message_count, info.round_count) == (4, 2)
+        assert ids(calls.retrieve(store, "chat")) == ["0", "1", "2", "3"]
+        for unknown in ("4", "never there"):
+            with pytest.raises(MessageNotFoundError, match=unknown):
+                calls.delete(store, "chat", from_message_id=unknown)
+        with pytest.raises(MessageNotFoundError):
+            calls.delete(store, "no chat", from_message_id="1")
+        assert calls.count(store, "chat") == 4
+
+    def test_history_stays_when_its_last_message_goes(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", named("ua"))
+        calls.call(store, "update_chat_history", "chat", title="kept", meta={"a": 1})
+        calls.delete(store, "chat", from_message_id="0")
+        info = calls.call(store, "get_chat_history", "chat")
+        assert (info.message_count, info.round_count, info.title, info.meta) == (0, 0, "kept", {"a": 1})
+        assert calls.retrieve(store, "chat") == calls.call(store, "list_messages", "chat") == []
+        assert calls.write(store, "chat", [with_id("0")]) == 1
+        assert places(calls.call(store, "list_messages", "chat")) == [(2, "0")]
+        assert calls.call(store, "get_chat_history", "chat").title == "kept"
+
+    def test_deleting_what_is_not_there_does_nothing(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", [with_id("a")])
+        before = calls.call(store, "get_chat_history", "chat")
+        calls.delete(store, "chat", message_ids=[])
+        calls.delete(store, "chat", message_ids=["b"])
+        calls.delete(store, "no chat", message_ids=["a"])
+        assert calls.call(store, "get_chat_history", "chat") == before
+        assert calls.call(store, "get_chat_history", "no chat") is None
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"message_ids": "a"},
+            {"message_ids": [1]},
+            {"message_ids": ["a", ""]},
+            {"message_ids": 1},
+            {"from_message_id": ""},
+            {"from_message_id": 1},
+            {"message_ids": ["a"], "from_message_id": "a"},
+        ],
+    )
+    def test_wrong_deletions_are_refused(self, store: ClosableStore, calls: Calls, wrong: dict[str, Any]) -> None:
+        calls.write(store, "chat", [with_id("a")])
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            calls.delete(store, "chat", **wrong)
+        assert calls.count(store, "chat") == 1
+
+    def test_changes_move_a_history_to_the_front(self, store: ClosableStore, calls: Calls) -> None:
+        changes: list[Callable[[], object]] = [
+            lambda: calls.write(store, "a", [with_id("1", "edited")], policy=OVERWRITE),
+            lambda: calls.delete(store, "a", message_ids=["2"]),
+            lambda: calls.delete(store, "a", from_message_id="1"),
+        ]
+        calls.write(store, "a", named("uaa"))
+        for change in changes:
+            time.sleep(0.001)
+            calls.write(store, "b", [user()])
+            time.sleep(0.001)
+            change()
+            page = calls.call(store, "list_chat_histories")
+            assert [info.chat_history_id for info in page.items] == ["a", "b"]
+
+
+class Rule20ForkingTest(ContractTest):
+    """
+    Rule 20: a history, or its beginning, can be copied.
+    """
+
+    def test_fork_has_what_was_said_and_goes_its_own_way(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", named("ucta ua"))
+        calls.call(store, "update_chat_history", "chat", title="original", meta={"a": 1})
+        original = calls.call(store, "list_messages", "chat")
+        assert calls.call(store, "copy_messages", "chat", "fork") == 6
+        assert calls.call(store, "list_messages", "fork") == original
+        info = calls.call(store, "get_chat_history", "fork")
+        assert (info.message_count, info.round_count, info.title, info.meta) == (6, 2, None, {})
+        calls.write(store, "fork", [user("elsewhere")])
+        calls.delete(store, "fork", message_ids=["0"])
+        assert calls.call(store, "list_messages", "chat") == original
+        assert calls.count(store, "fork") == 6
+        assert ids(calls.retrieve(store, "fork", last_k=2))[:2] == ["4", "5"]
+
+    @pytest.mark.parametrize("until", range(6))
+    def test_fork_ends_with_the_message_named(self, store: ClosableStore, calls: Calls, until: int) -> None:
+        written = named("ucta ua")
+        calls.write(store, "chat", written)
+        assert calls.call(store, "copy_messages", "chat", "fork", until_message_id=str(until)) == until + 1
+        assert ids(calls.retrieve(store, "fork")) == [str(number) for number in range(until + 1)]
+        rounds = sum(message.role.value == "user" for message in written[: until + 1])
+        assert calls.call(store, "get_chat_history", "fork").round_count == rounds
+
+    def test_fork_of_a_history_with_gaps_has_its_order(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", named("ua ua ua"))
+        calls.delete(store, "chat", message_ids=["0", "3", "5"])
+        assert calls.call(store, "copy_messages", "chat", "fork") == 3
+        assert ids(calls.retrieve(store, "fork")) == ["1", "2", "4"]
+        assert ids(calls.retrieve(store, "fork", last_k=1)) == ["4"]
+        calls.write(store, "fork", [with_id("new")])
+        assert ids(calls.retrieve(store, "fork", last_k=2)) == ["4", "new"]
+
+    def test_fork_of_many_messages_is_whole(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", [with_id(str(number)) for number in range(2_500)])
+        assert calls.call(store, "copy_messages", "chat", "fork", until_message_id="2300") == 2_301
+        assert calls.count(store, "fork") == 2_301
+        assert ids(calls.retrieve(store, "fork", last_k=2)) == ["2299", "2300"]
+
+    def test_history_with_messages_is_no_target(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", named("ua"))
+        calls.write(store, "other", [user("theirs")])
+        for target in ("other", "chat"):
+            with pytest.raises(ChatHistoryExistsError, match=target):
+                calls.call(store, "copy_messages", "chat", target)
+        assert texts(calls.retrieve(store, "other")) == ["theirs"]
+        assert calls.count(store, "chat") == 2
+
+    def test_history_without_messages_is_a_target(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", named("ua"))
+        calls.write(store, "emptied", [with_id("0", "old")])
+        calls.call(store, "update_chat_history", "emptied", title="kept")
+        calls.delete(store, "emptied", from_message_id="0")
+        assert calls.call(store, "copy_messages", "chat", "emptied") == 2
+        assert ids(calls.retrieve(store, "emptied")) == ["0", "1"]
+        assert calls.call(store, "get_chat_history", "emptied").title == "kept"
+        stored = calls.call(store, "list_messages", "emptied")
+        assert stored[0].position >= 1  # position 0 was used before
+
+    def test_what_is_not_there_cannot_be_copied(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", named("ua"))
+        with pytest.raises(ChatHistoryNotFoundError, match="nothing"):
+            calls.call(store, "copy_messages", "nothing", "fork")
+        with pytest.raises(MessageNotFoundError, match="never there"):
+            calls.call(store, "copy_messages", "chat", "fork", until_message_id="never there")
+        assert calls.call(store, "get_chat_history", "fork") is None
+
+    @pytest.mark.parametrize("wrong", [("", "fork"), ("chat", ""), ("chat", None), ("chat", "fork", "")])
+    def test_wrong_arguments_are_refused(self, store: ClosableStore, calls: Calls, wrong: tuple[Any, ...]) -> None:
+        calls.write(store, "chat", [user()])
+        options = {"until_message_id": wrong[2]} if wrong[2:] else {}
+        with pytest.raises(ValueError, match="_id"):
+            calls.call(store, "copy_messages", *wrong[:2], **options)
+
+    def test_fork_stays_in_its_namespace(self, new_store: StoreFactory, calls: Calls) -> None:
+        ours, others = new_store(), new_store(namespace="other")
+        calls.write(ours, "chat", named("ua"))
+        calls.write(others, "fork", [user("theirs")])
+        assert calls.call(ours, "copy_messages", "chat", "fork") == 2
+        assert texts(calls.retrieve(others, "fork")) == ["theirs"]
+        with pytest.raises(ChatHistoryNotFoundError):
+            calls.call(others, "copy_messages", "chat", "third")

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+All rules together: any sequence of calls does to a store what it does to plain lists.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+from haystack.dataclasses import ChatMessage
+from haystack.document_stores.types import DuplicatePolicy
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+
+from haystack_chat_store.errors import (
+    ChatHistoryChangedError,
+    ChatHistoryExistsError,
+    ChatHistoryNotFoundError,
+    DuplicateMessageError,
+    MessageNotFoundError,
+)
+from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.search_text import matches, parsed_query, terms
+from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory
+from haystack_chat_store.testing.messages import expected_rounds
+
+_HISTORIES = st.sampled_from(["a", "a/1", "a/2", "b\n%", "東京"])
+_IDS = st.sampled_from([None, *"0123456789"])
+_WORDS = st.sampled_from(["fox", "quick brown", "東京都", "Grüße", ""])
+_ROLES: dict[str, Callable[..., ChatMessage]] = {
+    "user": ChatMessage.from_user,
+    "assistant": ChatMessage.from_assistant,
+    "system": ChatMessage.from_system,
+}
+
+
+@dataclass
+class _Kept:
+    """
+    A message of the model.
+    """
+
+    position: int
+    message_id: str
+    role: str
+    text: str
+
+
+@dataclass
+class _Model:
+    """
+    A history, as a plain list.
+    """
+
+    messages: list[_Kept] = field(default_factory=list)
+    next_position: int = 0
+    title: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def place_of(self, message_id: str | None) -> int | None:
+        return next((n for n, kept in enumerate(self.messages) if kept.message_id == message_id), None)
+
+    def append(self, message_id: str, role: str, text: str) -> None:
+        self.messages.append(_Kept(self.next_position, message_id, role, text))
+        self.next_position += 1
+
+
+class RandomWalkTest(ContractTest):
+    """
+    A walk through all operations, thousands of steps, the same each time, beside a plain Python model.
+    """
+
+    #: How many walks there are, of 50 steps each.
+    walks = 40
+
+    def test_random_walk_does_what_it_does_to_lists(self, new_store: StoreFactory) -> None:
+        options = {"search": True} if self.searches else {}
+        stores = [new_store(last_k=None, **options), new_store(last_k=None, skip_system_messages=False, **options)]
+        ways = [Calls(is_async=False), Calls(is_async=True)]
+        other = new_store(namespace="other")
+        ways[0].write(other, "a", [ChatMessage.from_user("fox")])
+        run_state_machine_as_test(
+            lambda: _Walk(stores, ways, searches=self.searches),  # type: ignore[arg-type]  # hypothesis calls it
+            settings=settings(
+                max_examples=self.walks,
+                stateful_step_count=50,
+                deadline=None,
+                derandomize=True,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        assert ways[0].count(other, "a") == 1
+        ways[1].end()
+
+
+class _Walk(RuleBasedStateMachine):
+    def __init__(self, stores: list[ClosableStore], ways: list[Calls], *, searches: bool) -> None:
+        super().__init__()
+        self._stores, self._ways, self._searches = stores, ways, searches
+        self._model: dict[str, _Model] = {}
+        self._order: list[str] = []  # of changes, the last one at the end
+        self._steps = 0
+        self._call("delete_all_messages")
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        self._steps += 1
+        return self._ways[self._steps % 2].call(self._stores[0], method, *arguments, **options)
+
+    def _is_changed(self, history: str) -> None:
+        if history in self._order:
+            self._order.remove(history)
+        self._order.append(history)
+        time.sleep(0.001)  # so that the order by time is the order of calls
+
+    @rule(
+        history=_HISTORIES,
+        batch=st.lists(st.tuples(_IDS, st.sampled_from([*_ROLES, "user"]), _WORDS), max_size=5),
+        policy=st.sampled_from(DuplicatePolicy),
+        count_is=st.sampled_from(["any", "any", "right", "wrong"]),
+        keeps_system=st.booleans(),
+    )
+    def write(
+        self,
+        history: str,
+        batch: list[tuple[str | None, str, str]],
+        policy: DuplicatePolicy,
+        count_is: str,
+        *,
+        keeps_system: bool,
+    ) -> None:
+        model = self._model.get(history, _Model())
+        count = len(model.messages)
+        options = {"any": {}, "right": {"expected_count": count}, "wrong": {"expected_count": count + 1}}[count_is]
+        messages = [
+            _ROLES[role](text, meta={} if message_id is None else {MESSAGE_ID_KEY: message_id})
+            for message_id, role, text in batch
+        ]
+        wanted = [each for each in batch if keeps_system or each[1] != "system"]
+        brought = [message_id for message_id, _, _ in wanted if message_id is not None]
+        self._steps += 1
+        call = self._ways[self._steps % 2].write
+
+        def write() -> int:
+            return call(self._stores[keeps_system], history, messages, policy=policy, **options)
+
+        if policy is DuplicatePolicy.FAIL and len(set(brought)) < len(brought):
+            _raises(DuplicateMessageError, write)
+        elif count_is == "wrong":
+            _raises(ChatHistoryChangedError, write)
+        elif policy is DuplicatePolicy.FAIL and any(model.place_of(each) is not None for each in brought):
+            _raises(DuplicateMessageError, write)
+        else:
+            written = write()
+            assert written == self._written(model, wanted, policy)
+            if written:
+                self._model[history] = model
+                self._is_changed(history)
+                self._learn_ids(history, model)
+        self._check(history)
+
+    @staticmethod
+    def _written(model: _Model, wanted: list[tuple[str | None, str, str]], policy: DuplicatePolicy) -> int:
+        changed: set[str] = set()
+        for number, (message_id, role, text) in enumerate(wanted):
+            place = model.place_of(message_id)
+            if message_id is None or place is None:
+                model.append(message_id or f"unknown {number}", role, text)
+                changed.add(model.messages[-1].message_id)
+            elif policy is DuplicatePolicy.OVERWRITE:
+                model.messages[place] = dataclasses.replace(model.messages[place], role=role, text=text)
+                changed.add(message_id)
+        return len(changed)
+
+    def _learn_ids(self, history: str, model: _Model) -> None:
+        stored = self._call("list_messages", history, limit=1000)
+        for kept, found in zip(model.messages, stored, strict=True):
+            if kept.message_id.startswith("unknown"):
+                kept.message_id = found.message.meta[MESSAGE_ID_KEY]
+
+    @rule(history=_HISTORIES)
+    def delete(self, history: str) -> None:
+        self._call("delete_messages", history)
+        self._forget(history)
+        self._check(history)
+
+    @rule(history=_HISTORIES, message_ids=st.lists(_IDS.filter(bool), max_size=4))
+    def delete_some(self, history: str, message_ids: list[str]) -> None:
+        self._call("delete_messages", history, message_ids=message_ids)
+        model = self._model.get(history)
+        if model is not None:
+            left = [kept for kept in model.messages if kept.message_id not in message_ids]
+            if len(left) < len(model.messages):
+                model.messages = left
+                self._is_changed(history)
+        self._check(history)
+
+    @rule(history=_HISTORIES, message_id=_IDS.filter(bool))
+    def rewind(self, history: str, message_id: str) -> None:
+        model = self._model.get(history, _Model())
+        place = model.place_of(message_id)
+        if place is None:
+            _raises(MessageNotFoundError, lambda: self._call("delete_messages", history, from_message_id=message_id))
+        else:
+            self._call("delete_messages", history, from_message_id=message_id)
+            del model.messages[place:]
+            self._is_changed(history)
+        self._check(history)
+
+    @rule(source=_HISTORIES, copy=_HISTORIES, until=_IDS)
+    def copy(self, source: str, copy: str, until: str | None) -> None:
+        origin, model = self._model.get(source), self._model.get(copy, _Model())
+
+        def copied() -> Any:
+            return self._call("copy_messages", source, copy, until_message_id=until)
+
+        place = None if origin is None else origin.place_of(until)
+        if origin is None:
+            _raises(ChatHistoryNotFoundError, copied)
+        elif until is not None and place is None:
+            _raises((MessageNotFoundError, ChatHistoryExistsError), copied)
+        elif model.messages:
+            _raises(ChatHistoryExistsError, copied)
+        else:
+            wanted = origin.messages if until is None else origin.messages[: (place or 0) + 1]
+            assert copied() == len(wanted)
+            for kept in list(wanted):
+                model.append(kept.message_id, kept.role, kept.text)
+            if wanted:
+                self._model[copy] = model
+                self._is_changed(copy)
+                stored = self._call("list_messages", copy, limit=1000)
+                for kept, found in zip(model.messages, stored, strict=True):
+                    kept.position = found.position  # gaps of the source may be kept or closed
+                    model.next_position = found.position + 1
+        self._check(source)
+        self._check(copy)
+
+    @rule(history=_HISTORIES, title=st.sampled_from([None, "", "Grüße"]), meta=st.sampled_from([None, {}, {"a": [1]}]))
+    def update(self, history: str, title: str | None, meta: dict[str, Any] | None) -> None:
+        if history not in self._model:
+            _raises(ChatHistoryNotFoundError, lambda: self._call("update_chat_history", history, title=title))
+            return
+        self._call("update_chat_history", history, title=title, meta=meta)
+        self._model[history].title, self._model[history].meta = title, meta or {}
+        self._check(history)
+
+    @rule(prefix=st.sampled_from(["a", "a/", "b\n%", "c", "東"]))
+    def erase(self, prefix: str) -> None:
+        gone = [history for history in self._model if history.startswith(prefix)]
+        assert self._call("delete_chat_histories", prefix=prefix) == len(gone)
+        for history in gone:
+            self._forget(history)
+            self._check(history)
+
+    @rule(prefix=st.sampled_from(["", "a", "a/", "東京", "c"]), limit=st.integers(1, 4))
+    def list_all(self, prefix: str, limit: int) -> None:
+        found: list[str] = []
+        cursor = None
+        while True:
+            page = self._call("list_chat_histories", prefix=prefix, limit=limit, cursor=cursor)
+            found += [info.chat_history_id for info in page.items]
+            cursor = page.cursor
+            if cursor is None:
+                break
+        assert found == [history for history in self._order[::-1] if history.startswith(prefix)]
+
+    @rule(
+        history=_HISTORIES,
+        limit=st.integers(1, 7),
+        end=st.sampled_from(["before", "after", "newest"]),
+        position=st.integers(0, 30),
+    )
+    def page(self, history: str, limit: int, end: str, position: int) -> None:
+        kept = [each.position for each in self._model.get(history, _Model()).messages]
+        options = {} if end == "newest" else {end: position}
+        expected = {
+            "newest": kept[-limit:],
+            "before": [each for each in kept if each < position][-limit:],
+            "after": [each for each in kept if each > position][:limit],
+        }[end]
+        found = self._call("list_messages", history, limit=limit, **options)
+        assert [stored.position for stored in found] == expected
+
+    @rule(history=_HISTORIES, last_k=st.integers(1, 6), window_step=st.integers(1, 3))
+    def read(self, history: str, last_k: int, window_step: int) -> None:
+        found = self._call("retrieve_messages", history, last_k, window_step=window_step)
+        everything = self._call("retrieve_messages", history)
+        assert [message.meta[MESSAGE_ID_KEY] for message in everything] == [
+            kept.message_id for kept in self._model.get(history, _Model()).messages
+        ]
+        assert found == expected_rounds(everything, last_k, window_step)
+
+    @rule(query=_WORDS, history=st.none() | _HISTORIES, prefix=st.sampled_from(["", "a/"]))
+    def search(self, query: str, history: str | None, prefix: str) -> None:
+        if not self._searches:
+            return
+        wanted = parsed_query(query)
+        expected = [
+            (name, kept.position)
+            for name, model in self._model.items()
+            for kept in model.messages
+            if wanted and matches(wanted, terms(kept.text)) and name.startswith(prefix) and history in (None, name)
+        ]
+        hits = self._call("search_messages", query, chat_history_id=history, prefix=prefix, limit=1000)
+        assert sorted((hit.chat_history_id, hit.position) for hit in hits) == sorted(expected)
+
+    @rule()
+    def purge(self) -> None:
+        oldest = self._order[:1]
+        if not oldest:
+            return
+        info = self._call("get_chat_history", oldest[0])
+        assert self._call("purge", older_than=info.updated_at) == 0
+        assert self._call("purge", older_than=datetime(1971, 1, 1, tzinfo=timezone.utc)) == 0
+
+    @rule()
+    def close(self) -> None:
+        self._call("close")
+
+    def _forget(self, history: str) -> None:
+        if self._model.pop(history, None) is not None:
+            self._order.remove(history)
+
+    def _check(self, history: str) -> None:
+        model = self._model.get(history)
+        info = self._call("get_chat_history", history)
+        stored = self._call("list_messages", history, limit=1000)
+        assert self._call("count_messages", history) == len(stored)
+        if model is None:
+            assert (info, stored) == (None, [])
+            return
+        rounds = sum(kept.role == "user" for kept in model.messages)
+        expected = (len(model.messages), rounds, model.title, model.meta)
+        assert (info.message_count, info.round_count, info.title, info.meta) == expected
+        assert [
+            (each.position, each.message.meta[MESSAGE_ID_KEY], each.message.role.value, each.message.text)
+            for each in stored
+        ] == [(kept.position, kept.message_id, kept.role, kept.text) for kept in model.messages]
+
+
+def _raises(errors: Any, call: Callable[[], Any]) -> None:
+    with pytest.raises(errors):
+        call()

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The rule about search: 21.
+"""
+
+from typing import Any
+
+import pytest
+from haystack.dataclasses import ChatMessage, ToolCall
+from haystack.document_stores.types import DuplicatePolicy
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from haystack_chat_store.errors import UnsupportedOperationError
+from haystack_chat_store.search_text import matches, parsed_query, terms
+from haystack_chat_store.testing.contract_isolation import HOSTILE_IDS
+from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, only_where
+from haystack_chat_store.testing.messages import texts as any_texts
+from haystack_chat_store.testing.messages import user, with_id
+
+SAYINGS = {
+    "en": "The quick brown fox jumps over the lazy dog.",
+    "de": "Straße, Fuß und Grüße: übermütig!",
+    "fr": "L'été, déjà vu à Orléans…",
+    "tr": "İstanbul'da ılık bir gün",  # noqa: RUF001  (it is a letter)
+    "ru": "Съешь ещё этих мягких французских булок",
+    "ar": "مرحبا بالعالم",
+    "hi": "नमस्ते दुनिया",
+    "ja": "東京都で寿司を食べました。iPhone15を買う",
+    "zh": "我今天在北京学习中文。",
+    "ko": "안녕하세요 세계",
+    "th": "สวัสดีชาวโลก",
+    "code": "SELECT * FROM chat_messages WHERE id = 'x'; -- NEAR(a b)",
+}
+FOUND = [
+    ("quick fox", {"en"}),
+    ("FOX quick", {"en"}),
+    ('"quick brown"', {"en"}),
+    ('"quick fox"', set()),
+    ('"brown fox" lazy', {"en"}),
+    ("foxes", set()),
+    ("strasse", {"de"}),
+    ("GRÜSSE", {"de"}),
+    ("grusse", {"de"}),
+    ("orleans", {"fr"}),
+    ("déjà-vu", {"fr"}),
+    ("булок", {"ru"}),
+    ("еще", {"ru"}),
+    ("مرحبا", {"ar"}),
+    ("दुनिया", {"hi"}),
+    ("東京", {"ja"}),
+    ("京都", {"ja"}),
+    ("東都", set()),
+    ("寿", {"ja"}),
+    ("iphone15", {"ja"}),
+    ("中文", {"zh"}),
+    ("北京 学习", {"zh"}),
+    ("京", {"ja", "zh"}),
+    ("세계", {"ko"}),
+    ("ชาวโลก", {"th"}),
+    ("chat messages", {"code"}),
+    ("NEAR", {"code"}),
+    ("", set()),
+    ("!?… ''", set()),
+]
+HOSTILE_QUERIES = [
+    *HOSTILE_IDS,
+    *('"', '""', '"a', "a AND", "NOT a", "a OR b", "a*", "*", "a NEAR b", "NEAR(a b, 5)", "col:a", "{a} : b", "^a"),
+    *("a + b", "-a", "(", ")", "((a)", "a & b", "a | !b", "a <-> b", "a:*", "a:ABC", "\\", "'; DROP TABLE x; --", "%s"),
+    *("$1", ":name", "\x00", "a\x00b", "\ud800", "\U0010ffff", "\u202e", "a\nb", " " * 1000, "\"'`", "a\u0301"),
+    "@tag:{x}",
+]
+
+
+class Rule21SearchTest(ContractTest):
+    """
+    Rule 21: messages are found by their words, on stores made with `search=True`.
+    """
+
+    @pytest.fixture
+    def searching(self, new_store: StoreFactory) -> ClosableStore:
+        """
+        Return a store that can search.
+        """
+        return new_store(search=True)
+
+    @only_where("searches")
+    @pytest.mark.parametrize(("query", "expected"), FOUND)
+    def test_words_and_phrases_of_any_language_are_found(
+        self, searching: ClosableStore, calls: Calls, query: str, expected: set[str]
+    ) -> None:
+        for name, text in SAYINGS.items():
+            calls.write(searching, name, [with_id("1", text)])
+        assert {hit.chat_history_id for hit in search(calls, searching, query)} == expected
+
+    @only_where("searches")
+    def test_hit_says_where_it_is(self, searching: ClosableStore, calls: Calls) -> None:
+        text = f"{'before ' * 100}the needle{' after' * 100}"
+        calls.write(searching, "chat", [user(), with_id("mine", text), user()])
+        (hit,) = search(calls, searching, "needle")
+        assert (hit.chat_history_id, hit.message_id, hit.position) == ("chat", "mine", 1)
+        assert "before the needle after" in hit.snippet
+        assert len(hit.snippet) < 300
+        assert isinstance(hit.score, float)
+
+    @only_where("searches")
+    def test_results_of_tools_are_searched(self, searching: ClosableStore, calls: Calls) -> None:
+        call = ToolCall("weather", {"city": "Zürich"}, id="1")
+        calls.write(
+            searching,
+            "chat",
+            [
+                user("And there?", note="metadata"),
+                ChatMessage.from_assistant("Let me look.", tool_calls=[call], reasoning="thinking"),
+                ChatMessage.from_tool("sunny, 22 degrees", origin=call),
+            ],
+        )
+        found = {query: len(search(calls, searching, query)) for query in ("there", "look", "sunny", "metadata")}
+        assert found == {"there": 1, "look": 1, "sunny": 1, "metadata": 0}
+
+    @only_where("searches")
+    def test_more_about_it_comes_first(self, searching: ClosableStore, calls: Calls) -> None:
+        calls.write(searching, "chat", [user(f"{'filler ' * 200}needle"), user("needle, needle"), user("haystack")])
+        hits = search(calls, searching, "needle")
+        assert [hit.position for hit in hits] == [1, 0]
+        assert hits[0].score > hits[1].score
+        assert [hit.position for hit in search(calls, searching, "needle", limit=1)] == [1]
+
+    @only_where("searches")
+    def test_search_in_one_history_or_those_with_a_prefix(self, searching: ClosableStore, calls: Calls) -> None:
+        for name in ("a/1", "a/2", "a%", "b/1"):
+            calls.write(searching, name, [user("needle"), user("needle")])
+        assert places(search(calls, searching, "needle", chat_history_id="a/2")) == [("a/2", 0), ("a/2", 1)]
+        assert len(search(calls, searching, "needle", prefix="a/")) == 4
+        assert len(search(calls, searching, "needle", prefix="a%")) == 2
+        assert len(search(calls, searching, "needle", prefix="a/", chat_history_id="a/1")) == 2
+        assert search(calls, searching, "needle", prefix="b/", chat_history_id="a/1") == []
+        assert search(calls, searching, "needle", chat_history_id="never there") == []
+        assert len(search(calls, searching, "needle", limit=3)) == 3
+
+    @only_where("searches")
+    @pytest.mark.parametrize("query", HOSTILE_QUERIES)
+    def test_any_text_is_a_query(self, searching: ClosableStore, calls: Calls, query: str) -> None:
+        calls.write(searching, "chat", [user("nothing that any of these could mean: zzz")])
+        assert search(calls, searching, query) == []
+        assert len(search(calls, searching, f"{query} zzz"[-1000:])) == (not terms(query))
+
+    @only_where("searches")
+    def test_search_finds_what_matches_and_nothing_else(self, searching: ClosableStore, calls: Calls) -> None:
+        words = st.sampled_from("fox Fox fóx quick brown 東京 京都 東 a b e-mail 22 한국 İ ß ss".split())
+        phrases = st.lists(words, max_size=6).map(" ".join)
+        quoted = st.lists(words, min_size=1, max_size=3).map(lambda some: f'"{" ".join(some)}"')
+        written = 0
+
+        @settings(
+            max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        )
+        @example(said=["fox"], query="fox")
+        @given(
+            said=st.lists(phrases | any_texts(), min_size=1, max_size=4),
+            query=st.lists(words | quoted | any_texts(), max_size=3).map(" ".join),
+        )
+        def compare(said: list[str], query: str) -> None:
+            nonlocal written
+            written += 1
+            name = f"chat {written}"
+            calls.write(searching, name, [user(text) for text in said])
+            wanted = parsed_query(query)
+            expected = [n for n, text in enumerate(said) if wanted and matches(wanted, terms(text))]
+            assert sorted(hit.position for hit in search(calls, searching, query, chat_history_id=name)) == expected
+
+        compare()
+
+    @only_where("searches")
+    def test_what_is_changed_or_deleted_is_found_no_more(self, searching: ClosableStore, calls: Calls) -> None:
+        calls.write(searching, "chat", [with_id(name, f"needle {name}") for name in "abcde"])
+        calls.write(searching, "chat", [with_id("a", "pin")], policy=DuplicatePolicy.OVERWRITE)
+        assert [hit.message_id for hit in search(calls, searching, "pin")] == ["a"]
+        assert found_ids(calls, searching) == {"b", "c", "d", "e"}
+        calls.delete(searching, "chat", message_ids=["c"])
+        assert found_ids(calls, searching) == {"b", "d", "e"}
+        calls.delete(searching, "chat", from_message_id="d")
+        assert found_ids(calls, searching) == {"b"}
+        calls.write(searching, "chat", [with_id("f", "needle")])
+        assert found_ids(calls, searching) == {"b", "f"}
+        calls.call(searching, "copy_messages", "chat", "fork")
+        assert len(search(calls, searching, "needle")) == 4
+        calls.delete(searching, "chat")
+        assert {hit.chat_history_id for hit in search(calls, searching, "needle")} == {"fork"}
+        calls.call(searching, "delete_chat_histories", prefix="f")
+        assert search(calls, searching, "needle") == []
+        calls.write(searching, "chat", [user("needle")])
+        calls.delete_all(searching)
+        assert search(calls, searching, "needle") == []
+
+    @only_where("searches")
+    def test_what_was_written_before_is_indexed(self, new_store: StoreFactory, calls: Calls) -> None:
+        plain = new_store()
+        for number in range(3):
+            calls.write(plain, f"chat {number}", [user("needle")] * 1_000 + [user("pin")])
+        calls.delete(plain, "chat 0")
+        searching = new_store(search=True)
+        assert len(search(calls, searching, "needle", limit=1000, chat_history_id="chat 1")) == 1_000
+        assert len(search(calls, searching, "pin")) == 2
+        calls.write(plain, "chat 3", [user("pin")])  # it is indexed, although this store cannot search
+        calls.delete(plain, "chat 1")
+        assert sorted(hit.chat_history_id for hit in search(calls, searching, "pin")) == ["chat 2", "chat 3"]
+
+    @only_where("searches")
+    def test_namespaces_never_mix(self, new_store: StoreFactory, calls: Calls) -> None:
+        stores = [new_store(search=True, namespace=name) for name in ("one", "other")]
+        for store, text in zip(stores, ("needle one", "needle other"), strict=True):
+            calls.write(store, "chat", [user(text)])
+        for store, text in zip(stores, ("needle one", "needle other"), strict=True):
+            assert [hit.snippet for hit in search(calls, store, "needle")] == [text]
+
+    @only_where("searches")
+    @pytest.mark.parametrize(
+        "wrong", [{"query": 1}, {"query": "a" * 1001}, {"query": "a", "limit": 0}, {"query": "a", "prefix": None}]
+    )
+    def test_wrong_arguments_are_refused(self, searching: ClosableStore, calls: Calls, wrong: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=list(wrong)[-1]):
+            calls.call(searching, "search_messages", **wrong)
+
+    def test_store_made_without_search_says_so(self, new_store: StoreFactory, calls: Calls) -> None:
+        with pytest.raises(UnsupportedOperationError, match="search=True"):
+            search(calls, new_store(), "needle")
+
+
+def search(calls: Calls, store: ClosableStore, query: str, **options: Any) -> list[Any]:
+    """
+    Call `search_messages`.
+    """
+    found: list[Any] = calls.call(store, "search_messages", query, **options)
+    return found
+
+
+def places(hits: list[Any]) -> list[tuple[str, int]]:
+    """
+    Return histories and positions, sorted.
+    """
+    return sorted((hit.chat_history_id, hit.position) for hit in hits)
+
+
+def found_ids(calls: Calls, store: ClosableStore) -> set[str]:
+    """
+    Return the ids of the messages with the word "needle".
+    """
+    return {hit.message_id for hit in search(calls, store, "needle")}
