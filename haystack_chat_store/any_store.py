@@ -2,7 +2,7 @@
 """
 What components do with a store that may be anybody's: make it from YAML, call it, close it.
 
-The protocol does not ask for asynchronous methods, nor for `close`, nor for `window_step`.
+The protocol does not ask for asynchronous methods, nor for `close`, `window_step`, `policy` or `expected_count`.
 """
 
 import asyncio
@@ -11,8 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from haystack import DeserializationError, default_from_dict
 from haystack.dataclasses import ChatMessage
+from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.rounds import LastKUnit, Window, last_rounds
+from haystack_chat_store.stores.arguments import validated_policy
 from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore
 
 ComponentT = TypeVar("ComponentT")
@@ -113,13 +115,32 @@ def _read_of(store: ChatMessageStore, last_k: int | None, window_step: int) -> _
     return _Read(_ALL, {}, Window("round", count, window_step))
 
 
-async def write_async(store: ChatMessageStore, chat_history_id: str, messages: list[ChatMessage]) -> int:
+def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_count: int | None) -> dict[str, Any]:
+    """
+    Return what to give a store's `write_messages` beyond the protocol: nothing, where that would be the default.
+
+    :raises ValueError: If the store does not take it.
+    """
+    options: dict[str, Any] = {}
+    if validated_policy(policy) is not DuplicatePolicy.SKIP:
+        options["policy"] = policy
+    if expected_count is not None:
+        options["expected_count"] = expected_count
+    for name in options:
+        if name not in inspect.signature(store.write_messages).parameters:
+            raise ValueError(f"write_messages of {type(store).__name__} does not take {name}.")
+    return options
+
+
+async def write_async(
+    store: ChatMessageStore, chat_history_id: str, messages: list[ChatMessage], **options: Any
+) -> int:
     """
     Await a store's `write_messages_async` or, where it has none, run `write_messages` in a thread.
     """
     if isinstance(store, AsyncChatMessageStore):
-        return await store.write_messages_async(chat_history_id, messages)
-    return await asyncio.to_thread(store.write_messages, chat_history_id, messages)
+        return await store.write_messages_async(chat_history_id, messages, **options)
+    return await asyncio.to_thread(store.write_messages, chat_history_id, messages, **options)
 
 
 def close(store: ChatMessageStore) -> None:

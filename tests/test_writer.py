@@ -11,13 +11,14 @@ import uuid
 import pytest
 from haystack import DeserializationError
 from haystack.dataclasses import ChatMessage
+from haystack.document_stores.types import DuplicatePolicy
 from haystack_experimental.chat_message_stores.in_memory import InMemoryChatMessageStore as ExperimentalStore
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
 from test_retriever import MinimalStore, cannot_be_loaded, texts
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
-from haystack_chat_store.errors import MessageEncodingError
+from haystack_chat_store.errors import ChatHistoryChangedError, DuplicateMessageError, MessageEncodingError
 
 USER, ASSISTANT = ChatMessage.from_user, ChatMessage.from_assistant
 
@@ -164,7 +165,7 @@ class TestSerialization:
             data = ChatMessageWriter(store).to_dict()
             assert data == {
                 "type": "haystack_integrations.components.writers.chat_store.chat_message_writer.ChatMessageWriter",
-                "init_parameters": {"chat_message_store": store.to_dict()},
+                "init_parameters": {"chat_message_store": store.to_dict(), "policy": "SKIP"},
             }
             loaded = ChatMessageWriter.from_dict(data)
             assert type(loaded.chat_message_store) is type(store)
@@ -201,3 +202,64 @@ class TestClose:
     def test_of_a_store_that_has_nothing_to_close_does_nothing(self):
         ChatMessageWriter(MinimalStore()).close()
         asyncio.run(ChatMessageWriter(MinimalStore()).close_async())
+
+
+def with_id(message_id, text):
+    return USER(text, meta={"chat_message_id": message_id})
+
+
+class TestPolicy:
+    def test_messages_that_are_there_are_skipped_unless_told_otherwise(self, run, store, writer):
+        run(writer, "h", [with_id("1", "first")])
+        assert run(writer, "h", [with_id("1", "again")]) == 0
+        assert texts(store.retrieve_messages("h")) == ["first"]
+
+    def test_overwriting_puts_them_in_their_place(self, run, store):
+        writer = ChatMessageWriter(store, policy=DuplicatePolicy.OVERWRITE)
+        run(writer, "h", [with_id("1", "first"), with_id("2", "second")])
+        assert run(writer, "h", [with_id("1", "edited")], [ASSISTANT("third")]) == 2
+        assert texts(store.retrieve_messages("h")) == ["edited", "second", "third"]
+
+    def test_failing_writes_nothing(self, run, store):
+        writer = ChatMessageWriter(store, policy=DuplicatePolicy.FAIL)
+        run(writer, "h", [with_id("1", "first")])
+        with pytest.raises(DuplicateMessageError):
+            run(writer, "h", [with_id("1", "again")], [ASSISTANT("second")])
+        assert texts(store.retrieve_messages("h")) == ["first"]
+
+    def test_unexpected_count_writes_nothing(self, run, store, writer):
+        assert run(writer, "h", [USER("first")], expected_count=0) == 1
+        with pytest.raises(ChatHistoryChangedError):
+            run(writer, "h", [USER("second")], expected_count=0)
+        assert texts(store.retrieve_messages("h")) == ["first"]
+
+    @pytest.mark.parametrize("policy", DuplicatePolicy)
+    def test_policy_survives_serialization(self, store, policy):
+        data = ChatMessageWriter(store, policy=policy).to_dict()
+        before = copy.deepcopy(data)
+        assert data["init_parameters"]["policy"] == policy.name
+        assert ChatMessageWriter.from_dict(data).policy is policy
+        assert data == before
+
+    def test_definition_without_a_policy_skips(self, store):
+        data = ChatMessageWriter(store).to_dict()
+        del data["init_parameters"]["policy"]
+        assert ChatMessageWriter.from_dict(data).policy is DuplicatePolicy.SKIP
+
+    def test_unknown_policy_cannot_be_loaded(self, store):
+        data = ChatMessageWriter(store).to_dict()
+        data["init_parameters"]["policy"] = "REPLACE"
+        with pytest.raises(DeserializationError, match="policy"):
+            ChatMessageWriter.from_dict(data)
+
+    @pytest.mark.parametrize("policy", ["skip", None])
+    def test_policy_must_be_one(self, store, policy):
+        with pytest.raises(ValueError, match="policy"):
+            ChatMessageWriter(store, policy=policy)
+
+    def test_store_that_takes_no_policy_is_refused_one(self, run):
+        assert run(ChatMessageWriter(MinimalStore(), policy=DuplicatePolicy.NONE), "h", [USER("first")]) == 1
+        with pytest.raises(ValueError, match="MinimalStore does not take policy"):
+            ChatMessageWriter(MinimalStore(), policy=DuplicatePolicy.OVERWRITE)
+        with pytest.raises(ValueError, match="MinimalStore does not take expected_count"):
+            run(ChatMessageWriter(MinimalStore()), "h", [USER("first")], expected_count=0)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
 
-from haystack import component, default_to_dict
+from haystack import DeserializationError, component, default_to_dict
 from haystack.dataclasses import ChatMessage
+from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import any_store
 from haystack_chat_store.rounds import validated_messages
@@ -25,21 +26,27 @@ class ChatMessageWriter:
     ```
     """
 
-    def __init__(self, chat_message_store: ChatMessageStore) -> None:
+    def __init__(self, chat_message_store: ChatMessageStore, policy: DuplicatePolicy = DuplicatePolicy.SKIP) -> None:
         """
         Create the component.
 
         :param chat_message_store: Where the chat histories are kept. Any object that follows the `ChatMessageStore`
             protocol.
-        :raises ValueError: If `chat_message_store` does not.
+        :param policy: What becomes of a message whose id, in its `meta["chat_message_id"]`, the history has already:
+            with SKIP, the default, and NONE it is skipped, with OVERWRITE it takes the other's place, with FAIL nothing
+            of the batch is written.
+        :raises ValueError: If `chat_message_store` does not follow the protocol, or its `write_messages` does not take
+            a `policy` and this is not one that it follows anyway.
         """
         self.chat_message_store = any_store.validated_store(chat_message_store)
+        self.policy = policy
+        any_store.write_options(self.chat_message_store, policy, None)
 
     def to_dict(self) -> dict[str, Any]:
         """
         Serialize the component and its store.
         """
-        return default_to_dict(self, chat_message_store=self.chat_message_store)
+        return default_to_dict(self, chat_message_store=self.chat_message_store, policy=self.policy.name)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ChatMessageWriter":
@@ -47,32 +54,52 @@ class ChatMessageWriter:
         Make the component, and its store, from what `to_dict` returned.
 
         :param data: The serialized component. It is not changed.
-        :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
+        :raises DeserializationError: If the store is missing, its class cannot be imported or is not trusted, or the
+            policy is none.
         """
+        settings = data.get("init_parameters") or {}
+        if isinstance(settings.get("policy"), str):
+            if settings["policy"] not in DuplicatePolicy.__members__:
+                raise DeserializationError(f"policy must be one of {[*DuplicatePolicy.__members__]}.")
+            data = {**data, "init_parameters": {**settings, "policy": DuplicatePolicy[settings["policy"]]}}
         return any_store.component_from_dict(cls, data)
 
     @component.output_types(messages_written=int)
     def run(
-        self, chat_history_id: str, messages: list[ChatMessage], replies: list[ChatMessage] | None = None
+        self,
+        chat_history_id: str,
+        messages: list[ChatMessage],
+        replies: list[ChatMessage] | None = None,
+        *,
+        expected_count: int | None = None,
     ) -> dict[str, int]:
         """
         Write `messages`, then `replies`, as one batch that is stored whole or not at all.
 
         :param chat_history_id: Which conversation.
-        :param messages: The messages of this turn, oldest first. Those that the history has already, by the id in
-            their `meta["chat_message_id"]`, are skipped.
+        :param messages: The messages of this turn, oldest first. What becomes of those that the history has already is
+            for the `policy` to say.
         :param replies: What the model answered; connect a ChatGenerator's `replies` here. (Two connections to one
             list input would be joined in an order that Haystack does not promise.)
+        :param expected_count: How many messages the history must have, if the store takes it; if it has another number,
+            nothing is written. Defaults to `None`: any number.
         :returns: A dictionary with the key `messages_written`: the number of messages this call stored.
         :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
         batch = validated_messages(messages) + validated_messages([] if replies is None else replies, "replies")
-        return {"messages_written": self.chat_message_store.write_messages(chat_history_id, batch)}
+        options = any_store.write_options(self.chat_message_store, self.policy, expected_count)
+        return {"messages_written": self.chat_message_store.write_messages(chat_history_id, batch, **options)}
 
     @component.output_types(messages_written=int)
     async def run_async(
-        self, chat_history_id: str, messages: list[ChatMessage], replies: list[ChatMessage] | None = None
+        self,
+        chat_history_id: str,
+        messages: list[ChatMessage],
+        replies: list[ChatMessage] | None = None,
+        *,
+        expected_count: int | None = None,
     ) -> dict[str, int]:
         """
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
@@ -80,12 +107,15 @@ class ChatMessageWriter:
         :param chat_history_id: Which conversation.
         :param messages: The messages of this turn, oldest first.
         :param replies: What the model answered.
+        :param expected_count: How many messages the history must have; if it has another number, nothing is written.
         :returns: A dictionary with the key `messages_written`: the number of messages this call stored.
         :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
         batch = validated_messages(messages) + validated_messages([] if replies is None else replies, "replies")
-        written = await any_store.write_async(self.chat_message_store, chat_history_id, batch)
+        options = any_store.write_options(self.chat_message_store, self.policy, expected_count)
+        written = await any_store.write_async(self.chat_message_store, chat_history_id, batch, **options)
         return {"messages_written": written}
 
     def close(self) -> None:
