@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF001, RUF002  (letters that look like others are what this is about)
 """
 What search means, the same on every engine: which terms a text has, and which texts a query matches.
 
@@ -6,11 +7,11 @@ Engines only store terms and intersect them. A text's terms are its words, folde
 
 | in a text | in its terms |
 |---|---|
-| `Straße`, `ＡＢＣ`, `ﬁt`, `x²` | `strasse`, `abc`, `fit`, `x2`: compatibility forms (NFKC) and case are no difference |
-| `Élan`, `Łódź`, `Ёж`, `שָׁלוֹם`, `كَتَبَ` | `elan`, `lodz`, `еж`, `שלום`, `كتب`: accents and vowel points are none either |
-| `が`, `हिन्दी`, `น้ำ` | marks that make another letter of it, vowel signs and tones stay |
-| `don't`, `e-mail`, `snake_case` | `don` `t`, `e` `mail`, `snake` `case`: a word is a run of letters, digits and their marks |
-| `東京都` | `東京` `京都` `都`: scripts written without spaces, and Hangul, become overlapping pairs and the last character |
+| `Straße`, `ＡＢＣ`, `ﬁt`, `x²` | `strasse`, `abc`, `fit`, `x2`: compatibility forms (NFKC) and case are the same |
+| `Élan`, `Łódź`, `Ёж`, `שָׁלוֹם`, `كَتَبَ` | `elan`, `lodz`, `еж`, `שלום`, `كتب`: accents and vowel points are left out |
+| `が`, `हिन्दी`, `น้ำ` | the same: marks that make another letter of it, vowel signs and tones stay |
+| `don't`, `e-mail`, `snake_case` | `don` `t`, `e` `mail`, `snake` `case`: only letters, digits and their marks |
+| `東京都` | `東京` `京都` `都`: scripts without spaces, and Hangul, become overlapping pairs and the last character |
 | `iPhone15を買う` | `iphone15` `を買` `買う` `う`: a word ends where such a script begins |
 | a soft hyphen, a joiner, a variation selector | nothing |
 
@@ -61,7 +62,7 @@ _written_out = re.compile("[\u2e80-\u2fdf\u3200-\u33ff]")
 # Letters that Unicode does not decompose, and the Arabic tatweel, which only makes a word longer.
 _UNDECOMPOSED = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "ـ": ""})
 
-_quotation_mark = re.compile('["\uff02«»“”„‟「」『』]')
+_quotation_mark = re.compile('["«»“”„‟「」『』\uff02\uff62\uff63]')
 _blanks = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
@@ -83,10 +84,10 @@ def searchable_text(message: ChatMessage) -> str:
 
     :param message: The message. Its reasoning, images, files, calls of tools and `meta` are not searched.
     """
-    return "\n".join(_texts(message._content))
+    return "\n".join(text for text in _texts(message._content) if isinstance(text, str))
 
 
-def _texts(parts: Sequence[Any]) -> Iterator[str]:
+def _texts(parts: Sequence[Any]) -> Iterator[Any]:
     for part in parts:
         if isinstance(part, TextContent):
             yield part.text
@@ -101,12 +102,12 @@ def searchable_text_of_content(content: str) -> str:
     :param content: The JSON text of `ChatMessage.to_dict()`. If it is damaged, there is nothing to find in it.
     """
     try:
-        return "\n".join(_texts_of_dicts(parse_json(content)["content"]))
+        return "\n".join(text for text in _texts_of_dicts(parse_json(content)["content"]) if isinstance(text, str))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
 
 
-def _texts_of_dicts(parts: list[dict[str, Any]]) -> Iterator[str]:
+def _texts_of_dicts(parts: list[dict[str, Any]]) -> Iterator[Any]:
     for part in parts:
         if "text" in part:
             yield part["text"]
@@ -214,20 +215,15 @@ def _phrases(found: list[str]) -> Iterator[Phrase]:
     """
     Make a phrase of a query's terms. What it ends with may go on in a text, if its script has no spaces.
     """
-    *before, last = found or [""]
-    is_prefix = bool(_unspaced_character.match(last))
-    if before and is_prefix and before[-1].endswith(last) and len(before[-1]) > 1:  # said by the pair before it
-        is_prefix = False
-        last = ""
-    if last and not is_prefix:
-        before.append(last)
-    if before:
-        yield Phrase(tuple(before), is_prefix=False)
-    if is_prefix:
-        yield Phrase((last,), is_prefix=True)
+    goes_on = bool(found and _unspaced_character.match(found[-1]))
+    exact = found[:-1] if goes_on else found
+    if exact:
+        yield Phrase(tuple(exact), is_prefix=False)
+    if goes_on and not (exact and exact[-1][1:] == found[-1]):  # else the pair before it has said it
+        yield Phrase((found[-1],), is_prefix=True)
 
 
-def matches(phrases: list[Phrase], text_terms: Sequence[str]) -> bool:
+def matches(phrases: Sequence[Phrase], text_terms: Sequence[str]) -> bool:
     """
     Whether a text matches a query: it has all phrases, anywhere and in any order.
 
@@ -248,7 +244,7 @@ def _found_at(phrase: Phrase, text_terms: Sequence[str]) -> int | None:
     return None
 
 
-def snippet(text: str, phrases: list[Phrase], length: int = 160) -> str:
+def snippet(text: str, phrases: Sequence[Phrase], length: int = 160) -> str:
     """
     Return the part of a text around the first phrase that is found in it, on one line.
 
@@ -258,28 +254,38 @@ def snippet(text: str, phrases: list[Phrase], length: int = 160) -> str:
         found is longer than that, its beginning is returned.
     """
     text = text[:MAX_CHARACTERS]
-    start, end = _first_match(text, phrases, reach=4 * length)
-    match = _one_line(text[start:end])[:length]
-    room = length - len(match)
-    before = _one_line(text[max(start - 4 * length, 0) : start]).lstrip()
-    after = _one_line(text[end : end + 4 * length]).rstrip()
-    room_before = max(room // 3, room - len(after))
-    if len(before) > room_before:
-        # One character more than fits: if it is a blank, the word after it fits.
-        rest = before[len(before) - room_before - 1 :]
-        before = "…" + (rest.partition(" ")[2] if " " in rest else rest[1:])
-    room_after = room - len(before.removeprefix("…"))
-    if len(after) > room_after:
-        rest = after[: room_after + 1]
-        after = (rest.rpartition(" ")[0] if " " in rest else rest[:-1]) + "…"
-    return f"{before}{match}{after}".strip()
+    reach = 4 * length  # so much is looked at on each side, for much of it may be blanks
+    start, end = _first_match(text, phrases, reach)
+    match = _one_line(text[start:end])
+    all_before = _one_line(text[max(start - reach, 0) : start]).lstrip()
+    all_after = match[length:] + _one_line(text[end : end + reach]).rstrip()
+    room = length - len(match[:length])
+    before = _last_words(all_before, max(room // 3, room - len(all_after)))
+    after = _first_words(all_after, room - len(before))
+    is_cut_before = len(before) < len(all_before) or start > reach
+    is_cut_after = len(after) < len(all_after) or len(text) > end + reach
+    return "…" * is_cut_before + f"{before}{match[:length]}{after}".strip() + "…" * is_cut_after
+
+
+def _last_words(text: str, room: int) -> str:
+    if len(text) <= room:
+        return text
+    rest = text[len(text) - room - 1 :]  # with the blank, if it is one, before the first word that fits
+    return rest.partition(" ")[2] if " " in rest else rest[1:]
+
+
+def _first_words(text: str, room: int) -> str:
+    if len(text) <= room:
+        return text
+    rest = text[: room + 1]
+    return rest.rpartition(" ")[0] if " " in rest else rest[:-1]
 
 
 def _one_line(text: str) -> str:
     return _blanks.sub(" ", text)
 
 
-def _first_match(text: str, phrases: list[Phrase], reach: int) -> tuple[int, int]:
+def _first_match(text: str, phrases: Sequence[Phrase], reach: int) -> tuple[int, int]:
     """
     Return where in a text the first phrase that is found begins, and where what comes after it does.
 

@@ -6,6 +6,7 @@ What users call for whole chat histories: listing, titles, forks, erasing.
 import base64
 import binascii
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -185,14 +186,14 @@ class Directory(SteppedOperations[SessionT]):
         limit = arguments.validated_number(limit, "limit", 1, arguments.MAX_LIMIT)
         before = None if cursor is None else _opened(cursor)
         rows: list[HistoryRow] = yield Step(self._histories, (prefix, before, limit + 1))
-        items = [_info(row) for row in rows[:limit]]
+        items = _infos(rows[:limit])
         if len(rows) <= limit:
             return ChatHistoryPage(items, None)
         return ChatHistoryPage(items, _sealed(rows[limit - 1]))
 
     def _getting(self, chat_history_id: str) -> "Steps[ChatHistoryInfo | None]":
         row = yield Step(self._history, (arguments.validated_id(chat_history_id, "chat_history_id"),))
-        return None if row is None else _info(row)
+        return None if row is None else _infos([row])[0]
 
     def _updating(self, chat_history_id: str, title: Any, meta: Any) -> "Steps[ChatHistoryInfo]":
         history = arguments.validated_id(chat_history_id, "chat_history_id")
@@ -200,7 +201,7 @@ class Directory(SteppedOperations[SessionT]):
         row = yield Step(self._update_history, (history, *changes))
         if row is None:
             raise no_history(history)
-        return _info(row)
+        return _infos([row])[0]
 
     def _copying(self, source_id: str, target_id: str, until_message_id: str | None) -> "Steps[int]":
         source = arguments.validated_id(source_id, "source_id")
@@ -223,16 +224,20 @@ class Directory(SteppedOperations[SessionT]):
         return statistics
 
 
-def _info(row: HistoryRow) -> ChatHistoryInfo:
-    return ChatHistoryInfo(
-        row.chat_history_id,
-        row.message_count,
-        row.round_count,
-        arguments.time_of(row.created_at),
-        arguments.time_of(row.updated_at),
-        row.title,
-        {} if row.meta is None else parse_json(row.meta),
-    )
+def _infos(rows: Sequence[HistoryRow]) -> list[ChatHistoryInfo]:
+    made, epoch, microsecond = ChatHistoryInfo._make, arguments.EPOCH, arguments.MICROSECOND
+    return [
+        # Written out, since making these is half of what a page costs.
+        made(
+            (name, messages, rounds, epoch + created * microsecond, epoch + updated * microsecond, title, _parsed(meta))
+        )
+        for name, messages, rounds, created, updated, title, meta in rows
+    ]
+
+
+def _parsed(meta: str | None) -> dict[str, Any]:
+    parsed: dict[str, Any] = {} if meta is None else parse_json(meta)
+    return parsed
 
 
 def _sealed(row: HistoryRow) -> str:
