@@ -2,86 +2,27 @@
 import asyncio
 import os
 import sqlite3
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from haystack.dataclasses import ChatRole
-
 from haystack_chat_store.errors import MessageDecodingError, StoreUnavailableError
-from haystack_chat_store.rounds import LastKUnit, Window
-from haystack_chat_store.stores.base import BaseChatMessageStore, contents_and_size
-from haystack_chat_store.stores.operations import EncodedMessage
-from haystack_chat_store.stores.sqlite.database import (
-    Database,
-    Durability,
-    Settings,
-    databases,
+from haystack_chat_store.rounds import LastKUnit
+from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.stores.sqlite.database import Database, Durability, Settings, databases
+from haystack_chat_store.stores.sqlite.directory import DirectoryOperations
+from haystack_chat_store.stores.sqlite.messages import MessageOperations
+from haystack_chat_store.stores.sqlite.search import SearchOperations
+from haystack_chat_store.stores.sqlite.upkeep import UpkeepOperations
+
+# Operations that only read, or that others need not wait for. They run side by side.
+_READING = frozenset(
+    ("_read", "_count", "_history", "_histories", "_histories_by_id", "_page", "_search", "_statistics", "_faults")
 )
 
-# A message's key is its history's key times 2**32 plus its position. So all messages of a history lie side by side in
-# the table's own tree, in order, and the newest is one look-up away.
-_POSITION_BITS = 32
 
-_HISTORY = """
-    SELECT history_key, next_position FROM chat_histories WHERE namespace = ? AND chat_history_id = ?
-"""
-_INSERT_HISTORY = """
-    INSERT INTO chat_histories
-        (namespace, chat_history_id, next_position, message_count, round_count, created_at, updated_at)
-    VALUES (?, ?, 0, 0, 0, ?, ?)
-"""
-_UPDATE_HISTORY = """
-    UPDATE chat_histories SET next_position = next_position + ?1, message_count = message_count + ?1,
-        round_count = round_count + ?2, updated_at = ?3
-    WHERE history_key = ?4
-"""
-_HAS_MESSAGE = "SELECT 1 FROM chat_messages WHERE message_key >> 32 = ? AND message_id = ?"
-_INSERT_MESSAGE = """
-    INSERT INTO chat_messages (message_key, message_id, role, created_at, content) VALUES (?, ?, ?, ?, ?)
-"""
-_COUNT = "SELECT message_count FROM chat_histories WHERE namespace = ? AND chat_history_id = ?"
-
-# A read is one statement, so that history and messages are seen as of one moment. {size} is the window's size, {start}
-# its first key.
-_READ = """
-    WITH history (first_key, last_key, size) AS (
-        SELECT history_key << 32, (history_key + 1 << 32) - 1, {size}
-        FROM chat_histories WHERE namespace = ?1 AND chat_history_id = ?2
-    )
-    SELECT content, size FROM history CROSS JOIN chat_messages ON message_key BETWEEN {start} AND last_key
-    ORDER BY message_key
-"""
-_START_OF_ROUNDS = """coalesce(
-        (SELECT message_key FROM chat_messages WHERE role = 'user' AND message_key BETWEEN first_key AND last_key
-            ORDER BY message_key DESC LIMIT 1 OFFSET {before}),
-        first_key)"""
-_START_OF_MESSAGES = """coalesce(
-        (SELECT message_key FROM chat_messages WHERE role <> 'tool' AND message_key BETWEEN first_key AND
-            (SELECT message_key FROM chat_messages WHERE message_key BETWEEN first_key AND last_key
-                ORDER BY message_key DESC LIMIT 1 OFFSET {before})
-            ORDER BY message_key DESC LIMIT 1),
-        first_key)"""
-# An offset cannot name a column of the statement around it, so it looks the history up once more.
-_BEFORE = "(SELECT {size} - 1 FROM chat_histories WHERE namespace = ?1 AND chat_history_id = ?2)"
-_SIZE = "?3 + max({total} - ?3, 0) % ?4"
-_READ_ALL = _READ.format(size="message_count", start="first_key")
-_READ_ROUNDS, _READ_MESSAGES = (
-    _READ.format(size=size, start=start.format(before=_BEFORE.format(size=size)))
-    for start, size in (
-        (_START_OF_ROUNDS, _SIZE.format(total="round_count")),
-        (_START_OF_MESSAGES, _SIZE.format(total="message_count")),
-    )
-)
-_DELETE_MESSAGES = "DELETE FROM chat_messages WHERE message_key BETWEEN ? AND ?"
-_DELETE_HISTORY = "DELETE FROM chat_histories WHERE history_key = ?"
-_HISTORY_KEYS = "SELECT history_key FROM chat_histories WHERE namespace = ?"
-
-# More messages than a history can have, and an integer that SQLite takes.
-_MAX_COUNT = 2**62
-
-
-class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
+class SQLiteChatMessageStore(
+    MessageOperations, DirectoryOperations, SearchOperations, UpkeepOperations, BaseChatMessageStore[Database]
+):
     """
     Keeps chat histories in one SQLite file: durable, with nothing to install and no server to run.
 
@@ -143,7 +84,7 @@ class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
         self.durability = durability
         self.timeout = timeout
         # Relative to where the process was when the store was made, wherever it goes later.
-        self._settings = Settings(os.path.abspath(self.path), durability, timeout)
+        self._settings = Settings(os.path.abspath(self.path), durability, timeout, search)
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -168,68 +109,12 @@ class SQLiteChatMessageStore(BaseChatMessageStore[Database]):
     async def _run_async(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         # sqlite3 can wait for a lock or a disk only by blocking, so it does that on one of the database's threads.
         database = databases.get(self._settings)
-        submit = database.submit_read if operation in (self._read, self._count) else database.submit_write
+        submit = database.submit_read if operation.__name__ in _READING else database.submit_write
         try:
             future = submit(_run_on, database, operation, *arguments)
         except RuntimeError as error:  # no thread can be started any more
             raise StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.") from error
         return await asyncio.wrap_future(future)
-
-    def _write(self, session: Database, chat_history_id: str, messages: Sequence[EncodedMessage]) -> int:
-        now = time.time_ns() // 1000
-        with session.transaction() as connection:
-            found = connection.execute(_HISTORY, (self.namespace, chat_history_id)).fetchone()
-            if found is None:
-                new = messages
-                values = (self.namespace, chat_history_id, now, now)
-                history_key, position = int(connection.execute(_INSERT_HISTORY, values).lastrowid or 0), 0
-            else:
-                history_key, position = found
-                new = [
-                    message
-                    for message in messages
-                    if not message.brought_its_id
-                    or connection.execute(_HAS_MESSAGE, (history_key, message.message_id)).fetchone() is None
-                ]
-            if new:
-                first_key = (history_key << _POSITION_BITS) + position
-                connection.executemany(
-                    _INSERT_MESSAGE,
-                    [
-                        (key, message.message_id, message.role, now, message.content)
-                        for key, message in enumerate(new, first_key)
-                    ],
-                )
-                round_count = sum(message.role == ChatRole.USER.value for message in new)
-                connection.execute(_UPDATE_HISTORY, (len(new), round_count, now, history_key))
-        return len(new)
-
-    def _read(self, session: Database, chat_history_id: str, window: Window) -> tuple[list[str], int]:
-        history = (self.namespace, chat_history_id)
-        with session.connection() as connection:
-            if window.count is None:
-                rows = connection.execute(_READ_ALL, history)
-            else:
-                query = _READ_ROUNDS if window.unit == "round" else _READ_MESSAGES
-                counts = (min(window.count, _MAX_COUNT), min(window.step, _MAX_COUNT))
-                rows = connection.execute(query, (*history, *counts))
-            return contents_and_size(rows)
-
-    def _count(self, session: Database, chat_history_id: str) -> int:
-        with session.connection() as connection:
-            found = connection.execute(_COUNT, (self.namespace, chat_history_id)).fetchone()
-            return 0 if found is None else found[0]
-
-    def _delete(self, session: Database, chat_history_id: str) -> None:
-        with session.transaction() as connection:
-            found = connection.execute(_HISTORY, (self.namespace, chat_history_id)).fetchone()
-            if found is not None:
-                _delete_history(connection, found[0])
-
-    def _delete_all(self, session: Database) -> None:
-        with session.transaction() as connection:
-            for (history_key,) in connection.execute(_HISTORY_KEYS, (self.namespace,)).fetchall():
-                _delete_history(connection, history_key)
 
 
 def _run_on(database: Database, operation: Callable[..., Any], *arguments: Any) -> Any:
@@ -239,12 +124,3 @@ def _run_on(database: Database, operation: Callable[..., Any], *arguments: Any) 
         if "Could not decode" in str(error):  # this one quotes the text
             raise MessageDecodingError("A stored message cannot be read: its text was damaged.") from None
         raise database.explained(error) from error
-
-
-def _delete_history(connection: sqlite3.Connection, history_key: int) -> None:
-    connection.execute(_DELETE_MESSAGES, _key_range(history_key))
-    connection.execute(_DELETE_HISTORY, (history_key,))
-
-
-def _key_range(history_key: int) -> tuple[int, int]:
-    return history_key << _POSITION_BITS, ((history_key + 1) << _POSITION_BITS) - 1

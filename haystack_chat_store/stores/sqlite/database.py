@@ -14,7 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
-from haystack_chat_store.errors import ChatMessageStoreError, StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.errors import (
+    ChatMessageStoreError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+    UnsupportedOperationError,
+)
+from haystack_chat_store.search_text import searchable_text_of_content, terms
 from haystack_chat_store.stores.shared import Shared, never_free
 from haystack_chat_store.stores.sqlite import schema
 
@@ -26,6 +32,8 @@ _MAX_IDLE_CONNECTIONS = 16
 _MAX_READERS = 16
 # How often a fork looks whether the calls under way are done, and a call whether the fork is.
 _POLL_SECONDS = 0.002
+# How long to stay away from the file between two long writes: those who wait for it look only every 100 ms.
+_GIVE_WAY_SECONDS = 0.02
 # A fork waits for the calls under way, which may themselves wait for a lock.
 _MIN_FORK_WAIT_SECONDS = 60
 
@@ -49,6 +57,7 @@ class Settings(NamedTuple):
     path: str
     durability: Durability
     timeout: float
+    search: bool
 
 
 class _Connection(sqlite3.Connection):
@@ -84,10 +93,21 @@ class Database:
         connection = self._borrow()
         try:
             yield connection
-        except BaseException:
-            self._take_back(connection, is_sound=False)
+        except BaseException as error:
+            is_refusal = isinstance(error, ChatMessageStoreError) and not connection.in_transaction
+            self._take_back(connection, is_sound=is_refusal)
             raise
         self._take_back(connection, is_sound=True)
+
+    @contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """
+        Lend a connection whose statements all see the database as of one moment.
+        """
+        with self.connection() as connection:
+            connection.execute("BEGIN")
+            yield connection
+            connection.execute("COMMIT")
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -96,14 +116,34 @@ class Database:
 
         :raises StoreTimeoutError: If other threads keep the database busy for longer than the timeout.
         """
+        with self.sole_writer() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except ChatMessageStoreError:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+
+    @contextmanager
+    def sole_writer(self) -> Iterator[sqlite3.Connection]:
+        """
+        Lend a connection while no other thread of this process writes.
+
+        :raises StoreTimeoutError: If other threads keep the database busy for longer than the timeout.
+        """
         waits_until = time.monotonic() + self._settings.timeout
         with self._write_lock:
             if time.monotonic() > waits_until:
                 raise self._timed_out("other threads of this process")
             with self.connection() as connection:
-                connection.execute("BEGIN IMMEDIATE")
                 yield connection
-                connection.execute("COMMIT")
+
+    def give_way(self) -> None:
+        """
+        Let others write, after one long write and before the next.
+        """
+        time.sleep(_GIVE_WAY_SECONDS)
 
     def submit_read(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
         """
@@ -175,13 +215,18 @@ class Database:
         text = str(error)
         if "locked" in text:
             return self._timed_out("another process or connection")
+        if "no such module" in text:
+            return UnsupportedOperationError(
+                f"Search needs FTS5, which the SQLite of this Python was built without ({text}). Use another build, or "
+                "another file for a store without search."
+            )
         advice = next((advice for sign, advice in _ADVICE.items() if sign in text), "")
         return StoreUnavailableError(f"SQLite failed on {self._settings.path}: {text}. {advice}".rstrip())
 
     def _timed_out(self, holder: str) -> StoreTimeoutError:
-        path, _, timeout = self._settings
         return StoreTimeoutError(
-            f"{path} stayed locked by {holder} for more than {timeout} seconds. Nothing was changed. "
+            f"{self._settings.path} stayed locked by {holder} for more than {self._settings.timeout} seconds. "
+            "Nothing was changed. "
             "Try again, or give the store a longer timeout."
         )
 
@@ -230,13 +275,32 @@ def _connected(settings: Settings) -> _Connection:
             f"This process was forked while another thread was using {settings.path}, so SQLite cannot use the file "
             "safely here. Start processes with multiprocessing's 'spawn' method instead."
         )
-    return sqlite3.connect(
+    connection = sqlite3.connect(
         settings.path,
         timeout=settings.timeout,
         isolation_level=None,  # transactions begin and end where this package says
         check_same_thread=False,  # one thread at a time has it
         factory=_Connection,
     )
+    # With or without search: whoever writes to a database that has an index keeps it. Triggers call the function, which
+    # some builds allow only if they are told to trust the schema.
+    connection.execute("PRAGMA trusted_schema = ON")
+    connection.create_function(schema.TERMS_FUNCTION, 1, terms_of_content, deterministic=True)
+    return connection
+
+
+def terms_of_content(content: bytes) -> str:
+    """
+    Return the terms of a stored message as the index gets them, whatever has become of its content.
+    """
+    return " ".join(terms(searchable_text_of_content(readable(content))))
+
+
+def readable(text: bytes) -> str:
+    """
+    Return a text that may be damaged. What is no UTF-8 becomes something that is no JSON either.
+    """
+    return text.decode(errors="backslashreplace")
 
 
 def _make_ready(connection: _Connection, settings: Settings) -> None:
@@ -248,6 +312,8 @@ def _make_ready(connection: _Connection, settings: Settings) -> None:
     _switch_to_wal(connection, settings.path, time.monotonic() + settings.timeout)
     if not is_current:
         schema.migrate(connection, settings.path)
+    if settings.search:
+        schema.make_index(connection)
     connection.file_identity = _file_identity(settings.path)
 
 

@@ -45,7 +45,61 @@ MIGRATIONS: list[list[str]] = [
             ON message_key BETWEEN history_key << 32 AND (history_key << 32) + 0xffffffff
         """,
     ],
+    [
+        # A page of the directory is read from this index alone, but for the meta of those that have any.
+        """
+        CREATE INDEX chat_histories_by_time ON chat_histories
+            (namespace, updated_at, chat_history_id, message_count, round_count, created_at, title, typeof(meta))
+        """,
+    ],
 ]
+
+#: The function of SQL that returns the terms of a stored message, with a blank between them. Every connection has it.
+TERMS_FUNCTION = "chat_message_terms_of"
+
+# The index of words, which a database has from when a store with search first opens it. It holds the terms of all
+# messages up to a key, and no others: so there is always exactly one who indexes a message, its writer or, where it was
+# written before, the indexing that goes through all keys. What is deleted from an index without content has to be told
+# the very terms that are in it. A later version that makes other terms must let the index begin anew.
+_INDEX = {
+    "chat_message_terms": """
+        CREATE VIRTUAL TABLE chat_message_terms USING fts5 (terms, content = '', tokenize = 'ascii')
+    """,
+    "chat_message_term_instances": """
+        CREATE VIRTUAL TABLE chat_message_term_instances USING fts5vocab (chat_message_terms, instance)
+    """,
+    "chat_messages_indexed": "CREATE TABLE chat_messages_indexed (last_key INTEGER NOT NULL)",
+    "chat_messages_index_new": """
+        CREATE TRIGGER chat_messages_index_new AFTER INSERT ON chat_messages
+        WHEN new.message_key <= (SELECT last_key FROM chat_messages_indexed) BEGIN
+            INSERT INTO chat_message_terms (rowid, terms)
+            VALUES (new.message_key, chat_message_terms_of(CAST(new.content AS BLOB)));
+        END
+    """,
+    "chat_messages_index_changed": """
+        CREATE TRIGGER chat_messages_index_changed AFTER UPDATE OF message_key, content ON chat_messages
+        WHEN new.message_key <= (SELECT last_key FROM chat_messages_indexed) BEGIN
+            INSERT INTO chat_message_terms (chat_message_terms, rowid, terms)
+            VALUES ('delete', old.message_key, chat_message_terms_of(CAST(old.content AS BLOB)));
+            INSERT INTO chat_message_terms (rowid, terms)
+            VALUES (new.message_key, chat_message_terms_of(CAST(new.content AS BLOB)));
+        END
+    """,
+    "chat_messages_index_deleted": """
+        CREATE TRIGGER chat_messages_index_deleted AFTER DELETE ON chat_messages
+        WHEN old.message_key <= (SELECT last_key FROM chat_messages_indexed) BEGIN
+            INSERT INTO chat_message_terms (chat_message_terms, rowid, terms)
+            VALUES ('delete', old.message_key, chat_message_terms_of(CAST(old.content AS BLOB)));
+        END
+    """,
+}
+_FORGET_INDEXED = (
+    "INSERT INTO chat_message_terms (chat_message_terms) VALUES ('delete-all')",
+    "DELETE FROM chat_messages_indexed",
+    """
+    INSERT INTO chat_messages_indexed SELECT iif(EXISTS (SELECT 1 FROM chat_messages), 0, 0x7fffffffffffffff)
+    """,
+)
 
 _CREATE_VERSION = "CREATE TABLE IF NOT EXISTS chat_store_schema (version INTEGER NOT NULL)"
 _HAS_VERSION = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'chat_store_schema'"
@@ -79,6 +133,42 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
         connection.execute("DELETE FROM chat_store_schema")
         connection.execute("INSERT INTO chat_store_schema VALUES (?)", (len(MIGRATIONS),))
     connection.execute("COMMIT")
+
+
+def missing_of_index(connection: sqlite3.Connection) -> list[str]:
+    """
+    Return the names of what the index of words does not have.
+    """
+    present = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    return [name for name in _INDEX if name not in present]
+
+
+def has_index(connection: sqlite3.Connection) -> bool:
+    """
+    Whether there is an index of words, even if a part of it is missing.
+    """
+    return len(missing_of_index(connection)) < len(_INDEX)
+
+
+def make_index(connection: sqlite3.Connection) -> None:
+    """
+    Make the index of words, unless it is there. Messages that are there already are left to be indexed.
+    """
+    if missing_of_index(connection):
+        connection.execute("BEGIN IMMEDIATE")
+        if missing_of_index(connection):
+            begin_index_anew(connection)
+        connection.execute("COMMIT")
+
+
+def begin_index_anew(connection: sqlite3.Connection) -> None:
+    """
+    Empty the index of words, and make what is missing of it, within a transaction.
+    """
+    for name in missing_of_index(connection):
+        connection.execute(_INDEX[name])
+    for statement in _FORGET_INDEXED:
+        connection.execute(statement)
 
 
 def _version(connection: sqlite3.Connection) -> int:

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The operations on the index of words.
+"""
+
+from collections.abc import Sequence
+
+from haystack_chat_store.search_text import Phrase
+from haystack_chat_store.stores.operations import FoundRow, Operations
+from haystack_chat_store.stores.sqlite.database import Database
+from haystack_chat_store.stores.sqlite.directory import id_range
+from haystack_chat_store.stores.sqlite.messages import key_range
+
+_INDEXED_UP_TO = "SELECT last_key FROM chat_messages_indexed"
+_SET_INDEXED_UP_TO = "UPDATE chat_messages_indexed SET last_key = ?"
+_LAST_OF_BATCH = """
+    SELECT message_key FROM chat_messages WHERE message_key > ? ORDER BY message_key LIMIT 1 OFFSET ?
+"""
+_INDEX_BATCH = """
+    INSERT INTO chat_message_terms (rowid, terms)
+    SELECT message_key, chat_message_terms_of(CAST(content AS BLOB)) FROM chat_messages
+    WHERE message_key > ? AND message_key <= ? ORDER BY message_key
+"""
+
+# A history counts only if it belongs to what is searched. {found} finds the best of the keys.
+_HISTORIES = """
+    SELECT count(*), min(history_key), max(history_key) FROM (
+        SELECT history_key FROM chat_histories
+        WHERE namespace = ? AND chat_history_id >= ? AND chat_history_id < ? LIMIT ?
+    )
+"""
+_SEARCH = """
+    SELECT chat_history_id, message_key & 0xffffffff, message_id, content, -score
+    FROM ({found}) CROSS JOIN chat_messages ON message_key = found_key
+        CROSS JOIN chat_histories ON history_key = found_key >> 32
+    ORDER BY score
+"""
+# To rank a message costs more than to find it. With few histories only their messages are ranked.
+_SEARCH_FEW = _SEARCH.format(
+    found="""
+        SELECT rowid AS found_key, bm25(chat_message_terms) AS score FROM chat_message_terms
+        WHERE chat_message_terms MATCH ?1 AND rowid BETWEEN ?6 AND ?7 AND rowid >> 32 IN (
+            SELECT history_key FROM chat_histories
+            WHERE namespace = ?2 AND chat_history_id >= ?3 AND chat_history_id < ?4
+        )
+        ORDER BY score LIMIT ?5
+    """
+)
+# With many, FTS5 ranks all, and only the best are looked at until there are enough.
+_SEARCH_MANY = _SEARCH.format(
+    found="""
+        SELECT chat_message_terms.rowid AS found_key, rank AS score
+        FROM chat_message_terms CROSS JOIN chat_histories ON history_key = chat_message_terms.rowid >> 32
+        WHERE chat_message_terms MATCH ?1
+            AND namespace = ?2 AND +chat_history_id >= ?3 AND +chat_history_id < ?4
+        ORDER BY rank LIMIT ?5
+    """
+)
+
+# So many histories are few.
+_FEW = 200
+_ALL_KEYS = 2**63 - 1
+
+
+class SearchOperations(Operations[Database]):
+    """
+    The operations on the index of words.
+    """
+
+    namespace: str
+
+    def _search(
+        self, session: Database, phrases: Sequence[Phrase], chat_history_id: str | None, prefix: str, limit: int
+    ) -> list[FoundRow] | None:
+        # The first text after an id is the id and a NUL.
+        ids = id_range(prefix) if chat_history_id is None else (chat_history_id, f"{chat_history_id}\x00")
+        histories = (self.namespace, *ids)
+        with session.snapshot() as connection:
+            if connection.execute(_INDEXED_UP_TO).fetchone() != (_ALL_KEYS,):
+                return None
+            count, first, last = connection.execute(_HISTORIES, (*histories, _FEW + 1)).fetchone()
+            if count == 0:
+                return []
+            values = (_match_expression(phrases), *histories, limit)
+            if count > _FEW:
+                rows = connection.execute(_SEARCH_MANY, values).fetchall()
+            else:
+                keys = (key_range(first)[0], key_range(last)[1])
+                rows = connection.execute(_SEARCH_FEW, (*values, *keys)).fetchall()
+        return [FoundRow(*row) for row in rows]
+
+    def _index_some(self, session: Database, limit: int) -> bool:
+        with session.transaction() as connection:
+            (indexed,) = connection.execute(_INDEXED_UP_TO).fetchone()
+            found = connection.execute(_LAST_OF_BATCH, (indexed, limit - 1)).fetchone()
+            last = _ALL_KEYS if found is None else found[0]
+            connection.execute(_INDEX_BATCH, (indexed, last))
+            connection.execute(_SET_INDEXED_UP_TO, (last,))
+        if last != _ALL_KEYS:
+            session.give_way()
+        return bool(last != _ALL_KEYS)
+
+
+def _match_expression(phrases: Sequence[Phrase]) -> str:
+    """
+    Return what FTS5 is asked for. Terms contain nothing that means anything to it.
+    """
+    return " AND ".join(f'"{" ".join(phrase.terms)}"{"*" if phrase.is_prefix else ""}' for phrase in phrases)

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Processes that fork, overwrite, delete, import and erase in one file at the same time, and are killed while they do.
+"""
+
+from contextlib import ExitStack, closing
+
+import pytest
+from haystack.dataclasses import ChatMessage
+from haystack.document_stores.types import DuplicatePolicy
+from test_sqlite import connections_of_stores
+
+from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store.errors import (
+    ChatHistoryChangedError,
+    ChatHistoryExistsError,
+    DuplicateMessageError,
+    MessageNotFoundError,
+    StoreTimeoutError,
+)
+from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.testing.kit import texts
+from haystack_chat_store.testing.messages import conversation, user, with_id
+from haystack_chat_store.testing.processes import Program
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "chat_history.db")
+
+
+@pytest.fixture
+def new_store(path):
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(
+            closing(SQLiteChatMessageStore(path, **{"durability": "normal", "last_k": None, **settings}))
+        )
+
+
+@pytest.fixture
+def store(new_store):
+    return new_store()
+
+
+def run_together(function, store, *all_arguments):
+    """
+    Run a function in a process for each list of arguments, all at once, and return what each of them reported.
+    """
+    with ExitStack() as stack:
+        programs = [stack.enter_context(Program(function, store, *arguments)) for arguments in all_arguments]
+        Program.begin(*programs)
+        return [program.reports_to_the_end() for program in programs]
+
+
+def imported_rows(count, start=0):
+    return [
+        MessageRow(number, 0, str(number), "user", f'{{"content": [{{"text": "imported {number}"}}]}}')
+        for number in range(start, start + count)
+    ]
+
+
+def new_history(name):
+    return HistoryRow(name, 0, 0, 1, 1, None, None)
+
+
+# ---------------------------------------------------------------------- at the same time
+
+
+def change_everything(store, report, name, count):
+    """
+    Change the same few histories in all ways, as far as others let it.
+    """
+    import random
+
+    from haystack.dataclasses import ChatMessage
+    from haystack.document_stores.types import DuplicatePolicy
+
+    from haystack_chat_store.errors import ChatHistoryNotFoundError, ConflictError, MessageNotFoundError
+
+    chance = random.Random(name)
+    for number in range(count):
+        history, other = chance.sample(["a", "b", "c", "d"], 2)
+        message_id = str(chance.randrange(10))
+        made = chance.choice([ChatMessage.from_user, ChatMessage.from_assistant])
+        message = made(f"fox {name} {number}", meta={"chat_message_id": message_id})
+        try:
+            match chance.randrange(7):
+                case 0 | 1:
+                    store.write_messages(history, [message, made(name)], policy=DuplicatePolicy.OVERWRITE)
+                case 2:
+                    store.write_messages(history, [message], expected_count=store.count_messages(history))
+                case 3:
+                    store.delete_messages(history, message_ids=[message_id])
+                case 4:
+                    store.delete_messages(history, from_message_id=message_id)
+                case 5:
+                    store.copy_messages(history, other)
+                case 6:
+                    store.delete_chat_histories(prefix=other)
+        except (ConflictError, ChatHistoryNotFoundError, MessageNotFoundError) as error:
+            report(type(error).__name__)
+    store.close()
+
+
+@pytest.mark.parametrize("search", [False, True], ids=["without search", "with search"])
+def test_after_all_have_changed_everything_it_fits_together(new_store, search):
+    store = new_store(search=search)
+    store.write_messages("a", conversation("uauaua"))
+    reports = run_together(change_everything, store, ("1", 150), ("2", 150), ("3", 150))
+    assert {"ChatHistoryExistsError", "MessageNotFoundError"} <= {name for report in reports for name in report}
+    assert store._run(store._faults, False) == []
+    for info in store.list_chat_histories().items:
+        positions = [stored.position for stored in store.list_messages(info.chat_history_id, limit=1000)]
+        assert positions == sorted(set(positions))
+        assert len(positions) == info.message_count
+        written = texts(store.retrieve_messages(info.chat_history_id))
+        assert sum(text.startswith("fox") for text in written) <= 10  # of each id one, wherever it came from
+
+
+def answer_what_was_read(store, report, name, count):
+    """
+    Append the next number, if the history is as it was when it was read.
+    """
+    from haystack.dataclasses import ChatMessage
+
+    from haystack_chat_store.errors import ChatHistoryChangedError
+
+    won = 0
+    while won < count:
+        read = store.retrieve_messages("chat")
+        try:
+            store.write_messages("chat", [ChatMessage.from_user(str(len(read)))], expected_count=len(read))
+        except ChatHistoryChangedError:
+            report("lost")
+        else:
+            won += 1
+
+
+def test_of_those_who_expect_the_same_count_one_writes(store):
+    run_together(answer_what_was_read, store, ("1", 30), ("2", 30), ("3", 30))
+    assert texts(store.retrieve_messages("chat")) == [str(number) for number in range(90)]
+
+
+def fork_to_each(store, report, name, count):
+    """
+    Copy to one history after the other, and report which copies were this process's.
+    """
+    from haystack_chat_store.errors import ChatHistoryExistsError
+
+    for number in range(count):
+        try:
+            assert store.copy_messages("source", f"target {number}") == 40
+        except ChatHistoryExistsError:
+            pass
+        else:
+            report(number)
+
+
+def test_of_those_who_fork_to_the_same_history_one_does(store):
+    store.write_messages("source", conversation("ua" * 20))
+    reports = run_together(fork_to_each, store, ("1", 40), ("2", 40), ("3", 40))
+    assert sorted(number for report in reports for number in report) == list(range(40))
+    assert {store.count_messages(f"target {number}") for number in range(40)} == {40}
+    assert store._run(store._faults, False) == []
+
+
+# ---------------------------------------------------------------------- long writes
+
+
+def import_without_end(store, report):
+    """
+    Import, and report each batch.
+    """
+    from itertools import count
+
+    from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+
+    def batches():
+        for number in count():
+            yield [MessageRow(0, 0, f"{number}.{index}", "user", "{}") for index in range(1000)]
+            report(number)
+
+    store._run(store._import, HistoryRow("chat", 0, 0, 1, 1, None, None), batches(), 0)
+
+
+@pytest.mark.parametrize("search", [False, True], ids=["without search", "with search"])
+def test_an_import_that_is_killed_leaves_nothing(new_store, search):
+    store = new_store(search=search)
+    store.write_messages("other", [user()])
+    with Program(import_without_end, store) as program:
+        program.begin()
+        for _ in range(20):
+            next(program.reports())
+        assert store.get_chat_history("chat") is None  # those who read see nothing of it, and do not wait
+        program.kill()
+    assert store.get_chat_history("chat") is None
+    assert store.statistics().messages == 1
+    assert store._run(store._faults, False) == []
+    assert store._run(store._import, new_history("chat"), [imported_rows(3)], 0) == 3
+
+
+def test_an_import_that_fails_in_the_middle_leaves_nothing(store):
+    def batches():
+        yield imported_rows(1000, 10)
+        raise OSError("the disk with the file is gone")
+
+    store._run(store._import, new_history("there"), [imported_rows(5)], 0)
+    for name, count in (("new", 0), ("there", 5)):
+        with pytest.raises(OSError, match="gone"):
+            store._run(store._import, new_history(name), batches(), count)
+    assert store.get_chat_history("new") is None
+    assert store.count_messages("there") == 5
+    assert store._run(store._faults, False) == []
+
+
+def test_who_writes_during_an_import_waits_no_longer_than_its_timeout(new_store):
+    importer, impatient = new_store(), new_store(timeout=0.1)
+    impatient.write_messages("other", [user()])
+
+    def batches():
+        yield imported_rows(10)
+        with pytest.raises(StoreTimeoutError):
+            impatient.write_messages("other", [user()])
+        assert impatient.count_messages("other") == 1
+        yield imported_rows(10, 10)
+
+    assert importer._run(importer._import, new_history("chat"), batches(), 0) == 20
+    assert impatient.write_messages("other", [user()]) == 1
+
+
+def test_an_import_may_read_from_the_file_it_writes_to(store, new_store):
+    store.write_messages("chat", [with_id(str(number), "fox") for number in range(1203)])
+
+    def batches():
+        after = -1
+        while rows := store._run(store._page, "chat", None, after, 500):
+            yield rows
+            after = rows[-1].position
+
+    other = new_store(namespace="other")
+    assert other._run(other._import, store._run(store._history, "chat"), batches(), 0) == 1203
+    assert texts(other.retrieve_messages("chat")) == ["fox"] * 1203
+    assert other.get_chat_history("chat")[1:] == store.get_chat_history("chat")[1:]
+
+
+def write_now_and_then(store, report):
+    """
+    Write until the history "stop" is there, and report how often.
+    """
+    import time
+
+    from haystack.dataclasses import ChatMessage
+
+    written = 0
+    while not store.count_messages("stop"):
+        store.write_messages("meanwhile", [ChatMessage.from_user("fox")])
+        written += 1
+        report(written)
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments"), [("_erase_some", ("chat ", None, 50)), ("_index_some", (2000,))], ids=["erase", "index"]
+)
+def test_work_in_many_steps_lets_others_write_in_between(new_store, operation, arguments):
+    """
+    Without a pause after each of the 20 steps, who waits for the file would hardly ever find it free.
+    """
+    filler = new_store(search=operation == "_erase_some")
+    filler.write_messages("chat 0", [user("the quick brown fox " * 12)] * 40)
+    for number in range(1, 1000):
+        filler.copy_messages("chat 0", f"chat {number}")
+    worker = new_store(search=True)
+    with Program(write_now_and_then, filler) as program:
+        program.begin()
+        next(program.reports())
+        before = filler.count_messages("meanwhile")
+        while worker._run(getattr(worker, operation), *arguments):
+            pass
+        assert filler.count_messages("meanwhile") > before + 5
+        filler.write_messages("stop", [user()])
+        assert program.reports_to_the_end()
+    assert worker._run(worker._faults, False) == []
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def test_a_call_that_is_refused_keeps_its_connection(store, path):
+    store.write_messages("chat", [with_id("1", "fox"), with_id("2", "fox")])
+    before = connections_of_stores(path)
+    refused = {
+        ChatHistoryChangedError: lambda: store.write_messages("chat", [user()], expected_count=1),
+        DuplicateMessageError: lambda: store.write_messages(
+            "chat", [user(), with_id("1", "x")], policy=DuplicatePolicy.FAIL
+        ),
+        MessageNotFoundError: lambda: store.delete_messages("chat", from_message_id="3"),
+        ChatHistoryExistsError: lambda: store.copy_messages("chat", "chat"),
+    }
+    for error, call in refused.items():
+        with pytest.raises(error):
+            call()
+        assert [id(connection) for connection in connections_of_stores(path)] == [id(each) for each in before]
+        assert not before[0].in_transaction
+    assert [message.meta[MESSAGE_ID_KEY] for message in store.retrieve_messages("chat")] == ["1", "2"]
+
+
+def test_windows_stay_right_over_the_gaps_of_a_fork(store):
+    store.write_messages("chat", [with_id(str(number), str(number)) for number in range(20)])
+    store.delete_messages("chat", message_ids=[str(number) for number in range(20) if number % 3])
+    assert store.copy_messages("chat", "fork", until_message_id="15") == 6
+    store.write_messages("fork", [ChatMessage.from_user("new")])
+    assert texts(store.retrieve_messages("fork")) == ["0", "3", "6", "9", "12", "15", "new"]
+    assert texts(store.retrieve_messages("fork", last_k=2)) == ["15", "new"]
+    positions = [stored.position for stored in store.list_messages("fork")]
+    assert positions == sorted(positions)
+    assert store._run(store._faults, False) == []

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What pages of SQLite's directory cost: counted in steps of SQLite's virtual machine, which no other load changes.
+"""
+
+import random
+import sqlite3
+from contextlib import closing
+
+import pytest
+from test_sqlite import connections_of_stores
+
+from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store.stores.sqlite import directory
+from haystack_chat_store.testing.messages import user
+
+INSERT = """
+    INSERT INTO chat_histories
+        (namespace, chat_history_id, next_position, message_count, round_count, created_at, updated_at, title, meta)
+    VALUES ('default', ?, 1, 1, 1, 0, ?, ?, ?)
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "chat_history.db")
+
+
+@pytest.fixture
+def store(path):
+    with closing(SQLiteChatMessageStore(path, durability="normal")) as store:
+        yield store
+
+
+def fill(path, store, names):
+    """
+    Make histories without messages, updated one after the other in a mixed-up order. Return the last one first.
+    """
+    store.delete_all_messages()
+    names = list(names)
+    random.Random(0).shuffle(names)
+    values = [(name, time, "A title", '{"a": 1}' if time % 9 == 0 else None) for time, name in enumerate(names)]
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executemany(INSERT, values)
+        connection.commit()
+    return names[::-1]
+
+
+def steps(path, call):
+    count = 0
+
+    def count_ten():
+        nonlocal count
+        count += 10
+
+    (connection,) = connections_of_stores(path)
+    connection.set_progress_handler(count_ten, 10)
+    call()
+    connection.set_progress_handler(None, 0)
+    return count
+
+
+def several_users(count, histories_of_each=20):
+    return [f"user {number // histories_of_each:05}/{number % histories_of_each}" for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    "before", [None, (500, "z"), (1500, "z"), (2, "z")], ids=["first page", "deep", "deeper", "last page"]
+)
+@pytest.mark.parametrize("prefix", ["", "user 00003/", "user ", "nobody"])
+def test_any_page_costs_the_same_however_many_histories_there_are(store, path, prefix, before):
+    counts = []
+    for histories in (2_000, 10_000):
+        fill(path, store, several_users(histories))
+        counts.append(steps(path, lambda: store._run(store._histories, prefix, before, 50)))
+    assert counts[1] < 1.5 * counts[0] + 200
+
+
+@pytest.mark.parametrize("share", [30, 100, 300, 1000, 3000])
+@pytest.mark.parametrize("age", ["any", "old", "oldest"])
+def test_a_page_with_any_prefix_costs_little_more_than_the_better_way_to_find_it(store, path, share, age):
+    count = 10_000
+    names = fill(path, store, (f"{number:05}" for number in range(count)))
+    chosen = {
+        "any": random.Random(1).sample(names, share),
+        "old": names[2000 : 2000 + share],
+        "oldest": names[-share:],
+    }[age]
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executemany(
+            "UPDATE chat_histories SET chat_history_id = 'mine ' || chat_history_id WHERE chat_history_id = ?",
+            [(name,) for name in chosen],
+        )
+        connection.commit()
+    found = []
+    taken = steps(path, lambda: found.extend(store._run(store._histories, "mine ", None, 50)))
+    assert [row.chat_history_id for row in found] == [f"mine {name}" for name in names if name in set(chosen)][:50]
+    place_of_last = names.index(found[-1].chat_history_id.removeprefix("mine "))
+    # To look a history up and sort it takes as long as to walk past many.
+    assert taken < 60 * min(directory._WALKED_PER_SORTED * share, place_of_last) + 3_000
+
+
+@pytest.mark.parametrize("count", [63, 64, 65, 256, 257, 1100, 3000])
+@pytest.mark.parametrize("limit", [1, 7, 100, 1000])
+def test_pages_put_together_are_the_whole_whichever_way_they_were_found(store, path, count, limit):
+    names = fill(path, store, [*(f"a/{n}" for n in range(count)), *(f"b/{n}" for n in range(100)), "c", "ab"])
+    for prefix in ("a/", "b/", "", "a/1", "c", "d"):
+        found, cursor = [], None
+        for _ in range(10 if limit == 1 else 10_000):
+            page = store.list_chat_histories(prefix=prefix, limit=limit, cursor=cursor)
+            found += page.items
+            cursor = page.cursor
+            if cursor is None:
+                break
+        expected = [name for name in names if name.startswith(prefix)]
+        assert [info.chat_history_id for info in found] == (expected[:10] if limit == 1 else expected)
+
+
+def test_a_walk_by_id_costs_the_same_everywhere(store, path):
+    names = sorted(fill(path, store, several_users(5_000)))
+    counts = []
+    for start in (0, 50, 4900):
+        found = []
+        after = names[start - 1] if start else ""
+        counts.append(
+            steps(path, lambda: found.extend(store._run(store._histories_by_id, "user", after, 50)))  # noqa: B023
+        )
+        assert [row.chat_history_id for row in found] == names[start : start + 50]
+    assert max(counts) < 1.2 * min(counts)
+
+
+def test_what_is_old_is_found_without_looking_at_what_is_not(store, path):
+    counts = []
+    for histories in (400, 10_000):
+        fill(path, store, several_users(histories))
+        counts.append(steps(path, lambda: store._run(store._erase_some, "", 100, 50)))
+        assert store.statistics().chat_histories == histories - 50
+        counts.append(steps(path, lambda: store._run(store._erase_some, "", 10, 50)))
+        assert store.statistics().chat_histories == histories - 50
+    assert counts[2] < 1.5 * counts[0]
+    assert counts[3] < 1.5 * counts[1] + 100
+
+
+def test_a_page_shows_titles_and_meta_as_they_are_now(store, path):
+    for number in range(3):
+        store.write_messages(f"chat {number}", [user()])
+    for title, meta in (("A title", {"a": 1}), ("Another", {}), (None, {"b": [2]})):
+        store.update_chat_history("chat 1", title=title, meta=meta)
+        for prefix in ("", "chat", "chat 1"):
+            items = store.list_chat_histories(prefix=prefix).items
+            assert [(i.title, i.meta) for i in items if i.chat_history_id == "chat 1"] == [(title, meta)]
+            assert {(i.title, len(i.meta)) for i in items if i.chat_history_id != "chat 1"} <= {(None, 0)}

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+SQLite's index of words: it says what the messages say, whoever writes them, and from whenever on.
+"""
+
+import json
+import random
+import sqlite3
+import threading
+from contextlib import ExitStack, closing
+from functools import partial
+
+import pytest
+from haystack.dataclasses import ChatMessage
+from haystack.document_stores.types import DuplicatePolicy
+
+from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store.errors import UnsupportedOperationError
+from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.search_text import parsed_query, terms
+from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.sqlite import search
+from haystack_chat_store.testing.processes import Program
+
+WORDS = ["fox", "quick", "brown", "東京都", "Straße", "déjà", "x²"]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "chat_history.db")
+
+
+@pytest.fixture
+def new_store(path):
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(closing(SQLiteChatMessageStore(path, **settings)))
+
+
+@pytest.fixture
+def searching(new_store):
+    return new_store(search=True)
+
+
+def execute(path, statement, *values):
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return connection.execute(statement, values).fetchall()
+
+
+def user(text, message_id=None):
+    return ChatMessage.from_user(text, meta={} if message_id is None else {MESSAGE_ID_KEY: message_id})
+
+
+def found(store, query, **where):
+    return sorted((hit.chat_history_id, hit.position) for hit in store.search_messages(query, **where))
+
+
+def index_says_what_messages_say(path):
+    """
+    Whether each message's terms are in the index, at their places, and no others.
+    """
+    indexed = execute(path, "SELECT doc, offset, term FROM chat_message_term_instances")
+    stored = execute(path, "SELECT message_key, json_extract(content, '$.content[0].text') FROM chat_messages")
+    said = [(key, offset, term) for key, text in stored for offset, term in enumerate(terms(text))]
+    keys = [key for (key,) in execute(path, "SELECT id FROM chat_message_terms_docsize")]
+    return sorted(indexed) == sorted(said) and sorted(keys) == sorted(key for key, _ in stored)
+
+
+# ---------------------------------------------------------------------- being on
+
+
+def test_a_database_is_not_indexed_before_a_store_wants_to_search(new_store, path):
+    store = new_store()
+    store.write_messages("chat", [user("fox")])
+    names = {name for (name,) in execute(path, "SELECT name FROM sqlite_master")}
+    assert not [name for name in names if "term" in name or "index" in name.removeprefix("sqlite_autoindex")]
+
+
+def test_in_a_new_database_messages_are_indexed_as_they_are_written(searching, path):
+    searching.write_messages("chat", [user("fox")])
+    assert execute(path, "SELECT term FROM chat_message_term_instances") == [("fox",)]
+    assert found(searching, "fox") == [("chat", 0)]
+
+
+def test_what_is_there_is_indexed_by_the_first_search(new_store, path):
+    before = new_store()
+    for number in range(30):
+        before.write_messages(f"chat {number % 7}", [user(f"fox {number}")])
+    searching = new_store(search=True)
+    assert searching._run(searching._search, parsed_query("fox"), None, "", 20) is None
+    assert len(found(searching, "fox", limit=1000)) == 30
+    assert index_says_what_messages_say(path)
+
+
+def test_whoever_writes_keeps_the_index(new_store, searching, path):
+    other = new_store(namespace="other")
+    unsearching = new_store()
+    unsearching.write_messages("chat", [user("early fox")])  # before the index is there
+    searching.write_messages("chat", [user("fox")])
+    unsearching.write_messages("chat", [user("later fox")])
+    other.write_messages("chat", [user("their fox")])
+    assert found(searching, "fox") == [("chat", 0), ("chat", 1), ("chat", 2)]
+    unsearching.delete_messages("chat")
+    assert found(searching, "fox") == []
+    assert index_says_what_messages_say(path)
+
+
+def import_some(store, history, count, words):
+    rows = []
+    for number in range(count):
+        message = user(" ".join(words), f"{history} {number} {random.random()}")
+        rows.append(MessageRow(number, 0, message.meta[MESSAGE_ID_KEY], "user", json.dumps(message.to_dict())))
+    there = store.count_messages(history)
+    store._run(store._import, HistoryRow(history, 0, 0, 1, 1, None, None), [rows[:1], rows[1:]], there)
+
+
+def rewind(store, history, message_id):
+    if any(each.message.meta[MESSAGE_ID_KEY] == message_id for each in store.list_messages(history)):
+        store.delete_messages(history, from_message_id=message_id)
+
+
+def fork(store, history, other):
+    if store.count_messages(history) and not store.count_messages(other):
+        store.copy_messages(history, other)
+
+
+def change_at_random(store, chance, steps):
+    """
+    Do whatever changes messages.
+    """
+    for _ in range(steps):
+        history, other = chance.sample(["a", "a/1", "b", "東"], 2)
+        words = chance.choices(WORDS, k=chance.randrange(4))
+        message_id = str(chance.randrange(8))
+        message = user(" ".join(words), message_id)
+        change, *arguments = chance.choice(
+            [
+                (store.write_messages, history, [user(" ".join(words)), user("fox", message_id)]),
+                (partial(store.write_messages, policy=DuplicatePolicy.OVERWRITE), history, [message]),
+                (partial(store.write_messages, policy=DuplicatePolicy.OVERWRITE), history, [message, user("x")]),
+                (partial(store.delete_messages, message_ids=[message_id, "1"]), history),
+                (rewind, store, history, message_id),
+                (fork, store, history, other),
+                (store.delete_messages, other),
+                (partial(store.delete_chat_histories, prefix=other),),
+                (import_some, store, history, 3, words),
+                (store._run, store._remove, history, [0, 3]),
+            ]
+        )
+        change(*arguments)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("indexed", ["from the beginning", "in the middle", "bit by bit"])
+def test_after_any_changes_the_index_says_what_the_messages_say(new_store, path, seed, indexed):
+    chance = random.Random(seed)
+    store = new_store(search=indexed == "from the beginning")
+    change_at_random(store, chance, 150)
+    if indexed != "from the beginning":
+        store = new_store(search=True)
+    if indexed == "bit by bit":
+        while store._run(store._index_some, 3):
+            change_at_random(store, chance, 10)
+            assert store.count_messages("b") < 100
+    store.search_messages("fox")
+    assert index_says_what_messages_say(path)
+    change_at_random(store, chance, 50)
+    assert index_says_what_messages_say(path)
+    assert store._run(store._faults, False) == []
+
+
+def test_a_write_that_fails_leaves_nothing_in_the_index(searching, path):
+    searching.write_messages("chat", [user("fox", "1")])
+
+    def batches():
+        yield [MessageRow(0, 0, "2", "user", '{"content": [{"text": "brown"}]}')]
+        raise RuntimeError("a torn file")
+
+    with pytest.raises(RuntimeError):
+        searching._run(searching._import, HistoryRow("new", 0, 0, 1, 1, None, None), batches(), 0)
+    with pytest.raises(Exception, match="already has"):
+        searching.write_messages("chat", [user("brown"), user("brown", "1")], policy=DuplicatePolicy.FAIL)
+    assert found(searching, "brown") == []
+    assert index_says_what_messages_say(path)
+
+
+@pytest.mark.parametrize("content", ["no JSON", '{"content": 1}', b"\xff\x80", "", 4711, '{"content": [{"text": 1}]}'])
+def test_a_damaged_message_neither_stops_a_write_nor_the_indexing(new_store, path, content):
+    store = new_store()
+    store.write_messages("chat", [user("fox"), user("fox"), user("fox")])
+    text = "CAST(? AS TEXT)" if isinstance(content, bytes) else "?"
+    execute(path, f"UPDATE chat_messages SET content = {text} WHERE message_key & 0xffffffff = 1", content)
+    searching = new_store(search=True)
+    assert found(searching, "fox") == [("chat", 0), ("chat", 2)]
+    searching.copy_messages("chat", "copy")
+    searching._run(searching._remove, "chat", [1])
+    assert found(searching, "fox") == [("chat", 0), ("chat", 2), ("copy", 0), ("copy", 2)]
+    searching.delete_messages("copy")
+    assert index_says_what_messages_say(path)
+
+
+# ---------------------------------------------------------------------- others at the same time
+
+
+def write_and_delete(store, report, name, count):
+    """
+    Write, overwrite and delete in histories of the same names as others do.
+    """
+    import random
+
+    from haystack.dataclasses import ChatMessage
+    from haystack.document_stores.types import DuplicatePolicy
+
+    chance = random.Random(name)
+    for number in range(count):
+        history = f"chat {chance.randrange(12)}"
+        message = ChatMessage.from_user(f"fox {name} {number}", meta={"chat_message_id": f"{chance.randrange(6)}"})
+        store.write_messages(history, [message, ChatMessage.from_user("fox")], policy=DuplicatePolicy.OVERWRITE)
+        if number % 5 == 0:
+            store.delete_messages(f"chat {chance.randrange(12)}")
+    report("done")
+
+
+def test_what_is_written_while_the_index_is_made_is_indexed_exactly_once(new_store, path):
+    before = new_store(durability="normal")
+    for number in range(1000):
+        before.write_messages(f"chat {number % 12}", [user(f"fox {number}")])
+    searching = new_store(search=True)
+    with ExitStack() as stack:
+        programs = [stack.enter_context(Program(write_and_delete, before, name, 60)) for name in "ab"]
+        Program.begin(*programs)
+        threads = [threading.Thread(target=index_all, args=(searching,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for program in programs:
+            assert program.reports_to_the_end() == ["done"]
+        for thread in threads:
+            thread.join()
+    assert found(searching, "fox", limit=1)
+    assert index_says_what_messages_say(path)
+
+
+def index_all(store):
+    while store._run(store._index_some, 20):
+        pass
+
+
+def index_until_killed(store, report):
+    """
+    Index in small batches, and say after each that it is done.
+    """
+    while store._run(store._index_some, 20):
+        report("batch")
+
+
+def test_indexing_that_was_killed_goes_on(new_store, path):
+    before = new_store(durability="normal")
+    before.write_messages("chat", [user(f"fox {number}") for number in range(2000)])
+    searching = new_store(search=True)
+    with Program(index_until_killed, searching) as program:
+        program.begin()
+        for _ in range(5):
+            assert next(program.reports()) == "batch"
+        program.kill()
+    ((indexed,),) = execute(path, "SELECT count(*) FROM chat_message_terms_docsize")
+    assert 100 <= indexed < 2000
+    assert len(found(searching, "fox", limit=1000)) == 1000
+    assert index_says_what_messages_say(path)
+
+
+# ---------------------------------------------------------------------- searching
+
+
+def test_many_histories_are_searched_like_few(searching, new_store, monkeypatch):
+    theirs = new_store(search=True, namespace="other")
+    for number in range(30):
+        searching.write_messages(f"chat {number}", [user("fox " * (number % 3 + 1) + "and more " * number)])
+        theirs.write_messages(f"chat {number}", [user("fox")])
+    few = [searching.search_messages("fox", limit=7, prefix=prefix) for prefix in ("", "chat 1", "chat 2")]
+    monkeypatch.setattr("haystack_chat_store.stores.sqlite.search._FEW", 3)
+    many = [searching.search_messages("fox", limit=7, prefix=prefix) for prefix in ("", "chat 1", "chat 2")]
+    assert few == many
+    assert [len(hits) for hits in few] == [7, 7, 7]
+
+
+def test_neither_way_to_search_sorts_or_scans_more_than_it_must(searching, path):
+    values = ["fox", "", "", "", 1, 1, 1]
+    searching.write_messages("chat", [user("fox")])
+    with closing(sqlite3.connect(path)) as connection:
+        plans = [
+            [step for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {query}", values[:count])]
+            for query, count in ((search._SEARCH_FEW, 7), (search._SEARCH_MANY, 5))
+        ]
+    for plan in plans:
+        scans = [step for step in plan if step.startswith("SCAN") and "SUBQUERY" not in step and "(" not in step]
+        assert [step for step in scans if "VIRTUAL TABLE" not in step] == []
+        assert not any("AUTOMATIC" in step for step in plan)
+
+
+def test_a_build_of_sqlite_without_fts5_is_an_error_that_says_so(searching, path):
+    searching.write_messages("chat", [user("fox")])
+    searching.close()
+    execute_all = [
+        "PRAGMA writable_schema = ON",
+        "UPDATE sqlite_master SET sql = replace(sql, 'fts5 (', 'fts9 (') WHERE name = 'chat_message_terms'",
+    ]
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in execute_all:  # such as a build without FTS5 sees it: a table of a module that is not there
+            connection.execute(statement)
+    for call in (lambda: searching.search_messages("fox"), lambda: searching.write_messages("chat", [user("x")])):
+        with pytest.raises(UnsupportedOperationError, match=r"FTS5.*no such module"):
+            call()
+    assert searching.count_messages("chat") == 1

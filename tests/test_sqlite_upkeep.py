@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What was deleted leaves SQLite's files, and what does not fit together in them is found and mended.
+"""
+
+import asyncio
+import os
+import sqlite3
+import threading
+from contextlib import ExitStack, closing, contextmanager
+
+import pytest
+from haystack.dataclasses import ChatMessage
+from haystack.document_stores.types import DuplicatePolicy
+
+from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store.errors import StoreTimeoutError
+from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.testing.kit import texts
+
+# Each word of what is erased. None stands in an id, and none is a part of another.
+SECRETS = ["Kuckucksuhr", "geheimnis", "Zwölfkampf", "東京秘密"]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "chat_history.db")
+
+
+@pytest.fixture
+def new_store(path):
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(closing(SQLiteChatMessageStore(path, **settings)))
+
+
+@pytest.fixture(params=[False, True], ids=["without search", "with search"])
+def store(request, new_store):
+    return new_store(search=request.param, durability="normal")
+
+
+@contextmanager
+def opened(path):
+    """
+    A connection that knows of our stores only how to keep the index of words.
+    """
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        yield connection
+
+
+def user(text, message_id=None):
+    return ChatMessage.from_user(text, meta={} if message_id is None else {MESSAGE_ID_KEY: message_id})
+
+
+def answer(text):
+    return ChatMessage.from_assistant(text)
+
+
+# ---------------------------------------------------------------------- erasing
+
+
+def left_in_files(path):
+    """
+    The secrets, or their terms, that the bytes of the file and of those beside it still hold.
+    """
+    data = b""
+    for suffix in ("", "-wal", "-shm"):
+        if os.path.exists(path + suffix):
+            with open(path + suffix, "rb") as file:
+                data += file.read()
+    forms = {
+        form for secret in SECRETS for form in (secret, secret.casefold(), secret.encode("unicode_escape").decode())
+    }
+    forms |= {"kuckuck", "zwolf", "秘密"}
+    return {form for form in forms if form.encode() in data}
+
+
+def erase_by_prefix(store):
+    store.delete_chat_histories(prefix="user_1/", vacuum=True)
+
+
+def erase_by_prefix_async(store):
+    asyncio.run(store.delete_chat_histories_async(prefix="user_1/", vacuum=True))
+
+
+def delete_each(store):
+    for info in store.list_chat_histories(prefix="user_1/", limit=1000).items:
+        store.delete_messages(info.chat_history_id)
+    store._run(store._vacuum)
+
+
+def delete_single_messages(store):
+    for info in store.list_chat_histories(prefix="user_1/", limit=1000).items:
+        store.update_chat_history(info.chat_history_id, title=None, meta=None)
+        stored = store.list_messages(info.chat_history_id)
+        store.delete_messages(info.chat_history_id, message_ids=[stored[0].message.meta[MESSAGE_ID_KEY]])
+        store.delete_messages(info.chat_history_id, from_message_id=stored[1].message.meta[MESSAGE_ID_KEY])
+    store._run(store._vacuum)
+
+
+def overwrite(store):
+    for info in store.list_chat_histories(prefix="user_1/", limit=1000).items:
+        store.update_chat_history(info.chat_history_id, title="harmless", meta={})
+        ids = [each.message.meta[MESSAGE_ID_KEY] for each in store.list_messages(info.chat_history_id)]
+        changed = [user("harmless", message_id) for message_id in ids]
+        store.write_messages(info.chat_history_id, changed, policy=DuplicatePolicy.OVERWRITE)
+    store._run(store._vacuum)
+
+
+@pytest.mark.parametrize(
+    "erase", [erase_by_prefix, erase_by_prefix_async, delete_each, delete_single_messages, overwrite]
+)
+def test_no_byte_of_what_was_erased_is_left_in_the_files(store, path, erase):
+    for number in range(120):
+        store.write_messages("user_2/chat", [user(f"kept {number}"), answer(f"said {number}")])
+        said = " ".join(SECRETS[: number % 4 + 1])
+        store.write_messages(f"user_1/{number}", [user(f"{said} {number}"), answer(f"{said}?"), user(f"{said}!")])
+        store.update_chat_history(f"user_1/{number}", title=f"About {said}", meta={"note": said})
+        if number == 60 and store.search:
+            assert len(store.search_messages("geheimnis", limit=1000)) > 100
+    assert left_in_files(path) >= {"Kuckucksuhr", "Zwölfkampf"}
+    erase(store)
+    assert left_in_files(path) == set()
+    assert store.count_messages("user_2/chat") == 240
+    assert store._run(store._faults, False) == []
+    if store.search:
+        assert store.search_messages("Kuckucksuhr") == []
+        assert len(store.search_messages("kept", limit=1000)) == 120
+
+
+def test_what_was_deleted_is_in_no_table_and_no_index(new_store, path):
+    store = new_store(search=True)
+    store.write_messages("user_1/a", [user(" ".join(SECRETS)), user("kept")])
+    store.delete_messages("user_1/a", message_ids=[store.list_messages("user_1/a")[0].message.meta[MESSAGE_ID_KEY]])
+    with opened(path) as connection:
+        assert connection.execute("SELECT term FROM chat_message_term_instances").fetchall() == [("kept",)]
+        assert connection.execute("SELECT count(*) FROM chat_messages").fetchone() == (1,)
+
+
+def test_vacuuming_that_a_reader_keeps_from_its_end_says_so(new_store, path):
+    store = new_store(timeout=0.2)
+    store.write_messages("chat", [user("before")])
+    with opened(path) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM chat_messages").fetchone()
+        store.delete_messages("chat")
+        with pytest.raises(StoreTimeoutError, match="Try again"):
+            store._run(store._vacuum)
+        reader.execute("COMMIT")
+        store._run(store._vacuum)
+    assert os.path.getsize(f"{path}-wal") == 0
+
+
+def test_the_file_becomes_smaller(store, path):
+    store.write_messages("user_1/a", [user(f"fox {number} " * 20) for number in range(2000)])
+    store.write_messages("user_2/a", [user("fox")])
+    store._run(store._vacuum)
+    before = os.path.getsize(path)
+    assert store.delete_chat_histories(prefix="user_1/", vacuum=True) == 1
+    assert os.path.getsize(path) < before / 5
+    assert store.statistics().size == os.path.getsize(path)
+
+
+# ---------------------------------------------------------------------- faults
+
+
+def faults_of(store, repair=False):
+    return store._run(store._faults, repair)
+
+
+def damage(path, *statements):
+    """
+    Do what no store does, past the triggers that keep the index.
+    """
+    with opened(path) as connection:
+        triggers = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
+        for name, _ in triggers:
+            connection.execute(f"DROP TRIGGER {name}")
+        for statement in statements:
+            connection.execute(statement)
+        for _, sql in triggers:
+            connection.execute(sql)
+
+
+FIRST = "message_key = (SELECT min(message_key) FROM chat_messages)"
+DAMAGES = {
+    "count": ("UPDATE chat_histories SET message_count = 7 WHERE chat_history_id = 'chat'", "counts 7 messages"),
+    "rounds": ("UPDATE chat_histories SET round_count = 0 WHERE chat_history_id = 'chat'", "counts 0 rounds"),
+    "position": ("UPDATE chat_histories SET next_position = 1 WHERE chat_history_id = 'chat'", "next position is 1"),
+    "role": (f"UPDATE chat_messages SET role = 'assistant' WHERE {FIRST}", "rounds"),
+    "title": ("UPDATE chat_histories SET title = CAST(x'ff' AS TEXT) WHERE chat_history_id = 'chat'", "title"),
+    "meta": ("UPDATE chat_histories SET meta = '[1]' WHERE chat_history_id = 'chat'", "meta"),
+    "torn meta": ("UPDATE chat_histories SET meta = '{\"a' WHERE chat_history_id = 'chat'", "meta"),
+}
+INDEX_DAMAGES = {
+    "other text": f"UPDATE chat_messages SET content = replace(content, 'fox', 'cat') WHERE {FIRST}",
+    "damaged text": f"UPDATE chat_messages SET content = 'no JSON' WHERE {FIRST}",
+    "not indexed": "INSERT INTO chat_message_terms (chat_message_terms, rowid, terms) "
+    "SELECT 'delete', message_key, 'fox 0' FROM chat_messages ORDER BY message_key LIMIT 1",
+    "without its message": "INSERT INTO chat_message_terms (rowid, terms) VALUES (4711 << 32, 'fox')",
+    "without a history": "INSERT INTO chat_message_terms (rowid, terms) SELECT max(message_key) + 1, 'fox' "
+    "FROM chat_messages WHERE message_key >> 32 = 1",
+    "a trigger": "DROP TRIGGER IF EXISTS chat_messages_index_new",
+    "corrupt": "UPDATE chat_message_terms_data SET block = x'00' WHERE id > 10",
+}
+
+
+@pytest.fixture
+def two_histories(store):
+    store.write_messages("chat", [user("fox 0"), answer("1"), user("fox 2"), answer("3")])
+    store.write_messages("other chat", [user("fox 0"), answer("1")])
+    return store
+
+
+def assert_sound(store):
+    assert faults_of(store) == []
+    for info in store.list_chat_histories().items:
+        stored = store.list_messages(info.chat_history_id)
+        assert info.message_count == len(stored)
+    store.write_messages("chat", [user("afterwards")])
+    assert texts(store.retrieve_messages("chat", last_k=1)) == ["afterwards"]
+
+
+def test_nothing_is_wrong_with_what_stores_write(two_histories):
+    assert faults_of(two_histories) == faults_of(two_histories, repair=True) == []
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_history_that_does_not_fit_its_messages_is_found_and_mended(two_histories, path, kind):
+    statement, description = DAMAGES[kind]
+    damage(path, statement)
+    found = faults_of(two_histories)
+    assert [(fault.chat_history_id, fault.position, fault.is_repaired) for fault in found] == [("chat", None, False)]
+    assert description in found[0].description
+    assert [fault.is_repaired for fault in faults_of(two_histories, repair=True)] == [True]
+    assert_sound(two_histories)
+
+
+def test_other_namespaces_are_left_alone(two_histories, new_store, path):
+    other = new_store(namespace="other")
+    other.write_messages("chat", [user("fox")])
+    damage(path, "UPDATE chat_histories SET message_count = 7 WHERE namespace = 'other'")
+    assert faults_of(two_histories, repair=True) == []
+    assert len(faults_of(other)) == 1
+
+
+def test_messages_without_a_history_get_one(two_histories, new_store, path):
+    damage(path, "DELETE FROM chat_histories WHERE chat_history_id = 'chat'")
+    (fault,) = [fault for fault in faults_of(two_histories) if "no history" in fault.description]
+    assert "4 messages" in fault.description
+    assert not fault.is_repaired
+    assert all(fault.is_repaired for fault in faults_of(two_histories, repair=True))
+    assert two_histories.get_chat_history("chat") is None
+    recovered = new_store(namespace="recovered")
+    (info,) = recovered.list_chat_histories().items
+    assert (info.message_count, info.round_count) == (4, 2)
+    assert texts(recovered.retrieve_messages(info.chat_history_id)) == ["fox 0", "1", "fox 2", "3"]
+    assert_sound(two_histories)
+
+
+def test_an_index_that_sqlite_finds_incomplete_is_made_again(two_histories, path):
+    with opened(path) as connection:
+        connection.execute("PRAGMA writable_schema = ON")
+        connection.execute("UPDATE sqlite_master SET sql = sql || ' WHERE 0' WHERE name = 'chat_messages_by_id'")
+    with opened(path) as connection:
+        connection.execute("REINDEX chat_messages_by_id")
+        connection.execute("PRAGMA writable_schema = ON")
+        connection.execute(
+            "UPDATE sqlite_master SET sql = replace(sql, ' WHERE 0', '') WHERE name = 'chat_messages_by_id'"
+        )
+    two_histories.close()
+    found = faults_of(two_histories)
+    assert found
+    assert all("chat_messages_by_id" in fault.description for fault in found)
+    assert all(fault.is_repaired for fault in faults_of(two_histories, repair=True))
+    assert_sound(two_histories)
+
+
+@pytest.mark.parametrize("kind", INDEX_DAMAGES)
+def test_index_that_does_not_fit_the_messages_is_found_and_mended(new_store, path, kind):
+    store = new_store(search=True)
+    for name in ("chat", "other chat"):
+        store.write_messages(name, [user("fox 0"), user("fox 1")])
+    damage(path, INDEX_DAMAGES[kind])
+    if kind == "a trigger":
+        with opened(path) as connection:
+            connection.execute("DROP TRIGGER chat_messages_index_new")
+    found = faults_of(store)
+    assert [fault.is_repaired for fault in found] == [False]
+    assert "search index" in found[0].description
+    assert [fault.is_repaired for fault in faults_of(store, repair=True)] == [True]
+    assert faults_of(store) == []
+    hits = store.search_messages("fox")
+    assert len(hits) == (3 if "text" in kind else 4)
+    assert faults_of(store) == []
+    store.write_messages("chat", [user("a later fox")])
+    assert len(store.search_messages("later fox")) == 1
+
+
+def test_opening_a_store_with_search_mends_an_index_of_which_a_part_is_missing(new_store, path):
+    store = new_store(search=True)
+    store.write_messages("chat", [user("fox")])
+    store.close()
+    with opened(path) as connection:
+        connection.execute("DROP TRIGGER chat_messages_index_new")
+    new_store(namespace="other").write_messages("chat", [user("fox")])
+    store.write_messages("chat", [user("fox")])
+    assert len(store.search_messages("fox")) == 2
+    assert len(new_store(namespace="other", search=True).search_messages("fox")) == 1
+
+
+@pytest.mark.parametrize("content", ["no JSON", "CAST(x'ff' AS TEXT)", "x'ff00'", "4711", "''"])
+def test_a_damaged_message_hides_no_other_and_can_be_removed(two_histories, path, content):
+    value = content if content[0] in "Cx4'" else f"'{content}'"
+    damage(path, f"UPDATE chat_messages SET content = {value}, role = 'user' WHERE message_key = (1 << 32) + 1")
+    rows = two_histories._run(two_histories._page, "chat", None, None, 100)
+    assert [(row.position, row.role) for row in rows] == [(0, "user"), (1, "user"), (2, "user"), (3, "assistant")]
+    assert all(isinstance(row.content, str) for row in rows)
+    faults_of(two_histories, repair=True)
+    two_histories._run(two_histories._remove, "chat", [1])
+    assert [stored.position for stored in two_histories.list_messages("chat")] == [0, 2, 3]
+    info = two_histories.get_chat_history("chat")
+    assert (info.message_count, info.round_count) == (3, 2)
+    assert_sound(two_histories)
+
+
+def test_checking_keeps_no_writer_waiting(store):
+    store.write_messages("chat", [user(f"fox {number}") for number in range(3000)])
+    done = threading.Event()
+
+    def check():
+        while not done.is_set():
+            assert faults_of(store) == []
+
+    thread = threading.Thread(target=check)
+    thread.start()
+    for _ in range(20):
+        store.write_messages("chat", [user("meanwhile")])
+    done.set()
+    thread.join()
+    assert store.count_messages("chat") == 3020
