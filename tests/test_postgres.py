@@ -622,14 +622,22 @@ def long_history(server):
     A store, one history of which has 100,000 messages.
     """
     with stores_on(server.url) as make:
-        store = make(last_k=None)
+        store = make(last_k=None, search=True)
         for _ in range(20):
             store.write_messages("history", conversation("ua" * 2500))
         yield store
 
 
 ON_MESSAGES = ["append_all", "append_rest", "known_ids", "read_all", "read_rounds", "read_messages"]
-ON_BOTH_TABLES = [name for name in schema.Statements._fields if name != "version"]
+ON_MESSAGES += ["page_before", "page_after", "search", "an_unindexed", "unindexed", "unindexed_contents"]
+# These sort what they have found along an index.
+SORTS = {"histories_of_few", "search", "search_history", "search_long_history", "unindexed_contents"}
+READ_MUCH = {"per_day", "orphans", "miscounted", "keys", "indexed", "mismatched"}
+ON_BOTH_TABLES = [
+    name
+    for name in schema.Statements._fields
+    if name not in {"version", "vacuum_messages", "vacuum_histories", "size_on_disk", *READ_MUCH}
+]
 
 
 @pytest.mark.parametrize("analysed", [False, True], ids=["never analysed", "analysed"])
@@ -657,7 +665,8 @@ def test_every_statement_walks_along_an_index(server, pooler, long_history, way,
         "SET LOCAL plan_cache_mode = force_generic_plan",
         f"PREPARE any_parameters AS {statement}",
     ]
-    explained = f"EXPLAIN (COSTS OFF) EXECUTE any_parameters ({', '.join(['NULL'] * len(numbers))})"
+    given = f"({', '.join(['NULL'] * len(numbers))})" if numbers else ""
+    explained = f"EXPLAIN (COSTS OFF) EXECUTE any_parameters {given}"
 
     async def plan_of(session):
         for step in prepared:
@@ -670,7 +679,7 @@ def test_every_statement_walks_along_an_index(server, pooler, long_history, way,
     plan = store._run(plan_of)
     store.close()
     assert ("Seq Scan" if way == "directly" else "Seq Scan on chat_messages") not in plan, plan
-    assert "Sort" not in plan, plan
+    assert "Sort" not in plan or name in SORTS, plan
 
 
 @pytest.mark.parametrize("mode", ["auto", "force_generic_plan", "force_custom_plan"])

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-import hashlib
-import json
-import uuid
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Callable
 from typing import Any
 
-from haystack.dataclasses import ChatRole
 from haystack.lazy_imports import LazyImport
 from haystack.utils import Secret
 
 from haystack_chat_store.errors import ChatMessageStoreError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.rounds import LastKUnit, Window
-from haystack_chat_store.stores.base import BaseChatMessageStore, contents_and_size
+from haystack_chat_store.stores.base import contents_and_size
 from haystack_chat_store.stores.coroutines import run_to_end
-from haystack_chat_store.stores.operations import EncodedMessage
+from haystack_chat_store.stores.operations import MessageRow
+from haystack_chat_store.stores.postgres.base import MAX_POSITION
+from haystack_chat_store.stores.postgres.changing import Changing
+from haystack_chat_store.stores.postgres.checking import Checking
+from haystack_chat_store.stores.postgres.directory import Directory
 
 with LazyImport(
     'It comes with the extra \'postgres\': pip install "haystack-chat-store[postgres]", or "psycopg[binary]>=3.3".'
@@ -22,17 +21,13 @@ with LazyImport(
     import psycopg
 
     from haystack_chat_store.stores.postgres.connections import Pool, Session, Settings, pool_of, pools
-    from haystack_chat_store.stores.postgres.schema import BEGIN, Tables
+    from haystack_chat_store.stores.postgres.schema import MIGRATIONS, Tables
 
 # PostgreSQL cuts names at 63 bytes, and the longest that begins with the prefix has 20 more.
 _MAX_PREFIX_LENGTH = 40
-_MAX_POSITION = 2**63 - 1
-# What `delete_all_messages` deletes in one transaction: so many histories, or fewer if they have more messages.
-_HISTORIES_PER_STEP = 1_000
-_MESSAGES_PER_STEP = 100_000
 
 
-class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
+class PostgresChatMessageStore(Changing, Directory, Checking):
     """
     Keeps chat histories in a PostgreSQL database: for many machines at once, beside the data you already have there.
 
@@ -122,21 +117,28 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
             timeout=self.timeout,
         )
 
-    def create_schema_sql(self, partitions: int | None = None) -> str:
+    def create_schema_sql(self, partitions: int | None = None, *, from_version: int = 0) -> str:
         """
         Return the SQL that makes the tables, for an administrator to run if the store's own role may not.
 
-        The role then needs SELECT, INSERT, UPDATE and DELETE on the histories and messages, SELECT on the version, and
-        USAGE on the schema.
+        If the store has `search=True`, that turns search on as well. The role then needs SELECT, INSERT, UPDATE and
+        DELETE on the histories and messages, SELECT on the version, and USAGE on the schema.
 
         :param partitions: Into how many partitions the tables are divided, by a hash of the history: 1 to 1,000. For
             billions of messages on one server; tables that exist cannot be divided any more. Defaults to `None`, for
             not at all.
-        :raises ValueError: If `partitions` is not one of these.
+        :param from_version: The version that the tables have, to upgrade them: the highest number in the table of
+            versions. If it is the present one, only search is turned on. Defaults to 0, for new tables.
+        :raises ValueError: If an argument is not one of these.
         """
         if partitions is not None and (isinstance(partitions, bool) or partitions not in range(1, 1001)):
             raise ValueError(f"partitions must be a number from 1 to 1000, or None; got {partitions!r}.")
-        return Tables(self.schema_name, self.table_prefix).script(partitions or 0)
+        if isinstance(from_version, bool) or from_version not in range(len(MIGRATIONS) + 1):
+            raise ValueError(f"from_version must be a number from 0 to {len(MIGRATIONS)}, got {from_version!r}.")
+        if partitions and from_version:
+            raise ValueError("Only new tables can be divided: give partitions or from_version, not both.")
+        tables = Tables(self.schema_name, self.table_prefix)
+        return tables.script(from_version, partitions or 0, search=self.search)
 
     def close(self) -> None:
         """
@@ -147,7 +149,7 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
     def _run(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         pool = pool_of(self._settings)
         try:
-            with pool.session() as session:
+            with pool.session(search=self.search) as session:
                 return run_to_end(operation(session, *arguments))
         except (psycopg.Error, OSError) as error:
             raise self._explained(error, pool) from error
@@ -155,100 +157,33 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
     async def _run_async(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         pool = pool_of(self._settings)
         try:
-            async with pool.session_async() as session:
+            async with pool.session_async(search=self.search) as session:
                 return await operation(session, *arguments)
         except (psycopg.Error, OSError) as error:
             raise self._explained(error, pool) from error
 
-    async def _write(self, session: "Session", chat_history_id: str, messages: Sequence[EncodedMessage]) -> int:
-        key = self._history_key(chat_history_id)
-        brought = [message.message_id for message in messages if message.brought_its_id]
-        known = await self._known_ids(session, key, brought) if brought else {}
-        while new := [message for message in messages if message.message_id not in known]:
-            statement = self._statements.append_rest if known else self._statements.append_all
-            parameters = self._to_append(key, chat_history_id, new, known)
-            try:
-                if (await session.run(statement, parameters)).rowcount:
-                    break
-            except psycopg.errors.UniqueViolation as violation:
-                # A name of a constraint says less: partitions have their own.
-                if "message_id" not in (violation.diag.message_detail or ""):
-                    raise
-            # Since we looked, somebody has written one of them, or has deleted the history.
-            known = await self._known_ids(session, key, [message.message_id for message in messages])
-        return len(new)
-
     async def _read(self, session: "Session", chat_history_id: str, window: Window) -> tuple[list[str], int]:
-        parameters = {"key": self._history_key(chat_history_id), "end": _MAX_POSITION}
+        parameters = {"key": self._history_key(chat_history_id), "end": MAX_POSITION}
         statement, by_round = self._statements.read_all, window.unit == "round"
         if window.count is not None:
-            parameters["count"] = min(window.count, _MAX_POSITION)
+            parameters["count"] = min(window.count, MAX_POSITION)
             statement = self._statements.read_rounds if by_round else self._statements.read_messages
             if window.step > 1:
-                parameters["step"] = min(window.step, _MAX_POSITION)
+                parameters["step"] = min(window.step, MAX_POSITION)
                 statements = self._statements
                 statement = statements.read_rounds_by_step if by_round else statements.read_messages_by_step
         return contents_and_size(await session.fetch(statement, parameters))
 
-    async def _count(self, session: "Session", chat_history_id: str) -> int:
-        rows = await session.fetch(self._statements.message_count, [self._history_key(chat_history_id)])
-        return int(rows[0][0]) if rows else 0
-
-    async def _delete(self, session: "Session", chat_history_id: str) -> None:
-        await self._delete_histories(session, [self._history_key(chat_history_id)])
-
-    async def _delete_all(self, session: "Session") -> None:
-        """
-        Delete in steps, each with a time limit of its own, so that any number of histories can be deleted.
-        """
-        last_id = ""
-        while found := await session.fetch(
-            self._statements.next_histories, [self.namespace, last_id, _HISTORIES_PER_STEP]
-        ):
-            keys: list[uuid.UUID] = []
-            messages = 0
-            for chat_history_id, key, count in found:
-                if keys and messages + count > _MESSAGES_PER_STEP:
-                    break
-                last_id, messages = chat_history_id, messages + count
-                keys.append(key)
-            await self._delete_histories(session, keys)
-            session.renew_deadline()
-
-    async def _delete_histories(self, session: "Session", keys: list[uuid.UUID]) -> None:
-        await session.run(BEGIN)
-        deleted = [key for (key,) in await session.fetch(self._statements.delete_histories, [keys])]
-        await session.run(self._statements.delete_messages, [deleted])
-        await session.run("COMMIT")
-
-    async def _known_ids(self, session: "Session", key: uuid.UUID, message_ids: list[str]) -> dict[str, datetime]:
-        """
-        Return which of these ids the history has, each with the time when the history was created.
-
-        If it is deleted and begins anew, that is another history, which has none of them.
-        """
-        return dict(await session.fetch(self._statements.known_ids, [key, message_ids]))
-
-    def _to_append(
-        self, key: uuid.UUID, chat_history_id: str, new: Sequence[EncodedMessage], known: dict[str, datetime]
-    ) -> dict[str, Any]:
-        return {
-            "created_at": next(iter(known.values()), None),
-            "key": key,
-            "namespace": self.namespace,
-            "id": chat_history_id,
-            "count": len(new),
-            "rounds": sum(message.role == ChatRole.USER.value for message in new),
-            # psycopg takes as long to send three arrays as for all the rest. No content has a line break: it is JSON.
-            "message_ids": json.dumps([message.message_id for message in new]),
-            "roles": " ".join([message.role for message in new]),
-            "contents": "\n".join([message.content for message in new]),
-        }
-
-    def _history_key(self, chat_history_id: str) -> uuid.UUID:
-        # Neither of the two holds a NUL, so no two pairs become the same text.
-        name = f"{self.namespace}\x00{chat_history_id}".encode()
-        return uuid.UUID(bytes=hashlib.blake2b(name, digest_size=16).digest())
+    async def _page(
+        self, session: "Session", chat_history_id: str, before: int | None, after: int | None, limit: int
+    ) -> list[MessageRow]:
+        key = self._history_key(chat_history_id)
+        if after is not None:
+            rows = await session.fetch(self._statements.page_after, [key, min(after, MAX_POSITION), limit])
+        else:
+            end = MAX_POSITION if before is None else min(before, MAX_POSITION)
+            rows = (await session.fetch(self._statements.page_before, [key, end, limit]))[::-1]
+        return [MessageRow(*row) for row in rows]
 
     def _explained(self, error: Exception, pool: "Pool") -> ChatMessageStoreError:
         """
@@ -267,9 +202,10 @@ class PostgresChatMessageStore(BaseChatMessageStore["Session"]):
             # A mask in the password's place would show which word, or which letter, it is.
             said = said if password and password in text else text
         if isinstance(error, psycopg.errors.InsufficientPrivilege):
+            upgrade = f"from_version={pool.version}" if pool.version else ""
             return StoreUnavailableError(
-                f"{server}, refused: {said}. If this role may not create tables, let an "
-                "administrator run what create_schema_sql() returns."
+                f"{server}, refused: {said}. If this role may not create or change tables, let an "
+                f"administrator run what create_schema_sql({upgrade}) returns."
             )
         return StoreUnavailableError(f"{server}, failed: {said}")
 

@@ -13,7 +13,7 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,7 +26,9 @@ from psycopg.types.string import TextLoader
 
 from haystack_chat_store.errors import SchemaVersionError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.coroutines import run_to_end
-from haystack_chat_store.stores.postgres.schema import BEGIN, HAS_SCHEMA, MIGRATIONS, Tables
+from haystack_chat_store.stores.postgres.base import BEGINNING
+from haystack_chat_store.stores.postgres.schema import HAS_SCHEMA, MIGRATIONS, Tables
+from haystack_chat_store.stores.postgres.statements import BEGIN
 from haystack_chat_store.stores.shared import Connections, Shared, never_free
 
 ResultT = TypeVar("ResultT")
@@ -38,10 +40,13 @@ _MAX_IDLE_SECONDS = 600
 _CANCEL_SECONDS = 1.0
 # Processes that create the tables at once wait for each other here. The number is "chat" in ASCII.
 _UPGRADE_LOCK = "SELECT pg_advisory_xact_lock(1667785076)"
+# An upgrade gives way, and tries again, before the server finds it and a writer in each other's way: after a second.
+_GIVE_WAY = "SET LOCAL lock_timeout = 500"
+_PAUSE = "SELECT pg_sleep(0.05)"
 # Looked up in the catalog, for to_regclass may answer from a cache that another session's commit has outdated.
 _STATE = """
-    SELECT pg_backend_pid(), EXISTS (
-        SELECT FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = %s AND relname = %s)
+    SELECT pg_backend_pid(), array_agg(relname::text)
+    FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = %s AND relname = ANY (%s)
 """
 # A plan that is prepared while a table is small is still used when it has grown, unless somebody analyses the table.
 # Where there is no index to walk along, such a plan looks so costly that the server would compile it, for 0.1 seconds.
@@ -133,15 +138,16 @@ class Session:
     What an operation talks to: a connection that it has for itself. Written for both kinds of connection.
     """
 
-    def __init__(self, connection: Any, timeout: float) -> None:
+    def __init__(self, connection: Any, pool: "Pool") -> None:
         """
         Talk through a connection.
 
         :param connection: A synchronous connection, with which nothing here ever waits, or an asynchronous one.
-        :param timeout: How long a call may take, in seconds.
+        :param pool: What has lent it.
         """
         self.connection = connection
-        self._timeout = timeout
+        self.pool = pool
+        self._timeout = pool.timeout
         self._is_async = isinstance(connection, _AsyncConnection)
 
     async def run(self, statement: str, parameters: Parameters = ()) -> Any:
@@ -165,11 +171,67 @@ class Session:
         rows: list[tuple[Any, ...]] = await fetched if self._is_async else fetched
         return rows
 
-    def renew_deadline(self) -> None:
+    async def in_transaction(
+        self,
+        work: "Callable[..., Awaitable[ResultT]]",
+        *arguments: Any,
+        begin: str = BEGIN,
+        repeatable: bool = True,
+    ) -> ResultT:
+        """
+        Do work in a transaction, and once more if it and another one were in each other's way.
+
+        :param work: Gets this session and the arguments. If it raises, nothing has happened.
+        :param begin: The statement that begins the transaction.
+        :param repeatable: Whether the work can be done once more.
+        """
+        while True:
+            try:
+                await self.run(begin)
+                result = await work(self, *arguments)
+                await self.run("COMMIT")
+                return result
+            except (psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable):
+                if not repeatable:
+                    raise
+                await self.run("ROLLBACK")
+                await self.run(_PAUSE)
+            except (psycopg.Error, OSError):
+                raise  # whoever has lent the connection closes it
+            except Exception:
+                await self.run("ROLLBACK")
+                raise
+
+    async def appended(self, statement: str, parameters: Parameters) -> bool:
+        """
+        Execute a statement that appends messages. Return whether it has, rather than found that one is there already.
+        """
+        try:
+            return bool((await self.run(statement, parameters)).rowcount)
+        except psycopg.errors.UniqueViolation:
+            return False
+
+    async def vacuum(self, statement: str) -> bool:
+        """
+        Execute a VACUUM. Return whether the server did it: a role that may not only gets a warning.
+        """
+        warnings: list[Any] = []
+        self.connection.add_notice_handler(warnings.append)
+        try:
+            cursor = self.connection.execute(statement, prepare=False)
+            if self._is_async:
+                await cursor
+        finally:
+            self.connection.remove_notice_handler(warnings.append)
+        return not warnings
+
+    def renew_deadline(self, seconds: float | None = None) -> None:
         """
         Give what follows as much time as a call has.
+
+        :param seconds: Another time instead.
         """
-        self.connection.deadline = time.monotonic() + self._timeout
+        self.connection.deadline = time.monotonic() + (self._timeout if seconds is None else seconds)
 
     async def cancel(self) -> None:
         """
@@ -242,9 +304,17 @@ class Pool(Connections):
         :raises StoreUnavailableError: If the connection string is none.
         """
         self._settings = settings
+        self.timeout = settings.timeout
+        self.tables = Tables(settings.schema_name, settings.table_prefix)
+        #: The version of the tables, as far as it is known.
+        self.version = 0
+        #: Whether messages are searched in this database, so that who writes one writes its terms.
+        self.has_search = False
+        #: Whether all that was there when search was turned on has its terms, and up to where this process knows so.
+        self.is_indexed = False
+        self.indexed_up_to: tuple[Any, int] = BEGINNING
         self.connection_string = _resolved(settings.connection_string)
         self._connection_info = _parsed(self.connection_string)
-        self._tables = Tables(settings.schema_name, settings.table_prefix)
         self._lock = threading.Lock()
         self._limit = threading.Semaphore(settings.max_pool_size)
         self._idle = _Idle(settings.min_pool_size)
@@ -254,10 +324,11 @@ class Pool(Connections):
         self._is_closed = False
 
     @contextmanager
-    def session(self) -> Iterator[Session]:
+    def session(self, *, search: bool = False) -> Iterator[Session]:
         """
         Lend a connection to a synchronous call.
 
+        :param search: Whether messages are to be searched in this database from now on.
         :raises StoreTimeoutError: If all are in use for longer than the timeout.
         """
         deadline = time.monotonic() + self._settings.timeout
@@ -270,10 +341,12 @@ class Pool(Connections):
                 options = self._connect_options(conninfo_attempts(self._connection_info), deadline)
                 connection = _Connection.connect(self.connection_string, **options)
             with self._lent(connection, self._idle, deadline):
-                session = Session(connection, self._settings.timeout)
+                session = Session(connection, self)
                 try:
                     if not connection.is_ready:
                         run_to_end(self._make_ready(session))
+                    if search and not self.has_search:
+                        run_to_end(self._make_searchable(session))
                     yield session
                 except psycopg.errors.ConnectionTimeout:
                     run_to_end(session.cancel())
@@ -282,10 +355,11 @@ class Pool(Connections):
             self._limit.release()
 
     @asynccontextmanager
-    async def session_async(self) -> AsyncIterator[Session]:
+    async def session_async(self, *, search: bool = False) -> AsyncIterator[Session]:
         """
         Lend a connection of the running event loop to an asynchronous call.
 
+        :param search: Whether messages are to be searched in this database from now on.
         :raises StoreTimeoutError: If all are in use for longer than the timeout.
         """
         deadline = time.monotonic() + self._settings.timeout
@@ -305,10 +379,12 @@ class Pool(Connections):
                 connection = await _AsyncConnection.connect(self.connection_string, **options)
                 connection.loop = asyncio.get_running_loop()
             with self._lent(connection, ours.idle, deadline):
-                session = Session(connection, self._settings.timeout)
+                session = Session(connection, self)
                 try:
                     if not connection.is_ready:
                         await self._make_ready(session)
+                    if search and not self.has_search:
+                        await self._make_searchable(session)
                     yield session
                 except psycopg.errors.ConnectionTimeout:
                     await session.cancel()
@@ -362,42 +438,78 @@ class Pool(Connections):
         """
         connection = session.connection
         connection.adapters.register_loader("json", TextLoader)  # the codec parses a window at once
-        ((backend_pid, has_tables),) = await session.fetch(_STATE, self._tables.version_table)
+        backend_pid, has_tables = await self.look(session)
         # A pooler such as pgbouncer gives clients a process id of its own, and each statement another server
         # connection: none of them would know what another has prepared.
         if backend_pid == connection.info.backend_pid:
             connection.prepares = True
             await session.run(_WALK_ALONG_INDEXES)
         if not self._is_current:
-            await self._bring_up_to_date(session, has_tables)
+            if not has_tables or await self._version(session) < len(MIGRATIONS):
+                await session.in_transaction(self._bring_up_to_date)
             self._is_current = True
         connection.is_ready = True
 
-    async def _bring_up_to_date(self, session: Session, has_tables: bool) -> None:
-        if has_tables and await self._version(session) == len(MIGRATIONS):
-            return
-        await session.run(BEGIN)
-        await session.run(_UPGRADE_LOCK)
-        ((_, has_tables),) = await session.fetch(_STATE, self._tables.version_table)
-        version = await self._version(session) if has_tables else 0
-        if version < len(MIGRATIONS):
-            for statement in await self._upgrade(session, version):
-                await session.run(statement)
-        await session.run("COMMIT")
+    async def look(self, session: Session) -> tuple[int, bool]:
+        """
+        Look what the database has. Return the server's process id, and whether it has the tables.
+        """
+        names = [self.tables.version_table, self.tables.search_index, self.tables.unindexed]
+        ((backend_pid, found),) = await session.fetch(_STATE, [self._settings.schema_name, names])
+        has_tables, has_search_index, has_unindexed = (name in (found or ()) for name in names)
+        self.has_search = self.has_search or has_search_index
+        self.is_indexed = self.is_indexed or has_unindexed
+        return backend_pid, has_tables
 
-    async def _upgrade(self, session: Session, version: int) -> list[str]:
-        has_schema = await session.fetch(HAS_SCHEMA, [self._settings.schema_name])
-        return [*([] if has_schema else [self._tables.create_schema()]), *self._tables.upgrade(version)]
+    async def _bring_up_to_date(self, session: Session) -> None:
+        await session.run(_UPGRADE_LOCK)
+        _, has_tables = await self.look(session)
+        version = await self._version(session) if has_tables else 0
+        if version == len(MIGRATIONS):
+            return
+        if version == 0 and not await session.fetch(HAS_SCHEMA, [self._settings.schema_name]):
+            await session.run(self.tables.create_schema())
+        if version > 0:
+            await session.run(_GIVE_WAY)
+            await session.run(self.tables.lock)
+        for statement in self.tables.upgrade(version):
+            session.renew_deadline()
+            await session.run(statement)
+
+    async def _make_searchable(self, session: Session) -> None:
+        await self.look(session)
+        if not self.has_search:
+            await session.in_transaction(self._turn_search_on)
+            await self.look(session)
+
+    async def _turn_search_on(self, session: Session) -> None:
+        await session.run(_UPGRADE_LOCK)
+        await session.run(_GIVE_WAY)
+        await session.run(self.tables.create_search_index)
+        if await session.fetch(self.tables.has_messages) == [(False,)]:
+            await session.run(self.tables.create_unindexed)
+
+    async def finish_index(self, session: Session) -> None:
+        """
+        Record that all messages have their terms, but for those that somebody writes who does not know of search.
+        """
+        await session.in_transaction(self._create_unindexed)
+        self.is_indexed = True
+
+    async def _create_unindexed(self, session: Session) -> None:
+        await session.run(_UPGRADE_LOCK)
+        await session.run(_GIVE_WAY)
+        await session.run(self.tables.create_unindexed)
 
     async def _version(self, session: Session) -> int:
-        ((version,),) = await session.fetch(self._tables.statements.version)
-        version = version or 0
+        ((version,),) = await session.fetch(self.tables.statements.version)
+        self.version = version = int(version or 0)
         if version > len(MIGRATIONS):
             raise SchemaVersionError(
                 f"The database has schema version {version}, but this version of haystack-chat-store knows only "
                 f"versions up to {len(MIGRATIONS)}. It was left untouched. Upgrade haystack-chat-store to use it."
             )
-        return int(version)
+        return version
 
     def _of_running_loop(self) -> _OfLoop:
         loop = asyncio.get_running_loop()

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Looking for what does not fit together, and mending it.
+
+PostgreSQL itself sees to it that no position and no message id is there twice.
+"""
+
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from haystack_chat_store.stores.postgres.base import BEGINNING
+from haystack_chat_store.stores.postgres.search import Search
+from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
+from haystack_chat_store.stores.postgres.terms import tsvector
+from haystack_chat_store.types import Fault
+
+if TYPE_CHECKING:
+    from haystack_chat_store.stores.postgres.connections import Session
+
+_ROWS_AT_ONCE = 1_000
+
+
+class _Found(NamedTuple):
+    """
+    A fault, and what mends it.
+
+    :param mend: Gets the session and the place, in a transaction. Returns whether it has mended the fault.
+    """
+
+    chat_history_id: str | None
+    position: int | None
+    description: str
+    mend: "Callable[[Session, str | None, uuid.UUID, int | None], Awaitable[bool]]"
+    history_key: uuid.UUID
+
+
+class Checking(Search):
+    """
+    The operation that checks a namespace.
+    """
+
+    async def _faults(self, session: "Session", repair: bool) -> list[Fault]:
+        """
+        Look at everything as of one moment, then mend one thing after the other.
+        """
+        found = await session.in_transaction(self._look_for_faults, begin=BEGIN_READING)
+        faults = []
+        for fault in found:
+            is_repaired = False
+            if repair:
+                session.renew_deadline()
+                place = (fault.chat_history_id, fault.history_key, fault.position)
+                is_repaired = await session.in_transaction(fault.mend, *place)
+            faults.append(Fault(*fault[:3], is_repaired))
+        while repair and session.pool.is_indexed and await self._index_some(session, _ROWS_AT_ONCE):
+            session.renew_deadline()
+        return faults
+
+    async def _look_for_faults(self, session: "Session") -> list[_Found]:
+        await session.run(READ_WHOLE_TABLES)
+        found = [
+            *await self._wrong_counters(session),
+            *await self._wrong_keys(session),
+            *await self._orphans(session),
+        ]
+        return [*found, *(await self._wrong_terms(session) if session.pool.has_search else [])]
+
+    async def _wrong_counters(self, session: "Session") -> list[_Found]:
+        found = []
+        for key, history, next_position, count, round_count, messages, rounds, last in await session.fetch(
+            self._statements.miscounted, [self.namespace]
+        ):
+            if count != messages:
+                wrong = f"It is said to have {count} messages, but has {messages}."
+                found.append(_Found(history, None, wrong, self._recount, key))
+            if round_count != rounds:
+                wrong = f"It is said to have {round_count} rounds, but has {rounds}."
+                found.append(_Found(history, None, wrong, self._recount, key))
+            if next_position <= last:
+                wrong = f"Its next position is {next_position}, but its last message has the position {last}."
+                found.append(_Found(history, None, wrong, self._recount, key))
+        return found
+
+    async def _wrong_keys(self, session: "Session") -> list[_Found]:
+        found, last = [], ("", BEGINNING[0])
+        while rows := await session.fetch(self._statements.keys, [self.namespace, *last, _ROWS_AT_ONCE]):
+            session.renew_deadline()
+            last = rows[-1]
+            for history, key in rows:
+                if key != self._history_key(history):
+                    wrong = f"It has the history_key {key}, which is not that of its id: no call finds it."
+                    found.append(_Found(history, None, wrong, self._move, key))
+        return found
+
+    async def _orphans(self, session: "Session") -> list[_Found]:
+        return [
+            _Found(
+                None,
+                None,
+                f"{count} messages have the history_key {key}, which no history has. Of which namespace they are "
+                "cannot be told.",
+                self._cannot_mend,
+                key,
+            )
+            for key, count in await session.fetch(self._statements.orphans)
+        ]
+
+    async def _wrong_terms(self, session: "Session") -> list[_Found]:
+        found, last = [], BEGINNING
+        while rows := await session.fetch(self._statements.indexed, [self.namespace, *last, _ROWS_AT_ONCE]):
+            session.renew_deadline()
+            last = rows[-1][:2]
+            keys, positions = [row[0] for row in rows], [row[1] for row in rows]
+            terms = [tsvector(row[2]) for row in rows]
+            for (place,) in await session.fetch(self._statements.mismatched, [keys, positions, terms]):
+                key, position, _, history = rows[place - 1]
+                wrong = "The search index has other words than the message."
+                found.append(_Found(history, position, wrong, self._forget_terms, key))
+        return found
+
+    async def _recount(self, session: "Session", _history: str | None, key: uuid.UUID, _position: int | None) -> bool:
+        await session.fetch(self._statements.lock_history, [key])
+        await session.run(self._statements.recount, {"key": key})
+        return True
+
+    async def _move(self, session: "Session", history: str | None, key: uuid.UUID, _position: int | None) -> bool:
+        """
+        Give a history the key of its id, and its messages as well, unless it has found those again by that.
+        """
+        keys = {"wrong": key, "right": self._history_key(history or "")}
+        await session.fetch(self._statements.lock_history, [key])
+        if await session.fetch(self._statements.key_is_taken, keys) != [(False,)]:
+            return False
+        await session.run(self._statements.move_history, keys)
+        await session.run(self._statements.move_messages, keys)
+        await session.run(self._statements.recount, {"key": keys["right"]})
+        return True
+
+    async def _forget_terms(
+        self, session: "Session", _history: str | None, key: uuid.UUID, position: int | None
+    ) -> bool:
+        """
+        Have a message indexed again, with all others that are not.
+        """
+        await session.run(self._statements.forget_terms, [key, position])
+        return True
+
+    async def _cannot_mend(
+        self, _session: "Session", _history: str | None, _key: uuid.UUID, _position: int | None
+    ) -> bool:
+        return False

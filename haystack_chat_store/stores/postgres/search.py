@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Full-text search.
+
+Whether a database is searched shows in it: there is an index of the column `search_terms`. Whoever connects looks for
+it, and from then on writes terms with each message. Other rows have none: those that are older, which are walked
+through once, and those of a process that has connected before, which an index of their own finds.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from haystack_chat_store.search_text import Phrase
+from haystack_chat_store.stores.operations import FoundRow
+from haystack_chat_store.stores.postgres.base import BEGINNING, PostgresOperations
+from haystack_chat_store.stores.postgres.terms import tsquery, tsvector
+
+if TYPE_CHECKING:
+    from haystack_chat_store.stores.postgres.connections import Session
+
+# A history with more messages is searched along the index of terms, a shorter one message by message.
+_LONG_HISTORY = 2_000
+# So many bytes of messages are indexed at once, as the server has them compressed, or one message.
+_BYTES_AT_ONCE = 8_000_000
+
+
+class Search(PostgresOperations):
+    """
+    The operations that search, and make what is there searchable.
+    """
+
+    async def _search(
+        self, session: "Session", phrases: Sequence[Phrase], chat_history_id: str | None, prefix: str, limit: int
+    ) -> list[FoundRow] | None:
+        if not session.pool.is_indexed or await session.fetch(self._statements.an_unindexed):
+            return None
+        parameters = {**self._with_prefix(prefix), "query": tsquery(phrases), "limit": limit}
+        statement = self._statements.search
+        if chat_history_id is not None:
+            parameters["key"] = self._history_key(chat_history_id)
+            statement = self._statements.search_history
+            if await self._count(session, chat_history_id) > _LONG_HISTORY:
+                statement = self._statements.search_long_history
+        return [FoundRow(*row) for row in await session.fetch(statement, parameters)]
+
+    async def _index_some(self, session: "Session", limit: int) -> bool:
+        """
+        Go on where this process has got to. Whoever comes to the end first says so in the database.
+        """
+        pool = session.pool
+        if not pool.is_indexed:
+            await pool.look(session)  # another process may have come first
+        last = await session.in_transaction(self._index_next, limit)
+        pool.indexed_up_to = last or BEGINNING
+        if last is None and not pool.is_indexed:
+            await pool.finish_index(session)
+        return last is not None
+
+    async def _index_next(self, session: "Session", limit: int) -> tuple[Any, int] | None:
+        """
+        Index the next messages, and return the place of the last one, or `None` if there are no more.
+        """
+        start = session.pool.indexed_up_to
+        found = await session.fetch(self._statements.unindexed, [*start, limit])
+        if not found:
+            return None
+        end, size = found[0][:2], 0
+        for key, position, length in found:
+            size += length
+            if size > _BYTES_AT_ONCE:
+                break
+            end = key, position
+        rows = await session.fetch(self._statements.unindexed_contents, [*start, *end])
+        keys, positions = [row[0] for row in rows], [row[1] for row in rows]
+        await session.run(self._statements.set_terms, [keys, positions, [tsvector(row[2]) for row in rows]])
+        return end

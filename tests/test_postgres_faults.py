@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a check finds in a PostgreSQL database that somebody else has changed by hand, and what it mends.
+"""
+
+import uuid
+
+import pytest
+from haystack.dataclasses import ChatMessage
+from servers import PgBouncer, PostgresServer
+from test_postgres import ENGINES, NEWEST, OLDER, execute, say, stores_on
+
+from haystack_chat_store.testing.kit import texts
+
+
+@pytest.fixture(scope="module", params=[NEWEST, *OLDER[-1:]])
+def server(request):
+    with PostgresServer(ENGINES.get(request.param), fsync="off", autovacuum="off") as server:
+        yield server
+
+
+@pytest.fixture(params=["directly", "behind PgBouncer", "partitioned"])
+def make_store(request, server):
+    if request.param == "behind PgBouncer":
+        with PgBouncer(server) as pooler, stores_on(pooler.url, last_k=None) as make:
+            yield make
+        return
+    with stores_on(server.url, last_k=None) as make:
+        if request.param == "partitioned":
+            execute(server.url, make().create_schema_sql(3))
+        yield make
+
+
+@pytest.fixture
+def store(make_store):
+    store = make_store(search=True)
+    for history in ("history", "another"):
+        store.write_messages(
+            history,
+            [
+                ChatMessage.from_user("first question", meta={"chat_message_id": "a"}),
+                ChatMessage.from_assistant("first answer", meta={"chat_message_id": "b"}),
+                ChatMessage.from_user("second question", meta={"chat_message_id": "c"}),
+            ],
+        )
+    return store
+
+
+@pytest.fixture
+def change(server, store):
+    """
+    Execute SQL, in which {0} is the store's schema.
+    """
+    return lambda *statements: execute(server.url, *(each.format(store.schema_name) for each in statements))
+
+
+def faults(store, repair=False):
+    return store._run(store._faults, repair)
+
+
+def test_what_fits_together_has_no_faults(store):
+    assert faults(store) == faults(store, repair=True) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "description"),
+    [
+        ("UPDATE {0}.chat_histories SET message_count = 7", "7 messages, but has 3"),
+        ("UPDATE {0}.chat_histories SET round_count = -1", "-1 rounds, but has 2"),
+        ("UPDATE {0}.chat_histories SET next_position = 2", "next position is 2, but its last message has"),
+    ],
+)
+def test_a_counter_that_is_wrong_is_found_and_set_right(store, change, damage, description):
+    change(damage + " WHERE chat_history_id = 'history'")
+    (fault,) = faults(store)
+    assert fault[:2] == ("history", None)
+    assert description in fault.description
+    assert not fault.is_repaired
+    (repaired,) = faults(store, repair=True)
+    assert repaired == fault._replace(is_repaired=True)
+    assert faults(store) == []
+    assert say(store, "third") == 1
+    assert [stored.position for stored in store.list_messages("history")] == [0, 1, 2, 3]
+
+
+def test_messages_that_were_deleted_by_hand_are_counted_again(store, change):
+    change("DELETE FROM {0}.chat_messages WHERE message_id = 'c'")
+    assert len(faults(store, repair=True)) == 4
+    assert faults(store) == []
+    info = store.get_chat_history("history")
+    assert (info.message_count, info.round_count) == (2, 1)
+
+
+def test_a_history_under_a_key_that_is_not_its_own_gets_its_own_with_all_messages(store, change):
+    wrong = uuid.uuid4()
+    for table in ("histories", "messages"):
+        change(
+            f"UPDATE {{0}}.chat_{table} SET history_key = '{wrong}' WHERE history_key = "
+            f"'{store._history_key('history')}'"
+        )
+    assert store.count_messages("history") == 0
+    (fault,) = faults(store, repair=True)
+    assert (fault.chat_history_id, fault.is_repaired) == ("history", True)
+    assert faults(store) == []
+    assert len(texts(store.retrieve_messages("history"))) == store.count_messages("history") == 3
+
+
+def test_messages_get_their_history_back_if_it_is_there_under_another_key(store, change):
+    change(f"UPDATE {{0}}.chat_histories SET history_key = '{uuid.uuid4()}' WHERE chat_history_id = 'history'")
+    found = faults(store, repair=True)
+    assert {fault.chat_history_id for fault in found if fault.is_repaired} == {"history"}
+    assert faults(store) == []
+    assert len(texts(store.retrieve_messages("history"))) == store.count_messages("history") == 3
+
+
+def test_a_history_whose_place_another_has_is_reported_and_left(store, change):
+    change(
+        "INSERT INTO {0}.chat_histories SELECT gen_random_uuid(), namespace, chat_history_id, 0, 0, 0 "
+        "FROM {0}.chat_histories WHERE chat_history_id = 'history'"
+    )
+    for repair in (False, True, False):
+        (fault,) = faults(store, repair)
+        assert (fault.chat_history_id, fault.is_repaired) == ("history", False)
+    assert store.count_messages("history") == 3
+
+
+def test_messages_without_a_history_are_reported_and_left(store, change):
+    """
+    They may be another namespace's: a key does not tell.
+    """
+    change("DELETE FROM {0}.chat_histories WHERE chat_history_id = 'history'")
+    for repair in (False, True, False):
+        (fault,) = faults(store, repair)
+        assert fault[:2] == (None, None)
+        assert not fault.is_repaired
+        assert f"3 messages have the history_key {store._history_key('history')}" in fault.description
+    assert change("SELECT count(*) FROM {0}.chat_messages") == [(6,)]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE {0}.chat_messages SET search_terms = '''wrong'':1'",
+        "UPDATE {0}.chat_messages SET search_terms = ''",
+        "UPDATE {0}.chat_messages SET content = replace(content::text, 'first answer', 'other words')::json",
+    ],
+)
+def test_an_index_that_has_other_words_than_a_message_is_found_and_made_again(store, change, damage):
+    change(damage + " WHERE message_id = 'b'")
+    found = faults(store)
+    assert sorted(fault[:2] for fault in found) == [("another", 1), ("history", 1)]
+    assert not any("answer" in fault.description for fault in found)
+    assert all(fault.is_repaired for fault in faults(store, repair=True))
+    assert faults(store) == []
+    words = "other words" if "other words" in damage else "first answer"
+    assert len(store.search_messages(words)) == 2
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"content": 5}', '{"content": [{"text": 7}]}'])
+def test_a_content_that_is_no_message_disturbs_no_check(store, change, content):
+    quoted = content.replace("{", "{{").replace("}", "}}")
+    change("UPDATE {0}.chat_messages SET content = '" + quoted + "' WHERE message_id = 'b'")
+    assert len(faults(store, repair=True)) == 2
+    assert faults(store) == []
+    store._run(store._remove, "history", [1, 99])
+    assert store.count_messages("history") == 2
+    assert faults(store) == []
+
+
+def test_other_namespaces_are_not_looked_at(store, make_store, change):
+    change("UPDATE {0}.chat_histories SET message_count = 7")
+    assert faults(make_store(namespace="other"), repair=True) == []
+    assert len(faults(store)) == 2

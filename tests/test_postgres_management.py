@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Managing conversations on PostgreSQL: what every store does.
+"""
+
+import pytest
+from test_postgres import (
+    OnPostgres,
+    execute,
+    on_the_newest,
+    on_the_oldest,
+    pooler,  # noqa: F401  (a fixture, as is server)
+    server,  # noqa: F401
+    stores_on,
+)
+
+from haystack_chat_store.testing import ManagementContract, RandomWalkTest
+
+
+@on_the_newest
+class TestNewest(OnPostgres, ManagementContract):
+    pass
+
+
+class Walking(OnPostgres, RandomWalkTest):
+    """
+    What could depend on the server's version, on a pooler or on the tables.
+    """
+
+    walks = 10
+
+
+@on_the_oldest
+class TestOldest(Walking):
+    pass
+
+
+@on_the_newest
+class TestBehindPgBouncer(Walking):
+    @pytest.fixture
+    def make_store(self, pooler):  # noqa: F811  (the fixture)
+        with stores_on(pooler.url) as make:
+            yield make
+
+
+@on_the_newest
+class TestPartitioned(Walking):
+    @pytest.fixture
+    def make_store(self, server):  # noqa: F811  (the fixture)
+        with stores_on(server.url) as make:
+            execute(server.url, make().create_schema_sql(partitions=3))
+            yield make
