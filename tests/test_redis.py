@@ -212,9 +212,13 @@ class OnRedis:
                 counted = {name.decode(): int(n) for name, n in client.hgetall(counters).items() if n.isdigit()}
                 of_history = counters.removesuffix(":history")
                 roles = client.get(f"{of_history}:roles").decode()
-                assert counted["next_position"] == counted["message_count"] == len(roles)
+                assert counted["next_position"] == len(roles) == client.llen(f"{of_history}:contents")
+                assert counted["message_count"] == len(roles) - roles.count("x")
+                assert counted["message_count"] == client.hlen(f"{of_history}:message_ids")
                 assert counted["round_count"] == roles.count("u")
-                assert client.llen(f"{of_history}:contents") == client.hlen(f"{of_history}:message_ids") == len(roles)
+                assert len(client.get(f"{of_history}:times")) == 18 * len(roles)
+            names = [client.zcard(key) for key in keys_of(store, client) if key.endswith("}:names")]
+            assert names == [client.zcard(key) for key in keys_of(store, client) if key.endswith("}:histories")]
 
 
 @on_one_server
@@ -431,8 +435,8 @@ def test_what_is_kept_can_be_read_by_anyone(store, client):
     assert tag in [f"{{{store.key_prefix}:default:{bucket}}}" for bucket in range(64)]
     history = f"{tag}:user%20456"
     assert keys_of(store, client) == sorted(
-        [f"{tag}:schema_version", f"{tag}:histories"]
-        + [f"{history}:{kind}" for kind in ("history", "contents", "roles", "message_ids")]
+        [f"{tag}:schema_version", f"{tag}:histories", f"{tag}:names"]
+        + [f"{history}:{kind}" for kind in ("history", "contents", "roles", "message_ids", "times")]
     )
     contents = [json.loads(content) for content in client.lrange(f"{history}:contents", 0, -1)]
     assert [message["content"] for message in contents] == [[{"text": "Hi!"}], [{"text": "Hello!"}]]
@@ -446,8 +450,11 @@ def test_what_is_kept_can_be_read_by_anyone(store, client):
         b"message_count": b"2",
         b"round_count": b"1",
         b"chat_history_id": b"user 456",
+        b"version": b"2",
     }
+    assert client.get(f"{history}:times") == (2 * b"%018d") % (created_at, created_at)
     assert client.zrange(f"{tag}:histories", 0, -1, withscores=True) == [(b"user 456", updated_at)]
+    assert client.zrange(f"{tag}:names", 0, -1, withscores=True) == [(b"user 456", 0)]
 
 
 HOSTILE = [
@@ -608,8 +615,8 @@ def expiry(store, client):
     When the only history expires, in milliseconds. Its keys and those of its bucket have to agree.
     """
     keys = keys_of(store, client)
-    assert len(keys) == 7
-    left = client.eval("for i, key in ipairs(KEYS) do KEYS[i] = redis.call('PTTL', key) end return KEYS", 7, *keys)
+    assert len(keys) == 9
+    left = client.eval("for i, key in ipairs(KEYS) do KEYS[i] = redis.call('PTTL', key) end return KEYS", 9, *keys)
     assert max(left) - min(left) <= 2  # Redis 6 lets the time pass while a script runs
     expires_at = int(client.hget(key_of(store, client, "history"), "expires_at"))
     assert abs(time.time() * 1000 + left[0] - expires_at) < 1000
@@ -659,7 +666,7 @@ def test_expired_histories_leave_the_directory(make_store, client):
     time.sleep(0.3)
     for history in MANY:
         say(long, "Hi!", history=history)
-    for kind in ("histories", "expiries"):
+    for kind in ("histories", "names", "expiries"):
         assert sum(client.zcard(key) for key in keys_of(long, client) if key.endswith(f"}}:{kind}")) == len(MANY)
 
 
@@ -725,9 +732,11 @@ def test_deleting_everything_finds_histories_that_expire(make_store, client):
 def test_a_key_that_holds_something_else_is_left_alone(store, client, write):
     say(store, "Hi!")
     for key in keys_of(store, client):
+        if key.endswith("}:names"):
+            continue  # only the first write to a history needs it
         kept = client.dump(key)
         client.delete(key)
-        if key.endswith(("roles", "schema_version")):
+        if key.endswith(("roles", "times", "schema_version")):
             client.rpush(key, "something else")
         else:
             client.set(key, "something else")
@@ -741,11 +750,24 @@ def test_a_key_that_holds_something_else_is_left_alone(store, client, write):
     assert said(store) == ["Hi!", "Are you there?"]
 
 
-KINDS = ["contents", "roles", "message_ids", "history"]
+@on_every_engine
+def test_a_new_history_is_not_written_where_the_names_are_something_else(store, client, write):
+    say(store, "Hi!", history=next(neighbours("history")))
+    key = key_of(store, client, "names")
+    for version in (1, 2):
+        client.set(key_of(store, client, "schema_version"), version)
+        client.set(key, "something else")
+        before = everything(store, client)
+        with pytest.raises(StoreUnavailableError, match="key_prefix"):
+            write(store, SECRET)
+        assert everything(store, client) == before
+
+
+KINDS = ["contents", "roles", "message_ids", "history", "times"]
 
 
 @on_every_engine
-@pytest.mark.parametrize("lost", [lost for number in (1, 2, 3) for lost in combinations(KINDS, number)], ids="+".join)
+@pytest.mark.parametrize("lost", [lost for size in (1, 2, 3, 4) for lost in combinations(KINDS, size)], ids="+".join)
 def test_a_history_that_has_lost_keys_is_not_taken_for_a_whole_one(store, client, lost):
     say(store, "Hi!", "Are you there?")
     for kind in lost:
@@ -776,7 +798,7 @@ def test_a_content_that_is_no_message_is_our_error(store, client):
 @on_every_engine
 def test_histories_of_a_newer_schema_version_are_refused_untouched(store, client):
     say(store, "Hi!")
-    client.set(key_of(store, client, "schema_version"), 2)
+    client.set(key_of(store, client, "schema_version"), 3)
     before = everything(store, client)
     for call in (
         lambda: say(store, "Are you there?"),
@@ -785,6 +807,12 @@ def test_histories_of_a_newer_schema_version_are_refused_untouched(store, client
         lambda: store.count_messages("history"),
         lambda: store.delete_messages("history"),
         store.delete_all_messages,
+        store.list_chat_histories,
+        lambda: store.update_chat_history("history", title="Hello"),
+        lambda: store.list_messages("history"),
+        lambda: store.delete_messages("history", message_ids=["a"]),
+        lambda: store.copy_messages("history", "another"),
+        lambda: store.delete_chat_histories(prefix="h"),
     ):
         with pytest.raises(SchemaVersionError, match="Upgrade"):
             call()
@@ -896,7 +924,8 @@ for first = 0, ARGV[1] - 1000, 1000 do
     redis.call('HSET', KEYS[3], unpack(message_ids))
 end
 redis.call('SETRANGE', KEYS[2], 0, string.rep('a', ARGV[1]))
-redis.call('HSET', KEYS[4], 'next_position', ARGV[1], 'message_count', ARGV[1])
+redis.call('SETRANGE', KEYS[5], 0, string.rep('0', 18 * ARGV[1]))
+redis.call('HSET', KEYS[4], 'next_position', ARGV[1], 'message_count', ARGV[1], 'version', 2, 'created_at', 0)
 """
 
 
@@ -906,16 +935,16 @@ def test_a_history_that_is_full_stores_all_or_nothing(make_store, client, write)
     say(store, "Hi!")
     keys = [key_of(store, client, kind) for kind in KINDS]
     client.delete(*keys)
-    client.eval(FILL, 4, *keys, 1_048_000)
-    client.config_set("proto-max-bulk-len", 1_048_576)
+    client.eval(FILL, 5, *keys, 58_000)
+    client.config_set("proto-max-bulk-len", 1_048_576)  # the times of 58,254 messages
     try:
         with pytest.raises(StoreUnavailableError, match="proto-max-bulk-len"):
-            write(store, *577 * [SECRET])
-        assert store.count_messages("history") == 1_048_000  # all of its keys have as many, or it would be refused
-        assert write(store, *576 * ["Hi!"]) == 576
+            write(store, *255 * [SECRET])
+        assert store.count_messages("history") == 58_000  # all of its keys have as many, or it would be refused
+        assert write(store, *254 * ["Hi!"]) == 254
     finally:
         client.config_set("proto-max-bulk-len", 512 * 1024 * 1024)
-    assert store.count_messages("history") == 1_048_576
+    assert store.count_messages("history") == 58_254
 
 
 @on_every_engine

@@ -3,16 +3,25 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from haystack.document_stores.types import DuplicatePolicy
 from haystack.lazy_imports import LazyImport
 from haystack.utils import Secret
 
 from haystack_chat_store.errors import StoreUnavailableError, UnsupportedOperationError
 from haystack_chat_store.rounds import LastKUnit, Window
-from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.coroutines import run_to_end
-from haystack_chat_store.stores.operations import EncodedMessage
-from haystack_chat_store.stores.redis import scripts
-from haystack_chat_store.stores.redis.keys import BUCKETS, BucketKeys, HistoryKeys, Keys, bucket_of
+from haystack_chat_store.stores.operations import (
+    EncodedMessage,
+    MessageRow,
+    changed_meanwhile,
+    duplicate,
+    not_found,
+)
+from haystack_chat_store.stores.redis.base import MAX_COUNT, STEP, new_name
+from haystack_chat_store.stores.redis.checking import RedisChecking
+from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
+from haystack_chat_store.stores.redis.scripts import directory as of_directory
+from haystack_chat_store.stores.redis.scripts import messages as scripts
 
 with LazyImport(
     'It comes with the extra \'redis\': pip install "haystack-chat-store[redis]", or "redis>=5.1".'
@@ -20,13 +29,11 @@ with LazyImport(
     from haystack_chat_store.stores.redis.connections import Server, Session, Settings, server_of, servers
 
 _READ = {"round": scripts.READ_ROUNDS, "message": scripts.READ_MESSAGES}
-# More messages than a history can have, and a number that Lua still takes exactly.
-_MAX_COUNT = 2**53
 # `delete_all_messages` keeps the server busy with so many histories at once.
 _HISTORIES_PER_STEP = 100
 
 
-class RedisChatMessageStore(BaseChatMessageStore["Session"]):
+class RedisChatMessageStore(RedisChecking):
     """
     Keeps chat histories in Redis or Valkey, on one server or a Redis Cluster: for speed, and for many machines at once.
 
@@ -139,25 +146,13 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
         return await operation(await self._server().session_async(), *arguments)
 
     async def _write(self, session: "Session", chat_history_id: str, messages: Sequence[EncodedMessage]) -> int:
-        letters = (message.role[0] if message.brought_its_id else message.role[0].upper() for message in messages)
-        bucket, history = self._keys_of(chat_history_id)
-        written: int = await session.run(
-            scripts.WRITE,
-            [*bucket, *history],
-            [
-                chat_history_id,
-                round((self.ttl or 0) * 1000),
-                "".join(letters),
-                "\x00".join(message.message_id for message in messages),
-                *(message.content for message in messages),
-            ],
-        )
+        written: int = await self._ask_to_write(session, chat_history_id, messages)
         return written
 
     async def _read(self, session: "Session", chat_history_id: str, window: Window) -> tuple[list[str], int]:
         bucket, history = self._keys_of(chat_history_id)
         script = scripts.READ_ALL if window.count is None else _READ[window.unit]
-        counts = [min(window.count or 0, _MAX_COUNT), min(window.step, _MAX_COUNT)]
+        counts = [min(window.count or 0, MAX_COUNT), min(window.step, MAX_COUNT)]
         size, contents = await session.run(script, [bucket.schema_version, *history], counts)
         return contents, size
 
@@ -174,18 +169,78 @@ class RedisChatMessageStore(BaseChatMessageStore["Session"]):
             until_time, is_last = "", False
             while not is_last:
                 until_time, found = await session.run(
-                    scripts.LIST, self._keys.of_bucket(bucket), [until_time, _HISTORIES_PER_STEP]
+                    of_directory.LIST, self._keys.of_bucket(bucket), [until_time, _HISTORIES_PER_STEP]
                 )
                 is_last = not until_time
                 for first in range(0, len(found), _HISTORIES_PER_STEP):
                     await self._delete_several(session, bucket, found[first : first + _HISTORIES_PER_STEP])
 
-    async def _delete_several(self, session: "Session", bucket: int, chat_history_ids: list[str]) -> None:
-        keys = [key for chat_history_id in chat_history_ids for key in self._keys.of_history(chat_history_id)]
-        await session.run(scripts.DELETE, [*self._keys.of_bucket(bucket), *keys], chat_history_ids)
+    async def _write_checked(
+        self,
+        session: "Session",
+        chat_history_id: str,
+        messages: Sequence[EncodedMessage],
+        policy: DuplicatePolicy,
+        expected_count: int | None,
+    ) -> int:
+        conditions = (policy.value, "" if expected_count is None else expected_count, new_name())
+        answer = await self._ask_to_write(session, chat_history_id, messages, *conditions)
+        if isinstance(answer, int):
+            return answer
+        reason, found = answer
+        raise duplicate(found) if reason == "DUPLICATE" else changed_meanwhile(expected_count or 0, found)
 
-    def _keys_of(self, chat_history_id: str) -> tuple[BucketKeys, HistoryKeys]:
-        return self._keys.of_bucket(bucket_of(chat_history_id)), self._keys.of_history(chat_history_id)
+    async def _ask_to_write(
+        self,
+        session: "Session",
+        chat_history_id: str,
+        messages: Sequence[EncodedMessage],
+        *conditions: str | int,
+    ) -> Any:
+        letters = (message.role[0] if message.brought_its_id else message.role[0].upper() for message in messages)
+        bucket, history = self._keys_of(chat_history_id)
+        return await session.run(
+            scripts.WRITE,
+            [*bucket, *history],
+            [
+                chat_history_id,
+                self._lifetime(),
+                "".join(letters),
+                "\x00".join(message.message_id for message in messages),
+                *(conditions or ("", "", "")),
+                *(message.content for message in messages),
+            ],
+        )
+
+    async def _delete_some(
+        self,
+        session: "Session",
+        chat_history_id: str,
+        message_ids: Sequence[str] | None,
+        from_message_id: str | None,
+    ) -> None:
+        if from_message_id is None:
+            await self._remove_ids(session, chat_history_id, message_ids or ())
+            return
+        (first,) = await self._positions(session, chat_history_id, [from_message_id])
+        if first is None:
+            raise not_found(from_message_id)
+        gone: list[str] = []
+        answer: Any = None
+        while not isinstance(answer, int):  # until nothing has come meanwhile
+            part = await self._part(session, chat_history_id, STEP, after=first - 1)
+            gone += [row.message_id for row in part.rows]
+            first = part.rows[-1].position + 1 if part.rows else part.next_position
+            if first >= part.next_position:
+                answer = await self._remove_ids(session, chat_history_id, gone, from_message_id, part.next_position)
+                if answer == ["MISSING"]:
+                    raise not_found(from_message_id)
+
+    async def _page(
+        self, session: "Session", chat_history_id: str, before: int | None, after: int | None, limit: int
+    ) -> list[MessageRow]:
+        end = MAX_COUNT if before is None else before
+        return (await self._part(session, chat_history_id, limit, after=after, before=end)).rows
 
     def _server(self) -> "Server":
         return server_of(self._settings)

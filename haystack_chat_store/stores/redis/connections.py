@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -49,6 +49,8 @@ _HAS_DRIVER_INFO = "driver_info" in inspect.signature(redis.connection.AbstractC
 _NO_INTRODUCTION = {"driver_info": None} if _HAS_DRIVER_INFO else {"lib_name": None, "lib_version": None}
 # So many for all synchronous calls, and for each event loop. Further calls wait until one is free.
 _MAX_CONNECTIONS = 32
+# So many of these an asynchronous call takes for itself where it has much to ask.
+_CALLS_AT_ONCE = 8
 # Before what passes by itself is tried again, in seconds.
 _PAUSE = 0.1
 # A node of a cluster that does not react must not use up the time in which others could say who takes its place.
@@ -71,8 +73,8 @@ class _Call:
     What is to be run, and where.
     """
 
-    script: Script
-    tail: tuple[Any, ...]  # the number of keys, the keys, further arguments
+    script: Script | None
+    tail: tuple[Any, ...]  # the number of keys, the keys, further arguments; without a script, a command
     address: Address
     asks: bool = False  # whether the node is one that is just taking over the keys
     begun_at: float = field(default_factory=time.monotonic)
@@ -124,11 +126,30 @@ class Session(ABC):
         :raises ChatMessageStoreError: If that fails, or takes longer than the timeout.
         """
         call = _Call(script, (len(keys), *keys, *arguments), self._server.start)
-        try:
-            return await self._limited(self._run_in_cluster(call) if self._server.settings.cluster else self._run(call))
-        except (exceptions.RedisError, TimeoutError, asyncio.TimeoutError) as error:
-            self._server.forget_slots()
-            raise explained(error, call.address, self._server.settings.timeout) from error
+        return await self._answered(call, self._run_in_cluster if self._server.settings.cluster else self._run)
+
+    async def masters(self) -> list[Address]:
+        """
+        Return where the servers are that hold keys.
+        """
+        call = _Call(None, (), self._server.start)
+        if not self._server.settings.cluster:
+            return [call.address]
+        return sorted(set(self._server.slots or await self._answered(call, self._discover)))
+
+    async def ask(self, address: Address, *command: str | int) -> Any:
+        """
+        Have one server run a command, and return its answer.
+
+        :raises ChatMessageStoreError: If that fails, or takes longer than the timeout.
+        """
+        return await self._answered(_Call(None, command, address), self._run)
+
+    async def ask_masters(self, *command: str | int) -> list[Any]:
+        """
+        Have every server that holds keys run a command, and return their answers.
+        """
+        return [await self.ask(address, *command) for address in await self.masters()]
 
     async def close(self, *, is_patient: bool = False) -> None:
         """
@@ -148,6 +169,26 @@ class Session(ABC):
             never_free(connection)
 
     # ------------------------------------------------------------------ where synchronous and asynchronous differ
+
+    @abstractmethod
+    async def run_each(self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[str | int]]]) -> list[Any]:
+        """
+        Run a script several times, some at once if nothing blocks meanwhile, and return the results in order.
+
+        :param calls: Keys and arguments of each.
+        """
+
+    @abstractmethod
+    async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """
+        Do something that takes the processor for a while, or waits for something else, without blocking a loop.
+        """
+
+    @abstractmethod
+    async def pause(self) -> None:
+        """
+        Let the time pass that something needs to become better, or ready, by itself.
+        """
 
     @abstractmethod
     async def _limited(self, running: Coroutine[Any, Any, Any]) -> Any:
@@ -175,13 +216,14 @@ class Session(ABC):
         Close a connection.
         """
 
-    @abstractmethod
-    async def _pause(self) -> None:
-        """
-        Let the time pass that something needs to become better by itself.
-        """
-
     # ------------------------------------------------------------------ one server
+
+    async def _answered(self, call: _Call, run: "Callable[[_Call], Coroutine[Any, Any, Any]]") -> Any:
+        try:
+            return await self._limited(run(call))
+        except (exceptions.RedisError, TimeoutError, asyncio.TimeoutError) as error:
+            self._server.forget_slots()
+            raise explained(error, call.address, self._server.settings.timeout) from error
 
     async def _run(self, call: _Call) -> Any:
         while True:
@@ -190,7 +232,7 @@ class Session(ABC):
             except exceptions.RedisError as error:
                 if not passes_by_itself(error) or self._is_late(call):
                     raise
-                await self._pause()
+                await self.pause()
 
     async def _run_once(self, call: _Call) -> Any:
         connection = self._pop_idle(call.address)
@@ -206,10 +248,7 @@ class Session(ABC):
 
     async def _run_on(self, connection: Any, call: _Call) -> Any:
         try:
-            try:
-                answer = await self._ask(connection, "EVALSHA", call.script.digest, *call.tail, asks=call.asks)
-            except exceptions.NoScriptError:
-                answer = await self._ask(connection, "EVAL", call.script.text, *call.tail, asks=call.asks)
+            answer = await self._ask_for(connection, call)
         except exceptions.ResponseError:  # to a connection, an answer like any other
             await self._give_back(connection, call.address)
             raise
@@ -218,6 +257,14 @@ class Session(ABC):
             raise
         await self._give_back(connection, call.address)
         return answer
+
+    async def _ask_for(self, connection: Any, call: _Call) -> Any:
+        if call.script is None:
+            return await self._ask(connection, *call.tail)
+        try:
+            return await self._ask(connection, "EVALSHA", call.script.digest, *call.tail, asks=call.asks)
+        except exceptions.NoScriptError:
+            return await self._ask(connection, "EVAL", call.script.text, *call.tail, asks=call.asks)
 
     def _is_late(self, call: _Call) -> bool:
         return time.monotonic() + _PAUSE > call.begun_at + self._server.settings.timeout
@@ -297,9 +344,9 @@ class Session(ABC):
                 if not call.asks:
                     self._server.forget_slots()
                 if redirections != 1:  # or nodes that disagree would send it to and fro
-                    await self._pause()
+                    await self.pause()
 
-    async def _discover(self, call: _Call, unanswered: exceptions.RedisError | None) -> list[Address]:
+    async def _discover(self, call: _Call, unanswered: exceptions.RedisError | None = None) -> list[Address]:
         """
         Ask the nodes, one after the other, which of them serves which slot.
 
@@ -347,6 +394,24 @@ class SyncSession(Session):
         path = getattr(connection, "path", None)
         return Address(path) if path else Address(connection.host, connection.port)
 
+    async def run_each(self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[str | int]]]) -> list[Any]:
+        """
+        Run one after the other.
+        """
+        return [await self.run(script, *call) for call in calls]
+
+    async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """
+        Do it here and now.
+        """
+        return work(*arguments)
+
+    async def pause(self) -> None:
+        """
+        Sleep.
+        """
+        time.sleep(_PAUSE)
+
     async def _limited(self, running: Coroutine[Any, Any, Any]) -> Any:
         if not self._places.acquire(timeout=self._server.settings.timeout):
             running.close()
@@ -364,9 +429,6 @@ class SyncSession(Session):
 
     async def _disconnect(self, connection: Any, *, is_patient: bool = False) -> None:  # noqa: ARG002  (closing never waits here)
         connection.disconnect()
-
-    async def _pause(self) -> None:
-        time.sleep(_PAUSE)
 
 
 class AsyncSession(Session):
@@ -389,6 +451,36 @@ class AsyncSession(Session):
         """
         await super().close(is_patient=is_patient)
         await self._guard.aclose()
+
+    async def run_each(self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[str | int]]]) -> list[Any]:
+        """
+        Run a few at once.
+        """
+        at_once = asyncio.Semaphore(_CALLS_AT_ONCE)
+
+        async def run(keys: Sequence[str], arguments: Sequence[str | int]) -> Any:
+            async with at_once:
+                return await self.run(script, keys, arguments)
+
+        tasks = [asyncio.create_task(run(*call)) for call in calls]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """
+        Do it on another thread.
+        """
+        return await asyncio.to_thread(work, *arguments)
+
+    async def pause(self) -> None:
+        """
+        Let others run.
+        """
+        await asyncio.sleep(_PAUSE)
 
     async def begin(self) -> None:
         """
@@ -474,9 +566,6 @@ class AsyncSession(Session):
             return
         with suppress(exceptions.RedisError):  # it did not close in time
             await connection.disconnect(nowait=not is_patient)
-
-    async def _pause(self) -> None:
-        await asyncio.sleep(_PAUSE)
 
 
 class Server(Connections):

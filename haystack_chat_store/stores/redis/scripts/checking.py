@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The scripts that look at histories which may be damaged, and mend them.
+"""
+
+from haystack_chat_store.stores.redis.scripts import (
+    AGE_BUCKET,
+    LIST_HISTORY,
+    NOW,
+    OF_BUCKET,
+    SCHEMA_VERSION,
+    TIME_LENGTH,
+    UPGRADE_BUCKET,
+    Script,
+)
+from haystack_chat_store.stores.redis.scripts.staging import TAKE_THE_PLACE
+
+_KEYS = """
+local _, directory, expiries, names, history, contents, roles, message_ids, times = unpack(KEYS)
+"""
+
+_INSPECT = f"""
+{NOW}
+local function inspected(chat_history_id)
+    local expires_at = redis.call('ZSCORE', expiries, chat_history_id)
+    if expires_at and tonumber(expires_at) < milliseconds then return {{'expired'}} end
+    local kinds = {{'hash', 'list', 'string', 'hash', 'string'}}
+    for index = 1, 5 do
+        local kind = redis.call('TYPE', KEYS[4 + index])['ok']
+        if kind ~= 'none' and kind ~= kinds[index] then return {{'foreign'}} end
+    end
+    local found = redis.call('HMGET', history, 'chat_history_id', 'next_position', 'message_count', 'round_count',
+        'created_at', 'updated_at', 'expires_at', 'version', 'edits')
+    for index = 1, 9 do found[index] = found[index] or '' end
+    found[10], found[11] = redis.call('LLEN', contents), redis.call('STRLEN', roles)
+    found[12], found[13] = redis.call('HLEN', message_ids), redis.call('STRLEN', times)
+    for index, list in ipairs({{directory, names, expiries}}) do
+        found[13 + index] = redis.call('ZSCORE', list, chat_history_id) or ''
+    end
+    found[17] = 0
+    for index = 1, 5 do
+        if redis.call('PTTL', KEYS[4 + index]) >= 0 then found[17] = found[17] + 1 end
+    end
+    found[18] = redis.call('EXISTS', unpack(KEYS, 5, 9))
+    found[19] = version or ''
+    return found
+end
+"""
+
+#: Return what there is to know of a history, however damaged, beside its messages. Keys: those of the bucket, those of
+#: the history. Argument: its id. Returns a list of texts and numbers, or 'foreign' if one of the keys is of some other
+#: type, or 'expired'.
+INSPECT = Script(_KEYS, _INSPECT, "return inspected(ARGV[1])")
+
+#: Return what there is at some positions. Keys: the bucket's schema version, those of the history. Arguments: the first
+#: position and the last. Returns contents, letters of roles, times.
+RAW = Script(f"""
+local _, history, contents, roles, message_ids, times = unpack(KEYS)
+local first, last = tonumber(ARGV[1]), tonumber(ARGV[2])
+return {{
+    redis.call('LRANGE', contents, first, last),
+    redis.call('GETRANGE', roles, first, last),
+    redis.call('GETRANGE', times, {TIME_LENGTH} * first, {TIME_LENGTH} * (last + 1) - 1),
+}}
+""")
+
+#: Return which of these ids a bucket does not list. Keys: those of the bucket. Arguments: ids.
+UNLISTED = Script(
+    OF_BUCKET,
+    UPGRADE_BUCKET,
+    """
+local found = {}
+for _, chat_history_id in ipairs(ARGV) do
+    if not redis.call('ZSCORE', names, chat_history_id) then found[#found + 1] = chat_history_id end
+end
+return found
+""",
+)
+
+#: Return ids from the directory or the expiries of a bucket that its names lack. Keys: those of the bucket. Arguments:
+#: the number of the list, 2 or 3; the rank to begin at; how many are looked at. Returns whether there are more, then
+#: the ids.
+UNNAMED = Script(
+    OF_BUCKET,
+    UPGRADE_BUCKET,
+    """
+local seen = redis.call('ZRANGE', KEYS[tonumber(ARGV[1])], ARGV[2], ARGV[2] + ARGV[3] - 1)
+local found = {}
+for _, chat_history_id in ipairs(seen) do
+    if not redis.call('ZSCORE', names, chat_history_id) then found[#found + 1] = chat_history_id end
+end
+return {#seen == tonumber(ARGV[3]) and 1 or 0, found}
+""",
+)
+
+#: Mend a history, if it is still as it was inspected. Keys: those of the bucket, of the history, of what waits to take
+#: its place. Arguments: the history's id; what INSPECT returned, joined by blanks; `old` to leave its messages as they
+#: are, `new` for what waits to take their place, `none` to take it from all lists; when it expires, or nothing; when
+#: it changed last; then what its hash is to hold, in turn names of fields and values. Returns whether it was as it was
+#: inspected.
+MEND = Script(
+    "local call, result = '', 0",
+    _KEYS,
+    _INSPECT,
+    f"""
+local chat_history_id, expires_at, updated_at, is_new = ARGV[1], ARGV[4], ARGV[5], true
+if table.concat(inspected(chat_history_id), ' ') ~= ARGV[2] then return 0 end
+if ARGV[3] == 'none' then
+    for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, chat_history_id) end
+    return 1
+end
+{UPGRADE_BUCKET}
+redis.call('HSET', history, 'version', {SCHEMA_VERSION}, unpack(ARGV, 6))
+if ARGV[3] == 'new' then
+    redis.call('HINCRBY', history, 'edits', 1)
+    {TAKE_THE_PLACE}
+end
+{LIST_HISTORY}
+for _, key in ipairs({{history, contents, roles, message_ids, times}}) do
+    if expires_at == '' then redis.call('PERSIST', key) else redis.call('PEXPIREAT', key, expires_at) end
+end
+if expires_at == '' then
+    redis.call('HDEL', history, 'expires_at')
+    redis.call('ZREM', expiries, chat_history_id)
+else
+    redis.call('HSET', history, 'expires_at', expires_at)
+    redis.call('ZADD', expiries, expires_at, chat_history_id)
+end
+{AGE_BUCKET}
+return 1
+""",
+)

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The scripts that find, describe and delete whole histories.
+"""
+
+from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, NOW, OF_BUCKET, TIME_LENGTH, UPGRADE_BUCKET, Script
+
+# What is done with ids that a bucket lists: those of histories that have expired leave it. So they do in a server that
+# accepts no writes, which cannot take them out of the lists.
+_STILL_THERE = (
+    NOW
+    + """
+local is_expiring, expired = redis.call('ZCARD', expiries) > 0, {}
+local function is_still_there(chat_history_id)
+    local expires_at = is_expiring and redis.call('ZSCORE', expiries, chat_history_id)
+    if not expires_at or tonumber(expires_at) >= milliseconds then return true end
+    expired[#expired + 1] = chat_history_id
+end
+local function forget_expired()
+    if #expired == 0 then return end
+    for _, key in ipairs({expiries, directory, names}) do redis.pcall('ZREM', key, unpack(expired)) end
+end
+"""
+)
+
+#: Return the ids of histories of a bucket, the one that changed last first. Keys: those of the bucket. Arguments: a
+#: prefix; the ends of its range, as ZRANGEBYLEX takes them; how many ids; the time and the id of a history, after which
+#: they begin, or nothing. Returns the place to go on from, a time and an id, or nothing if that was all; then times and
+#: ids in turn.
+NEWEST = Script(
+    OF_BUCKET,
+    UPGRADE_BUCKET,
+    _STILL_THERE,
+    """
+local prefix, least, greatest, wanted = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local time, chat_history_id = tonumber(ARGV[5]), ARGV[6]
+local function is_greater(a, b)  -- by bytes; Lua compares by the rules of some language
+    for index = 1, math.min(#a, #b) do
+        local left, right = string.byte(a, index), string.byte(b, index)
+        if left ~= right then return left > right end
+    end
+    return #a > #b
+end
+
+local found = {}
+local total = redis.call('ZCARD', directory)
+local matching = prefix == '' and total or redis.call('ZLEXCOUNT', names, least, greatest)
+if matching == 0 then return {'', '', {}} end
+if matching <= 1000 and matching * matching <= wanted * total then  -- few: all that match are sorted
+    local ids, all = redis.call('ZRANGEBYLEX', names, least, greatest), {}
+    for index, score in ipairs(redis.call('ZMSCORE', directory, unpack(ids))) do
+        local score_number = tonumber(score or nil)
+        if score_number and is_still_there(ids[index]) and (not time or score_number < time
+                or score_number == time and is_greater(chat_history_id, ids[index])) then
+            all[#all + 1] = {score_number, ids[index], score}
+        end
+    end
+    table.sort(all, function(a, b) return a[1] > b[1] or a[1] == b[1] and is_greater(a[2], b[2]) end)
+    for index = 1, math.min(wanted, #all) do
+        found[2 * index - 1], found[2 * index] = all[index][3], all[index][2]
+    end
+    forget_expired()
+    if #all <= wanted then return {'', '', found} end
+    return {found[#found - 1], found[#found], found}
+end
+
+local first = 0  -- many: the directory is gone through, a thousand at a time
+if time then
+    first = redis.call('ZCOUNT', directory, '(' .. ARGV[5], '+inf')
+    local beyond = first + redis.call('ZCOUNT', directory, ARGV[5], ARGV[5])
+    while first < beyond do
+        local middle = math.floor((first + beyond) / 2)
+        if is_greater(chat_history_id, redis.call('ZREVRANGE', directory, middle, middle)[1]) then
+            beyond = middle
+        else
+            first = middle + 1
+        end
+    end
+end
+local step = prefix == '' and wanted or 1000
+local seen = redis.call('ZREVRANGE', directory, first, first + step - 1, 'WITHSCORES')
+local is_last, last = #seen < 2 * step, #seen
+for index = 1, #seen, 2 do
+    if string.sub(seen[index], 1, #prefix) == prefix and is_still_there(seen[index]) then
+        found[#found + 1], found[#found + 2] = seen[index + 1], seen[index]
+        if #found == 2 * wanted then
+            is_last, last = is_last and index + 1 == #seen, index + 1
+            break
+        end
+    end
+end
+forget_expired()
+if is_last then return {'', '', found} end
+return {seen[last], seen[last - 1], found}
+""",
+)
+
+#: Return the ids of histories of a bucket in their order, some at a time. Keys: those of the bucket. Arguments: the
+#: ends of the range, as ZRANGEBYLEX takes them; how many ids; a time, if only those that have not changed since then.
+#: Returns the id to go on from, nothing if that was all; then the ids.
+BY_ID = Script(
+    OF_BUCKET,
+    UPGRADE_BUCKET,
+    _STILL_THERE,
+    """
+local wanted, updated_before = tonumber(ARGV[3]), tonumber(ARGV[4])
+local seen = redis.call('ZRANGEBYLEX', names, ARGV[1], ARGV[2], 'LIMIT', 0, wanted)
+local found = {}
+for _, chat_history_id in ipairs(seen) do
+    local time = updated_before and tonumber(redis.call('ZSCORE', directory, chat_history_id) or nil)
+    if (not updated_before or time and time < updated_before) and is_still_there(chat_history_id) then
+        found[#found + 1] = chat_history_id
+    end
+end
+forget_expired()
+return {#seen < wanted and '' or seen[#seen], found}
+""",
+)
+
+#: Return the ids of the histories of a bucket that have not changed for longest. Keys: those of the bucket. Arguments:
+#: how many ids; only of those that have not changed since this time. Returns whether there may be more, then the ids.
+OLDEST = Script(
+    OF_BUCKET,
+    _STILL_THERE,
+    """
+local seen = redis.call('ZRANGEBYSCORE', directory, '-inf', '(' .. ARGV[2], 'LIMIT', 0, ARGV[1])
+local found = {}
+for _, chat_history_id in ipairs(seen) do
+    if is_still_there(chat_history_id) then found[#found + 1] = chat_history_id end
+end
+forget_expired()
+return {#seen == tonumber(ARGV[1]) and 1 or 0, found}
+""",
+)
+
+_INFO = "'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position', 'version'"
+
+#: Return what a directory shows of histories. Keys: the bucket's schema version, then each history's hash.
+INFOS = Script(f"""
+local found = {{}}
+for key = 2, #KEYS do found[key - 1] = redis.call('HMGET', KEYS[key], {_INFO}) end
+return found
+""")
+
+#: Set title and meta of a history. Keys: those of the bucket, the history's hash. Arguments: how many of the following
+#: are names of fields and values, in turn; these; then the names of fields that are to be none. Returns what INFOS
+#: returns, of the one history.
+UPDATE = Script(
+    OF_BUCKET,
+    f"""
+local history, set = KEYS[5], tonumber(ARGV[1])
+if redis.call('HEXISTS', history, 'message_count') == 1 then
+    {UPGRADE_BUCKET}
+    if set > 0 then redis.call('HSET', history, unpack(ARGV, 2, 1 + set)) end
+    if #ARGV > 1 + set then redis.call('HDEL', history, unpack(ARGV, 2 + set)) end
+end
+return redis.call('HMGET', history, {_INFO})
+""",
+)
+
+#: Return the letters of the roles and the times of messages. Keys: the bucket's schema version, then the roles and the
+#: times of each history. Arguments: of each, the first position and the last.
+TIMES = Script(f"""
+local found = {{}}
+for index = 1, #ARGV, 2 do
+    local first, last = tonumber(ARGV[index]), tonumber(ARGV[index + 1])
+    found[index] = redis.call('GETRANGE', KEYS[index + 1], first, last)
+    found[index + 1] = redis.call('GETRANGE', KEYS[index + 2], {TIME_LENGTH} * first, {TIME_LENGTH} * (last + 1) - 1)
+end
+return found
+""")
+
+#: Delete histories of a bucket. Keys: those of the bucket, then those of the histories. Arguments: a time, if only
+#: those that have not changed since then; the histories' ids. Returns how many there were.
+DELETE = Script(
+    OF_BUCKET,
+    f"""
+redis.call('ZCARD', directory)
+redis.call('ZCARD', names)
+local expiring, deleted = redis.call('ZCARD', expiries), 0
+local updated_before = tonumber(ARGV[1])
+local of_history = (#KEYS - 4) / (#ARGV - 1)
+for index = 2, #ARGV do
+    local time = updated_before and tonumber(redis.call('ZSCORE', directory, ARGV[index]) or nil)
+    if not time or time < updated_before then
+        local first = 5 + (index - 2) * of_history
+        if redis.call('UNLINK', unpack(KEYS, first, first + of_history - 1)) > 0 then deleted = deleted + 1 end
+        for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, ARGV[index]) end
+    end
+end
+if expiring > 0 then
+    {NOW}
+    {AGE_BUCKET}
+end
+if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', KEYS[1]) end
+return deleted
+""",
+)
+
+#: Return ids of histories to delete, when all that a bucket has are to be deleted in steps: first those that were not
+#: written to for longest. The last step has all that are left, and with them those that a write has kept out of the
+#: earlier ones. Keys: those of the bucket. Arguments: the time up to which histories were last written to, as the first
+#: step returned it, and empty in the first step; how many ids a step has, but for the last. Returns that time, empty
+#: after the last step, and the ids.
+LIST = Script(
+    OF_BUCKET,
+    """
+local until_time, count = ARGV[1], tonumber(ARGV[2])
+if until_time == '' then
+    until_time = redis.call('ZREVRANGE', directory, 0, 0, 'WITHSCORES')[2] or ''
+end
+if redis.call('ZCARD', directory) == 0 or redis.call('ZCOUNT', directory, '-inf', until_time) <= count then
+    return {'', redis.call('ZUNION', 2, directory, names)}
+end
+return {until_time, redis.call('ZRANGEBYSCORE', directory, '-inf', until_time, 'LIMIT', 0, count)}
+""",
+)

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The scripts that write, read and remove messages.
+"""
+
+from haystack_chat_store.stores.redis.scripts import (
+    AGE_BUCKET,
+    EXPIRE,
+    LIST_HISTORY,
+    NOW,
+    OF_BUCKET_AND_HISTORY,
+    OF_HISTORY,
+    ONCE,
+    SCHEMA_VERSION,
+    STAMP,
+    TIME_LENGTH,
+    UPGRADE_BUCKET,
+    Script,
+)
+
+#: Append messages, and replace some. Keys: those of the bucket, those of the history. Arguments: the history's id;
+#: milliseconds until it expires, 0 for never; the first letter of each message's role, as a capital if this call made
+#: up the message's id; the messages' ids, separated by NUL; the policy; how many messages the history has to have, or
+#: nothing; a name for this call, or nothing, if it may be done twice; then the messages' contents, each an argument.
+#: Returns how many this call has written, or why it has not: CHANGED and the number of messages, DUPLICATE and an id.
+WRITE = Script(
+    "local call = ARGV[7]",
+    ONCE,
+    OF_BUCKET_AND_HISTORY,
+    NOW,
+    STAMP,
+    """
+local chat_history_id, ttl, letters, policy, expected = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[5], ARGV[6]
+if expected ~= '' and tonumber(expected) ~= message_count then return {'CHANGED', message_count} end
+
+local written_before, rounds, new, new_roles, new_ids, replaced = 0, 0, {}, {}, {}, {}
+local index = 0
+for message_id in string.gmatch(ARGV[4], '%Z+') do
+    index = index + 1
+    local letter = string.sub(letters, index, index)
+    local role = string.lower(letter)
+    local known = redis.call('HGET', message_ids, message_id)
+    if not known then
+        new[#new + 1] = ARGV[7 + index]
+        new_roles[#new] = role
+        new_ids[2 * #new - 1], new_ids[2 * #new] = message_id, position + #new - 1
+        if role == 'u' then rounds = rounds + 1 end
+    elseif role ~= letter then
+        written_before = written_before + 1  -- by an earlier attempt of this same call, whose answer was lost
+    elseif policy == 'fail' then
+        return {'DUPLICATE', message_id}
+    elseif policy == 'overwrite' then
+        local was = redis.call('GETRANGE', roles, known, known)
+        if was == '' or was == 'x' then return redis.error_reply('DAMAGED') end
+        if was == 'u' then rounds = rounds - 1 end
+        if role == 'u' then rounds = rounds + 1 end
+        replaced[#replaced + 1] = {known, role, ARGV[7 + index]}
+    end
+end
+
+local is_new, updated_at, result = not counters[5], microseconds, written_before + #new + #replaced
+if is_new and #new == 0 then return 0 end
+if #new + #replaced > 0 then
+""",
+    UPGRADE_BUCKET,
+    f"""
+    local stamps = string.rep(stamp(microseconds), #new)
+    if not counters[6] and position > 0 then stamps = string.rep(stamp(counters[5]), position) .. stamps end
+    if stamps ~= '' then redis.call('APPEND', times, stamps) end
+    if #new > 0 then redis.call('APPEND', roles, table.concat(new_roles)) end
+    for first = 1, #new, 1000 do  -- more arguments than that may not fit on Lua's stack
+        local last = math.min(first + 999, #new)
+        redis.call('RPUSH', contents, unpack(new, first, last))
+        redis.call('HSET', message_ids, unpack(new_ids, 2 * first - 1, 2 * last))
+    end
+    for _, each in ipairs(replaced) do
+        redis.call('LSET', contents, each[1], each[3])
+        redis.call('SETRANGE', roles, each[1], each[2])
+    end
+    redis.call('HSET', history, 'next_position', position + #new, 'message_count', message_count + #new,
+        'round_count', tonumber(counters[3] or 0) + rounds, 'updated_at', updated_at)
+    if is_new then redis.call('HSET', history, 'chat_history_id', chat_history_id, 'created_at', microseconds) end
+    if not counters[6] then redis.call('HSET', history, 'version', {SCHEMA_VERSION}) end
+    if #replaced > 0 then redis.call('HINCRBY', history, 'edits', 1) end
+    {LIST_HISTORY}
+end
+""",
+    EXPIRE,
+    "return result",
+)
+
+# The places where the last `wanted` messages begin of which a condition holds; 0 if there are fewer.
+_WALK_BACK = """
+local function walk_back(unseen, wanted)
+    while unseen > 0 and wanted > 0 do
+        local first = math.max(unseen - 1000, 0)
+        local part = redis.call('GETRANGE', roles, first, unseen - 1)
+        for index = #part, 1, -1 do
+            if string.byte(part, index) {condition} then
+                wanted = wanted - 1
+                if wanted == 0 then return first + index - 1 end
+            end
+        end
+        unseen = first
+    end
+    return 0
+end
+"""
+_TO_USER_MESSAGE = _WALK_BACK.format(condition="== 117")  # u
+_TO_MESSAGE = _WALK_BACK.format(condition="~= 120")  # x, which stands for a message that was deleted
+
+# What lies between two positions, without long stretches of deleted messages: for each piece, its first position, the
+# letters of its roles, its contents.
+_PIECES = """
+local function pieces(first, last)
+    local found, letters, start = {}, redis.call('GETRANGE', roles, first, last), 1
+    while start <= #letters do
+        local gap, after = string.find(letters, string.rep('x', 100) .. 'x*', start)
+        local stop = (gap or #letters + 1) - 1
+        if stop >= start then
+            found[#found + 1] = {first + start - 1, string.sub(letters, start, stop),
+                redis.call('LRANGE', contents, first + start - 1, first + stop - 1)}
+        end
+        start = (after or #letters) + 1
+    end
+    return found
+end
+"""
+
+_BEGIN_READING = """
+local length = position
+local count, step, start = tonumber(ARGV[1]), tonumber(ARGV[2]), 0
+local function size_of(total) return count + math.max(total - count, 0) % step end
+local size = 0
+"""
+
+_READ = f"""
+if message_count < length then
+    {_PIECES}
+    local window = {{}}
+    for _, piece in ipairs(pieces(start, length - 1)) do
+        for _, content in ipairs(piece[3]) do
+            if content ~= '' then window[#window + 1] = content end
+        end
+    end
+    return {{size, window}}
+end
+if redis.REDIS_VERSION_NUM or start < length / 2 or length - start > 1000 then
+    return {{size, redis.call('LRANGE', contents, start, -1)}}
+end
+local window = {{}}  -- Redis 6 finds the end of a long list slowly, but not for LINDEX
+for index = start - length, -1 do window[#window + 1] = redis.call('LINDEX', contents, index) end
+return {{size, window}}
+"""
+
+# Keys of the three: the bucket's schema version, those of the history. Arguments: the window's count and step. They
+# return the window's size and the contents.
+
+#: Return the whole history.
+READ_ALL = Script(OF_HISTORY, _BEGIN_READING, _READ)
+
+#: Return the last rounds: walk back over the roles to the user message that begins the first of them.
+READ_ROUNDS = Script(
+    OF_HISTORY,
+    _BEGIN_READING,
+    _TO_USER_MESSAGE,
+    """
+size = size_of(tonumber(counters[3] or 0))
+start = walk_back(length, size)
+""",
+    _READ,
+)
+
+#: Return the last messages, and where these begin with tool messages, what comes before up to one that is none.
+READ_MESSAGES = Script(
+    OF_HISTORY,
+    _BEGIN_READING,
+    _TO_MESSAGE,
+    """
+size = size_of(message_count)
+start = message_count == length and math.max(length - size, 0) or walk_back(length, size)
+while start > 0 and string.find(redis.call('GETRANGE', roles, start, start), '[tx]') do start = start - 1 end
+""",
+    _READ,
+)
+
+#: Return the number of messages. Keys: the bucket's schema version, those of the history.
+COUNT = Script(OF_HISTORY, "return message_count")
+
+#: Return a page. Keys: the bucket's schema version, those of the history. Arguments: a position, after which the page
+#: begins, or nothing; one before which it ends; how many messages it has at most. Returns what tells this history, as
+#: it was last edited, from every other: when it was created and how often it was edited; its next position; and pieces,
+#: each with a position, letters for the roles, contents, times, and empty contents where messages were deleted.
+PAGE = Script(
+    OF_HISTORY,
+    STAMP,
+    _TO_MESSAGE,
+    _PIECES,
+    f"""
+local after, before, limit = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local is_whole, first, last = message_count == position, 0, math.min(before, position) - 1
+if after then
+    first = after + 1
+    if is_whole then
+        last = math.min(first + limit - 1, last)
+    else
+        local place, wanted = first, limit
+        while place <= last and wanted > 0 do
+            local part = redis.call('GETRANGE', roles, place, math.min(place + 999, last))
+            for index = 1, #part do
+                if string.byte(part, index) ~= 120 then wanted = wanted - 1 end
+                if wanted == 0 then
+                    last = place + index - 1
+                    break
+                end
+            end
+            place = place + #part
+        end
+    end
+else
+    first = is_whole and math.max(last + 1 - limit, 0) or walk_back(last + 1, limit)
+end
+local found = first <= last and pieces(first, last) or {{}}
+for _, piece in ipairs(found) do
+    local from, count = piece[1], #piece[2]
+    piece[4] = counters[6]
+        and redis.call('GETRANGE', times, {TIME_LENGTH} * from, {TIME_LENGTH} * (from + count) - 1)
+        or string.rep(stamp(counters[5]), count)
+end
+local edits = redis.call('HGET', history, 'edits') or '0'
+return {{(counters[5] or '') .. ' ' .. edits, position, found}}
+""",
+)
+
+#: Return the position of each message with one of these ids. Keys: the bucket's schema version, those of the history.
+#: Arguments: the ids.
+POSITIONS = Script(OF_HISTORY, "return redis.call('HMGET', message_ids, unpack(ARGV))")
+
+#: Return some ids of messages and their positions. Keys: the bucket's schema version, the history's message ids.
+#: Argument: the cursor, 0 at first. Returns the next cursor, 0 at the end, then ids and positions in turn.
+SCAN_IDS = Script("return redis.call('HSCAN', KEYS[2], ARGV[1], 'COUNT', 1000)")
+
+#: Delete single messages. Keys: those of the bucket, those of the history. Arguments: the history's id; the id of a
+#: message that must be there, or nothing; the history's next position, if it must be that; a name for this call; the
+#: ids, separated by NUL. Returns how many were deleted, or why none were: MISSING or MORE.
+REMOVE = Script(
+    "local call = ARGV[4]",
+    ONCE,
+    OF_BUCKET_AND_HISTORY,
+    NOW,
+    f"""
+local chat_history_id, required, expected = ARGV[1], ARGV[2], ARGV[3]
+if required ~= '' and redis.call('HEXISTS', message_ids, required) == 0 then return {{'MISSING'}} end
+if expected ~= '' and tonumber(expected) ~= position then return {{'MORE'}} end
+local gone, gone_ids, rounds = {{}}, {{}}, 0
+for message_id in string.gmatch(ARGV[5], '%Z+') do
+    local known = redis.call('HGET', message_ids, message_id)
+    if known and not gone[known] then
+        local was = redis.call('GETRANGE', roles, known, known)
+        if was == '' or was == 'x' then return redis.error_reply('DAMAGED') end
+        if was == 'u' then rounds = rounds + 1 end
+        gone[known] = true
+        gone_ids[#gone_ids + 1] = message_id
+    end
+end
+if #gone_ids == 0 then return 0 end
+
+for first = 1, #gone_ids, 1000 do  -- a command that Redis takes when it is out of memory
+    redis.call('HDEL', message_ids, unpack(gone_ids, first, math.min(first + 999, #gone_ids)))
+end
+for known in pairs(gone) do
+    redis.call('LSET', contents, known, '')
+    redis.call('SETRANGE', roles, known, 'x')
+end
+local is_new, updated_at, result = false, microseconds, #gone_ids
+{UPGRADE_BUCKET}
+redis.call('HSET', history, 'message_count', message_count - #gone_ids,
+    'round_count', tonumber(counters[3] or 0) - rounds, 'updated_at', updated_at)
+redis.call('HINCRBY', history, 'edits', 1)
+{LIST_HISTORY}
+if expiring > 0 then
+    {AGE_BUCKET}
+end
+return result
+""",
+)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The scripts that copy and import: messages wait under keys of their own until all are there, and then appear at once.
+"""
+
+from haystack_chat_store.stores.redis.scripts import (
+    EXPIRE,
+    LIST_HISTORY,
+    NOW,
+    OF_BUCKET_AND_HISTORY,
+    ONCE,
+    SCHEMA_VERSION,
+    STAMP,
+    UPGRADE_BUCKET,
+    Script,
+)
+
+#: Add messages to those that wait. Keys: the bucket's schema version, those of what waits. Arguments: how many wait
+#: already; how many milliseconds they wait; the first letter of each message's role, x for a place without one; the
+#: messages' ids, separated by NUL; their times; their contents, each an argument. Returns nothing, or an id that waits
+#: already; then nothing was added.
+STAGE = Script(
+    """
+local _, contents, roles, message_ids, times = unpack(KEYS)
+local waiting, letters, length = tonumber(ARGV[1]), ARGV[3], redis.call('LLEN', contents)
+if length == waiting + #letters then return '' end  -- an earlier attempt of this same call, whose answer was lost
+if length ~= waiting then return redis.error_reply('STAGEDLOST') end
+local new_ids, is_new, index = {}, {}, 0
+for message_id in string.gmatch(ARGV[4], '%Z+') do
+    repeat index = index + 1 until string.byte(letters, index) ~= 120  -- x
+    if is_new[message_id] or redis.call('HEXISTS', message_ids, message_id) == 1 then return message_id end
+    is_new[message_id] = true
+    new_ids[#new_ids + 1], new_ids[#new_ids + 2] = message_id, waiting + index - 1
+end
+redis.call('APPEND', times, ARGV[5])
+redis.call('APPEND', roles, letters)
+for first = 6, #ARGV, 1000 do
+    redis.call('RPUSH', contents, unpack(ARGV, first, math.min(first + 999, #ARGV)))
+end
+for first = 1, #new_ids, 2000 do
+    redis.call('HSET', message_ids, unpack(new_ids, first, math.min(first + 1999, #new_ids)))
+end
+for key = 2, 5 do redis.call('PEXPIRE', KEYS[key], ARGV[2]) end
+return ''
+"""
+)
+
+#: Give up what waits. Keys: the bucket's schema version, those of what waits.
+DISCARD = Script("return redis.call('UNLINK', unpack(KEYS, 2))")
+
+_OF_STAGED = """
+local staged_contents, staged_roles, staged_ids, staged_times = unpack(KEYS, 10)
+local waiting = tonumber(ARGV[3])
+if redis.call('LLEN', staged_contents) ~= waiting or redis.call('STRLEN', staged_roles) ~= waiting then
+    return redis.error_reply('STAGEDLOST')
+end
+"""
+
+#: What puts what waits into the place of what there was.
+TAKE_THE_PLACE = """
+for index, key in ipairs({contents, roles, message_ids, times}) do
+    if redis.call('EXISTS', KEYS[9 + index]) == 1 then
+        redis.call('RENAME', KEYS[9 + index], key)
+        redis.call('PERSIST', key)
+    else
+        redis.call('UNLINK', key)
+    end
+end
+"""
+
+#: Append what waits to a history, all at once. Keys: those of the bucket, of the history, of what waits. Arguments: the
+#: history's id; milliseconds until it expires, 0 for never; how many messages wait; how many of them are user messages;
+#: how many messages the history has to have; a name for this call; the time at which it changes, or nothing for now;
+#: what its hash holds if it is new, in turn names of fields and values. Returns how many messages waited, or CHANGED
+#: and how many the history has, or DUPLICATE and the id of a message that it has.
+FINISH = Script(
+    "local call = ARGV[6]",
+    ONCE,
+    OF_BUCKET_AND_HISTORY,
+    NOW,
+    STAMP,
+    """
+local chat_history_id, ttl = ARGV[1], tonumber(ARGV[2])
+if tonumber(ARGV[5]) ~= message_count then return {'CHANGED', message_count} end
+""",
+    _OF_STAGED,
+    """
+local moved = {}
+if position > 0 then
+    local cursor = '0'
+    repeat
+        local answer = redis.call('HSCAN', staged_ids, cursor, 'COUNT', 1000)
+        cursor = answer[1]
+        for index = 1, #answer[2], 2 do
+            if redis.call('HEXISTS', message_ids, answer[2][index]) == 1 then
+                return {'DUPLICATE', answer[2][index]}
+            end
+            moved[#moved + 1], moved[#moved + 2] = answer[2][index], position + answer[2][index + 1]
+        end
+    until cursor == '0'
+end
+
+local is_new, updated_at, result = not counters[5], ARGV[7], waiting
+if updated_at == '' then updated_at = microseconds end
+local was_updated_at = redis.call('HGET', history, 'updated_at')
+if was_updated_at and ARGV[7] ~= '' and tonumber(was_updated_at) > tonumber(updated_at) then
+    updated_at = was_updated_at
+end
+""",
+    UPGRADE_BUCKET,
+    f"""
+if position > 0 then
+    local stamps = counters[6] and '' or string.rep(stamp(counters[5]), position)
+    redis.call('APPEND', times, stamps .. redis.call('GET', staged_times))
+    redis.call('APPEND', roles, redis.call('GET', staged_roles))
+    for first = 0, waiting - 1, 1000 do
+        redis.call('RPUSH', contents, unpack(redis.call('LRANGE', staged_contents, first, first + 999)))
+    end
+    for first = 1, #moved, 2000 do
+        redis.call('HSET', message_ids, unpack(moved, first, math.min(first + 1999, #moved)))
+    end
+    redis.call('UNLINK', unpack(KEYS, 10))
+end
+redis.call('HSET', history, 'next_position', position + waiting, 'message_count', message_count + waiting,
+    'round_count', tonumber(counters[3] or 0) + tonumber(ARGV[4]), 'updated_at', updated_at,
+    'version', {SCHEMA_VERSION})
+if is_new then redis.call('HSET', history, 'created_at', microseconds, unpack(ARGV, 8)) end
+if position == 0 then
+    {TAKE_THE_PLACE}
+end
+{LIST_HISTORY}
+""",
+    EXPIRE,
+    "return result",
+)
+
+#: Copy a whole history inside its bucket to one that is new. Keys: those of the bucket, of the new history, of the
+#: source. Arguments: the new history's id; milliseconds until it expires, 0 for never; a name for this call. Returns
+#: how many messages it has, or why nothing was copied: NONE for no source, CHANGED and the number of messages that the
+#: target has, or PLACES if it had messages once.
+FORK = Script(
+    "local call = ARGV[3]",
+    ONCE,
+    OF_BUCKET_AND_HISTORY,
+    NOW,
+    STAMP,
+    """
+local chat_history_id, ttl = ARGV[1], tonumber(ARGV[2])
+local source = counters_of(unpack(KEYS, 10))
+if not source then return redis.error_reply('DAMAGED') end
+if not source[5] then return {'NONE'} end
+if message_count > 0 then return {'CHANGED', message_count} end
+if position > 0 then return {'PLACES'} end
+local result = tonumber(source[2])
+if result == 0 then return 0 end
+
+local is_new, updated_at = not counters[5], microseconds
+""",
+    UPGRADE_BUCKET,
+    f"""
+redis.call('HSET', history, 'next_position', source[1], 'message_count', source[2], 'round_count', source[3],
+    'updated_at', updated_at, 'version', {SCHEMA_VERSION})
+if is_new then redis.call('HSET', history, 'chat_history_id', chat_history_id, 'created_at', microseconds) end
+for index, key in ipairs({{contents, roles, message_ids, times}}) do
+    redis.call('COPY', KEYS[10 + index], key, 'REPLACE')
+    redis.call('PERSIST', key)
+end
+if not source[6] then redis.call('SET', times, string.rep(stamp(source[5]), tonumber(source[1]))) end
+{LIST_HISTORY}
+""",
+    EXPIRE,
+    "return result",
+)

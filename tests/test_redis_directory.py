@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: F811  (tests take fixtures of another module as arguments)
+"""
+The directory of Redis' buckets: what has expired is not in it, what a page costs, and what leaves the server's files.
+"""
+
+import asyncio
+import re
+import time
+from contextlib import closing
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from haystack.document_stores.types import DuplicatePolicy
+from servers import HOST, RedisServer
+from test_redis import (  # noqa: F401  (fixtures)
+    ENGINES,
+    SECRET,
+    SERVERS,
+    LosesAnswers,
+    client,
+    key_of,
+    keys_of,
+    make_store,
+    neighbours,
+    nodes_of,
+    on_every_engine,
+    on_every_server,
+    on_one_server,
+    said,
+    say,
+    server,
+    store,
+    stores_on,
+    wait_until,
+)
+
+from haystack_chat_store import ChatMessageStoreError
+from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.testing.messages import with_id
+
+MANY = [f"user_{number:03d}" for number in range(300)]  # some in every bucket
+
+
+def ids(page):
+    return [info.chat_history_id for info in page.items]
+
+
+def walked(store, **arguments):
+    found, cursor = [], None
+    while True:
+        page = store.list_chat_histories(cursor=cursor, **arguments)
+        found += ids(page)
+        cursor = page.cursor
+        if cursor is None:
+            return found
+
+
+@on_every_engine
+def test_a_walk_sees_all_buckets_in_one_order(store):
+    for history in MANY:
+        say(store, "Hi!", history=history)
+    for history in MANY[100:120]:
+        say(store, "Are you there?", history=history)
+    newest_first = [*MANY[100:120], *MANY[120:][::-1], *MANY[:100][::-1]]
+    newest_first[:20] = newest_first[:20][::-1]
+    for limit in (1, 7, 100, 1000):
+        if limit > 1:
+            assert walked(store, limit=limit) == newest_first
+        assert walked(store, limit=limit, prefix="user_01") == MANY[10:20][::-1]
+    assert asyncio.run(store.list_chat_histories_async(limit=50)) == store.list_chat_histories(limit=50)
+
+
+def import_empty(store, chat_history_id, updated_at):
+    store._run(store._import, HistoryRow(chat_history_id, 0, 0, 0, updated_at, None, None), [], 0)
+
+
+@on_every_engine
+def test_histories_of_the_same_moment_are_in_the_order_of_their_code_points(store):
+    ids_ = [*MANY, "\u00e4", "\uffee", "\U0001f600", "Z", "z", "\u00c4"]
+    for history in ids_:
+        import_empty(store, history, 1_000_000)
+    import_empty(store, "before", -(10**15))
+    import_empty(store, "after", 253_402_300_799_999_999)
+    expected = ["after", *sorted(ids_, reverse=True), "before"]
+    assert walked(store, limit=7) == expected
+    assert [row.chat_history_id for row in store._run(store._histories_by_id, "", "", 1000)] == sorted(expected)
+    with_prefix = [history for history in expected if history.startswith("user_1")]
+    assert walked(store, limit=7, prefix="user_1") == with_prefix
+    assert store.get_chat_history("after").updated_at.year == 9999
+
+
+@on_one_server
+def test_a_prefix_that_few_of_many_have_is_found_wherever_they_stand(store, client):
+    # In one bucket there are more ids than a script looks at.
+    others = [history for history, _ in zip(neighbours("history"), range(1500), strict=False)]
+    import_empty(store, "history", 5)
+    for number, history in enumerate(others):
+        import_empty(store, history, 10 + number)
+    assert walked(store, prefix="history", limit=10) == ["history"]
+    assert walked(store, prefix="another", limit=100) == others[::-1]
+    assert walked(store, prefix="another_9", limit=100) == [
+        each for each in others[::-1] if each.startswith("another_9")
+    ]
+    assert walked(store, limit=500) == [*others[::-1], "history"]
+    assert store.delete_chat_histories(prefix="another") == 1500
+    assert walked(store) == ["history"]
+
+
+@on_every_engine
+def test_what_has_expired_is_neither_listed_nor_counted_nor_erased_nor_copied(make_store, client):
+    mortal, immortal = make_store(ttl=1), make_store()
+    for history in MANY[:100]:
+        say(immortal, "Hi!", history=f"immortal_{history}")
+    for history in MANY[:100]:
+        say(mortal, "Hi!", history=history)
+    mortal.update_chat_history(history, title="Weather")
+    time.sleep(1.1)
+    assert len(walked(immortal)) == 100
+    assert walked(immortal, prefix="user") == []
+    assert immortal.get_chat_history(MANY[0]) is None
+    assert immortal.statistics()[:3] == (100, 100, 100)
+    assert immortal.delete_chat_histories(prefix="user") == 0
+    assert immortal.purge(older_than=datetime.now(timezone.utc) - timedelta(seconds=0.3)) == 100
+    with pytest.raises(ChatMessageStoreError, match="no chat history"):
+        immortal.copy_messages(MANY[0], "copy")
+    assert immortal._run(immortal._faults, False) == []
+    assert keys_of(immortal, client) == []
+
+
+@on_every_engine
+def test_all_that_belongs_to_a_history_expires_with_it_however_it_came(make_store, client):
+    store = make_store(ttl=60)
+    say(store, "Hi!", "Are you there?", history="source")
+    for target in MANY[:100]:  # of its own bucket and of others
+        store.copy_messages("source", target)
+    store._run(
+        store._import, HistoryRow("imported", 1, 1, 1, 1, None, None), [[MessageRow(0, 1, "a", "user", "{}")]], 0
+    )
+    store.update_chat_history("source", title="Weather")
+    messages = [with_id("a"), with_id("b")]
+    store.write_messages("edited", messages)
+    store.delete_messages("edited", message_ids=["a"])
+    assert [key for key in keys_of(store, client) if client.pttl(key) <= 0] == []
+    assert store._run(store._faults, False) == []
+
+
+@on_every_engine
+def test_a_history_that_changes_while_it_is_purged_stays(store, monkeypatch):
+    for history in MANY[:20]:
+        say(store, "Hi!", history=history)
+    delete_several = type(store)._delete_several
+
+    async def write_and_delete(self, session, bucket, histories, *arguments):
+        for history in histories[:1]:
+            if history == MANY[7]:
+                say(self, "Are you there?", history=history)
+        return await delete_several(self, session, bucket, histories, *arguments)
+
+    now = datetime.now(timezone.utc)
+    monkeypatch.setattr(type(store), "_delete_several", write_and_delete)
+    assert store.purge(older_than=now) == 19
+    assert walked(store) == [MANY[7]]
+
+
+@on_every_engine
+def test_a_page_costs_the_same_however_long_the_histories_are(store, server):
+    def work():
+        calls = 0
+        for node in nodes_of(server):
+            with node.client() as client:
+                stats = client.info("commandstats")
+                calls += sum(
+                    each["calls"] for name, each in stats.items() if name not in ("cmdstat_info", "cmdstat_auth")
+                )
+        return calls
+
+    def cost():
+        store.list_chat_histories(limit=10)
+        before = work()
+        store.list_chat_histories(limit=10)
+        return work() - before
+
+    for history in MANY:
+        say(store, "Hi!", history=history)
+    short = cost()
+    for history in MANY:
+        say(store, *500 * ["Hi!"], history=history)
+    assert cost() < 1.3 * short
+
+
+@on_one_server
+def test_a_listing_goes_on_where_the_server_accepts_no_writes(make_store, client):
+    say(make_store(ttl=0.2), "Hi!", history="mortal")
+    store = make_store()
+    for history in MANY:
+        say(store, "Hi!", history=history)
+    time.sleep(0.3)
+    client.config_set("min-replicas-to-write", 1)
+    try:
+        assert len(walked(store, limit=1000)) == 300
+        assert walked(store, prefix="m") == []
+    finally:
+        client.config_set("min-replicas-to-write", 0)
+
+
+# ---------------------------------------------------------------------- the server's files
+
+
+def bytes_on_disk(server):
+    return b"".join(path.read_bytes() for path in server.folder.rglob("*") if path.is_file() and path.name != "log")
+
+
+@pytest.mark.parametrize("engine", SERVERS)
+@pytest.mark.parametrize(
+    "settings", [{}, {"appendonly": "no", "save": "3600 1"}, {"save": "3600 1"}], ids=["log", "snapshots", "both"]
+)
+def test_after_a_vacuum_what_was_erased_is_in_no_file(engine, settings):
+    with RedisServer(ENGINES.get(engine), **settings) as server, stores_on(server) as make, server.client() as client:
+        store = make()
+        say(store, SECRET, history="user_1:a")
+        say(store, "Hi!", history="user_2:a")
+        say(store, f"not {SECRET}", history="user_2:b")
+        store.update_chat_history("user_1:a", title=f"{SECRET}, too")
+        if "save" in settings:
+            client.save()
+        assert SECRET.encode() in bytes_on_disk(server)
+        assert store.delete_chat_histories(prefix="user_1:") == 1
+        assert store.delete_chat_histories(prefix="user_2:b", vacuum=True) == 1
+        wait_until(lambda: SECRET.encode() not in bytes_on_disk(server))  # old files are removed in the background
+        server.restart()
+        assert said(store, "user_2:a") == ["Hi!"]
+        assert walked(store) == ["user_2:a"]
+
+
+@on_every_server
+def test_a_user_that_may_not_vacuum_is_told_and_may_all_else(make_store, client, server, monkeypatch):
+    store = make_store(ttl=60)
+    rights = f"on >guest-pw ~{{{store.key_prefix}:* resetchannels -@all +@connection +@read +@write -@dangerous"
+    client.execute_command("ACL SETUSER", "guest", "reset", *rights.split(), "+eval", "+evalsha", "+time")
+    monkeypatch.setenv("CHAT_STORE_URL", f"redis://guest:guest-pw@{HOST}:{server.port}")
+    say(store, "Hi!", "Are you there?")
+    for target in ("another", *MANY[:70]):
+        assert store.copy_messages("history", target) == 2
+    assert store.statistics().size is None
+    assert store.statistics().messages == 144
+    assert store._run(store._faults, True) == []
+    with pytest.raises(StoreUnavailableError, match="permit"):
+        store.delete_chat_histories(prefix="user", vacuum=True)
+    assert sorted(walked(store)) == ["another", "history"]
+
+
+@on_every_server
+def test_a_user_with_the_documented_rights_can_vacuum(make_store, client, server, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "redis.md").read_text()
+    (rights,) = re.findall(r"ACL SETUSER chatbot (.*?)\n", page)
+    (more,) = re.findall(r"`(\+info .*?)`", page)
+    store = make_store()
+    rights = rights.replace("{chat:", f"{{{store.key_prefix}:").replace(">password", ">guest-pw")
+    client.execute_command("ACL SETUSER", "chatbot", "reset", *rights.split(), *more.split())
+    monkeypatch.setenv("CHAT_STORE_URL", f"redis://chatbot:guest-pw@{HOST}:{server.port}")
+    say(store, "Hi!")
+    assert store.delete_chat_histories(prefix="h", vacuum=True) == 1
+    assert store.statistics().size > 0
+
+
+@on_every_engine
+def test_the_size_is_what_the_servers_say(store, server):
+    say(store, "Hi!")
+    used = 0
+    for node in nodes_of(server):
+        with node.client() as client:
+            used += client.info("memory")["used_memory"]
+    assert used / 2 < store.statistics().size < 2 * used
+
+
+# ---------------------------------------------------------------------- calls whose answer was lost
+
+
+@on_every_server
+def test_a_change_whose_answer_was_lost_is_not_taken_for_somebody_elses(make_store, server, monkeypatch):
+    with closing(LosesAnswers(server)) as proxy:
+        monkeypatch.setenv("CHAT_STORE_URL", proxy.url)
+        store = make_store(last_k=None)
+
+        def losing(call):
+            assert store.count_messages("history") is not None  # so that there is a connection
+            proxy.to_lose = 1
+            result = call()
+            assert proxy.to_lose == 0
+            return result
+
+        batch = [with_id("a", "one"), with_id("b", "two")]
+        for policy in (DuplicatePolicy.FAIL, DuplicatePolicy.OVERWRITE):
+            store.delete_messages("history")
+            assert (
+                losing(lambda policy=policy: store.write_messages("history", batch, policy=policy, expected_count=0))
+                == 2
+            )
+        assert losing(lambda: store._run(store._remove_ids, "history", ["b"], "b", 2)) == 1
+        say(store, "three")
+        same_bucket = next(neighbours("history"))
+        assert losing(lambda: store.copy_messages("history", same_bucket)) == 2
+        for target in (same_bucket, "history"):
+            assert said(store, target) == ["one", "three"]
+        store.close()

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Managing conversations on Redis, Valkey and Redis Cluster: what every store does, but for search.
+"""
+
+from test_redis import (
+    OnRedis,
+    on_a_cluster,
+    on_one_server,
+    on_the_other_servers,
+    server,  # noqa: F401  (a fixture)
+)
+
+from haystack_chat_store.testing import ManagementContract, RandomWalkTest
+
+
+@on_one_server
+class TestServer(OnRedis, ManagementContract):
+    searches = False
+
+
+@on_the_other_servers
+class TestOtherServers(OnRedis, RandomWalkTest):
+    searches = False
+    walks = 10
+
+
+@on_a_cluster
+class TestCluster(OnRedis, ManagementContract):
+    searches = False

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: F811  (tests take fixtures of another module as arguments)
+"""
+What something else has changed or evicted in Redis is found, and mended as far as it can be.
+"""
+
+import json
+
+import pytest
+from test_redis import (  # noqa: F401  (fixtures)
+    KINDS,
+    client,
+    everything,
+    key_of,
+    keys_of,
+    make_store,
+    neighbours,
+    on_every_engine,
+    on_one_server,
+    said,
+    say,
+    server,
+    store,
+)
+from test_redis_upgrade import write_as_version_1
+
+from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.testing.messages import with_id
+
+WORDS = ["one", "two", "three", "four", "five"]
+
+
+@pytest.fixture
+def damaged(store, client):
+    """
+    A store with a history of five messages, the middle one of which was deleted, and what a test breaks.
+    """
+    store.write_messages("history", [with_id(word, word) for word in WORDS])
+    store.delete_messages("history", message_ids=["three"])
+    say(store, "Hi!", history=next(neighbours("history")))  # which nothing is wrong with
+    say(store, "Hi!", history="elsewhere")
+    store.update_chat_history("history", title="Weather")
+    return Damaged(store, client)
+
+
+class Damaged:
+    def __init__(self, store, client):
+        self.store = store
+        self.client = client
+
+    def key(self, kind):
+        (key,) = (key for key in keys_of(self.store, self.client) if key.endswith(f":history:{kind}"))
+        return key
+
+    def of_bucket(self, kind):
+        return self.key("contents").split("}")[0] + "}:" + kind
+
+    def faults(self, repair=False):
+        return self.store._run(self.store._faults, repair)
+
+    def assert_found_and_mended(self, *descriptions):
+        before = everything(self.store, self.client)
+        found = self.faults()
+        assert found == self.faults()
+        assert everything(self.store, self.client) == before
+        assert {fault.chat_history_id for fault in found} == {"history"}
+        assert not any(fault.is_repaired for fault in found)
+        for description in descriptions:
+            assert any(description in fault.description for fault in found), found
+        assert self.faults(repair=True) == [fault._replace(is_repaired=True) for fault in found]
+        assert self.faults() == []
+
+
+LEFT = ["one", "two", "four", "five"]
+
+
+@on_every_engine
+def test_a_sound_store_has_no_faults(damaged, client):
+    before = everything(damaged.store, client)
+    assert damaged.faults(repair=True) == []
+    assert everything(damaged.store, client) == before
+
+
+@on_every_engine
+@pytest.mark.parametrize("lost", [kind for kind in KINDS if kind != "contents"])
+def test_a_history_that_has_lost_a_key_is_rebuilt_from_its_messages(damaged, client, lost):
+    times = [each.created_at for each in damaged.store.list_messages("history")]
+    client.delete(damaged.key(lost))
+    with pytest.raises(StoreUnavailableError):
+        said(damaged.store)
+    damaged.assert_found_and_mended()
+    assert said(damaged.store) == LEFT
+    info = damaged.store.get_chat_history("history")
+    assert (info.message_count, info.round_count) == (4, 4)
+    assert info.title == (None if lost == "history" else "Weather")
+    found = damaged.store.list_messages("history")
+    assert [each.position for each in found] == [0, 1, 3, 4]
+    assert [each.created_at for each in found] == times
+    assert damaged.store.write_messages("history", [with_id("one"), with_id("six", "six")]) == 1
+    assert damaged.store.list_chat_histories().items[0].chat_history_id == "history"
+
+
+@on_every_engine
+def test_a_history_whose_messages_are_gone_can_be_written_to_again(damaged, client):
+    client.delete(damaged.key("contents"))
+    found = damaged.faults(repair=True)
+    assert [fault.position for fault in found if "is gone" in fault.description] == [0, 1, 2, 3, 4]
+    assert damaged.faults() == []
+    assert said(damaged.store) == []
+    assert damaged.store.get_chat_history("history").title == "Weather"
+    assert say(damaged.store, "Hi!") == 1
+    assert [each.position for each in damaged.store.list_messages("history")] == [5]
+
+
+@on_every_engine
+@pytest.mark.parametrize("lost", ["histories", "names", "schema_version"])
+def test_a_history_that_the_bucket_does_not_list_is_listed_again(store, client, lost):
+    say(store, "Hi!")
+    store.update_chat_history("history", title="Weather")
+    info = store.get_chat_history("history")
+    client.delete(key_of(store, client, lost))
+    found = store._run(store._faults, False)
+    assert [fault.chat_history_id for fault in found] == ["history"]
+    assert [fault.is_repaired for fault in store._run(store._faults, True)] == [True]
+    assert store._run(store._faults, False) == []
+    assert store.list_chat_histories().items == store.list_chat_histories(prefix="h").items == [info]
+    assert [row.chat_history_id for row in store._run(store._histories_by_id, "", "", 9)] == ["history"]
+
+
+@on_every_engine
+def test_orphans_of_a_bucket_that_has_lost_everything_are_found(store, client):
+    histories = ["a{b}", "*[x]?", "user 456", "\u00e4\\^"]
+    for history in histories:
+        say(store, history, history=history)
+    for key in keys_of(store, client):
+        if key.endswith(("}:histories", "}:names", "}:schema_version")):
+            client.delete(key)
+    assert store.list_chat_histories().items == []
+    found = store._run(store._faults, True)
+    assert sorted({fault.chat_history_id for fault in found}) == sorted(histories)
+    assert store._run(store._faults, False) == []
+    assert sorted(info.chat_history_id for info in store.list_chat_histories().items) == sorted(histories)
+    assert [said(store, history) for history in histories] == [[history] for history in histories]
+
+
+@on_every_engine
+def test_an_entry_without_a_history_is_removed(damaged, client):
+    client.delete(*(damaged.key(kind) for kind in KINDS))
+    (fault,) = damaged.faults(repair=True)
+    assert (fault.chat_history_id, fault.is_repaired) == ("history", True)
+    assert damaged.faults() == []
+    assert len(damaged.store.list_chat_histories().items) == 2
+
+
+@on_every_engine
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("message_count", 7),
+        ("round_count", 0),
+        ("next_position", 3),
+        ("next_position", 9),
+        ("updated_at", "never"),
+        ("created_at", ""),
+        ("chat_history_id", "another"),
+    ],
+)
+def test_wrong_counters_are_mended(damaged, client, field, value):
+    before = damaged.store.get_chat_history("history")
+    client.hset(damaged.key("history"), field, value)
+    damaged.assert_found_and_mended()
+    after = damaged.store.get_chat_history("history")
+    positions = [each.position for each in damaged.store.list_messages("history")]
+    assert positions == [0, 1, 3, 4]
+    assert (after.message_count, after.round_count, after.title) == (4, 4, "Weather")
+    assert abs(after.updated_at - before.updated_at).total_seconds() < 5
+    assert said(damaged.store) == LEFT
+
+
+@on_every_engine
+def test_an_index_that_does_not_fit_the_messages_is_mended(damaged, client):
+    client.hdel(damaged.key("message_ids"), "two")
+    client.hset(damaged.key("message_ids"), mapping={"one": 3, "nobody": 1})
+    client.hset(damaged.key("history"), "message_count", 5)
+    client.hset(damaged.key("message_ids"), "nobody else", 12)
+    damaged.assert_found_and_mended("not found by its id", "2 ids that no message has", "message_count")
+    assert damaged.store.write_messages("history", [with_id(word) for word in LEFT]) == 0
+    damaged.store.delete_messages("history", from_message_id="two")
+    assert said(damaged.store) == ["one"]
+
+
+@on_every_engine
+def test_roles_and_times_that_do_not_fit_the_messages_are_mended(damaged, client):
+    client.set(damaged.key("roles"), "uxxxa")
+    client.setrange(damaged.key("times"), 18, "some time or other")
+    damaged.assert_found_and_mended("another role", "lost its time")
+    assert said(damaged.store) == LEFT
+    assert len(damaged.store.retrieve_messages("history", last_k=4)) == 4
+    assert damaged.store.list_messages("history")[1].created_at.year > 2000
+
+
+@on_every_engine
+def test_two_messages_with_one_id_both_stay(damaged, client):
+    client.lset(damaged.key("contents"), 3, client.lindex(damaged.key("contents"), 0))
+    damaged.assert_found_and_mended("has the id of another message")
+    assert said(damaged.store) == ["one", "two", "one", "five"]
+    ids = [each.message.meta["chat_message_id"] for each in damaged.store.list_messages("history")]
+    assert len(set(ids)) == 4
+    assert ids[0] == "one"
+
+
+@on_every_engine
+@pytest.mark.parametrize("junk", [b"\xff{", b"[]", b'{"role": "user", "meta": {}}', b'{"role": "robot"}'])
+def test_a_message_that_cannot_be_read_hides_no_other_and_can_be_removed(damaged, client, junk):
+    client.lset(damaged.key("contents"), 1, junk)
+    assert damaged.faults() == []  # what single messages say is for the caller to check
+    for lost in ("message_ids", "roles"):
+        client.delete(damaged.key(lost))
+        assert all(fault.is_repaired for fault in damaged.faults(repair=True))
+        assert damaged.faults() == []
+    rows = damaged.store._run(damaged.store._page, "history", None, None, 10)
+    assert [row.position for row in rows] == [0, 1, 3, 4]
+    assert all(row.message_id for row in rows)
+    assert rows[1].content.encode(errors="surrogateescape") == junk
+    damaged.store._run(damaged.store._remove, "history", [1, 4, 77])
+    assert said(damaged.store) == ["one", "four"]
+    assert damaged.store.get_chat_history("history").round_count == 2
+    assert damaged.faults() == []
+
+
+@on_every_engine
+def test_a_key_of_somebody_else_is_reported_and_left_alone(damaged, client):
+    client.delete(damaged.key("times"))
+    client.rpush(damaged.key("contents").replace("contents", "times"), "something else")
+    before = everything(damaged.store, client)
+    (fault,) = damaged.faults(repair=True)
+    assert (fault.chat_history_id, fault.is_repaired) == ("history", False)
+    assert "something else" in fault.description
+    assert everything(damaged.store, client) == before
+
+
+@on_every_engine
+def test_what_is_to_expire_is_mended_to_expire_together(make_store, client):
+    damaged = Damaged(make_store(ttl=60, last_k=None), client)
+    say(damaged.store, "Hi!")
+    client.persist(damaged.key("contents"))
+    damaged.assert_found_and_mended("expires at the same time")
+    client.zrem(damaged.of_bucket("expiries"), "history")
+    damaged.assert_found_and_mended("expires at the same time")
+    client.delete(damaged.key("history"))
+    damaged.assert_found_and_mended()
+    assert all(50 < client.ttl(key) <= 60 for key in keys_of(damaged.store, client))
+
+
+@on_every_engine
+def test_a_history_of_version_1_is_mended_to_one_of_version_2(store, client):
+    write_as_version_1(store, client, "history", "Hi!", "Are you there?")
+    assert store._run(store._faults, False) == []
+    client.delete(key_of(store, client, "roles"))
+    assert all(fault.is_repaired for fault in store._run(store._faults, True))
+    assert store._run(store._faults, False) == []
+    assert said(store) == ["Hi!", "Are you there?"]
+
+
+@on_one_server
+def test_a_write_during_the_repair_is_not_lost(damaged, client, monkeypatch):
+    client.hset(damaged.key("history"), "round_count", 0)
+    examined = type(damaged.store)._examined
+    comes = iter(["a", "b"])
+
+    async def write_and_examine(self, session, chat_history_id, seen):
+        findings = await examined(self, session, chat_history_id, seen)
+        if chat_history_id == "history" and (message_id := next(comes, None)) is not None:
+            self.write_messages("history", [with_id(message_id, message_id)])
+        return findings
+
+    monkeypatch.setattr(type(damaged.store), "_examined", write_and_examine)
+    assert [fault.is_repaired for fault in damaged.faults(repair=True)] == [True]
+    monkeypatch.undo()
+    assert said(damaged.store) == [*LEFT, "a", "b"]
+    assert damaged.store.get_chat_history("history").round_count == 6
+    assert damaged.faults() == []
+
+
+@on_one_server
+def test_a_write_during_the_check_is_not_taken_for_a_fault(damaged, monkeypatch):
+    raw = type(damaged.store)._raw
+    comes = iter("abcdefgh")
+
+    async def overwrite_and_read(self, session, chat_history_id, *places):
+        found = await raw(self, session, chat_history_id, *places)
+        if chat_history_id == "history" and (message_id := next(comes, None)) is not None:
+            self.write_messages("history", [with_id(message_id)])
+            self.delete_messages("history", message_ids=["two"])
+            self.write_messages("history", [with_id("two", "two")])
+        return found
+
+    monkeypatch.setattr(type(damaged.store), "_raw", overwrite_and_read)
+    assert damaged.faults() == []
+
+
+@on_one_server
+def test_a_long_history_is_rebuilt(store, client):
+    messages = [with_id(str(number), 100 * "x") for number in range(2500)]
+    store.write_messages("history", messages)
+    store.delete_messages("history", message_ids=[str(number) for number in range(500, 2000)])
+    client.delete(key_of(store, client, "message_ids"), key_of(store, client, "roles"))
+    assert all(fault.is_repaired for fault in store._run(store._faults, True))
+    assert store._run(store._faults, False) == []
+    ids = [each.message.meta["chat_message_id"] for each in store.iterate_messages("history")]
+    assert ids == [str(number) for number in range(2500) if not 500 <= number < 2000]
+    assert json.loads(client.lindex(key_of(store, client, "contents"), 0))["role"] == "user"
