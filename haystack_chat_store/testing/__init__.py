@@ -20,7 +20,7 @@ class TestMyStore(ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
 begins. A store that does not outlive its process says so with the class attribute `durable = False`; what else an
 engine can state is described in `ContractTest` and `ConcurrencyTest`. Each rule of the contract (see
 `haystack_chat_store.types.ChatMessageStore`) is also a test class of its own, so that a store can be built up rule by
-rule. What goes beyond the published protocol, the directory, pages, search and so on (rules 17 to 22), is in
+rule. What goes beyond the published protocol, the directory, pages, search and so on (rules 17 to 23), is in
 `ManagementContract`. Tests with the parameter `sync` call the store's methods, those with `async` their asynchronous
 twins.
 
@@ -39,6 +39,7 @@ _MODULES = (
     "contract_isolation",
     "contract_lifecycle",
     "contract_management",
+    "contract_moving",
     "contract_random_walk",
     "contract_search",
     "contract_windows",
@@ -59,6 +60,7 @@ from haystack_chat_store.testing.contract_directory import Rule17DirectoryTest, 
 from haystack_chat_store.testing.contract_isolation import Rule09IsolationTest, Rule10NoAliasingTest
 from haystack_chat_store.testing.contract_lifecycle import Rule13LifecycleTest, Rule14SerializationTest
 from haystack_chat_store.testing.contract_management import ManagementContract
+from haystack_chat_store.testing.contract_moving import Rule23MovingTest
 from haystack_chat_store.testing.contract_random_walk import RandomWalkTest
 from haystack_chat_store.testing.contract_search import Rule21SearchTest
 from haystack_chat_store.testing.contract_windows import Rule07WindowsTest, Rule08CostTest
@@ -100,6 +102,7 @@ __all__ = [
     "Rule20ForkingTest",
     "Rule21SearchTest",
     "Rule22ErasingTest",
+    "Rule23MovingTest",
     "StoreFactory",
     "only_where",
 ]

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Sessions of LangChain (`SQLChatMessageHistory` of langchain-community): messages as `message_to_dict` returns them.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
+
+from haystack_chat_store.transfer.importers import parts
+from haystack_chat_store.transfer.importers.database import ForeignMessage, ForeignRow, Layout, Report
+
+_ROLES = {
+    "human": ChatRole.USER,
+    "user": ChatRole.USER,
+    "ai": ChatRole.ASSISTANT,
+    "assistant": ChatRole.ASSISTANT,
+    "system": ChatRole.SYSTEM,
+    "developer": ChatRole.SYSTEM,
+    "tool": ChatRole.TOOL,
+    "function": ChatRole.TOOL,
+}
+# What has a place of its own in a message here, or says nothing beside that. All else goes into its meta.
+_USED = ("content", "type", "role", "name", "tool_calls", "tool_call_chunks", "tool_call_id", "status", "example")
+
+
+def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMessage]:
+    calls: dict[str, ToolCall] = {}
+    for row in rows:
+        kind, data = str(row.data.get("type")), row.data.get("data")
+        if not isinstance(data, dict):
+            report(f"Row {row.key} was left out: it is not a message of LangChain.")
+            continue
+        kind = kind.removesuffix("MessageChunk").lower()
+        role = _ROLES.get(str(data.get("role")) if kind == "chat" else kind)
+        if role is None:
+            report(f"Row {row.key} was left out: there is no role for {str(data.get('role') or kind)[:100]!r}.")
+            continue
+        own_calls = _calls(data) if role is ChatRole.ASSISTANT else []
+        content = [*_parts(row.key, data.get("content"), {call.id for call in own_calls}, report), *own_calls]
+        calls.update((call.id, call) for call in own_calls if call.id)
+        name = data.get("name") or None
+        if role is ChatRole.TOOL:
+            origin = parts.answered_call(calls, data.get("tool_call_id"), name)
+            result = parts.one_text_or_parts(content)
+            content, name = [ToolCallResult(result, origin, error=data.get("status") == "error")], None
+        if content or not data.get("content"):
+            yield ForeignMessage(row, ChatMessage(role, content, name, parts.rest_of(data, _USED)))
+
+
+def _calls(data: dict[str, Any]) -> list[ToolCall]:
+    calls = [
+        ToolCall(str(call["name"]), parts.arguments_of(call.get("args")), call.get("id"))
+        for call in parts.objects_in(data, "tool_calls")
+        if "name" in call
+    ]
+    return calls or parts.calls_from_functions(parts.object_in(data, "additional_kwargs"))  # of early versions
+
+
+def _parts(key: int, content: Any, call_ids: set[str | None], report: Report) -> list[Any]:
+    if isinstance(content, str):
+        return [TextContent(content)] if content else []
+    made = []
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, str):
+            made.append(TextContent(part))
+        elif isinstance(part, dict) and (found := _part(part)) is not None:
+            made.append(found)
+        elif not isinstance(part, dict) or part.get("id") not in call_ids or part.get("id") is None:
+            kind = str(part.get("type"))[:100] if isinstance(part, dict) else type(part).__name__
+            report(f"Row {key} has a part of the type {kind!r} without content of its own. It was left out.")
+    return made
+
+
+def _part(part: dict[str, Any]) -> Any:
+    kind = part.get("type")
+    source = parts.object_in(part, "source")
+    data = part.get("base64") or part.get("data") or source.get("data")
+    mime_type = part.get("mime_type") or source.get("media_type")
+    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        return TextContent(part["text"])
+    if kind in ("thinking", "reasoning"):
+        text = part.get(kind) or parts.texts_of(parts.objects_in(part, "summary"))
+        return ReasoningContent(str(text), {name: value for name, value in part.items() if name != kind})
+    if kind == "image_url":
+        image = parts.object_in(part, kind) or {"url": part.get(kind)}
+        return parts.image_from_url(image.get("url"), image.get("detail"))
+    if kind == "image":
+        return parts.image_from_base64(data, mime_type)
+    if kind in ("file", "audio", "video", "document"):
+        file = parts.object_in(part, "file")
+        return parts.file_from_base64(
+            data or file.get("file_data"), mime_type, part.get("filename") or file.get("filename")
+        )
+    return None
+
+
+LAYOUT = Layout("langchain", "message_store", "session_id", "message", None, _messages)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Chats of LlamaIndex (`SQLiteChatStore` of llama-index-storage-chat-store-sqlite): its chat messages, block by block.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from haystack.dataclasses import (
+    ChatMessage,
+    ChatRole,
+    FileContent,
+    ImageContent,
+    ReasoningContent,
+    TextContent,
+    ToolCall,
+    ToolCallResult,
+)
+
+from haystack_chat_store.transfer.importers import parts
+from haystack_chat_store.transfer.importers.database import ForeignMessage, ForeignRow, Layout, Report
+
+_ROLES = {
+    "user": ChatRole.USER,
+    "assistant": ChatRole.ASSISTANT,
+    "chatbot": ChatRole.ASSISTANT,
+    "model": ChatRole.ASSISTANT,
+    "system": ChatRole.SYSTEM,
+    "developer": ChatRole.SYSTEM,
+    "tool": ChatRole.TOOL,
+    "function": ChatRole.TOOL,
+}
+
+
+def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMessage]:
+    calls: dict[str, ToolCall] = {}
+    for row in rows:
+        role = _ROLES.get(str(row.data.get("role")))
+        if role is None:
+            report(f"Row {row.key} was left out: there is no role for {str(row.data.get('role'))[:100]!r}.")
+            continue
+        extra = parts.object_in(row.data, "additional_kwargs")
+        blocks = parts.objects_in(row.data, "blocks") or _blocks_of_early_versions(row.data)
+        content = []
+        for block in blocks:
+            kind = str(block.get("block_type"))[:100]
+            found = _PARTS[kind](block) if kind in _PARTS else None
+            if found is None:
+                report(f"Row {row.key} has a block of the type {kind!r} without content of its own. It was left out.")
+            else:
+                content.append(found)
+        used = ["tool_calls"]
+        if role is ChatRole.TOOL:
+            used += ["tool_call_id", "name"]
+            origin = parts.answered_call(calls, extra.get("tool_call_id"), extra.get("name"))
+            content = [ToolCallResult(parts.one_text_or_parts(content), origin, error=False)]
+        elif not any(isinstance(part, ToolCall) for part in content):  # where early versions left them
+            content += parts.calls_from_functions(extra)
+        calls.update((part.id, part) for part in content if isinstance(part, ToolCall) and part.id)
+        if content or not blocks:
+            yield ForeignMessage(row, ChatMessage(role, content, None, parts.rest_of(extra, used)))
+
+
+def _blocks_of_early_versions(data: dict[str, Any]) -> list[dict[str, Any]]:
+    text = data.get("content")
+    return [{"block_type": "text", "text": text}] if isinstance(text, str) and text else []
+
+
+def _text(block: dict[str, Any]) -> TextContent | None:
+    return TextContent(block["text"]) if isinstance(block.get("text"), str) else None
+
+
+def _thinking(block: dict[str, Any]) -> ReasoningContent:
+    return ReasoningContent(str(block.get("content") or ""), parts.object_in(block, "additional_information"))
+
+
+def _tool_call(block: dict[str, Any]) -> ToolCall:
+    kwargs = parts.arguments_of(block.get("tool_kwargs"))
+    return ToolCall(str(block.get("tool_name")), kwargs, block.get("tool_call_id"))
+
+
+def _image(block: dict[str, Any]) -> ImageContent | None:
+    image = parts.image_from_base64(block.get("image"), block.get("image_mimetype"), block.get("detail"))
+    return image or parts.image_from_url(block.get("url"), block.get("detail"))
+
+
+def _document(block: dict[str, Any]) -> FileContent | None:
+    return parts.file_from_base64(block.get("data"), block.get("document_mimetype"), block.get("title"))
+
+
+def _audio(block: dict[str, Any]) -> FileContent | None:
+    return parts.file_from_base64(block.get("audio"), f"audio/{block.get('format') or 'mpeg'}")
+
+
+def _video(block: dict[str, Any]) -> FileContent | None:
+    return parts.file_from_base64(block.get("video"), block.get("video_mimetype"))
+
+
+_PARTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "text": _text,
+    "thinking": _thinking,
+    "tool_call": _tool_call,
+    "image": _image,
+    "document": _document,
+    "audio": _audio,
+    "video": _video,
+}
+
+LAYOUT = Layout("llama-index", "data_chatstore", "key", "value", None, _messages)

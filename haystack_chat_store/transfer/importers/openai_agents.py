@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Sessions of the OpenAI Agents SDK (`SQLiteSession`): items of OpenAI's Responses API, one a row.
+
+What a model says in one response (reasoning, text, tool calls) is one message here, in the form that Haystack's
+`OpenAIResponsesChatGenerator` gives it.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
+
+from haystack_chat_store.transfer.importers import parts
+from haystack_chat_store.transfer.importers.database import ForeignMessage, ForeignRow, Layout, Report
+
+_ROLES = {
+    "user": ChatRole.USER,
+    "assistant": ChatRole.ASSISTANT,
+    "system": ChatRole.SYSTEM,
+    "developer": ChatRole.SYSTEM,
+}
+
+
+def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMessage]:
+    calls: dict[str, ToolCall] = {}
+    response = _Response()
+    for row in rows:
+        kind = row.data.get("type", "message")
+        role = _ROLES.get(str(row.data.get("role")))
+        if kind == "reasoning":
+            added: list[Any] = [_reasoning(row.data)]
+        elif kind == "function_call":
+            call = _call(row.data)
+            calls[str(row.data.get("call_id"))] = call
+            added = [call]
+        elif kind == "message" and role is ChatRole.ASSISTANT:
+            added = _content(row, report)
+        elif kind == "message" and role is not None:
+            yield from response.ended()
+            content = _content(row, report)
+            if content:
+                meta = parts.rest_of(row.data, ("type", "role", "content"))
+                yield ForeignMessage(row, ChatMessage(role, content, None, meta))
+            continue
+        elif kind == "function_call_output":
+            yield from response.ended()
+            yield ForeignMessage(row, ChatMessage(ChatRole.TOOL, [_result(row, calls, report)]))
+            continue
+        else:
+            report(f"Row {row.key} was left out: there is no message for an item of the type {str(kind)[:100]!r}.")
+            continue
+        if kind != "function_call" and response.is_said:
+            yield from response.ended()
+        response.add(row, added)
+    yield from response.ended()
+
+
+class _Response:
+    """
+    What a model has said in one go.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[ForeignRow] = []
+        self._content: list[Any] = []
+
+    @property
+    def is_said(self) -> bool:
+        """
+        Whether it has a text, and no calls: then what comes next is another response.
+        """
+        kinds = {type(part) for part in self._content}
+        return TextContent in kinds and ToolCall not in kinds
+
+    def add(self, row: ForeignRow, content: list[Any]) -> None:
+        self._rows.append(row)
+        self._content += content
+
+    def ended(self) -> Iterator[ForeignMessage]:
+        """
+        Yield it, if there is one, and begin the next.
+        """
+        if self._content:
+            meta: dict[str, Any] = {}
+            for row in self._rows:
+                if row.data.get("role") == "assistant":
+                    meta.update(parts.rest_of(row.data, ("type", "role", "content")))
+                    if any(part.get("type") == "refusal" for part in parts.objects_in(row.data, "content")):
+                        meta["refusal"] = True
+            yield ForeignMessage(self._rows[-1], ChatMessage(ChatRole.ASSISTANT, self._content, None, meta))
+        self._rows, self._content = [], []
+
+
+def _reasoning(item: dict[str, Any]) -> ReasoningContent:
+    text = parts.texts_of(parts.objects_in(item, "summary")) or parts.texts_of(parts.objects_in(item, "content"))
+    return ReasoningContent(text, {key: value for key, value in item.items() if key != "summary"})
+
+
+def _call(item: dict[str, Any]) -> ToolCall:
+    call_id = item.get("call_id")
+    return ToolCall(
+        str(item.get("name")),
+        parts.arguments_of(item.get("arguments")),
+        item.get("id") or call_id,
+        {"call_id": call_id},
+    )
+
+
+def _result(row: ForeignRow, calls: dict[str, ToolCall], report: Report) -> ToolCallResult:
+    call_id, output = row.data.get("call_id"), row.data.get("output")
+    origin = parts.answered_call(calls, call_id, None)
+    if origin.extra is None:
+        origin = ToolCall(origin.tool_name, origin.arguments, origin.id, {"call_id": call_id})
+    if not isinstance(output, list):
+        return ToolCallResult(parts.as_text(output), origin, error=False)
+    return ToolCallResult(parts.one_text_or_parts(_parts(output, row.key, report)), origin, error=False)
+
+
+def _content(row: ForeignRow, report: Report) -> list[Any]:
+    content = row.data.get("content")
+    return (
+        [TextContent(content)]
+        if isinstance(content, str)
+        else _parts(content if isinstance(content, list) else [], row.key, report)
+    )
+
+
+def _parts(content: list[Any], key: int, report: Report) -> list[Any]:
+    made = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        found: Any = None
+        if kind in ("input_text", "output_text", "text") and isinstance(part.get("text"), str):
+            found = TextContent(part["text"])
+        elif kind == "refusal":
+            found = TextContent(str(part.get("refusal")))
+        elif kind == "input_image":
+            found = parts.image_from_url(part.get("image_url"), part.get("detail"))
+        elif kind == "input_file":
+            found = parts.file_from_base64(part.get("file_data"), None, part.get("filename"))
+        elif kind == "input_audio":
+            audio = parts.object_in(part, "input_audio")
+            found = parts.file_from_base64(audio.get("data"), f"audio/{audio.get('format')}")
+        if found is None:
+            report(f"Row {key} has a part of the type {str(kind)[:100]!r} without content of its own. It was left out.")
+        else:
+            made.append(found)
+    return made
+
+
+LAYOUT = Layout("openai-agents", "agent_messages", "session_id", "message_data", "created_at", _messages)

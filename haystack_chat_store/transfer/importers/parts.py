@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Parts of messages, made of what model providers and libraries have for them.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from haystack.dataclasses import FileContent, ImageContent, TextContent, ToolCall
+
+from haystack_chat_store.json_form import parse_json
+
+_DATA_URL = re.compile(r"data:([^;,]*)[^,]*;base64,(.*)", re.DOTALL)
+
+
+def image_from_url(url: Any, detail: Any = None) -> ImageContent | None:
+    """
+    Return the image in a `data:` URL. Of any other URL there is no image here.
+    """
+    match = _DATA_URL.fullmatch(url) if isinstance(url, str) else None
+    return None if match is None else ImageContent(match[2], match[1] or None, detail, validation=False)
+
+
+def image_from_base64(data: Any, mime_type: Any, detail: Any = None) -> ImageContent | None:
+    """
+    Return an image of base64 text.
+    """
+    if not isinstance(data, str) or not data:
+        return None
+    return ImageContent(data, mime_type, detail, validation=False)
+
+
+def file_from_base64(data: Any, mime_type: Any, filename: Any = None) -> FileContent | None:
+    """
+    Return a file of base64 text, or of a `data:` URL, whose type then counts.
+    """
+    if not isinstance(data, str) or not data:
+        return None
+    match = _DATA_URL.fullmatch(data)
+    if match is not None:
+        mime_type, data = match[1], match[2]
+    return FileContent(data, mime_type, filename, validation=False)
+
+
+def object_in(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """
+    Return the object under a name, an empty one if there is none.
+    """
+    found = data.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def objects_in(data: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """
+    Return the objects in a list under a name.
+    """
+    found = data.get(name)
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+
+
+def texts_of(items: Iterable[dict[str, Any]]) -> str:
+    """
+    Return the texts of objects that have one, each on lines of its own.
+    """
+    return "\n".join(item["text"] for item in items if isinstance(item.get("text"), str))
+
+
+def arguments_of(value: Any) -> dict[str, Any]:
+    """
+    Return the arguments of a tool call, which may be JSON text. What is not an object is one argument without a name.
+    """
+    if isinstance(value, str):
+        try:
+            value = parse_json(value) if value else {}
+        except (ValueError, RecursionError):
+            pass
+    return value if isinstance(value, dict) else {"": value}
+
+
+def calls_from_functions(data: Mapping[str, Any]) -> list[ToolCall]:
+    """
+    Return the `tool_calls` that are in the form of OpenAI's chat completions.
+    """
+    calls = ((call.get("id"), object_in(call, "function")) for call in objects_in(data, "tool_calls"))
+    return [
+        ToolCall(function["name"], arguments_of(function.get("arguments")), call_id)
+        for call_id, function in calls
+        if isinstance(function.get("name"), str)
+    ]
+
+
+def answered_call(calls: Mapping[str, ToolCall], call_id: Any, name: Any) -> ToolCall:
+    """
+    Return the call that a result belongs to: one of those met before, or what is known of it.
+    """
+    known = calls.get(call_id) if isinstance(call_id, str) else None
+    return known or ToolCall(name if isinstance(name, str) else "", {}, call_id if isinstance(call_id, str) else None)
+
+
+def rest_of(data: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
+    """
+    Return what else is in an object, without what is empty: it goes into the meta.
+    """
+    return {key: value for key, value in data.items() if key not in used and value not in (None, "", [], {})}
+
+
+def as_text(value: Any) -> str:
+    """
+    Return a result as text, as JSON if it is something else.
+    """
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def one_text_or_parts(parts: list[Any]) -> Any:
+    """
+    Return the result of a tool: its text if it consists of one, else its parts.
+    """
+    return parts[0].text if len(parts) == 1 and isinstance(parts[0], TextContent) else parts

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Chat histories as JSON lines: the format to keep and to move them, without loss.
+
+UTF-8, one line for each thing, each ended by a line feed, in exactly this form, without blanks between tokens:
+
+```
+{"format":"haystack-chat-store","version":1}
+{"chat_history":{"id":"…","title":null,"meta":null,"created_at":"2026-01-31T08:30:00.000000+00:00","updated_at":"…"}}
+{"created_at":"2026-01-31T08:30:00.000000+00:00","message":{"role":"user","meta":{"chat_message_id":"…"},"name":null,…}}
+{"end_of_chat_history":{"messages":1,"sha256":"…"}}
+{"end_of_file":{"chat_histories":1,"messages":1,"sha256":"…"}}
+```
+
+The second to fourth line stand there for each history, the third for each of its messages. A message is what
+`ChatMessage.to_dict()` returns. Each SHA-256 is that of all bytes before its line.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, BinaryIO, NamedTuple
+
+from haystack_chat_store.errors import DamagedFileError, MessageDecodingError
+from haystack_chat_store.json_form import encoded, parse_json, quoted
+from haystack_chat_store.stores import arguments
+from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.transfer.histories import Histories, Progress, Rows, Transferred, arrived_row, batched
+
+_FORMAT = "haystack-chat-store"
+_VERSION = 1
+_MESSAGE_LINE = re.compile(r'\{"created_at":"([^"]*)","message":(\{.*\})\}\n')
+
+
+def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Transferred:
+    """
+    Write histories.
+
+    :returns: What was written.
+    """
+    output = _HashedOutput(stream)
+    output.write(f'{{"format":"{_FORMAT}","version":{_VERSION}}}\n')
+    chat_histories = total = 0
+    for history, rows in histories:
+        output.write(_history_line(history))
+        messages = 0
+        for batch in rows:
+            output.write("".join(map(_message_line, batch)))
+            messages += len(batch)
+        output.write_end("end_of_chat_history", messages=messages)
+        chat_histories += 1
+        total += messages
+    output.write_end("end_of_file", chat_histories=chat_histories, messages=total)
+    return Transferred(chat_histories, total, 0)
+
+
+class _HashedOutput:
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._digest = stream, hashlib.sha256()
+
+    def write(self, text: str) -> None:
+        data = text.encode()
+        self._digest.update(data)
+        self._stream.write(data)
+
+    def write_end(self, of_what: str, **counts: int) -> None:
+        self.write(encoded({of_what: {**counts, "sha256": self._digest.hexdigest()}}) + "\n")
+
+
+def _history_line(history: HistoryRow) -> str:
+    title = "null" if history.title is None else quoted(history.title)
+    meta = "null" if history.meta is None else _on_one_line(history.meta)
+    return (
+        f'{{"chat_history":{{"id":{quoted(history.chat_history_id)},"title":{title},"meta":{meta},'
+        f'"created_at":"{_time_text(history.created_at)}","updated_at":"{_time_text(history.updated_at)}"}}}}\n'
+    )
+
+
+def _message_line(row: MessageRow) -> str:
+    return f'{{"created_at":"{_time_text(row.created_at)}","message":{_on_one_line(row.content)}}}\n'
+
+
+def _on_one_line(text: str) -> str:
+    # Inside of JSON's strings there are no line feeds, but something else may have formatted what is stored.
+    return text.replace("\n", " ") if "\n" in text else text
+
+
+# The messages of a turn have one time.
+@lru_cache(maxsize=100)
+def _time_text(microseconds: int) -> str:
+    return arguments.time_of(microseconds).isoformat(timespec="microseconds")
+
+
+@lru_cache(maxsize=100)
+def _microseconds(text: str) -> int:
+    return arguments.microseconds(datetime.fromisoformat(text), "created_at")
+
+
+def verify(file: BinaryIO, name: str, progress: Progress) -> int:
+    """
+    Read a whole file, and check everything that importing relies on.
+
+    :param name: What errors call it.
+    :param progress: Is told that it goes on.
+    :returns: The number of messages.
+    :raises DamagedFileError: If the file is not what it was written as.
+    """
+    messages = 0
+    for _, rows in read(file, name):
+        for batch in rows:
+            messages += len(batch)
+            progress(0, None)
+    return messages
+
+
+def read(file: BinaryIO, name: str) -> Histories:
+    """
+    Yield the histories of a file. What has been read of one when its last batch comes is as it was written.
+
+    :param file: Must be seekable.
+    :param name: What errors call it.
+    :raises DamagedFileError: If the file is not what it was written as.
+    """
+    lines = _Lines(file, name)
+    _check_header(lines)
+    chat_histories = messages = 0
+    while (entry := lines.parsed()).keys() != {"end_of_file"}:
+        rows = _HistoryRows(lines, _history(lines, entry))
+        yield rows.history, rows
+        messages += rows.read_to_end()
+        chat_histories += 1
+    lines.check_end(entry["end_of_file"], chat_histories=chat_histories, messages=messages)
+    if file.readline():
+        raise lines.damaged("there is more after its end")
+
+
+class _Place(NamedTuple):
+    """
+    A place in a file: after so many bytes and lines, which have this digest.
+    """
+
+    offset: int
+    number: int
+    digest: "hashlib._Hash"
+
+
+class _Lines:
+    """
+    The lines of a file.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        self.go_to(_Place(0, 0, hashlib.sha256()))
+
+    def place(self) -> _Place:
+        """
+        Return the place after the line that was read last.
+        """
+        digest = self._before.copy()
+        digest.update(self._line)
+        return _Place(self._offset, self._number, digest)
+
+    def go_to(self, place: _Place) -> None:
+        self._offset, self._number, digest = place
+        self._before, self._line = digest.copy(), b""  # the digest of all lines before this one
+        self._file.seek(self._offset)
+
+    def next(self) -> str:
+        self._before.update(self._line)
+        self._line = self._file.readline()
+        self._offset += len(self._line)
+        self._number += 1
+        if not self._line.endswith(b"\n"):
+            raise self.damaged("it ends here, before its end: it was cut off")
+        try:
+            return self._line.decode()
+        except UnicodeDecodeError:
+            raise self.damaged("it is not UTF-8") from None
+
+    def parsed(self) -> dict[str, Any]:
+        """
+        Return the object in the next line.
+        """
+        return self.object_in(self.next())
+
+    def object_in(self, line: str) -> dict[str, Any]:
+        try:
+            entry = parse_json(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict):
+            raise self.damaged("it is not what belongs there")
+        return entry
+
+    def check_end(self, stated: Any, **counts: int) -> None:
+        """
+        Compare what the line that was read last states with what has been read before it.
+        """
+        if stated != {**counts, "sha256": self._before.hexdigest()}:
+            raise self.damaged("counts or checksum do not agree with what comes before")
+
+    def damaged(self, what: str) -> DamagedFileError:
+        return DamagedFileError(f"{self._name} was damaged or changed. In line {self._number}, {what}.")
+
+    def refused(self, why: str) -> DamagedFileError:
+        return DamagedFileError(f"{self._name} {why}.")
+
+
+def _check_header(lines: _Lines) -> None:
+    try:
+        header = lines.parsed()
+    except DamagedFileError:
+        header = {}
+    if header.get("format") != _FORMAT or type(header.get("version")) is not int or header["version"] < 1:
+        raise lines.refused("is not an export of haystack-chat-store in the format jsonl")
+    if header["version"] > _VERSION:
+        raise lines.refused(
+            f"has version {header['version']} of the format, and this version of haystack-chat-store reads {_VERSION}. "
+            "Upgrade haystack-chat-store"
+        )
+
+
+def _history(lines: _Lines, entry: dict[str, Any]) -> HistoryRow:
+    try:
+        ((kind, fields),) = entry.items()
+        if kind != "chat_history":
+            raise KeyError(kind)
+        title, meta = arguments.validated_title(fields["title"]), arguments.validated_meta(fields["meta"])
+        return HistoryRow(
+            arguments.validated_id(fields["id"], "id"),
+            0,
+            0,
+            _microseconds(fields["created_at"]),
+            _microseconds(fields["updated_at"]),
+            title if isinstance(title, str) else None,
+            meta if isinstance(meta, str) else None,
+        )
+    except (ValueError, KeyError, TypeError):
+        raise lines.damaged("there should be a chat history") from None
+
+
+class _HistoryRows:
+    """
+    The messages of a history in a file.
+    """
+
+    def __init__(self, lines: _Lines, history: HistoryRow) -> None:
+        self.history = history
+        self._lines = lines
+        self._start = lines.place()
+        self._read: int | None = None
+
+    def __iter__(self) -> Iterator[Sequence[MessageRow]]:
+        self._lines.go_to(self._start)
+        self._read = None
+        return batched(self._rows())
+
+    def read_to_end(self) -> int:
+        """
+        Stand behind the last message, wherever the reader stopped, and return the number of messages.
+        """
+        if self._read is None:
+            for _ in self:
+                pass
+        return self._read or 0
+
+    def _rows(self) -> Iterator[MessageRow]:
+        ids: set[str] = set()
+        while (message := _MESSAGE_LINE.fullmatch(line := self._lines.next())) is not None:
+            try:
+                row = arrived_row(_microseconds(message[1]), message[2])
+            except (ValueError, MessageDecodingError):
+                raise self._lines.damaged("there should be a message with an id") from None
+            if row.message_id in ids:
+                raise self._lines.damaged("there is an id that the history has already")
+            ids.add(row.message_id)
+            yield row
+        end = self._lines.object_in(line)
+        self._lines.check_end(end.get("end_of_chat_history"), messages=len(ids))
+        self._read = len(ids)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Chat histories as examples for fine-tuning, in OpenAI's chat format: a JSON object a line, `{"messages": [...]}`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
+from typing import Any, BinaryIO
+
+from haystack.dataclasses import ChatMessage, ChatRole, TextContent
+
+from haystack_chat_store import rounds
+from haystack_chat_store.codec import decode_messages
+from haystack_chat_store.json_form import encode_unusual
+from haystack_chat_store.stores.operations import HistoryRow
+from haystack_chat_store.transfer.histories import Rows, Transferred
+from haystack_chat_store.types import Fault
+
+
+def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Transferred:
+    """
+    Write histories, each as the model would see it, up to the last message of the assistant.
+
+    :returns: What was written.
+    """
+    chat_histories = messages = total = 0
+    faults = []
+    for history, rows in histories:
+        stored = [message for batch in rows for message in decode_messages([row.content for row in batch])]
+        total += len(stored)
+        to_learn_from = _to_learn_from(stored)
+        try:
+            example = list(chain.from_iterable(map(_as_openai, to_learn_from)))
+        except ValueError:  # Haystack's own, which quotes the message
+            description = "It was left out: OpenAI's format has no form for one of its tool calls or results."
+            faults.append(Fault(history.chat_history_id, None, description, False))
+            continue
+        if example:
+            stream.write(encode_unusual({"messages": example}, "example").encode() + b"\n")
+            chat_histories += 1
+            messages += len(to_learn_from)
+    return Transferred(chat_histories, messages, total - messages, tuple(faults))
+
+
+def _to_learn_from(history: list[ChatMessage]) -> list[ChatMessage]:
+    """
+    Return what is valid for a model, up to the last message of the assistant; nothing if there is none.
+    """
+    valid = rounds.valid_for_model(rounds.in_question_order(history))
+    while valid and valid[-1].role is not ChatRole.ASSISTANT:
+        del valid[-1]
+    return valid
+
+
+def _as_openai(message: ChatMessage) -> list[dict[str, Any]]:
+    """
+    Return a message in OpenAI's format, which has a message for each result, and one text in what a model has said.
+    """
+    if message.role is ChatRole.TOOL:
+        return [replace(message, _content=[result]).to_openai_dict_format() for result in message.tool_call_results]
+    if message.role is not ChatRole.USER and len(message.texts) > 1:
+        others = [part for part in message._content if not isinstance(part, TextContent)]
+        message = replace(message, _content=[TextContent("\n\n".join(message.texts)), *others])
+    return [message.to_openai_dict_format()]

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Chat histories as they leave a store, and as they arrive in one.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, zip_longest
+from typing import Any, NamedTuple
+
+from haystack_chat_store.errors import ChatHistoryChangedError, ChatHistoryExistsError
+from haystack_chat_store.json_form import parse_json
+from haystack_chat_store.stores.arguments import validated_id, validated_text
+from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.stores.operations import HistoryRow, MessageRow, no_history
+from haystack_chat_store.transfer.histories import (
+    BATCH_CHARACTERS,
+    BATCH_ROWS,
+    Faults,
+    Histories,
+    Rows,
+    Transferred,
+    is_sound,
+)
+from haystack_chat_store.types import Fault
+
+# So many messages are read first of a history, before it is known how large they are.
+_FIRST_PAGE = 100
+# So many histories are looked up at once.
+_HISTORIES_AT_ONCE = 1_000
+# So often a history may change under an import before it gives up.
+_ATTEMPTS = 10
+
+
+class StoredHistories:
+    """
+    Histories of a store, each once, whatever is written meanwhile.
+    """
+
+    def __init__(
+        self, store: BaseChatMessageStore[Any], chat_history_ids: Iterable[str] | None, prefix: str, faults: Faults
+    ) -> None:
+        """
+        Check which histories are meant.
+
+        :param faults: Gets what cannot be read, and is left out.
+        :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryNotFoundError: If there is no history with one of these ids.
+        """
+        self._store, self._faults = store, faults
+        self._prefix = validated_text(prefix, "prefix")
+        self._ids: list[str] | None = None
+        if chat_history_ids is not None:
+            if prefix or isinstance(chat_history_ids, str):
+                raise ValueError("Give a list of chat_history_ids or a prefix, not both.")
+            ids = [validated_id(each, f"chat_history_ids[{index}]") for index, each in enumerate(chat_history_ids)]
+            self._ids = list(dict.fromkeys(ids))
+            for each in self._ids:
+                if self._looked_up(each) is None:
+                    raise no_history(each)
+
+    def message_count(self) -> int:
+        """
+        Return how many messages they have now, by their counters.
+        """
+        return sum(row.message_count for row in self._rows())
+
+    def __iter__(self) -> Histories:
+        for row in self._rows():
+            yield self._readable(row), _StoredRows(self._store, row.chat_history_id, self._faults)
+
+    def _rows(self) -> Iterator[HistoryRow]:
+        if self._ids is not None:
+            yield from filter(None, map(self._looked_up, self._ids))
+            return
+        after = ""
+        while rows := self._store._run(self._store._histories_by_id, self._prefix, after, _HISTORIES_AT_ONCE):
+            yield from rows
+            after = rows[-1].chat_history_id
+
+    def _looked_up(self, chat_history_id: str) -> HistoryRow | None:
+        row: HistoryRow | None = self._store._run(self._store._history, chat_history_id)
+        return row
+
+    def _readable(self, row: HistoryRow) -> HistoryRow:
+        """
+        Return the history, without its meta if that is damaged.
+        """
+        try:
+            if row.meta is None or isinstance(parse_json(row.meta), dict):
+                return row
+        except ValueError:
+            pass
+        self._faults[Fault(row.chat_history_id, None, "Its meta cannot be read, and was left out.", False)] = None
+        return row._replace(meta=None)
+
+
+class _StoredRows:
+    """
+    The messages of a stored history that can be read.
+    """
+
+    def __init__(self, store: BaseChatMessageStore[Any], chat_history_id: str, faults: Faults) -> None:
+        self._store, self._id, self._faults = store, chat_history_id, faults
+
+    def __iter__(self) -> Iterator[Sequence[MessageRow]]:
+        for page in _pages(self._store, self._id):
+            sound = [row for row in page if is_sound(row)]
+            if len(sound) < len(page):
+                for position in sorted({row.position for row in page} - {row.position for row in sound}):
+                    fault = Fault(self._id, position, "The message cannot be read, and was left out.", False)
+                    self._faults[fault] = None
+            yield sound
+
+
+def _pages(store: BaseChatMessageStore[Any], chat_history_id: str) -> Iterator[Sequence[MessageRow]]:
+    """
+    Yield the pages of a history, smaller ones where messages are large.
+    """
+    limit, after = _FIRST_PAGE, -1
+    while page := store._run(store._page, chat_history_id, None, after, limit):
+        yield page
+        after = page[-1].position
+        characters = sum(len(row.content) for row in page)
+        limit = max(1, min(BATCH_ROWS, BATCH_CHARACTERS * len(page) // max(characters, 1)))
+
+
+def imported(store: BaseChatMessageStore[Any], histories: Histories, faults: Faults) -> Transferred:
+    """
+    Bring histories into a store, each whole or not at all. What is there already is not brought again.
+
+    :param faults: What the source cannot read. It fills while the histories are read.
+    :raises ChatHistoryExistsError: At the end, if the store has other messages under the ids of some of them.
+    """
+    chat_histories = messages = skipped = 0
+    conflicting: list[str] = []
+    for history, rows in histories:
+        arrived = _arrived(store, history, rows)
+        if arrived is None:
+            conflicting.append(history.chat_history_id)
+        else:
+            chat_histories += arrived.is_changed
+            messages += arrived.messages
+            skipped += arrived.skipped
+    if conflicting:
+        raise ChatHistoryExistsError(
+            f"Of the histories to import, {len(conflicting)} have other messages already, and were left as they are: "
+            f"{', '.join(map(repr, conflicting))}. All others were imported: {messages} messages of {chat_histories} "
+            f"histories; {skipped} were there already."
+        )
+    return Transferred(chat_histories, messages, skipped, tuple(faults))
+
+
+class _Arrived(NamedTuple):
+    messages: int
+    skipped: int
+    is_changed: bool
+
+
+def _arrived(store: BaseChatMessageStore[Any], history: HistoryRow, rows: Rows) -> _Arrived | None:
+    """
+    Bring one history into the store, or what it has more than the stored one. `None` if the two differ before that.
+    """
+    changed: ChatHistoryChangedError | None = None
+    for _ in range(_ATTEMPTS):
+        is_there = store._run(store._history, history.chat_history_id) is not None
+        common = _common(_pages(store, history.chat_history_id), rows) if is_there else _Common(0, True)
+        if common is None:
+            return None
+        if is_there and not common.has_more:
+            return _Arrived(0, common.messages, False)
+        try:
+            number: int = store._run(store._import, history, _Rest(rows, common.messages), common.messages)
+            return _Arrived(number, common.messages, True)
+        except ChatHistoryChangedError as error:  # somebody else wrote to it, perhaps the same messages: look again
+            changed = error
+    raise ChatHistoryChangedError(
+        f"The chat history {history.chat_history_id!r} was written to all the time, and nothing was added to it. "
+        "The histories before it were imported. Try again when nobody writes to it."
+    ) from changed
+
+
+class _Common(NamedTuple):
+    """
+    How far a stored and an arriving history are the same.
+
+    :param messages: How many messages of the arriving one are there.
+    :param has_more: Whether it has more than that.
+    """
+
+    messages: int
+    has_more: bool
+
+
+def _common(stored: Iterable[Sequence[MessageRow]], arriving: Rows) -> _Common | None:
+    """
+    Compare two histories by the ids of their messages. Neither is held in memory.
+
+    :returns: `None` if they differ before one of them ends.
+    """
+    common = 0
+    for there, new in zip_longest(chain.from_iterable(stored), chain.from_iterable(arriving)):
+        if there is None or new is None:
+            return _Common(common, new is not None)
+        if there.message_id != new.message_id:
+            return None
+        common += 1
+    return _Common(common, False)
+
+
+class _Rest:
+    """
+    The messages of a history from one on.
+    """
+
+    def __init__(self, rows: Rows, start: int) -> None:
+        self._rows, self._start = rows, start
+
+    def __iter__(self) -> Iterator[Sequence[MessageRow]]:
+        before = self._start
+        for batch in self._rows:
+            if len(batch) > before:
+                yield batch[before:]
+            before = max(before - len(batch), 0)

@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What becomes of the conversations that other libraries have stored.
+
+Their databases in the folder data were written by these libraries themselves, by the script that lies there.
+"""
+
+import json
+import shutil
+import sqlite3
+import uuid
+from contextlib import closing
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from haystack.dataclasses import (
+    ChatMessage,
+    ChatRole,
+    FileContent,
+    ImageContent,
+    ReasoningContent,
+    TextContent,
+    ToolCall,
+    ToolCallResult,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from haystack_chat_store import ChatHistoryExistsError, DamagedFileError, Fault, InMemoryChatMessageStore
+from haystack_chat_store.rounds import valid_for_model
+from haystack_chat_store.testing.kit import without_ids
+from haystack_chat_store.testing.messages import json_values, user
+from haystack_chat_store.transfer import import_histories
+
+DATA = Path(__file__).parent / "data"
+FILES = {"openai-agents": "openai_agents.sqlite", "langchain": "langchain.sqlite", "llama-index": "llama_index.sqlite"}
+# Where each library keeps its messages: the table, the column with the session, the one with the message.
+TABLES = {
+    "openai-agents": ("agent_messages", "session_id", "message_data"),
+    "langchain": ("message_store", "session_id", "message"),
+    "llama-index": ("data_chatstore", "key", "value"),
+}
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+PDF = "JVBERi0xLjQKJSVFT0Y="
+
+
+@pytest.fixture
+def store():
+    store = InMemoryChatMessageStore(namespace=uuid.uuid4().hex, last_k=None)
+    yield store
+    store.delete_all_messages()
+
+
+@pytest.fixture(params=FILES)
+def library(request):
+    return request.param
+
+
+@pytest.fixture
+def database(library, tmp_path):
+    """
+    A copy of a library's database.
+    """
+    return copied(library, tmp_path)
+
+
+def copied(library, folder):
+    # SQLite lays files beside a database even to read it, if it is in WAL mode.
+    return shutil.copy(DATA / FILES[library], folder / "copy.db")
+
+
+def execute(database, *statements):
+    with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        for statement, *values in statements:
+            connection.execute(statement, values)
+
+
+def insert(library, database, session, *messages):
+    table, session_column, data_column = TABLES[library]
+    statement = f"INSERT INTO {table} ({session_column}, {data_column}) VALUES (?, ?)"
+    execute(database, *((statement, session, json.dumps(message)) for message in messages))
+
+
+def message(role, *parts, name=None, **meta):
+    return ChatMessage(role, [TextContent(part) if isinstance(part, str) else part for part in parts], name, meta)
+
+
+def image(detail=None):
+    return ImageContent(PNG, "image/png", detail, validation=False)
+
+
+def file(name="a.pdf"):
+    return FileContent(PDF, "application/pdf", name, validation=False)
+
+
+USER, ASSISTANT, SYSTEM, TOOL = ChatRole.USER, ChatRole.ASSISTANT, ChatRole.SYSTEM, ChatRole.TOOL
+QUESTION = "What is the weather in Zürich? 👋"
+
+
+# ---------------------------------------------------------------------- what is in them
+
+
+def test_sessions_of_the_openai_agents_sdk(store, tmp_path):
+    imported = import_histories(store, copied("openai-agents", tmp_path), format="openai-agents")
+
+    call = ToolCall("weather", {"city": "Zürich"}, "fc_1", {"call_id": "call_1"})
+    unknown_call = ToolCall("", {}, "call_9", {"call_id": "call_9"})
+    reasoning = ReasoningContent("I look it up.", {"id": "rs_1", "type": "reasoning"})
+    assert without_ids(store.retrieve_messages("user_456")) == [
+        message(SYSTEM, "Be kind."),
+        message(USER, QUESTION),
+        message(ASSISTANT, reasoning, call),
+        message(TOOL, ToolCallResult("22 °C", call, False)),
+        message(ASSISTANT, "It is 22 °C.", id="msg_1", status="completed"),
+        message(USER, "What is this?", image("low"), file()),
+        message(ASSISTANT, "I cannot do that.", id="msg_2", status="completed", refusal=True),
+        message(TOOL, ToolCallResult("late", unknown_call, False)),
+        message(USER, "And this?"),
+    ]
+    assert [each.text for each in store.retrieve_messages("another")] == ["Hi", "Hello!"]
+    assert imported == (
+        2,
+        11,
+        0,
+        (
+            Fault(
+                "user_456",
+                None,
+                "Row 10 was left out: there is no message for an item of the type 'web_search_call'.",
+                False,
+            ),
+            Fault(
+                "user_456",
+                None,
+                "Row 11 has a part of the type 'input_image' without content of its own. It was left out.",
+                False,
+            ),
+        ),
+    )
+
+
+def test_sessions_of_langchain(store, tmp_path):
+    imported = import_histories(store, copied("langchain", tmp_path), format="langchain")
+
+    call, zoom = ToolCall("weather", {"city": "Zürich"}, "call_1"), ToolCall("zoom", {"by": 2}, "call_2")
+    said = {
+        "response_metadata": {"model_name": "gpt-5", "finish_reason": "tool_calls"},
+        "usage_metadata": {"input_tokens": 5, "output_tokens": 7, "total_tokens": 12},
+    }
+    thought = ReasoningContent("A dot.", {"type": "thinking", "signature": "c2ln"})
+    assert without_ids(store.retrieve_messages("user_456")) == [
+        message(SYSTEM, "Be kind."),
+        message(USER, QUESTION, name="Ada", id="human-1"),
+        message(ASSISTANT, "Let me look.", call, **said),
+        message(TOOL, ToolCallResult("22 °C", call, False)),
+        message(ASSISTANT, "It is 22 °C."),
+        message(USER, "What is this?", image("low"), image(), file()),
+        message(ASSISTANT, thought, "A dot.", zoom),
+        message(TOOL, ToolCallResult("No lens.", zoom, True)),
+        message(TOOL, ToolCallResult("Old.", ToolCall("legacy", {}), False)),
+        message(ASSISTANT, "Custom."),
+    ]
+    assert [each.text for each in store.retrieve_messages("another")] == ["Hi", "Hello!"]
+    assert imported[:3] == (2, 12, 0)
+    assert [fault.description for fault in imported.faults] == [
+        "Row 11 was left out: there is no role for 'narrator'.",
+        "Row 12 has a part of the type 'image_url' without content of its own. It was left out.",
+    ]
+
+
+def test_chats_of_llama_index(store, tmp_path):
+    imported = import_histories(store, copied("llama-index", tmp_path), format="llama-index")
+
+    call, zoom = ToolCall("weather", {"city": "Zürich"}, "call_1"), ToolCall("zoom", {"by": 2}, "call_2")
+    assert without_ids(store.retrieve_messages("user_456")) == [
+        message(SYSTEM, "Be kind."),
+        message(USER, QUESTION),
+        message(ASSISTANT, ReasoningContent("I look it up.", {"signature": "c2ln"}), "Let me look.", call),
+        message(TOOL, ToolCallResult("22 °C", call, False)),
+        message(ASSISTANT, "It is 22 °C."),
+        message(USER, "What is this?", image("low"), file()),
+        message(ASSISTANT, "A dot.", zoom),
+        message(TOOL, ToolCallResult("No lens.", zoom, False)),
+        message(USER, "Listen.", FileContent("UklGRg==", "audio/wav", None, validation=False)),
+        message(ASSISTANT, "Bot."),
+        message(ASSISTANT, "Model."),
+    ]
+    assert [each.text for each in store.retrieve_messages("another")] == ["Hi", "Hello!"]
+    assert imported == (2, 13, 0, ())
+
+
+def test_ids_are_made_of_the_library_and_the_row(store, library, database):
+    import_histories(store, database, format=library)
+    ids = [each.meta["chat_message_id"] for each in store.retrieve_messages("user_456")]
+    assert ids[:2] == [f"{library}:1", f"{library}:2"]
+    assert len(set(ids)) == len(ids)
+
+
+def test_times_are_those_of_the_library_where_it_has_any(store, library, database):
+    if library == "openai-agents":
+        execute(database, ["UPDATE agent_messages SET created_at = '2025-03-01 10:00:00'"])
+        expected = datetime(2025, 3, 1, 10, tzinfo=timezone.utc), timedelta(0)
+    else:
+        expected = datetime.now(timezone.utc), timedelta(minutes=10)
+    import_histories(store, database, format=library)
+    times = [each.created_at for each in store.list_messages("user_456")]
+    info = store.get_chat_history("user_456")
+    for time in (*times, info.created_at, info.updated_at):
+        assert abs(time - expected[0]) <= expected[1]
+
+
+# ---------------------------------------------------------------------- importing again
+
+
+def test_importing_again_adds_nothing(store, library, database):
+    first = import_histories(store, database, format=library)
+    before = store.retrieve_messages("user_456")
+    assert import_histories(store, database, format=library)[:3] == (0, 0, first.messages)
+    assert store.retrieve_messages("user_456") == before
+
+
+NEW_MESSAGES = {
+    "openai-agents": {"role": "user", "content": "new"},
+    "langchain": {"type": "human", "data": {"content": "new", "type": "human"}},
+    "llama-index": {"role": "user", "blocks": [{"block_type": "text", "text": "new"}]},
+}
+
+
+def test_a_conversation_that_went_on_gets_what_is_new(store, library, database):
+    before = import_histories(store, database, format=library).messages
+    insert(library, database, "user_456", NEW_MESSAGES[library])
+    assert import_histories(store, database, format=library)[:3] == (1, 1, before)
+    assert store.retrieve_messages("user_456")[-1].text == "new"
+
+
+def test_a_history_of_ours_by_the_same_id_stays(store, library, database):
+    store.write_messages("user_456", [user("mine")])
+    with pytest.raises(ChatHistoryExistsError, match="'user_456'"):
+        import_histories(store, database, format=library)
+    assert [each.text for each in store.retrieve_messages("user_456")] == ["mine"]
+    assert store.count_messages("another") == 2
+
+
+def test_the_database_is_only_read(store, library, database):
+    before = Path(database).read_bytes()
+    import_histories(store, database, format=library)
+    assert Path(database).read_bytes() == before
+
+
+# ---------------------------------------------------------------------- the OpenAI Agents SDK: what belongs together
+
+
+def imported_items(store, tmp_path, *items):
+    database = copied("openai-agents", tmp_path)
+    insert("openai-agents", database, "new", *items)
+    faults = import_histories(store, database, format="openai-agents").faults
+    return store.retrieve_messages("new"), [fault for fault in faults if fault.chat_history_id == "new"]
+
+
+def item_call(number):
+    return {"type": "function_call", "name": "f", "arguments": "{}", "call_id": str(number), "id": f"fc_{number}"}
+
+
+def item_output(number):
+    return {"type": "function_call_output", "call_id": str(number), "output": f"result {number}"}
+
+
+def item_text(text):
+    return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}
+
+
+def test_calls_that_were_made_together_are_one_message(store, tmp_path):
+    messages, _ = imported_items(
+        store,
+        tmp_path,
+        {"role": "user", "content": "Go"},
+        {"type": "reasoning", "id": "rs_1", "summary": []},
+        item_text("I go."),
+        item_call(1),
+        {"type": "reasoning", "id": "rs_2", "summary": []},
+        item_call(2),
+        item_output(1),
+        item_output(2),
+        item_text("One."),
+        item_text("Two."),
+    )
+    assert [each.role.value for each in messages] == ["user", "assistant", "tool", "tool", "assistant", "assistant"]
+    assert [type(part) for part in messages[1]._content] == [
+        ReasoningContent,
+        TextContent,
+        ToolCall,
+        ReasoningContent,
+        ToolCall,
+    ]
+    assert len(valid_for_model(messages)) == len(messages)
+
+
+def test_a_response_that_was_not_complete_is_not_taken_for_the_whole_one(store, tmp_path):
+    imported_items(store, tmp_path, {"role": "user", "content": "Go"}, item_call(1))
+    database = tmp_path / "copy.db"
+    insert("openai-agents", database, "new", item_call(2))
+    with pytest.raises(ChatHistoryExistsError, match="'new'"):
+        import_histories(store, database, format="openai-agents")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [("", {}), ("{", {"": "{"}), ("[1]", {"": [1]}), ('{"a":1}', {"a": 1}), (None, {"": None})],
+)
+def test_arguments_that_are_no_object_are_kept(store, tmp_path, arguments, expected):
+    messages, _ = imported_items(store, tmp_path, {**item_call(1), "arguments": arguments})
+    assert messages[0].tool_call.arguments == expected
+
+
+# ---------------------------------------------------------------------- early versions
+
+
+def test_langchain_messages_of_early_versions(store, tmp_path):
+    database = copied("langchain", tmp_path)
+    function = {"name": "f", "arguments": '{"a":1}'}
+    kwargs = {"tool_calls": [{"id": "1", "type": "function", "function": function}]}
+    insert(
+        "langchain",
+        database,
+        "old",
+        {"type": "ai", "data": {"content": "", "additional_kwargs": kwargs, "type": "ai", "example": False}},
+        {"type": "tool", "data": {"content": "done", "tool_call_id": "1"}},
+        {"type": "ai", "data": {"content": ""}},
+    )
+    import_histories(store, database, format="langchain")
+    call, result, empty = store.retrieve_messages("old")
+    assert call.tool_call == result.tool_call_result.origin == ToolCall("f", {"a": 1}, "1")
+    assert empty._content == []
+
+
+def test_llama_index_messages_of_early_versions(store, tmp_path):
+    database = copied("llama-index", tmp_path)
+    insert("llama-index", database, "old", {"role": "user", "content": "Hi", "additional_kwargs": {"a": 1}})
+    import_histories(store, database, format="llama-index")
+    (old,) = store.retrieve_messages("old")
+    assert (old.text, old.meta["a"]) == ("Hi", 1)
+
+
+# ---------------------------------------------------------------------- what cannot be imported
+
+
+def test_a_session_whose_id_cannot_be_one_of_ours_is_reported(store, library, database):
+    for session in ("", "x" * 513, "a\0b"):
+        insert(library, database, session, NEW_MESSAGES[library])
+    imported = import_histories(store, database, format=library)
+    refused = [fault for fault in imported.faults if fault.chat_history_id is None]
+    assert len(refused) == 3
+    assert all("the id of a session must" in fault.description for fault in refused)
+    assert store.count_messages("another") == 2
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "null", '"text"', "[" * 100_000, b"\xff\x00", 5])
+def test_a_damaged_row_is_reported_and_hides_no_other(store, library, database, damaged):
+    table, _, data = TABLES[library]
+    execute(database, [f"UPDATE {table} SET {data} = ? WHERE id = 2", damaged])
+    imported = import_histories(store, database, format=library)
+    assert imported.faults[0] == Fault("user_456", None, "Row 2 is not a JSON object, and was left out.", False)
+    assert store.retrieve_messages("user_456")[0].text == "Be kind."
+    assert store.count_messages("another") == 2
+
+
+def test_what_cannot_be_stored_is_reported(store, library, database):
+    deep = []
+    for _ in range(300):
+        deep = [deep]
+    message = {
+        "openai-agents": {"role": "user", "content": "x", "deep": deep},
+        "langchain": {"type": "human", "data": {"content": "x", "deep": deep}},
+        "llama-index": {"role": "user", "content": "x", "additional_kwargs": {"deep": deep}},
+    }[library]
+    insert(library, database, "deep", message)
+    imported = import_histories(store, database, format=library)
+    (fault,) = (fault for fault in imported.faults if fault.chat_history_id == "deep")
+    assert "nested more than 200 levels deep" in fault.description
+    assert store.count_messages("deep") == 0
+
+
+def mostly(kind):
+    """
+    Objects with the keys and types that the libraries write, and anything else in their places.
+    """
+    words = ["text", "message", "user", "assistant", "tool", "human", "ai", "reasoning", "function_call", "image"]
+    words += ["function_call_output", "input_text", "input_image", "input_file", "input_audio", "thinking", "file"]
+    words += ["tool_call", "image_url", "document", "audio", "video", "refusal", "chat", "function", "system"]
+    keys = ["type", "role", "content", "data", "blocks", "block_type", "text", "summary", "call_id", "output", "name"]
+    keys += ["arguments", "additional_kwargs", "tool_calls", "args", "id", "image", "image_url", "file_data", "url"]
+    keys += ["tool_call_id", "tool_kwargs", "source", "base64", "function", "input_audio", "file", "thinking", kind]
+    return st.recursive(
+        st.sampled_from(words) | json_values(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(keys), inner, max_size=6),
+        max_leaves=20,
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_is_in_a_row_the_others_come(store, library, database, data):
+    roles = {"openai-agents": "role", "langchain": "type", "llama-index": "role"}
+    fuzz = data.draw(st.dictionaries(st.sampled_from(["content", "blocks", "data", "additional_kwargs"]), mostly("x")))
+    kind = data.draw(st.sampled_from(["user", "human", "ai", "assistant", "tool", "chat"]))
+    anything = data.draw(mostly("x"))
+    insert(library, database, "fuzz", anything, {roles[library]: kind, **fuzz}, NEW_MESSAGES[library])
+    import_histories(store, database, format=library)
+    assert store.retrieve_messages("fuzz")[-1].text == "new"
+    store.delete_all_messages()
+    execute(database, [f"DELETE FROM {TABLES[library][0]} WHERE {TABLES[library][1]} = 'fuzz'"])
+
+
+def test_a_table_by_another_name_is_found_if_it_is_the_only_one(store, library, database):
+    table, _, _ = TABLES[library]
+    execute(database, [f'ALTER TABLE {table} RENAME TO "my ""own"" table"'])
+    assert import_histories(store, database, format=library).chat_histories == 2
+
+    execute(database, ['CREATE TABLE other AS SELECT * FROM "my ""own"" table"'])
+    with pytest.raises(DamagedFileError, match=f"no table {table} with the columns"):
+        import_histories(store, database, format=library)
+
+
+def test_a_database_of_something_else_is_refused(store, library, tmp_path):
+    others = [shutil.copy(DATA / name, tmp_path / name) for other, name in FILES.items() if other != library]
+    others.append(tmp_path / "empty.db")
+    execute(others[-1], ["CREATE TABLE t (a)"])
+    for path in others:
+        with pytest.raises(DamagedFileError, match=f"is not a database of the format {library}: it has no table"):
+            import_histories(store, path, format=library)
+    (tmp_path / "text").write_text("no database at all" * 100)
+    with pytest.raises(DamagedFileError, match="cannot be read as an SQLite database"):
+        import_histories(store, tmp_path / "text", format=library)
+    with pytest.raises(FileNotFoundError):
+        import_histories(store, tmp_path / "missing", format=library)
+    assert not (tmp_path / "missing").exists()
+
+
+def test_a_file_with_an_odd_name_is_read(store, library, database, tmp_path):
+    odd = Path(database).rename(tmp_path / "a b%20?#&.db")
+    assert import_histories(store, odd, format=library).chat_histories == 2
