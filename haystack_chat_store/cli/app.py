@@ -1,0 +1,529 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The commands.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from haystack_chat_store import doctor as diagnosis
+from haystack_chat_store import transfer
+from haystack_chat_store.cli import terminal
+from haystack_chat_store.cli.conversation import print_messages
+from haystack_chat_store.cli.options import (
+    AsJson,
+    HistoryId,
+    HistoryIds,
+    InputFile,
+    Namespace,
+    Prefix,
+    Store,
+    Vacuum,
+    Yes,
+    chosen,
+    opened,
+    time_from,
+)
+from haystack_chat_store.cli.printing import (
+    Directory,
+    amount,
+    fault_line,
+    history_fields,
+    message_fields,
+    plural,
+    print_hits,
+    print_statistics,
+    sizes_of,
+)
+from haystack_chat_store.doctor import ExaminedMessage, examined_messages
+from haystack_chat_store.stores.arguments import MAX_LIMIT
+from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.stores.operations import no_history
+from haystack_chat_store.stores.steps import Steps
+from haystack_chat_store.transfer.readable import harmless_line
+from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, SearchHit
+
+# So many histories are named when asking whether to delete them.
+_NAMED_AT_ONCE = 10
+
+app = typer.Typer(
+    help="Look into a store of chat histories, search it, move it, mend it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
+def ls(
+    *,
+    prefix: Prefix = "",
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many at most.")] = 50,
+    show_all: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    store: Store = None,
+    namespace: Namespace = "default",
+    as_json: AsJson = False,
+) -> None:
+    """
+    List histories, the one that changed last first.
+    """
+    directory = Directory(terminal.output())
+    with opened(store, namespace) as chat_store:
+        for page in _pages(chat_store, prefix, None if show_all else limit):
+            if as_json:
+                for history in page.items:
+                    terminal.print_json(history_fields(history))
+            else:
+                directory.add(page.items)
+        if page.cursor is not None:
+            terminal.note("There are more: --limit or --all.")
+
+
+@app.command()
+def show(
+    *,
+    history: HistoryId,
+    last: Annotated[
+        int, typer.Option("--last", "-n", min=1, max=MAX_LIMIT, help="How many messages: the newest, or the nearest.")
+    ] = 20,
+    before: Annotated[
+        int | None, typer.Option("--before", metavar="POSITION", min=0, help="Those just before a position.")
+    ] = None,
+    after: Annotated[
+        int | None, typer.Option("--after", metavar="POSITION", min=0, help="Those just after a position.")
+    ] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="All messages.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Long texts whole.")] = False,
+    store: Store = None,
+    namespace: Namespace = "default",
+    as_json: AsJson = False,
+) -> None:
+    """
+    Show the messages of a history.
+    """
+    if [before is not None, after is not None, show_all].count(True) > 1:
+        raise typer.BadParameter("Give one of --before, --after and --all.")
+    console = terminal.output()
+    with opened(store, namespace) as chat_store:
+        info = _existing(chat_store, history)
+        if show_all:
+            messages = _all_messages(chat_store, history)
+        else:
+            page = examined_messages(chat_store, history, before=before, after=after, limit=last)
+            messages = iter(page)
+        if as_json:
+            for message in messages:
+                terminal.print_json(message_fields(message))
+            return
+        if console.is_terminal:
+            console.print(Text(harmless_line(info.title or history), "bold underline"), end="\n\n")
+        print_messages(console, messages, full=full)
+        if not show_all and len(page) == last and page[0].position > 0:
+            direction, position = ("--before", page[0].position) if after is None else ("--after", page[-1].position)
+            terminal.note(f"To go on: {direction} {position}")
+
+
+@app.command()
+def search(
+    *,
+    query: Annotated[
+        str, typer.Argument(metavar="QUERY", help='Words, and phrases in "quotation marks".', show_default=False)
+    ],
+    history: Annotated[
+        str | None, typer.Option("--in", metavar="ID", help="Only in this history.", show_default=False)
+    ] = None,
+    prefix: Prefix = "",
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=MAX_LIMIT, help="How many hits at most.")] = 20,
+    store: Store = None,
+    namespace: Namespace = "default",
+    as_json: AsJson = False,
+) -> None:
+    """
+    Find messages by their words, the best first.
+    """
+    with opened(store, namespace, search=True) as chat_store:
+        with terminal.progress("Making the search index, once") as shown:
+            hits = chat_store._take(_watched(chat_store, chat_store._searching(query, history, prefix, limit), shown))
+    if as_json:
+        for hit in hits:
+            terminal.print_json(hit._asdict())
+    else:
+        print_hits(terminal.output(), hits, query)
+        if not hits:
+            terminal.note("Nothing found.")
+
+
+@app.command()
+def stats(
+    *,
+    prefix: Prefix = "",
+    days: Annotated[int, typer.Option("--days", min=1, max=10_000, help="How many days to draw at most.")] = 30,
+    store: Store = None,
+    namespace: Namespace = "default",
+    as_json: AsJson = False,
+) -> None:
+    """
+    Show how much there is, and draw it by day and size.
+    """
+    with opened(store, namespace) as chat_store, terminal.progress("Counting") as shown:
+        shown(0, None)
+        statistics = chat_store.statistics(prefix=prefix)
+        sizes = sizes_of(_histories(chat_store, prefix))
+    if as_json:
+        per_day = {day.isoformat(): count for day, count in statistics.messages_per_day.items()}
+        by_size = {str(size): sizes[size] for size in sorted(sizes)}
+        terminal.print_json(
+            {**statistics._asdict(), "messages_per_day": per_day, "chat_histories_by_message_count": by_size}
+        )
+    else:
+        print_statistics(terminal.output(), statistics, sizes, days)
+
+
+@app.command()
+def title(
+    *,
+    history: HistoryId,
+    text: Annotated[str | None, typer.Argument(metavar="[TITLE]", help="The new title.", show_default=False)] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Have no title any more.")] = False,
+    store: Store = None,
+    namespace: Namespace = "default",
+    as_json: AsJson = False,
+) -> None:
+    """
+    Show the title of a history, or set it.
+    """
+    if clear and text is not None:
+        raise typer.BadParameter("Give a title or --clear, not both.")
+    with opened(store, namespace) as chat_store:
+        if clear or text is not None:
+            info = chat_store.update_chat_history(history, title=text)
+        else:
+            info = _existing(chat_store, history)
+    if as_json:
+        terminal.print_json(history_fields(info))
+    elif info.title is not None:
+        terminal.output().print(harmless_line(info.title), soft_wrap=True)
+    else:
+        terminal.note("It has no title.")
+
+
+@app.command(name="export")
+def export_(
+    *,
+    histories: HistoryIds = None,
+    prefix: Prefix = "",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            dir_okay=False,
+            show_default=False,
+            help="The file to write, whole or not at all. Defaults to the standard output.",
+        ),
+    ] = None,
+    format_: Annotated[transfer.ExportFormat, typer.Option("--format", help="What to write.")] = "jsonl",
+    store: Store = None,
+    namespace: Namespace = "default",
+    as_json: AsJson = False,
+) -> None:
+    """
+    Write histories to a file.
+
+    Those named, those with a prefix, or all. What cannot be read is left out and reported, and the status is 1.
+    """
+    chat_history_ids = chosen(histories, prefix, or_all=True)
+    if output is None and as_json:
+        raise typer.BadParameter("--json describes the file that --output names.")
+    if output is None and sys.stdout.isatty():
+        raise typer.BadParameter("Give --output FILE, or send the standard output to a file or a program.")
+    with opened(store, namespace) as chat_store, terminal.progress("Exporting") as shown:
+        what: dict[str, Any] = {"chat_history_ids": chat_history_ids, "prefix": prefix, "format": format_}
+        if output is None:
+            moved = transfer.export_to(chat_store, sys.stdout.buffer, **what, progress=shown)
+        else:
+            moved = transfer.export_histories(chat_store, output, **what, progress=shown)
+    _report("Exported", moved, as_json, terminal.messages() if output is None else terminal.output())
+
+
+@app.command(name="import")
+def import_(
+    *,
+    file: InputFile,
+    format_: Annotated[transfer.ImportFormat, typer.Option("--format", help="What the file is.")] = "jsonl",
+    store: Store = None,
+    namespace: Namespace = "default",
+    as_json: AsJson = False,
+) -> None:
+    """
+    Read histories from a file.
+
+    Of a damaged file, nothing is imported. What is there already is skipped, so it can be run again.
+    """
+    with opened(store, namespace, may_create=True) as chat_store, terminal.progress("Importing") as shown:
+        moved = transfer.import_histories(chat_store, file, format=format_, progress=shown)
+    _report("Imported", moved, as_json, terminal.output())
+
+
+@app.command()
+def copy(
+    *,
+    histories: HistoryIds = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="URL", help="The store to copy to.", show_default=False)
+    ] = None,
+    to_namespace: Annotated[
+        str | None,
+        typer.Option(
+            "--to-namespace", metavar="NAME", help="The namespace there. Defaults to the same name.", show_default=False
+        ),
+    ] = None,
+    prefix: Prefix = "",
+    store: Store = None,
+    namespace: Namespace = "default",
+    as_json: AsJson = False,
+) -> None:
+    """
+    Copy histories to another store or namespace.
+
+    Those named, those with a prefix, or all. What is there already is skipped, so it can be run again.
+    """
+    chat_history_ids = chosen(histories, prefix, or_all=True)
+    if to is None and to_namespace is None:
+        raise typer.BadParameter("Say where to: with --to URL, or --to-namespace NAME in the same store.")
+    with (
+        opened(store, namespace) as source,
+        opened(to or store, to_namespace or namespace, may_create=True) as target,
+    ):
+        if source == target:
+            raise typer.BadParameter("That is the store to copy from.")
+        with terminal.progress("Copying") as shown:
+            moved = transfer.copy_histories(
+                source, target, chat_history_ids=chat_history_ids, prefix=prefix, progress=shown
+            )
+    _report("Copied", moved, as_json, terminal.output())
+
+
+@app.command()
+def delete(
+    *,
+    histories: HistoryIds = None,
+    prefix: Prefix = "",
+    vacuum: Vacuum = False,
+    yes: Yes = False,
+    store: Store = None,
+    namespace: Namespace = "default",
+    as_json: AsJson = False,
+) -> None:
+    """
+    Delete histories for good.
+
+    Those named, or those with a prefix.
+    """
+    chat_history_ids = chosen(histories, prefix, or_all=False)
+    with opened(store, namespace) as chat_store:
+        if chat_history_ids is None:
+            found = list(_histories(chat_store, prefix))
+        else:
+            found = [_existing(chat_store, history) for history in chat_history_ids]
+        _confirm(found, yes)
+        with terminal.progress("Deleting") as shown:
+            shown(0, None)
+            if chat_history_ids is None:
+                chat_store.delete_chat_histories(prefix=prefix, vacuum=vacuum)
+            else:
+                for number, history in enumerate(chat_history_ids, 1):
+                    chat_store.delete_messages(history)
+                    shown(number, len(chat_history_ids))
+                if vacuum:
+                    chat_store._run(chat_store._vacuum)
+    _report_deleted(found, as_json)
+
+
+@app.command()
+def purge(
+    *,
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="AGE", help="An age such as 90d, 36h or 2w, or a date.")
+    ],
+    vacuum: Vacuum = False,
+    yes: Yes = False,
+    store: Store = None,
+    namespace: Namespace = "default",
+    as_json: AsJson = False,
+) -> None:
+    """
+    Delete histories that have not changed for long.
+    """
+    time = time_from(older_than)
+    with opened(store, namespace) as chat_store:
+        found = [history for history in _histories(chat_store) if history.updated_at < time]
+        _confirm(found, yes)
+        with terminal.progress("Deleting") as shown:
+            shown(0, None)
+            chat_store.purge(older_than=time, vacuum=vacuum)
+    _report_deleted(found, as_json)
+
+
+@app.command()
+def doctor(
+    *,
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what is wrong.")] = False,
+    salvage: Annotated[
+        Path | None,
+        typer.Option(
+            "--salvage",
+            metavar="FILE",
+            dir_okay=False,
+            show_default=False,
+            help="Where damaged messages are saved before they are removed. With --repair.",
+        ),
+    ] = None,
+    store: Store = None,
+    namespace: Namespace = "default",
+    as_json: AsJson = False,
+) -> None:
+    """
+    Check a store, and report each fault.
+
+    The status is 1 if there are any that are not repaired.
+    """
+    if salvage is not None and not repair:
+        raise typer.BadParameter("--salvage goes with --repair.")
+    console = terminal.output()
+    found = unrepaired = 0
+    with opened(store, namespace) as chat_store, terminal.progress("Checking") as shown:
+        shown(0, None)
+        for fault in diagnosis.check(chat_store, repair=repair, salvage=salvage, progress=shown):
+            found += 1
+            unrepaired += not fault.is_repaired
+            if as_json:
+                terminal.print_json(fault._asdict())
+            else:
+                console.print(fault_line(fault), soft_wrap=True)
+    if not as_json:
+        left = f", {unrepaired:,} not repaired" if unrepaired else ""
+        console.print(f"{plural(found, 'fault', 'faults')}{left}." if found else "No faults.")
+    if unrepaired:
+        terminal.note("To remove damaged messages: --repair --salvage FILE" if repair else "To mend them: --repair")
+        raise typer.Exit(1)
+
+
+def _pages(store: BaseChatMessageStore[Any], prefix: str, limit: int | None = None) -> Iterator[ChatHistoryPage]:
+    """
+    Yield the pages of the directory, up to so many histories in all.
+    """
+    cursor, left = None, limit
+    while True:
+        size = MAX_LIMIT if left is None else min(left, MAX_LIMIT)
+        page = store.list_chat_histories(prefix=prefix, limit=size, cursor=cursor)
+        yield page
+        cursor = page.cursor
+        if left is not None:
+            left -= len(page.items)
+        if cursor is None or left == 0:
+            return
+
+
+def _histories(store: BaseChatMessageStore[Any], prefix: str = "") -> Iterator[ChatHistoryInfo]:
+    for page in _pages(store, prefix):
+        yield from page.items
+
+
+def _existing(store: BaseChatMessageStore[Any], chat_history_id: str) -> ChatHistoryInfo:
+    """
+    Return what is known of a history.
+
+    :raises ChatHistoryNotFoundError: If there is none with this id.
+    """
+    info = store.get_chat_history(chat_history_id)
+    if info is None:
+        raise no_history(chat_history_id)
+    return info
+
+
+def _all_messages(store: BaseChatMessageStore[Any], chat_history_id: str) -> Iterator[ExaminedMessage]:
+    after = -1
+    while page := examined_messages(store, chat_history_id, after=after):
+        yield from page
+        after = page[-1].position
+
+
+def _watched(
+    store: BaseChatMessageStore[Any], searching: "Steps[list[SearchHit]]", shown: Callable[[int, int | None], None]
+) -> "Steps[list[SearchHit]]":
+    """
+    Search, and show how many messages are indexed first where nobody has searched before.
+    """
+    indexed, result = 0, None
+    try:
+        while True:
+            step = searching.send(result)
+            if step.work == store._index_some:
+                shown(indexed, None)
+                indexed += step.arguments[0]
+            result = yield step
+    except StopIteration as stop:
+        hits: list[SearchHit] = stop.value
+        return hits
+
+
+def _confirm(histories: Sequence[ChatHistoryInfo], yes: bool) -> None:
+    """
+    Ask whether these histories are to be deleted.
+
+    :param yes: Whether that was answered beforehand.
+    :raises typer.BadParameter: If there is nobody to ask.
+    :raises typer.Exit: If the answer is not yes.
+    """
+    if yes or not histories:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise typer.BadParameter("There is no terminal to ask on whether to delete. Say so with --yes.")
+    console = terminal.messages()
+    for history in histories[:_NAMED_AT_ONCE]:
+        console.print(Text(f"  {harmless_line(history.chat_history_id)}", "dim"))
+    if len(histories) > _NAMED_AT_ONCE:
+        console.print(Text(f"  … and {len(histories) - _NAMED_AT_ONCE:,} more", "dim"))
+    messages = sum(history.message_count for history in histories)
+    answer = ""
+    try:
+        console.print(f"Delete {amount(len(histories), messages)} for good? [y/N] ", end="")
+        answer = sys.stdin.readline()
+    finally:  # interrupted or not, what is printed next begins a line
+        if not answer.endswith("\n"):
+            console.print()
+    if answer.strip().lower() not in ("y", "yes"):
+        terminal.note("Nothing was deleted.")
+        raise typer.Exit(1)
+
+
+def _report(done: str, moved: transfer.Transferred, as_json: bool, console: Console) -> None:
+    """
+    Say what was moved and what could not be, which makes the command fail.
+    """
+    if as_json:
+        terminal.print_json({**moved._asdict(), "faults": [fault._asdict() for fault in moved.faults]})
+    else:
+        there = f", {moved.skipped:,} were there already" if moved.skipped else ""
+        console.print(f"{done} {amount(moved.chat_histories, moved.messages)}{there}.", soft_wrap=True)
+    for fault in moved.faults:
+        terminal.messages().print(fault_line(fault), soft_wrap=True)
+    if moved.faults:
+        raise typer.Exit(1)
+
+
+def _report_deleted(histories: Sequence[ChatHistoryInfo], as_json: bool) -> None:
+    messages = sum(history.message_count for history in histories)
+    if as_json:
+        terminal.print_json({"chat_histories": len(histories), "messages": messages})
+    else:
+        terminal.output().print(f"Deleted {amount(len(histories), messages)}.")

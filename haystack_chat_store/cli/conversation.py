@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+How the messages of a history look.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from textwrap import indent
+from typing import Any
+
+from haystack.dataclasses import (
+    ChatRole,
+    FileContent,
+    ImageContent,
+    ReasoningContent,
+    TextContent,
+    ToolCall,
+    ToolCallResult,
+)
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.markdown import Heading, Markdown
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from haystack_chat_store.cli.terminal import print_plain
+from haystack_chat_store.doctor import ExaminedMessage
+from haystack_chat_store.transfer.readable import harmless, harmless_line
+
+# On a terminal, no more of a text is shown than somebody reads there, unless they ask for it.
+_MAX_CHARACTERS = 4_000
+_MAX_LINES = 40
+
+_ROLE_STYLES = {"user": "bold cyan", "assistant": "bold green", "tool": "bold yellow", "system": "bold magenta"}
+_INDENT = 2
+_PLAIN_INDENT = " " * 4
+
+
+def print_messages(console: Console, examined: Iterable[ExaminedMessage], *, full: bool) -> None:
+    """
+    Print messages: rendered on a terminal, else word for word, indented so that none can pass for another's heading.
+
+    :param full: Whether long texts are shown whole on a terminal.
+    """
+    for message in examined:
+        if console.is_terminal:
+            console.print(_heading(message))
+            for renderable in _rendered(message, full):
+                console.print(Padding.indent(renderable, _INDENT))
+            console.print()
+        else:
+            print_plain(f"[{message.position}] {harmless_line(message.role)} {message.created_at.isoformat()}")
+            print_plain(indent("\n".join(part.plain for part in _parts(message)), _PLAIN_INDENT) + "\n")
+
+
+def local_time(time: datetime) -> str:
+    """
+    Return a time as somebody reads it where they are.
+    """
+    return time.astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _heading(message: ExaminedMessage) -> RenderableType:
+    line = Table.grid(expand=True)
+    line.add_column(overflow="fold")
+    line.add_column(justify="right", no_wrap=True)
+    name = message.message.name if message.message is not None else None
+    line.add_row(
+        Text.assemble(
+            (harmless_line(message.role), _ROLE_STYLES.get(message.role, "bold")),
+            f" {harmless_line(name)}" if name else "",
+        ),
+        Text(f"{message.position} · {local_time(message.created_at)}", "dim"),
+    )
+    return line
+
+
+def _rendered(message: ExaminedMessage, full: bool) -> Iterator[RenderableType]:
+    if message.message is None or message.fault is not None or message.message.role is not ChatRole.ASSISTANT:
+        yield from (part if full else _shortened(part) for part in _parts(message))
+        return
+    for part in message.message._content:
+        text = _part(part)
+        if isinstance(part, TextContent) and len(text.plain) <= _MAX_CHARACTERS:
+            yield _SafeMarkdown(text.plain)
+        else:
+            yield text if full else _shortened(text)
+
+
+def _parts(message: ExaminedMessage) -> Iterator[Text]:
+    """
+    Yield what a message consists of, as text.
+    """
+    if message.fault is not None:
+        yield Text(f"This message is damaged: {message.fault}", "red")
+    if message.message is not None:
+        yield from (_part(part) for part in message.message._content)
+
+
+def _part(part: Any) -> Text:
+    if isinstance(part, TextContent):
+        return Text(harmless(part.text))
+    if isinstance(part, ReasoningContent):
+        return Text(harmless(part.reasoning_text), "dim italic")
+    if isinstance(part, ToolCall):
+        return Text.assemble(("→ ", "dim"), (harmless_line(part.tool_name), "bold"), f" {_arguments(part.arguments)}")
+    if isinstance(part, ToolCallResult):
+        said = ("failed: ", "bold red") if part.error else ""
+        heading = Text.assemble(("← ", "dim"), (harmless_line(part.origin.tool_name), "bold"), " ", said)
+        results = (
+            [Text(harmless(part.result))] if isinstance(part.result, str) else [_part(each) for each in part.result]
+        )
+        return heading.append_text(Text("\n").join(results))
+    if isinstance(part, (ImageContent, FileContent)):
+        return Text(_attachment(part), "blue")
+    return Text(f"[{harmless_line(type(part).__name__)}]", "dim")
+
+
+def _arguments(arguments: Any) -> str:
+    """
+    Return the arguments of a tool call on one line, unless one of them has several.
+    """
+    text = json.dumps(arguments, ensure_ascii=False)
+    return harmless(json.dumps(arguments, ensure_ascii=False, indent=2) if "\\n" in text else text)
+
+
+def _attachment(part: ImageContent | FileContent) -> str:
+    """
+    Return what an image or a file is, without what is in it.
+    """
+    name, data = ("image", part.base64_image) if isinstance(part, ImageContent) else (part.filename, part.base64_data)
+    text = str(data).rstrip("=")
+    size = file_size(len(text) * 3 // 4)
+    return f"[{harmless_line(name or 'file')}, {harmless_line(part.mime_type or 'of unknown type')}, {size}]"
+
+
+def file_size(size: int) -> str:
+    """
+    Return a number of bytes as somebody reads it.
+    """
+    number = float(size)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} TB"
+
+
+def _shortened(text: Text) -> Text:
+    """
+    Return the beginning of a text, and how much is left out.
+    """
+    end = min(_MAX_CHARACTERS, _end_of_line(text.plain, _MAX_LINES))
+    left_out = len(text.plain) - end
+    if left_out <= 0:
+        return text
+    return Text.assemble(text[:end], (f"\n… {left_out:,} characters more: --full", "dim"))
+
+
+def _end_of_line(text: str, count: int) -> int:
+    end = -1
+    for _ in range(count):
+        end = text.find("\n", end + 1)
+        if end < 0:
+            return len(text)
+    return end
+
+
+class _PlainHeading(Heading):
+    """
+    A heading in bold, at the left: in a conversation, nothing is a title page.
+    """
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.text.justify = "left"
+        yield self.text
+
+
+class _SafeMarkdown(Markdown):
+    """
+    Markdown with nothing hidden: targets of links, images and HTML are shown as they are written, and lines stay lines.
+    """
+
+    elements = {**Markdown.elements, "heading_open": _PlainHeading}  # noqa: RUF012  (as in the base class)
+
+    def __init__(self, text: str) -> None:
+        """
+        Parse a text.
+        """
+        super().__init__("", hyperlinks=False, code_theme="ansi_dark")
+        parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("image")
+        self.markup = text
+        self.parsed = parser.parse(text)
+        _make_safe(self.parsed)
+
+
+def _make_safe(tokens: Iterable[Token]) -> None:
+    """
+    Have line breaks stay, and make harmless what was written as entities, such as `&#8238;`.
+    """
+    for token in tokens:
+        if token.type == "softbreak":
+            token.type = "hardbreak"
+        token.content = harmless(token.content)
+        token.attrs = {name: harmless(value) for name, value in token.attrs.items()}
+        _make_safe(token.children or ())

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+How everything but messages looks: the directory, search hits, statistics, faults.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from haystack_chat_store.cli.conversation import file_size, local_time
+from haystack_chat_store.cli.terminal import print_plain
+from haystack_chat_store.doctor import ExaminedMessage
+from haystack_chat_store.search_text import parsed_query, terms
+from haystack_chat_store.transfer.readable import harmless_line
+from haystack_chat_store.types import ChatHistoryInfo, Fault, SearchHit, StoreStatistics
+
+# Below it, a history takes several lines rather than a row of a table.
+_TABLE_WIDTH = 76
+_WIDTH_OF_COUNTS_AND_TIME = 16 + 8 + 6 + 4 * 2
+_MIN_TITLE_WIDTH = 16
+_MAX_BAR_WIDTH = 40
+
+_word = re.compile(r"[^\W_]+")
+
+
+def plural(number: int, singular: str, plural: str) -> str:
+    """
+    Return a number and what it counts.
+    """
+    return f"{number:,} {singular if number == 1 else plural}"
+
+
+def amount(chat_histories: int, messages: int) -> str:
+    """
+    Return how much a command has worked on, in words.
+    """
+    histories = plural(chat_histories, "chat history", "chat histories")
+    return f"{histories} with {plural(messages, 'message', 'messages')}"
+
+
+def history_fields(history: ChatHistoryInfo) -> dict[str, Any]:
+    """
+    Return a history as it is in JSON.
+    """
+    times = {"created_at": history.created_at.isoformat(), "updated_at": history.updated_at.isoformat()}
+    return {**history._asdict(), **times}
+
+
+def message_fields(message: ExaminedMessage) -> dict[str, Any]:
+    """
+    Return a message as it is in JSON.
+    """
+    return {
+        "position": message.position,
+        "created_at": message.created_at.isoformat(),
+        "message": None if message.message is None else message.message.to_dict(),
+        "fault": message.fault,
+    }
+
+
+class Directory:
+    """
+    Prints histories page by page, all in the same columns.
+    """
+
+    def __init__(self, console: Console) -> None:
+        """
+        Begin a list.
+        """
+        self._console = console
+        self._widths: tuple[int, int] | None = None
+
+    def add(self, histories: Sequence[ChatHistoryInfo]) -> None:
+        """
+        Print more histories.
+        """
+        if not self._console.is_terminal:
+            self._add_plain(histories)
+        elif self._console.width < _TABLE_WIDTH:
+            self._add_items(histories)
+        else:
+            self._add_rows(histories)
+
+    def _add_plain(self, histories: Sequence[ChatHistoryInfo]) -> None:
+        for history in histories:
+            row = (
+                harmless_line(history.chat_history_id),
+                harmless_line(history.title or ""),
+                str(history.message_count),
+                str(history.round_count),
+                history.updated_at.isoformat(),
+            )
+            print_plain("\t".join(row))
+
+    def _add_items(self, histories: Sequence[ChatHistoryInfo]) -> None:
+        for history in histories:
+            counts = plural(history.message_count, "message", "messages")
+            self._console.print(Text(harmless_line(history.chat_history_id), "bold", overflow="fold"))
+            if history.title:
+                self._console.print(Text(harmless_line(history.title), overflow="fold"))
+            self._console.print(Text(f"{counts} · {local_time(history.updated_at)}\n", "dim"))
+
+    def _add_rows(self, histories: Sequence[ChatHistoryInfo]) -> None:
+        is_first = self._widths is None
+        if self._widths is None:
+            room = self._console.width - _WIDTH_OF_COUNTS_AND_TIME
+            longest = max((len(harmless_line(history.chat_history_id)) for history in histories), default=0)
+            id_width = max(min(longest, room - _MIN_TITLE_WIDTH, room * 2 // 3), len("id"))
+            self._widths = id_width, room - id_width
+        table = Table(box=None, show_header=is_first, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("id", width=self._widths[0], overflow="fold")
+        table.add_column("title", width=self._widths[1], overflow="ellipsis", no_wrap=True)
+        table.add_column("messages", width=8, justify="right")
+        table.add_column("rounds", width=6, justify="right")
+        table.add_column("updated", width=16)
+        for history in histories:
+            table.add_row(
+                Text(harmless_line(history.chat_history_id), "bold"),
+                Text(harmless_line(history.title or "")),
+                f"{history.message_count:,}",
+                f"{history.round_count:,}",
+                Text(local_time(history.updated_at), "dim"),
+            )
+        self._console.print(table)
+
+
+def print_hits(console: Console, hits: Iterable[SearchHit], query: str) -> None:
+    """
+    Print what a search has found, with what matches in bold.
+    """
+    for hit in hits:
+        place = Text.assemble((harmless_line(hit.chat_history_id), "bold"), (f" {hit.position}", "dim"))
+        if console.is_terminal:
+            console.print(place, overflow="fold")
+            console.print(_highlighted(harmless_line(hit.snippet), query), overflow="fold")
+            console.print()
+        else:
+            row = (harmless_line(hit.chat_history_id), str(hit.position), harmless_line(hit.snippet))
+            print_plain("\t".join(row))
+
+
+def _highlighted(snippet: str, query: str) -> Text:
+    """
+    Mark the words of a query in a snippet; in scripts without spaces, every pair of characters that stands in it.
+    """
+    wanted = {term for phrase in parsed_query(query) for term in phrase.terms}
+    text = Text(snippet)
+    for word in _word.finditer(snippet):
+        if len(terms(word[0])) == 1:
+            spans = [word.span()]
+        else:
+            spans = [(start, start + size) for size in (1, 2) for start in range(word.start(), word.end() + 1 - size)]
+        for start, end in spans:
+            if terms(snippet[start:end])[:1] and terms(snippet[start:end])[0] in wanted:
+                text.stylize("bold reverse", start, end)
+    return text
+
+
+def print_statistics(console: Console, statistics: StoreStatistics, sizes: Mapping[int, int], days: int) -> None:
+    """
+    Print totals, and how messages spread over days and histories.
+
+    :param sizes: How many histories there are by their `size_class`.
+    :param days: How many days to show at most, up to the last one with messages.
+    """
+    totals = Table.grid(padding=(0, 2, 0, 0))
+    totals.add_column(style="dim")
+    totals.add_column(justify="right")
+    totals.add_row("chat histories", f"{statistics.chat_histories:,}")
+    totals.add_row("messages", f"{statistics.messages:,}")
+    totals.add_row("rounds", f"{statistics.rounds:,}")
+    if statistics.size is not None:
+        totals.add_row("size", file_size(statistics.size))
+    console.print(totals)
+    if statistics.messages_per_day:
+        _print_bars(console, "messages per day (UTC)", _last_days(statistics.messages_per_day, days))
+    if sizes:
+        _print_bars(console, "histories by messages", {_size_name(size): sizes[size] for size in sorted(sizes)})
+
+
+def size_class(message_count: int) -> int:
+    """
+    Return the least number of messages that counts as of the same order: 0, 1, 10, 100 …
+    """
+    return 10 ** (len(str(message_count)) - 1) if message_count else 0
+
+
+def sizes_of(histories: Iterable[ChatHistoryInfo]) -> Mapping[int, int]:
+    """
+    Return how many histories there are by their `size_class`.
+    """
+    return Counter(size_class(history.message_count) for history in histories)
+
+
+def _size_name(size: int) -> str:
+    return f"{size:,} to {size * 10 - 1:,}" if size else "0"
+
+
+def _last_days(messages_per_day: Mapping[date, int], count: int) -> dict[str, int]:
+    """
+    Return the last days of those with messages, and those without between them.
+    """
+    last = max(messages_per_day)
+    first = max(min(messages_per_day), last - timedelta(days=count - 1))
+    days = (first + timedelta(days=number) for number in range((last - first).days + 1))
+    return {day.isoformat(): messages_per_day.get(day, 0) for day in days}
+
+
+def _print_bars(console: Console, title: str, numbers: Mapping[str, int]) -> None:
+    most = max([*numbers.values(), 1])
+    number_width = max(len(f"{number:,}") for number in numbers.values())
+    name_width = max(map(len, numbers))
+    width = max(min(_MAX_BAR_WIDTH, console.width - name_width - number_width - 5), 1)
+    bar = "█" if console.encoding.startswith("utf") else "#"
+    console.print()
+    console.print(Text(title, "dim"))
+    for name, number in numbers.items():
+        length = max(round(number * width / most), 1) if number else 0
+        console.print(
+            Text.assemble(f"{name:>{name_width}}  ", f"{number:>{number_width},} ", (bar * length, "cyan")),
+            soft_wrap=True,
+        )
+
+
+def fault_line(fault: Fault) -> Text:
+    """
+    Return a fault as one line.
+    """
+    place = "" if fault.chat_history_id is None else harmless_line(fault.chat_history_id)
+    place += "" if fault.position is None else f" {fault.position}"
+    state = ("repaired ", "green") if fault.is_repaired else ("fault    ", "red")
+    return Text.assemble(state, (f"{place}: " if place else "", "bold"), harmless_line(fault.description))

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Runs a command, and turns what goes wrong into a line of text and an exit status.
+
+| status | means |
+|---|---|
+| 0 | done |
+| 1 | it failed, or the doctor found what is not repaired |
+| 2 | wrong use |
+| 130 | interrupted with Ctrl-C |
+"""
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from haystack_chat_store.cli.app import app
+from haystack_chat_store.cli.terminal import error
+from haystack_chat_store.errors import ChatMessageStoreError
+
+DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+# What typer raises for wrong arguments of any kind. The class has no public name of its own.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """
+    Run a command, and return its exit status.
+
+    :param arguments: What stands behind the command's name. Defaults to what the process was started with.
+    """
+    _accept_any_text()
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        returned = app(
+            None if arguments is None else list(arguments), prog_name="haystack-chat-store", standalone_mode=False
+        )
+        return returned if isinstance(returned, int) else DONE
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except ChatMessageStoreError as failure:  # some of these are ValueErrors too
+        error(failure)
+    except ImportError as failure:  # the driver of an engine
+        error(failure)
+    except BrokenPipeError:
+        raise
+    except OSError as failure:
+        error(f"{failure.filename}: {failure.strerror}" if failure.filename else failure)
+    except _UsageError as failure:
+        _explain(failure)
+        return WRONG_USE
+    except ValueError as failure:
+        error(failure)
+        return WRONG_USE
+    return FAILED
+
+
+def _explain(failure: Exception) -> None:
+    """
+    Say what is wrong with the arguments, and where they are explained.
+    """
+    context = getattr(failure, "ctx", None)
+    command = context.command_path if context is not None else "haystack-chat-store"
+    message = str(failure.format_message())  # type: ignore[attr-defined]
+    error(f"{message.removeprefix('Invalid value: ')}\nHelp: {command} --help")
+
+
+def _accept_any_text() -> None:
+    """
+    Have the process print characters that the terminal's encoding has not, and integers of any length.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys, "set_int_max_str_digits"):
+        sys.set_int_max_str_digits(0)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What reaches the terminal: nothing that it would obey.
+
+All text that comes from a store, an argument or an error passes `harmless` or `harmless_line` before it is printed, and
+all JSON `print_json`.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
+
+from haystack_chat_store.transfer.readable import harmless
+
+# Longer lines are hard to read.
+_MAX_WIDTH = 110
+
+_password = re.compile(r"(\w://[^\s:/@]*:)\S*(?=@)|(\bpassword=)[^\s&]*", re.IGNORECASE)
+
+
+def without_passwords(text: str) -> str:
+    """
+    Return a text with the password of every URL in it left out.
+    """
+    return _password.sub(r"\1\2***", text)
+
+
+def output() -> Console:
+    """
+    Return the console of the standard output. What is printed there is never taken for markup.
+    """
+    return _console(stderr=False)
+
+
+def messages() -> Console:
+    """
+    Return the console of the standard error output, for all that is not the command's result.
+    """
+    return _console(stderr=True)
+
+
+def _console(stderr: bool) -> Console:
+    console = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    console.width = min(console.width, _MAX_WIDTH)
+    return console
+
+
+def print_plain(text: str) -> None:
+    """
+    Print harmless text for programs: as it is, lines and tabs included.
+    """
+    sys.stdout.write(f"{text}\n")
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """
+    Print a JSON object as one line of printable ASCII.
+    """
+    print_plain(json.dumps(data).replace("\x7f", "\\u007f"))
+
+
+def error(message: object) -> None:
+    """
+    Say what went wrong.
+    """
+    console = messages()
+    text = Text.assemble(("Error: ", "bold red"), harmless(without_passwords(str(message))))
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+def note(message: str) -> None:
+    """
+    Say something that is not part of the result, to whoever sits before the terminal.
+    """
+    console = messages()
+    if console.is_terminal:
+        console.print(Text(harmless(message), "dim"))
+
+
+@contextmanager
+def progress(description: str) -> "Iterator[Callable[[int, int | None], None]]":
+    """
+    Lend a function that is told how far something has come, and shows it: what is done, and the total, if known.
+
+    It is shown on a terminal only, from the first call on, and gone at the end.
+    """
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[amount]}", markup=False),
+    )
+    console = messages()
+    if not console.is_interactive:
+        yield lambda _done, _total: None
+        return
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task(description, total=None, visible=False, amount="")
+
+        def show(done: int, total: int | None) -> None:
+            amount = (f"{done:,}" if done else "") if total is None else f"{done:,} of {total:,}"
+            shown.update(task, completed=done, total=total, amount=amount, visible=True)
+
+        yield show

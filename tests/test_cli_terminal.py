@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+In a real terminal, the command line is readable, asks before it deletes, and lets no message do anything but be read.
+"""
+
+import fcntl
+import io
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from datetime import datetime, timezone
+
+import pytest
+from haystack.dataclasses import ChatMessage, FileContent, ImageContent, ReasoningContent, TextContent, ToolCall
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from haystack_chat_store import store_from_url
+from haystack_chat_store.cli import main
+from haystack_chat_store.cli.conversation import print_messages
+from haystack_chat_store.doctor import ExaminedMessage
+from haystack_chat_store.testing.messages import conversation, messages
+from haystack_chat_store.transfer.readable import harmless, harmless_line
+
+# What a terminal obeys: every control character, and what a hostile message would do with them.
+CONTROLS = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))
+REORDERING = "\u061c\u200b\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069\ufeff\U000e0041"
+HOSTILE = "".join(
+    (
+        "\x1b]0;title\x07 \x1b[2J \x1b]8;;http://evil.example\x1b\\link\x1b]8;;\x1b\\ \x9b31m \x90q\x9c",
+        " \x1b]52;c;ZXZpbA==\x07",
+        " [red]markup[/red] [link=http://evil.example]here[/link] :smile: [/] \ud800 &#27;[31m &#x202e;gpj.exe &#155; ",
+        CONTROLS,
+        REORDERING,
+    )
+)
+
+# What the command line itself sends: colours and the like and, for progress bars, the cursor.
+STYLE = re.compile(r"\x1b\[[0-9;]*m")
+CURSOR = re.compile(r"\x1b\[\?25[lh]|\x1b\[2K|\x1b\[1A|\r(?!\n)")
+
+
+class Terminal:
+    """
+    A command in a terminal of its own.
+    """
+
+    def __init__(self, *arguments, columns=80, **environment):
+        self.screen = b""
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        clean_environment = {
+            name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "haystack_chat_store", *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env={**clean_environment, "TERM": "xterm-256color", "PYTHONUTF8": "1", **environment},
+        )
+        os.close(slave)
+
+    def read_until(self, text=None):
+        """
+        Read until some text has come, or to the end.
+        """
+        give_up = time.monotonic() + 120
+        while text is None or text.encode() not in self.screen:
+            assert select.select([self._master], [], [], give_up - time.monotonic())[0], self.screen
+            try:
+                read = os.read(self._master, 65536)
+            except OSError:  # how Linux says that nobody has the terminal open any more
+                read = b""
+            if not read:
+                assert text is None, self.screen
+                break
+            self.screen += read
+
+    def type(self, text):
+        os.write(self._master, text.encode())
+
+    def end(self):
+        """
+        Wait for the end; returns the exit status and what was printed.
+        """
+        self.read_until()
+        os.close(self._master)
+        return self.process.wait(60), self.screen.decode().replace("\r\n", "\n")
+
+
+@pytest.fixture
+def shown(capsys, monkeypatch):
+    """
+    Return what a command that succeeds prints for a terminal, in this process and without styles: its result, or else
+    what it says beside it.
+    """
+
+    def shown(*arguments, columns=80, beside=False):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        out, err = capsys.readouterr()
+        assert exit_.value.code == 0, err
+        assert_harmless(out + err)
+        return STYLE.sub("", err if beside else out)
+
+    return shown
+
+
+def assert_harmless(text):
+    """
+    Nothing is left that a terminal obeys or shows in another order.
+    """
+    text = CURSOR.sub("", STYLE.sub("", text))
+    assert set(text) & set(CONTROLS + REORDERING) <= {"\n"}
+    assert not [character for character in text if 0xD800 <= ord(character) < 0xE000]
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path / 'chat.db'}"
+
+
+@pytest.fixture
+def store(url):
+    return store_from_url(url, last_k=None, skip_system_messages=False)
+
+
+def hostile_messages(text):
+    call = ToolCall(text, {text: [text, {text: text}]}, id=text, extra={text: text})
+    image, file = (
+        ImageContent("AAAA", text, validation=False),
+        FileContent("AAAA", text, filename=text, validation=False),
+    )
+    return [
+        ChatMessage.from_system(text),
+        ChatMessage.from_user(content_parts=[text, image, file], name=text),
+        ChatMessage.from_assistant(text, tool_calls=[call], reasoning=ReasoningContent(text), name=text),
+        ChatMessage.from_assistant(
+            f"# {text}\n- `{text}`\n```{text}\n{text}\n```\n> {text}\n\n[{text}]({text} '{text}')"
+        ),
+        ChatMessage.from_tool(text, origin=call, error=True),
+        ChatMessage.from_tool([TextContent(text), image], origin=call),
+    ]
+
+
+# ------------------------------------------------------------------ nothing hostile gets through
+
+
+@pytest.fixture
+def hostile_id(store):
+    chat_history_id = HOSTILE.replace("\0", "").replace("\ud800", "")
+    store.write_messages(chat_history_id, hostile_messages(HOSTILE + " needle"))
+    store.update_chat_history(chat_history_id, title=chat_history_id)
+    return chat_history_id
+
+
+def commands(hostile_id):
+    return (
+        ("ls",),
+        ("show", hostile_id, "--all", "--full"),
+        ("search", "needle"),
+        ("title", hostile_id),
+        ("stats",),
+        ("doctor",),
+    )
+
+
+def test_no_hostile_byte_reaches_the_terminal(url, hostile_id):
+    for arguments in commands(hostile_id):
+        status, text = Terminal(*arguments, "--store", url).end()
+        assert status == 0
+        assert_harmless(text)
+        if arguments[0] not in ("stats", "doctor"):
+            assert r"\x1b]0;title\x07" in "".join(STYLE.sub("", text).split("\n")), arguments
+            assert "[red]" in text
+
+
+@pytest.mark.parametrize("columns", [10, 40, 75, 76])
+def test_no_hostile_byte_gets_through_in_another_layout(url, hostile_id, shown, columns):
+    for arguments in commands(hostile_id):
+        shown(*arguments, "--store", url, columns=columns)
+
+
+def test_no_hostile_byte_reaches_a_pipe_either(url, hostile_id, capsys):
+    for arguments in commands(hostile_id):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--store", url])
+        out, err = capsys.readouterr()
+        assert_harmless((out + err).replace("\t", " "))
+        assert arguments[0] in ("stats", "doctor") or r"\x1b]0;title\x07" in out
+
+
+def test_no_hostile_byte_reaches_the_terminal_with_an_error_or_a_question(url, hostile_id):
+    for arguments, status in (
+        (("show", HOSTILE.replace("\0", "").replace("\ud800", "?")), 1),
+        (("delete", hostile_id), 1),
+    ):
+        terminal = Terminal(*arguments, "--store", url)
+        if arguments[0] == "delete":
+            terminal.read_until("[y/N]")
+            terminal.type("n\n")
+        ended, text = terminal.end()
+        assert ended == status
+        assert_harmless(text)
+
+
+def test_what_looks_like_markup_or_an_emoji_code_is_shown_as_it_is(url, store, shown):
+    text = "[bold]a[/bold] [link=http://b]c[/link] [/] :smile:"
+    store.write_messages("[red]id[/red]", [ChatMessage.from_user(text), ChatMessage.from_assistant(text)])
+    out = shown("show", "[red]id[/red]", "--store", url)
+    assert out.startswith("[red]id[/red]\n")
+    assert out.count(text) == 2
+
+
+def test_markdown_hides_nothing(url, store, shown):
+    text = "[a link](http://target.example) ![image](http://image.example) <b>html</b> List<int> <!-- comment -->"
+    store.write_messages("chat", [ChatMessage.from_assistant(text)])
+    out = shown("show", "chat", "--store", url, columns=110)
+    for part in ("http://target.example", "http://image.example", "<b>html</b>", "List<int>", "<!-- comment -->"):
+        assert part in out
+
+
+@given(text=st.text(st.characters()))
+def test_cleaning_leaves_what_is_harmless_and_shows_what_is_not(text):
+    assert_harmless(harmless(text).replace("\t", " "))
+    assert_harmless(harmless_line(text))
+    assert "\n" not in harmless_line(text)
+    if text.isprintable():
+        assert harmless(text) == text
+
+
+def test_letters_and_emoji_of_several_characters_stay_whole():
+    for text in ("नमस्ते", "👩‍👩‍👧‍👦", "❤️", "می‌خواهم", "e\u0301", "東京"):
+        assert harmless_line(text) == text
+
+
+def rendered(message, width=80):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, markup=False, emoji=False, highlight=False)
+    time_ = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    print_messages(console, [ExaminedMessage(7, time_, message.role.value, message, None)], full=True)
+    return console.file.getvalue()
+
+
+@settings(max_examples=300, deadline=None)
+@given(message=messages(), width=st.sampled_from([1, 20, 40, 110]))
+def test_every_message_can_be_shown_and_is_harmless(message, width):
+    assert_harmless(rendered(message, width))
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    text=st.lists(
+        st.sampled_from(
+            [
+                *"#*_-+>|`~<>[]()!\\\n\n  \t1.:ab\x1b\x9b",
+                "```",
+                "&#27;",
+                "&#x202e;",
+                "&#12;",
+                "|-|",
+                "](http://x",
+                "![",
+                "***",
+            ]
+        ),
+        max_size=40,
+    ).map("".join)
+)
+def test_any_markdown_can_be_shown_and_is_harmless(text):
+    assert_harmless(rendered(ChatMessage.from_assistant(text)))
+
+
+# ------------------------------------------------------------------ what it looks like
+
+
+def test_markdown_of_the_model_is_rendered_and_words_of_the_user_are_not(url, store, shown):
+    store.write_messages("chat", [ChatMessage.from_user("**mine**"), ChatMessage.from_assistant("**yours**\nnext")])
+    out = shown("show", "chat", "--store", url)
+    assert re.search(r"^  \*\*mine\*\* *$", out, re.MULTILINE)
+    assert re.search(r"^  yours *\n  next *$", out, re.MULTILINE)
+
+
+def test_roles_positions_and_tool_calls_are_shown(url, store, shown):
+    store.write_messages("chat", conversation("uct"))
+    out = shown("show", "chat", "--store", url)
+    assert re.search(r"^user +0 · 20..-..-.. ..:..$", out, re.MULTILINE)
+    assert '  → search {"q": 1}' in out
+    assert "  ← search result 2" in out
+
+
+def test_it_says_how_to_go_on(url, store, shown):
+    store.write_messages("chat", conversation("ua" * 10))
+    at = ("--store", url)
+    assert shown("show", "chat", "-n", "5", *at, beside=True) == "To go on: --before 15\n"
+    assert shown("show", "chat", "-n", "5", "--after", "3", *at, beside=True) == "To go on: --after 8\n"
+    assert shown("show", "chat", "-n", "5", "--before", "5", *at, beside=True) == ""
+    assert shown("ls", *at, beside=True) == ""
+    store.write_messages("other", conversation("u"))
+    assert shown("ls", "-n", "1", *at, beside=True) == "There are more: --limit or --all.\n"
+    assert shown("search", "nothing like it", *at, beside=True).endswith("Nothing found.\n")
+
+
+def test_what_a_search_found_is_marked(url, store, capsys, monkeypatch):
+    store.write_messages("chat", [ChatMessage.from_user("Élan, 東京都 and snake_case.")])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for query, marked in (("elan", ["Élan"]), ("東京", ["東京"]), ("京", ["京"]), ("case ELAN", ["Élan", "case"])):
+        with pytest.raises(SystemExit):
+            main(["search", query, "--store", url])
+        assert re.findall(r"\x1b\[1;7m(.*?)\x1b", capsys.readouterr().out) == marked
+
+
+def test_a_long_text_is_shortened_unless_asked_for(url, store, shown):
+    store.write_messages(
+        "chat", [ChatMessage.from_user("start " + "x" * 10_000 + " end"), ChatMessage.from_user("l\n" * 90)]
+    )
+    out = shown("show", "chat", "--store", url)
+    assert "end" not in out
+    assert "… 6,010 characters more: --full" in out
+    assert len(re.findall("^  l *$", out, re.MULTILINE)) == 40
+    assert "end" in shown("show", "chat", "--full", "--store", url)
+
+
+@pytest.mark.parametrize("columns", [40, 75, 76, 80, 200])
+def test_it_fits_terminals_of_any_width(url, store, columns, shown):
+    for name in ("x" * 150, "short"):
+        store.write_messages(name, [ChatMessage.from_user("word " * 100), ChatMessage.from_assistant("`y` " * 100)])
+        store.update_chat_history(name, title="t" * 300)
+    for arguments in (("ls",), ("show", "short"), ("stats",)):
+        out = shown(*arguments, "--store", url, columns=columns)
+        assert max(map(len, out.split("\n"))) <= columns
+    assert shown("ls", "--store", url, columns=columns).count("x") >= 150  # ids in full
+
+
+def test_colours_can_be_turned_off(url, store):
+    store.write_messages("chat", conversation("ua"))
+    colour = re.compile(r"\x1b\[(\d+;)*(3|4|9|10)[0-7]")
+    assert colour.search(Terminal("show", "chat", "--store", url).end()[1])
+    assert not colour.search(Terminal("show", "chat", "--store", url, NO_COLOR="1").end()[1])
+    assert "\x1b" not in Terminal("show", "chat", "--store", url, TERM="dumb").end()[1]
+
+
+def test_an_export_does_not_go_to_the_terminal(url, store):
+    store.write_messages("chat", [ChatMessage.from_user("needle")])
+    status, text = Terminal("export", "--store", url).end()
+    assert status == 2
+    assert "needle" not in text
+
+
+def test_the_first_search_says_that_it_makes_an_index(url):
+    store = store_from_url(url, durability="normal")
+    for number in range(5):
+        store.write_messages(str(number), [ChatMessage.from_user(f"word {n} " * 200) for n in range(1000)])
+    assert "Making the search index, once" in Terminal("search", "needle", "--store", url).end()[1]
+    assert "Making" not in Terminal("search", "needle", "--store", url).end()[1]
+
+
+# ------------------------------------------------------------------ questions and interruptions
+
+
+def test_what_was_confirmed_is_deleted(url, store):
+    store.write_messages("ada:1", conversation("uaua"))
+    store.write_messages("ada:2", conversation("u"))
+    terminal = Terminal("delete", "--prefix", "ada:", "--store", url)
+    terminal.read_until("[y/N]")
+    assert b"Delete 2 chat histories with 5 messages for good?" in terminal.screen
+    assert b"ada:1" in terminal.screen
+    assert store.count_messages("ada:1") == 4
+    terminal.type("y\n")
+    status, text = terminal.end()
+    assert status == 0
+    assert "Deleted 2 chat histories with 5 messages." in text
+    assert store.list_chat_histories().items == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [(("delete", "chat"), "\n"), (("delete", "chat"), "\x04"), (("purge", "--older-than", "0h"), "no\n")],
+)
+def test_what_was_not_confirmed_stays(url, store, arguments, answer):
+    store.write_messages("chat", conversation("ua"))
+    terminal = Terminal(*arguments, "--store", url)
+    terminal.read_until("[y/N]")
+    terminal.type(answer)
+    status, text = terminal.end()
+    assert status == 1
+    assert "Nothing was deleted." in text
+    assert store.count_messages("chat") == 2
+
+
+def test_an_interrupted_command_ends_quietly_with_130(url, store):
+    store.write_messages("chat", conversation("ua"))
+    terminal = Terminal("delete", "chat", "--store", url)
+    terminal.read_until("[y/N]")
+    terminal.process.send_signal(signal.SIGINT)
+    status, text = terminal.end()
+    assert status == 130
+    assert text.endswith("[y/N] \n")
+    assert store.count_messages("chat") == 2
