@@ -6,7 +6,7 @@ Everything one can run: `nox -l` lists it, `nox -s NAME` runs it.
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.default_venv_backend = "virtualenv"
+nox.options.default_venv_backend = "uv|virtualenv"  # uv takes seconds where pip takes a minute
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "tests"]
 

@@ -93,12 +93,17 @@ def measure(engines: list[Engine], plan: Plan) -> dict[str, Medians]:
 
 
 def environment(engines: list[Engine]) -> str:
-    servers = "".join(f"{engine.server}, " for engine in engines if engine.server)
-    return (
-        f"{platform.python_implementation()} {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {servers}"
-        f"haystack-ai {version('haystack-ai')}, haystack-experimental {version('haystack-experimental')}, "
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
-    )
+    return environment_of(*(engine.server for engine in engines if engine.server))
+
+
+def environment_of(*servers: str) -> str:
+    programs = [
+        f"{platform.python_implementation()} {platform.python_version()}",
+        f"SQLite {sqlite3.sqlite_version}",
+        *servers,
+        *(f"{name} {version(name)}" for name in ("haystack-ai", "haystack-experimental")),
+    ]
+    return f"{', '.join(programs)}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
 
 
 if __name__ == "__main__":
