@@ -292,8 +292,8 @@ def _sqlite(folder: Path, running: ExitStack) -> Place:
     def full_text(phrases: Sequence[Any]) -> Any:
         wanted = " ".join(f'"{" ".join(each.terms)}"' + ("*" if each.is_prefix else "") for each in phrases)
         return bare.execute(
-            "SELECT rank, content FROM (SELECT rowid, rank FROM chat_search WHERE chat_search MATCH ? "
-            "ORDER BY rank LIMIT 20) JOIN chat_messages ON message_key = rowid",
+            "SELECT score, content FROM (SELECT rowid AS found, rank AS score FROM chat_message_terms "
+            "WHERE chat_message_terms MATCH ? ORDER BY rank LIMIT 20) CROSS JOIN chat_messages ON message_key = found",
             (wanted,),
         ).fetchall()
 

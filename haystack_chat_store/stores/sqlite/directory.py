@@ -69,10 +69,8 @@ _OLD_KEYS = """
 _BEGINNING, _END = (2**63 - 1, ""), (-(2**63), "")  # of all histories, the one updated last first
 _DAY = 24 * 60 * 60 * 1_000_000
 
-# How many histories with a prefix are looked up and sorted at first, before more are. And how many are walked past in
-# the index by time, in about the same time.
-_SORTED_AT_FIRST = 64
-_WALKED_PER_SORTED = 16
+# So many histories with a prefix are looked up and sorted at first, or walked past in the index by time. Then more are.
+_TRIED_AT_FIRST = 512
 
 
 class DirectoryOperations(Operations[Database]):
@@ -97,19 +95,19 @@ class DirectoryOperations(Operations[Database]):
         the walk by time. Which it is shows when both are tried, neither at a greater cost than the other.
         """
         place, ids = before or _BEGINNING, id_range(prefix)
-        few = _SORTED_AT_FIRST
+        few = _TRIED_AT_FIRST
 
         def walk(end: tuple[int, str]) -> list[HistoryRow]:
             rows = connection.execute(_WALK_BY_TIME, (self.namespace, *place, *end, *ids, limit))
-            return [HistoryRow(*row) for row in rows]
+            return list(map(HistoryRow._make, rows))
 
         with session.snapshot() as connection:
             while prefix:
                 (count,) = connection.execute(_COUNT_UP_TO, (self.namespace, *ids, few + 1)).fetchone()
                 if count <= few:
                     rows = connection.execute(_SORT_BY_TIME, (self.namespace, *place, *ids, limit))
-                    return [HistoryRow(*row) for row in rows]
-                values = (self.namespace, *place, limit + few * _WALKED_PER_SORTED)
+                    return list(map(HistoryRow._make, rows))
+                values = (self.namespace, *place, limit + few)
                 end = connection.execute(_PLACE_FURTHER_ON, values).fetchone()
                 if end is None:
                     break
@@ -124,7 +122,7 @@ class DirectoryOperations(Operations[Database]):
         first = max(first, f"{after}\x00")  # the least text that is greater than `after`
         with session.connection() as connection:
             rows = connection.execute(_HISTORIES_BY_ID, (self.namespace, first, end, limit))
-            return [HistoryRow(*row) for row in rows]
+            return list(map(HistoryRow._make, rows))
 
     def _update_history(
         self, session: Database, chat_history_id: str, title: str | Unchanged | None, meta: str | Unchanged | None
