@@ -16,7 +16,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 
 def install(session: nox.Session, *groups: str) -> None:
     session.install(
-        "-e", ".[postgres,redis,testing]", *(argument for group in groups for argument in ("--group", group))
+        "-e", ".[postgres,redis,cli,testing]", *(argument for group in groups for argument in ("--group", group))
     )
 
 
@@ -45,7 +45,7 @@ def versions(session: nox.Session) -> None:
 def lowest(session: nox.Session) -> None:
     """Run all tests with the lowest dependencies that pyproject.toml allows."""
     session.install("uv")
-    everything = ["-e", ".[postgres,redis,testing]", "--group", "test"]
+    everything = ["-e", ".[postgres,redis,cli,testing]", "--group", "test"]
     session.run("uv", "pip", "install", "--resolution=lowest-direct", *everything)
     session.run("pytest", *ON_ALL_CORES, *session.posargs, env=ENVIRONMENT)
 

@@ -122,7 +122,7 @@ def main() -> None:
     for key in arguments.engines.split(","):
         with ExitStack() as running:
             folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="chat-store-benchmark-")))
-            place = {"sqlite": _sqlite, "postgres": _postgres}[key](folder, running)
+            place = {"sqlite": _sqlite, "postgres": _postgres}[key](folder, plan, running)
             print(f"\n## {place.name}\n\n| what | measured | target |\n|---|---|---|", flush=True)
             measure(place, plan, folder)
 
@@ -162,8 +162,7 @@ def fill(store: BaseChatMessageStore[Any], plan: Plan, texts: Texts) -> int:
             for position, (role, content) in enumerate(said[first : first + plan.messages_each])
             for message_id in (new_message_id(),)
         ]
-        name = f"user_{number // _HISTORIES_OF_A_USER:05}/chat_{number % _HISTORIES_OF_A_USER:02}"
-        count += store._run(store._import, HistoryRow(name, 0, 0, at, at, None, None), [rows], 0)
+        count += store._run(store._import, HistoryRow(_name(number), 0, 0, at, at, None, None), [rows], 0)
     return count
 
 
@@ -258,19 +257,23 @@ def show(what: str, measured: str, target: str) -> None:
     print(f"| {what} | {measured} | {target} |", flush=True)
 
 
-def _keys() -> Iterator[str]:
+def _keys(plan: Plan) -> Iterator[str]:
     chooser = random.Random(2)
     while True:
-        yield f"user_{chooser.randrange(4_000):05}/chat_{chooser.randrange(_HISTORIES_OF_A_USER):02}"
+        yield _name(chooser.randrange(plan.histories))
 
 
-def _sqlite(folder: Path, running: ExitStack) -> Place:
+def _name(number: int) -> str:
+    return f"user_{number // _HISTORIES_OF_A_USER:05}/chat_{number % _HISTORIES_OF_A_USER:02}"
+
+
+def _sqlite(folder: Path, plan: Plan, running: ExitStack) -> Place:
     path = folder / "large.db"
-    # While it is filled, the disk need not keep up. What is measured afterwards is not about the disk.
+    # While it is filled, the disk need not keep up.
     stores = [
         SQLiteChatMessageStore(path, durability="normal"),
-        SQLiteChatMessageStore(path, durability="normal", search=True),
-        SQLiteChatMessageStore(folder / "empty.db", durability="normal"),
+        SQLiteChatMessageStore(path, search=True),
+        SQLiteChatMessageStore(folder / "empty.db"),
     ]
     for store in stores:
         running.enter_context(closing(store))
@@ -286,7 +289,7 @@ def _sqlite(folder: Path, running: ExitStack) -> Place:
     chooser = random.Random(2)
 
     def key_read() -> Any:
-        key = chooser.randrange(1, 50_000)
+        key = chooser.randrange(1, plan.histories + 1)
         return bare.execute("SELECT * FROM chat_histories WHERE history_key = ?", (key,)).fetchone()
 
     def full_text(phrases: Sequence[Any]) -> Any:
@@ -303,7 +306,7 @@ def _sqlite(folder: Path, running: ExitStack) -> Place:
     return Place("SQLite", *stores, key_read, full_text, fork)
 
 
-def _postgres(_folder: Path, running: ExitStack) -> Place:
+def _postgres(_folder: Path, plan: Plan, running: ExitStack) -> Place:
     binary = next(iter(servers.postgres_binaries().values()))
     url = running.enter_context(servers.PostgresServer(binary)).url
     secret = Secret.from_token(url)
@@ -320,7 +323,7 @@ def _postgres(_folder: Path, running: ExitStack) -> Place:
     with bare.cursor().copy("COPY m FROM STDIN") as copy:
         for position, message in enumerate(conversation(_FORKED)):
             copy.write_row(("long", position, encode_message(message, new_message_id())))
-    keys = _keys()
+    keys = _keys(plan)
 
     def key_read() -> Any:
         key = stores[0]._history_key(next(keys))

@@ -308,7 +308,7 @@ def _start_of_term(text: str, index: int) -> int:
     """
     Return where in a text its term of that index begins, or the text's length if it has none.
 
-    Halves the text until one character is left, so it takes no longer than to make the terms twice.
+    Halves the text until one character is left, so it takes about as long as to make the terms twice.
     """
     start, end = 0, len(text)
     while start < end:

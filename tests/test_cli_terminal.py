@@ -322,12 +322,14 @@ def test_what_a_search_found_is_marked(url, store, capsys, monkeypatch):
 
 
 def test_a_long_text_is_shortened_unless_asked_for(url, store, shown):
+    store.write_messages("chat", [ChatMessage.from_assistant("y" * 10_001)])
     store.write_messages(
         "chat", [ChatMessage.from_user("start " + "x" * 10_000 + " end"), ChatMessage.from_user("l\n" * 90)]
     )
     out = shown("show", "chat", "--store", url)
     assert "end" not in out
     assert "… 6,010 characters more: --full" in out
+    assert "… 6,001 characters more: --full" in out
     assert len(re.findall("^  l *$", out, re.MULTILINE)) == 40
     assert "end" in shown("show", "chat", "--full", "--store", url)
 
@@ -340,7 +342,10 @@ def test_it_fits_terminals_of_any_width(url, store, columns, shown):
     for arguments in (("ls",), ("show", "short"), ("stats",)):
         out = shown(*arguments, "--store", url, columns=columns)
         assert max(map(len, out.split("\n"))) <= columns
-    assert shown("ls", "--store", url, columns=columns).count("x") >= 150  # ids in full
+    listed = shown("ls", "--store", url, columns=columns)
+    assert listed.count("x") >= 150  # ids in full
+    assert len(re.findall(r"20..-..-.. ..:..", listed)) == 2
+    assert columns >= 76 or listed.count("t") >= 600  # where there is no room for columns, titles too
 
 
 def test_colours_can_be_turned_off(url, store):

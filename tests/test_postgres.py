@@ -43,6 +43,12 @@ from haystack_chat_store.testing import (
     Rule04OrderTest,
     Rule06IdempotentWritesTest,
     Rule13LifecycleTest,
+    Rule17DirectoryTest,
+    Rule18PagesTest,
+    Rule19ChangesTest,
+    Rule20ForkingTest,
+    Rule21SearchTest,
+    Rule22ErasingTest,
 )
 from haystack_chat_store.testing.concurrency import assert_whole_and_in_order, in_threads, planned_batches, to_messages
 from haystack_chat_store.testing.kit import Calls, texts
@@ -193,7 +199,19 @@ class TestNewest(OnPostgres, ChatMessageStoreContract, ConcurrencyTest, Processe
     pass
 
 
-class Writing(OnPostgres, Rule03AtomicBatchesTest, Rule04OrderTest, Rule06IdempotentWritesTest, Rule13LifecycleTest):
+class Writing(
+    OnPostgres,
+    Rule03AtomicBatchesTest,
+    Rule04OrderTest,
+    Rule06IdempotentWritesTest,
+    Rule13LifecycleTest,
+    Rule17DirectoryTest,
+    Rule18PagesTest,
+    Rule19ChangesTest,
+    Rule20ForkingTest,
+    Rule21SearchTest,
+    Rule22ErasingTest,
+):
     """
     What could depend on the tables.
     """

@@ -180,7 +180,8 @@ def test_a_search_reads_along_the_index(make_store, server):
     store.count_messages("history")
     execute(
         server.url,
-        f"INSERT INTO {store.schema_name}.chat_messages SELECT md5((n / 10)::text)::uuid, n, now(), n, 'user', '{{}}', "
+        f"INSERT INTO {store.schema_name}.chat_messages SELECT md5((n / 10)::text)::uuid, n, now(), n, 'user', "
+        f"json_build_object('text', repeat('x', 1000)), "
         f"to_tsvector('simple', 'common word' || n) FROM generate_series(1, 20000) n",
     )
     statement = store._statements.search % {

@@ -390,7 +390,7 @@ def test_snippet_is_cut_at_words_around_the_match():
     text = "one two three four five six seven eight nine ten eleven twelve"
     assert snippet(text, parsed_query("six"), 20) == "…five six seven eight…"
     assert snippet(text, parsed_query("one"), 20) == "one two three four…"
-    assert snippet(text, parsed_query("twelve"), 20) == "…nine ten eleven twelve"
+    assert snippet(text, parsed_query("twelve"), 20) == "…ten eleven twelve"
 
 
 def test_snippet_without_blanks_is_cut_between_characters():

@@ -518,6 +518,8 @@ def with_right_checksums(lines):
         ({"created_at": "yesterday"}, []),
         ({"created_at": "2026-01-01T00:00:00"}, []),
         ({"updated_at": None}, []),
+        ({"updated_at": []}, []),
+        ({"updated_at": "0001-01-01T00:00:00+01:00"}, []),
         ({}, [content("m0", "a"), content("m0", "b")]),
         ({}, [content("", "a")]),
         ({}, [content("m" * 513, "a")]),

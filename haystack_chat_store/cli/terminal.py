@@ -63,7 +63,7 @@ def print_json(data: dict[str, Any]) -> None:
     """
     Print a JSON object as one line of printable ASCII.
     """
-    print_plain(json.dumps(data).replace("\x7f", "\\u007f"))
+    print_plain(json.dumps(data))
 
 
 def error(message: object) -> None:

@@ -236,8 +236,14 @@ def _infos(rows: Sequence[HistoryRow]) -> list[ChatHistoryInfo]:
 
 
 def _parsed(meta: str | None) -> dict[str, Any]:
-    parsed: dict[str, Any] = {} if meta is None else parse_json(meta)
-    return parsed
+    """
+    Return a history's meta. What something else has damaged is none, so that it hides no other history.
+    """
+    try:
+        parsed = {} if meta is None else parse_json(meta)
+    except (ValueError, RecursionError):
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
 
 
 def _sealed(row: HistoryRow) -> str:

@@ -95,7 +95,14 @@ def _time_text(microseconds: int) -> str:
 
 @lru_cache(maxsize=100)
 def _microseconds(text: str) -> int:
-    return arguments.microseconds(datetime.fromisoformat(text), "created_at")
+    """
+    Return a time in microseconds since 1970.
+
+    :raises ValueError, TypeError, OverflowError: If it is none, or in UTC none that Python has.
+    """
+    microseconds = arguments.microseconds(datetime.fromisoformat(text), "a time")
+    arguments.time_of(microseconds)
+    return microseconds
 
 
 def verify(file: BinaryIO, name: str, progress: Progress) -> int:
@@ -238,7 +245,7 @@ def _history(lines: _Lines, entry: dict[str, Any]) -> HistoryRow:
             title if isinstance(title, str) else None,
             meta if isinstance(meta, str) else None,
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, OverflowError, KeyError, TypeError):
         raise lines.damaged("there should be a chat history") from None
 
 
@@ -272,7 +279,7 @@ class _HistoryRows:
         while (message := _MESSAGE_LINE.fullmatch(line := self._lines.next())) is not None:
             try:
                 row = arrived_row(_microseconds(message[1]), message[2])
-            except (ValueError, MessageDecodingError):
+            except (ValueError, OverflowError, MessageDecodingError):
                 raise self._lines.damaged("there should be a message with an id") from None
             if row.message_id in ids:
                 raise self._lines.damaged("there is an id that the history has already")
