@@ -253,7 +253,7 @@ def snippet(text: str, phrases: Sequence[Phrase], length: int = 160) -> str:
     :param length: How many characters to return at most, not counting a `…` where something was cut. If what was
         found is longer than that, its beginning is returned.
     """
-    text = text[:MAX_CHARACTERS]
+    text = text[:MAX_CHARACTERS]  # there are no terms in the rest
     reach = 4 * length  # so much is looked at on each side, for much of it may be blanks
     start, end = _first_match(text, phrases, reach)
     match = _one_line(text[start:end])

@@ -248,6 +248,25 @@ def test_the_database_is_only_read(store, library, database):
     assert Path(database).read_bytes() == before
 
 
+def test_what_its_application_has_only_just_written_comes_too_and_stays_where_it_is(store, tmp_path):
+    database = copied("openai-agents", tmp_path)
+    with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute(
+            "INSERT INTO agent_messages (session_id, message_data) VALUES ('new', ?)",
+            [json.dumps({"role": "user", "content": "just now"})],
+        )
+        (tmp_path / "at work").mkdir()
+        files = [
+            shutil.copy(path, tmp_path / "at work") for path in tmp_path.glob("copy.db*") if path.suffix != ".db-shm"
+        ]
+    before = [Path(path).read_bytes() for path in files]
+
+    import_histories(store, tmp_path / "at work" / "copy.db", format="openai-agents")
+
+    assert [each.text for each in store.retrieve_messages("new")] == ["just now"]
+    assert [Path(path).read_bytes() for path in files] == before
+
+
 # ---------------------------------------------------------------------- the OpenAI Agents SDK: what belongs together
 
 

@@ -20,6 +20,7 @@ from haystack_chat_store.codec import encode_message
 from haystack_chat_store.search_text import (
     MAX_BYTES,
     MAX_CHARACTERS,
+    MAX_QUERY_CHARACTERS,
     MAX_QUERY_TERMS,
     MAX_TERM_LENGTH,
     MAX_TERMS,
@@ -83,6 +84,11 @@ def test_stored_content_has_the_same_text(message):
 @given(messages())
 def test_any_stored_content_has_the_same_text(message):
     assert searchable_text_of_content(encode_message(message, "id")) == searchable_text(message)
+
+
+def test_text_that_is_no_text_is_not_searched():
+    message = ChatMessage(ChatRole.USER, [TextContent(5), TextContent("found")])
+    assert searchable_text(message) == searchable_text_of_content(encode_message(message, "id")) == "found"
 
 
 def test_stored_content_with_a_very_long_integer_is_searched():
@@ -227,7 +233,7 @@ HUGE = {
     "base64": base64.b64encode(random.Random(1).randbytes(15_000_000)).decode(),
     "one word": "x" * 20_000_000,
     "one word with accents": "é" * 20_000_000,
-    "blanks": " " * 20_000_000,
+    "blanks": " " * 20_000_000 + "word",
     "Chinese": "東京都の天気は晴れです。" * 2_000_000,
     "German": "Die schöne Müllerin läuft. " * 1_000_000,
 }
@@ -275,6 +281,10 @@ def test_single_character_of_a_script_without_spaces_is_a_prefix():
 def test_terms_of_a_query_are_limited(query):
     assert sum(len(phrase.terms) for phrase in parsed_query(query)) <= MAX_QUERY_TERMS
     assert found(query, query)
+
+
+def test_query_is_read_up_to_its_limit():
+    assert parsed_query(f"{' ' * (MAX_QUERY_CHARACTERS - 4)}word more") == phrases("word")
 
 
 # ---------------------------------------------------------------------- matches
@@ -412,6 +422,7 @@ def test_snippet_shows_where_something_was_cut():
     text = f"start{' ' * 5000}needle{' ' * 5000}end"
     assert snippet(text, parsed_query("needle")) == "…needle…"
     assert snippet("x" * 50, parsed_query("x" * 50), 20) == "x" * 20 + "…"
+    assert snippet(f" {'x' * 20} ", parsed_query("x" * 20), 20) == "x" * 20
     assert snippet("… needle", parsed_query("needle"), 8) == "… needle"
 
 

@@ -70,7 +70,7 @@ _BEGINNING, _END = (2**63 - 1, ""), (-(2**63), "")  # of all histories, the one 
 _DAY = 24 * 60 * 60 * 1_000_000
 
 # So many histories with a prefix are looked up and sorted at first, or walked past in the index by time. Then more are.
-_TRIED_AT_FIRST = 512
+_TRIED_AT_FIRST = 256
 
 
 class DirectoryOperations(Operations[Database]):
