@@ -119,6 +119,8 @@ def _pages(store: BaseChatMessageStore[Any], chat_history_id: str) -> Iterator[S
     limit, after = _FIRST_PAGE, -1
     while page := store._run(store._page, chat_history_id, None, after, limit):
         yield page
+        if len(page) < limit:
+            return
         after = page[-1].position
         characters = sum(len(row.content) for row in page)
         limit = max(1, min(BATCH_ROWS, BATCH_CHARACTERS * len(page) // max(characters, 1)))
@@ -133,8 +135,7 @@ def imported(store: BaseChatMessageStore[Any], histories: Histories, faults: Fau
     """
     chat_histories = messages = skipped = 0
     conflicting: list[str] = []
-    for history, rows in histories:
-        arrived = _arrived(store, history, rows)
+    for history, arrived in _all_arrived(store, histories):
         if arrived is None:
             conflicting.append(history.chat_history_id)
         else:
@@ -154,6 +155,67 @@ class _Arrived(NamedTuple):
     messages: int
     skipped: int
     is_changed: bool
+
+
+def _all_arrived(
+    store: BaseChatMessageStore[Any], histories: Histories
+) -> Iterator[tuple[HistoryRow, _Arrived | None]]:
+    """
+    Bring histories into the store: short ones several at once, for each commit takes as long as many messages.
+    """
+    waiting: list[tuple[HistoryRow, list[MessageRow]]] = []
+    room = _Room()
+    for history, rows in histories:
+        short = room.rows_that_fit(rows)
+        if short is not None:
+            waiting.append((history, short))
+        if short is None or room.is_full():
+            yield from _together_arrived(store, waiting)
+            waiting, room = [], _Room()
+        if short is None:
+            yield history, _arrived(store, history, rows)
+    yield from _together_arrived(store, waiting)
+
+
+class _Room:
+    """
+    How much still fits into a batch.
+    """
+
+    def __init__(self) -> None:
+        self._rows, self._characters = BATCH_ROWS, BATCH_CHARACTERS
+
+    def rows_that_fit(self, rows: Rows) -> list[MessageRow] | None:
+        """
+        Take the messages of a history, or return `None` if they are more than a batch has.
+        """
+        taken: list[MessageRow] = []
+        characters = 0
+        for batch in rows:
+            taken += batch
+            characters += sum(len(row.content) for row in batch)
+            if len(taken) > BATCH_ROWS or characters > BATCH_CHARACTERS:
+                return None
+        self._rows -= len(taken) + 1
+        self._characters -= characters
+        return taken
+
+    def is_full(self) -> bool:
+        return self._rows <= 0 or self._characters <= 0
+
+
+def _together_arrived(
+    store: BaseChatMessageStore[Any], histories: list[tuple[HistoryRow, list[MessageRow]]]
+) -> Iterator[tuple[HistoryRow, _Arrived | None]]:
+    try:
+        if len(histories) > 1:
+            store._run(store._import_several, histories)
+            yield from [(history, _Arrived(len(rows), 0, True)) for history, rows in histories]
+            return
+    except ChatHistoryChangedError:
+        pass  # one of them is there: one by one, then
+    for history, rows in histories:
+        yield history, _arrived(store, history, [rows])
 
 
 def _arrived(store: BaseChatMessageStore[Any], history: HistoryRow, rows: Rows) -> _Arrived | None:

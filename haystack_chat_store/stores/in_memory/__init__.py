@@ -178,6 +178,9 @@ class InMemoryChatMessageStore(BaseChatMessageStore[Namespace]):
         session.put(history.chat_history_id, target.changed(updated_at, {}, imported))
         return len(imported)
 
+    def _import_several(self, session: Namespace, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]) -> int:
+        return sum(self._import(session, history, [rows], 0) for history, rows in histories)
+
     def _history(self, session: Namespace, chat_history_id: str) -> HistoryRow | None:
         history = session.find(chat_history_id)
         return None if history is None else history.row(chat_history_id)

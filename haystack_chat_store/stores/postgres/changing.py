@@ -158,6 +158,16 @@ class Changing(PostgresOperations):
     ) -> int:
         return await session.in_transaction(self._import_locked, history, batches, expected_count, repeatable=False)
 
+    async def _import_several(
+        self, session: "Session", histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
+    ) -> int:
+        return await session.in_transaction(self._import_several_locked, histories)
+
+    async def _import_several_locked(
+        self, session: "Session", histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
+    ) -> int:
+        return sum([await self._import_locked(session, history, [rows], 0) for history, rows in histories])
+
     async def _import_locked(
         self,
         session: "Session",

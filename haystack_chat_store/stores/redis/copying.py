@@ -152,6 +152,11 @@ class RedisCopying(RedisOperations):
                 raise duplicate(answer[1]) if answer[0] == "DUPLICATE" else changed_meanwhile(expected_count, answer[1])
             return answer
 
+    async def _import_several(
+        self, session: "Session", histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
+    ) -> int:
+        return sum([await self._import(session, history, [rows], 0) for history, rows in histories])
+
     async def _fork(self, session: "Session", source_id: str, target_id: str) -> int | None:
         """
         Copy a whole history inside its bucket; but if the target had messages once, return `None`.

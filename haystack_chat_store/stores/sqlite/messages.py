@@ -231,25 +231,38 @@ class MessageOperations(Operations[Database]):
     def _import(
         self, session: Database, history: HistoryRow, batches: Iterable[Sequence[MessageRow]], expected_count: int
     ) -> int:
-        imported = rounds = 0
         with session.transaction() as connection:
-            target = self._find(connection, history.chat_history_id)
-            _check_count(target, expected_count)
-            if target is None:
-                target = self._make(connection, history)
-            for rows in batches:
-                first_key = target.next_key + imported
-                connection.executemany(
-                    _INSERT_MESSAGE,
-                    [
-                        (key, row.message_id, row.role, row.created_at, row.content)
-                        for key, row in enumerate(rows, first_key)
-                    ],
-                )
-                imported += len(rows)
-                rounds += _rounds(rows)
-            updated_at = max(target.updated_at, history.updated_at)
-            connection.execute(_UPDATE_HISTORY, (imported, imported, rounds, updated_at, target.history_key))
+            return self._imported(connection, history, batches, expected_count)
+
+    def _import_several(self, session: Database, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]) -> int:
+        with session.transaction() as connection:
+            return sum(self._imported(connection, history, [rows], 0) for history, rows in histories)
+
+    def _imported(
+        self,
+        connection: sqlite3.Connection,
+        history: HistoryRow,
+        batches: Iterable[Sequence[MessageRow]],
+        expected_count: int,
+    ) -> int:
+        imported = rounds = 0
+        target = self._find(connection, history.chat_history_id)
+        _check_count(target, expected_count)
+        if target is None:
+            target = self._make(connection, history)
+        for rows in batches:
+            first_key = target.next_key + imported
+            connection.executemany(
+                _INSERT_MESSAGE,
+                [
+                    (key, row.message_id, row.role, row.created_at, row.content)
+                    for key, row in enumerate(rows, first_key)
+                ],
+            )
+            imported += len(rows)
+            rounds += _rounds(rows)
+        updated_at = max(target.updated_at, history.updated_at)
+        connection.execute(_UPDATE_HISTORY, (imported, imported, rounds, updated_at, target.history_key))
         return imported
 
     def _page(
