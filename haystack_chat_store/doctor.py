@@ -17,11 +17,9 @@ from haystack_chat_store.errors import MessageDecodingError
 from haystack_chat_store.rounds import MESSAGE_ID_KEY
 from haystack_chat_store.stores import arguments
 from haystack_chat_store.stores.base import BaseChatMessageStore
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.operations import MessageRow
 from haystack_chat_store.types import Fault
-
-_HISTORIES_AT_ONCE = 500
-_MESSAGES_AT_ONCE = 200
+from haystack_chat_store.walks import walked_histories, walked_pages
 
 
 def check(
@@ -56,8 +54,8 @@ def check(
     """
     yield from store._run(store._faults, repair)
     checked = 0
-    for history in _histories(store):
-        for rows in _pages(store, history.chat_history_id):
+    for history in walked_histories(store):
+        for rows in walked_pages(store, history.chat_history_id):
             damaged = [(row, fault) for row in rows if (fault := examine(row).fault) is not None]
             is_repaired = bool(repair and salvage is not None and damaged)
             if is_repaired and salvage is not None:
@@ -129,20 +127,6 @@ def examined_messages(
     """
     history = arguments.validated_id(chat_history_id, "chat_history_id")
     return [examine(row) for row in store._run(store._page, history, before, after, limit)]
-
-
-def _histories(store: BaseChatMessageStore[Any]) -> Iterator[HistoryRow]:
-    after = ""
-    while rows := store._run(store._histories_by_id, "", after, _HISTORIES_AT_ONCE):
-        yield from rows
-        after = rows[-1].chat_history_id
-
-
-def _pages(store: BaseChatMessageStore[Any], chat_history_id: str) -> Iterator[list[MessageRow]]:
-    after = -1
-    while rows := store._run(store._page, chat_history_id, None, after, _MESSAGES_AT_ONCE):
-        yield rows
-        after = rows[-1].position
 
 
 def _save(

@@ -12,6 +12,7 @@ from haystack_chat_store.rounds import MESSAGE_ID_KEY
 from haystack_chat_store.stores.arguments import time_of, validated_id
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 from haystack_chat_store.types import Fault
+from haystack_chat_store.walks import BATCH_CHARACTERS, BATCH_ROWS
 
 #: The messages of a history, in batches. They can be read again, from the first one, as often as need be.
 Rows: TypeAlias = Iterable[Sequence[MessageRow]]
@@ -24,10 +25,6 @@ Faults: TypeAlias = dict[Fault, None]
 
 #: Is told how many messages are done, and how many there are in all, if that is known.
 Progress: TypeAlias = Callable[[int, int | None], None]
-
-#: Batches end at so many messages, or so many characters.
-BATCH_ROWS = 1_000
-BATCH_CHARACTERS = 4_000_000
 
 
 class Transferred(NamedTuple):

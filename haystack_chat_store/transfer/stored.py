@@ -13,8 +13,6 @@ from haystack_chat_store.stores.arguments import validated_id, validated_text
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow, no_history
 from haystack_chat_store.transfer.histories import (
-    BATCH_CHARACTERS,
-    BATCH_ROWS,
     Faults,
     Histories,
     Rows,
@@ -22,11 +20,8 @@ from haystack_chat_store.transfer.histories import (
     is_sound,
 )
 from haystack_chat_store.types import Fault
+from haystack_chat_store.walks import BATCH_CHARACTERS, BATCH_ROWS, walked_histories, walked_pages
 
-# So many messages are read first of a history, before it is known how large they are.
-_FIRST_PAGE = 100
-# So many histories are looked up at once.
-_HISTORIES_AT_ONCE = 1_000
 # So often a history may change under an import before it gives up.
 _ATTEMPTS = 10
 
@@ -70,12 +65,8 @@ class StoredHistories:
 
     def _rows(self) -> Iterator[HistoryRow]:
         if self._ids is not None:
-            yield from filter(None, map(self._looked_up, self._ids))
-            return
-        after = ""
-        while rows := self._store._run(self._store._histories_by_id, self._prefix, after, _HISTORIES_AT_ONCE):
-            yield from rows
-            after = rows[-1].chat_history_id
+            return filter(None, map(self._looked_up, self._ids))
+        return walked_histories(self._store, self._prefix)
 
     def _looked_up(self, chat_history_id: str) -> HistoryRow | None:
         row: HistoryRow | None = self._store._run(self._store._history, chat_history_id)
@@ -103,27 +94,13 @@ class _StoredRows:
         self._store, self._id, self._faults = store, chat_history_id, faults
 
     def __iter__(self) -> Iterator[Sequence[MessageRow]]:
-        for page in _pages(self._store, self._id):
+        for page in walked_pages(self._store, self._id):
             sound = [row for row in page if is_sound(row)]
             if len(sound) < len(page):
                 for position in sorted({row.position for row in page} - {row.position for row in sound}):
                     fault = Fault(self._id, position, "The message cannot be read, and was left out.", False)
                     self._faults[fault] = None
             yield sound
-
-
-def _pages(store: BaseChatMessageStore[Any], chat_history_id: str) -> Iterator[Sequence[MessageRow]]:
-    """
-    Yield the pages of a history, smaller ones where messages are large.
-    """
-    limit, after = _FIRST_PAGE, -1
-    while page := store._run(store._page, chat_history_id, None, after, limit):
-        yield page
-        if len(page) < limit:
-            return
-        after = page[-1].position
-        characters = sum(len(row.content) for row in page)
-        limit = max(1, min(BATCH_ROWS, BATCH_CHARACTERS * len(page) // max(characters, 1)))
 
 
 def imported(store: BaseChatMessageStore[Any], histories: Histories, faults: Faults) -> Transferred:
@@ -225,7 +202,7 @@ def _arrived(store: BaseChatMessageStore[Any], history: HistoryRow, rows: Rows) 
     changed: ChatHistoryChangedError | None = None
     for _ in range(_ATTEMPTS):
         is_there = store._run(store._history, history.chat_history_id) is not None
-        common = _common(_pages(store, history.chat_history_id), rows) if is_there else _Common(0, True)
+        common = _common(walked_pages(store, history.chat_history_id), rows) if is_there else _Common(0, True)
         if common is None:
             return None
         if is_there and not common.has_more:

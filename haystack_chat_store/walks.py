@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Walks through everything that a store has, as it is stored, in memory that does not grow with it.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+
+#: Batches end at so many messages, or so many characters.
+BATCH_ROWS = 1_000
+BATCH_CHARACTERS = 4_000_000
+
+# So many messages are read first of a history, before it is known how large they are.
+_FIRST_PAGE = 100
+# So many histories are looked up at once.
+_HISTORIES_AT_ONCE = 1_000
+
+
+def walked_histories(store: BaseChatMessageStore[Any], prefix: str = "") -> Iterator[HistoryRow]:
+    """
+    Walk through the histories by their ids. Each that is there throughout is seen once, whatever is written meanwhile.
+
+    :param prefix: What their ids begin with.
+    """
+    after = ""
+    while rows := store._run(store._histories_by_id, prefix, after, _HISTORIES_AT_ONCE):
+        yield from rows
+        after = rows[-1].chat_history_id
+
+
+def walked_pages(store: BaseChatMessageStore[Any], chat_history_id: str) -> Iterator[Sequence[MessageRow]]:
+    """
+    Walk through the messages of a history by their positions, in pages, which are smaller where messages are large.
+    """
+    limit, after = _FIRST_PAGE, -1
+    while rows := store._run(store._page, chat_history_id, None, after, limit):
+        yield rows
+        if len(rows) < limit:
+            return
+        after = rows[-1].position
+        characters = sum(len(row.content) for row in rows)
+        limit = max(1, min(BATCH_ROWS, BATCH_CHARACTERS * len(rows) // max(characters, 1)))
