@@ -102,6 +102,13 @@ def benchmarks(session: nox.Session) -> None:
 
 
 @nox.session
+def large(session: nox.Session) -> None:
+    """Measure managing conversations in a database of 5,000,000 messages. Takes most of an hour."""
+    install(session, "test")
+    session.run("python", "benchmarks/management.py", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
 def package(session: nox.Session) -> None:
     """Build the wheel and use it, and an editable install, beside another package of Haystack's namespace."""
     session.install("build", "haystack-ai", "ollama-haystack")
