@@ -112,6 +112,7 @@ def large(session: nox.Session) -> None:
 def package(session: nox.Session) -> None:
     """Build the wheel and use it, and an editable install, beside another package of Haystack's namespace."""
     session.install("build", "haystack-ai", "ollama-haystack")
+    install(session)  # what all modules need
     folder = session.create_tmp()
     session.run("python", "-m", "build", "--wheel", "--outdir", folder)
     for source in (["--no-index", f"--find-links={folder}", "haystack-chat-store"], ["--editable", "."]):
@@ -125,5 +126,12 @@ from haystack_integrations.components.retrievers.chat_store import ChatMessageRe
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
 from haystack_integrations.hooks.chat_store import chat_history_hooks
 import haystack_chat_store
-print(haystack_chat_store.__file__)
+import pkgutil
+
+# Whatever a folder of the source has must have come along: all of it is imported.
+found = [module.name for module in pkgutil.walk_packages(haystack_chat_store.__path__, "haystack_chat_store.")]
+for name in found:
+    if name != "haystack_chat_store.__main__":
+        __import__(name)
+print(haystack_chat_store.__file__, len(found), "modules")
 """

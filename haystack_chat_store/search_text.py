@@ -287,7 +287,7 @@ def _one_line(text: str) -> str:
 
 def _first_match(text: str, phrases: Sequence[Phrase], reach: int) -> tuple[int, int]:
     """
-    Return where in a text the first phrase that is found begins, and where what comes after it does.
+    Return where in a text the first phrase that is found begins, and where the next term does.
 
     :param reach: How far to look for the end.
     """
@@ -297,11 +297,8 @@ def _first_match(text: str, phrases: Sequence[Phrase], reach: int) -> tuple[int,
         return 0, 0
     index, phrase = min(found)
     start = _start_of_term(text, index)
-    count = len(phrase.terms)
-    if _unspaced_character.match(phrase.terms[-1]):  # the last pair's second character begins another
-        count += len(phrase.terms[-1]) - 1
     matched = text[start : start + reach]
-    return start, start + _start_of_term(matched, count)
+    return start, start + _start_of_term(matched, len(phrase.terms))
 
 
 def _start_of_term(text: str, index: int) -> int:

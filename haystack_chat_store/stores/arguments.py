@@ -8,7 +8,7 @@ from typing import Any
 
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store.json_form import encode_meta
+from haystack_chat_store.json_form import encode_meta, parse_json
 from haystack_chat_store.stores.operations import UNCHANGED, Unchanged
 
 #: The longest `chat_history_id` and message id, in characters. Keys of every engine hold as much.
@@ -109,6 +109,19 @@ def validated_title(title: Any) -> str | Unchanged | None:
     return validated_text(title, "title", MAX_TITLE_LENGTH)
 
 
+def parsed_meta(meta: str | None) -> dict[str, Any] | None:
+    """
+    Return the meta of a history, or `None` if its text is not that of a JSON object: something else has damaged it.
+
+    :param meta: JSON text; `None` for an empty meta.
+    """
+    try:
+        parsed = {} if meta is None else parse_json(meta)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
 def validated_meta(meta: Any) -> str | Unchanged | None:
     """
     Return the meta of a history as JSON text, `None` for none, or UNCHANGED.
@@ -129,6 +142,16 @@ def microseconds(time: Any, name: str) -> int:
     if not isinstance(time, datetime) or time.utcoffset() is None:
         raise ValueError(f"{name} must be a datetime with a time zone, such as datetime.now(timezone.utc).")
     return (time - EPOCH) // MICROSECOND
+
+
+def readable_time(microseconds_since_1970: Any) -> datetime:
+    """
+    Return the time that is stored, or the beginning of 1970 for what something else has left in its place.
+    """
+    try:
+        return time_of(microseconds_since_1970)
+    except (TypeError, OverflowError):
+        return EPOCH
 
 
 def time_of(microseconds_since_1970: int) -> datetime:

@@ -162,7 +162,7 @@ def _length(rows: Sequence[MessageRow | FoundRow], *_: object) -> int:
 def _stored(rows: Sequence[MessageRow]) -> list[StoredMessage]:
     messages = decode_messages([row.content for row in rows])
     return [
-        StoredMessage(row.position, arguments.time_of(row.created_at), message)
+        StoredMessage(row.position, arguments.readable_time(row.created_at), message)
         for row, message in zip(rows, messages, strict=True)
     ]
 

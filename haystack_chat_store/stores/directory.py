@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from haystack_chat_store.json_form import parse_json
 from haystack_chat_store.stores import arguments
 from haystack_chat_store.stores.operations import UNCHANGED, HistoryRow, SessionT, Unchanged, no_history
 from haystack_chat_store.stores.steps import Step, SteppedOperations, Steps
@@ -226,24 +225,30 @@ class Directory(SteppedOperations[SessionT]):
 
 def _infos(rows: Sequence[HistoryRow]) -> list[ChatHistoryInfo]:
     made, epoch, microsecond = ChatHistoryInfo._make, arguments.EPOCH, arguments.MICROSECOND
-    return [
-        # Written out, since making these is half of what a page costs.
-        made(
-            (name, messages, rounds, epoch + created * microsecond, epoch + updated * microsecond, title, _parsed(meta))
-        )
-        for name, messages, rounds, created, updated, title, meta in rows
-    ]
+    try:
+        return [
+            # Written out, since making these is half of what a page costs.
+            made(
+                (name, messages, rounds, epoch + first * microsecond, epoch + last * microsecond, title, _parsed(meta))
+            )
+            for name, messages, rounds, first, last, title, meta in rows
+        ]
+    except (TypeError, OverflowError):  # a time that is none
+        readable = [
+            row._replace(created_at=_readable(row.created_at), updated_at=_readable(row.updated_at)) for row in rows
+        ]
+        return _infos(readable)
+
+
+def _readable(time: Any) -> int:
+    return arguments.microseconds(arguments.readable_time(time), "time")
 
 
 def _parsed(meta: str | None) -> dict[str, Any]:
     """
     Return a history's meta. What something else has damaged is none, so that it hides no other history.
     """
-    try:
-        parsed = {} if meta is None else parse_json(meta)
-    except (ValueError, RecursionError):
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
+    return {} if meta is None else arguments.parsed_meta(meta) or {}
 
 
 def _sealed(row: HistoryRow) -> str:
@@ -262,5 +267,5 @@ def _opened(cursor: Any) -> tuple[int, str]:
         return arguments.validated_number(updated_at, "cursor", -(2**62), 2**62), arguments.validated_id(
             chat_history_id, "cursor"
         )
-    except (TypeError, ValueError, binascii.Error):
+    except (TypeError, ValueError, RecursionError, binascii.Error):
         raise ValueError("cursor must be the cursor of a ChatHistoryPage, or None.") from None

@@ -53,7 +53,7 @@ class HistoryRow(NamedTuple):
     What an engine keeps of a chat history beside its messages.
 
     :param created_at: When its first message was stored, in microseconds since 1970, UTC.
-    :param updated_at: When its messages last changed, likewise. A new title or meta does not count.
+    :param updated_at: When its messages last changed, likewise. It never goes back. A new title or meta does not count.
     :param meta: A JSON object as text.
     """
 
@@ -290,8 +290,8 @@ class Operations(ABC, Generic[SessionT]):
         """
         Append all messages of a history, or those up to and including one, to another that has none.
 
-        Return their number. They keep their ids and times, and come in the same order; the target's times of creation
-        and change are now.
+        Return their number. They keep their ids and times, and come in the same order, without gaps; the target's times
+        of creation and change are now. Where there is nothing to copy, nothing is changed, and no target made.
 
         :raises ChatHistoryNotFoundError: If there is no history `source_id`.
         :raises MessageNotFoundError: If it does not have `until_message_id`.
@@ -326,7 +326,8 @@ class Operations(ABC, Generic[SessionT]):
         Do what `_import` does for several histories that are not there yet: each whole, and in less time than alone.
 
         :param histories: As many as make up a batch.
-        :raises ChatHistoryChangedError: If one of them is there. Others may have been imported.
+        :raises ChatHistoryChangedError: If one of them is there, even without messages. Then none was imported, unless
+            it came to be there just now.
         """
         raise self._unsupported("importing")
 

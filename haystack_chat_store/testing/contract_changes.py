@@ -320,8 +320,19 @@ class Rule20ForkingTest(ContractTest):
         assert calls.call(store, "copy_messages", "chat", "fork") == 3
         assert ids(calls.retrieve(store, "fork")) == ["1", "2", "4"]
         assert ids(calls.retrieve(store, "fork", last_k=1)) == ["4"]
+        assert places(calls.call(store, "list_messages", "fork")) == [(0, "1"), (1, "2"), (2, "4")]
         calls.write(store, "fork", [with_id("new")])
         assert ids(calls.retrieve(store, "fork", last_k=2)) == ["4", "new"]
+
+    def test_where_there_is_nothing_to_copy_nothing_changes(self, store: ClosableStore, calls: Calls) -> None:
+        for name in ("empty", "other"):
+            calls.write(store, name, [with_id("1")])
+            calls.delete(store, name, from_message_id="1")
+        before = calls.call(store, "get_chat_history", "other")
+        for target in ("other", "new"):
+            assert calls.call(store, "copy_messages", "empty", target) == 0
+        assert calls.call(store, "get_chat_history", "other") == before
+        assert calls.call(store, "get_chat_history", "new") is None
 
     def test_fork_of_many_messages_is_whole(self, store: ClosableStore, calls: Calls) -> None:
         calls.write(store, "chat", [with_id(str(number)) for number in range(2_500)])

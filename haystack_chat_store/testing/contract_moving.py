@@ -119,6 +119,27 @@ class Rule23MovingTest(ContractTest):
         assert moving("copy_histories", elsewhere, store).messages == 2
         assert ids(calls.retrieve(store, "chat")) == ids(calls.retrieve(elsewhere, "chat"))
 
+    def test_emptied_histories_are_imported_once(
+        self, store: ClosableStore, moving: Any, elsewhere: InMemoryChatMessageStore
+    ) -> None:
+        calls = Calls(is_async=False)
+        for name in "ab":
+            calls.write(elsewhere, name, [with_id("1")])
+            calls.delete(elsewhere, name, from_message_id="1")
+        assert moving("copy_histories", elsewhere, store)[:2] == (2, 0)
+        before = _contents(calls, store)
+        assert moving("copy_histories", elsewhere, store)[:2] == (0, 0)
+        assert _contents(calls, store) == before
+
+    def test_of_several_histories_only_the_new_ones_are_counted(
+        self, store: ClosableStore, moving: Any, elsewhere: InMemoryChatMessageStore
+    ) -> None:
+        calls = Calls(is_async=False)
+        for name in "abc":
+            calls.write(elsewhere, name, conversation("ua"))
+        moving("copy_histories", elsewhere, store, chat_history_ids=["c"])
+        assert moving("copy_histories", elsewhere, store)[:3] == (2, 4, 2)
+
     def test_history_that_has_something_else_stays_as_it_is(
         self, store: ClosableStore, moving: Any, elsewhere: InMemoryChatMessageStore
     ) -> None:

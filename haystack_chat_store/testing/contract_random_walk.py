@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -234,10 +234,6 @@ class _Walk(RuleBasedStateMachine):
             if wanted:
                 self._model[copy] = model
                 self._is_changed(copy)
-                stored = self._call("list_messages", copy, limit=1000)
-                for kept, found in zip(model.messages, stored, strict=True):
-                    kept.position = found.position  # gaps of the source may be kept or closed
-                    model.next_position = found.position + 1
         self._check(source)
         self._check(copy)
 
@@ -312,12 +308,34 @@ class _Walk(RuleBasedStateMachine):
 
     @rule()
     def purge(self) -> None:
-        oldest = self._order[:1]
-        if not oldest:
+        if not self._order:
             return
-        info = self._call("get_chat_history", oldest[0])
-        assert self._call("purge", older_than=info.updated_at) == 0
-        assert self._call("purge", older_than=datetime(1971, 1, 1, tzinfo=timezone.utc)) == 0
+        oldest = self._order[0]
+        last_change = self._call("get_chat_history", oldest).updated_at
+        assert self._call("purge", older_than=last_change) == 0
+        assert self._call("purge", older_than=last_change + timedelta(microseconds=1)) == 1
+        self._forget(oldest)
+        self._check(oldest)
+
+    @rule(prefix=st.sampled_from(["", "a/", "c"]))
+    def sum_up(self, prefix: str) -> None:
+        models = [model for history, model in self._model.items() if history.startswith(prefix)]
+        found = self._call("statistics", prefix=prefix)
+        messages = sum(len(model.messages) for model in models)
+        rounds = sum(kept.role == "user" for model in models for kept in model.messages)
+        assert (found.chat_histories, found.messages, found.rounds) == (len(models), messages, rounds)
+        assert sum(found.messages_per_day.values()) == messages
+
+    @rule(history=_HISTORIES)
+    def iterate(self, history: str) -> None:
+        self._steps += 1
+        found = self._ways[self._steps % 2].iterate(self._stores[0], history)
+        assert found == self._call("list_messages", history, limit=1000)
+
+    @rule()
+    def find_no_faults(self) -> None:
+        store: Any = self._stores[0]
+        assert store._run(store._faults, False) == []
 
     @rule()
     def close(self) -> None:

@@ -8,8 +8,7 @@ from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 from haystack_chat_store.errors import ChatHistoryChangedError, ChatHistoryExistsError
-from haystack_chat_store.json_form import parse_json
-from haystack_chat_store.stores.arguments import validated_id, validated_text
+from haystack_chat_store.stores.arguments import parsed_meta, validated_id, validated_text
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow, no_history
 from haystack_chat_store.transfer.histories import (
@@ -45,8 +44,10 @@ class StoredHistories:
         self._prefix = validated_text(prefix, "prefix")
         self._ids: list[str] | None = None
         if chat_history_ids is not None:
-            if prefix or isinstance(chat_history_ids, str):
-                raise ValueError("Give a list of chat_history_ids or a prefix, not both.")
+            if isinstance(chat_history_ids, str):
+                raise ValueError("chat_history_ids must be a list of ids, got one text.")
+            if prefix:
+                raise ValueError("Give chat_history_ids or a prefix, not both.")
             ids = [validated_id(each, f"chat_history_ids[{index}]") for index, each in enumerate(chat_history_ids)]
             self._ids = list(dict.fromkeys(ids))
             for each in self._ids:
@@ -76,11 +77,8 @@ class StoredHistories:
         """
         Return the history, without its meta if that is damaged.
         """
-        try:
-            if row.meta is None or isinstance(parse_json(row.meta), dict):
-                return row
-        except ValueError:
-            pass
+        if parsed_meta(row.meta) is not None:
+            return row
         self._faults[Fault(row.chat_history_id, None, "Its meta cannot be read, and was left out.", False)] = None
         return row._replace(meta=None)
 

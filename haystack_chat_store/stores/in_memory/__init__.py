@@ -86,6 +86,9 @@ class InMemoryChatMessageStore(BaseChatMessageStore[Namespace]):
         return self._settings_to_dict()
 
     def _run(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        if operation == self._import:  # what it imports may come slowly, from a file or another store
+            history, batches, expected_count = arguments
+            arguments = (history, list(batches), expected_count)
         with _lock:
             return operation(_namespaces.setdefault(self.namespace, Namespace()), *arguments)
 
@@ -131,7 +134,9 @@ class InMemoryChatMessageStore(BaseChatMessageStore[Namespace]):
         if expected_count not in (None, history.count()):
             raise changed_meanwhile(expected_count, history.count())
         new, replaced = planned(messages, history.known(messages), policy)
-        if new or replaced:
+        if new and not replaced:
+            return self._write(session, chat_history_id, new)
+        if replaced:
             times = {position: message.created_at for position in replaced if (message := history.messages[position])}
             changes = {position: _stored(message, times[position]) for position, message in replaced.items()}
             session.put(chat_history_id, history.changed(now, changes, [_stored(m, now) for m in new]))
@@ -160,6 +165,8 @@ class InMemoryChatMessageStore(BaseChatMessageStore[Namespace]):
             raise has_messages(target_id)
         end = len(source.messages) if until_message_id is None else source.positions[until_message_id] + 1
         copied = [message for message in source.messages[:end] if message is not None]
+        if not copied:
+            return 0
         now = _now()
         session.put(target_id, (target or History(now)).changed(now, {}, copied))
         return len(copied)
@@ -179,6 +186,10 @@ class InMemoryChatMessageStore(BaseChatMessageStore[Namespace]):
         return len(imported)
 
     def _import_several(self, session: Namespace, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]) -> int:
+        for history, _ in histories:
+            there = session.find(history.chat_history_id)
+            if there is not None:
+                raise changed_meanwhile(0, there.count())
         return sum(self._import(session, history, [rows], 0) for history, rows in histories)
 
     def _history(self, session: Namespace, chat_history_id: str) -> HistoryRow | None:

@@ -91,7 +91,7 @@ class History:
         """
         Append messages, as a single step.
         """
-        self.updated_at = now
+        self.updated_at = max(self.updated_at, now)
         self.messages.extend(messages)
 
     def changed(self, now: int, changes: Mapping[int, Stored | None], new: Sequence[Stored] = ()) -> "History":
@@ -101,7 +101,9 @@ class History:
         messages = [*self.messages, *new]
         for position, message in changes.items():
             messages[position] = message
-        return replace(self, updated_at=now, messages=messages, positions={}, user_positions=[], indexed=0)
+        return replace(
+            self, updated_at=max(self.updated_at, now), messages=messages, positions={}, user_positions=[], indexed=0
+        )
 
     def read(self, window: Window) -> tuple[list[str], int]:
         """
