@@ -14,6 +14,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import accumulate
@@ -319,10 +320,6 @@ def _postgres(_folder: Path, plan: Plan, running: ExitStack) -> Place:
         running.enter_context(closing(store))
     stores[0].count_messages("none: it makes the tables")
     bare = running.enter_context(closing(psycopg.connect(url, autocommit=True)))
-    bare.execute("CREATE TABLE m (history text, position bigint, content json, PRIMARY KEY (history, position))")
-    with bare.cursor().copy("COPY m FROM STDIN") as copy:
-        for position, message in enumerate(conversation(_FORKED)):
-            copy.write_row(("long", position, encode_message(message, new_message_id())))
     keys = _keys(plan)
 
     def key_read() -> Any:
@@ -342,7 +339,13 @@ def _postgres(_folder: Path, plan: Plan, running: ExitStack) -> Place:
         ).fetchall()
 
     def fork() -> None:
-        bare.execute("INSERT INTO m SELECT %s, position, content FROM m WHERE history = 'long'", [new_message_id()])
+        # Within the same table: where a large one has room for a row, pages are less full than in a small one.
+        source = stores[0]._history_key("long")
+        bare.execute(
+            "INSERT INTO large.chat_messages SELECT %s, position, created_at, message_id, role, content "
+            "FROM large.chat_messages WHERE history_key = %s",
+            [uuid.uuid4(), source],
+        )
 
     return Place("PostgreSQL", *stores, key_read, full_text, fork)
 
