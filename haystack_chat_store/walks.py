@@ -13,8 +13,8 @@ from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 BATCH_ROWS = 1_000
 BATCH_CHARACTERS = 4_000_000
 
-# So many messages are read first of a history, before it is known how large they are.
-_FIRST_PAGE = 100
+#: So many messages are read first of a history, before it is known how large they are.
+FIRST_PAGE = 100
 # So many histories are looked up at once.
 _HISTORIES_AT_ONCE = 1_000
 
@@ -35,7 +35,7 @@ def walked_pages(store: BaseChatMessageStore[Any], chat_history_id: str) -> Iter
     """
     Walk through the messages of a history by their positions, in pages, which are smaller where messages are large.
     """
-    limit, after = _FIRST_PAGE, -1
+    limit, after = FIRST_PAGE, -1
     while rows := store._run(store._page, chat_history_id, None, after, limit):
         yield rows
         if len(rows) < limit:

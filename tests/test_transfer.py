@@ -20,6 +20,7 @@ from itertools import pairwise
 
 import pytest
 from haystack.dataclasses import ChatMessage, FileContent
+from haystack.document_stores.types import DuplicatePolicy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import PostgresServer, RedisCluster, RedisServer
@@ -37,6 +38,7 @@ from haystack_chat_store import (
 )
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow, Operations
 from haystack_chat_store.testing.contract_isolation import HOSTILE_IDS
+from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import conversation, json_objects, sample_messages, user, with_id
 from haystack_chat_store.testing.messages import messages as any_messages
 from haystack_chat_store.transfer import (
@@ -827,3 +829,53 @@ def test_large_messages_are_read_a_few_at_a_time(sqlite, file):
     with file.open("wb") as stream:
         assert peak_memory(lambda: export_to(sqlite, stream)) < 120_000_000
     assert file.stat().st_size > 60_000_000
+
+
+class ChangesWhileItIsRead(InMemoryChatMessageStore):
+    """
+    Somebody else changes a history after its first page was read, so many times.
+    """
+
+    def __init__(self, change, times=1):
+        super().__init__(namespace=uuid.uuid4().hex, last_k=None)
+        self.change, self.times = change, times
+
+    def _page(self, session, chat_history_id, before, after, limit):
+        page = super()._page(session, chat_history_id, before, after, limit)
+        if after == -1 and self.times:
+            self.times -= 1
+            self.change(self)
+        return page
+
+
+def edit_both_ends(store):
+    ends = [store.list_messages("a", after=position, limit=1)[0].message for position in (0, 1_998)]
+    edited = [user("edited", chat_message_id=message.meta["chat_message_id"]) for message in ends]
+    store.write_messages("a", edited, policy=DuplicatePolicy.OVERWRITE)
+
+
+def erase_the_rest(store):
+    store.delete_messages(
+        "a", from_message_id=store.list_messages("a", after=50, limit=1)[0].message.meta["chat_message_id"]
+    )
+
+
+@pytest.mark.parametrize("change", [edit_both_ends, erase_the_rest])
+def test_a_history_that_changes_while_it_is_read_is_exported_as_of_one_moment(target, file, change):
+    store = ChangesWhileItIsRead(change)
+    store.write_messages("a", [user(str(number)) for number in range(2_000)])
+
+    assert export_histories(store, file).faults == ()
+    import_histories(target, file)
+
+    assert texts(target.retrieve_messages("a", last_k=9_999)) == texts(store.retrieve_messages("a"))
+
+
+def test_a_history_that_changes_all_the_time_is_exported_and_reported(file):
+    store = ChangesWhileItIsRead(edit_both_ends, times=1_000)
+    store.write_messages("a", [user(str(number)) for number in range(2_000)])
+
+    exported = export_histories(store, file)
+
+    assert exported.messages == 2_000
+    assert [fault.chat_history_id for fault in exported.faults] == ["a"]

@@ -3,8 +3,10 @@
 Chat histories as they leave a store, and as they arrive in one.
 """
 
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, zip_longest
+from tempfile import SpooledTemporaryFile
 from typing import Any, NamedTuple
 
 from haystack_chat_store.errors import ChatHistoryChangedError, ChatHistoryExistsError
@@ -19,9 +21,9 @@ from haystack_chat_store.transfer.histories import (
     is_sound,
 )
 from haystack_chat_store.types import Fault
-from haystack_chat_store.walks import BATCH_CHARACTERS, BATCH_ROWS, walked_histories, walked_pages
+from haystack_chat_store.walks import BATCH_CHARACTERS, BATCH_ROWS, FIRST_PAGE, walked_histories, walked_pages
 
-# So often a history may change under an import before it gives up.
+# So often a history may change while it is read, or imported to, before that is given up.
 _ATTEMPTS = 10
 
 
@@ -62,7 +64,7 @@ class StoredHistories:
 
     def __iter__(self) -> Histories:
         for row in self._rows():
-            yield self._readable(row), _StoredRows(self._store, row.chat_history_id, self._faults)
+            yield self._readable(row), _StoredRows(self._store, row, self._faults)
 
     def _rows(self) -> Iterator[HistoryRow]:
         if self._ids is not None:
@@ -85,20 +87,48 @@ class StoredHistories:
 
 class _StoredRows:
     """
-    The messages of a stored history that can be read.
+    The messages of a stored history that can be read, as of one moment.
+
+    A page is of one moment by itself. Of a longer history, all pages are read before any is passed on, and read again
+    if it was changed meanwhile.
     """
 
-    def __init__(self, store: BaseChatMessageStore[Any], chat_history_id: str, faults: Faults) -> None:
-        self._store, self._id, self._faults = store, chat_history_id, faults
+    def __init__(self, store: BaseChatMessageStore[Any], history: HistoryRow, faults: Faults) -> None:
+        self._store, self._id, self._faults = store, history.chat_history_id, faults
+        self._updated_at: int | None = history.updated_at
 
     def __iter__(self) -> Iterator[Sequence[MessageRow]]:
-        for page in walked_pages(self._store, self._id):
-            sound = [row for row in page if is_sound(row)]
-            if len(sound) < len(page):
-                for position in sorted({row.position for row in page} - {row.position for row in sound}):
-                    fault = Fault(self._id, position, "The message cannot be read, and was left out.", False)
-                    self._faults[fault] = None
-            yield sound
+        for attempt in range(1, _ATTEMPTS + 1):
+            with SpooledTemporaryFile(BATCH_CHARACTERS) as kept:  # on the disk if it is much
+                count = rows = 0
+                for page in walked_pages(self._store, self._id):
+                    pickle.dump(page, kept)
+                    count, rows = count + 1, rows + len(page)
+                is_changed = rows >= FIRST_PAGE and self._is_changed()
+                if is_changed and attempt == _ATTEMPTS:
+                    fault = (
+                        "It was changed all the time, and parts of it may have been read before others were changed."
+                    )
+                    self._faults[Fault(self._id, None, fault, False)] = None
+                if not is_changed or attempt == _ATTEMPTS:
+                    kept.seek(0)
+                    for _ in range(count):
+                        yield self._sound(pickle.load(kept))  # noqa: S301  (we wrote it)
+                    return
+
+    def _is_changed(self) -> bool:
+        before = self._updated_at
+        history = self._store._run(self._store._history, self._id)
+        self._updated_at = None if history is None else history.updated_at
+        return self._updated_at != before
+
+    def _sound(self, page: Sequence[MessageRow]) -> Sequence[MessageRow]:
+        sound = [row for row in page if is_sound(row)]
+        if len(sound) < len(page):
+            for position in sorted({row.position for row in page} - {row.position for row in sound}):
+                fault = Fault(self._id, position, "The message cannot be read, and was left out.", False)
+                self._faults[fault] = None
+        return sound
 
 
 def imported(store: BaseChatMessageStore[Any], histories: Histories, faults: Faults) -> Transferred:
