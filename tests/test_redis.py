@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -1086,14 +1087,21 @@ class LosesAnswers:
             threading.Thread(target=self._pass_on, args=(client,), daemon=True).start()
 
     def _pass_on(self, client):
+        request = b""
         with client, socket.create_connection((HOST, self._server.port)) as server:
-            while request := client.recv(1 << 20):
-                server.sendall(request)
-                answer = server.recv(1 << 20)
-                if b"EVAL" in request and not answer.startswith(b"-NOSCRIPT") and self.to_lose:
-                    self.to_lose -= 1
-                    return
-                client.sendall(answer)
+            while True:
+                for ready in select.select([client, server], [], [])[0]:
+                    if not (data := ready.recv(1 << 20)):
+                        return
+                    if ready is client:  # one part of a request, perhaps, of several
+                        request += data
+                        server.sendall(data)
+                        continue
+                    if b"EVAL" in request and not data.startswith(b"-NOSCRIPT") and self.to_lose:
+                        self.to_lose -= 1
+                        return
+                    request = b""
+                    client.sendall(data)
 
 
 @on_every_server

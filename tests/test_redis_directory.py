@@ -5,6 +5,7 @@ The directory of Redis' buckets: what has expired is not in it, what a page cost
 """
 
 import asyncio
+import json
 import re
 import time
 from contextlib import closing
@@ -42,6 +43,9 @@ from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 from haystack_chat_store.testing.messages import with_id
 
 MANY = [f"user_{number:03d}" for number in range(300)]  # some in every bucket
+
+
+IN_AN_HOUR = int(time.time() + 3600) * 10**6
 
 
 def ids(page):
@@ -306,3 +310,29 @@ def test_a_change_whose_answer_was_lost_is_not_taken_for_somebody_elses(make_sto
         for target in (same_bucket, "history"):
             assert said(store, target) == ["one", "three"]
         store.close()
+
+
+@on_every_engine
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda store: store.write_messages("history", [with_id("c")]),
+        lambda store: store.write_messages("history", [with_id("a", "Oh!")], policy=DuplicatePolicy.OVERWRITE),
+        lambda store: store.delete_messages("history", message_ids=["a"]),
+        lambda store: store.delete_messages("history", from_message_id="b"),
+        lambda store: [
+            store.delete_messages("history", from_message_id="a"),
+            store.write_messages("source", [with_id("a")]),
+            store.copy_messages("source", "history"),
+        ],
+    ],
+    ids=["write", "overwrite", "delete", "rewind", "copy"],
+)
+def test_a_clock_that_was_set_back_moves_no_history_back(store, change):
+    rows = [MessageRow(0, IN_AN_HOUR, name, "user", json.dumps(with_id(name).to_dict())) for name in "ab"]
+    store._run(store._import, HistoryRow("history", 0, 0, 5, IN_AN_HOUR, None, None), [rows], 0)
+    store.write_messages("newer", [with_id("a")])
+    change(store)
+    assert store.get_chat_history("history").updated_at.timestamp() == IN_AN_HOUR / 10**6
+    assert ids(store.list_chat_histories())[0] == "history"
+    assert store._run(store._faults, False) == []

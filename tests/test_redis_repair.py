@@ -5,6 +5,8 @@ What something else has changed or evicted in Redis is found, and mended as far 
 """
 
 import json
+import time
+from datetime import datetime, timedelta, timezone
 
 import pytest
 from test_redis import (  # noqa: F401  (fixtures)
@@ -22,7 +24,8 @@ from test_redis import (  # noqa: F401  (fixtures)
     server,
     store,
 )
-from test_redis_upgrade import write_as_version_1
+from test_redis_copying import HISTORY, row
+from test_redis_upgrade import UPDATED_AT, write_as_version_1
 
 from haystack_chat_store.errors import StoreUnavailableError
 from haystack_chat_store.testing.messages import with_id
@@ -160,8 +163,15 @@ def test_an_entry_without_a_history_is_removed(damaged, client):
         ("round_count", 0),
         ("next_position", 3),
         ("next_position", 9),
+        ("round_count", "many"),
         ("updated_at", "never"),
+        ("updated_at", "9" * 40),
+        ("updated_at", "-inf"),
         ("created_at", ""),
+        ("created_at", b"\xff"),
+        ("created_at", "1e300"),
+        ("created_at", "9" * 18),
+        ("expires_at", "never"),
         ("chat_history_id", "another"),
     ],
 )
@@ -174,6 +184,7 @@ def test_wrong_counters_are_mended(damaged, client, field, value):
     assert positions == [0, 1, 3, 4]
     assert (after.message_count, after.round_count, after.title) == (4, 4, "Weather")
     assert abs(after.updated_at - before.updated_at).total_seconds() < 5
+    assert abs(after.created_at - before.created_at).total_seconds() < 5
     assert said(damaged.store) == LEFT
 
 
@@ -193,10 +204,114 @@ def test_an_index_that_does_not_fit_the_messages_is_mended(damaged, client):
 def test_roles_and_times_that_do_not_fit_the_messages_are_mended(damaged, client):
     client.set(damaged.key("roles"), "uxxxa")
     client.setrange(damaged.key("times"), 18, "some time or other")
-    damaged.assert_found_and_mended("another role", "lost its time")
+    damaged.assert_found_and_mended("another role", "its time is none")
     assert said(damaged.store) == LEFT
     assert len(damaged.store.retrieve_messages("history", last_k=4)) == 4
     assert damaged.store.list_messages("history")[1].created_at.year > 2000
+
+
+# Texts that are no times: not even numbers, or none that a datetime can be.
+NO_TIMES = ["never", "", b"\xff", "inf", "nan", "1e300", "0x10", "9" * 18, "9" * 5000, "-" + "9" * 17, "5 5"]
+
+
+@on_every_engine
+@pytest.mark.parametrize("no_time", NO_TIMES, ids=lambda text: repr(text)[:20])
+@pytest.mark.parametrize("field", ["created_at", "updated_at"])
+def test_a_time_that_is_none_hides_no_history_and_stops_no_call(damaged, client, field, no_time):
+    store = damaged.store
+    names = {info.chat_history_id for info in store.list_chat_histories().items}
+    client.hset(damaged.key("history"), field, no_time)
+    assert {info.chat_history_id for info in store.list_chat_histories().items} == names
+    assert {row.chat_history_id for row in store._run(store._histories_by_id, "", "", 9)} == names
+    assert store.get_chat_history("history").message_count == 4
+    assert store.update_chat_history("history", title="Rain").title == "Rain"
+    assert len(store.list_messages("history")) == 4
+    assert store.statistics().messages == 6
+    for target in (next(neighbours("history")) + " copy", "somewhere else"):
+        assert store.copy_messages("history", target) == 4
+    new = row("new", created_at=int(time.time()) * 10**6)
+    assert store._run(store._import, HISTORY._replace(chat_history_id="history"), [[new]], 4) == 1
+    if field == "updated_at":
+        client.hset(damaged.key("history"), field, no_time)
+    say(store, "Hi!")
+    store.delete_messages("history", message_ids=["new"])
+    assert len(said(store)) == 5
+    found = damaged.faults(repair=True)
+    assert found == [] if field == "updated_at" else all("created_at is no time" in each.description for each in found)
+    assert damaged.faults() == []
+    info, now = store.get_chat_history("history"), datetime.now(timezone.utc)
+    assert timedelta() <= now - info.created_at < timedelta(minutes=5)
+    assert timedelta() <= now - info.updated_at < timedelta(minutes=5)
+
+
+@on_every_engine
+@pytest.mark.parametrize("no_time", ["some time or other", "9" * 18, "-" + "9" * 17, " " * 18])
+def test_a_message_whose_time_is_none_hides_no_other(damaged, client, no_time):
+    client.setrange(damaged.key("times"), 18, no_time)
+    times = [each.created_at.year for each in damaged.store.list_messages("history")]
+    assert [year > 2000 for year in times] == [True, False, True, True]
+    assert times[1] == 1970
+    assert damaged.store.statistics().messages == 6
+    damaged.assert_found_and_mended("its time is none")
+    assert all(each.created_at.year > 2000 for each in damaged.store.list_messages("history"))
+
+
+@on_every_engine
+@pytest.mark.parametrize("score", ["inf", "-inf", 1e300, 5e17, -1e18, 0.5])
+def test_a_wrong_place_in_the_directory_hides_no_history(damaged, client, score):
+    names = {info.chat_history_id for info in damaged.store.list_chat_histories().items}
+    client.zadd(damaged.of_bucket("histories"), {"history": score})
+    found, cursor = [], None
+    while len(found) < 9:
+        page = damaged.store.list_chat_histories(limit=1, cursor=cursor)
+        found += [info.chat_history_id for info in page.items]
+        cursor = page.cursor
+        if cursor is None:
+            break
+    assert len(found) == len(names)
+    assert set(found) == names
+    damaged.assert_found_and_mended("wrong place")
+
+
+@on_every_engine
+def test_a_history_of_version_1_whose_time_of_creation_is_none_can_be_read_and_mended(store, client):
+    write_as_version_1(store, client, "history", "Hi!", "Are you there?")
+    client.hset(key_of(store, client, "history"), "created_at", "never")
+    assert [each.created_at.year for each in store.list_messages("history")] == [1970, 1970]
+    assert store.statistics().messages == 2
+    assert all(fault.is_repaired for fault in store._run(store._faults, True))
+    assert store._run(store._faults, False) == []
+    info = store.get_chat_history("history")
+    assert info.created_at == info.updated_at == store.list_messages("history")[1].created_at
+    assert info.updated_at.timestamp() == UPDATED_AT / 10**6
+
+
+@on_every_engine
+def test_what_has_no_time_left_at_all_is_mended_to_be_of_now(store, client):
+    write_as_version_1(store, client, "history", "Hi!")
+    client.hset(key_of(store, client, "history"), mapping={"created_at": "never", "updated_at": "never"})
+    assert all(fault.is_repaired for fault in store._run(store._faults, True))
+    assert store._run(store._faults, False) == []
+    (message,) = store.list_messages("history")
+    assert timedelta() <= datetime.now(timezone.utc) - message.created_at < timedelta(minutes=5)
+
+
+@on_every_engine
+def test_times_long_after_ours_are_no_fault(store):
+    last = HISTORY._replace(created_at=253402300799999997, updated_at=253402300799999999)
+    assert store._run(store._import, last, [[row("a", created_at=253402300799999998)]], 0) == 1
+    assert store.list_messages("imported")[0].created_at.microsecond == 999998
+    assert store._run(store._faults, False) == []
+
+
+@on_every_engine
+@pytest.mark.parametrize("is_write", [True, False], ids=["write", "delete"])
+def test_a_history_with_a_counter_that_is_none_is_left_alone(damaged, client, is_write):
+    client.hset(damaged.key("history"), "round_count", "many")
+    before = everything(damaged.store, client)
+    with pytest.raises(StoreUnavailableError):
+        say(damaged.store, "Hi!") if is_write else damaged.store.delete_messages("history", message_ids=["one"])
+    assert everything(damaged.store, client) == before
 
 
 @on_every_engine

@@ -4,6 +4,7 @@ What the parts of the store have in common: its keys, and reading a history in p
 """
 
 import json
+import re
 import secrets
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,7 @@ from haystack_chat_store.rounds import MESSAGE_ID_KEY
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.operations import MessageRow
 from haystack_chat_store.stores.redis.keys import BucketKeys, HistoryKeys, Keys, bucket_of
-from haystack_chat_store.stores.redis.scripts import TIME_LENGTH
+from haystack_chat_store.stores.redis.scripts import MOMENTS, TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import messages as of_messages
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ MAX_COUNT = 2**53
 STEP = 1000
 #: As much text is looked into on the event loop itself.
 _CHARACTERS_ON_LOOP = 100_000
+
+_INTEGER = re.compile(f"-?[0-9]{{1,{TIME_LENGTH}}}")
 
 #: The letters that stand for roles.
 ROLES = {"u": "user", "a": "assistant", "t": "tool", "s": "system"}
@@ -79,7 +82,7 @@ class RedisOperations(BaseChatMessageStore["Session"]):
         if nameless:
             names = {position: name for name, position in (await self._index(session, keys[0], history)).items()}
             rows = [row if row.message_id else row._replace(message_id=names.get(row.position, "")) for row in rows]
-        return Part(not state.startswith(" "), state, next_position, rows)
+        return Part(bool(state), state, next_position, rows)
 
     async def _positions(
         self, session: "Session", chat_history_id: str, message_ids: Sequence[str]
@@ -102,7 +105,7 @@ class RedisOperations(BaseChatMessageStore["Session"]):
         """
         Delete messages by their ids, and return how many there were, or why nothing was deleted.
 
-        :param required: The id of a message that the history must have.
+        :param required: The id of a message that the history must have, and which is deleted with all that follows it.
         :param next_position: The history's, if nothing may have been appended that changes it.
         """
         bucket, history = self._keys_of(chat_history_id)
@@ -128,7 +131,7 @@ def _rows(pieces: Sequence[Any]) -> list[MessageRow]:
     for first, letters, contents, times in pieces:
         for index, (letter, content) in enumerate(zip(letters, contents, strict=True)):
             if letter != GAP:
-                time = number(times[index * TIME_LENGTH : (index + 1) * TIME_LENGTH])
+                time = moment(times[index * TIME_LENGTH : (index + 1) * TIME_LENGTH]) or 0
                 message_id, _ = described(content) or ("", "")
                 rows.append(MessageRow(first + index, time, message_id, ROLES.get(letter, letter), content))
     return rows
@@ -155,6 +158,15 @@ def number(text: str | None) -> int:
         return int(text or 0)
     except ValueError:
         return 0
+
+
+def moment(text: str | None) -> int | None:
+    """
+    Return a time that is stored as text, in microseconds since 1970; `None` if it is none.
+    """
+    if not text or not _INTEGER.fullmatch(text):
+        return None
+    return time if (time := int(text)) in MOMENTS else None
 
 
 def new_name() -> str:

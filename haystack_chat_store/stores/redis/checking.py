@@ -5,13 +5,14 @@ Finding and mending what does not fit together: what something else has changed,
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, NamedTuple
 
 from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.stores.arguments import microseconds
 from haystack_chat_store.stores.operations import MessageRow
-from haystack_chat_store.stores.redis.base import GAP, ROLES, STEP, described, new_name, number
+from haystack_chat_store.stores.redis.base import GAP, ROLES, STEP, described, moment, new_name, number
 from haystack_chat_store.stores.redis.copying import RedisCopying
-from haystack_chat_store.stores.redis.directory import RedisDirectory
 from haystack_chat_store.stores.redis.keys import BUCKETS, bucket_of
 from haystack_chat_store.stores.redis.scripts import TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import checking as scripts
@@ -109,13 +110,13 @@ class _Findings:
         """
         for index in range(count):
             letter = roles[index : index + 1]
-            time = _time(times[index * TIME_LENGTH : (index + 1) * TIME_LENGTH])
+            time = moment(times[index * TIME_LENGTH : (index + 1) * TIME_LENGTH])
             content = contents[index] if index < len(contents) else None
             message = _NO_MESSAGE if not content else self._message(content, letter)
             if not content and (content is None or letter != GAP):
                 self._add("is gone", len(self.messages))
             elif time is None and self._is_even and self._seen.times:
-                self._add("has lost its time", len(self.messages))
+                self._add("its time is none", len(self.messages))
             self.messages.append(message._replace(time=time))
 
     def _message(self, content: str, letter: str) -> _Message:
@@ -150,8 +151,8 @@ class _Findings:
             if getattr(seen, name) != str(value):
                 self._add(f"its {name} is {getattr(seen, name) or 'lost'}, and should be {value}", is_in_messages=False)
         for name in ("created_at", "updated_at"):
-            if not getattr(seen, name).lstrip("-").isdigit():
-                self._add(f"its {name} is lost", is_in_messages=False)
+            if moment(getattr(seen, name)) is None:
+                self._add(f"its {name} is no time", is_in_messages=False)
         if seen.chat_history_id != chat_history_id:
             self._add("its id is not noted", is_in_messages=False)
         self._look_at_lists()
@@ -159,7 +160,7 @@ class _Findings:
 
     def _look_at_lists(self) -> None:
         seen = self._seen
-        if not seen.score or float(seen.score) != number(seen.updated_at):
+        if not seen.score or float(seen.score) != float(moment(seen.updated_at) or 0):
             self._add("is missing in the directory, or in a wrong place of it", is_in_messages=False)
         if not seen.name_score:
             self._add("is missing among the names", is_in_messages=False)
@@ -180,9 +181,10 @@ class _Findings:
         Return what the hash of the history should hold.
         """
         times = [message.time for message in self.messages if message.time is not None]
-        created_at = _time(self._seen.created_at)
-        updated_at = _time(self._seen.updated_at)
-        created_at = min(times, default=0) if created_at is None else created_at
+        created_at, updated_at = moment(self._seen.created_at), moment(self._seen.updated_at)
+        if created_at is None:
+            now = microseconds(datetime.now(timezone.utc), "now")
+            created_at = min(times, default=now if updated_at is None else updated_at)
         return {
             "chat_history_id": chat_history_id,
             "next_position": len(self.messages),
@@ -199,7 +201,7 @@ class _Findings:
         self.needs_rewriting |= is_in_messages
 
 
-class RedisChecking(RedisDirectory, RedisCopying):
+class RedisChecking(RedisCopying):
     """
     The operations that look after a store.
     """
@@ -330,7 +332,7 @@ class RedisChecking(RedisDirectory, RedisCopying):
                     contents, *_ = await self._raw(session, chat_history_id, first, len(messages))
                     await stage.add(_rows(first, messages, contents, int(fields["created_at"])))
             how = ("new" if findings.needs_rewriting else "old") if seen.keys else "none"
-            expires_at = seen.expires_at or seen.expiry_score
+            expires_at = seen.expires_at if number(seen.expires_at) else seen.expiry_score
             values = [value for field in fields.items() for value in field]
             arguments = [chat_history_id, seen.joined(), how, expires_at, fields["updated_at"], *values]
             if not await session.run(scripts.MEND, [*bucket, *history, *stage.keys], arguments):
@@ -346,10 +348,6 @@ def _rows(first: int, messages: Sequence[_Message], contents: Sequence[str], cre
         time = created_at if message.time is None else message.time
         rows.append(MessageRow(first + index, time, message.message_id, message.role, content))
     return rows
-
-
-def _time(text: str) -> int | None:
-    return int(text) if text.lstrip("-").isdecimal() else None
 
 
 def _with_id(content: str, message_id: str) -> str:

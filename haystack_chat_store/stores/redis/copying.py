@@ -18,6 +18,7 @@ from haystack_chat_store.stores.operations import (
     not_found,
 )
 from haystack_chat_store.stores.redis.base import GAP, STEP, RedisOperations, letters_of, new_name
+from haystack_chat_store.stores.redis.directory import RedisDirectory
 from haystack_chat_store.stores.redis.keys import StagedKeys, bucket_of
 from haystack_chat_store.stores.redis.scripts import TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import messages as of_messages
@@ -115,7 +116,7 @@ class Stage:
         return part.state == state
 
 
-class RedisCopying(RedisOperations):
+class RedisCopying(RedisDirectory):
     """
     The operations that bring many messages at once.
     """
@@ -155,11 +156,14 @@ class RedisCopying(RedisOperations):
     async def _import_several(
         self, session: "Session", histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
     ) -> int:
+        there = await self._described(session, [history.chat_history_id for history, _ in histories])
+        for each in there.values():
+            raise changed_meanwhile(0, each.row.message_count)
         return sum([await self._import(session, history, [rows], 0) for history, rows in histories])
 
     async def _fork(self, session: "Session", source_id: str, target_id: str) -> int | None:
         """
-        Copy a whole history inside its bucket; but if the target had messages once, return `None`.
+        Copy a whole history inside its bucket; but if its messages would get other positions, return `None`.
         """
         bucket, target = self._keys_of(target_id)
         keys = [*bucket, *target, *self._keys.of_history(source_id)]

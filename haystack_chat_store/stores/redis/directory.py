@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from haystack_chat_store.errors import StoreUnavailableError
 from haystack_chat_store.stores.arguments import time_of
 from haystack_chat_store.stores.operations import UNCHANGED, HistoryRow, Unchanged, end_of_prefix
-from haystack_chat_store.stores.redis.base import GAP, STEP, RedisOperations, number
+from haystack_chat_store.stores.redis.base import GAP, STEP, RedisOperations, moment, number
 from haystack_chat_store.stores.redis.keys import BUCKETS, bucket_of
 from haystack_chat_store.stores.redis.scripts import TIME_LENGTH, Script
 from haystack_chat_store.stores.redis.scripts import directory as scripts
@@ -76,7 +76,7 @@ class RedisDirectory(RedisOperations):
         self, session: "Session", prefix: str, before: tuple[int, str] | None, limit: int
     ) -> list[HistoryRow]:
         def asked(place: _Place | None, count: int) -> list[str | int]:
-            after = ("", "") if place is None else (str(int(place.time)), place.chat_history_id)
+            after = ("", "") if place is None else (str(_whole(place.time)), place.chat_history_id)
             return [prefix, *_range(prefix), count, *after]
 
         def answered(answer: Any) -> tuple[_Place | None, list[_Place]]:
@@ -201,7 +201,7 @@ class RedisDirectory(RedisOperations):
                     row = infos[chat_history_id].row
                     # One that has changed in this moment keeps its place in this list.
                     is_same = not each.is_falling or float(row.updated_at) == time
-                    rows.append(row if is_same else row._replace(updated_at=int(time)))
+                    rows.append(row if is_same else row._replace(updated_at=_whole(time)))
             del waiting[:needed]
             if len(rows) == limit or not (waiting or to_go_on):
                 return rows
@@ -271,7 +271,7 @@ class RedisDirectory(RedisOperations):
     ) -> Counter[int]:
         found = await session.run(scripts.TIMES, [self._keys.of_bucket(bucket).schema_version, *keys], ranges)
         return Counter(
-            number(times[index * TIME_LENGTH : (index + 1) * TIME_LENGTH]) // _MICROSECONDS_PER_DAY
+            (moment(times[index * TIME_LENGTH : (index + 1) * TIME_LENGTH]) or 0) // _MICROSECONDS_PER_DAY
             for roles, times in zip(found[::2], found[1::2], strict=True)
             for index, letter in enumerate(roles)
             if letter != GAP
@@ -311,8 +311,15 @@ def _described(chat_history_id: str, info: Sequence[str | None]) -> _Described |
     if message_count is None:
         return None
     counts = number(message_count), number(round_count)
-    row = HistoryRow(chat_history_id, *counts, number(created_at), number(updated_at), title, meta)
+    row = HistoryRow(chat_history_id, *counts, moment(created_at) or 0, moment(updated_at) or 0, title, meta)
     return _Described(row, number(next_position), version is not None)
+
+
+def _whole(time: float) -> int:
+    """
+    Return a time as a number that a cursor can have, however far something else has moved a history in the directory.
+    """
+    return int(max(-(2.0**62), min(time, 2.0**62)))
 
 
 def _range(prefix: str, after: str = "") -> tuple[str, str]:

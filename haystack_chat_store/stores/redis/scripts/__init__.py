@@ -9,11 +9,19 @@ times, beyond proto-max-bulk-len). After that it refuses none of the script.
 """
 
 import hashlib
+from datetime import datetime, timezone
 from typing import Final
+
+from haystack_chat_store.stores.arguments import microseconds
 
 #: The version of how histories are kept. It is recorded in every bucket, and in every history since version 2.
 SCHEMA_VERSION: Final = 2
-#: How many characters the time of a message takes in `times`: enough for each moment of a `datetime`.
+#: The moments of a `datetime`, in microseconds since 1970, UTC.
+MOMENTS: Final = range(
+    microseconds(datetime.min.replace(tzinfo=timezone.utc), "min"),
+    microseconds(datetime.max.replace(tzinfo=timezone.utc), "max") + 1,
+)
+#: How many characters the time of a message takes in `times`: enough for each of them.
 TIME_LENGTH: Final = 18
 
 
@@ -44,14 +52,19 @@ local _, directory, expiries, names = unpack(KEYS)
 """
 
 _CHECK_WHOLE = f"""
+local function is_time(text)  -- and not what something else has left in its place
+    local time = string.find(text or '', '^%-?%d+$') and tonumber(text)
+    return time and time >= {MOMENTS.start} and time < {MOMENTS.stop}
+end
+
 -- A history of which something else has changed or evicted a part is neither written to nor taken for a whole one.
 -- One that version 1 has written, and no later one has written to, has no times.
 local function counters_of(history, contents, roles, message_ids, times)
     local counters = redis.call('HMGET', history, 'next_position', 'message_count', 'round_count', 'expires_at',
-        'created_at', 'version')
+        'created_at', 'version', 'updated_at')
     local position, message_count = tonumber(counters[1] or 0), tonumber(counters[2] or 0)
     if redis.call('LLEN', contents) == position and redis.call('STRLEN', roles) == position
-            and redis.call('HLEN', message_ids) == message_count
+            and redis.call('HLEN', message_ids) == message_count and tonumber(counters[3] or 0)
             and redis.call('STRLEN', times) == (counters[6] and {TIME_LENGTH} * position or 0) then
         return counters, position, message_count
     end
@@ -87,7 +100,14 @@ local microseconds = string.format('%.0f', time[1] * 1000000 + time[2])
 
 #: The time of each message of a history: those that are stored or, of version 1, when it was created.
 STAMP = f"""
-local function stamp(time) return string.format('%0{TIME_LENGTH}.0f', tonumber(time)) end
+local function stamp(time) return string.format('%0{TIME_LENGTH}.0f', is_time(time) and time or 0) end
+"""
+
+#: The time to note for a change: never before that of the last change, even if the server's clock was set back.
+CHANGED_AT = """
+local function changed_at(time)
+    return is_time(counters[7]) and tonumber(counters[7]) > tonumber(time) and counters[7] or time
+end
 """
 
 #: What comes before the first write to a bucket, or the first question for its names.

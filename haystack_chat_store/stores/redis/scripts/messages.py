@@ -5,6 +5,7 @@ The scripts that write, read and remove messages.
 
 from haystack_chat_store.stores.redis.scripts import (
     AGE_BUCKET,
+    CHANGED_AT,
     EXPIRE,
     LIST_HISTORY,
     NOW,
@@ -29,6 +30,7 @@ WRITE = Script(
     OF_BUCKET_AND_HISTORY,
     NOW,
     STAMP,
+    CHANGED_AT,
     """
 local chat_history_id, ttl, letters, policy, expected = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[5], ARGV[6]
 if expected ~= '' and tonumber(expected) ~= message_count then return {'CHANGED', message_count} end
@@ -58,7 +60,7 @@ for message_id in string.gmatch(ARGV[4], '%Z+') do
     end
 end
 
-local is_new, updated_at, result = not counters[5], microseconds, written_before + #new + #replaced
+local is_new, updated_at, result = not counters[5], changed_at(microseconds), written_before + #new + #replaced
 if is_new and #new == 0 then return 0 end
 if #new + #replaced > 0 then
 """,
@@ -228,7 +230,7 @@ for _, piece in ipairs(found) do
         or string.rep(stamp(counters[5]), count)
 end
 local edits = redis.call('HGET', history, 'edits') or '0'
-return {{(counters[5] or '') .. ' ' .. edits, position, found}}
+return {{counters[5] and counters[5] .. ' ' .. edits or '', position, found}}
 """,
 )
 
@@ -241,21 +243,24 @@ POSITIONS = Script(OF_HISTORY, "return redis.call('HMGET', message_ids, unpack(A
 SCAN_IDS = Script("return redis.call('HSCAN', KEYS[2], ARGV[1], 'COUNT', 1000)")
 
 #: Delete single messages. Keys: those of the bucket, those of the history. Arguments: the history's id; the id of a
-#: message that must be there, or nothing; the history's next position, if it must be that; a name for this call; the
-#: ids, separated by NUL. Returns how many were deleted, or why none were: MISSING or MORE.
+#: message that must be there, with which all that follows it is deleted, or nothing; the history's next position, if
+#: it must be that; a name for this call; the ids, separated by NUL. Returns how many were deleted, or why none were:
+#: MISSING or MORE.
 REMOVE = Script(
     "local call = ARGV[4]",
     ONCE,
     OF_BUCKET_AND_HISTORY,
     NOW,
+    CHANGED_AT,
     f"""
 local chat_history_id, required, expected = ARGV[1], ARGV[2], ARGV[3]
-if required ~= '' and redis.call('HEXISTS', message_ids, required) == 0 then return {{'MISSING'}} end
+local start = required == '' and 0 or tonumber(redis.call('HGET', message_ids, required) or nil)
+if not start then return {{'MISSING'}} end
 if expected ~= '' and tonumber(expected) ~= position then return {{'MORE'}} end
 local gone, gone_ids, rounds = {{}}, {{}}, 0
 for message_id in string.gmatch(ARGV[5], '%Z+') do
     local known = redis.call('HGET', message_ids, message_id)
-    if known and not gone[known] then
+    if known and not gone[known] and tonumber(known) >= start then
         local was = redis.call('GETRANGE', roles, known, known)
         if was == '' or was == 'x' then return redis.error_reply('DAMAGED') end
         if was == 'u' then rounds = rounds + 1 end
@@ -268,11 +273,22 @@ if #gone_ids == 0 then return 0 end
 for first = 1, #gone_ids, 1000 do  -- a command that Redis takes when it is out of memory
     redis.call('HDEL', message_ids, unpack(gone_ids, first, math.min(first + 999, #gone_ids)))
 end
-for known in pairs(gone) do
-    redis.call('LSET', contents, known, '')
-    redis.call('SETRANGE', roles, known, 'x')
+if required ~= '' then  -- in one piece, 200,000 in about a second: to find each in a long list takes ten times as long
+    redis.call('LTRIM', contents, 0, start)
+    redis.call('LSET', contents, start, '')
+    local gaps = {{}}
+    for index = 1, 1000 do gaps[index] = '' end
+    for first = start + 1, position - 1, 1000 do
+        redis.call('RPUSH', contents, unpack(gaps, 1, math.min(position - first, 1000)))
+    end
+    redis.call('SETRANGE', roles, start, string.rep('x', position - start))
+else
+    for known in pairs(gone) do
+        redis.call('LSET', contents, known, '')
+        redis.call('SETRANGE', roles, known, 'x')
+    end
 end
-local is_new, updated_at, result = false, microseconds, #gone_ids
+local is_new, updated_at, result = false, changed_at(microseconds), #gone_ids
 {UPGRADE_BUCKET}
 redis.call('HSET', history, 'message_count', message_count - #gone_ids,
     'round_count', tonumber(counters[3] or 0) - rounds, 'updated_at', updated_at)

@@ -4,6 +4,7 @@ The scripts that copy and import: messages wait under keys of their own until al
 """
 
 from haystack_chat_store.stores.redis.scripts import (
+    CHANGED_AT,
     EXPIRE,
     LIST_HISTORY,
     NOW,
@@ -71,20 +72,23 @@ end
 #: Append what waits to a history, all at once. Keys: those of the bucket, of the history, of what waits. Arguments: the
 #: history's id; milliseconds until it expires, 0 for never; how many messages wait; how many of them are user messages;
 #: how many messages the history has to have; a name for this call; the time at which it changes, or nothing for now;
-#: what its hash holds if it is new, in turn names of fields and values. Returns how many messages waited, or CHANGED
-#: and how many the history has, or DUPLICATE and the id of a message that it has.
+#: what its hash holds if it is new, in turn names of fields and values. If no messages wait, nothing is changed, but
+#: a new history made where a time is given. Returns how many messages waited, or CHANGED and how many the history has,
+#: or DUPLICATE and the id of a message that it has.
 FINISH = Script(
     "local call = ARGV[6]",
     ONCE,
     OF_BUCKET_AND_HISTORY,
     NOW,
     STAMP,
+    CHANGED_AT,
     """
 local chat_history_id, ttl = ARGV[1], tonumber(ARGV[2])
 if tonumber(ARGV[5]) ~= message_count then return {'CHANGED', message_count} end
 """,
     _OF_STAGED,
     """
+if waiting == 0 and (counters[5] or ARGV[7] == '') then return 0 end
 local moved = {}
 if position > 0 then
     local cursor = '0'
@@ -100,12 +104,8 @@ if position > 0 then
     until cursor == '0'
 end
 
-local is_new, updated_at, result = not counters[5], ARGV[7], waiting
-if updated_at == '' then updated_at = microseconds end
-local was_updated_at = redis.call('HGET', history, 'updated_at')
-if was_updated_at and ARGV[7] ~= '' and tonumber(was_updated_at) > tonumber(updated_at) then
-    updated_at = was_updated_at
-end
+local is_new, result = not counters[5], waiting
+local updated_at = changed_at(ARGV[7] == '' and microseconds or ARGV[7])
 """,
     UPGRADE_BUCKET,
     f"""
@@ -137,24 +137,26 @@ end
 #: Copy a whole history inside its bucket to one that is new. Keys: those of the bucket, of the new history, of the
 #: source. Arguments: the new history's id; milliseconds until it expires, 0 for never; a name for this call. Returns
 #: how many messages it has, or why nothing was copied: NONE for no source, CHANGED and the number of messages that the
-#: target has, or PLACES if it had messages once.
+#: target has, or PLACES if the copies would not have those of their source: the target had messages once, or the source
+#: has lost some.
 FORK = Script(
     "local call = ARGV[3]",
     ONCE,
     OF_BUCKET_AND_HISTORY,
     NOW,
     STAMP,
+    CHANGED_AT,
     """
 local chat_history_id, ttl = ARGV[1], tonumber(ARGV[2])
 local source = counters_of(unpack(KEYS, 10))
 if not source then return redis.error_reply('DAMAGED') end
 if not source[5] then return {'NONE'} end
 if message_count > 0 then return {'CHANGED', message_count} end
-if position > 0 then return {'PLACES'} end
 local result = tonumber(source[2])
 if result == 0 then return 0 end
+if position > 0 or result ~= tonumber(source[1]) then return {'PLACES'} end
 
-local is_new, updated_at = not counters[5], microseconds
+local is_new, updated_at = not counters[5], changed_at(microseconds)
 """,
     UPGRADE_BUCKET,
     f"""
