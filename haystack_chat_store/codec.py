@@ -144,7 +144,10 @@ def decode_messages(texts: Sequence[str]) -> list[ChatMessage]:
 
 def _decoded_alone(text: str, index: int) -> ChatMessage:
     try:
-        return ChatMessage.from_dict(parse_json(text))
+        message = ChatMessage.from_dict(parse_json(text))
+        if not isinstance(message._meta, dict):
+            raise TypeError
+        return message
     except Exception as error:
         raise MessageDecodingError(
             f"Message {index} of those read cannot be turned back into a ChatMessage ({type(error).__name__}). "

@@ -32,8 +32,8 @@ def check(
     """
     Check a store's namespace, and yield whatever is wrong with it.
 
-    First the engine checks what it keeps of histories: counts, positions, rows that belong to nothing, the search
-    index. Then every message is read back. One that is damaged hides no other.
+    First the engine checks, and mends, what it keeps of histories: counts, positions, rows that belong to nothing, the
+    search index. Then every message is read back. One that is damaged hides no other.
 
     ```python
     from haystack_chat_store import InMemoryChatMessageStore
@@ -45,24 +45,32 @@ def check(
 
     :param store: The store to check.
     :param repair: Whether to mend what is wrong. Defaults to False.
-    :param salvage: A file that damaged messages are appended to before they are removed, as JSON lines with what was
-        stored of them. Without it, they are only reported: no text is destroyed that is not saved.
+    :param salvage: A file that messages which cannot be read back are appended to before they are removed, as JSON
+        lines with what was stored of them. Without it, they are only reported: no text is destroyed that is not saved.
     :param progress: Called now and then with the number of messages checked so far, and `None`.
     :raises UnsupportedOperationError: If the store cannot be checked, or not repaired.
     :raises ChatMessageStoreError: If the engine fails.
     :raises OSError: If `salvage` cannot be written. The messages that were to be saved there are still in the store.
     """
-    yield from store._run(store._faults, repair)
+    found: dict[Fault, None] = dict.fromkeys(store._run(store._faults, repair))
+    yield from found
     checked = 0
     for history in walked_histories(store):
         for rows in walked_pages(store, history.chat_history_id):
-            damaged = [(row, fault) for row in rows if (fault := examine(row).fault) is not None]
-            is_repaired = bool(repair and salvage is not None and damaged)
-            if is_repaired and salvage is not None:
-                _save(salvage, store.namespace, history.chat_history_id, damaged)
-                store._run(store._remove, history.chat_history_id, [row.position for row, _ in damaged])
-            for row, fault in damaged:
-                yield Fault(history.chat_history_id, row.position, fault, is_repaired)
+            examined = list(map(examine, rows))
+            removed = set()
+            if repair and salvage is not None:
+                removed = {message.position for message in examined if message.message is None}
+            if removed and salvage is not None:
+                saved = [(row, message) for row, message in zip(rows, examined, strict=True) if row.position in removed]
+                _save(salvage, store.namespace, history.chat_history_id, saved)
+                store._run(store._remove, history.chat_history_id, sorted(removed))
+            for message in examined:
+                for description in message.faults:
+                    is_repaired = message.position in removed
+                    fault = Fault(history.chat_history_id, message.position, description, is_repaired)
+                    if fault not in found:  # else the engine has said so
+                        yield fault
             checked += len(rows)
             if progress is not None:
                 progress(checked, None)
@@ -87,31 +95,43 @@ class ExaminedMessage(NamedTuple):
     """
     A stored message, or what is wrong with it.
 
+    :param created_at: When it was stored; the beginning of 1970 if what is stored is no time.
     :param message: The message, or `None` if its stored text cannot be read back.
-    :param fault: What is wrong with what is stored, or `None`. Never says what the message says.
+    :param faults: What is wrong with what is stored. They never say what the message says.
     """
 
     position: int
     created_at: datetime
     role: str
     message: ChatMessage | None
-    fault: str | None
+    faults: tuple[str, ...]
+
+    @property
+    def fault(self) -> str | None:
+        """
+        All that is wrong with what is stored, or `None`.
+        """
+        return " ".join(self.faults) or None
 
 
 def examine(row: MessageRow) -> ExaminedMessage:
     """
     Read a message back, and say what is wrong with it rather than raise.
     """
-    message, fault = None, None
+    created_at = arguments.readable_time(row.created_at)
     try:
         (message,) = decode_messages([row.content])
-    except MessageDecodingError:
-        fault = "Its stored text is not that of a message."
-    if message is not None and message.meta.get(MESSAGE_ID_KEY) != row.message_id:
-        fault = "Its stored text has another id than its row."
-    elif message is not None and message.role.value != row.role:
-        fault = "Its stored text has another role than its row."
-    return ExaminedMessage(row.position, arguments.time_of(row.created_at), row.role, message, fault)
+        other_id, other_role = message.meta.get(MESSAGE_ID_KEY) != row.message_id, message.role.value != row.role
+    except (MessageDecodingError, AttributeError):  # its meta may be anything
+        message, other_id, other_role = None, False, False
+    faults = {
+        "Its stored text is not that of a message.": message is None,
+        "Its stored text has another id than its row.": other_id,
+        "Its stored text has another role than its row.": other_role,
+        "Its time of creation is none.": arguments.microseconds(created_at, "created_at") != row.created_at,
+    }
+    found = tuple(description for description, is_so in faults.items() if is_so)
+    return ExaminedMessage(row.position, created_at, row.role, message, found)
 
 
 def examined_messages(
@@ -125,22 +145,27 @@ def examined_messages(
     """
     Return a page of a history as `list_messages` does, with damaged messages among it rather than an error.
     """
-    history = arguments.validated_id(chat_history_id, "chat_history_id")
-    return [examine(row) for row in store._run(store._page, history, before, after, limit)]
+    reading = next(store._paging(chat_history_id, before, after, limit))  # which checks the arguments first
+    return [examine(row) for row in store._run(reading.work, *reading.arguments)]
 
 
 def _save(
     salvage: "str | os.PathLike[str]",
     namespace: str,
     chat_history_id: str,
-    damaged: Sequence[tuple[MessageRow, str]],
+    damaged: Sequence[tuple[MessageRow, ExaminedMessage]],
 ) -> None:
     """
     Append damaged messages to a file, and return when they are on the disk.
     """
     with open(salvage, "a", encoding="ascii") as file:
-        for row, fault in damaged:
-            saved = {"namespace": namespace, "chat_history_id": chat_history_id, **row._asdict(), "fault": fault}
-            file.write(f"{json.dumps(saved)}\n")
+        for row, message in damaged:
+            saved = {
+                "namespace": namespace,
+                "chat_history_id": chat_history_id,
+                **row._asdict(),
+                "fault": message.fault,
+            }
+            file.write(f"{json.dumps(saved, default=repr)}\n")  # bytes may stand where text should
         file.flush()
         os.fsync(file.fileno())

@@ -151,11 +151,11 @@ def test_every_command_works_on_every_engine(any_url, run, run_json, tmp_path, r
         assert [line["chat_history_id"] for line in run_json("search", "chrysanthemum", *at)] == ["ada:2"]
     assert run_json("export", "--output", tmp_path / "all.jsonl", *at) == [moved(4, total)]
     assert run_json("copy", "--to-namespace", "copy", *at) == [moved(4, total)]
-    assert run_json("delete", "bob:1", "--yes", *at) == [{"chat_histories": 1, "messages": 1}]
+    assert run_json("delete", "bob:1", "--yes", *at) == [{"chat_histories": 1}]
     assert run_json("import", tmp_path / "all.jsonl", *at) == [moved(1, 1, skipped=total - 1)]
-    assert run_json("delete", "--prefix", "ada:", "--yes", *at) == [{"chat_histories": 2, "messages": 6}]
+    assert run_json("delete", "--prefix", "ada:", "--yes", *at) == [{"chat_histories": 2}]
     assert run_json("doctor", *at) == []
-    assert run_json("purge", "--older-than", "0h", "--yes", *at) == [{"chat_histories": 2, "messages": total - 6}]
+    assert run_json("purge", "--older-than", "0h", "--yes", *at) == [{"chat_histories": 2}]
     assert run("ls", *at) == (0, "", "")
 
     assert [line["message_count"] for line in run_json("ls", "--namespace", "copy", "--prefix", "ada", *at)] == [2, 4]
@@ -294,6 +294,8 @@ def test_show_pages_by_position(url, run_json):
     assert positions("-n", 3, "--before", 50) == [47, 48, 49]
     assert positions("-n", 3, "--after", 50) == [51, 52, 53]
     assert positions("--all") == list(range(120))
+    assert positions("-n", 1, "--before", "9" * 20) == [119]
+    assert positions("--after", "9" * 20) == []
 
 
 def test_a_damaged_message_is_shown_as_such_and_hides_no_other(url, path, run, run_json):
@@ -474,7 +476,7 @@ def test_of_several_histories_none_is_deleted_if_one_is_not_there(url, run):
 def test_an_id_is_no_prefix(url, run):
     store = filled(url)
     store.write_messages("ada:11", conversation("u"))
-    assert run("delete", "ada:1", "--yes", "--store", url)[1] == "Deleted 1 chat history with 4 messages.\n"
+    assert run("delete", "ada:1", "--yes", "--store", url)[1] == "Deleted 1 chat history.\n"
     assert names(store) == {"ada:11", "ada:2", "bob:1"}
 
 
@@ -482,7 +484,7 @@ def test_deleting_what_is_not_there_by_prefix_needs_no_answer(url, run):
     filled(url)
     assert run("delete", "--prefix", "nobody", "--store", url) == (
         0,
-        "Deleted 0 chat histories with 0 messages.\n",
+        "Deleted 0 chat histories.\n",
         "",
     )
 
@@ -610,8 +612,8 @@ def test_wrong_use_is_explained_and_ends_with_2(url, run, arguments):
 
 def test_without_arguments_there_is_help(run):
     status, out, err = run()
-    assert status == 2
-    assert "Usage: haystack-chat-store" in out + err
+    assert (status, err) == (0, "")
+    assert "Usage: haystack-chat-store" in out
     assert run("--help")[0] == 0
     assert run("ls", "--help")[0] == 0
 

@@ -5,16 +5,19 @@ In a real terminal, the command line is readable, asks before it deletes, and le
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
 import select
 import signal
+import sqlite3
 import struct
 import subprocess
 import sys
 import termios
 import time
+from contextlib import closing
 from datetime import datetime, timezone
 
 import pytest
@@ -53,7 +56,7 @@ class Terminal:
     A command in a terminal of its own.
     """
 
-    def __init__(self, *arguments, columns=80, **environment):
+    def __init__(self, *arguments, columns=80, stdout=None, **environment):
         self.screen = b""
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
@@ -63,7 +66,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "haystack_chat_store", *arguments],
             stdin=slave,
-            stdout=slave,
+            stdout=stdout or slave,
             stderr=slave,
             start_new_session=True,
             env={**clean_environment, "TERM": "xterm-256color", "PYTHONUTF8": "1", **environment},
@@ -249,7 +252,7 @@ def test_letters_and_emoji_of_several_characters_stay_whole():
 def rendered(message, width=80):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, markup=False, emoji=False, highlight=False)
     time_ = datetime(2026, 1, 1, tzinfo=timezone.utc)
-    print_messages(console, [ExaminedMessage(7, time_, message.role.value, message, None)], full=True)
+    print_messages(console, [ExaminedMessage(7, time_, message.role.value, message, ())], full=True)
     return console.file.getvalue()
 
 
@@ -371,6 +374,31 @@ def test_the_first_search_says_that_it_makes_an_index(url):
     assert "Making" not in Terminal("search", "needle", "--store", url).end()[1]
 
 
+def damaged(path):
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE chat_messages SET content = 'no JSON'")
+
+
+def test_results_reach_a_program_while_progress_is_shown_on_the_terminal(url, store, tmp_path):
+    store.write_messages("chat", conversation("ua"))
+    damaged(tmp_path / "chat.db")
+    terminal = Terminal("doctor", "--json", "--store", url, stdout=subprocess.PIPE)
+    out, _ = terminal.process.communicate(timeout=120)
+    assert [json.loads(line)["position"] for line in out.splitlines()] == [0, 1]
+    status, shown_beside = terminal.end()
+    assert status == 1
+    assert "Checking" in shown_beside
+    assert "position" not in shown_beside
+
+
+def test_on_one_terminal_results_and_progress_have_lines_of_their_own(url, store, tmp_path):
+    store.write_messages("chat", conversation("ua"))
+    damaged(tmp_path / "chat.db")
+    _, text = Terminal("doctor", "--store", url).end()
+    lines = re.split(r"[\r\n]", CURSOR.sub("\n", STYLE.sub("", text)))
+    assert len([line for line in lines if line.startswith("fault ") and "Checking" not in line]) == 2
+
+
 # ------------------------------------------------------------------ questions and interruptions
 
 
@@ -385,7 +413,7 @@ def test_what_was_confirmed_is_deleted(url, store):
     terminal.type("y\n")
     status, text = terminal.end()
     assert status == 0
-    assert "Deleted 2 chat histories with 5 messages." in text
+    assert "Deleted 2 chat histories." in text
     assert store.list_chat_histories().items == []
 
 
@@ -402,6 +430,31 @@ def test_what_was_not_confirmed_stays(url, store, arguments, answer):
     assert status == 1
     assert "Nothing was deleted." in text
     assert store.count_messages("chat") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "deleted"),
+    [
+        (("delete", "--prefix", "ada:"), "Deleted 3 chat histories."),
+        (("delete", "ada:1", "ada:2"), "Deleted 1 chat history."),
+        (("purge", "--older-than", "0h"), "Deleted 0 chat histories."),
+    ],
+)
+def test_what_changed_while_the_question_waited_is_not_taken_for_deleted(url, store, arguments, deleted):
+    for name in ("ada:1", "ada:2"):
+        store.write_messages(name, conversation("ua"))
+    terminal = Terminal(*arguments, "--store", url)
+    terminal.read_until("[y/N]")
+    if "--prefix" in arguments:
+        store.write_messages("ada:3", conversation("ua"))
+    elif arguments[0] == "delete":
+        store.delete_messages("ada:2")
+    else:
+        for name in ("ada:1", "ada:2"):
+            store.write_messages(name, conversation("u"))
+    terminal.type("y\n")
+    status, text = terminal.end()
+    assert (status, text.splitlines()[-1].endswith(deleted)) == (0, True), text
 
 
 def test_an_interrupted_command_ends_quietly_with_130(url, store):

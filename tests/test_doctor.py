@@ -6,11 +6,13 @@ The doctor finds what is damaged in a store, and removes nothing that it has not
 import asyncio
 import json
 import sqlite3
+import uuid
+from datetime import datetime, timezone
 
 import pytest
 from haystack.dataclasses import ChatMessage
 
-from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore, UnsupportedOperationError
+from haystack_chat_store import Fault, InMemoryChatMessageStore, SQLiteChatMessageStore, UnsupportedOperationError
 from haystack_chat_store.doctor import check, check_async, examined_messages
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.testing.messages import conversation, sample_messages
@@ -67,6 +69,7 @@ def test_a_sound_store_has_no_faults(store):
         '{"role": "user"}',
         '{"role": "user", "meta": {}, "name": null, "content": [{"unknown": 1}]}',
         '"a", "b"',
+        '{"role": "user", "meta": 5, "name": null, "content": [{"text": "Hi"}]}',
         b"\xff\xfe not UTF-8",
     ],
 )
@@ -82,14 +85,89 @@ def test_each_damaged_message_is_found_by_history_and_position_and_hides_no_othe
     assert [message.fault for message in examined_messages(store, "ada")] == [None, NO_MESSAGE, NO_MESSAGE, None]
 
 
-def test_a_text_under_another_id_or_role_than_its_own_is_a_fault(store, path):
-    damage(path, "ada", 0, message_id="another")
-    damage(path, "bob", 1, role="tool")
+@pytest.fixture
+def odd_store():
+    """
+    Return a function that makes a store whose engine hands out rows changed as other software could have left them.
+    """
 
-    faults = list(check(store))
+    def odd_store(**changed):
+        class OddStore(InMemoryChatMessageStore):
+            def _page(self, *arguments):
+                rows = super()._page(*arguments)
+                return [row._replace(**changed) if row.position == 1 else row for row in rows]
 
-    assert ("ada", 0, "Its stored text has another id than its row.", False) in faults
-    assert ("bob", 1, "Its stored text has another role than its row.", False) in faults
+        store = OddStore(namespace=uuid.uuid4().hex)
+        store.write_messages("chat", conversation("uau"))
+        return store
+
+    return odd_store
+
+
+@pytest.mark.parametrize(
+    ("changed", "description"),
+    [
+        ({"message_id": "another"}, "Its stored text has another id than its row."),
+        ({"message_id": b"\xff"}, "Its stored text has another id than its row."),
+        ({"role": "tool"}, "Its stored text has another role than its row."),
+        ({"role": None}, "Its stored text has another role than its row."),
+        *(
+            ({"created_at": time}, "Its time of creation is none.")
+            for time in (None, "noon", 2**63, -(2**63), 0.5, 1e999)
+        ),
+    ],
+)
+def test_a_message_that_can_be_read_is_never_removed_whatever_its_row_says(odd_store, tmp_path, changed, description):
+    store = odd_store(**changed)
+
+    for repair, salvage in ((False, None), (True, None), (True, tmp_path / "salvage.jsonl")):
+        assert list(check(store, repair=repair, salvage=salvage)) == [("chat", 1, description, False)]
+
+    assert store.count_messages("chat") == 3
+    assert not (tmp_path / "salvage.jsonl").exists()
+    first, second, third = examined_messages(store, "chat")
+    assert (first.fault, second.fault, third.fault) == (None, description, None)
+    assert second.message.text == "text 1"
+    if "created_at" in changed:
+        assert second.created_at == datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+def test_all_that_is_wrong_with_a_message_is_said(odd_store):
+    store = odd_store(message_id="another", created_at=None)
+    found = [fault.description for fault in check(store)]
+    assert found == ["Its stored text has another id than its row.", "Its time of creation is none."]
+    assert examined_messages(store, "chat")[1].fault == " ".join(found)
+
+
+def test_what_stood_where_text_should_is_saved_too(odd_store, tmp_path):
+    store = odd_store(content="no JSON", message_id=b"\xff", created_at=None)
+    assert all(fault.is_repaired for fault in check(store, repair=True, salvage=tmp_path / "salvage.jsonl"))
+    saved = json.loads((tmp_path / "salvage.jsonl").read_text())
+    assert (saved["message_id"], saved["created_at"]) == (r"b'\xff'", None)
+    assert store.count_messages("chat") == 2
+
+
+def test_what_the_engine_has_reported_is_not_reported_again(odd_store):
+    store = odd_store(created_at=None)
+    fault = Fault("chat", 1, "Its time of creation is none.", False)
+    store._faults = lambda *_: [fault]
+    assert list(check(store)) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ({"before": -1}, "before must be 0 or greater"),
+        ({"after": "1"}, "after must be an integer"),
+        ({"before": 1, "after": 1}, "either before or after"),
+        ({"limit": 0}, "limit must be 1 to 1000"),
+    ],
+)
+def test_a_page_of_examined_messages_is_asked_for_as_any_other(store, page, message):
+    with pytest.raises(ValueError, match=message):
+        examined_messages(store, "ada", **page)
+    assert examined_messages(store, "ada", after=2**70) == []
+    assert len(examined_messages(store, "ada", before=2**70)) == 4
 
 
 def test_faults_say_nothing_of_what_messages_say(store, path):

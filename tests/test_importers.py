@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from haystack_chat_store import ChatHistoryExistsError, DamagedFileError, Fault, InMemoryChatMessageStore
 from haystack_chat_store.rounds import valid_for_model
 from haystack_chat_store.testing.kit import without_ids
-from haystack_chat_store.testing.messages import json_values, user
+from haystack_chat_store.testing.messages import user
 from haystack_chat_store.transfer import import_histories
 
 DATA = Path(__file__).parent / "data"
@@ -400,35 +400,119 @@ def test_what_cannot_be_stored_is_reported(store, library, database):
     assert store.count_messages("deep") == 0
 
 
-def mostly(kind):
+# What a row may hold in any place: what libraries write there, or JSON of another kind, of any size.
+ODD_VALUES = [
+    "null",
+    "true",
+    "5",
+    "1" * 5000,
+    "1e999",
+    '""',
+    '"\\ud800"',
+    "[]",
+    "{}",
+    "[[1]]",
+    '{"id": {}}',
+    "[" * 99 + "]" * 99,
+]
+KEYS = """type data role content id name tool_calls tool_call_id args additional_kwargs function arguments status
+ blocks block_type text tool_name tool_kwargs image image_mimetype detail url title document_mimetype data format audio
+ call_id output summary refusal image_url file_data filename input_audio source media_type mime_type base64
+ file""".split()
+WORDS = """human user ai assistant system tool function chat reasoning function_call function_call_output message text
+ input_text output_text refusal input_image input_file input_audio thinking image_url image file audio video document
+ tool_call call_1""".split()
+
+
+def as_object(fields):
+    return "{" + ",".join(f"{json.dumps(name)}:{value}" for name, value in fields.items()) + "}"
+
+
+odd_rows = st.recursive(
+    st.sampled_from([*ODD_VALUES, *map(json.dumps, [*WORDS, f"data:image/png;base64,{PNG}"])]),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda items: f"[{','.join(items)}]")
+        | st.dictionaries(st.sampled_from(KEYS), inner, max_size=6).map(as_object)
+    ),
+    max_leaves=25,
+)
+
+
+def likely_rows(library):
     """
-    Objects with the keys and types that the libraries write, and anything else in their places.
+    Rows that an importer looks into: with one of the roles or types that it knows.
     """
-    words = ["text", "message", "user", "assistant", "tool", "human", "ai", "reasoning", "function_call", "image"]
-    words += ["function_call_output", "input_text", "input_image", "input_file", "input_audio", "thinking", "file"]
-    words += ["tool_call", "image_url", "document", "audio", "video", "refusal", "chat", "function", "system"]
-    keys = ["type", "role", "content", "data", "blocks", "block_type", "text", "summary", "call_id", "output", "name"]
-    keys += ["arguments", "additional_kwargs", "tool_calls", "args", "id", "image", "image_url", "file_data", "url"]
-    keys += ["tool_call_id", "tool_kwargs", "source", "base64", "function", "input_audio", "file", "thinking", kind]
-    return st.recursive(
-        st.sampled_from(words) | json_values(),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(keys), inner, max_size=6),
-        max_leaves=20,
+    name, words = {
+        "openai-agents": ("type", ["message", "function_call", "function_call_output", "reasoning"]),
+        "langchain": ("type", ["human", "ai", "tool", "chat"]),
+        "llama-index": ("role", ["user", "assistant", "tool"]),
+    }[library]
+    fields = st.dictionaries(st.sampled_from(KEYS), odd_rows, max_size=8)
+    inner = fields.map(as_object) | odd_rows
+    return st.tuples(st.sampled_from(words), fields, inner).map(
+        lambda drawn: as_object({**drawn[1], "data": drawn[2], name: json.dumps(drawn[0])})
     )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_whatever_is_in_a_row_the_others_come(store, library, database, data):
-    roles = {"openai-agents": "role", "langchain": "type", "llama-index": "role"}
-    fuzz = data.draw(st.dictionaries(st.sampled_from(["content", "blocks", "data", "additional_kwargs"]), mostly("x")))
-    kind = data.draw(st.sampled_from(["user", "human", "ai", "assistant", "tool", "chat"]))
-    anything = data.draw(mostly("x"))
-    insert(library, database, "fuzz", anything, {roles[library]: kind, **fuzz}, NEW_MESSAGES[library])
+def test_no_row_stops_an_import(store, library, database, data):
+    table, session, column = TABLES[library]
+    texts = [*data.draw(st.lists(likely_rows(library) | odd_rows, max_size=4)), json.dumps(NEW_MESSAGES[library])]
+    execute(database, *((f"INSERT INTO {table} ({session}, {column}) VALUES ('odd', ?)", text) for text in texts))
     import_histories(store, database, format=library)
-    assert store.retrieve_messages("fuzz")[-1].text == "new"
+    assert store.retrieve_messages("odd")[-1].text == "new"
     store.delete_all_messages()
-    execute(database, [f"DELETE FROM {TABLES[library][0]} WHERE {TABLES[library][1]} = 'fuzz'"])
+    execute(database, [f"DELETE FROM {table} WHERE {session} = 'odd'"])
+
+
+def with_one_odd_value(value, odd):
+    """
+    Yield JSON with an odd value in place of each value in turn, whole lists and objects included.
+    """
+    yield odd
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            for changed in with_one_odd_value(inner, odd):
+                yield as_object({**{key: json.dumps(other) for key, other in value.items()}, name: changed})
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            for changed in with_one_odd_value(inner, odd):
+                yield f"[{','.join([*map(json.dumps, value[:index]), changed, *map(json.dumps, value[index + 1 :])])}]"
+
+
+def test_no_odd_value_in_any_place_of_a_row_stops_an_import(store, library, database):
+    table, session, column = TABLES[library]
+    with closing(sqlite3.connect(database)) as connection:
+        written = [json.loads(text) for (text,) in connection.execute(f"SELECT {column} FROM {table}")]
+    odd = [text for row in written for value in ODD_VALUES for text in with_one_odd_value(row, value)]
+    with closing(sqlite3.connect(database)) as connection, connection:
+        rows = [("odd", text) for text in [*odd, json.dumps(NEW_MESSAGES[library])]]
+        connection.executemany(f"INSERT INTO {table} ({session}, {column}) VALUES (?, ?)", rows)
+    import_histories(store, database, format=library)
+    assert store.retrieve_messages("odd")[-1].text == "new"
+
+
+@pytest.mark.parametrize("call_id", [[], {}, 5, None])
+def test_only_a_text_is_the_id_of_a_call(store, library, database, call_id):
+    function = {"id": call_id, "function": {"name": "f", "arguments": "{}"}}
+    call = {"name": "f", "args": {}, "id": call_id}
+    block = {"block_type": "tool_call", "tool_name": "f", "tool_kwargs": {}, "tool_call_id": call_id}
+    odd = {
+        "openai-agents": [{"type": "function_call", "name": "f", "arguments": "{}", "id": call_id, "call_id": call_id}],
+        "langchain": [
+            {"type": "ai", "data": {"content": [{"id": call_id}], "tool_calls": [call]}},
+            {"type": "ai", "data": {"content": "", "additional_kwargs": {"tool_calls": [function]}}},
+        ],
+        "llama-index": [
+            {"role": "assistant", "blocks": [block]},
+            {"role": "assistant", "blocks": [], "additional_kwargs": {"tool_calls": [function]}},
+        ],
+    }[library]
+    insert(library, database, "odd", *odd)
+    import_histories(store, database, format=library)
+    calls = [each.tool_call for each in store.retrieve_messages("odd")]
+    assert [(each.tool_name, each.arguments, each.id) for each in calls] == [("f", {}, None)] * len(odd)
 
 
 def test_a_table_by_another_name_is_found_if_it_is_the_only_one(store, library, database):

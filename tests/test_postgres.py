@@ -43,12 +43,7 @@ from haystack_chat_store.testing import (
     Rule04OrderTest,
     Rule06IdempotentWritesTest,
     Rule13LifecycleTest,
-    Rule17DirectoryTest,
-    Rule18PagesTest,
     Rule19ChangesTest,
-    Rule20ForkingTest,
-    Rule21SearchTest,
-    Rule22ErasingTest,
 )
 from haystack_chat_store.testing.concurrency import assert_whole_and_in_order, in_threads, planned_batches, to_messages
 from haystack_chat_store.testing.kit import Calls, texts
@@ -205,12 +200,7 @@ class Writing(
     Rule04OrderTest,
     Rule06IdempotentWritesTest,
     Rule13LifecycleTest,
-    Rule17DirectoryTest,
-    Rule18PagesTest,
     Rule19ChangesTest,
-    Rule20ForkingTest,
-    Rule21SearchTest,
-    Rule22ErasingTest,
 ):
     """
     What could depend on the tables.
@@ -651,6 +641,7 @@ ON_MESSAGES += ["page_before", "page_after", "search", "an_unindexed", "unindexe
 # These sort what they have found along an index.
 SORTS = {"histories_of_few", "search", "search_history", "search_long_history", "unindexed_contents"}
 READ_MUCH = {"per_day", "orphans", "miscounted", "keys", "indexed", "mismatched"}
+READ_MUCH |= {"unreadable_times", "unreadable_message_times"}
 ON_BOTH_TABLES = [
     name
     for name in schema.Statements._fields

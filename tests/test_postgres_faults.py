@@ -4,6 +4,7 @@ What a check finds in a PostgreSQL database that somebody else has changed by ha
 """
 
 import uuid
+from datetime import datetime, timedelta, timezone
 
 import pytest
 from haystack.dataclasses import ChatMessage
@@ -167,7 +168,83 @@ def test_a_content_that_is_no_message_disturbs_no_check(store, change, content):
     assert faults(store) == []
 
 
+UNREADABLE_TIMES = [
+    "infinity",
+    "-infinity",
+    "4713-01-01 00:00:00+00 BC",
+    "10000-01-01 00:00:00+00",
+    "139999-12-31 23:59:59.999999+00",
+]
+# Of several that are even later than that, a walk need not see every one.
+LAST_TIME = "294276-12-31 23:59:59.999999+00"
+
+
+def walked(store):
+    """
+    The directory, a history at a time.
+    """
+    pages = [store.list_chat_histories(limit=1)]
+    while pages[-1].cursor is not None:
+        assert len(pages) < 100
+        pages.append(store.list_chat_histories(limit=1, cursor=pages[-1].cursor))
+    return [info.chat_history_id for page in pages for info in page.items]
+
+
+@pytest.mark.parametrize("time", UNREADABLE_TIMES)
+def test_a_time_that_is_none_hides_nothing(store, change, time):
+    for history in ("third", "fourth"):
+        say(store, "first", history=history)
+    change(
+        f"UPDATE {{0}}.chat_histories SET created_at = '{time}', updated_at = '{time}' "
+        "WHERE chat_history_id IN ('history', 'third')",
+        f"UPDATE {{0}}.chat_messages SET created_at = '{time}' WHERE message_id = 'b'",
+    )
+    assert sorted(walked(store)) == ["another", "fourth", "history", "third"]
+    assert len(store.list_chat_histories(prefix="h").items) == len(store.list_chat_histories().items) - 3 == 1
+    assert store.get_chat_history("history").updated_at.year == 1970
+    assert store.update_chat_history("history", title="new").title == "new"
+    assert [stored.message.text for stored in store.list_messages("history")][1] == "first answer"
+    assert len(store.search_messages("first")) == 6
+    assert store.statistics().messages == sum(store.statistics().messages_per_day.values()) == 8
+
+
+@pytest.mark.parametrize("time", [*UNREADABLE_TIMES, LAST_TIME])
+def test_a_time_that_is_none_is_found_and_becomes_that_of_the_nearest_message(store, change, time):
+    change(
+        "UPDATE {0}.chat_messages SET created_at = '2020-01-01 00:00:00+00'::timestamptz + position * interval '1 day'",
+        f"UPDATE {{0}}.chat_histories SET created_at = '{time}', updated_at = '{time}' "
+        "WHERE chat_history_id = 'history'",
+        f"UPDATE {{0}}.chat_messages SET created_at = '{time}' WHERE position < 2 "
+        f"AND history_key = '{store._history_key('history')}'",
+    )
+    creation, of_change = "Its time of creation is none.", "Its time of change is none."
+    expected = [("history", place, creation, False) for place in (0, 1, None)] + [("history", None, of_change, False)]
+    assert len(store.list_chat_histories().items) == 2
+    assert faults(store) == expected
+    assert faults(store, repair=True) == [(*fault[:3], True) for fault in expected]
+    assert faults(store) == []
+    assert {stored.created_at.day for stored in store.list_messages("history")} == {3}
+    info = store.get_chat_history("history")
+    assert (info.created_at.isoformat(), info.updated_at.isoformat()) == ("2020-01-03T00:00:00+00:00",) * 2
+
+
+def test_a_time_that_is_none_without_another_to_go_by_becomes_now(store, change):
+    say(store, "alone", history="alone")
+    change(
+        "UPDATE {0}.chat_histories SET created_at = 'infinity', updated_at = '-infinity' "
+        "WHERE chat_history_id = 'alone'",
+        f"UPDATE {{0}}.chat_messages SET created_at = 'infinity' WHERE history_key = '{store._history_key('alone')}'",
+    )
+    assert [fault.is_repaired for fault in faults(store, repair=True)] == [True] * 3
+    info, (stored,) = store.get_chat_history("alone"), store.list_messages("alone")
+    assert info.created_at == info.updated_at == stored.created_at
+    assert abs(datetime.now(timezone.utc) - stored.created_at) < timedelta(hours=1)
+
+
 def test_other_namespaces_are_not_looked_at(store, make_store, change):
-    change("UPDATE {0}.chat_histories SET message_count = 7")
+    change(
+        "UPDATE {0}.chat_histories SET message_count = 7, created_at = 'infinity'",
+        "UPDATE {0}.chat_messages SET created_at = 'infinity'",
+    )
     assert faults(make_store(namespace="other"), repair=True) == []
-    assert len(faults(store)) == 2
+    assert len(faults(store)) == 2 + 2 + 6

@@ -3,6 +3,9 @@
 Processes that fork, overwrite, delete, import and erase in one file at the same time, and are killed while they do.
 """
 
+import sqlite3
+import threading
+import time
 from contextlib import ExitStack, closing
 
 import pytest
@@ -306,13 +309,82 @@ def test_a_call_that_is_refused_keeps_its_connection(store, path):
     assert [message.meta[MESSAGE_ID_KEY] for message in store.retrieve_messages("chat")] == ["1", "2"]
 
 
-def test_windows_stay_right_over_the_gaps_of_a_fork(store):
+def test_a_fork_closes_the_gaps_of_its_source(store):
     store.write_messages("chat", [with_id(str(number), str(number)) for number in range(20)])
     store.delete_messages("chat", message_ids=[str(number) for number in range(20) if number % 3])
+    store.write_messages("fork", [with_id("0", "gone"), with_id("1", "gone")])
+    store.delete_messages("fork", from_message_id="0")
     assert store.copy_messages("chat", "fork", until_message_id="15") == 6
     store.write_messages("fork", [ChatMessage.from_user("new")])
     assert texts(store.retrieve_messages("fork")) == ["0", "3", "6", "9", "12", "15", "new"]
     assert texts(store.retrieve_messages("fork", last_k=2)) == ["15", "new"]
-    positions = [stored.position for stored in store.list_messages("fork")]
-    assert positions == sorted(positions)
+    assert [stored.position for stored in store.list_messages("fork")] == list(range(2, 9))
     assert store._run(store._faults, False) == []
+
+
+def test_a_fork_of_a_history_without_messages_changes_nothing(store):
+    for name in ("empty", "also empty"):
+        store.write_messages(name, [with_id("1", "gone")])
+        store.delete_messages(name, message_ids=["1"])
+    before = store.list_chat_histories()
+    for target in ("new", "empty", "also empty"):
+        assert store.copy_messages("empty", target) == 0
+    assert store.list_chat_histories() == before
+
+
+def test_what_is_there_is_found_before_any_of_several_histories_is_imported(store):
+    store.write_messages("empty", [with_id("1", "gone")])
+    store.delete_messages("empty", message_ids=["1"])
+    store.write_messages("chat", [user(), user()])
+    for name, count in (("empty", 0), ("chat", 2)):
+        imported = [(new_history(each), imported_rows(3)) for each in ("new", name, "also new")]
+        with pytest.raises(ChatHistoryChangedError, match=f"has {count} messages now, and not 0"):
+            store._run(store._import_several, imported)
+    assert {info.chat_history_id for info in store.list_chat_histories().items} == {"empty", "chat"}
+
+
+# ---------------------------------------------------------------------- times
+
+CHANGES = {
+    "write": lambda store: store.write_messages("chat", [user()]),
+    "overwrite": lambda store: store.write_messages("chat", [with_id("1", "new")], policy=DuplicatePolicy.OVERWRITE),
+    "delete": lambda store: store.delete_messages("chat", message_ids=["1"]),
+    "copy": lambda store: store.copy_messages("source", "chat"),
+    "import": lambda store: store._run(store._import, new_history("chat"), [imported_rows(3, 5)], 2),
+    "remove": lambda store: store._run(store._remove, "chat", [0]),
+}
+
+
+@pytest.fixture
+def written(store):
+    store.write_messages("source", [user()])
+    store.write_messages("chat", [with_id("1", "fox"), with_id("2", "fox")])
+    return store
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_time_of_change_never_goes_back(written, path, change):
+    if change == "copy":
+        written.delete_messages("chat", from_message_id="1")
+    later = 4_000_000_000_000_000
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("UPDATE chat_histories SET updated_at = ? WHERE chat_history_id = 'chat'", (later,))
+    before = written._run(written._page, "chat", None, None, 9)
+    CHANGES[change](written)
+    assert written._run(written._page, "chat", None, None, 9) != before
+    assert written._run(written._history, "chat").updated_at == later
+
+
+@pytest.mark.parametrize("change", ["write", "overwrite", "delete", "copy", "remove"])
+def test_who_waits_for_the_file_changes_it_when_its_turn_has_come(written, path, change):
+    if change == "copy":
+        written.delete_messages("chat", from_message_id="1")
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        thread = threading.Thread(target=CHANGES[change], args=(written,))
+        thread.start()
+        time.sleep(0.1)  # it waits by now, or has not begun
+        until = time.time_ns() // 1000
+        connection.execute("COMMIT")
+    thread.join()
+    assert written._run(written._history, "chat").updated_at >= until

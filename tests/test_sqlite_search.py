@@ -19,7 +19,7 @@ from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.rounds import MESSAGE_ID_KEY
 from haystack_chat_store.search_text import parsed_query, terms
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
-from haystack_chat_store.stores.sqlite import search
+from haystack_chat_store.stores.sqlite import database, schema, search
 from haystack_chat_store.testing.processes import Program
 
 WORDS = ["fox", "quick", "brown", "東京都", "Straße", "déjà", "x²"]
@@ -310,3 +310,74 @@ def test_a_build_of_sqlite_without_fts5_is_an_error_that_says_so(searching, path
         with pytest.raises(UnsupportedOperationError, match=r"FTS5.*no such module"):
             call()
     assert searching.count_messages("chat") == 1
+
+
+# ---------------------------------------------------------------------- other terms
+
+
+@pytest.fixture
+def later_version(monkeypatch):
+    """
+    Make this process one of a version that makes other terms, when called.
+    """
+
+    def become_it():
+        monkeypatch.setattr(schema, "_TERMS", "2/99.0.0")
+        monkeypatch.setattr(database, "terms", lambda text: [f"new{term}" for term in terms(text)])
+
+    return become_it
+
+
+@pytest.mark.parametrize("searches", [False, True], ids=["without search", "with search"])
+def test_an_index_of_other_terms_begins_anew_before_anything_is_deleted_from_it(
+    new_store, path, later_version, searches
+):
+    with closing(new_store(search=True)) as before:
+        before.write_messages("chat", [user("fox", "1"), user("fox", "2"), user("fox", "3")])
+        assert before._run(before._search, parsed_query("fox"), None, "", 20)
+    later_version()
+    later = new_store(search=searches)
+    later.delete_messages("chat", message_ids=["1"])
+    later.write_messages("chat", [user("late fox", "2")], policy=DuplicatePolicy.OVERWRITE)
+    assert execute(path, "SELECT count(*) FROM chat_message_term_instances") == [(0,)]
+    searching = new_store(search=True)
+    assert found(searching, "newfox") == [("chat", 1), ("chat", 2)]
+    assert sorted(execute(path, "SELECT term FROM chat_message_term_instances")) == [
+        ("newfox",),
+        ("newfox",),
+        ("newlate",),
+    ]
+    assert searching._run(searching._faults, False) == []
+
+
+def test_an_index_of_the_same_terms_is_kept(new_store):
+    with closing(new_store(search=True)) as before:
+        before.write_messages("chat", [user("fox")])
+    again = new_store(search=True)
+    assert again._run(again._search, parsed_query("fox"), None, "", 20)
+
+
+def open_and_write(store, report, name):
+    """
+    Open a database whose index has other terms, write, and search.
+    """
+    from haystack.dataclasses import ChatMessage
+
+    store.write_messages(name, [ChatMessage.from_user(f"fox {name}")])
+    report(len(store.search_messages("early fox")))
+    store.close()
+
+
+def test_of_processes_that_start_together_one_begins_the_index_anew(new_store, path):
+    store = new_store(search=True)
+    store.write_messages("chat", [user("early fox")] * 50)
+    store.close()
+    execute(path, "UPDATE chat_messages_indexed SET terms_version = '0/0'")
+    names = "012345"
+    with ExitStack() as stack:
+        programs = [stack.enter_context(Program(open_and_write, store, name)) for name in names]
+        Program.begin(*programs)
+        for program in programs:
+            assert program.reports_to_the_end() == [20]
+    assert index_says_what_messages_say(path)
+    assert len(found(store, "fox", limit=1000)) == 56

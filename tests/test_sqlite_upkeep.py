@@ -12,11 +12,13 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
+from test_sqlite import connections_of_stores
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.errors import StoreTimeoutError
 from haystack_chat_store.rounds import MESSAGE_ID_KEY
 from haystack_chat_store.testing.kit import texts
+from haystack_chat_store.walks import walked_histories
 
 # Each word of what is erased. None stands in an id, and none is a part of another.
 SECRETS = ["Kuckucksuhr", "geheimnis", "Zwölfkampf", "東京秘密"]
@@ -187,6 +189,8 @@ DAMAGES = {
     "rounds": ("UPDATE chat_histories SET round_count = 0 WHERE chat_history_id = 'chat'", "counts 0 rounds"),
     "position": ("UPDATE chat_histories SET next_position = 1 WHERE chat_history_id = 'chat'", "next position is 1"),
     "role": (f"UPDATE chat_messages SET role = 'assistant' WHERE {FIRST}", "rounds"),
+    "time of creation": ("UPDATE chat_histories SET created_at = 'x' WHERE chat_history_id = 'chat'", "creation"),
+    "time of change": ("UPDATE chat_histories SET updated_at = 1 << 62 WHERE chat_history_id = 'chat'", "change"),
     "title": ("UPDATE chat_histories SET title = CAST(x'ff' AS TEXT) WHERE chat_history_id = 'chat'", "title"),
     "meta": ("UPDATE chat_histories SET meta = '[1]' WHERE chat_history_id = 'chat'", "meta"),
     "torn meta": ("UPDATE chat_histories SET meta = '{\"a' WHERE chat_history_id = 'chat'", "meta"),
@@ -231,8 +235,155 @@ def test_history_that_does_not_fit_its_messages_is_found_and_mended(two_historie
     found = faults_of(two_histories)
     assert [(fault.chat_history_id, fault.position, fault.is_repaired) for fault in found] == [("chat", None, False)]
     assert description in found[0].description
-    assert [fault.is_repaired for fault in faults_of(two_histories, repair=True)] == [True]
+    assert {fault.is_repaired for fault in faults_of(two_histories, repair=True)} == {True}
     assert_sound(two_histories)
+
+
+@pytest.mark.parametrize(
+    "damage_done", ["role = 'assistant'", "message_id = 'another'", "role = x'ff', message_id = CAST(x'ff' AS TEXT)"]
+)
+def test_row_that_says_something_else_than_its_text_is_mended_from_it(two_histories, path, damage_done):
+    before = two_histories._run(two_histories._page, "chat", None, None, 100)
+    damage(path, f"UPDATE chat_messages SET {damage_done} WHERE message_key = (1 << 32) + 2")
+    damaged = two_histories._run(two_histories._page, "chat", None, None, 100)
+    assert [row.position for row in damaged if row not in before] == [2]
+    assert ("chat", 2, True) in [(fault[0], fault[1], fault[3]) for fault in faults_of(two_histories, repair=True)]
+    assert two_histories._run(two_histories._page, "chat", None, None, 100) == before
+    assert_sound(two_histories)
+
+
+def test_row_whose_text_has_the_id_of_another_message_is_left_to_be_removed(two_histories, path):
+    first = two_histories._run(two_histories._page, "chat", None, None, 1)[0]
+    damage(
+        path,
+        "UPDATE chat_messages SET content = (SELECT content FROM chat_messages WHERE message_key = (1 << 32) + 3) "
+        f"WHERE {FIRST}",
+    )
+    (fault,) = [fault for fault in faults_of(two_histories, repair=True) if fault.position is not None]
+    assert not fault.is_repaired
+    assert two_histories._run(two_histories._page, "chat", None, None, 1)[0].message_id == first.message_id
+
+
+DAMAGED_TIMES = [
+    "'yesterday'",
+    "x'ff'",
+    "CAST(x'ff' AS TEXT)",
+    "1.5",
+    "9e999",
+    "-9e999",
+    "(1 << 63) - 1",
+    "1 << 63",
+    "''",
+]
+
+
+@pytest.mark.parametrize("time", DAMAGED_TIMES)
+def test_a_damaged_time_of_a_history_hides_no_other(two_histories, path, time):
+    before = two_histories.get_chat_history("chat")
+    two_histories.write_messages("third chat", [user("fox")])
+    damage(path, f"UPDATE chat_histories SET created_at = {time}, updated_at = {time} WHERE chat_history_id = 'chat'")
+    listed, cursor = [], None
+    while len(listed) < 4:
+        page = two_histories.list_chat_histories(limit=1, cursor=cursor)
+        listed += [info.chat_history_id for info in page.items]
+        cursor = page.cursor
+        if cursor is None:
+            break
+    assert sorted(listed) == ["chat", "other chat", "third chat"]
+    assert two_histories.get_chat_history("chat").message_count == 4
+    two_histories.update_chat_history("chat", title="A title")
+    two_histories.write_messages("chat", [user("later")])
+    damage(path, f"UPDATE chat_histories SET created_at = {time}, updated_at = {time} WHERE chat_history_id = 'chat'")
+    found = [(fault.chat_history_id, fault.description) for fault in faults_of(two_histories)]
+    assert found == [("chat", "Its time of creation is none."), ("chat", "Its time of change is none.")]
+    assert [fault.is_repaired for fault in faults_of(two_histories, repair=True)] == [True, True]
+    stored = two_histories.list_messages("chat")
+    mended = two_histories.get_chat_history("chat")
+    assert (mended.created_at, mended.updated_at) == (before.created_at, stored[-1].created_at)
+    assert_sound(two_histories)
+
+
+@pytest.mark.parametrize("time", ["'yesterday'", "CAST(x'ff' AS TEXT)", "1.5", "1 << 63"])
+@pytest.mark.parametrize(
+    ("damaged", "mended"), [([1], [0]), ([0], [1]), ([0, 1], [2]), ([2, 3], [1]), ([0, 1, 2, 3], [])]
+)
+def test_a_damaged_time_of_a_message_hides_no_other_and_becomes_that_of_its_neighbour(
+    two_histories, path, time, damaged, mended
+):
+    sound = "UPDATE chat_messages SET created_at = (message_key & 255) * 1000000 WHERE message_key >> 32 = 1"
+    histories = "UPDATE chat_histories SET created_at = 86400000000 * 365"
+    keys = ", ".join(str((1 << 32) + position) for position in damaged)
+    damage(path, sound, histories, f"UPDATE chat_messages SET created_at = {time} WHERE message_key IN ({keys})")
+    assert [row.position for row in two_histories._run(two_histories._page, "chat", None, None, 9)] == [0, 1, 2, 3]
+    assert [stored.position for stored in two_histories.list_messages("chat")] == [0, 1, 2, 3]
+    assert sum(two_histories.statistics().messages_per_day.values()) == 6
+    found = faults_of(two_histories)
+    assert [(fault[0], fault[1], fault[3]) for fault in found] == [("chat", position, False) for position in damaged]
+    assert {fault.description for fault in found} == {"Its time of creation is none."}
+    assert {fault.is_repaired for fault in faults_of(two_histories, repair=True)} == {True}
+    times = [stored.created_at for stored in two_histories.list_messages("chat")]
+    expected = times[mended[0]] if mended else two_histories.get_chat_history("chat").created_at
+    assert {times[position] for position in damaged} == {expected}
+    assert_sound(two_histories)
+
+
+def test_texts_that_are_none_hide_no_history(two_histories, new_store, path):
+    for number in range(3):
+        two_histories.write_messages(f"chat {number}", [user("cat")])
+    damage(
+        path,
+        "UPDATE chat_histories SET title = CAST(x'ff' AS TEXT), chat_history_id = CAST(x'63ff' AS TEXT) "
+        "WHERE chat_history_id = 'chat 1'",
+        "UPDATE chat_histories SET title = x'ff', chat_history_id = x'fe' WHERE chat_history_id = 'chat 2'",
+    )
+    sound = {"chat", "other chat", "chat 0"}
+    assert {info.chat_history_id for info in two_histories.list_chat_histories().items} == {*sound, "c\\xff"}
+    assert {info.chat_history_id for info in two_histories.list_chat_histories(prefix="c").items} >= {"chat", "chat 0"}
+    assert {row.chat_history_id for row in walked_histories(two_histories)} == sound
+    found = faults_of(two_histories)
+    assert {(fault.chat_history_id, fault.description) for fault in found} == {
+        (name, f"Its {what} is no text.") for name in ("c\\xff", "\\xfe") for what in ("id", "title")
+    }
+    assert {fault.is_repaired for fault in faults_of(two_histories, repair=True)} == {True}
+    assert {row.chat_history_id for row in walked_histories(two_histories)} == {*sound, "c\\xff", "\\xfe"}
+    assert texts(two_histories.retrieve_messages("c\\xff")) == ["cat"]
+    assert_sound(two_histories)
+
+
+def test_an_id_that_is_mended_never_becomes_that_of_another_history(two_histories, path):
+    two_histories.write_messages("c\\xff", [user("cat")])
+    damage(path, "UPDATE chat_histories SET chat_history_id = CAST(x'63ff' AS TEXT) WHERE chat_history_id = 'chat'")
+    assert {fault.is_repaired for fault in faults_of(two_histories, repair=True)} == {True}
+    assert texts(two_histories.retrieve_messages("c\\xff")) == ["cat"]
+    assert texts(two_histories.retrieve_messages("c\\xff, 1")) == ["fox 0", "1", "fox 2", "3"]
+    assert faults_of(two_histories) == []
+
+
+def test_a_walk_goes_on_after_many_ids_that_are_no_texts(two_histories, path):
+    for number in range(5):
+        two_histories.write_messages(f"damaged {number}", [user("cat")])
+        damage(
+            path,
+            f"UPDATE chat_histories SET chat_history_id = CAST(x'63ff{number:02}' AS TEXT) "
+            f"WHERE chat_history_id = 'damaged {number}'",
+        )
+    assert [row.chat_history_id for row in two_histories._run(two_histories._histories_by_id, "", "", 2)] == [
+        "chat",
+        "other chat",
+    ]
+    assert two_histories._run(two_histories._histories_by_id, "", "other chat", 2) == []
+
+
+def test_damaged_texts_hide_no_hit(new_store, path):
+    store = new_store(search=True)
+    store.write_messages("chat", [user(f"fox {number}") for number in range(4)])
+    damage(
+        path,
+        "UPDATE chat_messages SET content = CAST(x'7bff' AS TEXT) WHERE message_key = (1 << 32) + 1",
+        "UPDATE chat_messages SET content = x'7bff', message_id = x'ff' WHERE message_key = (1 << 32) + 2",
+        "UPDATE chat_messages SET message_id = CAST(x'ff' AS TEXT) WHERE message_key = (1 << 32) + 3",
+    )
+    assert sorted(hit.position for hit in store.search_messages("fox")) == [0, 1, 2, 3]
 
 
 def test_other_namespaces_are_left_alone(two_histories, new_store, path):
@@ -321,6 +472,27 @@ def test_a_damaged_message_hides_no_other_and_can_be_removed(two_histories, path
     info = two_histories.get_chat_history("chat")
     assert (info.message_count, info.round_count) == (3, 2)
     assert_sound(two_histories)
+
+
+@pytest.mark.parametrize("repair", [False, True], ids=["checking", "repairing"])
+def test_who_writes_does_not_wait_while_faults_are_looked_for(new_store, path, repair):
+    store, impatient = new_store(search=True), new_store(timeout=0.2)
+    store.write_messages("chat", [user(f"fox {number}") for number in range(1000)])
+    (connection,) = connections_of_stores(path)
+    refused, written = [], 0
+
+    def write_meanwhile():
+        nonlocal written
+        try:
+            written += impatient.write_messages("other chat", [user("meanwhile")])
+        except StoreTimeoutError as error:
+            refused.append(error)
+
+    connection.set_progress_handler(write_meanwhile, 1000)
+    assert faults_of(store, repair) == []
+    connection.set_progress_handler(None, 0)
+    assert refused == []
+    assert written > 5
 
 
 def test_checking_keeps_no_writer_waiting(store):

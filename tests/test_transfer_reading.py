@@ -9,7 +9,16 @@ import uuid
 from html.parser import HTMLParser
 
 import pytest
-from haystack.dataclasses import ChatMessage, ChatRole, FileContent, ImageContent, TextContent, ToolCall
+from haystack.dataclasses import (
+    ChatMessage,
+    ChatRole,
+    FileContent,
+    ImageContent,
+    ReasoningContent,
+    TextContent,
+    ToolCall,
+    ToolCallResult,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -19,6 +28,7 @@ from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 from haystack_chat_store.testing.messages import conversation, sample_messages, texts, user
 from haystack_chat_store.testing.messages import messages as any_messages
 from haystack_chat_store.transfer import export_to
+from haystack_chat_store.transfer.readable import shown_parts, shown_time
 
 ATTACKS = [
     "# heading",
@@ -287,6 +297,33 @@ def test_times_are_those_of_the_messages(store):
         text = exported(store, name)
         assert "a, created 2026-01-01 00:00:00 UTC, changed 2026-01-01 00:00:02 UTC" in text
         assert "2026-01-01 00:00:01 UTC" in text
+
+
+def parts_of(*content):
+    return list(shown_parts(content))
+
+
+def test_arguments_of_a_call_are_on_one_line_if_it_is_short():
+    for arguments, lines in (({}, 1), ({"a": 1, "b": [2]}, 1), ({"a": "x" * 80}, 3), ({"a": "x\ny"}, 3)):
+        (part,) = parts_of(ToolCall("f", arguments))
+        assert json.loads(part.text) == arguments
+        assert len(part.text.split("\n")) == lines
+
+
+def test_a_result_and_what_a_tool_has_made_are_parts_of_their_own():
+    image = sample_messages()["image"].images[0]
+    call = ToolCall("camera", {}, id="1")
+    result, shown_image = parts_of(ToolCallResult([TextContent("two"), image, TextContent("lines")], call, True))
+    assert (result.label, result.text) == ("Error of camera (1)", "two\nlines")
+    assert (shown_image.label, shown_image.text) == ("Image: image/png, 70 bytes", "")
+
+
+def test_what_something_else_has_left_in_a_message_can_be_shown_too():
+    odd = ToolCall(5, [10**5000], [], None)
+    call, result = parts_of(odd, ToolCallResult(7, odd, None), ReasoningContent(None))
+    assert (call.label, call.text) == ("Tool call: 5", f"[1{'0' * 5000}]")
+    assert (result.label, result.text) == ("Result of 5", "7")
+    assert shown_time(None) == shown_time(2**63) == "1970-01-01 00:00:00 UTC"
 
 
 # ---------------------------------------------------------------------- OpenAI's format

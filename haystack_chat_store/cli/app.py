@@ -5,6 +5,7 @@ The commands.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,20 +42,22 @@ from haystack_chat_store.cli.printing import (
     print_statistics,
     sizes_of,
 )
-from haystack_chat_store.doctor import ExaminedMessage, examined_messages
+from haystack_chat_store.doctor import ExaminedMessage, examine, examined_messages
 from haystack_chat_store.stores.arguments import MAX_LIMIT
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.operations import no_history
 from haystack_chat_store.stores.steps import Steps
 from haystack_chat_store.transfer.readable import harmless_line
 from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, SearchHit
+from haystack_chat_store.walks import walked_pages
 
 # So many histories are named when asking whether to delete them.
 _NAMED_AT_ONCE = 10
 
+EXPORTED = "Exported"
+
 app = typer.Typer(
     help="Look into a store of chat histories, search it, move it, mend it.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -113,8 +116,9 @@ def show(
     console = terminal.output()
     with opened(store, namespace) as chat_store:
         info = _existing(chat_store, history)
+        messages: Iterator[ExaminedMessage]
         if show_all:
-            messages = _all_messages(chat_store, history)
+            messages = map(examine, chain.from_iterable(walked_pages(chat_store, history)))
         else:
             page = examined_messages(chat_store, history, before=before, after=after, limit=last)
             messages = iter(page)
@@ -251,7 +255,7 @@ def export_(
             moved = transfer.export_to(chat_store, sys.stdout.buffer, **what, progress=shown)
         else:
             moved = transfer.export_histories(chat_store, output, **what, progress=shown)
-    _report("Exported", moved, as_json, terminal.messages() if output is None else terminal.output())
+    _report(EXPORTED, moved, as_json, terminal.messages() if output is None else terminal.output())
 
 
 @app.command(name="import")
@@ -338,14 +342,16 @@ def delete(
         with terminal.progress("Deleting") as shown:
             shown(0, None)
             if chat_history_ids is None:
-                chat_store.delete_chat_histories(prefix=prefix, vacuum=vacuum)
+                deleted = chat_store.delete_chat_histories(prefix=prefix, vacuum=vacuum)
             else:
+                deleted = 0
                 for number, history in enumerate(chat_history_ids, 1):
+                    deleted += chat_store.get_chat_history(history) is not None
                     chat_store.delete_messages(history)
                     shown(number, len(chat_history_ids))
                 if vacuum:
                     chat_store._run(chat_store._vacuum)
-    _report_deleted(found, as_json)
+    _report_deleted(deleted, as_json)
 
 
 @app.command()
@@ -369,8 +375,8 @@ def purge(
         _confirm(found, yes)
         with terminal.progress("Deleting") as shown:
             shown(0, None)
-            chat_store.purge(older_than=time, vacuum=vacuum)
-    _report_deleted(found, as_json)
+            deleted = chat_store.purge(older_than=time, vacuum=vacuum)
+    _report_deleted(deleted, as_json)
 
 
 @app.command()
@@ -384,7 +390,7 @@ def doctor(
             metavar="FILE",
             dir_okay=False,
             show_default=False,
-            help="Where damaged messages are saved before they are removed. With --repair.",
+            help="Where messages that cannot be read are saved before they are removed. With --repair.",
         ),
     ] = None,
     store: Store = None,
@@ -413,7 +419,10 @@ def doctor(
         left = f", {unrepaired:,} not repaired" if unrepaired else ""
         console.print(f"{plural(found, 'fault', 'faults')}{left}." if found else "No faults.")
     if unrepaired:
-        terminal.note("To remove damaged messages: --repair --salvage FILE" if repair else "To mend them: --repair")
+        if not repair:
+            terminal.note("To mend them: --repair")
+        elif salvage is None:
+            terminal.note("To remove messages that cannot be read: --repair --salvage FILE")
         raise typer.Exit(1)
 
 
@@ -448,13 +457,6 @@ def _existing(store: BaseChatMessageStore[Any], chat_history_id: str) -> ChatHis
     if info is None:
         raise no_history(chat_history_id)
     return info
-
-
-def _all_messages(store: BaseChatMessageStore[Any], chat_history_id: str) -> Iterator[ExaminedMessage]:
-    after = -1
-    while page := examined_messages(store, chat_history_id, after=after):
-        yield from page
-        after = page[-1].position
 
 
 def _watched(
@@ -513,17 +515,21 @@ def _report(done: str, moved: transfer.Transferred, as_json: bool, console: Cons
     if as_json:
         terminal.print_json({**moved._asdict(), "faults": [fault._asdict() for fault in moved.faults]})
     else:
-        there = f", {moved.skipped:,} were there already" if moved.skipped else ""
-        console.print(f"{done} {amount(moved.chat_histories, moved.messages)}{there}.", soft_wrap=True)
+        # An export in OpenAI's format skips what no model can be trained on, the others what is there already.
+        why = "cannot be trained on" if done == EXPORTED else "were there already"
+        skipped = f", {moved.skipped:,} {why}" if moved.skipped else ""
+        console.print(f"{done} {amount(moved.chat_histories, moved.messages)}{skipped}.", soft_wrap=True)
     for fault in moved.faults:
         terminal.messages().print(fault_line(fault), soft_wrap=True)
     if moved.faults:
         raise typer.Exit(1)
 
 
-def _report_deleted(histories: Sequence[ChatHistoryInfo], as_json: bool) -> None:
-    messages = sum(history.message_count for history in histories)
+def _report_deleted(chat_histories: int, as_json: bool) -> None:
+    """
+    Say how many histories were deleted, which others may have changed since the question.
+    """
     if as_json:
-        terminal.print_json({"chat_histories": len(histories), "messages": messages})
+        terminal.print_json({"chat_histories": chat_histories})
     else:
-        terminal.output().print(f"Deleted {amount(len(histories), messages)}.")
+        terminal.output().print(f"Deleted {plural(chat_histories, 'chat history', 'chat histories')}.")

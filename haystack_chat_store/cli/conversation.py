@@ -3,21 +3,11 @@
 How the messages of a history look.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from textwrap import indent
-from typing import Any
 
-from haystack.dataclasses import (
-    ChatRole,
-    FileContent,
-    ImageContent,
-    ReasoningContent,
-    TextContent,
-    ToolCall,
-    ToolCallResult,
-)
+from haystack.dataclasses import ChatRole
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -28,7 +18,7 @@ from rich.text import Text
 
 from haystack_chat_store.cli.terminal import print_plain
 from haystack_chat_store.doctor import ExaminedMessage
-from haystack_chat_store.transfer.readable import harmless, harmless_line
+from haystack_chat_store.transfer.readable import Part, harmless, harmless_line, shown_parts
 
 # On a terminal, no more of a text is shown than somebody reads there, unless they ask for it.
 _MAX_CHARACTERS = 4_000
@@ -53,7 +43,8 @@ def print_messages(console: Console, examined: Iterable[ExaminedMessage], *, ful
             console.print()
         else:
             print_plain(f"[{message.position}] {harmless_line(message.role)} {message.created_at.isoformat()}")
-            print_plain(indent("\n".join(part.plain for part in _parts(message)), _PLAIN_INDENT) + "\n")
+            texts = [*_damage(message), *map(_text, _parts(message))]
+            print_plain(indent("\n".join(text.plain for text in texts), _PLAIN_INDENT) + "\n")
 
 
 def local_time(time: datetime) -> str:
@@ -79,74 +70,32 @@ def _heading(message: ExaminedMessage) -> RenderableType:
 
 
 def _rendered(message: ExaminedMessage, full: bool) -> Iterator[RenderableType]:
-    if message.message is None or message.fault is not None or message.message.role is not ChatRole.ASSISTANT:
-        yield from (part if full else _shortened(part) for part in _parts(message))
-        return
-    for part in message.message._content:
-        text = _part(part)
-        if isinstance(part, TextContent) and len(text.plain) <= _MAX_CHARACTERS:
-            yield _SafeMarkdown(text.plain)
+    yield from _damage(message)
+    is_markdown = message.role == ChatRole.ASSISTANT.value and message.fault is None
+    for part in _parts(message):
+        if is_markdown and part.kind == "text" and len(part.text) <= _MAX_CHARACTERS:
+            yield _SafeMarkdown(part.text)
         else:
-            yield text if full else _shortened(text)
+            yield _text(part) if full else _shortened(_text(part))
 
 
-def _parts(message: ExaminedMessage) -> Iterator[Text]:
-    """
-    Yield what a message consists of, as text.
-    """
-    if message.fault is not None:
-        yield Text(f"This message is damaged: {message.fault}", "red")
-    if message.message is not None:
-        yield from (_part(part) for part in message.message._content)
+def _damage(message: ExaminedMessage) -> list[Text]:
+    return [] if message.fault is None else [Text(f"This message is damaged: {message.fault}", "red")]
 
 
-def _part(part: Any) -> Text:
-    if isinstance(part, TextContent):
-        return Text(harmless(part.text))
-    if isinstance(part, ReasoningContent):
-        return Text(harmless(part.reasoning_text), "dim italic")
-    if isinstance(part, ToolCall):
-        return Text.assemble(("→ ", "dim"), (harmless_line(part.tool_name), "bold"), f" {_arguments(part.arguments)}")
-    if isinstance(part, ToolCallResult):
-        said = ("failed: ", "bold red") if part.error else ""
-        heading = Text.assemble(("← ", "dim"), (harmless_line(part.origin.tool_name), "bold"), " ", said)
-        results = (
-            [Text(harmless(part.result))] if isinstance(part.result, str) else [_part(each) for each in part.result]
-        )
-        return heading.append_text(Text("\n").join(results))
-    if isinstance(part, (ImageContent, FileContent)):
-        return Text(_attachment(part), "blue")
-    return Text(f"[{harmless_line(type(part).__name__)}]", "dim")
+def _parts(message: ExaminedMessage) -> Iterator[Part]:
+    return shown_parts([] if message.message is None else message.message._content)
 
 
-def _arguments(arguments: Any) -> str:
-    """
-    Return the arguments of a tool call on one line, unless one of them has several.
-    """
-    text = json.dumps(arguments, ensure_ascii=False)
-    return harmless(json.dumps(arguments, ensure_ascii=False, indent=2) if "\\n" in text else text)
-
-
-def _attachment(part: ImageContent | FileContent) -> str:
-    """
-    Return what an image or a file is, without what is in it.
-    """
-    name, data = ("image", part.base64_image) if isinstance(part, ImageContent) else (part.filename, part.base64_data)
-    text = str(data).rstrip("=")
-    size = file_size(len(text) * 3 // 4)
-    return f"[{harmless_line(name or 'file')}, {harmless_line(part.mime_type or 'of unknown type')}, {size}]"
-
-
-def file_size(size: int) -> str:
-    """
-    Return a number of bytes as somebody reads it.
-    """
-    number = float(size)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:,.1f} TB"
+def _text(part: Part) -> Text:
+    if part.kind == "call":
+        return Text.assemble(("→ ", "dim"), (part.name, "bold"), f" {part.text}")
+    if part.kind in ("result", "error"):
+        failed = ("failed: ", "bold red") if part.kind == "error" else ""
+        return Text.assemble(("← ", "dim"), (part.name, "bold"), " ", failed, part.text)
+    if part.kind in ("image", "file"):
+        return Text(f"[{'image, ' if part.kind == 'image' else ''}{part.name}]", "blue")
+    return Text(part.text, "dim italic" if part.kind == "reasoning" else "")
 
 
 def _shortened(text: Text) -> Text:

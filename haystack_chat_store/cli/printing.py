@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from haystack_chat_store.cli.conversation import file_size, local_time
+from haystack_chat_store.cli.conversation import local_time
 from haystack_chat_store.cli.terminal import print_plain
 from haystack_chat_store.doctor import ExaminedMessage
 from haystack_chat_store.search_text import parsed_query, terms
-from haystack_chat_store.transfer.readable import harmless_line
+from haystack_chat_store.transfer.readable import harmless_line, shown_size
 from haystack_chat_store.types import ChatHistoryInfo, Fault, SearchHit, StoreStatistics
 
 # Below it, a history takes several lines rather than a row of a table.
@@ -176,7 +176,7 @@ def print_statistics(console: Console, statistics: StoreStatistics, sizes: Mappi
     totals.add_row("messages", f"{statistics.messages:,}")
     totals.add_row("rounds", f"{statistics.rounds:,}")
     if statistics.size is not None:
-        totals.add_row("size", file_size(statistics.size))
+        totals.add_row("size", shown_size(statistics.size))
     console.print(totals)
     if statistics.messages_per_day:
         _print_bars(console, "messages per day (UTC)", _last_days(statistics.messages_per_day, days))

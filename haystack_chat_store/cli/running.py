@@ -44,10 +44,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        returned = app(
-            None if arguments is None else list(arguments), prog_name="haystack-chat-store", standalone_mode=False
-        )
+        returned = app(given or ["--help"], prog_name="haystack-chat-store", standalone_mode=False)
         return returned if isinstance(returned, int) else DONE
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED

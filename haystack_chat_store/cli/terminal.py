@@ -101,7 +101,9 @@ def progress(description: str) -> "Iterator[Callable[[int, int | None], None]]":
     if not console.is_interactive:
         yield lambda _done, _total: None
         return
-    with Progress(*columns, console=console, transient=True) as shown:
+    # Where results go to a program, they must not be led to the terminal, and where both go there, not into the bar.
+    redirect = sys.stdout.isatty()
+    with Progress(*columns, console=console, transient=True, redirect_stdout=redirect, redirect_stderr=False) as shown:
         task = shown.add_task(description, total=None, visible=False, amount="")
 
         def show(done: int, total: int | None) -> None:

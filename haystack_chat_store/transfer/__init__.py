@@ -69,7 +69,7 @@ def export_histories(
     progress: Progress | None = None,
 ) -> Transferred:
     """
-    Write chat histories to a file, in memory that does not grow with their number and length.
+    Write chat histories to a file, in memory that does not grow with their number nor (but for OpenAI) their length.
 
     The file appears when it is complete and safe on the disk; if anything fails, what was there before stays. Only its
     owner may read it.
@@ -138,7 +138,9 @@ def import_histories(
     progress: Progress | None = None,
 ) -> Transferred:
     """
-    Bring chat histories from a file into a store, in memory that does not grow with their number and length.
+    Bring chat histories from a file into a store, in memory that does not grow with their number.
+
+    Of one history at a time, it holds the ids of its messages.
 
     First the whole file is read and checked; if anything is wrong with it, nothing is imported. Then each history
     becomes visible whole or not at all, with its title, meta and times, its messages with their ids, in the same order.

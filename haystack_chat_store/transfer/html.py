@@ -66,7 +66,7 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
 
 
 def _element(part: Part) -> str:
-    label, text = escape(part.label), escape(part.text or "")
+    label, text = escape(part.label), escape(part.text)
     if part.kind == "text":
         return f"<p>{text}</p>\n"
     if part.kind == "reasoning":

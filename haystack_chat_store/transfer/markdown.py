@@ -39,7 +39,7 @@ def _block(part: Part) -> str:
     label = f"**{_escaped(part.label)}**\n\n" if part.label else ""
     if not part.text:
         return label
-    if part.kind in ("call", "result"):
+    if part.kind in ("call", "result", "error"):
         return f"{label}{_fenced(part.text)}\n\n"
     text = _escaped(part.text)
     if part.kind == "reasoning":

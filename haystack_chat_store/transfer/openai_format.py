@@ -22,6 +22,8 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
     """
     Write histories, each as the model would see it, up to the last message of the assistant.
 
+    One whole history at a time is in memory: which of its calls were answered shows only at its end.
+
     :returns: What was written.
     """
     chat_histories = messages = total = 0

@@ -19,7 +19,7 @@ from haystack.dataclasses import (
 
 from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.json_form import encode_meta
-from haystack_chat_store.stores.arguments import time_of
+from haystack_chat_store.stores.arguments import readable_time
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 
 # Controls, what changes the direction of writing or is invisible, surrogates.
@@ -27,20 +27,40 @@ _HARMFUL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_UNITS = ("bytes", "kB", "MB", "GB")
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+_LABELS = {
+    "text": "",
+    "reasoning": "Reasoning",
+    "call": "Tool call: ",
+    "result": "Result of ",
+    "error": "Error of ",
+    "image": "Image: ",
+    "file": "File: ",
+}
+# Arguments of calls are shown on one line if it is not longer.
+_MAX_LINE = 80
 
 
 class Part(NamedTuple):
     """
-    A part of a message, as it is shown.
+    A part of a message, as it is shown. All of it is harmless, and all but `text` on one line.
 
-    :param label: What it is, on one line, if that has to be said.
-    :param text: What it says; `None` for an image or file.
+    :param name: The name of the tool that is called or has answered; what an image or file is.
+    :param text: What it says, or is called with; of an image or file, nothing.
+    :param call_id: The id of the call, if it has one.
     """
 
-    kind: Literal["text", "reasoning", "call", "result", "attachment"]
-    label: str
-    text: str | None
+    kind: Literal["text", "reasoning", "call", "result", "error", "image", "file"]
+    name: str = ""
+    text: str = ""
+    call_id: str = ""
+
+    @property
+    def label(self) -> str:
+        """
+        What it is, in words; nothing for a text.
+        """
+        return f"{_LABELS[self.kind]}{self.name}" + (f" ({self.call_id})" if self.call_id else "")
 
 
 def harmless(text: object) -> str:
@@ -71,7 +91,17 @@ def shown_time(microseconds: int) -> str:
     """
     Return a time as people write it.
     """
-    return f"{time_of(microseconds):%Y-%m-%d %H:%M:%S} UTC"
+    return f"{readable_time(microseconds):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def shown_size(size: float) -> str:
+    """
+    Return a number of bytes as people write it.
+    """
+    unit = 0
+    while size >= 1000 and unit < len(_UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{size:,.1f} {_UNITS[unit]}" if unit else f"{size} {_UNITS[unit]}"
 
 
 def shown_messages(rows: Sequence[MessageRow]) -> Iterator[tuple[str, str, list[Part]]]:
@@ -82,50 +112,51 @@ def shown_messages(rows: Sequence[MessageRow]) -> Iterator[tuple[str, str, list[
         speaker = message.role.value.capitalize()
         if message.name:
             speaker = f"{speaker} ({harmless_line(message.name)})"
-        yield speaker, shown_time(row.created_at), list(_parts(message._content))
+        yield speaker, shown_time(row.created_at), list(shown_parts(message._content))
 
 
-def _parts(content: Sequence[Any]) -> Iterator[Part]:
+def shown_parts(content: Sequence[Any]) -> Iterator[Part]:
+    """
+    Yield the parts of a message; after a tool's result, the images and files in it.
+    """
     for part in content:
         if isinstance(part, TextContent):
-            yield Part("text", "", harmless(part.text))
+            yield Part("text", text=harmless(part.text))
         elif isinstance(part, ReasoningContent):
             if part.reasoning_text:
-                yield Part("reasoning", "Reasoning", harmless(part.reasoning_text))
+                yield Part("reasoning", text=harmless(part.reasoning_text))
         elif isinstance(part, ToolCall):
-            yield Part("call", f"Tool call: {_call(part)}", harmless(_indented(part.arguments)))
+            yield Part("call", harmless_line(part.tool_name), harmless(_arguments(part.arguments)), _id_of(part))
         elif isinstance(part, ToolCallResult):
-            what = "Error of" if part.error else "Result of"
-            texts, others = [part.result], []
-            if not isinstance(part.result, str):
-                texts = [each.text for each in part.result if isinstance(each, TextContent)]
-                others = [each for each in part.result if not isinstance(each, TextContent)]
-            yield Part("result", f"{what} {_call(part.origin)}", harmless("\n".join(map(str, texts))))
-            yield from _parts(others)
+            parts = part.result if isinstance(part.result, (list, tuple)) else [TextContent(str(part.result))]
+            text = "\n".join(str(each.text) for each in parts if isinstance(each, TextContent))
+            kind: Literal["result", "error"] = "error" if part.error else "result"
+            yield Part(kind, harmless_line(part.origin.tool_name), harmless(text), _id_of(part.origin))
+            yield from shown_parts([each for each in parts if not isinstance(each, TextContent)])
         elif isinstance(part, ImageContent):
-            yield Part("attachment", f"Image: {_described(part.mime_type, part.base64_image)}", None)
+            yield Part("image", _described(part.mime_type, part.base64_image))
         elif isinstance(part, FileContent):
             name = f"{harmless_line(part.filename)}, " if part.filename else ""
-            yield Part("attachment", f"File: {name}{_described(part.mime_type, part.base64_data)}", None)
+            yield Part("file", f"{name}{_described(part.mime_type, part.base64_data)}")
 
 
-def _call(call: ToolCall) -> str:
-    name = harmless_line(call.tool_name)
-    return f"{name} ({harmless_line(call.id)})" if call.id else name
+def _id_of(call: ToolCall) -> str:
+    return harmless_line(call.id or "")
 
 
-def _indented(arguments: Any) -> str:
+def _arguments(arguments: Any) -> str:
+    """
+    Return the arguments of a tool call, on one line if it is short and nothing in it has several.
+    """
     try:
-        return json.dumps(arguments, ensure_ascii=False, indent=2)
+        line = json.dumps(arguments, ensure_ascii=False)
+        is_short = len(line) <= _MAX_LINE and "\\n" not in line
+        return line if is_short else json.dumps(arguments, ensure_ascii=False, indent=2)
     except ValueError:  # an integer of thousands of digits
         return encode_meta(arguments)
 
 
 def _described(mime_type: Any, base64_text: Any) -> str:
     text = str(base64_text)
-    size: float = len(text) * 3 // 4 - text[-2:].count("=")
-    unit = 0
-    while size >= 1000 and unit < len(_UNITS) - 1:
-        size, unit = size / 1000, unit + 1
-    shown_size = f"{size:.1f} {_UNITS[unit]}" if unit else f"{size} {_UNITS[unit]}"
-    return f"{harmless_line(mime_type or 'of unknown type')}, {shown_size}"
+    size = len(text) * 3 // 4 - text[-2:].count("=")
+    return f"{harmless_line(mime_type or 'of unknown type')}, {shown_size(size)}"

@@ -20,7 +20,7 @@ with LazyImport(
 ) as psycopg_import:
     import psycopg
 
-    from haystack_chat_store.stores.postgres.connections import Pool, Session, Settings, pool_of, pools
+    from haystack_chat_store.stores.postgres.connections import AsideError, Pool, Session, Settings, pool_of, pools
     from haystack_chat_store.stores.postgres.schema import MIGRATIONS, Tables
 
 # PostgreSQL cuts names at 63 bytes, and the longest that begins with the prefix has 20 more.
@@ -151,6 +151,8 @@ class PostgresChatMessageStore(Changing, Directory, Checking):
         try:
             with pool.session(search=self.search) as session:
                 return run_to_end(operation(session, *arguments))
+        except AsideError as aside:
+            raise aside.error from aside.error.__cause__
         except (psycopg.Error, OSError) as error:
             raise self._explained(error, pool) from error
 
@@ -159,6 +161,8 @@ class PostgresChatMessageStore(Changing, Directory, Checking):
         try:
             async with pool.session_async(search=self.search) as session:
                 return await operation(session, *arguments)
+        except AsideError as aside:
+            raise aside.error from aside.error.__cause__
         except (psycopg.Error, OSError) as error:
             raise self._explained(error, pool) from error
 

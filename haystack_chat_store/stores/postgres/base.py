@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 MAX_POSITION = 2**63 - 1
 #: Where a walk through all messages begins.
 BEGINNING = (uuid.UUID(int=0), -1)
-# Greater than all ids, which have 512 characters at most.
-_AFTER_ALL_IDS = "\U0010ffff" * 513
+#: Greater than all ids, which have 512 characters at most.
+AFTER_ALL_IDS = "\U0010ffff" * 513
 
 
 class PostgresOperations(BaseChatMessageStore["Session"]):
@@ -42,4 +42,4 @@ class PostgresOperations(BaseChatMessageStore["Session"]):
         """
         Return the parameters of a statement for the histories of this namespace whose ids begin with a prefix.
         """
-        return {"namespace": self.namespace, "prefix": prefix, "end": end_of_prefix(prefix) or _AFTER_ALL_IDS}
+        return {"namespace": self.namespace, "prefix": prefix, "end": end_of_prefix(prefix) or AFTER_ALL_IDS}

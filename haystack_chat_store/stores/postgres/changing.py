@@ -24,13 +24,15 @@ from haystack_chat_store.stores.operations import (
     planned,
 )
 from haystack_chat_store.stores.postgres.base import MAX_POSITION, PostgresOperations
-from haystack_chat_store.stores.postgres.terms import tsvector
+from haystack_chat_store.stores.postgres.terms import tsvectors
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.postgres.connections import Session
 
 # So many characters are sent to the server at once while importing, or one message.
 _CHARACTERS_PER_STATEMENT = 8_000_000
+# The terms of so many characters are found on the event loop itself, in a few milliseconds.
+_CHARACTERS_ON_LOOP = 100_000
 
 
 class Changing(PostgresOperations):
@@ -50,7 +52,7 @@ class Changing(PostgresOperations):
         if not new:
             return 0
         statement = self._statements.append_rest if known else self._statements.append_all
-        parameters = self._to_append(session, key, chat_history_id, new)
+        parameters = await self._to_append(session, key, chat_history_id, new)
         parameters["version"] = known[0][3] if known else None
         if await session.appended(statement, parameters):
             return len(new)
@@ -86,9 +88,9 @@ class Changing(PostgresOperations):
         new, replaced = planned(messages, known, policy)
         if not new and not replaced:
             return 0
-        parameters = self._to_append(session, key, chat_history_id, new)
+        parameters = await self._to_append(session, key, chat_history_id, new)
         if replaced:
-            sent = self._sent(session, list(replaced.values()))
+            sent = await self._sent(session, list(replaced.values()))
             sent["numbers"] = " ".join(str(position) for position, _ in replaced)
             await session.run(self._statements.overwrite, {**sent, "key": key})
             parameters["rounds"] += _rounds(message.role for message in replaced.values())
@@ -129,22 +131,24 @@ class Changing(PostgresOperations):
         self, session: "Session", source_id: str, target_id: str, until_message_id: str | None
     ) -> int:
         # In one order, whichever way the copy goes.
-        locked = {
-            history: await self._locked(session, history, make=history == target_id != source_id)
-            for history in sorted({source_id, target_id})
-        }
-        target = locked[target_id]
-        if locked[source_id] is None or target is None:
+        locked = {history: await self._locked(session, history) for history in sorted({source_id, target_id})}
+        source, target = locked[source_id], locked[target_id]
+        if source is None:
             raise no_history(source_id)
+        has_messages_to_copy = source[1] > 0
         source_key, end = self._history_key(source_id), MAX_POSITION
         if until_message_id is not None:
             found = await self._position_of(session, source_key, until_message_id)
             if found is None:
                 raise not_found(until_message_id)
             end = found
-        start, count = target
+        if target is None and has_messages_to_copy:
+            target = await self._locked(session, target_id, make=True)
+        start, count = target or (0, 0)
         if count:
             raise has_messages(target_id)
+        if not has_messages_to_copy:
+            return 0
         parameters = {"source": source_key, "target": self._history_key(target_id), "start": start, "end": end}
         ((copied,),) = await session.fetch(self._statements.copy_messages, parameters)
         return int(copied)
@@ -166,7 +170,11 @@ class Changing(PostgresOperations):
     async def _import_several_locked(
         self, session: "Session", histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
     ) -> int:
-        return sum([await self._import_locked(session, history, [rows], 0) for history, rows in histories])
+        for history, _ in histories:
+            if not await self._made(session, history.chat_history_id):
+                _, count = await self._locked(session, history.chat_history_id) or (0, 0)
+                raise changed_meanwhile(0, count)
+        return sum([await self._append_imported(session, history, [rows], 0, True) for history, rows in histories])
 
     async def _import_locked(
         self,
@@ -175,23 +183,37 @@ class Changing(PostgresOperations):
         batches: Iterable[Sequence[MessageRow]],
         expected_count: int,
     ) -> int:
-        parameters: dict[str, Any] = history._asdict()
-        parameters["key"] = key = self._history_key(history.chat_history_id)
-        locked = await self._locked(session, history.chat_history_id)
-        start, count = locked or await self._locked(session, history.chat_history_id, make=True) or (0, 0)
+        is_new = False
+        while (locked := await self._locked(session, history.chat_history_id)) is None:
+            is_new = await self._made(session, history.chat_history_id)
+        start, count = locked
         if count != expected_count:
             raise changed_meanwhile(expected_count, count)
-        if locked is None:
+        return await self._append_imported(session, history, batches, start, is_new)
+
+    async def _append_imported(
+        self, session: "Session", history: HistoryRow, batches: Iterable[Sequence[MessageRow]], start: int, is_new: bool
+    ) -> int:
+        """
+        Append to a history that is locked.
+
+        :param start: Its next position.
+        :param is_new: Whether it gets title, meta and times.
+        """
+        parameters: dict[str, Any] = history._asdict()
+        parameters["key"] = key = self._history_key(history.chat_history_id)
+        if is_new:
             await session.run(self._statements.import_history, parameters)
         imported = rounds = 0
-        for rows in _in_parts(batches):
-            sent = self._sent(session, rows)
+        parts = _in_parts(batches)
+        while (rows := await session.aside(next, parts, None)) is not None:
+            session.renew_deadline()
+            sent = await self._sent(session, rows)
             sent["numbers"] = " ".join([str(row.created_at) for row in rows])
-            sent["contents"] = "\n".join([row.content.replace("\n", " ") for row in rows])
             await session.run(self._statements.import_messages, {**sent, "key": key, "start": start + imported})
             imported += len(rows)
             rounds += _rounds(row.role for row in rows)
-            session.renew_deadline()
+        session.renew_deadline()
         await session.run(self._statements.imported, {**parameters, "count": imported, "rounds": rounds})
         return imported
 
@@ -203,18 +225,25 @@ class Changing(PostgresOperations):
         """
         key = self._history_key(chat_history_id)
         while not (rows := await session.fetch(self._statements.lock_history, [key])) and make:
-            await session.run(self._statements.make_history, [key, self.namespace, chat_history_id])
+            await self._made(session, chat_history_id)
         return (rows[0][0], rows[0][1]) if rows else None
+
+    async def _made(self, session: "Session", chat_history_id: str) -> bool:
+        """
+        Make a history, unless it is there. Return whether this transaction has, and so holds its lock.
+        """
+        parameters = [self._history_key(chat_history_id), self.namespace, chat_history_id]
+        return bool((await session.run(self._statements.make_history, parameters)).rowcount)
 
     async def _position_of(self, session: "Session", key: uuid.UUID, message_id: str) -> int | None:
         rows = await session.fetch(self._statements.position_of, [key, message_id])
         return int(rows[0][0]) if rows else None
 
-    def _to_append(
+    async def _to_append(
         self, session: "Session", key: uuid.UUID, chat_history_id: str, new: Sequence[EncodedMessage]
     ) -> dict[str, Any]:
         return {
-            **self._sent(session, new),
+            **await self._sent(session, new),
             "key": key,
             "namespace": self.namespace,
             "id": chat_history_id,
@@ -223,16 +252,21 @@ class Changing(PostgresOperations):
         }
 
     @staticmethod
-    def _sent(session: "Session", messages: "Sequence[EncodedMessage | MessageRow]") -> dict[str, Any]:
+    async def _sent(session: "Session", messages: "Sequence[EncodedMessage | MessageRow]") -> dict[str, Any]:
         """
         Return messages as the statements that write them take them.
         """
-        has_search = session.pool.has_search
+        # Contents that somebody else has written may have line breaks, which are blanks in JSON.
+        contents = [message.content.replace("\n", " ") for message in messages]
+        terms = None
+        if session.pool.has_search:
+            is_long = sum(map(len, contents)) > _CHARACTERS_ON_LOOP
+            terms = await session.aside(tsvectors, contents) if is_long else tsvectors(contents)
         return {
             "message_ids": json.dumps([message.message_id for message in messages]),
             "roles": " ".join([message.role for message in messages]),
-            "contents": "\n".join([message.content for message in messages]),
-            "terms": "\n".join([tsvector(message.content) for message in messages]) if has_search else None,
+            "contents": "\n".join(contents),
+            "terms": None if terms is None else "\n".join(terms),
         }
 
 

@@ -9,16 +9,18 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from haystack_chat_store.stores.postgres.base import BEGINNING
+from haystack_chat_store.stores.postgres.base import BEGINNING, MAX_POSITION
 from haystack_chat_store.stores.postgres.search import Search
 from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
-from haystack_chat_store.stores.postgres.terms import tsvector
+from haystack_chat_store.stores.postgres.terms import tsvectors
 from haystack_chat_store.types import Fault
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.postgres.connections import Session
 
 _ROWS_AT_ONCE = 1_000
+_NO_CREATION = "Its time of creation is none."
+_NO_CHANGE = "Its time of change is none."
 
 
 class _Found(NamedTuple):
@@ -63,6 +65,7 @@ class Checking(Search):
             *await self._wrong_counters(session),
             *await self._wrong_keys(session),
             *await self._orphans(session),
+            *await self._unreadable_times(session),
         ]
         return [*found, *(await self._wrong_terms(session) if session.pool.has_search else [])]
 
@@ -106,13 +109,33 @@ class Checking(Search):
             for key, count in await session.fetch(self._statements.orphans)
         ]
 
+    async def _unreadable_times(self, session: "Session") -> list[_Found]:
+        """
+        Find times that are not datetime's. Those of messages first, for a history's are mended after them.
+        """
+        session.renew_deadline()
+        found = [
+            _Found(history, position, _NO_CREATION, self._mend_message_time, key)
+            for key, position, history in await session.fetch(
+                self._statements.unreadable_message_times, [self.namespace]
+            )
+        ]
+        for key, history, has_creation, has_change in await session.fetch(
+            self._statements.unreadable_times, [self.namespace]
+        ):
+            if not has_creation:
+                found.append(_Found(history, None, _NO_CREATION, self._mend_times, key))
+            if not has_change:
+                found.append(_Found(history, None, _NO_CHANGE, self._mend_times, key))
+        return found
+
     async def _wrong_terms(self, session: "Session") -> list[_Found]:
         found, last = [], BEGINNING
         while rows := await session.fetch(self._statements.indexed, [self.namespace, *last, _ROWS_AT_ONCE]):
             session.renew_deadline()
             last = rows[-1][:2]
             keys, positions = [row[0] for row in rows], [row[1] for row in rows]
-            terms = [tsvector(row[2]) for row in rows]
+            terms = await session.aside(tsvectors, [row[2] for row in rows])
             for (place,) in await session.fetch(self._statements.mismatched, [keys, positions, terms]):
                 key, position, _, history = rows[place - 1]
                 wrong = "The search index has other words than the message."
@@ -144,6 +167,21 @@ class Checking(Search):
         Have a message indexed again, with all others that are not.
         """
         await session.run(self._statements.forget_terms, [key, position])
+        return True
+
+    async def _mend_message_time(
+        self, session: "Session", _history: str | None, key: uuid.UUID, position: int | None
+    ) -> bool:
+        await session.fetch(self._statements.lock_history, [key])
+        parameters = {"key": key, "position": position, "end": MAX_POSITION}
+        await session.run(self._statements.mend_message_time, parameters)
+        return True
+
+    async def _mend_times(
+        self, session: "Session", _history: str | None, key: uuid.UUID, _position: int | None
+    ) -> bool:
+        await session.fetch(self._statements.lock_history, [key])
+        await session.run(self._statements.mend_times, {"key": key, "end": MAX_POSITION})
         return True
 
     async def _cannot_mend(

@@ -133,6 +133,19 @@ class _AsyncConnection(_Limited, psycopg.AsyncConnection[tuple[Any, ...]]):
         return await super().wait(self.limited(gen), *arguments, **options)
 
 
+class AsideError(Exception):
+    """
+    What brings an error of work done aside past those who take errors for the server's.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        """
+        Bring an error.
+        """
+        super().__init__(error)
+        self.error = error
+
+
 class Session:
     """
     What an operation talks to: a connection that it has for itself. Written for both kinds of connection.
@@ -201,6 +214,17 @@ class Session:
             except Exception:
                 await self.run("ROLLBACK")
                 raise
+
+    async def aside(self, work: Callable[..., ResultT], *arguments: Any) -> ResultT:
+        """
+        Do something that takes the processor for a while, or waits for something else, without blocking a loop.
+
+        :raises AsideError: If the work raises.
+        """
+        try:
+            return await asyncio.to_thread(work, *arguments) if self._is_async else work(*arguments)
+        except Exception as error:
+            raise AsideError(error) from error
 
     async def appended(self, statement: str, parameters: Parameters) -> bool:
         """

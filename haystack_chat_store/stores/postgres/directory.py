@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.stores.operations import UNCHANGED, HistoryRow, Unchanged
-from haystack_chat_store.stores.postgres.base import PostgresOperations
-from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
+from haystack_chat_store.stores.postgres.base import AFTER_ALL_IDS, PostgresOperations
+from haystack_chat_store.stores.postgres.statements import BEGIN_READING, INFINITY, READ_WHOLE_TABLES
 from haystack_chat_store.types import StoreStatistics
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Directory(PostgresOperations):
     async def _histories(
         self, session: "Session", prefix: str, before: tuple[int, str] | None, limit: int
     ) -> list[HistoryRow]:
-        updated_at, chat_history_id = before or (None, "")
+        updated_at, chat_history_id = before or (INFINITY, AFTER_ALL_IDS)
         parameters = self._with_prefix(prefix) | {"updated_at": updated_at, "id": chat_history_id, "limit": limit}
         statement = self._statements.histories
         if prefix and not await session.fetch(self._statements.have_many, {**parameters, "few": _FEW_HISTORIES}):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.operations import FoundRow
 from haystack_chat_store.stores.postgres.base import BEGINNING, PostgresOperations
-from haystack_chat_store.stores.postgres.terms import tsquery, tsvector
+from haystack_chat_store.stores.postgres.terms import tsquery, tsvectors
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.postgres.connections import Session
@@ -72,5 +72,6 @@ class Search(PostgresOperations):
             end = key, position
         rows = await session.fetch(self._statements.unindexed_contents, [*start, *end])
         keys, positions = [row[0] for row in rows], [row[1] for row in rows]
-        await session.run(self._statements.set_terms, [keys, positions, [tsvector(row[2]) for row in rows]])
+        terms = await session.aside(tsvectors, [row[2] for row in rows])
+        await session.run(self._statements.set_terms, [keys, positions, "\n".join(terms)])
         return end

@@ -16,29 +16,50 @@ READ_WHOLE_TABLES = """
 """
 
 
+#: What stands for 'infinity', which somebody else may have left in a column, and its negative for '-infinity'.
+INFINITY = 2**62
+# All other times are this one at most, so that the numbers which stand for them are less than that.
+_LATEST = "timestamptz '140000-01-01 00:00:00+00'"
+
+
 def _microseconds(column: str) -> str:
     """
-    Return what makes microseconds since 1970 of a time.
+    Return what makes microseconds since 1970 of a time. Whatever time that is: one must not hide others.
 
     Before PostgreSQL 14, extract() returns numbers that are exact only if they are whole and not too large.
     """
+    time = f"least({column}, {_LATEST})"
     return (
-        f"extract(epoch FROM date_trunc('second', {column}))::bigint * 1000000"
-        f" + mod(extract(microseconds FROM {column})::bigint, 1000000)"
+        f"CASE {column} WHEN 'infinity' THEN {INFINITY} WHEN '-infinity' THEN {-INFINITY} ELSE"
+        f" extract(epoch FROM date_trunc('second', {time}))::bigint * 1000000"
+        f" + mod(extract(microseconds FROM {time})::bigint, 1000000) END"
     )
 
 
 def _time(microseconds: str) -> str:
     """
-    Return what makes a time of microseconds since 1970, likewise.
+    Return what makes a time of microseconds since 1970.
+
+    An interval is multiplied in floating point, which is exact for whole hours of any year.
     """
     return (
-        f"('epoch'::timestamptz + {microseconds} / 1000000 * interval '1 second'"
-        f" + mod({microseconds}, 1000000) * interval '1 microsecond')"
+        f"('epoch'::timestamptz + {microseconds} / 3600000000 * interval '1 hour'"
+        f" + mod({microseconds}, 3600000000) * interval '1 microsecond')"
     )
 
 
+def _is_readable(time: str) -> str:
+    """
+    Return what tells whether Python's `datetime` has a time.
+    """
+    return f"{time} BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00'"
+
+
 _BY_ID = 'chat_history_id COLLATE "C"'
+_CURSOR = "%(updated_at)s::bigint"
+_UPDATED_AT_OF_CURSOR = (
+    f"CASE {_CURSOR} WHEN {INFINITY} THEN 'infinity' WHEN {-INFINITY} THEN '-infinity' ELSE {_time(_CURSOR)} END"
+)
 
 #: What statements have in common, under the names by which they include it.
 FRAGMENTS = {
@@ -49,14 +70,17 @@ FRAGMENTS = {
     "message_row": f"position, {_microseconds('created_at')}, message_id, role, content",
     "by_id": _BY_ID,
     "with_prefix": f"namespace = %(namespace)s AND {_BY_ID} >= %(prefix)s AND {_BY_ID} < %(end)s",
-    "further": f"(updated_at, {_BY_ID}) < (coalesce({_time('%(updated_at)s::bigint')}, 'infinity'), %(id)s)",
+    "further": f"(updated_at, {_BY_ID}) < ({_UPDATED_AT_OF_CURSOR}, %(id)s)",
     "newest_first": f"ORDER BY updated_at DESC, {_BY_ID} DESC LIMIT %(limit)s",
     "created_at": _time("%(created_at)s::bigint"),
     "updated_at": _time("%(updated_at)s::bigint"),
     "updated_before": _time("%(updated_before)s::bigint"),
     "time_sent": _time("number"),
-    # Rows as they are sent: psycopg takes as long to send three arrays as for all the rest. No content has a line
-    # break, for it is JSON, and neither have terms.
+    "now": "greatest(updated_at, clock_timestamp())",  # clocks of servers that follow each other may differ
+    "created_at_is_readable": _is_readable("created_at"),
+    "updated_at_is_readable": _is_readable("updated_at"),
+    # Rows as they are sent: psycopg takes as long to send three arrays as for all the rest. No content needs a line
+    # break, for it is JSON, and terms have none.
     "sent": """
         ROWS FROM (
             json_array_elements_text(%(message_ids)s::json),
@@ -97,7 +121,7 @@ _APPEND_ALL = _APPEND.format(
             next_position = h.next_position + excluded.next_position,
             message_count = h.message_count + excluded.message_count,
             round_count = h.round_count + excluded.round_count,
-            updated_at = excluded.updated_at
+            updated_at = greatest(h.updated_at, clock_timestamp())
     """
 )
 # For the rest of a batch: only to a history that nobody has changed since it was found to have the others.
@@ -107,7 +131,7 @@ _APPEND_REST = _APPEND.format(
             next_position = next_position + %(count)s,
             message_count = message_count + %(count)s,
             round_count = round_count + %(rounds)s,
-            updated_at = clock_timestamp()
+            updated_at = {now}
         WHERE history_key = %(key)s AND xmin = %(version)s::xid
     """
 )
@@ -172,7 +196,7 @@ _DELETE_SOME = """
     UPDATE {{histories}} SET
         message_count = message_count - messages,
         round_count = round_count - rounds,
-        updated_at = clock_timestamp()
+        updated_at = {{now}}
     FROM counted WHERE history_key = %(key)s AND messages > 0
 """
 _DELETE_BY_ID, _DELETE_FROM, _DELETE_BY_POSITION = (
@@ -192,7 +216,7 @@ _COPY = """
         next_position = next_position + messages,
         message_count = message_count + messages,
         round_count = round_count + rounds,
-        updated_at = clock_timestamp()
+        updated_at = {now}
     FROM counted WHERE history_key = %(target)s RETURNING messages
 """
 _IMPORT_HISTORY = """
@@ -251,8 +275,9 @@ _TOTALS = """
 """
 _PER_DAY = """
     SELECT extract(epoch FROM day)::bigint / 86400, count(*) FROM (
-        SELECT date_trunc('day', m.created_at AT TIME ZONE 'UTC') AS day
-        FROM {messages} AS m JOIN {histories} USING (history_key) WHERE {with_prefix}
+        SELECT date_trunc('day', time AT TIME ZONE 'UTC') AS day
+        FROM {messages} JOIN (SELECT history_key FROM {histories} WHERE {with_prefix}) AS h USING (history_key)
+        CROSS JOIN LATERAL (SELECT CASE WHEN {created_at_is_readable} THEN created_at ELSE 'epoch' END) AS shown (time)
     ) AS days GROUP BY day ORDER BY day
 """
 _SIZE_ON_DISK = """
@@ -306,7 +331,7 @@ _UNINDEXED_CONTENTS = """
 """
 _SET_TERMS = """
     UPDATE {messages} AS m SET search_terms = sent.terms::tsvector
-    FROM unnest(%s::uuid[], %s::bigint[], %s::text[]) AS sent (history_key, position, terms)
+    FROM unnest(%s::uuid[], %s::bigint[], string_to_array(%s, E'\n')) AS sent (history_key, position, terms)
     WHERE m.history_key = sent.history_key AND m.position = sent.position
 """
 
@@ -363,6 +388,44 @@ _MISMATCHED = """
 """
 _FORGET_TERMS = """
     UPDATE {messages} SET search_terms = NULL WHERE history_key = %s AND position = %s
+"""
+_UNREADABLE_TIMES = """
+    SELECT history_key, chat_history_id, {created_at_is_readable}, {updated_at_is_readable} FROM {histories}
+    WHERE namespace = %s AND NOT ({created_at_is_readable} AND {updated_at_is_readable}) ORDER BY {by_id}
+"""
+_UNREADABLE_MESSAGE_TIMES = """
+    SELECT history_key, position, chat_history_id
+    FROM (SELECT history_key, position FROM {messages} WHERE NOT {created_at_is_readable}) AS m
+    JOIN {histories} AS h USING (history_key) WHERE namespace = %s ORDER BY {by_id}, position
+"""
+# The times of the nearest messages, or now.
+_TIME_OF_NEAREST = """(
+        SELECT created_at FROM {{messages}}
+        WHERE history_key = %(key)s AND position BETWEEN {start} AND {end} AND {{created_at_is_readable}}
+        ORDER BY position {direction} LIMIT 1
+    )"""
+_TIMES_OF_NEAREST = {
+    name: _TIME_OF_NEAREST.format(start=start, end=end, direction=direction)
+    for name, start, end, direction in (
+        ("of_first", "0", "%(end)s", "ASC"),
+        ("of_last", "0", "%(end)s", "DESC"),
+        ("of_one_before", "0", "%(position)s", "DESC"),
+        ("of_one_after", "%(position)s", "%(end)s", "ASC"),
+    )
+}
+_MEND_TIMES = """
+    UPDATE {{histories}} SET
+        created_at = CASE WHEN {{created_at_is_readable}} THEN created_at
+            ELSE coalesce({of_first}, clock_timestamp()) END,
+        updated_at = CASE WHEN {{updated_at_is_readable}} THEN updated_at
+            ELSE coalesce({of_last}, clock_timestamp()) END
+    WHERE history_key = %(key)s
+"""
+_MEND_MESSAGE_TIME = """
+    UPDATE {{messages}} SET created_at = coalesce({of_one_before}, {of_one_after},
+        (SELECT created_at FROM {{histories}} WHERE history_key = %(key)s AND {{created_at_is_readable}}),
+        clock_timestamp())
+    WHERE history_key = %(key)s AND position = %(position)s AND NOT {{created_at_is_readable}}
 """
 
 
@@ -433,3 +496,7 @@ class Statements(NamedTuple):
     indexed: str = _INDEXED
     mismatched: str = _MISMATCHED
     forget_terms: str = _FORGET_TERMS
+    unreadable_times: str = _UNREADABLE_TIMES
+    unreadable_message_times: str = _UNREADABLE_MESSAGE_TIMES
+    mend_times: str = _MEND_TIMES.format(**_TIMES_OF_NEAREST)
+    mend_message_time: str = _MEND_MESSAGE_TIME.format(**_TIMES_OF_NEAREST)

@@ -31,6 +31,13 @@ def tsvector(content: str) -> str:
     return " ".join(lexemes)
 
 
+def tsvectors(contents: Sequence[str]) -> list[str]:
+    """
+    Return the terms of each of these messages.
+    """
+    return [tsvector(content) for content in contents]
+
+
 def tsquery(phrases: Sequence[Phrase]) -> str:
     """
     Return what finds the messages that have all phrases, as text for the type `tsquery`.

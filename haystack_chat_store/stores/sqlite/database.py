@@ -286,6 +286,7 @@ def _connected(settings: Settings) -> _Connection:
     # some builds allow only if they are told to trust the schema.
     connection.execute("PRAGMA trusted_schema = ON")
     connection.create_function(schema.TERMS_FUNCTION, 1, terms_of_content, deterministic=True)
+    connection.create_function("is_readable", 1, is_readable, deterministic=True)
     return connection
 
 
@@ -303,6 +304,28 @@ def readable(text: bytes) -> str:
     return text.decode(errors="backslashreplace")
 
 
+@contextmanager
+def all_readable(connection: sqlite3.Connection) -> Iterator[None]:
+    """
+    Have a connection read damaged texts too: one must not hide the others.
+    """
+    connection.text_factory = readable
+    try:
+        yield
+    finally:
+        connection.text_factory = str
+
+
+def is_readable(text: bytes | None) -> bool:
+    """
+    Whether a text, if there is one, is not damaged.
+    """
+    try:
+        return text is None or text.decode() is not None
+    except UnicodeDecodeError:
+        return False
+
+
 def _make_ready(connection: _Connection, settings: Settings) -> None:
     """
     Prepare a new connection for its work, and once for each file the tables.
@@ -312,8 +335,7 @@ def _make_ready(connection: _Connection, settings: Settings) -> None:
     _switch_to_wal(connection, settings.path, time.monotonic() + settings.timeout)
     if not is_current:
         schema.migrate(connection, settings.path)
-    if settings.search:
-        schema.make_index(connection)
+    schema.make_index_ready(connection, settings.search)
     connection.file_identity = _file_identity(settings.path)
 
 

@@ -3,20 +3,28 @@
 The operations on whole histories: listing, titles, statistics, erasing.
 """
 
+import sqlite3
+from math import inf
+
 from haystack_chat_store.stores.arguments import time_of
 from haystack_chat_store.stores.operations import UNCHANGED, HistoryRow, Operations, Unchanged, end_of_prefix
-from haystack_chat_store.stores.sqlite.database import Database
-from haystack_chat_store.stores.sqlite.messages import delete_history
+from haystack_chat_store.stores.sqlite.database import Database, all_readable
+from haystack_chat_store.stores.sqlite.messages import FIRST_TIME, LAST_TIME, delete_history
 from haystack_chat_store.types import StoreStatistics
 
+# What is no time, but a text or the like, is greater than all times. Read as an integer, it has the same place.
 _SELECT_HISTORY = """
-    SELECT chat_history_id, message_count, round_count, created_at, updated_at, title,
-        iif(typeof(meta) = 'text', meta, NULL) FROM chat_histories
+    SELECT chat_history_id, message_count, round_count, created_at,
+        CAST(max(min(updated_at, 0x4000000000000000), -0x4000000000000000) AS INTEGER),
+        CAST(title AS TEXT), iif(typeof(meta) = 'text', meta, NULL)
+    FROM chat_histories
 """
 _HISTORY = _SELECT_HISTORY + "WHERE namespace = ? AND chat_history_id = ?"
 _HISTORIES_BY_ID = f"""
     {_SELECT_HISTORY}
-    WHERE namespace = ? AND chat_history_id >= ? AND chat_history_id < ? ORDER BY chat_history_id LIMIT ?
+    WHERE namespace = ? AND chat_history_id >= ? AND chat_history_id < ?
+        AND is_readable(CAST(chat_history_id AS BLOB))  -- else the walk would come to it again and again
+    ORDER BY chat_history_id LIMIT ?
 """
 # A page of the directory is found in one of two ways. A column with a + before it is not looked for in an index.
 _WALK_BY_TIME = f"""
@@ -50,7 +58,9 @@ _TOTALS = """
 """
 _MESSAGES_PER_DAY = """
     SELECT (created_at - (created_at % ?4 + ?4) % ?4) AS day, count(*) FROM (
-        SELECT chat_messages.created_at FROM chat_histories
+        SELECT CAST(iif(chat_messages.created_at BETWEEN ?5 AND ?6, chat_messages.created_at, 0) AS INTEGER)
+            AS created_at
+        FROM chat_histories
             CROSS JOIN chat_messages ON message_key BETWEEN history_key << 32 AND (history_key + 1 << 32) - 1
         WHERE namespace = ?1 AND chat_history_id >= ?2 AND chat_history_id < ?3
     )
@@ -66,7 +76,8 @@ _OLD_KEYS = """
     WHERE namespace = ? AND +chat_history_id >= ? AND +chat_history_id < ? AND updated_at < ? LIMIT ?
 """
 
-_BEGINNING, _END = (2**63 - 1, ""), (-(2**63), "")  # of all histories, the one updated last first
+# Of all histories, the one updated last first, whatever stands in place of a time.
+_BEGINNING, _END = (b"\xff" * 16, ""), (-inf, "")
 _DAY = 24 * 60 * 60 * 1_000_000
 
 # So many histories with a prefix are looked up and sorted at first, or walked past in the index by time. Then more are.
@@ -81,15 +92,27 @@ class DirectoryOperations(Operations[Database]):
     namespace: str
 
     def _history(self, session: Database, chat_history_id: str) -> HistoryRow | None:
-        with session.connection() as connection:
+        with session.connection() as connection, all_readable(connection):
             found = connection.execute(_HISTORY, (self.namespace, chat_history_id)).fetchone()
             return None if found is None else HistoryRow(*found)
 
     def _histories(
         self, session: Database, prefix: str, before: tuple[int, str] | None, limit: int
     ) -> list[HistoryRow]:
+        try:
+            with session.snapshot() as connection:
+                return self._listed(connection, prefix, before, limit)
+        except sqlite3.OperationalError as error:
+            if "Could not decode" not in str(error):
+                raise
+        with session.snapshot() as connection, all_readable(connection):  # which takes a third longer
+            return self._listed(connection, prefix, before, limit)
+
+    def _listed(
+        self, connection: sqlite3.Connection, prefix: str, before: tuple[int, str] | None, limit: int
+    ) -> list[HistoryRow]:
         """
-        Do what the operation has to.
+        Do what `_histories` has to.
 
         Where few histories have the prefix, they are looked up by it and sorted; where many do, some are soon met on
         the walk by time. Which it is shows when both are tried, neither at a greater cost than the other.
@@ -97,30 +120,29 @@ class DirectoryOperations(Operations[Database]):
         place, ids = before or _BEGINNING, id_range(prefix)
         few = _TRIED_AT_FIRST
 
-        def walk(end: tuple[int, str]) -> list[HistoryRow]:
+        def walk(end: tuple[float, str]) -> list[HistoryRow]:
             rows = connection.execute(_WALK_BY_TIME, (self.namespace, *place, *end, *ids, limit))
             return list(map(HistoryRow._make, rows))
 
-        with session.snapshot() as connection:
-            while prefix:
-                (count,) = connection.execute(_COUNT_UP_TO, (self.namespace, *ids, few + 1)).fetchone()
-                if count <= few:
-                    rows = connection.execute(_SORT_BY_TIME, (self.namespace, *place, *ids, limit))
-                    return list(map(HistoryRow._make, rows))
-                values = (self.namespace, *place, limit + few)
-                end = connection.execute(_PLACE_FURTHER_ON, values).fetchone()
-                if end is None:
-                    break
-                found = walk(end)
-                if len(found) == limit:
-                    return found
-                few *= 4
-            return walk(_END)
+        while prefix:
+            (count,) = connection.execute(_COUNT_UP_TO, (self.namespace, *ids, few + 1)).fetchone()
+            if count <= few:
+                rows = connection.execute(_SORT_BY_TIME, (self.namespace, *place, *ids, limit))
+                return list(map(HistoryRow._make, rows))
+            values = (self.namespace, *place, limit + few)
+            end = connection.execute(_PLACE_FURTHER_ON, values).fetchone()
+            if end is None:
+                break
+            found = walk(end)
+            if len(found) == limit:
+                return found
+            few *= 4
+        return walk(_END)
 
     def _histories_by_id(self, session: Database, prefix: str, after: str, limit: int) -> list[HistoryRow]:
         first, end = id_range(prefix)
         first = max(first, f"{after}\x00")  # the least text that is greater than `after`
-        with session.connection() as connection:
+        with session.connection() as connection, all_readable(connection):
             rows = connection.execute(_HISTORIES_BY_ID, (self.namespace, first, end, limit))
             return list(map(HistoryRow._make, rows))
 
@@ -131,7 +153,7 @@ class DirectoryOperations(Operations[Database]):
         changes = [
             each for value in (title, meta) for each in (value is UNCHANGED, None if value is UNCHANGED else value)
         ]
-        with session.transaction() as connection:
+        with session.transaction() as connection, all_readable(connection):
             connection.execute(_UPDATE_HISTORY, (*changes, *history))
             found = connection.execute(_HISTORY, history).fetchone()
         return None if found is None else HistoryRow(*found)
@@ -141,7 +163,7 @@ class DirectoryOperations(Operations[Database]):
         with session.snapshot() as connection:
             count, messages, rounds = connection.execute(_TOTALS, histories).fetchone()
             (size,) = connection.execute(_SIZE).fetchone()
-            days = connection.execute(_MESSAGES_PER_DAY, (*histories, _DAY)).fetchall()
+            days = connection.execute(_MESSAGES_PER_DAY, (*histories, _DAY, FIRST_TIME, LAST_TIME)).fetchall()
         return StoreStatistics(count, messages, rounds, size, {time_of(day).date(): count for day, count in days})
 
     def _erase_some(self, session: Database, prefix: str, updated_before: int | None, limit: int) -> int:

@@ -6,12 +6,14 @@ The operations on messages: writing, reading, changing, deleting.
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
 from typing import NamedTuple
 
 from haystack.dataclasses import ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.rounds import Window
+from haystack_chat_store.stores.arguments import microseconds
 from haystack_chat_store.stores.base import contents_and_size
 from haystack_chat_store.stores.operations import (
     EncodedMessage,
@@ -24,15 +26,15 @@ from haystack_chat_store.stores.operations import (
     not_found,
     planned,
 )
-from haystack_chat_store.stores.sqlite.database import Database, readable
+from haystack_chat_store.stores.sqlite.database import Database, all_readable
 
 # A message's key is its history's key times 2**32 plus its position. So all messages of a history lie side by side in
 # the table's own tree, in order, and the newest is one look-up away.
 _POSITION_BITS = 32
 
 _HISTORY = """
-    SELECT history_key, next_position, message_count, updated_at
-    FROM chat_histories WHERE namespace = ? AND chat_history_id = ?
+    SELECT history_key, next_position, message_count FROM chat_histories
+    WHERE namespace = ? AND chat_history_id = ?
 """
 _INSERT_HISTORY = """
     INSERT INTO chat_histories
@@ -41,7 +43,7 @@ _INSERT_HISTORY = """
 """
 _UPDATE_HISTORY = """
     UPDATE chat_histories SET next_position = next_position + ?, message_count = message_count + ?,
-        round_count = round_count + ?, updated_at = ?
+        round_count = round_count + ?, updated_at = max(updated_at, ?)
     WHERE history_key = ?
 """
 _MESSAGE = "SELECT message_key, role FROM chat_messages WHERE message_key >> 32 = ? AND message_id = ?"
@@ -51,9 +53,10 @@ _INSERT_MESSAGE = """
 _REPLACE_MESSAGE = "UPDATE chat_messages SET role = ?, content = ? WHERE message_key = ?"
 _COPY_MESSAGES = """
     INSERT INTO chat_messages (message_key, message_id, role, created_at, content)
-    SELECT message_key + ?, message_id, role, created_at, content FROM chat_messages WHERE message_key BETWEEN ? AND ?
+    SELECT ? + row_number() OVER (ORDER BY message_key) - 1, message_id, role, created_at, content
+    FROM chat_messages WHERE message_key BETWEEN ? AND ?
 """
-_LAST_KEY = "SELECT max(message_key) FROM chat_messages WHERE message_key BETWEEN ? AND ?"
+_HAS_MESSAGES = "SELECT EXISTS (SELECT 1 FROM chat_messages WHERE message_key BETWEEN ? AND ?)"
 _ROUNDS = "SELECT count(*) FROM chat_messages WHERE role = 'user' AND message_key BETWEEN ? AND ?"
 _COUNT = "SELECT message_count FROM chat_histories WHERE namespace = ? AND chat_history_id = ?"
 
@@ -89,7 +92,8 @@ _READ_ROUNDS, _READ_MESSAGES = (
     )
 )
 _PAGE = """
-    SELECT message_key & 0xffffffff, chat_messages.created_at, message_id, role, CAST(content AS TEXT)
+    SELECT message_key & 0xffffffff, chat_messages.created_at,
+        CAST(message_id AS TEXT), CAST(role AS TEXT), CAST(content AS TEXT)
     FROM chat_histories
         CROSS JOIN chat_messages ON message_key BETWEEN (history_key << 32) + ?3 AND (history_key << 32) + ?4
     WHERE namespace = ?1 AND chat_history_id = ?2 ORDER BY message_key {order} LIMIT ?5
@@ -98,6 +102,10 @@ _PAGE_BEFORE, _PAGE_AFTER = _PAGE.format(order="DESC"), _PAGE.format(order="ASC"
 _DELETE_MESSAGES = "DELETE FROM chat_messages WHERE message_key BETWEEN ? AND ?"
 _DELETE_HISTORY = "DELETE FROM chat_histories WHERE history_key = ?"
 _HISTORY_KEYS = "SELECT history_key FROM chat_histories WHERE namespace = ?"
+
+#: The first and the last time that a column can say.
+FIRST_TIME = microseconds(datetime.min.replace(tzinfo=timezone.utc), "time")
+LAST_TIME = microseconds(datetime.max.replace(tzinfo=timezone.utc), "time")
 
 # More messages than a history can have, and an integer that SQLite takes.
 _MAX_COUNT = 2**62
@@ -108,7 +116,6 @@ class _History(NamedTuple):
     history_key: int
     next_position: int
     message_count: int
-    updated_at: int
 
     @property
     def first_key(self) -> int:
@@ -127,8 +134,8 @@ class MessageOperations(Operations[Database]):
     namespace: str
 
     def _write(self, session: Database, chat_history_id: str, messages: Sequence[EncodedMessage]) -> int:
-        now = microseconds_now()
         with session.transaction() as connection:
+            now = microseconds_now()
             history = self._find(connection, chat_history_id)
             if history is None:
                 new = messages
@@ -175,8 +182,8 @@ class MessageOperations(Operations[Database]):
         policy: DuplicatePolicy,
         expected_count: int | None,
     ) -> int:
-        now = microseconds_now()
         with session.transaction() as connection:
+            now = microseconds_now()
             history = self._find(connection, chat_history_id)
             _check_count(history, expected_count)
             known = {} if history is None else _known(connection, history, messages)
@@ -205,8 +212,8 @@ class MessageOperations(Operations[Database]):
                 _delete_ranges(connection, history, [(key, key) for key in keys if key is not None])
 
     def _copy(self, session: Database, source_id: str, target_id: str, until_message_id: str | None) -> int:
-        now = microseconds_now()
         with session.transaction() as connection:
+            now = microseconds_now()
             source, target = self._find(connection, source_id), self._find(connection, target_id)
             if source is None:
                 raise no_history(source_id)
@@ -218,14 +225,12 @@ class MessageOperations(Operations[Database]):
                 last_key = until_key
             if target is not None and target.message_count:
                 raise has_messages(target_id)
-            (last_key,) = connection.execute(_LAST_KEY, (first_key, last_key)).fetchone()
-            if last_key is None:
+            if not connection.execute(_HAS_MESSAGES, (first_key, last_key)).fetchone()[0]:
                 return 0
             target = target or self._make(connection, _new(target_id, now))
             (rounds,) = connection.execute(_ROUNDS, (first_key, last_key)).fetchone()
-            copied = connection.execute(_COPY_MESSAGES, (target.next_key - first_key, first_key, last_key)).rowcount
-            positions = last_key - first_key + 1
-            connection.execute(_UPDATE_HISTORY, (positions, copied, rounds, now, target.history_key))
+            copied = connection.execute(_COPY_MESSAGES, (target.next_key, first_key, last_key)).rowcount
+            connection.execute(_UPDATE_HISTORY, (copied, copied, rounds, now, target.history_key))
         return copied
 
     def _import(
@@ -236,6 +241,10 @@ class MessageOperations(Operations[Database]):
 
     def _import_several(self, session: Database, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]) -> int:
         with session.transaction() as connection:
+            for history, _ in histories:
+                found = self._find(connection, history.chat_history_id)
+                if found is not None:
+                    raise changed_meanwhile(0, found.message_count)
             return sum(self._imported(connection, history, [rows], 0) for history, rows in histories)
 
     def _imported(
@@ -261,24 +270,19 @@ class MessageOperations(Operations[Database]):
             )
             imported += len(rows)
             rounds += _rounds(rows)
-        updated_at = max(target.updated_at, history.updated_at)
-        connection.execute(_UPDATE_HISTORY, (imported, imported, rounds, updated_at, target.history_key))
+        connection.execute(_UPDATE_HISTORY, (imported, imported, rounds, history.updated_at, target.history_key))
         return imported
 
     def _page(
         self, session: Database, chat_history_id: str, before: int | None, after: int | None, limit: int
     ) -> list[MessageRow]:
         history = (self.namespace, chat_history_id)
-        with session.connection() as connection:
-            connection.text_factory = readable  # one damaged text must not hide the others
-            try:
-                if after is not None:
-                    rows = connection.execute(_PAGE_AFTER, (*history, after + 1, _MAX_POSITION, limit)).fetchall()
-                else:
-                    last = _MAX_POSITION if before is None else before - 1
-                    rows = connection.execute(_PAGE_BEFORE, (*history, 0, last, limit)).fetchall()[::-1]
-            finally:
-                connection.text_factory = str
+        with session.connection() as connection, all_readable(connection):
+            if after is not None:
+                rows = connection.execute(_PAGE_AFTER, (*history, after + 1, _MAX_POSITION, limit)).fetchall()
+            else:
+                last = _MAX_POSITION if before is None else before - 1
+                rows = connection.execute(_PAGE_BEFORE, (*history, 0, last, limit)).fetchall()[::-1]
         return [MessageRow(*row) for row in rows]
 
     def _find(self, connection: sqlite3.Connection, chat_history_id: str) -> _History | None:
@@ -290,7 +294,7 @@ class MessageOperations(Operations[Database]):
         Make a history without messages.
         """
         values = (self.namespace, history.chat_history_id, *history[3:])
-        return _History(int(connection.execute(_INSERT_HISTORY, values).lastrowid or 0), 0, 0, history.updated_at)
+        return _History(int(connection.execute(_INSERT_HISTORY, values).lastrowid or 0), 0, 0)
 
 
 def microseconds_now() -> int:

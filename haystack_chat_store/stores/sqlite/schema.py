@@ -4,6 +4,7 @@ The tables, and how a database of an earlier version becomes one of this version
 """
 
 import sqlite3
+import unicodedata
 
 from haystack_chat_store.errors import SchemaVersionError
 
@@ -54,13 +55,18 @@ MIGRATIONS: list[list[str]] = [
     ],
 ]
 
+#: To be raised whenever the terms of any message change.
+TERMS_VERSION = 1
+# What normal forms and classes of characters are depends on Python's version.
+_TERMS = f"{TERMS_VERSION}/{unicodedata.unidata_version}"
+
 #: The function of SQL that returns the terms of a stored message, with a blank between them. Every connection has it.
 TERMS_FUNCTION = "chat_message_terms_of"
 
 # The index of words, which a database has from when a store with search first opens it. It holds the terms of all
 # messages up to a key, and no others: so there is always exactly one who indexes a message, its writer or, where it was
 # written before, the indexing that goes through all keys. What is deleted from an index without content has to be told
-# the very terms that are in it. A later version that makes other terms must let the index begin anew.
+# the very terms that are in it, so an index of other terms begins anew.
 _INDEX = {
     "chat_message_terms": """
         CREATE VIRTUAL TABLE chat_message_terms USING fts5 (terms, content = '', tokenize = 'ascii')
@@ -68,7 +74,9 @@ _INDEX = {
     "chat_message_term_instances": """
         CREATE VIRTUAL TABLE chat_message_term_instances USING fts5vocab (chat_message_terms, instance)
     """,
-    "chat_messages_indexed": "CREATE TABLE chat_messages_indexed (last_key INTEGER NOT NULL)",
+    "chat_messages_indexed": """
+        CREATE TABLE chat_messages_indexed (last_key INTEGER NOT NULL, terms_version TEXT NOT NULL)
+    """,
     "chat_messages_index_new": """
         CREATE TRIGGER chat_messages_index_new AFTER INSERT ON chat_messages
         WHEN new.message_key <= (SELECT last_key FROM chat_messages_indexed) BEGIN
@@ -93,13 +101,13 @@ _INDEX = {
         END
     """,
 }
-_FORGET_INDEXED = (
-    "INSERT INTO chat_message_terms (chat_message_terms) VALUES ('delete-all')",
-    "DELETE FROM chat_messages_indexed",
-    """
-    INSERT INTO chat_messages_indexed SELECT iif(EXISTS (SELECT 1 FROM chat_messages), 0, 0x7fffffffffffffff)
-    """,
-)
+_FORGET_TERMS = "INSERT INTO chat_message_terms (chat_message_terms) VALUES ('delete-all')"
+_FORGET_INDEXED = "DELETE FROM chat_messages_indexed"
+_BEGIN_INDEXING = """
+    INSERT INTO chat_messages_indexed (last_key, terms_version)
+    SELECT iif(EXISTS (SELECT 1 FROM chat_messages), 0, 0x7fffffffffffffff), ?
+"""
+_TERMS_OF_INDEX = "SELECT terms_version FROM chat_messages_indexed"
 
 _CREATE_VERSION = "CREATE TABLE IF NOT EXISTS chat_store_schema (version INTEGER NOT NULL)"
 _HAS_VERSION = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'chat_store_schema'"
@@ -150,13 +158,15 @@ def has_index(connection: sqlite3.Connection) -> bool:
     return len(missing_of_index(connection)) < len(_INDEX)
 
 
-def make_index(connection: sqlite3.Connection) -> None:
+def make_index_ready(connection: sqlite3.Connection, is_wanted: bool) -> None:
     """
-    Make the index of words, unless it is there. Messages that are there already are left to be indexed.
+    Make the index of words if it is wanted, and begin it anew if it has other terms than this process makes.
+
+    Messages that are there already are left to be indexed.
     """
-    if missing_of_index(connection):
+    if _has_to_begin(connection, is_wanted):
         connection.execute("BEGIN IMMEDIATE")
-        if missing_of_index(connection):
+        if _has_to_begin(connection, is_wanted):  # and no other process was faster
             begin_index_anew(connection)
         connection.execute("COMMIT")
 
@@ -167,8 +177,15 @@ def begin_index_anew(connection: sqlite3.Connection) -> None:
     """
     for name in missing_of_index(connection):
         connection.execute(_INDEX[name])
-    for statement in _FORGET_INDEXED:
-        connection.execute(statement)
+    connection.execute(_FORGET_TERMS)
+    connection.execute(_FORGET_INDEXED)
+    connection.execute(_BEGIN_INDEXING, (_TERMS,))
+
+
+def _has_to_begin(connection: sqlite3.Connection, is_wanted: bool) -> bool:
+    if missing_of_index(connection):
+        return is_wanted
+    return bool(connection.execute(_TERMS_OF_INDEX).fetchone() != (_TERMS,))
 
 
 def _version(connection: sqlite3.Connection) -> int:

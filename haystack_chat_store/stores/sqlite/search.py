@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.operations import FoundRow, Operations
-from haystack_chat_store.stores.sqlite.database import Database
+from haystack_chat_store.stores.sqlite.database import Database, all_readable
 from haystack_chat_store.stores.sqlite.directory import id_range
 from haystack_chat_store.stores.sqlite.messages import key_range
 
@@ -30,7 +30,8 @@ _HISTORIES = """
     )
 """
 _SEARCH = """
-    SELECT chat_history_id, message_key & 0xffffffff, message_id, content, -score
+    SELECT CAST(chat_history_id AS TEXT), message_key & 0xffffffff, CAST(message_id AS TEXT), CAST(content AS TEXT),
+        -score
     FROM ({found}) CROSS JOIN chat_messages ON message_key = found_key
         CROSS JOIN chat_histories ON history_key = found_key >> 32
     ORDER BY score
@@ -75,7 +76,7 @@ class SearchOperations(Operations[Database]):
         # The first text after an id is the id and a NUL.
         ids = id_range(prefix) if chat_history_id is None else (chat_history_id, f"{chat_history_id}\x00")
         histories = (self.namespace, *ids)
-        with session.snapshot() as connection:
+        with session.snapshot() as connection, all_readable(connection):
             if connection.execute(_INDEXED_UP_TO).fetchone() != (_ALL_KEYS,):
                 return None
             count, first, last = connection.execute(_HISTORIES, (*histories, _FEW + 1)).fetchone()

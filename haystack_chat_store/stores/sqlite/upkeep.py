@@ -5,28 +5,81 @@ The operations that keep a file in order: checking, repairing, and having what w
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 from haystack_chat_store.errors import StoreTimeoutError
 from haystack_chat_store.json_form import parse_json
+from haystack_chat_store.rounds import MESSAGE_ID_KEY
 from haystack_chat_store.stores.operations import Operations
 from haystack_chat_store.stores.sqlite import schema
-from haystack_chat_store.stores.sqlite.database import Database, readable, terms_of_content
-from haystack_chat_store.stores.sqlite.messages import microseconds_now
+from haystack_chat_store.stores.sqlite.database import Database, all_readable, is_readable, readable, terms_of_content
+from haystack_chat_store.stores.sqlite.messages import FIRST_TIME, LAST_TIME, microseconds_now
 from haystack_chat_store.types import Fault
 
-_MERGE_INDEX = "INSERT INTO chat_message_terms (chat_message_terms) VALUES ('optimize')"
+#: Where histories go whose own namespace cannot be known any more.
+RECOVERED = "recovered"
 
+_MERGE_INDEX = "INSERT INTO chat_message_terms (chat_message_terms) VALUES ('optimize')"
 _CHECK_FILE = "PRAGMA integrity_check"
-_HISTORIES = """
-    SELECT history_key, chat_history_id, message_count, round_count, next_position,
-        CAST(title AS BLOB), CAST(meta AS BLOB),
+
+# A damaged column may hold anything, of any type.
+_IS_TIME = f"(typeof({{0}}) = 'integer' AND {{0}} BETWEEN {FIRST_TIME} AND {LAST_TIME})"
+_IS_CREATED, _IS_UPDATED = _IS_TIME.format("created_at"), _IS_TIME.format("updated_at")
+
+# What finds faults, and what mends them. The latter looks once more: something else may have done so meanwhile.
+_WITHOUT_HISTORY = """
+    SELECT message_key >> 32, count(*) FROM chat_messages
+    WHERE NOT EXISTS (SELECT 1 FROM chat_histories WHERE history_key = message_key >> 32)
+    GROUP BY message_key >> 32
+"""
+# Its times are those of its messages, as for others that have none.
+_INSERT_HISTORY = """
+    INSERT OR IGNORE INTO chat_histories
+        (history_key, namespace, chat_history_id, next_position, message_count, round_count, created_at, updated_at)
+    VALUES (?, ?, ?, 0, 0, 0, '', '')
+"""
+_MESSAGES = """
+    SELECT CAST(chat_history_id AS TEXT), message_key FROM chat_histories
+        CROSS JOIN chat_messages ON message_key BETWEEN history_key << 32 AND (history_key + 1 << 32) - 1
+    WHERE namespace = ? AND
+"""
+_SAYS_ROLE, _SAYS_ID = "json_extract(content, '$.role')", f"json_extract(content, '$.meta.{MESSAGE_ID_KEY}')"
+_IS_UNLIKE_ITS_CONTENT = f"""
+    iif(typeof(content) = 'text' AND json_valid(content),
+        ({_SAYS_ROLE}, {_SAYS_ID}) <> (role, message_id) AND {_SAYS_ID} > ''
+            AND {_SAYS_ROLE} IN ('user', 'assistant', 'tool', 'system'),
+        FALSE)
+"""
+_UNLIKE_THEIR_CONTENT = f"{_MESSAGES} {_IS_UNLIKE_ITS_CONTENT}"
+_MEND_ROW = f"""
+    UPDATE OR IGNORE chat_messages SET role = {_SAYS_ROLE}, message_id = {_SAYS_ID}
+    WHERE message_key = ? AND {_IS_UNLIKE_ITS_CONTENT}
+"""  # noqa: S608
+_WITHOUT_TIME = f"{_MESSAGES} NOT {_IS_TIME.format('chat_messages.created_at')}"
+_MEND_TIME_OF_MESSAGE = f"""
+    UPDATE chat_messages SET created_at = coalesce(
+        (SELECT created_at FROM chat_messages
+            WHERE message_key BETWEEN :key >> 32 << 32 AND :key AND {_IS_CREATED} ORDER BY message_key DESC LIMIT 1),
+        (SELECT created_at FROM chat_messages
+            WHERE message_key BETWEEN :key AND :key | 0xffffffff AND {_IS_CREATED} ORDER BY message_key LIMIT 1),
+        (SELECT created_at FROM chat_histories WHERE history_key = :key >> 32 AND {_IS_CREATED}),
+        :now
+    )
+    WHERE message_key = :key AND NOT {_IS_CREATED}
+"""  # noqa: S608
+_HISTORIES = f"""
+    SELECT history_key, CAST(chat_history_id AS BLOB), typeof(chat_history_id) = 'text',
+        CAST(title AS BLOB), CAST(meta AS BLOB), {_IS_CREATED}, {_IS_UPDATED},
+        message_count, round_count, next_position,
         (SELECT count(*) FROM chat_messages WHERE message_key BETWEEN first_key AND last_key),
         (SELECT count(*) FROM chat_messages WHERE role = 'user' AND message_key BETWEEN first_key AND last_key),
         (SELECT max(message_key) - first_key FROM chat_messages WHERE message_key BETWEEN first_key AND last_key)
     FROM (SELECT *, history_key << 32 AS first_key, (history_key + 1 << 32) - 1 AS last_key FROM chat_histories)
     WHERE namespace = ?
-"""
+"""  # noqa: S608
 _RECOUNT = """
     UPDATE chat_histories SET
         message_count = (SELECT count(*) FROM chat_messages
@@ -35,21 +88,40 @@ _RECOUNT = """
             WHERE role = 'user' AND message_key BETWEEN history_key << 32 AND (history_key + 1 << 32) - 1),
         next_position = max(next_position, coalesce((SELECT (max(message_key) & 0xffffffff) + 1 FROM chat_messages
             WHERE message_key BETWEEN history_key << 32 AND (history_key + 1 << 32) - 1), 0))
-    WHERE history_key = ?
+    WHERE history_key = :key
 """
-_SET_TITLE_AND_META = "UPDATE chat_histories SET title = ?, meta = ? WHERE history_key = ?"
-_WITHOUT_HISTORY = """
-    SELECT message_key >> 32, count(*), CAST(min(created_at) AS INTEGER), CAST(max(created_at) AS INTEGER)
-    FROM chat_messages
-    WHERE NOT EXISTS (SELECT 1 FROM chat_histories WHERE history_key = message_key >> 32)
-    GROUP BY message_key >> 32
+_RENAME = "UPDATE OR IGNORE chat_histories SET chat_history_id = ? WHERE history_key = ?"
+_MEND_TITLE = """
+    UPDATE chat_histories SET title = NULL WHERE history_key = :key AND NOT is_readable(CAST(title AS BLOB))
 """
-_INSERT_HISTORY = """
-    INSERT INTO chat_histories
-        (history_key, namespace, chat_history_id, next_position, message_count, round_count, created_at, updated_at)
-    VALUES (?, ?, ?, 0, 0, 0, ?, ?)
+_META = "SELECT CAST(meta AS BLOB) FROM chat_histories WHERE history_key = ?"
+_FORGET_META = "UPDATE chat_histories SET meta = NULL WHERE history_key = ?"
+_MEND_TIME_OF_HISTORY = """
+    UPDATE chat_histories SET {column} = coalesce(
+        (SELECT {nearest}(created_at) FROM chat_messages
+            WHERE message_key BETWEEN :key << 32 AND (:key + 1 << 32) - 1 AND {is_created}),
+        iif({is_other}, {other}, NULL),
+        :now
+    )
+    WHERE history_key = :key AND NOT {is_column}
 """
-_NAMES = "SELECT history_key, chat_history_id FROM chat_histories WHERE namespace = ?"
+_MEND_CREATED_AT = _MEND_TIME_OF_HISTORY.format(
+    column="created_at",
+    nearest="min",
+    other="updated_at",
+    is_created=_IS_CREATED,
+    is_column=_IS_CREATED,
+    is_other=_IS_UPDATED,
+)
+_MEND_UPDATED_AT = _MEND_TIME_OF_HISTORY.format(
+    column="updated_at",
+    nearest="max",
+    other="created_at",
+    is_created=_IS_CREATED,
+    is_column=_IS_UPDATED,
+    is_other=_IS_CREATED,
+)
+_NAMES = "SELECT history_key, CAST(chat_history_id AS TEXT) FROM chat_histories WHERE namespace = ?"
 _OTHER_HISTORIES = "SELECT history_key FROM chat_histories WHERE namespace <> ?"
 _INDEXED_MESSAGES = """
     SELECT message_key, CAST(content AS BLOB) FROM chat_histories
@@ -61,10 +133,16 @@ _INDEXED_TERMS = "SELECT doc, offset, term FROM chat_message_term_instances"
 
 _HISTORY_KEY = "SELECT history_key FROM chat_histories WHERE namespace = ? AND chat_history_id = ?"
 _DELETE_MESSAGE = "DELETE FROM chat_messages WHERE message_key = (? << 32) + ?"
-_IS_CHANGED = "UPDATE chat_histories SET updated_at = ? WHERE history_key = ?"
+_IS_CHANGED = "UPDATE chat_histories SET updated_at = max(updated_at, ?) WHERE history_key = ?"
 
-#: Where histories go whose own namespace cannot be known any more.
-RECOVERED = "recovered"
+# Mends something, within a transaction, and returns whether it could. Gets the key of the history or message.
+_Mend: TypeAlias = Callable[[sqlite3.Connection, int], bool]
+
+
+class _Found(NamedTuple):
+    fault: Fault
+    mend: _Mend
+    key: int
 
 
 class UpkeepOperations(Operations[Database]):
@@ -87,66 +165,95 @@ class UpkeepOperations(Operations[Database]):
             )
 
     def _faults(self, session: Database, repair: bool) -> list[Fault]:
-        with session.transaction() if repair else session.snapshot() as connection:
-            connection.text_factory = readable
-            try:
-                return [
-                    *_faults_of_file(connection, repair),
-                    *_faults_of_orphans(connection, repair),
-                    *self._faults_of_histories(connection, repair),
-                    *self._faults_of_index(connection, repair),
-                ]
-            finally:
-                connection.text_factory = str
+        """
+        Look for faults while others write, then mend each in a transaction of its own: nobody waits for long.
+        """
+        return [
+            *_faults_of_file(session, repair),
+            *self._faults_of_rows(session, repair),
+            *self._faults_of_index(session, repair),
+        ]
 
     def _remove(self, session: Database, chat_history_id: str, positions: Sequence[int]) -> None:
         with session.transaction() as connection:
             for (history_key,) in connection.execute(_HISTORY_KEY, (self.namespace, chat_history_id)).fetchall():
                 connection.executemany(_DELETE_MESSAGE, [(history_key, position) for position in positions])
-                connection.execute(_RECOUNT, (history_key,))
+                _recount(connection, history_key)
                 connection.execute(_IS_CHANGED, (microseconds_now(), history_key))
 
-    def _faults_of_histories(self, connection: sqlite3.Connection, repair: bool) -> Iterator[Fault]:
-        for row in connection.execute(_HISTORIES, (self.namespace,)).fetchall():
-            history_key, name, message_count, round_count, next_position, title, meta, messages, rounds, last = row
-            if message_count != messages:
-                yield Fault(name, None, f"It counts {message_count} messages, and has {messages}.", repair)
-            if round_count != rounds:
-                yield Fault(name, None, f"It counts {round_count} rounds, and has {rounds}.", repair)
-            if last is not None and next_position <= last:
-                yield Fault(name, None, f"Its next position is {next_position}, its last message at {last}.", repair)
+    def _faults_of_rows(self, session: Database, repair: bool) -> Iterator[Fault]:
+        with session.snapshot() as connection, all_readable(connection):
+            found = [*_messages_without_history(connection)]
+            if repair:  # else the caller, who reads all messages, says so too
+                found += self._damaged_messages(
+                    connection, _UNLIKE_THEIR_CONTENT, "Its row had another id or role than its text.", _mend_row
+                )
+            found += self._damaged_messages(
+                connection, _WITHOUT_TIME, "Its time of creation is none.", _mend_time_of_message
+            )
+            found += self._damaged_histories(connection)
+        for fault, mend, key in found:
             if repair:
-                connection.execute(_RECOUNT, (history_key,))
-            if not _is_text(title):
-                yield Fault(name, None, "Its title is no text.", repair)
-            if not _is_json_object(meta):
-                yield Fault(name, None, "Its meta is no JSON object.", repair)
-            if repair and not (_is_text(title) and _is_json_object(meta)):
-                kept = (title if _is_text(title) else None, meta if _is_json_object(meta) else None)
-                texts = [None if value is None else readable(value) for value in kept]
-                connection.execute(_SET_TITLE_AND_META, (*texts, history_key))
+                with session.transaction() as connection:
+                    is_repaired = mend(connection, key)
+                yield fault._replace(is_repaired=is_repaired)
+            else:
+                yield fault
 
-    def _faults_of_index(self, connection: sqlite3.Connection, repair: bool) -> Iterator[Fault]:
+    def _damaged_messages(
+        self, connection: sqlite3.Connection, query: str, description: str, mend: _Mend
+    ) -> Iterator[_Found]:
+        for name, key in connection.execute(query, (self.namespace,)):
+            yield _Found(Fault(name, key & 0xFFFFFFFF, description, False), mend, key)
+
+    def _damaged_histories(self, connection: sqlite3.Connection) -> Iterator[_Found]:
+        for key, raw_name, is_text, title, meta, is_created, is_updated, *counted in connection.execute(
+            _HISTORIES, (self.namespace,)
+        ):
+            count, round_count, next_position, messages, rounds, last = counted
+            name = readable(raw_name)
+            checks: list[tuple[bool, str, _Mend]] = [
+                (is_text and is_readable(raw_name), "Its id is no text.", partial(_rename, name)),
+                (is_readable(title), "Its title is no text.", _mend_title),
+                (_is_json_object(meta), "Its meta is no JSON object.", _mend_meta),
+                (is_created, "Its time of creation is none.", _mend_created_at),
+                (is_updated, "Its time of change is none.", _mend_updated_at),
+                (count == messages, f"It counts {count} messages, and has {messages}.", _recount),
+                (round_count == rounds, f"It counts {round_count} rounds, and has {rounds}.", _recount),
+                (
+                    last is None or next_position > last,
+                    f"Its next position is {next_position}, its last message at {last}.",
+                    _recount,
+                ),
+            ]
+            for is_right, description, mend in checks:
+                if not is_right:
+                    yield _Found(Fault(name, None, description, False), mend, key)
+
+    def _faults_of_index(self, session: Database, repair: bool) -> list[Fault]:
+        with session.snapshot() as connection, all_readable(connection):
+            faults = self._damages_of_index(connection)
+        if faults and repair:
+            with session.transaction() as connection:
+                schema.begin_index_anew(connection)  # the next search fills it
+        return [fault._replace(is_repaired=repair) for fault in faults]
+
+    def _damages_of_index(self, connection: sqlite3.Connection) -> list[Fault]:
+        if not schema.has_index(connection):
+            return []
+        if schema.missing_of_index(connection):
+            return [Fault(None, None, "A part of the search index is missing.", False)]
+        try:
+            return list(self._compared(connection))
+        except sqlite3.DatabaseError as error:
+            if "malformed" not in str(error):
+                raise
+            return [Fault(None, None, "The search index is damaged.", False)]
+
+    def _compared(self, connection: sqlite3.Connection) -> Iterator[Fault]:
         """
         Compare what the index says with what the messages say, in memory that does not grow with their number.
         """
-        if not schema.has_index(connection):
-            return
-        faults = []
-        if schema.missing_of_index(connection):
-            faults.append(Fault(None, None, "A part of the search index is missing.", repair))
-        else:
-            try:
-                faults += self._compared(connection, repair)
-            except sqlite3.DatabaseError as error:
-                if "malformed" not in str(error):
-                    raise
-                faults.append(Fault(None, None, "The search index is damaged.", repair))
-        if faults and repair:
-            schema.begin_index_anew(connection)  # the next search fills it
-        yield from faults
-
-    def _compared(self, connection: sqlite3.Connection, repair: bool) -> Iterator[Fault]:
         names = dict(connection.execute(_NAMES, (self.namespace,)))
         others = {key for (key,) in connection.execute(_OTHER_HISTORIES, (self.namespace,))}
         # Of each history, the sum of what its messages say minus that of what the index says of them.
@@ -161,44 +268,70 @@ class UpkeepOperations(Operations[Database]):
         for history_key, difference in sums.items():
             if difference and history_key not in others:
                 name = names.get(history_key)
-                yield Fault(name, None, "The search index says something else than its messages.", repair)
+                yield Fault(name, None, "The search index says something else than its messages.", False)
 
 
-def _faults_of_file(connection: sqlite3.Connection, repair: bool) -> Iterator[Fault]:
-    found = _file_check(connection)
-    left = found
+def _faults_of_file(session: Database, repair: bool) -> list[Fault]:
+    with session.snapshot() as connection:
+        left = found = _file_check(connection)
     if found and repair:
-        try:
+        with suppress(sqlite3.IntegrityError), session.transaction() as connection:  # two messages have the same id
             connection.execute("REINDEX")
+        with session.snapshot() as connection:
             left = _file_check(connection)
-        except sqlite3.IntegrityError:
-            pass  # two messages have the same id
-    yield from [Fault(None, None, f"SQLite says of the file: {line}.", line not in left) for line in found]
+    return [Fault(None, None, f"SQLite says of the file: {line}.", repair and line not in left) for line in found]
 
 
 def _file_check(connection: sqlite3.Connection) -> list[str]:
     return [line for (line,) in connection.execute(_CHECK_FILE) if line != "ok"]
 
 
-def _faults_of_orphans(connection: sqlite3.Connection, repair: bool) -> Iterator[Fault]:
+def _messages_without_history(connection: sqlite3.Connection) -> Iterator[_Found]:
     """
-    Give messages without a history a new one, in a namespace of its own: nobody can say whose they are.
+    Find messages that are to get a new history, in a namespace of its own: nobody can say whose they are.
     """
-    for history_key, count, created_at, updated_at in connection.execute(_WITHOUT_HISTORY).fetchall():
-        description = f"{count} messages have no history."
-        if repair:
-            name = f"{history_key}, {microseconds_now()}"
-            connection.execute(_INSERT_HISTORY, (history_key, RECOVERED, name, created_at, updated_at))
-            connection.execute(_RECOUNT, (history_key,))
-            description += f" They are now the history {name!r} of the namespace {RECOVERED!r}."
-        yield Fault(None, None, description, repair)
+    for key, count in connection.execute(_WITHOUT_HISTORY):
+        name = f"{key}, {microseconds_now()}"
+        description = f"{count} messages have no history. Repaired, they are {name!r} of the namespace {RECOVERED!r}."
+        yield _Found(Fault(None, None, description, False), partial(_recover, name), key)
 
 
-def _is_text(value: bytes | None) -> bool:
-    try:
-        return value is None or value.decode() is not None
-    except UnicodeDecodeError:
+def _recover(name: str, connection: sqlite3.Connection, history_key: int) -> bool:
+    if not connection.execute(_INSERT_HISTORY, (history_key, RECOVERED, name)).rowcount:
         return False
+    return all(mend(connection, history_key) for mend in (_mend_created_at, _mend_updated_at, _recount))
+
+
+def _rename(name: str, connection: sqlite3.Connection, history_key: int) -> bool:
+    """
+    Give a history an id that is a text. There may be another history with the first choice.
+    """
+    choices = (name, f"{name}, {history_key}")
+    return any(connection.execute(_RENAME, (choice, history_key)).rowcount for choice in choices)
+
+
+def _mend_row(connection: sqlite3.Connection, message_key: int) -> bool:
+    is_mended = connection.execute(_MEND_ROW, (message_key,)).rowcount == 1
+    return is_mended and _recount(connection, message_key >> 32)
+
+
+def _mend_meta(connection: sqlite3.Connection, history_key: int) -> bool:
+    for (meta,) in connection.execute(_META, (history_key,)).fetchall():
+        if not _is_json_object(meta):
+            connection.execute(_FORGET_META, (history_key,))
+    return True
+
+
+def _mends(statement: str) -> _Mend:
+    def mend(connection: sqlite3.Connection, key: int) -> bool:
+        connection.execute(statement, {"key": key, "now": microseconds_now()})
+        return True
+
+    return mend
+
+
+_recount, _mend_title, _mend_time_of_message = map(_mends, (_RECOUNT, _MEND_TITLE, _MEND_TIME_OF_MESSAGE))
+_mend_created_at, _mend_updated_at = map(_mends, (_MEND_CREATED_AT, _MEND_UPDATED_AT))
 
 
 def _is_json_object(value: bytes | None) -> bool:

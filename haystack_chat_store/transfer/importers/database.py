@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from haystack_chat_store.codec import encode_message
 from haystack_chat_store.errors import DamagedFileError, MessageEncodingError
-from haystack_chat_store.json_form import parse_json
+from haystack_chat_store.json_form import MAX_DEPTH, encode_meta, parse_json
 from haystack_chat_store.stores import arguments
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 from haystack_chat_store.transfer.histories import Faults, Histories, arrived_row, batched
@@ -143,7 +143,7 @@ class ForeignDatabase:
             message_id = f"{library}:{row.key}"
             try:
                 yield arrived_row(row.created_at, encode_message(message, message_id, f"row {row.key}"))
-            except MessageEncodingError as error:
+            except ValueError as error:  # which a MessageEncodingError is
                 report(f"{error} The message was left out.")
 
     def _parsed(self, chat_history_id: str, report: Report) -> Iterator[ForeignRow]:
@@ -154,6 +154,11 @@ class ForeignDatabase:
         ):
             try:
                 parsed = parse_json(text)
+                if str(text).count("[") + str(text).count("{") > MAX_DEPTH:
+                    encode_meta(parsed)  # refuses what is so deep that one step further it could not be worked with
+            except MessageEncodingError as error:
+                report(f"Row {key} was left out: {error}")
+                continue
             except (ValueError, TypeError, RecursionError):
                 parsed = None
             if isinstance(parsed, dict):

@@ -28,19 +28,23 @@ _USED = ("content", "type", "role", "name", "tool_calls", "tool_call_chunks", "t
 def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMessage]:
     calls: dict[str, ToolCall] = {}
     for row in rows:
-        kind, data = str(row.data.get("type")), row.data.get("data")
+        kind, data = parts.text_in(row.data, "type"), row.data.get("data")
         if not isinstance(data, dict):
             report(f"Row {row.key} was left out: it is not a message of LangChain.")
             continue
         kind = kind.removesuffix("MessageChunk").lower()
-        role = _ROLES.get(str(data.get("role")) if kind == "chat" else kind)
+        role_name = parts.text_in(data, "role") if kind == "chat" else kind
+        role = _ROLES.get(role_name)
         if role is None:
-            report(f"Row {row.key} was left out: there is no role for {str(data.get('role') or kind)[:100]!r}.")
+            report(f"Row {row.key} was left out: there is no role for {parts.in_words(role_name)}.")
             continue
         own_calls = _calls(data) if role is ChatRole.ASSISTANT else []
-        content = [*_parts(row.key, data.get("content"), {call.id for call in own_calls}, report), *own_calls]
+        content = [
+            *_parts(row.key, data.get("content"), {call.id for call in own_calls if call.id}, report),
+            *own_calls,
+        ]
         calls.update((call.id, call) for call in own_calls if call.id)
-        name = data.get("name") or None
+        name = parts.text_in(data, "name") or None
         if role is ChatRole.TOOL:
             origin = parts.answered_call(calls, data.get("tool_call_id"), name)
             result = parts.one_text_or_parts(content)
@@ -51,14 +55,14 @@ def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMes
 
 def _calls(data: dict[str, Any]) -> list[ToolCall]:
     calls = [
-        ToolCall(str(call["name"]), parts.arguments_of(call.get("args")), call.get("id"))
+        ToolCall(parts.text_in(call, "name"), parts.arguments_of(call.get("args")), parts.text_or_none(call.get("id")))
         for call in parts.objects_in(data, "tool_calls")
         if "name" in call
     ]
     return calls or parts.calls_from_functions(parts.object_in(data, "additional_kwargs"))  # of early versions
 
 
-def _parts(key: int, content: Any, call_ids: set[str | None], report: Report) -> list[Any]:
+def _parts(key: int, content: Any, call_ids: set[str], report: Report) -> list[Any]:
     if isinstance(content, str):
         return [TextContent(content)] if content else []
     made = []
@@ -67,9 +71,9 @@ def _parts(key: int, content: Any, call_ids: set[str | None], report: Report) ->
             made.append(TextContent(part))
         elif isinstance(part, dict) and (found := _part(part)) is not None:
             made.append(found)
-        elif not isinstance(part, dict) or part.get("id") not in call_ids or part.get("id") is None:
-            kind = str(part.get("type"))[:100] if isinstance(part, dict) else type(part).__name__
-            report(f"Row {key} has a part of the type {kind!r} without content of its own. It was left out.")
+        elif not isinstance(part, dict) or parts.text_in(part, "id") not in call_ids:
+            kind = parts.in_words(part.get("type") if isinstance(part, dict) else part)
+            report(f"Row {key} has a part of the type {kind} without content of its own. It was left out.")
     return made
 
 
@@ -81,8 +85,8 @@ def _part(part: dict[str, Any]) -> Any:
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return TextContent(part["text"])
     if kind in ("thinking", "reasoning"):
-        text = part.get(kind) or parts.texts_of(parts.objects_in(part, "summary"))
-        return ReasoningContent(str(text), {name: value for name, value in part.items() if name != kind})
+        text = parts.text_in(part, kind) or parts.texts_of(parts.objects_in(part, "summary"))
+        return ReasoningContent(text, {name: value for name, value in part.items() if name != kind})
     if kind == "image_url":
         image = parts.object_in(part, kind) or {"url": part.get(kind)}
         return parts.image_from_url(image.get("url"), image.get("detail"))

@@ -35,18 +35,19 @@ _ROLES = {
 def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMessage]:
     calls: dict[str, ToolCall] = {}
     for row in rows:
-        role = _ROLES.get(str(row.data.get("role")))
+        role = _ROLES.get(parts.text_in(row.data, "role"))
         if role is None:
-            report(f"Row {row.key} was left out: there is no role for {str(row.data.get('role'))[:100]!r}.")
+            report(f"Row {row.key} was left out: there is no role for {parts.in_words(row.data.get('role'))}.")
             continue
         extra = parts.object_in(row.data, "additional_kwargs")
         blocks = parts.objects_in(row.data, "blocks") or _blocks_of_early_versions(row.data)
         content = []
         for block in blocks:
-            kind = str(block.get("block_type"))[:100]
-            found = _PARTS[kind](block) if kind in _PARTS else None
+            read = _PARTS.get(parts.text_in(block, "block_type"))
+            found = None if read is None else read(block)
             if found is None:
-                report(f"Row {row.key} has a block of the type {kind!r} without content of its own. It was left out.")
+                kind = parts.in_words(block.get("block_type"))
+                report(f"Row {row.key} has a block of the type {kind} without content of its own. It was left out.")
             else:
                 content.append(found)
         used = ["tool_calls"]
@@ -71,12 +72,12 @@ def _text(block: dict[str, Any]) -> TextContent | None:
 
 
 def _thinking(block: dict[str, Any]) -> ReasoningContent:
-    return ReasoningContent(str(block.get("content") or ""), parts.object_in(block, "additional_information"))
+    return ReasoningContent(parts.text_in(block, "content"), parts.object_in(block, "additional_information"))
 
 
 def _tool_call(block: dict[str, Any]) -> ToolCall:
     kwargs = parts.arguments_of(block.get("tool_kwargs"))
-    return ToolCall(str(block.get("tool_name")), kwargs, block.get("tool_call_id"))
+    return ToolCall(parts.text_in(block, "tool_name"), kwargs, parts.text_or_none(block.get("tool_call_id")))
 
 
 def _image(block: dict[str, Any]) -> ImageContent | None:
@@ -89,7 +90,7 @@ def _document(block: dict[str, Any]) -> FileContent | None:
 
 
 def _audio(block: dict[str, Any]) -> FileContent | None:
-    return parts.file_from_base64(block.get("audio"), f"audio/{block.get('format') or 'mpeg'}")
+    return parts.file_from_base64(block.get("audio"), f"audio/{parts.text_in(block, 'format') or 'mpeg'}")
 
 
 def _video(block: dict[str, Any]) -> FileContent | None:

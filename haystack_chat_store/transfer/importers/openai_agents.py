@@ -27,12 +27,12 @@ def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMes
     response = _Response()
     for row in rows:
         kind = row.data.get("type", "message")
-        role = _ROLES.get(str(row.data.get("role")))
+        role = _ROLES.get(parts.text_in(row.data, "role"))
         if kind == "reasoning":
             added: list[Any] = [_reasoning(row.data)]
         elif kind == "function_call":
             call = _call(row.data)
-            calls[str(row.data.get("call_id"))] = call
+            calls[parts.text_in(row.data, "call_id")] = call
             added = [call]
         elif kind == "message" and role is ChatRole.ASSISTANT:
             added = _content(row, report)
@@ -48,7 +48,7 @@ def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMes
             yield ForeignMessage(row, ChatMessage(ChatRole.TOOL, [_result(row, calls, report)]))
             continue
         else:
-            report(f"Row {row.key} was left out: there is no message for an item of the type {str(kind)[:100]!r}.")
+            report(f"Row {row.key} was left out: there is no message for an item of the type {parts.in_words(kind)}.")
             continue
         if kind != "function_call" and response.is_said:
             yield from response.ended()
@@ -100,9 +100,9 @@ def _reasoning(item: dict[str, Any]) -> ReasoningContent:
 def _call(item: dict[str, Any]) -> ToolCall:
     call_id = item.get("call_id")
     return ToolCall(
-        str(item.get("name")),
+        parts.text_in(item, "name"),
         parts.arguments_of(item.get("arguments")),
-        item.get("id") or call_id,
+        parts.text_in(item, "id") or parts.text_or_none(call_id),
         {"call_id": call_id},
     )
 
@@ -133,17 +133,18 @@ def _parts(content: list[Any], key: int, report: Report) -> list[Any]:
         found: Any = None
         if kind in ("input_text", "output_text", "text") and isinstance(part.get("text"), str):
             found = TextContent(part["text"])
-        elif kind == "refusal":
-            found = TextContent(str(part.get("refusal")))
+        elif kind == "refusal" and isinstance(part.get("refusal"), str):
+            found = TextContent(part["refusal"])
         elif kind == "input_image":
             found = parts.image_from_url(part.get("image_url"), part.get("detail"))
         elif kind == "input_file":
             found = parts.file_from_base64(part.get("file_data"), None, part.get("filename"))
         elif kind == "input_audio":
             audio = parts.object_in(part, "input_audio")
-            found = parts.file_from_base64(audio.get("data"), f"audio/{audio.get('format')}")
+            found = parts.file_from_base64(audio.get("data"), f"audio/{parts.text_in(audio, 'format') or 'mpeg'}")
         if found is None:
-            report(f"Row {key} has a part of the type {str(kind)[:100]!r} without content of its own. It was left out.")
+            name = parts.in_words(kind)
+            report(f"Row {key} has a part of the type {name} without content of its own. It was left out.")
         else:
             made.append(found)
     return made

@@ -10,7 +10,7 @@ from typing import Any
 
 from haystack.dataclasses import FileContent, ImageContent, TextContent, ToolCall
 
-from haystack_chat_store.json_form import parse_json
+from haystack_chat_store.json_form import encode_meta, parse_json
 
 _DATA_URL = re.compile(r"data:([^;,]*)[^,]*;base64,(.*)", re.DOTALL)
 
@@ -20,7 +20,7 @@ def image_from_url(url: Any, detail: Any = None) -> ImageContent | None:
     Return the image in a `data:` URL. Of any other URL there is no image here.
     """
     match = _DATA_URL.fullmatch(url) if isinstance(url, str) else None
-    return None if match is None else ImageContent(match[2], match[1] or None, detail, validation=False)
+    return None if match is None else image_from_base64(match[2], match[1] or None, detail)
 
 
 def image_from_base64(data: Any, mime_type: Any, detail: Any = None) -> ImageContent | None:
@@ -29,7 +29,7 @@ def image_from_base64(data: Any, mime_type: Any, detail: Any = None) -> ImageCon
     """
     if not isinstance(data, str) or not data:
         return None
-    return ImageContent(data, mime_type, detail, validation=False)
+    return ImageContent(data, text_or_none(mime_type), text_or_none(detail), validation=False)  # type: ignore[arg-type]
 
 
 def file_from_base64(data: Any, mime_type: Any, filename: Any = None) -> FileContent | None:
@@ -41,7 +41,28 @@ def file_from_base64(data: Any, mime_type: Any, filename: Any = None) -> FileCon
     match = _DATA_URL.fullmatch(data)
     if match is not None:
         mime_type, data = match[1], match[2]
-    return FileContent(data, mime_type, filename, validation=False)
+    return FileContent(data, text_or_none(mime_type), text_or_none(filename), validation=False)
+
+
+def text_or_none(value: Any) -> str | None:
+    """
+    Return what is a text. Anything may stand where a library writes one.
+    """
+    return value if isinstance(value, str) else None
+
+
+def text_in(data: Mapping[str, Any], name: str) -> str:
+    """
+    Return the text under a name, an empty one if there is none.
+    """
+    return text_or_none(data.get(name)) or ""
+
+
+def in_words(value: Any) -> str:
+    """
+    Return what a report calls a type or a role that is not known.
+    """
+    return repr(value[:100] if isinstance(value, str) else type(value).__name__)
 
 
 def object_in(data: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -83,11 +104,11 @@ def calls_from_functions(data: Mapping[str, Any]) -> list[ToolCall]:
     """
     Return the `tool_calls` that are in the form of OpenAI's chat completions.
     """
-    calls = ((call.get("id"), object_in(call, "function")) for call in objects_in(data, "tool_calls"))
+    calls = ((text_or_none(call.get("id")), object_in(call, "function")) for call in objects_in(data, "tool_calls"))
     return [
-        ToolCall(function["name"], arguments_of(function.get("arguments")), call_id)
+        ToolCall(text_in(function, "name"), arguments_of(function.get("arguments")), call_id)
         for call_id, function in calls
-        if isinstance(function.get("name"), str)
+        if function
     ]
 
 
@@ -95,8 +116,9 @@ def answered_call(calls: Mapping[str, ToolCall], call_id: Any, name: Any) -> Too
     """
     Return the call that a result belongs to: one of those met before, or what is known of it.
     """
-    known = calls.get(call_id) if isinstance(call_id, str) else None
-    return known or ToolCall(name if isinstance(name, str) else "", {}, call_id if isinstance(call_id, str) else None)
+    known_id = text_or_none(call_id)
+    known = calls.get(known_id) if known_id else None
+    return known or ToolCall(text_or_none(name) or "", {}, known_id)
 
 
 def rest_of(data: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
@@ -110,7 +132,10 @@ def as_text(value: Any) -> str:
     """
     Return a result as text, as JSON if it is something else.
     """
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except ValueError:  # an integer of thousands of digits
+        return encode_meta(value)
 
 
 def one_text_or_parts(parts: list[Any]) -> Any:
