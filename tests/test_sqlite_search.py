@@ -381,3 +381,18 @@ def test_of_processes_that_start_together_one_begins_the_index_anew(new_store, p
             assert program.reports_to_the_end() == [20]
     assert index_says_what_messages_say(path)
     assert len(found(store, "fox", limit=1000)) == 56
+
+
+def test_ctrl_c_while_words_are_indexed_is_ctrl_c(path, monkeypatch):
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    with closing(SQLiteChatMessageStore(path, search=True)) as store:
+        store.write_messages("chat", [ChatMessage.from_user("before")])
+        monkeypatch.setattr(database, "terms", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.write_messages("chat", [ChatMessage.from_user("during")])
+        monkeypatch.undo()
+        store.write_messages("chat", [ChatMessage.from_user("after")])
+        assert [len(store.search_messages(word)) for word in ("before", "during", "after")] == [1, 0, 1]
+        assert store.count_messages("chat") == 2

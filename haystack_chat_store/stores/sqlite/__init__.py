@@ -8,7 +8,7 @@ from typing import Any
 from haystack_chat_store.errors import MessageDecodingError, StoreUnavailableError
 from haystack_chat_store.rounds import LastKUnit
 from haystack_chat_store.stores.base import BaseChatMessageStore
-from haystack_chat_store.stores.sqlite.database import Database, Durability, Settings, databases
+from haystack_chat_store.stores.sqlite.database import Database, Durability, Settings, databases, interruption
 from haystack_chat_store.stores.sqlite.directory import DirectoryOperations
 from haystack_chat_store.stores.sqlite.messages import MessageOperations
 from haystack_chat_store.stores.sqlite.search import SearchOperations
@@ -121,6 +121,9 @@ def _run_on(database: Database, operation: Callable[..., Any], *arguments: Any) 
     try:
         return operation(database, *arguments)
     except sqlite3.Error as error:
+        interrupt = interruption.__dict__.pop("last", None)
+        if interrupt is not None:
+            raise interrupt from None
         if "Could not decode" in str(error):  # this one quotes the text
             raise MessageDecodingError("A stored message cannot be read: its text was damaged.") from None
         raise database.explained(error) from error

@@ -290,11 +290,19 @@ def _connected(settings: Settings) -> _Connection:
     return connection
 
 
+#: The Ctrl-C that came while SQLite was calling a function of ours, in this thread.
+interruption = threading.local()
+
+
 def terms_of_content(content: bytes) -> str:
     """
     Return the terms of a stored message as the index gets them, whatever has become of its content.
     """
-    return " ".join(terms(searchable_text_of_content(readable(content))))
+    try:
+        return " ".join(terms(searchable_text_of_content(readable(content))))
+    except KeyboardInterrupt as interrupt:  # SQLite only says that a function has failed
+        interruption.last = interrupt
+        raise
 
 
 def readable(text: bytes) -> str:
