@@ -14,10 +14,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     :param arguments: What stands behind the command's name. Defaults to what the process was started with.
     """
     try:
-        import rich  # noqa: F401
-        import typer  # noqa: F401
+        import rich  # noqa: F401  (only to see whether it is there)
+        import typer  # noqa: F401  (likewise)
     except ImportError:
-        print(  # noqa: T201
+        print(  # noqa: T201  (what prints otherwise needs what is missing)
             "The command line needs typer and rich. Install them: pip install 'haystack-chat-store[cli]'",
             file=sys.stderr,
         )

@@ -33,7 +33,7 @@ def completed_ids(context: typer.Context, incomplete: str) -> list[str]:
     try:
         with opened(url, namespace, timeout=_COMPLETION_TIMEOUT) as store:
             page = store.list_chat_histories(prefix=incomplete, limit=_COMPLETED_AT_ONCE)
-    except Exception:
+    except Exception:  # a shell that completes a word has nowhere to show an error
         return []
     return [history.chat_history_id for history in page.items if history.chat_history_id.isprintable()]
 

@@ -73,7 +73,7 @@ def _explain(failure: Exception) -> None:
     """
     context = getattr(failure, "ctx", None)
     command = context.command_path if context is not None else "haystack-chat-store"
-    message = str(failure.format_message())  # type: ignore[attr-defined]
+    message = str(failure.format_message())  # type: ignore[attr-defined]  # every usage error has it
     error(f"{message.removeprefix('Invalid value: ')}\nHelp: {command} --help")
 
 

@@ -211,7 +211,7 @@ class Session:
                 await self.run(_PAUSE)
             except (psycopg.Error, OSError):
                 raise  # whoever has lent the connection closes it
-            except Exception:
+            except Exception:  # a call that was refused, or its source: the connection is sound
                 await self.run("ROLLBACK")
                 raise
 

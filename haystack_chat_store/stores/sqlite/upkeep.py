@@ -57,7 +57,7 @@ _UNLIKE_THEIR_CONTENT = f"{_MESSAGES} {_IS_UNLIKE_ITS_CONTENT}"
 _MEND_ROW = f"""
     UPDATE OR IGNORE chat_messages SET role = {_SAYS_ROLE}, message_id = {_SAYS_ID}
     WHERE message_key = ? AND {_IS_UNLIKE_ITS_CONTENT}
-"""  # noqa: S608
+"""  # noqa: S608  (made of constants of this module)
 _WITHOUT_TIME = f"{_MESSAGES} NOT {_IS_TIME.format('chat_messages.created_at')}"
 _MEND_TIME_OF_MESSAGE = f"""
     UPDATE chat_messages SET created_at = coalesce(
@@ -69,7 +69,7 @@ _MEND_TIME_OF_MESSAGE = f"""
         :now
     )
     WHERE message_key = :key AND NOT {_IS_CREATED}
-"""  # noqa: S608
+"""  # noqa: S608  (made of constants of this module)
 _HISTORIES = f"""
     SELECT history_key, CAST(chat_history_id AS BLOB), typeof(chat_history_id) = 'text',
         CAST(title AS BLOB), CAST(meta AS BLOB), {_IS_CREATED}, {_IS_UPDATED},
@@ -79,7 +79,7 @@ _HISTORIES = f"""
         (SELECT max(message_key) - first_key FROM chat_messages WHERE message_key BETWEEN first_key AND last_key)
     FROM (SELECT *, history_key << 32 AS first_key, (history_key + 1 << 32) - 1 AS last_key FROM chat_histories)
     WHERE namespace = ?
-"""  # noqa: S608
+"""  # noqa: S608  (made of constants of this module)
 _RECOUNT = """
     UPDATE chat_histories SET
         message_count = (SELECT count(*) FROM chat_messages
