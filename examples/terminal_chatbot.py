@@ -53,6 +53,12 @@ def answer_from_memory(messages: list[ChatMessage]) -> str:
     return f'Before this you have told me {things}. The first was: "{earlier[0]}"{known}'
 
 
+class TurnInterruptedError(Exception):
+    """
+    Ctrl-C ended a turn that was under way.
+    """
+
+
 def print_chunk(chunk: StreamingChunk) -> None:
     """
     Show the answer while it arrives.
@@ -82,33 +88,35 @@ def say(pipeline: Pipeline, chat_history_id: str, text: str) -> None:
     """
     Run one turn and print the answer.
     """
-    pipeline.run(
-        {
-            "prompt_builder": {"query": text},
-            "retriever": {"chat_history_id": chat_history_id},
-            "llm": {"streaming_callback": print_chunk},
-            "writer": {"chat_history_id": chat_history_id},
-        }
-    )
+    try:
+        pipeline.run(
+            {
+                "prompt_builder": {"query": text},
+                "retriever": {"chat_history_id": chat_history_id},
+                "llm": {"streaming_callback": print_chunk},
+                "writer": {"chat_history_id": chat_history_id},
+            }
+        )
+    except KeyboardInterrupt as interrupt:
+        raise TurnInterruptedError from interrupt
     print()
 
 
 def chat(pipeline: Pipeline, store: ChatMessageStore, chat_history_id: str) -> None:
     """
-    Chat until the end of input, or Ctrl-C at the prompt.
+    Chat until the end of input, or Ctrl-C between two turns.
     """
     remembered = store.count_messages(chat_history_id)
     print(f"I remember {remembered} messages of ours." if remembered else "We have not met yet.")
-    print("Say something. Ctrl-D or Ctrl-C leaves; start me again and I remember.")
     prompt = "you> " if sys.stdin.isatty() else ""
-    while True:
-        try:
+    try:
+        print("Say something. Ctrl-D or Ctrl-C leaves; start me again and I remember.")
+        while True:
             text = input(prompt).strip()
-        except (EOFError, KeyboardInterrupt):
-            print("\n" if prompt else "", "Goodbye! I will remember.", sep="")
-            return
-        if text:
-            say(pipeline, chat_history_id, text)
+            if text:
+                say(pipeline, chat_history_id, text)
+    except (EOFError, KeyboardInterrupt):
+        print("\n" if prompt else "", "Goodbye! I will remember.", sep="")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -140,8 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 chat(pipeline, store, options.history)
             else:
                 say(pipeline, options.history, options.say)
-    except KeyboardInterrupt:
+    except TurnInterruptedError:
         parser.exit(130, "\nGoodbye! I may not remember this last turn.\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nGoodbye!\n")
     except PipelineRuntimeError as error:
         parser.exit(1, f"{parser.prog}: {error.__cause__ or error}\n")
     except (ChatMessageStoreError, ValueError) as error:

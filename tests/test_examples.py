@@ -14,23 +14,35 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+def run_python(folder, *arguments, text_in="", **environment):
+    inherited = {key: value for key, value in os.environ.items() if key != "OPENAI_API_KEY"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        input=text_in,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**inherited, "PYTHONIOENCODING": "utf-8", **environment},
+        timeout=120,
+        check=False,
+    )
+
+
 @pytest.fixture
 def run(tmp_path):
     def run_example(name, *arguments, text_in=""):
-        environment = {key: value for key, value in os.environ.items() if key != "OPENAI_API_KEY"}
-        return subprocess.run(
-            [sys.executable, EXAMPLES / name, *arguments],
-            cwd=tmp_path,
-            input=text_in,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            env={**environment, "PYTHONIOENCODING": "utf-8"},
-            timeout=120,
-            check=False,
-        )
+        return run_python(tmp_path, EXAMPLES / name, *arguments, text_in=text_in)
 
     return run_example
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    def run_beside_the_examples(script, *arguments, text_in=""):
+        return run_python(tmp_path, "-c", script, *arguments, text_in=text_in, PYTHONPATH=str(EXAMPLES))
+
+    return run_beside_the_examples
 
 
 def test_the_chatbot_remembers_across_restarts(run):
@@ -75,9 +87,28 @@ def test_the_chatbot_leaves_cleanly_on_ctrl_c(tmp_path):
     assert err == ""
 
 
+def test_the_chatbot_leaves_cleanly_on_ctrl_c_before_it_has_asked(run_script):
+    script = """
+import builtins, signal, terminal_chatbot
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
+
+def print_and_press_ctrl_c(*values, **options):
+    builtins.print(*values, **options)
+    if values[0].startswith("Say something."):
+        signal.raise_signal(signal.SIGINT)
+
+terminal_chatbot.print = print_and_press_ctrl_c
+terminal_chatbot.main([])
+"""
+    result = run_script(script)
+
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "Goodbye! I will remember." in result.stdout
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
 @pytest.mark.parametrize(("arguments", "text_in"), [(["--say", "Hello."], ""), ([], "Hello.\n")])
-def test_the_chatbot_does_not_claim_to_remember_a_turn_that_ctrl_c_ended(tmp_path, arguments, text_in):
+def test_the_chatbot_does_not_claim_to_remember_a_turn_that_ctrl_c_ended(run_script, arguments, text_in):
     script = """
 import signal, sys, terminal_chatbot
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
@@ -89,16 +120,7 @@ def answer_until_ctrl_c(messages):
 terminal_chatbot.answer_from_memory = answer_until_ctrl_c
 terminal_chatbot.main(sys.argv[1:])
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES)},
-        input=text_in,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    result = run_script(script, *arguments, text_in=text_in)
 
     assert result.returncode == 130
     assert result.stderr == "\nGoodbye! I may not remember this last turn.\n"
