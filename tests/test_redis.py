@@ -1070,6 +1070,7 @@ class LosesAnswers:
 
     def __init__(self, server):
         self.to_lose = 0
+        self.meanwhile = lambda: None  # what happens before the client can try again
         self._server = server
         self._listener = socket.create_server((HOST, unused_port()))
         self.url = f"redis://:{PASSWORD}@{HOST}:{self._listener.getsockname()[1]}"
@@ -1099,6 +1100,7 @@ class LosesAnswers:
                         continue
                     if b"EVAL" in request and not data.startswith(b"-NOSCRIPT") and self.to_lose:
                         self.to_lose -= 1
+                        self.meanwhile()
                         return
                     request = b""
                     client.sendall(data)

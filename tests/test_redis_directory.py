@@ -13,7 +13,9 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
+from haystack.utils import Secret
 from servers import HOST, RedisServer
 from test_redis import (  # noqa: F401  (fixtures)
     ENGINES,
@@ -37,7 +39,7 @@ from test_redis import (  # noqa: F401  (fixtures)
     wait_until,
 )
 
-from haystack_chat_store import ChatMessageStoreError
+from haystack_chat_store import ChatMessageStoreError, RedisChatMessageStore
 from haystack_chat_store.errors import StoreUnavailableError
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 from haystack_chat_store.testing.messages import with_id
@@ -310,6 +312,27 @@ def test_a_change_whose_answer_was_lost_is_not_taken_for_somebody_elses(make_sto
         for target in (same_bucket, "history"):
             assert said(store, target) == ["one", "three"]
         store.close()
+
+
+@on_every_server
+def test_what_others_do_before_a_change_is_tried_again_does_not_hide_that_it_was_done(make_store, server, monkeypatch):
+    store = make_store()
+    other = RedisChatMessageStore(Secret.from_token(server.url), last_k=None, key_prefix=store.key_prefix)
+
+    def go_on_with_the_conversation():
+        for count in range(1, 11):
+            assert other.write_messages("history", [ChatMessage.from_user(str(count))], expected_count=count) == 1
+
+    with closing(LosesAnswers(server)) as proxy:
+        monkeypatch.setenv("CHAT_STORE_URL", proxy.url)
+        assert store.count_messages("history") == 0  # so that there is a connection
+        proxy.meanwhile = go_on_with_the_conversation
+        proxy.to_lose = 1
+        assert store.write_messages("history", [ChatMessage.from_user("0")], expected_count=0) == 1
+        store.close()
+    assert proxy.to_lose == 0
+    assert said(other) == [str(number) for number in range(11)]
+    other.close()
 
 
 @on_every_engine

@@ -124,17 +124,23 @@ end
 #: A call that is tried again, since its answer was lost, gets the answer to what it did the first time.
 ONCE = """
 if call ~= '' then
-    local last = redis.call('HMGET', KEYS[5], 'last_call', 'last_result')
-    if last[1] == call then return tonumber(last[2]) end
+    local result = string.match(redis.call('HGET', KEYS[5], 'calls') or '', call .. '=(%d+) ')
+    if result then return tonumber(result) end
 end
 """
+
+# A history remembers about twenty calls: so many others may come between a call and its second attempt.
+_CALLS_LENGTH = 400
 
 #: What follows once a history has been written to.
 LIST_HISTORY = f"""
 redis.call('ZADD', directory, updated_at, chat_history_id)
 if is_new then redis.call('ZADD', names, 0, chat_history_id) end
 if not version then redis.call('SET', KEYS[1], {SCHEMA_VERSION}) end
-if call ~= '' then redis.call('HSET', history, 'last_call', call, 'last_result', result) end
+if call ~= '' then
+    local calls = call .. '=' .. string.format('%.0f', result) .. ' ' .. (redis.call('HGET', history, 'calls') or '')
+    redis.call('HSET', history, 'calls', string.sub(calls, 1, {_CALLS_LENGTH}))
+end
 """
 
 #: What follows a write or a deletion in a bucket where something is to expire.
