@@ -10,7 +10,8 @@ nox.options.default_venv_backend = "uv|virtualenv"  # uv takes seconds where pip
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "tests"]
 
-ENVIRONMENT = {"HAYSTACK_TELEMETRY_ENABLED": "False"}
+# Tests start hundreds of processes: without bytecode, each of them would compile all that it imports.
+ENVIRONMENT = {"HAYSTACK_TELEMETRY_ENABLED": "False", "PYTHONDONTWRITEBYTECODE": None}
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 
 

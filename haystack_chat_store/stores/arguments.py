@@ -22,6 +22,9 @@ MAX_QUERY_LENGTH = 1_000
 #: The most histories, messages or hits that one call returns.
 MAX_LIMIT = 1_000
 
+#: No history has a message as far along.
+MAX_POSITION = 2**32
+
 #: Times are stored as microseconds since then.
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 MICROSECOND = timedelta(microseconds=1)
@@ -73,11 +76,33 @@ def validated_number(value: Any, name: str, least: int, most: int | None = None)
     return int(value)
 
 
+def validated_flag(value: Any, name: str) -> bool:
+    """
+    Return True or False.
+
+    :raises ValueError: If it is something else, which may only look like one of them, such as "false".
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return value
+
+
+def validated_seconds(value: Any, name: str, minimum: float = 0.001, maximum: float = 10**10) -> float:
+    """
+    Return a number of seconds.
+
+    :raises ValueError: If it is none, or not from `minimum` to `maximum`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
+        raise ValueError(f"{name} must be a number of seconds from {minimum:g} to {maximum:,}, got {value!r}.")
+    return value
+
+
 def validated_position(value: Any, name: str) -> int | None:
     """
     Return a position, or `None`. One beyond the end of every history will do.
     """
-    return None if value is None else min(validated_number(value, name, 0), 2**31)
+    return None if value is None else min(validated_number(value, name, 0), MAX_POSITION)
 
 
 def validated_query(query: Any) -> str:

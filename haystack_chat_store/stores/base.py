@@ -20,7 +20,13 @@ from typing_extensions import Self
 from haystack_chat_store import rounds
 from haystack_chat_store.codec import decode_messages, encode_message
 from haystack_chat_store.rounds import MESSAGE_ID_KEY, LastKUnit, Window
-from haystack_chat_store.stores.arguments import MAX_NAMESPACE_LENGTH, validated_id, validated_number, validated_policy
+from haystack_chat_store.stores.arguments import (
+    MAX_NAMESPACE_LENGTH,
+    validated_flag,
+    validated_id,
+    validated_number,
+    validated_policy,
+)
 from haystack_chat_store.stores.contents import Contents
 from haystack_chat_store.stores.directory import Directory
 from haystack_chat_store.stores.operations import EncodedMessage, SessionT, duplicate
@@ -60,15 +66,11 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
         rounds.validate_last_k(last_k)
         if last_k_unit not in ("round", "message"):
             raise ValueError(f'last_k_unit must be "round" or "message", got {last_k_unit!r}.')
-        if not isinstance(skip_system_messages, bool):
-            raise ValueError(f"skip_system_messages must be True or False, got {skip_system_messages!r}.")
-        if not isinstance(search, bool):
-            raise ValueError(f"search must be True or False, got {search!r}.")
-        self.skip_system_messages = skip_system_messages
+        self.skip_system_messages = validated_flag(skip_system_messages, "skip_system_messages")
         self.last_k = last_k
         self.last_k_unit = last_k_unit
         self.namespace = validated_id(namespace, "namespace", MAX_NAMESPACE_LENGTH)
-        self.search = search
+        self.search = validated_flag(search, "search")
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:

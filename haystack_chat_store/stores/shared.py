@@ -11,6 +11,10 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Generic, Protocol, TypeVar
 
+from haystack.utils import Secret
+
+from haystack_chat_store.errors import StoreUnavailableError
+
 
 class Connections(Protocol):
     """
@@ -111,6 +115,60 @@ class Shared(Generic[SettingsT, ConnectionsT]):
         self._made.clear()
         self._alive.clear()
         self._lock.release()
+
+
+class ServerSettings(Hashable, Protocol):
+    """
+    Settings of stores on a server. Where it is, a secret of them says, which may change.
+    """
+
+    def location(self) -> str:
+        """
+        Return what the secret says now.
+        """
+
+
+class ServerConnections(Connections, Protocol):
+    """
+    Holds the connections to a server.
+    """
+
+    location: str
+    """What the secret said when this was made."""
+
+
+ServerSettingsT = TypeVar("ServerSettingsT", bound=ServerSettings)
+ServerConnectionsT = TypeVar("ServerConnectionsT", bound=ServerConnections)
+
+
+class SharedByServer(Shared[ServerSettingsT, ServerConnectionsT]):
+    """
+    The connections of this process to servers.
+    """
+
+    def get(self, settings: ServerSettingsT) -> ServerConnectionsT:
+        """
+        Return what all stores with these settings share: a new one if the secret says something else by now.
+        """
+        location = settings.location()
+        made = super().get(settings)
+        if made.location != location:
+            self.close(settings)  # or connections would stay open to wherever it has ever led
+            made = super().get(settings)
+        return made
+
+
+def resolved(secret: Secret, name: str) -> str:
+    """
+    Return what a secret says.
+
+    :param name: What errors call it.
+    :raises StoreUnavailableError: If it cannot be had, such as from an environment variable that is not set.
+    """
+    try:
+        return secret.resolve_value() or ""
+    except ValueError as error:
+        raise StoreUnavailableError(f"The {name} cannot be used. {error}") from error
 
 
 def never_free(connection: object) -> None:

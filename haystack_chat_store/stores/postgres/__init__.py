@@ -20,7 +20,7 @@ with LazyImport(
 ) as psycopg_import:
     import psycopg
 
-    from haystack_chat_store.stores.postgres.connections import AsideError, Pool, Session, Settings, pool_of, pools
+    from haystack_chat_store.stores.postgres.connections import AsideError, Pool, Session, Settings, pools
     from haystack_chat_store.stores.postgres.schema import MIGRATIONS, Tables
 
 # PostgreSQL cuts names at 63 bytes, and the longest that begins with the prefix has 20 more.
@@ -147,7 +147,7 @@ class PostgresChatMessageStore(Changing, Directory, Checking):
         pools.close(self._settings)
 
     def _run(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        pool = pool_of(self._settings)
+        pool = pools.get(self._settings)
         try:
             with pool.session(search=self.search) as session:
                 return run_to_end(operation(session, *arguments))
@@ -157,7 +157,7 @@ class PostgresChatMessageStore(Changing, Directory, Checking):
             raise self._explained(error, pool) from error
 
     async def _run_async(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        pool = pool_of(self._settings)
+        pool = pools.get(self._settings)
         try:
             async with pool.session_async(search=self.search) as session:
                 return await operation(session, *arguments)

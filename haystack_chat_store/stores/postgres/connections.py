@@ -29,7 +29,7 @@ from haystack_chat_store.stores.coroutines import run_to_end
 from haystack_chat_store.stores.postgres.base import BEGINNING
 from haystack_chat_store.stores.postgres.schema import HAS_SCHEMA, MIGRATIONS, Tables
 from haystack_chat_store.stores.postgres.statements import BEGIN
-from haystack_chat_store.stores.shared import Connections, Shared, never_free
+from haystack_chat_store.stores.shared import ServerConnections, SharedByServer, never_free, resolved
 
 ResultT = TypeVar("ResultT")
 Parameters = Sequence[Any] | dict[str, Any]
@@ -67,6 +67,12 @@ class Settings(NamedTuple):
     min_pool_size: int
     max_pool_size: int
     timeout: float
+
+    def location(self) -> str:
+        """
+        Return the connection string.
+        """
+        return resolved(self.connection_string, "connection string")
 
 
 # Held during each step of connecting: a child that is forked while a thread of its parent is inside of OpenSSL, which
@@ -315,7 +321,7 @@ class _OfLoop:
         self.limit = asyncio.Semaphore(settings.max_pool_size)
 
 
-class Pool(Connections):
+class Pool(ServerConnections):
     """
     The connections to one server.
     """
@@ -337,8 +343,8 @@ class Pool(Connections):
         #: Whether all that was there when search was turned on has its terms, and up to where this process knows so.
         self.is_indexed = False
         self.indexed_up_to: tuple[Any, int] = BEGINNING
-        self.connection_string = _resolved(settings.connection_string)
-        self._connection_info = _parsed(self.connection_string)
+        self.location = settings.location()
+        self._connection_info = _parsed(self.location)
         self._lock = threading.Lock()
         self._limit = threading.Semaphore(settings.max_pool_size)
         self._idle = _Idle(settings.min_pool_size)
@@ -363,7 +369,7 @@ class Pool(Connections):
                 connection = self._idle.pop()
             if connection is None:
                 options = self._connect_options(conninfo_attempts(self._connection_info), deadline)
-                connection = _Connection.connect(self.connection_string, **options)
+                connection = _Connection.connect(self.location, **options)
             with self._lent(connection, self._idle, deadline):
                 session = Session(connection, self)
                 try:
@@ -400,7 +406,7 @@ class Pool(Connections):
                 connection = ours.idle.pop()
             if connection is None:
                 options = self._connect_options(await conninfo_attempts_async(self._connection_info), deadline)
-                connection = await _AsyncConnection.connect(self.connection_string, **options)
+                connection = await _AsyncConnection.connect(self.location, **options)
                 connection.loop = asyncio.get_running_loop()
             with self._lent(connection, ours.idle, deadline):
                 session = Session(connection, self)
@@ -573,26 +579,7 @@ class Pool(Connections):
 
 
 #: The pools of this process.
-pools: Shared[Settings, Pool] = Shared(Pool)
-
-
-def pool_of(settings: Settings) -> Pool:
-    """
-    Return what stores with these settings share: a new one if the secret has another value by now.
-    """
-    connection_string = _resolved(settings.connection_string)
-    pool = pools.get(settings)
-    if pool.connection_string != connection_string:
-        pools.close(settings)  # or connections would stay open to wherever it has ever led
-        pool = pools.get(settings)
-    return pool
-
-
-def _resolved(connection_string: Secret) -> str:
-    try:
-        return connection_string.resolve_value() or ""
-    except ValueError as error:
-        raise StoreUnavailableError(f"The connection string cannot be used. {error}") from error
+pools: SharedByServer[Settings, Pool] = SharedByServer(Pool)
 
 
 def _parsed(connection_string: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from haystack_chat_store.stores.redis.scripts import messages as scripts
 with LazyImport(
     'It comes with the extra \'redis\': pip install "haystack-chat-store[redis]", or "redis>=5.1".'
 ) as redis_import:
-    from haystack_chat_store.stores.redis.connections import Server, Session, Settings, server_of, servers
+    from haystack_chat_store.stores.redis.connections import Server, Session, Settings, servers
 
 _READ = {"round": scripts.READ_ROUNDS, "message": scripts.READ_MESSAGES}
 # `delete_all_messages` keeps the server busy with so many histories at once.
@@ -243,4 +243,4 @@ class RedisChatMessageStore(RedisChecking):
         return (await self._part(session, chat_history_id, limit, after=after, before=end)).rows
 
     def _server(self) -> "Server":
-        return server_of(self._settings)
+        return servers.get(self._settings)

@@ -36,7 +36,7 @@ from haystack_chat_store.stores.redis.failures import (
     redirection,
 )
 from haystack_chat_store.stores.redis.scripts import Script
-from haystack_chat_store.stores.shared import Connections, Shared, never_free
+from haystack_chat_store.stores.shared import ServerConnections, SharedByServer, never_free, resolved
 
 # Types are checked for Python 3.10 and on any Python: one of these two is always unknown there, or always known.
 if sys.version_info >= (3, 11, 3):
@@ -65,6 +65,12 @@ class Settings(NamedTuple):
     url: Secret
     cluster: bool
     timeout: float
+
+    def location(self) -> str:
+        """
+        Return the URL.
+        """
+        return resolved(self.url, "url")
 
 
 @dataclass
@@ -95,7 +101,7 @@ class Session(ABC):
         :param driver: redis-py's module of connections of this kind.
         """
         self._server = server
-        options = driver.parse_url(server.url)
+        options = driver.parse_url(server.location)
         self._connection_class = options.pop("connection_class", driver.Connection)
         self._max_connections = options.pop("max_connections", _MAX_CONNECTIONS)
         self._options = {
@@ -568,7 +574,7 @@ class AsyncSession(Session):
             await connection.disconnect(nowait=not is_patient)
 
 
-class Server(Connections):
+class Server(ServerConnections):
     """
     A server or a cluster, and the sessions with it.
     """
@@ -581,14 +587,14 @@ class Server(Connections):
         :raises StoreUnavailableError: If the url is none.
         """
         self.settings = settings
-        self.url = _resolved(settings.url)
+        self.location = settings.location()
         # How long a synchronous call waits for each answer, and any call for a node of a cluster.
         self.node_timeout = settings.timeout * (_NODE_TIMEOUT_SHARE if settings.cluster else 1)
         self.slots: list[Address] | None = None
         self.silent: set[Address] = set()  # nodes that did not answer when they were last asked
         self._others: list[Address] = []
         try:
-            parts = urlsplit(self.url)
+            parts = urlsplit(self.location)
             if parts.fragment or "@" in parts.path + parts.query:  # what comes after it in a password is lost
                 raise ValueError
             self._sync = SyncSession(self)
@@ -674,26 +680,7 @@ class Server(Connections):
 
 
 #: The servers that this process uses.
-servers: Shared[Settings, Server] = Shared(Server)
-
-
-def server_of(settings: Settings) -> Server:
-    """
-    Return what stores with these settings share: a new one if the secret has another value by now.
-    """
-    url = _resolved(settings.url)
-    server = servers.get(settings)
-    if server.url != url:
-        servers.close(settings)  # or connections would stay open to wherever it has ever led
-        server = servers.get(settings)
-    return server
-
-
-def _resolved(url: Secret) -> str:
-    try:
-        return url.resolve_value() or ""
-    except ValueError as error:
-        raise StoreUnavailableError(f"The url cannot be used. {error}") from error
+servers: SharedByServer[Settings, Server] = SharedByServer(Server)
 
 
 def _runs(loop: asyncio.AbstractEventLoop) -> bool:

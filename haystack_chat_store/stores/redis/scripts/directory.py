@@ -18,10 +18,16 @@ local function is_still_there(chat_history_id)
 end
 local function forget_expired()
     if #expired == 0 then return end
-    for _, key in ipairs({expiries, directory, names}) do redis.pcall('ZREM', key, unpack(expired)) end
+    local some = {unpack(expired, 1, math.min(#expired, 1000))}  -- so that it neither takes long nor overfills the stack
+    for _, key in ipairs({expiries, directory, names}) do redis.pcall('ZREM', key, unpack(some)) end
 end
 """
 )
+
+# To look a history up by its id takes the server about ten times as long as to pass it in the directory.
+_PASSED_MEANWHILE = 10
+# A script looks up so many histories at most.
+_LOOKED_UP = 5000
 
 #: Return the ids of histories of a bucket, the one that changed last first. Keys: those of the bucket. Arguments: a
 #: prefix; the ends of its range, as ZRANGEBYLEX takes them; how many ids; the time and the id of a history, after which
@@ -31,7 +37,7 @@ NEWEST = Script(
     OF_BUCKET,
     UPGRADE_BUCKET,
     _STILL_THERE,
-    """
+    f"""
 local prefix, least, greatest, wanted = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local time, chat_history_id = tonumber(ARGV[5]), ARGV[6]
 local function is_greater(a, b)  -- by bytes; Lua compares by the rules of some language
@@ -42,56 +48,65 @@ local function is_greater(a, b)  -- by bytes; Lua compares by the rules of some 
     return #a > #b
 end
 
-local found = {}
+local found = {{}}
 local total = redis.call('ZCARD', directory)
 local matching = prefix == '' and total or redis.call('ZLEXCOUNT', names, least, greatest)
-if matching == 0 then return {'', '', {}} end
-if matching <= 1000 and matching * matching <= wanted * total then  -- few: all that match are sorted
-    local ids, all = redis.call('ZRANGEBYLEX', names, least, greatest), {}
-    for index, score in ipairs(redis.call('ZMSCORE', directory, unpack(ids))) do
-        local score_number = tonumber(score or nil)
-        if score_number and is_still_there(ids[index]) and (not time or score_number < time
-                or score_number == time and is_greater(chat_history_id, ids[index])) then
-            all[#all + 1] = {score_number, ids[index], score}
-        end
-    end
-    table.sort(all, function(a, b) return a[1] > b[1] or a[1] == b[1] and is_greater(a[2], b[2]) end)
-    for index = 1, math.min(wanted, #all) do
-        found[2 * index - 1], found[2 * index] = all[index][3], all[index][2]
-    end
-    forget_expired()
-    if #all <= wanted then return {'', '', found} end
-    return {found[#found - 1], found[#found], found}
-end
+if matching == 0 then return {{'', '', found}} end
 
-local first = 0  -- many: the directory is gone through, a thousand at a time
+local rank = 0
 if time then
-    first = redis.call('ZCOUNT', directory, '(' .. ARGV[5], '+inf')
-    local beyond = first + redis.call('ZCOUNT', directory, ARGV[5], ARGV[5])
-    while first < beyond do
-        local middle = math.floor((first + beyond) / 2)
+    rank = redis.call('ZCOUNT', directory, '(' .. ARGV[5], '+inf')
+    local beyond = rank + redis.call('ZCOUNT', directory, ARGV[5], ARGV[5])
+    while rank < beyond do
+        local middle = math.floor((rank + beyond) / 2)
         if is_greater(chat_history_id, redis.call('ZREVRANGE', directory, middle, middle)[1]) then
             beyond = middle
         else
-            first = middle + 1
+            rank = middle + 1
         end
     end
 end
-local step = prefix == '' and wanted or 1000
-local seen = redis.call('ZREVRANGE', directory, first, first + step - 1, 'WITHSCORES')
-local is_last, last = #seen < 2 * step, #seen
-for index = 1, #seen, 2 do
-    if string.sub(seen[index], 1, #prefix) == prefix and is_still_there(seen[index]) then
-        found[#found + 1], found[#found + 2] = seen[index + 1], seen[index]
-        if #found == 2 * wanted then
-            is_last, last = is_last and index + 1 == #seen, index + 1
-            break
+
+-- Go through the directory for as long as it would take to look up all that match: with most prefixes, what is wanted
+-- is there soon. Scores are asked for only where they are needed, since they take the server longer than the ids.
+local stop = math.min(rank + {_PASSED_MEANWHILE} * math.min(matching, {_LOOKED_UP}), total)
+local step, last = wanted, nil
+while rank < stop and #found < 2 * wanted do
+    for _, passed in ipairs(redis.call('ZREVRANGE', directory, rank, math.min(rank + step, stop) - 1)) do
+        rank, last = rank + 1, passed
+        if string.sub(passed, 1, #prefix) == prefix and is_still_there(passed) then
+            found[#found + 1], found[#found + 2] = redis.call('ZSCORE', directory, passed), passed
+            if #found == 2 * wanted then break end
         end
     end
+    step = math.min(2 * step, 1000)
+end
+if rank == total or #found == 2 * wanted or matching > {_LOOKED_UP} then
+    local last_time = rank < total and redis.call('ZSCORE', directory, last)
+    forget_expired()
+    return {{last_time or '', last_time and last or '', found}}
+end
+
+-- They are old, or there are few: look all up, and sort them.
+local ids, all = redis.call('ZRANGEBYLEX', names, least, greatest), {{}}
+for first = 1, #ids, 1000 do  -- more arguments than that may not fit on Lua's stack
+    local some = {{unpack(ids, first, math.min(first + 999, #ids))}}
+    for index, score in ipairs(redis.call('ZMSCORE', directory, unpack(some))) do
+        local score_number = tonumber(score or nil)
+        if score_number and is_still_there(some[index]) and (not time or score_number < time
+                or score_number == time and is_greater(chat_history_id, some[index])) then
+            all[#all + 1] = {{score_number, some[index], score}}
+        end
+    end
+end
+table.sort(all, function(a, b) return a[1] > b[1] or a[1] == b[1] and is_greater(a[2], b[2]) end)
+found = {{}}
+for index = 1, math.min(wanted, #all) do
+    found[2 * index - 1], found[2 * index] = all[index][3], all[index][2]
 end
 forget_expired()
-if is_last then return {'', '', found} end
-return {seen[last], seen[last - 1], found}
+if #all <= wanted then return {{'', '', found}} end
+return {{found[#found - 1], found[#found], found}}
 """,
 )
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
-from test_sqlite import connections_of_stores
+from sqlite_stores import connections_of_stores
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.errors import (
@@ -26,11 +26,6 @@ from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import conversation, user, with_id
 from haystack_chat_store.testing.processes import Program
-
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "chat_history.db")
 
 
 @pytest.fixture

@@ -8,25 +8,16 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 from haystack.dataclasses import ChatMessage
-from servers import PgBouncer, PostgresServer
-from test_postgres import ENGINES, NEWEST, OLDER, execute, say, stores_on
+from postgres_stores import NEWEST_AND_OLDEST, execute, say, stores_on
 
 from haystack_chat_store.testing.kit import texts
 
-
-@pytest.fixture(scope="module", params=[NEWEST, *OLDER[-1:]])
-def server(request):
-    with PostgresServer(ENGINES.get(request.param), fsync="off", autovacuum="off") as server:
-        yield server
+VERSIONS = NEWEST_AND_OLDEST
 
 
 @pytest.fixture(params=["directly", "behind PgBouncer", "partitioned"])
-def make_store(request, server):
-    if request.param == "behind PgBouncer":
-        with PgBouncer(server) as pooler, stores_on(pooler.url, last_k=None) as make:
-            yield make
-        return
-    with stores_on(server.url, last_k=None) as make:
+def make_store(request, server, pooler):
+    with stores_on(pooler.url if request.param == "behind PgBouncer" else server.url, last_k=None) as make:
         if request.param == "partitioned":
             execute(server.url, make().create_schema_sql(3))
         yield make

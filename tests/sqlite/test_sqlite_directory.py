@@ -8,7 +8,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from test_sqlite import connections_of_stores
+from sqlite_stores import connections_of_stores
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.stores.sqlite import directory
@@ -19,11 +19,6 @@ INSERT = """
         (namespace, chat_history_id, next_position, message_count, round_count, created_at, updated_at, title, meta)
     VALUES ('default', ?, 1, 1, 1, 0, ?, ?, ?)
 """
-
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "chat_history.db")
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: F811  (tests take fixtures of another module as arguments)
 """
 What something else has changed or evicted in Redis is found, and mended as far as it can be.
 """
@@ -9,21 +8,7 @@ import time
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from test_redis import (  # noqa: F401  (fixtures)
-    KINDS,
-    client,
-    everything,
-    key_of,
-    keys_of,
-    make_store,
-    neighbours,
-    on_every_engine,
-    on_one_server,
-    said,
-    say,
-    server,
-    store,
-)
+from redis_stores import KINDS, everything, key_of, keys_of, neighbours, on_every_engine, on_one_server, said, say
 from test_redis_copying import HISTORY, row
 from test_redis_upgrade import UPDATED_AT, write_as_version_1
 

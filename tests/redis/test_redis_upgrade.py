@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: F811  (tests take fixtures of another module as arguments)
 """
 What version 1 has left in Redis is upgraded in place, bucket by bucket and history by history, as they are written to.
 """
@@ -8,19 +7,7 @@ import json
 import re
 
 import pytest
-from test_redis import (  # noqa: F401  (fixtures)
-    client,
-    everything,
-    key_of,
-    keys_of,
-    make_store,
-    neighbours,
-    on_every_engine,
-    said,
-    say,
-    server,
-    store,
-)
+from redis_stores import everything, key_of, keys_of, neighbours, on_every_engine, said, say
 
 from haystack_chat_store import UnsupportedOperationError
 from haystack_chat_store.stores.redis import RedisChatMessageStore

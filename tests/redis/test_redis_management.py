@@ -3,13 +3,7 @@
 Managing conversations on Redis, Valkey and Redis Cluster: what every store does, but for search.
 """
 
-from test_redis import (
-    OnRedis,
-    on_a_cluster,
-    on_one_server,
-    on_the_other_servers,
-    server,  # noqa: F401  (a fixture)
-)
+from redis_stores import OnRedis, on_a_cluster, on_one_server, on_the_other_servers
 
 from haystack_chat_store.testing import ManagementContract, RandomWalkTest
 

@@ -4,15 +4,7 @@ Managing conversations on PostgreSQL: what every store does.
 """
 
 import pytest
-from test_postgres import (
-    OnPostgres,
-    execute,
-    on_the_newest,
-    on_the_oldest,
-    pooler,  # noqa: F401  (a fixture, as is server)
-    server,  # noqa: F401
-    stores_on,
-)
+from postgres_stores import OnPostgres, execute, on_the_newest, on_the_oldest, stores_on
 
 from haystack_chat_store.testing import ManagementContract, RandomWalkTest
 
@@ -38,7 +30,7 @@ class TestOldest(Walking):
 @on_the_newest
 class TestBehindPgBouncer(Walking):
     @pytest.fixture
-    def make_store(self, pooler):  # noqa: F811  (the fixture)
+    def make_store(self, pooler):
         with stores_on(pooler.url) as make:
             yield make
 
@@ -46,7 +38,7 @@ class TestBehindPgBouncer(Walking):
 @on_the_newest
 class TestPartitioned(Walking):
     @pytest.fixture
-    def make_store(self, server):  # noqa: F811  (the fixture)
+    def make_store(self, server):
         with stores_on(server.url) as make:
             execute(server.url, make().create_schema_sql(partitions=3))
             yield make

@@ -26,11 +26,6 @@ WORDS = ["fox", "quick", "brown", "東京都", "Straße", "déjà", "x²"]
 
 
 @pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "chat_history.db")
-
-
-@pytest.fixture
 def new_store(path):
     with ExitStack() as stack:
         yield lambda **settings: stack.enter_context(closing(SQLiteChatMessageStore(path, **settings)))

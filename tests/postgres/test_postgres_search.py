@@ -8,34 +8,15 @@ from contextlib import ExitStack
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
-from servers import PgBouncer, PostgresServer
-from test_postgres import ENGINES, NEWEST, OLDER, execute, say, stores_on
+from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, execute, say
 
 from haystack_chat_store import search_text
 from haystack_chat_store.stores.postgres import terms
 from haystack_chat_store.testing.messages import with_id
 from haystack_chat_store.testing.processes import Program
 
-
-@pytest.fixture(scope="module", params=[NEWEST, *OLDER[-1:]])
-def server(request):
-    with PostgresServer(ENGINES.get(request.param), fsync="off", autovacuum="off") as server:
-        yield server
-
-
-@pytest.fixture(params=["directly", "behind PgBouncer"])
-def url(request, server):
-    if request.param == "directly":
-        yield server.url
-    else:
-        with PgBouncer(server) as pooler:
-            yield pooler.url
-
-
-@pytest.fixture
-def make_store(url):
-    with stores_on(url, last_k=None) as make:
-        yield make
+VERSIONS = NEWEST_AND_OLDEST
+WAYS = ["directly", BEHIND_PGBOUNCER]
 
 
 @pytest.fixture(params=[None, 3], ids=["whole", "partitioned"])

@@ -9,13 +9,15 @@ from contextlib import ExitStack
 import psycopg
 import pytest
 from haystack.dataclasses import ChatMessage
-from servers import PASSWORD, PostgresServer, wait_until
-from test_postgres import ENGINES, NEWEST, OLDER, execute, said, say, store_at, stores_on
+from postgres_stores import NEWEST_AND_OLDEST, execute, said, say, store_at
+from servers import PASSWORD, wait_until
 
 from haystack_chat_store.errors import StoreUnavailableError
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
 from haystack_chat_store.testing.messages import with_id
 from haystack_chat_store.testing.processes import Program
+
+VERSIONS = NEWEST_AND_OLDEST
 
 VERSION_1 = [
     """
@@ -54,18 +56,6 @@ APPEND_1 = """
     SELECT %(key)s, start, %(message_id)s, 'user', %(content)s::json FROM history
 """
 CONTENT = '{{"role": "user", "meta": {{"chat_message_id": "{0}"}}, "name": null, "content": [{{"text": "{1}"}}]}}'
-
-
-@pytest.fixture(scope="module", params=[NEWEST, *OLDER[-1:]])
-def server(request):
-    with PostgresServer(ENGINES.get(request.param), fsync="off", autovacuum="off") as server:
-        yield server
-
-
-@pytest.fixture
-def make_store(server):
-    with stores_on(server.url, last_k=None) as make:
-        yield make
 
 
 def append_in_version_1(url, store, history, message_id, text):

@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing, contextmanager
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
-from test_sqlite import connections_of_stores
+from sqlite_stores import connections_of_stores
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.errors import StoreTimeoutError
@@ -22,11 +22,6 @@ from haystack_chat_store.walks import walked_histories
 
 # Each word of what is erased. None stands in an id, and none is a part of another.
 SECRETS = ["Kuckucksuhr", "geheimnis", "Zwölfkampf", "東京秘密"]
-
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "chat_history.db")
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: F811  (tests take fixtures of another module as arguments)
 """
 Copies and imports in Redis: they wait under keys of their own, appear at once, and leave nothing when they fail.
 """
@@ -9,21 +8,7 @@ import threading
 from itertools import islice
 
 import pytest
-from test_redis import (  # noqa: F401  (fixtures)
-    SECRET,
-    client,
-    everything,
-    keys_of,
-    make_store,
-    neighbours,
-    nodes_of,
-    on_every_engine,
-    on_one_server,
-    said,
-    say,
-    server,
-    store,
-)
+from redis_stores import SECRET, everything, keys_of, neighbours, nodes_of, on_every_engine, on_one_server, said, say
 
 from haystack_chat_store import ChatHistoryExistsError
 from haystack_chat_store.errors import ChatHistoryChangedError, DuplicateMessageError, StoreUnavailableError

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: F811  (tests take fixtures of another module as arguments)
 """
 The directory of Redis' buckets: what has expired is not in it, what a page costs, and what leaves the server's files.
 """
@@ -10,22 +9,18 @@ import re
 import time
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 from haystack.utils import Secret
-from servers import HOST, RedisServer
-from test_redis import (  # noqa: F401  (fixtures)
+from redis_stores import (
+    DOCUMENTATION,
     ENGINES,
     SECRET,
     SERVERS,
     LosesAnswers,
-    client,
-    key_of,
     keys_of,
-    make_store,
     neighbours,
     nodes_of,
     on_every_engine,
@@ -33,11 +28,9 @@ from test_redis import (  # noqa: F401  (fixtures)
     on_one_server,
     said,
     say,
-    server,
-    store,
     stores_on,
-    wait_until,
 )
+from servers import HOST, RedisServer, wait_until
 
 from haystack_chat_store import ChatMessageStoreError, RedisChatMessageStore
 from haystack_chat_store.errors import StoreUnavailableError
@@ -235,7 +228,9 @@ def test_after_a_vacuum_what_was_erased_is_in_no_file(engine, settings):
         assert SECRET.encode() in bytes_on_disk(server)
         assert store.delete_chat_histories(prefix="user_1:") == 1
         assert store.delete_chat_histories(prefix="user_2:b", vacuum=True) == 1
-        wait_until(lambda: SECRET.encode() not in bytes_on_disk(server))  # old files are removed in the background
+        wait_until(
+            lambda: SECRET.encode() not in bytes_on_disk(server), "the text to go"
+        )  # old files are removed in the background
         server.restart()
         assert said(store, "user_2:a") == ["Hi!"]
         assert walked(store) == ["user_2:a"]
@@ -260,9 +255,8 @@ def test_a_user_that_may_not_vacuum_is_told_and_may_all_else(make_store, client,
 
 @on_every_server
 def test_a_user_with_the_documented_rights_can_vacuum(make_store, client, server, monkeypatch):
-    page = (Path(__file__).parent.parent / "docs" / "redis.md").read_text()
-    (rights,) = re.findall(r"ACL SETUSER chatbot (.*?)\n", page)
-    (more,) = re.findall(r"`(\+info .*?)`", page)
+    (rights,) = re.findall(r"ACL SETUSER chatbot (.*?)\n", DOCUMENTATION)
+    (more,) = re.findall(r"`(\+info .*?)`", DOCUMENTATION)
     store = make_store()
     rights = rights.replace("{chat:", f"{{{store.key_prefix}:").replace(">password", ">guest-pw")
     client.execute_command("ACL SETUSER", "chatbot", "reset", *rights.split(), *more.split())

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Rows to import, and what must hold afterwards.
+"""
+
+import json
+
+from haystack.dataclasses import ChatMessage
+
+from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+
+NEW = HistoryRow("history", 0, 0, 1_000_000, 2_000_000, "a title", '{"a": 1}')
+
+
+def rows(start, end, created_at=1_500_000, text="imported"):
+    contents = [ChatMessage.from_user(text, meta={"chat_message_id": f"{n}"}).to_dict() for n in range(start, end)]
+    return [
+        MessageRow(0, created_at, f"{number}", "user", json.dumps(content))
+        for number, content in enumerate(contents, start)
+    ]
+
+
+def import_rows(store, *batches, history=NEW, expected_count=0):
+    return store._run(store._import, history, batches, expected_count)
+
+
+def assert_sound(server, store):
+    """
+    The counters say what there is, and no position is twice or to come.
+    """
+    assert store._run(store._faults, False) == []
+    counted = f"SELECT history_key, count(DISTINCT position) FROM {store.schema_name}.chat_messages GROUP BY 1"
+    counters = f"SELECT history_key, message_count FROM {store.schema_name}.chat_histories WHERE message_count > 0"
+    assert sorted(server.execute(counted)) == sorted(server.execute(counters))

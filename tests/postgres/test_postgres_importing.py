@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Imports: in batches, all or nothing.
+"""
+
+import asyncio
+import time
+
+import pytest
+from imported import NEW, assert_sound, import_rows, rows
+from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, said, say
+
+from haystack_chat_store.errors import ChatHistoryChangedError
+from haystack_chat_store.testing.messages import with_id
+from haystack_chat_store.testing.processes import Program
+
+VERSIONS = NEWEST_AND_OLDEST
+WAYS = ["directly", BEHIND_PGBOUNCER]
+
+
+def test_an_import_of_many_batches_and_large_messages_is_whole(server, make_store, monkeypatch):
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.changing._CHARACTERS_PER_STATEMENT", 5_000)
+    store = make_store(search=True)
+    batches = [rows(0, 100), rows(100, 101, text="large " * 10_000), [], rows(101, 300)]
+    assert import_rows(store, *batches) == 300
+    info = store.get_chat_history("history")
+    assert (info.message_count, info.round_count, info.title, info.meta) == (300, 300, "a title", {"a": 1})
+    assert [stored.position for stored in store.list_messages("history", limit=1000)] == list(range(300))
+    assert [hit.message_id for hit in store.search_messages("large")] == ["100"]
+    assert import_rows(store, rows(300, 310), history=NEW._replace(title="another"), expected_count=300) == 10
+    assert store.get_chat_history("history").title == "a title"
+    assert_sound(server, store)
+
+
+def test_an_import_that_fails_on_the_way_leaves_nothing(server, make_store):
+    store = make_store()
+
+    def batches():
+        yield rows(0, 1000)
+        raise OSError("the file is damaged")
+
+    with pytest.raises(OSError, match=r"^the file is damaged$"):
+        store._run(store._import, NEW, batches(), 0)
+    with pytest.raises(OSError, match=r"^the file is damaged$"):
+        asyncio.run(store._run_async(store._import, NEW, batches(), 0))
+    with pytest.raises(Exception, match="UniqueViolation"):
+        import_rows(store, rows(0, 10), rows(5, 6))
+    assert store.get_chat_history("history") is None
+    assert server.execute(f"SELECT FROM {store.schema_name}.chat_messages") == []
+
+
+def test_several_histories_are_imported_together_unless_one_is_there_even_an_empty_one(server, make_store):
+    store = make_store()
+    store.write_messages("there", [with_id("x")])
+    store.delete_messages("there", message_ids=["x"])
+    histories = [(NEW._replace(chat_history_id=history), rows(0, 3)) for history in ("a", "there", "b")]
+    with pytest.raises(ChatHistoryChangedError, match="has 0 messages now"):
+        store._run(store._import_several, histories)
+    assert [info.chat_history_id for info in store.list_chat_histories().items] == ["there"]
+    assert store.get_chat_history("there").title is None
+    assert store._run(store._import_several, histories[::2]) == 6
+    assert {store.get_chat_history(history).title for history in "ab"} == {"a title"}
+    assert_sound(server, store)
+
+
+def largest_gap_beside(call):
+    """
+    Return for how long an event loop did nothing else while it awaited a call, at most, and how long the call took.
+    """
+    gaps = []
+
+    async def tick():
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0.001)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    async def main():
+        ticker = asyncio.create_task(tick())
+        await asyncio.sleep(0.01)
+        gaps.clear()
+        started = time.perf_counter()
+        await call()
+        took = time.perf_counter() - started
+        await asyncio.sleep(0.01)
+        ticker.cancel()
+        return max(gaps), took
+
+    return asyncio.run(main())
+
+
+def test_reading_what_is_imported_does_not_hold_up_the_event_loop(make_store):
+    store = make_store()
+
+    def batches():
+        time.sleep(1)
+        yield rows(0, 10)
+
+    store.count_messages("history")
+    largest_gap, took = largest_gap_beside(lambda: store._run_async(store._import, NEW, batches(), 0))
+    assert took > 1 > 2 * largest_gap
+    assert store.count_messages("history") == 10
+
+
+def test_indexing_large_messages_does_not_hold_up_the_event_loop(make_store):
+    """
+    When they are written, and when they were there before search was turned on.
+    """
+    store, searching = make_store(), make_store(search=True)
+    messages = [with_id(f"{number}", "some words of many " * 600) for number in range(400)]
+    store.write_messages("before", messages)
+    largest_gap, took = largest_gap_beside(lambda: searching.search_messages_async("words"))
+    assert largest_gap < took / 2
+    largest_gap, took = largest_gap_beside(lambda: searching.write_messages_async("history", messages))
+    assert largest_gap < took / 2
+
+
+def import_slowly(store, report):
+    import json
+    import time
+
+    from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+
+    def batches():
+        for batch in range(100_000):
+            content = json.dumps({"role": "user", "meta": {}, "name": None, "content": [{"text": "half"}]})
+            yield [MessageRow(0, 0, f"{batch}.{number}", "user", content) for number in range(1000)]
+            if batch == 5:
+                report("has begun")
+            if batch > 5:
+                time.sleep(0.01)
+
+    store._run(store._import, HistoryRow("history", 0, 0, 0, 0, None, None), batches(), 0)
+
+
+def test_an_import_that_is_killed_leaves_nothing(server, make_store):
+    store = make_store(search=True)
+    store.count_messages("history")
+    with Program(import_slowly, store) as program:
+        program.begin()
+        assert next(program.reports()) == "has begun"
+        assert store.get_chat_history("history") is None
+        program.kill()
+    assert say(store, "Hello") == 1  # which waits for the server to notice
+    assert said(store) == ["Hello"]
+    assert server.execute(f"SELECT count(*) FROM {store.schema_name}.chat_messages") == [(1,)]

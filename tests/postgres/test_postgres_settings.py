@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Settings of the store, and what the role of a database may do.
+"""
+
+import re
+import traceback
+import uuid
+
+import psycopg
+import pytest
+from haystack.utils import Secret
+from postgres_stores import DOCUMENTATION, connections_of, execute, say, store_at
+from servers import PASSWORD, USER, wait_until
+
+from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.stores.postgres import PostgresChatMessageStore
+from haystack_chat_store.testing.kit import Calls
+from haystack_chat_store.testing.messages import conversation, with_id
+
+# ---------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"connection_string": "postgresql://localhost/db"},
+        {"schema_name": ""},
+        {"schema_name": "x" * 64},
+        {"schema_name": "a\x00b"},
+        {"schema_name": None},
+        {"table_prefix": ""},
+        {"table_prefix": "x" * 41},
+        {"table_prefix": "a\x00b"},
+        {"min_pool_size": -1},
+        {"min_pool_size": 3, "max_pool_size": 2},
+        {"min_pool_size": 0, "max_pool_size": 0},
+        {"timeout": 0},
+        {"timeout": float("inf")},
+        {"timeout": "30"},
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_by_name(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        PostgresChatMessageStore(**setting)
+
+
+def test_a_store_without_its_environment_variable_loads_and_says_so_when_used(monkeypatch, calls):
+    monkeypatch.delenv("PG_CONN_STR", raising=False)
+    store = PostgresChatMessageStore(table_prefix="other", timeout=5)
+    assert PostgresChatMessageStore.from_dict(store.to_dict()) == store
+    assert "CREATE TABLE" in store.create_schema_sql()
+    with pytest.raises(StoreUnavailableError, match="PG_CONN_STR"):
+        calls.count(store, "history")
+    calls.close(store)
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_a_connection_string_that_changes_leaves_no_connection_behind(server, monkeypatch, way):
+    store = PostgresChatMessageStore(Secret.from_env_var("ROTATING"), schema_name=f"test_{uuid.uuid4().hex}")
+    calls = Calls(is_async=way == "async")
+    for number in range(5):
+        monkeypatch.setenv("ROTATING", f"{server.url}?application_name=number-{number}")
+        assert calls.write(store, "history", [with_id("a"), with_id(f"{number}")]) == (1 if number else 2)
+        wait_until(lambda: len(connections_of(server, store)) == 1, "the former connection to be closed")
+    monkeypatch.delenv("ROTATING")
+    calls.close(store)
+    wait_until(lambda: not connections_of(server, store), "the last connection to be closed")
+    calls.end()
+
+
+def test_a_connection_string_that_changes_leads_to_another_database(server, database, monkeypatch, calls):
+    store = PostgresChatMessageStore(Secret.from_env_var("ROTATING"), schema_name=f"test_{uuid.uuid4().hex}")
+    monkeypatch.setenv("ROTATING", server.url)
+    assert calls.write(store, "history", [with_id("a")]) == 1
+    monkeypatch.setenv("ROTATING", database)
+    assert calls.count(store, "history") == 0
+    monkeypatch.setenv("ROTATING", server.url)
+    assert calls.count(store, "history") == 1
+    calls.close(store)
+
+
+def test_a_password_is_never_serialized():
+    with pytest.raises(ValueError, match="serialize"):
+        store_at("postgresql://user:password@localhost/db").to_dict()
+
+
+@pytest.mark.parametrize(
+    "connection_string",
+    [
+        "not a connection string my-secret",
+        "postgresql://user:pass@my-secret@localhost/db",  # where the password has an unescaped @
+        "postgresql://user:pass@my:secret@localhost:5432/db",
+        "postgresql://user:my-secret/pass@localhost/db",
+        "postgresql://user:password@localhost:my-secret/db",
+    ],
+)
+def test_a_connection_string_that_is_none_is_refused_and_not_repeated(connection_string):
+    with pytest.raises(StoreUnavailableError, match="connection string") as raised:
+        store_at(connection_string).count_messages("history")
+    assert "secret" not in "".join(traceback.format_exception(raised.value)).replace(connection_string, "")
+
+
+HOSTILE = ["Ünïcode", "a b", 'quoted"name', "it's; DROP TABLE x; --", "100%s", "%(key)s", "{0}", "{histories}", "\\"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_any_name_can_be_that_of_schema_and_tables(make_store, calls, server, name):
+    store = make_store(schema_name=f"{name} {uuid.uuid4().hex[:8]}", table_prefix=name)
+    assert calls.write(store, "history", conversation("uaua")) == 4
+    assert calls.write(store, "history", [with_id("a"), with_id("a")]) == 1
+    assert len(calls.retrieve(store, "history", last_k=1)) == 1
+    assert calls.count(store, "history") == 5
+    names = "SELECT tablename FROM pg_tables WHERE schemaname = %s ORDER BY 1"
+    found = [table for (table,) in server.execute(names, [store.schema_name])]
+    assert found == [f"{name}_histories", f"{name}_messages", f"{name}_version"]
+    calls.delete_all(store)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_schema_for_an_administrator_takes_any_name(make_store, server, name):
+    store = make_store(schema_name=f"{name} {uuid.uuid4().hex[:8]}", table_prefix=name)
+    execute(server.url, store.create_schema_sql())
+    assert say(store, "Hello") == 1
+
+
+def test_the_longest_prefix_leaves_the_names_of_tables_whole(make_store):
+    store, other = make_store(table_prefix="x" * 40), make_store(table_prefix="x" * 39 + "y")
+    assert say(store, "Hello") == 1
+    assert other.count_messages("history") == 0
+
+
+# ---------------------------------------------------------------------- rights
+
+
+@pytest.fixture
+def restricted(database):
+    """
+    The URL of a role that owns nothing and may create nothing.
+    """
+    role = f"chatbot_{uuid.uuid4().hex[:8]}"
+    execute(database, f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}'", "REVOKE CREATE ON SCHEMA public FROM public")
+    yield database.replace(f"{USER}:", f"{role}:")
+    execute(database, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+@pytest.mark.parametrize("settings", [{}, {"schema_name": "chatbot"}], ids=["no tables", "no schema"])
+def test_a_role_that_may_not_create_the_tables_is_told_what_to_do(restricted, calls, settings):
+    with pytest.raises(StoreUnavailableError, match=r"permission denied.*create_schema_sql\(\)"):
+        calls.write(store_at(restricted, **settings), "history", conversation("ua"))
+
+
+def test_a_role_without_rights_to_create_uses_what_an_administrator_has_made(restricted, database, calls):
+    store = store_at(restricted, schema_name="chatbot")
+    role = psycopg.conninfo.conninfo_to_dict(restricted)["user"]
+    # What the documentation tells the administrator, for this role.
+    rights = re.search(r"```sql\n(GRANT.*?)```", DOCUMENTATION, re.DOTALL)[1].replace("my_app", role)
+    own_table = "CREATE TABLE chatbot.of_the_application (secret text)"
+    execute(database, store.create_schema_sql(), own_table, rights.replace("public", "chatbot"))
+    changed = "INSERT", "UPDATE", "DELETE"
+    for table, permitted in (
+        ("chat_histories", {"SELECT", *changed}),
+        ("chat_messages", {"SELECT", *changed}),
+        ("chat_version", {"SELECT"}),
+        ("of_the_application", set()),
+    ):
+        may = "SELECT name FROM unnest(%s::text[]) AS name WHERE has_table_privilege(%s, %s, name)"
+        with psycopg.connect(database) as connection:
+            found = connection.execute(may, [["SELECT", *changed, "TRUNCATE"], role, f"chatbot.{table}"])
+            assert {name for (name,) in found} == permitted
+    assert calls.write(store, "history", [with_id("a"), with_id("b")]) == 2
+    assert calls.write(store, "history", [with_id("b"), with_id("c")]) == 1
+    assert len(calls.retrieve(store, "history")) == calls.count(store, "history") == 3
+    calls.delete(store, "history")
+    calls.delete_all(store)
+    calls.close(store)

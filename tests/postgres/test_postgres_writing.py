@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What several writers do at once; deleting everything; other isolation levels; SQL for people.
+"""
+
+import re
+import threading
+
+import psycopg
+import pytest
+from haystack.dataclasses import ChatMessage
+from postgres_stores import DOCUMENTATION, execute, said, say, store_at, stores_on
+
+from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.testing.concurrency import assert_whole_and_in_order, in_threads, planned_batches, to_messages
+from haystack_chat_store.testing.kit import texts
+from haystack_chat_store.testing.messages import conversation, with_id
+
+# ---------------------------------------------------------------------- isolation levels
+
+
+def test_a_stricter_default_isolation_level_does_no_harm(server):
+    url = f"{server.url}?options=-c%20default_transaction_isolation%3Dserializable"
+    writers = planned_batches(8, 12)
+    with stores_on(url, last_k=None) as make:
+        store = make()
+
+        def write(batches):
+            for batch in batches:
+                assert store.write_messages("history", to_messages(batch)) == len(batch)
+                store.write_messages("another", to_messages(batch))
+                store.count_messages("history")
+                store.retrieve_messages("history", last_k=2)
+                store.delete_messages("another")
+
+        in_threads(*(lambda batches=batches: write(batches) for batches in writers))
+        everything = [text for batches in writers for batch in batches for text in batch]
+        assert_whole_and_in_order(said(store), writers, everything)
+
+
+# ---------------------------------------------------------------------- writers of the same messages
+
+
+@pytest.mark.parametrize("partitions", [None, 3])
+def test_writers_of_the_same_messages_store_each_once(make_store, server, calls, partitions):
+    """
+    All have looked before the first has written.
+    """
+    store = make_store(last_k=None)
+    execute(server.url, store.create_schema_sql(partitions))
+
+    def write():
+        return [calls.write(store, "history", [with_id(f"{n}"), with_id(f"{n + 1}")]) for n in range(30)]
+
+    written = in_threads(*[write] * 6)
+    assert sum(map(sum, written)) == store.count_messages("history") == len(said(store)) == 31
+
+
+@pytest.mark.parametrize("way", ["directly", "behind PgBouncer"])
+def test_a_batch_is_stored_whole_or_not_at_all_beside_a_delete(server, pooler, way):
+    """
+    Of its two messages, the history has the first at times when the writer looks, and none when it writes.
+    """
+    with stores_on(server.url if way == "directly" else pooler.url) as make:
+        writer, deleter = make(last_k=None), make(last_k=None, max_pool_size=2)
+        has_written = threading.Event()
+
+        def write():
+            try:
+                for number in range(400):
+                    first, second = f"first {number}", f"second {number}"
+                    writer.write_messages("history", [with_id(first)])
+                    writer.write_messages("history", [with_id(first), with_id(second)])
+                    found = [message.meta["chat_message_id"] for message in writer.retrieve_messages("history")]
+                    assert (first in found) >= (second in found)
+            finally:
+                has_written.set()
+
+        def delete():
+            while not has_written.is_set():
+                deleter.delete_messages("history")
+
+        in_threads(write, delete)
+        writer.write_messages("history", [with_id("last")])
+        assert writer.count_messages("history") == len(writer.retrieve_messages("history"))
+
+
+def test_messages_without_their_history_are_an_error_and_not_waited_for(store, server):
+    """
+    Only by hand can they get so.
+    """
+    store.write_messages("history", [with_id("a")])
+    server.execute(f"DELETE FROM {store.schema_name}.chat_histories")
+    with pytest.raises(StoreUnavailableError, match="UniqueViolation"):
+        store.write_messages("history", [with_id("a"), with_id("b")])
+
+
+# ---------------------------------------------------------------------- deleting everything
+
+
+def fill(server, store, histories, messages):
+    """
+    Put histories into the store's tables, each with so many messages, faster than the store could.
+    """
+    key, schema_name = "md5('filler' || h)::uuid", store.schema_name
+    store.count_messages("history")
+    server.execute(
+        f"INSERT INTO {schema_name}.chat_histories "
+        f"SELECT {key}, 'default', 'filler ' || h, {messages}, {messages}, {messages} "
+        f"FROM generate_series(1, {histories}) h"
+    )
+    server.execute(
+        f"INSERT INTO {schema_name}.chat_messages SELECT {key}, p, now(), p, 'user', '{{}}' "
+        f"FROM generate_series(1, {histories}) h, generate_series(0, {messages - 1}) p"
+    )
+
+
+@pytest.mark.parametrize("partitions", [None, 3])
+@pytest.mark.parametrize(("histories", "messages"), [(2500, 1), (3, 60_000)], ids=["many", "long"])
+def test_everything_is_deleted_in_several_transactions(make_store, server, calls, partitions, histories, messages):
+    store, other = make_store(), make_store(namespace="other")
+    execute(server.url, store.create_schema_sql(partitions))
+    say(other, "stays")
+    fill(server, store, histories, messages)
+    statement = f"SELECT count(DISTINCT xmax::text) FROM {store.schema_name}.chat_messages"
+    with psycopg.connect(server.url) as connection:
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        connection.execute(statement)  # sees from now on what is there now, with the marks of who has deleted it
+        calls.delete_all(store)
+        assert connection.execute(statement).fetchone() == (3 + 1,)
+    assert said(other) == ["stays"]
+    for table in ("histories", "messages"):
+        assert server.execute(f"SELECT count(*) FROM {store.schema_name}.chat_{table}") == [(1,)]
+
+
+def test_everything_is_deleted_however_long_it_takes(make_store, server):
+    """
+    Each step has the timeout to itself.
+    """
+    store = make_store(timeout=4)
+    fill(server, store, 3000, 1)
+    slowly = f"{store.schema_name}.slowly"
+    execute(
+        server.url,
+        f"CREATE FUNCTION {slowly}() RETURNS trigger LANGUAGE plpgsql AS "
+        "'BEGIN PERFORM pg_sleep(0.001); RETURN NULL; END'",
+        f"CREATE TRIGGER slowly AFTER DELETE ON {store.schema_name}.chat_messages "
+        f"FOR EACH ROW EXECUTE FUNCTION {slowly}()",
+    )
+    store.delete_all_messages()
+    assert server.execute(f"SELECT count(*) FROM {store.schema_name}.chat_messages") == [(0,)]
+
+
+def test_deleting_everything_at_once_from_several_threads_disturbs_no_writer(make_store, server):
+    stores = [make_store(max_pool_size=size) for size in range(4, 7)]
+    has_written = threading.Event()
+
+    def write():
+        try:
+            for number in range(150):
+                assert say(stores[0], "Hello", "Hello?", history=f"{number % 20}") == 2
+        finally:
+            has_written.set()
+
+    def delete(store):
+        while not has_written.is_set():
+            store.delete_all_messages()
+
+    in_threads(write, *(lambda store=store: delete(store) for store in stores[1:]))
+    for history in range(20):
+        assert stores[0].count_messages(f"{history}") == len(said(stores[0], f"{history}"))
+    stores[0].delete_all_messages()
+    for table in ("histories", "messages"):
+        assert server.execute(f"SELECT count(*) FROM {stores[0].schema_name}.chat_{table}") == [(0,)]
+
+
+# ---------------------------------------------------------------------- SQL for people
+
+
+def test_chats_can_be_queried_in_sql_as_documented(database):
+    store = store_at(database)
+    shown = {
+        "NUL \x00 and \ud800, \udc00\ud800\x00\x00": r"NUL \u0000 and \ud800, \udc00\ud800\u0000\u0000",
+        r"\u0000 \\u0000 \ud800": r"\u0000 \\u0000 \ud800",
+        "\\\x00 \\\\\ud800 \n": "\\\\u0000 \\\\\\ud800 \n",
+        'Ünïcode 😀 "quoted"': 'Ünïcode 😀 "quoted"',
+    }
+    hidden = ChatMessage.from_user("in its meta", meta={"nul": "\x00", "lone": ["\ud800"]})
+    store.write_messages("user_456", [*conversation("ua"), hidden, *map(ChatMessage.from_assistant, shown)])
+    transcript = re.search(r"```sql\n(SELECT.*?)```", DOCUMENTATION, re.DOTALL)[1]
+    rows = execute(database, transcript)
+    assert [row[-1] for row in rows] == [*texts(store.retrieve_messages("user_456"))[: -len(shown)], *shown.values()]
+    store.close()

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What the tests of this folder take: a server, stores on it, and a client that knows nothing of them.
+"""
+
+import asyncio
+
+import pytest
+from haystack.dataclasses import ChatMessage
+from redis_stores import CLUSTER, ENGINES, stores_on
+from servers import RedisCluster, RedisServer
+
+
+@pytest.fixture(scope="module")
+def server(request):
+    with RedisCluster() if request.param == CLUSTER else RedisServer(ENGINES.get(request.param)) as server:
+        yield server
+
+
+@pytest.fixture
+def make_store(server):
+    with stores_on(server) as make:
+        yield make
+
+
+@pytest.fixture
+def store(make_store):
+    return make_store(last_k=None)
+
+
+@pytest.fixture
+def client(server):
+    """
+    A client that knows nothing of our stores.
+    """
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture(params=["sync", "async"])
+def write(request):
+    def write(store, *said, history="history"):
+        messages = [ChatMessage.from_user(text) for text in said]
+        if request.param == "sync":
+            return store.write_messages(history, messages)
+        return asyncio.run(store.write_messages_async(history, messages))
+
+    return write

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A Redis Cluster that changes while it is used.
+"""
+
+import asyncio
+import os
+import signal
+import time
+
+import pytest
+from redis.crc import key_slot
+from redis_stores import key_of, on_a_cluster, said, say, stores_on, writers_at_work
+from servers import HOST, PASSWORD, RedisCluster, wait_until
+
+from haystack_chat_store.testing.concurrency import assert_whole_and_in_order, in_threads
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with RedisCluster(replicas=1) as cluster:
+        yield cluster
+
+
+def home_of(store, cluster):
+    """
+    Which of the cluster's nodes has the only history.
+    """
+    with cluster.client() as client:
+        port = client.get_node_from_key(key_of(store, client, "contents")).port
+    return next(number for number, node in enumerate(cluster.nodes) if node.port == port)
+
+
+def test_a_failover_is_waited_for_and_nothing_is_lost(cluster):
+    with stores_on(cluster) as make_store:
+        store = make_store()
+        with writers_at_work(store) as (writers, acknowledged):
+            cluster.failover(home_of(store, cluster))
+            before = len(acknowledged)
+        assert len(acknowledged) > before
+        assert_whole_and_in_order(said(store), writers, acknowledged)
+
+
+def test_a_master_that_dies_is_waited_for(cluster):
+    """
+    Redis replicates after it has answered. So the end may be lost of what was acknowledged, but no half batch.
+    """
+    with stores_on(cluster) as make_store:
+        store = make_store()
+        with writers_at_work(store) as (writers, acknowledged):
+            home = home_of(store, cluster)
+            cluster.nodes[home].kill()
+            before = len(acknowledged)
+            wait_until(lambda: len(acknowledged) > before + 20, "a new master")
+        found = said(store)
+        assert_whole_and_in_order(found, writers, acknowledged[before:])
+        assert len(found) > before
+        cluster.start_node(home)
+        assert said(store) == found
+
+
+def test_a_master_that_hangs_is_waited_for(cluster, write):
+    """
+    Its machine has lost its power, or the network to it: connections stay open, and nothing ever answers.
+    """
+    with stores_on(cluster, timeout=20) as make_store:
+        store = make_store(last_k=None)
+        write(store, "Hi!")
+        hanging = cluster.nodes[home_of(store, cluster)]
+        os.kill(hanging._process.pid, signal.SIGSTOP)
+        try:
+            assert write(store, "Are you there?") == 1
+            assert said(store) == ["Hi!", "Are you there?"]
+        finally:
+            os.kill(hanging._process.pid, signal.SIGCONT)
+            cluster.wait_until_ok()
+        assert write(store, "Hello!") == 1
+        assert said(store) == ["Hi!", "Are you there?", "Hello!"]
+
+
+@on_a_cluster
+def test_a_slot_that_moves_to_another_node_is_followed(store, server, client):
+    say(store, "Hi!")
+    key = key_of(store, client, "contents")
+    slot = key_slot(key.encode())
+    home = client.get_node_from_key(key).port
+    source = next(node for node in server.nodes if node.port == home)
+    target = next(node for node in server.nodes if node.port != home)
+    with source.client() as at_source, target.client() as at_target:
+        ids = {node.port: at.execute_command("CLUSTER MYID") for node, at in ((source, at_source), (target, at_target))}
+        ids = {port: node_id.decode() for port, node_id in ids.items()}
+        at_target.script_flush()
+        at_target.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source.port])
+        at_source.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target.port])
+        keys = at_source.execute_command("CLUSTER GETKEYSINSLOT", slot, 100)
+        at_source.execute_command("MIGRATE", HOST, target.port, "", 0, 5000, "AUTH", PASSWORD, "KEYS", *keys)
+        assert said(store) == ["Hi!"]
+        assert asyncio.run(store.count_messages_async("history")) == 1
+
+        def finish():
+            time.sleep(0.5)  # meanwhile a write, which may need keys that are not there yet, has to wait
+            for at in (at_target, at_source):
+                at.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[target.port])
+
+        in_threads(finish, lambda: say(store, "while it moves"))
+    assert say(store, "at its new place") == 1
+    assert asyncio.run(store.count_messages_async("history")) == 3
+    server.wait_until_ok()
