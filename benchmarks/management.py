@@ -8,12 +8,12 @@ By default 100,000 histories with 5,000,000 messages in all. Never fails on a ti
 import argparse
 import os
 import random
-import resource
 import signal
 import sqlite3
 import sys
 import tempfile
 import time
+import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -136,6 +136,7 @@ def measure(place: Place, plan: Plan, folder: Path) -> None:
     directory(place, plan)
     fork(place)
     move(place, folder)
+    memory(place, folder)
     started = time.perf_counter()
     place.searching.search_messages("nothing")
     total = plan.histories * plan.messages_each
@@ -205,13 +206,31 @@ def move(place: Place, folder: Path) -> None:
         ("export", lambda: export_histories(place.store, file, prefix="user_00")),
         ("import", lambda: import_histories(place.empty, file)),
     ):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.perf_counter()
         moved = call()
         rate = moved.messages / (time.perf_counter() - started)
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        found = f"{rate:,.0f} messages/s; {moved.messages:,} messages, {grown:.0f} MB more memory at the peak"
-        show(what, found, "20,000/s")
+        show(what, f"{rate:,.0f} messages/s; {moved.messages:,} messages", "20,000/s")
+
+
+def memory(place: Place, folder: Path) -> None:
+    """
+    Show what Python holds at most while histories move: once few, once ten times as many.
+    """
+    peaks: dict[str, list[str]] = {"export": [], "import": []}
+    for prefix in ("user_000", "user_00"):
+        file = folder / f"{prefix}.jsonl"
+        place.empty.delete_all_messages()
+        for what, call in (
+            ("export", lambda file=file, prefix=prefix: export_histories(place.store, file, prefix=prefix)),
+            ("import", lambda file=file: import_histories(place.empty, file)),
+        ):
+            tracemalloc.start()
+            moved = call()
+            peak = tracemalloc.get_traced_memory()[1] / 2**20
+            tracemalloc.stop()
+            peaks[what].append(f"{peak:,.1f} MiB at most for {moved.messages:,} messages")
+    for what, found in peaks.items():
+        show(f"memory for an {what}", "; ".join(found), "the same")
 
 
 def search(place: Place, plan: Plan, texts: Texts) -> None:

@@ -57,8 +57,8 @@ class ChatMessageStore(Protocol):
 
     17. **Directory.** `list_chat_histories` returns pages of the histories whose ids begin with a literal prefix, the
         one whose messages changed last first. A walk along its cursors sees each history once that is there throughout
-        and not changed meanwhile; one that is changed moves to the front, and is seen once at most. A page costs the
-        same however many messages and histories there are. `get_chat_history` and `update_chat_history` read and set
+        and not changed meanwhile; one that is changed moves to the front, and is seen once at most. What a page
+        costs does not grow with the messages. `get_chat_history` and `update_chat_history` read and set
         title and meta; setting them is not a change of messages. Times are aware, in UTC.
     18. **Pages.** `list_messages` returns messages by position, in order: the newest, those just before a position, or
         those just after one. Positions rise and are never used again. `iterate_messages` walks a whole history, in

@@ -7,14 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.stores.contents import FIRST_PAGE, next_limit
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 
-#: Batches end at so many messages, or so many characters.
-BATCH_ROWS = 1_000
-BATCH_CHARACTERS = 4_000_000
-
-#: So many messages are read first of a history, before it is known how large they are.
-FIRST_PAGE = 100
 # So many histories are looked up at once.
 _HISTORIES_AT_ONCE = 1_000
 
@@ -35,11 +30,9 @@ def walked_pages(store: BaseChatMessageStore[Any], chat_history_id: str) -> Iter
     """
     Walk through the messages of a history by their positions, in pages, which are smaller where messages are large.
     """
-    limit, after = FIRST_PAGE, -1
+    after, limit = -1, FIRST_PAGE
     while rows := store._run(store._page, chat_history_id, None, after, limit):
         yield rows
         if len(rows) < limit:
             return
-        after = rows[-1].position
-        characters = sum(len(row.content) for row in rows)
-        limit = max(1, min(BATCH_ROWS, BATCH_CHARACTERS * len(rows) // max(characters, 1)))
+        after, limit = rows[-1].position, next_limit(rows)

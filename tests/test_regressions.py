@@ -13,10 +13,12 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 
 import pytest
+from event_loops import largest_gap_beside
 from haystack import DeserializationError
 from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
@@ -383,30 +385,56 @@ def test_an_id_of_a_subclass_of_text_is_checked_as_plain_text(store):
 # ---------------------------------------------------------------------- large batches
 
 
-def test_encoding_much_metadata_does_not_hold_up_the_event_loop(store):
-    rows = [{"n": number} for number in range(1000)]
-    batch = [user(rows=rows, at=datetime(2026, 1, 1, tzinfo=timezone.utc)) for _ in range(200)]
+ROWS = [{"n": number} for number in range(100_000)]
 
-    async def write_while_ticking():
-        gaps = []
 
-        async def tick():
-            last = time.perf_counter()
-            while True:
-                await asyncio.sleep(0.001)
-                now = time.perf_counter()
-                gaps.append(now - last)
-                last = now
-
-        ticker = asyncio.create_task(tick())
-        await asyncio.sleep(0.01)
-        gaps.clear()
-        started = time.perf_counter()
-        assert await store.write_messages_async("history", batch) == 200
-        took = time.perf_counter() - started
-        await asyncio.sleep(0.01)
-        ticker.cancel()
-        return max(gaps), took
-
-    largest_gap, took = asyncio.run(write_while_ticking())
+@pytest.mark.parametrize(
+    "message",
+    [
+        user(rows=[{"at": datetime(2026, 1, 1, tzinfo=timezone.utc)} for _ in ROWS]),
+        user(nested={"rows": ROWS}),
+        user(text=[f"{number}" * 100 for number in range(20_000)]),
+        ChatMessage.from_assistant(tool_calls=[ToolCall("tool", {"rows": ROWS})]),
+        ChatMessage.from_tool([TextContent("part")] * 50_000, ToolCall("tool", {})),
+    ],
+    ids=["list", "nested", "texts", "arguments", "parts"],
+)
+def test_encoding_much_does_not_hold_up_the_event_loop(store, message):
+    largest_gap, took = largest_gap_beside(lambda: store.write_messages_async("history", [message] * 3))
+    assert store.count_messages("history") == 3
     assert largest_gap < took / 2
+
+
+def test_a_call_in_memory_does_not_hold_up_the_event_loop_while_another_looks_at_every_message():
+    store = InMemoryChatMessageStore(namespace=uuid.uuid4().hex, search=True, last_k=1)
+    store.write_messages("history", [ChatMessage.from_user("the same words") for _ in range(20_000)])
+    assert store.search_messages("same") != []  # makes the index
+
+    async def use():
+        searching = asyncio.create_task(store.search_messages_async("same"))
+        while not searching.done():
+            await asyncio.sleep(0.001)
+            await asyncio.gather(
+                store.count_messages_async("history"),
+                store.retrieve_messages_async("history"),
+                store.write_messages_async("another", [ChatMessage.from_user("Hi!")]),
+            )
+
+    largest_gap, took = largest_gap_beside(use)
+    store.delete_all_messages()
+    assert largest_gap < took / 2
+
+
+def test_an_edit_in_memory_leaves_nothing_for_the_next_append_to_make_up_for():
+    store = InMemoryChatMessageStore(namespace=uuid.uuid4().hex)
+    store.write_messages("history", [user(chat_message_id=str(number)) for number in range(50_000)])
+
+    def took(call):
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    edit = took(lambda: store.delete_messages("history", message_ids=["25000"]))
+    append = took(lambda: store.write_messages("history", [user(chat_message_id="new")]))
+    store.delete_all_messages()
+    assert append < edit / 2

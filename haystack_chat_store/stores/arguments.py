@@ -98,11 +98,11 @@ def validated_seconds(value: Any, name: str, minimum: float = 0.001, maximum: fl
     return value
 
 
-def validated_position(value: Any, name: str) -> int | None:
+def validated_position(value: Any, name: str, least: int) -> int | None:
     """
     Return a position, or `None`. One beyond the end of every history will do.
     """
-    return None if value is None else min(validated_number(value, name, 0), MAX_POSITION)
+    return None if value is None else min(validated_number(value, name, least), MAX_POSITION)
 
 
 def validated_query(query: Any) -> str:

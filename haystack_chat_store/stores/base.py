@@ -9,7 +9,7 @@ import asyncio
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from haystack import default_from_dict, default_to_dict
@@ -30,7 +30,10 @@ from haystack_chat_store.stores.arguments import (
 from haystack_chat_store.stores.contents import Contents
 from haystack_chat_store.stores.directory import Directory
 from haystack_chat_store.stores.operations import EncodedMessage, SessionT, duplicate
-from haystack_chat_store.stores.steps import Step, Steps
+from haystack_chat_store.stores.steps import CHARACTERS_PER_LOOP_STEP, Step, Steps
+
+# To encode a value takes as long as so many characters of text, whatever it is.
+_WORK_PER_VALUE = 100
 
 
 class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
@@ -370,13 +373,23 @@ def _decoded(contents: Sequence[str], size: int, window: Window) -> list[ChatMes
 
 def _work_to_encode(named: Sequence[tuple[str, ChatMessage]], _policy: DuplicatePolicy) -> int:
     """
-    Return how much there is to encode, in characters of text that take as long.
+    Return how much there is to encode, in characters of text that take as long. What is too much is not counted on.
     """
-    work = 100 * len(named)
-    for _, message in named:
-        work += sum(100 * len(value) for value in message.meta.values() if isinstance(value, (list, dict)))
-        for part in message._content:
-            work += sum(len(value) for value in getattr(part, "__dict__", {}).values() if isinstance(value, str))
+    work, left = 0, [part for _, message in named for part in (message.meta, *message._content)]
+    while left and work <= CHARACTERS_PER_LOOP_STEP:
+        value = left.pop()
+        inside: Collection[Any] = ()
+        if isinstance(value, (str, bytes)):
+            work += len(value)
+        elif isinstance(value, Mapping):
+            inside = value.values()
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            inside = value
+        else:
+            inside = getattr(value, "__dict__", {}).values()
+        work += _WORK_PER_VALUE * (1 + len(inside))
+        if work <= CHARACTERS_PER_LOOP_STEP:
+            left += inside
     return work
 
 

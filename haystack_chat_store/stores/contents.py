@@ -4,6 +4,7 @@ What users call to look into chat histories: pages of messages, and search.
 """
 
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from haystack_chat_store import search_text
@@ -15,8 +16,11 @@ from haystack_chat_store.stores.operations import FoundRow, MessageRow, SessionT
 from haystack_chat_store.stores.steps import Step, SteppedOperations, Steps
 from haystack_chat_store.types import SearchHit, StoredMessage
 
-# So many messages are read at once while iterating.
-_ITERATED_AT_ONCE = 500
+#: So many messages of a history are read first, before it is known how large they are.
+FIRST_PAGE = 100
+#: Pages of a walk through a history end at so many messages, or so many characters.
+PAGE_ROWS = 1_000
+PAGE_CHARACTERS = 4_000_000
 # So many are indexed at once where a store is opened with search for the first time, to keep no writer waiting.
 _INDEXED_AT_ONCE = 2_000
 
@@ -37,7 +41,7 @@ class Contents(SteppedOperations[SessionT]):
 
         :param chat_history_id: Which conversation. One that does not exist is empty.
         :param before: A position: the page ends just before it.
-        :param after: A position: the page begins just after it. Not both.
+        :param after: A position: the page begins just after it, or with the first message if it is -1. Not both.
         :param limit: How many messages a page has at most: 1 to 1,000. Defaults to 100.
         :returns: Messages that are the caller's own, with their positions and times.
         :raises ValueError: If an argument is wrong.
@@ -67,10 +71,9 @@ class Contents(SteppedOperations[SessionT]):
         return self._iterated(history)
 
     def _iterated(self, history: str) -> Iterator[StoredMessage]:
-        after = -1
-        while page := self._take(self._next_page(history, after)):
+        place = _Place()
+        while page := self._take(self._next_page(history, place)):
             yield from page
-            after = page[-1].position
 
     def iterate_messages_async(self, chat_history_id: str) -> AsyncIterator[StoredMessage]:
         """
@@ -80,11 +83,10 @@ class Contents(SteppedOperations[SessionT]):
         return self._iterated_async(history)
 
     async def _iterated_async(self, history: str) -> AsyncIterator[StoredMessage]:
-        after = -1
-        while page := await self._take_async(self._next_page(history, after)):
+        place = _Place()
+        while page := await self._take_async(self._next_page(history, place)):
             for stored in page:
                 yield stored
-            after = page[-1].position
 
     def search_messages(
         self, query: str, *, chat_history_id: str | None = None, prefix: str = "", limit: int = 20
@@ -123,8 +125,8 @@ class Contents(SteppedOperations[SessionT]):
         self, chat_history_id: str, before: int | None, after: int | None, limit: int
     ) -> "Steps[list[StoredMessage]]":
         history = arguments.validated_id(chat_history_id, "chat_history_id")
-        before = arguments.validated_position(before, "before")
-        after = arguments.validated_position(after, "after")
+        before = arguments.validated_position(before, "before", 0)
+        after = arguments.validated_position(after, "after", -1)
         if before is not None and after is not None:
             raise ValueError("A page is either before or after a position. Give one of the two.")
         limit = arguments.validated_number(limit, "limit", 1, arguments.MAX_LIMIT)
@@ -132,8 +134,10 @@ class Contents(SteppedOperations[SessionT]):
         stored: list[StoredMessage] = yield Step(_stored, (rows,), _length)
         return stored
 
-    def _next_page(self, history: str, after: int) -> "Steps[list[StoredMessage]]":
-        rows: list[MessageRow] = yield Step(self._page, (history, None, after, _ITERATED_AT_ONCE))
+    def _next_page(self, history: str, place: "_Place") -> "Steps[list[StoredMessage]]":
+        rows: list[MessageRow] = yield Step(self._page, (history, None, place.after, place.limit))
+        if rows:
+            place.after, place.limit = rows[-1].position, next_limit(rows)
         stored: list[StoredMessage] = yield Step(_stored, (rows,), _length)
         return stored
 
@@ -144,7 +148,7 @@ class Contents(SteppedOperations[SessionT]):
         prefix = arguments.validated_text(prefix, "prefix")
         limit = arguments.validated_number(limit, "limit", 1, arguments.MAX_LIMIT)
         if not self.search:
-            raise UnsupportedOperationError("To search messages, make the store with search=True.")
+            raise UnsupportedOperationError("This store cannot search messages: it was not made with search=True.")
         if not phrases or (chat_history_id is not None and not chat_history_id.startswith(prefix)):
             return []
         found: list[FoundRow] | None
@@ -153,6 +157,24 @@ class Contents(SteppedOperations[SessionT]):
                 pass
         hits: list[SearchHit] = yield Step(_hits, (found, phrases), _length)
         return hits
+
+
+@dataclass
+class _Place:
+    """
+    How far a walk through a history has come, and how many messages it reads next.
+    """
+
+    after: int = -1
+    limit: int = FIRST_PAGE
+
+
+def next_limit(rows: Sequence[MessageRow]) -> int:
+    """
+    Return how many messages the next page of a walk may have: the fewer, the larger those of this page are.
+    """
+    characters = sum(len(row.content) for row in rows)
+    return max(1, min(PAGE_ROWS, PAGE_CHARACTERS * len(rows) // max(characters, 1)))
 
 
 def _length(rows: Sequence[MessageRow | FoundRow], *_: object) -> int:

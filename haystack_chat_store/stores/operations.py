@@ -312,8 +312,8 @@ class Operations(ABC, Generic[SessionT]):
         They keep their times, and get the next positions. A history that is new gets the title, the meta and the times
         of `history`, one that is there keeps them, and `updated_at` becomes the later of both.
 
-        :param batches: Yields lists of rows, whose positions do not count. Raises if what it reads is damaged; then
-            nothing is stored.
+        :param batches: Yields lists of rows, whose positions do not count. No two have the same id, and none has one
+            that the history has. Raises if what it reads is damaged; then nothing is stored.
         :param expected_count: How many messages the history has now; 0 if there is none.
         :raises ChatHistoryChangedError: If it has another number.
         """

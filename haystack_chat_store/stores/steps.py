@@ -14,9 +14,9 @@ from haystack_chat_store.stores.operations import Operations, SessionT
 
 ResultT = TypeVar("ResultT")
 
-# As much is encoded or decoded on the event loop itself, in a few milliseconds. More goes to a thread. (A single text
-# of many megabytes holds the loop up all the same, for json lets no other thread run while it works on it.)
-_CHARACTERS_PER_LOOP_STEP = 100_000
+#: As much is encoded or decoded on the event loop itself, in a few milliseconds. More goes to a thread. (A single text
+#: of many megabytes holds the loop up all the same, for json lets no other thread run while it works on it.)
+CHARACTERS_PER_LOOP_STEP = 100_000
 
 
 class Step(NamedTuple):
@@ -64,7 +64,7 @@ class SteppedOperations(Operations[SessionT]):
             while True:
                 if step.weigh is None:
                     result = await self._run_async(step.work, *step.arguments)
-                elif step.weigh(*step.arguments) > _CHARACTERS_PER_LOOP_STEP:
+                elif step.weigh(*step.arguments) > CHARACTERS_PER_LOOP_STEP:
                     result = await asyncio.to_thread(step.work, *step.arguments)
                 else:
                     result = step.work(*step.arguments)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pytest
@@ -164,6 +165,19 @@ class WholeHistoriesTest(ContractTest):
         return new_store(last_k=None)
 
 
+@dataclass(frozen=True)
+class _Stall:
+    """
+    An engine is held.
+
+    :param calls_begin: To be set when the calls begin that are to wait for it: it is held for a second more.
+    :param ends: Is set just before it is let go.
+    """
+
+    calls_begin: threading.Event = field(default_factory=threading.Event)
+    ends: threading.Event = field(default_factory=threading.Event)
+
+
 class ConcurrencyTest(WholeHistoriesTest):
     """
     Checks what a store promises about threads, event loops and cancelled tasks.
@@ -215,24 +229,24 @@ class ConcurrencyTest(WholeHistoriesTest):
         assert heard == []
 
     @contextmanager
-    def _stalled_for_a_while(self, store: ClosableStore) -> Iterator[threading.Event]:
+    def _stalled_for_a_while(self, store: ClosableStore) -> Iterator[_Stall]:
         """
-        Stall the engine from another thread for a second, and wait for the end of that.
-
-        :returns: An event that is set just before the engine is let go.
+        Stall the engine from another thread, until a second after the calls begin that are to wait for it.
         """
-        has_begun, ends = threading.Event(), threading.Event()
+        has_begun, stalled = threading.Event(), _Stall()
 
         def stall() -> None:
             with self.stalled(store):
                 has_begun.set()
+                stalled.calls_begin.wait(HANG_LIMIT)
                 time.sleep(STALL)
-                ends.set()
+                stalled.ends.set()
 
         holder = threading.Thread(target=stall, daemon=True)
         holder.start()
         assert has_begun.wait(HANG_LIMIT), "the engine could not be stalled"
-        yield ends
+        yield stalled
+        stalled.calls_begin.set()
         holder.join(HANG_LIMIT)
 
     # ------------------------------------------------------------------ threads
@@ -381,19 +395,20 @@ class ConcurrencyTest(WholeHistoriesTest):
         Rule 12. It blocks the loop, as a synchronous call does, while asynchronous calls wait too; then all go on.
         """
 
-        async def main() -> None:
+        async def main(stall: _Stall) -> None:
+            stall.calls_begin.set()
             under_way = [
                 asyncio.create_task(store.write_messages_async("history", [ChatMessage.from_user("Hi!")]))
                 for _ in range(20)
             ]
             await asyncio.sleep(0)
             assert store.write_messages("history", [ChatMessage.from_user("Hi!")]) == 1
+            assert stall.ends.is_set(), "nothing waited, so the engine was not stalled"
             assert await asyncio.gather(*under_way) == [1] * 20
 
         store.count_messages("history")
-        with self._stalled_for_a_while(store) as ends:
-            in_threads(lambda: asyncio.run(main()))
-            assert ends.is_set(), "nothing waited, so the engine was not stalled"
+        with self._stalled_for_a_while(store) as stall:
+            in_threads(lambda: asyncio.run(main(stall)))
         assert store.count_messages("history") == 21
 
     @only_where("stalled")
@@ -412,7 +427,8 @@ class ConcurrencyTest(WholeHistoriesTest):
                 gaps.append(now - last)
                 last = now
 
-        async def main(ends: threading.Event) -> None:
+        async def main(stall: _Stall) -> None:
+            stall.calls_begin.set()
             ticker = asyncio.create_task(tick())
             others = [
                 asyncio.create_task(call)
@@ -423,16 +439,16 @@ class ConcurrencyTest(WholeHistoriesTest):
                 )
             ]
             assert await store.write_messages_async("history", [ChatMessage.from_user("Hi!")]) == 1
-            assert ends.is_set(), "the write did not wait, so the engine was not stalled"
+            assert stall.ends.is_set(), "the write did not wait, so the engine was not stalled"
             await asyncio.gather(*others)
             ticker.cancel()
 
         if not opens:
             store.count_messages("history")
-        with self._stalled_for_a_while(store) as ends:
-            in_threads(lambda: asyncio.run(main(ends)))
-        # A loop that was blocked would show the whole second.
-        assert max(gaps) < STALL / 2
+        with self._stalled_for_a_while(store) as stall:
+            in_threads(lambda: asyncio.run(main(stall)))
+        # A loop that was blocked would show the whole second. On a busy machine, one that was not waits for its turn.
+        assert max(gaps) < 0.8 * STALL
         assert texts(store.retrieve_messages("history")) == ["Hi!"]
 
     # ------------------------------------------------------------------ cancelled and failed tasks
@@ -478,7 +494,8 @@ class ConcurrencyTest(WholeHistoriesTest):
         """
         writers = planned_batches(40, 1)
 
-        async def main() -> None:
+        async def main(stall: _Stall) -> None:
+            stall.calls_begin.set()
             tasks = [
                 asyncio.create_task(whole_store.write_messages_async("history", to_messages(batch)))
                 for (batch,) in writers
@@ -489,8 +506,8 @@ class ConcurrencyTest(WholeHistoriesTest):
             await asyncio.sleep(STALL / 4)
 
         whole_store.count_messages("history")
-        with self._stalled_for_a_while(whole_store):
-            in_threads(lambda: asyncio.run(main()))
+        with self._stalled_for_a_while(whole_store) as stall:
+            in_threads(lambda: asyncio.run(main(stall)))
         assert calls.write(whole_store, "history", [ChatMessage.from_user("afterwards")]) == 1
         found = texts(calls.retrieve(whole_store, "history"))
         assert_whole_and_in_order(found, [*writers, [["afterwards"]]], acknowledged=["afterwards"])

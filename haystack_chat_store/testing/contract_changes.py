@@ -65,6 +65,7 @@ class Rule18PagesTest(ContractTest):
         assert page(before=99, limit=2) == every[8:]
         assert page(after=3, limit=3) == every[4:7]
         assert page(after=0) == every[1:]
+        assert page(after=-1, limit=2) == every[:2]
         assert page(after=9) == page(after=2**40) == []
 
     def test_messages_come_whole_with_their_times(self, store: ClosableStore, calls: Calls) -> None:
@@ -99,7 +100,7 @@ class Rule18PagesTest(ContractTest):
             {"limit": 0},
             {"limit": 1001},
             {"before": -1},
-            {"after": -1},
+            {"after": -2},
             {"after": "1"},
             {"before": True},
             {"before": 1, "after": 1},

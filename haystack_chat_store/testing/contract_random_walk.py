@@ -78,10 +78,13 @@ class RandomWalkTest(ContractTest):
     #: How many walks there are, of 50 steps each.
     walks = 40
 
-    def test_random_walk_does_what_it_does_to_lists(self, new_store: StoreFactory) -> None:
+    def test_random_walk_does_what_it_does_to_lists(
+        self, new_store: StoreFactory, request: pytest.FixtureRequest
+    ) -> None:
         options = {"search": True} if self.searches else {}
         stores = [new_store(last_k=None, **options), new_store(last_k=None, skip_system_messages=False, **options)]
         ways = [Calls(is_async=False), Calls(is_async=True)]
+        request.addfinalizer(ways[1].end)
         other = new_store(namespace="other")
         ways[0].write(other, "a", [ChatMessage.from_user("fox")])
         run_state_machine_as_test(
@@ -96,7 +99,6 @@ class RandomWalkTest(ContractTest):
             ),
         )
         assert ways[0].count(other, "a") == 1
-        ways[1].end()
 
 
 class _Walk(RuleBasedStateMachine):

@@ -33,11 +33,13 @@ from haystack_chat_store.stores.operations import (
 from haystack_chat_store.types import Fault, StoreStatistics
 
 _namespaces: dict[str, Namespace] = {}
-# One lock for all, for an operation holds it only briefly. Reentrant, for an operation may be interrupted by a signal
-# handler or a finalizer that writes, in its own thread.
+# One lock for all. Reentrant, for an operation may be interrupted, in its own thread, by a signal handler or a finalizer
+# that writes.
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child gets the histories as they were between two operations
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+# The calls that hold the lock for long, or wait to do so. An event loop does not wait for them.
+_long_calls: set[object] = set()
 
 
 class InMemoryChatMessageStore(BaseChatMessageStore[Namespace]):
@@ -89,13 +91,29 @@ class InMemoryChatMessageStore(BaseChatMessageStore[Namespace]):
         if operation == self._import:  # what it imports may come slowly, from a file or another store
             history, batches, expected_count = arguments
             arguments = (history, list(batches), expected_count)
+        if self._is_brief(operation):
+            return self._run_now(operation, *arguments)
+        call = object()
+        try:
+            _long_calls.add(call)
+            return self._run_now(operation, *arguments)
+        finally:
+            _long_calls.discard(call)
+
+    async def _run_async(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        if self._is_brief(operation) and not _long_calls:
+            return self._run_now(operation, *arguments)
+        return await asyncio.to_thread(self._run, operation, *arguments)
+
+    def _run_now(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         with _lock:
             return operation(_namespaces.setdefault(self.namespace, Namespace()), *arguments)
 
-    async def _run_async(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        if operation in (self._write, self._read, self._count, self._page, self._history):
-            return self._run(operation, *arguments)
-        return await asyncio.to_thread(self._run, operation, *arguments)  # it may look at every history
+    def _is_brief(self, operation: Callable[..., Any]) -> bool:
+        """
+        Whether an operation looks at no more than it returns. Others may look at every message.
+        """
+        return operation in (self._write, self._read, self._count, self._page, self._history)
 
     def _write(self, session: Namespace, chat_history_id: str, messages: Sequence[EncodedMessage]) -> int:
         now = _now()

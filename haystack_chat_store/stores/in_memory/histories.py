@@ -101,9 +101,10 @@ class History:
         messages = [*self.messages, *new]
         for position, message in changes.items():
             messages[position] = message
-        return replace(
+        changed = replace(
             self, updated_at=max(self.updated_at, now), messages=messages, positions={}, user_positions=[], indexed=0
         )
+        return changed.caught_up()  # here and now, or the next call would have to, which may be one of an event loop
 
     def read(self, window: Window) -> tuple[list[str], int]:
         """
