@@ -10,9 +10,9 @@ from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.errors import MessageDecodingError
 from haystack_chat_store.rounds import MESSAGE_ID_KEY
 from haystack_chat_store.stores.arguments import time_of, validated_id
+from haystack_chat_store.stores.contents import PAGE_CHARACTERS, PAGE_ROWS
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 from haystack_chat_store.types import Fault
-from haystack_chat_store.walks import BATCH_CHARACTERS, BATCH_ROWS
 
 #: The messages of a history, in batches. They can be read again, from the first one, as often as need be.
 Rows: TypeAlias = Iterable[Sequence[MessageRow]]
@@ -79,7 +79,7 @@ def batched(rows: Iterable[MessageRow]) -> Iterator[list[MessageRow]]:
     for row in rows:
         batch.append(row)
         characters += len(row.content)
-        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
+        if len(batch) >= PAGE_ROWS or characters >= PAGE_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:

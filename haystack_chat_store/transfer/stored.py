@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from haystack_chat_store.errors import ChatHistoryChangedError, ChatHistoryExistsError
 from haystack_chat_store.stores.arguments import parsed_meta, validated_id, validated_text
 from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.stores.contents import FIRST_PAGE, PAGE_CHARACTERS, PAGE_ROWS
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow, no_history
 from haystack_chat_store.transfer.histories import (
     Faults,
@@ -21,7 +22,7 @@ from haystack_chat_store.transfer.histories import (
     is_sound,
 )
 from haystack_chat_store.types import Fault
-from haystack_chat_store.walks import BATCH_CHARACTERS, BATCH_ROWS, FIRST_PAGE, walked_histories, walked_pages
+from haystack_chat_store.walks import walked_histories, walked_pages
 
 # So often a history may change while it is read, or imported to, before that is given up.
 _ATTEMPTS = 10
@@ -99,7 +100,7 @@ class _StoredRows:
 
     def __iter__(self) -> Iterator[Sequence[MessageRow]]:
         for attempt in range(1, _ATTEMPTS + 1):
-            with SpooledTemporaryFile(BATCH_CHARACTERS) as kept:  # on the disk if it is much
+            with SpooledTemporaryFile(PAGE_CHARACTERS) as kept:  # on the disk if it is much
                 count = rows = 0
                 for page in walked_pages(self._store, self._id):
                     pickle.dump(page, kept)
@@ -188,7 +189,7 @@ class _Room:
     """
 
     def __init__(self) -> None:
-        self._rows, self._characters = BATCH_ROWS, BATCH_CHARACTERS
+        self._rows, self._characters = PAGE_ROWS, PAGE_CHARACTERS
 
     def rows_that_fit(self, rows: Rows) -> list[MessageRow] | None:
         """
@@ -199,7 +200,7 @@ class _Room:
         for batch in rows:
             taken += batch
             characters += sum(len(row.content) for row in batch)
-            if len(taken) > BATCH_ROWS or characters > BATCH_CHARACTERS:
+            if len(taken) > PAGE_ROWS or characters > PAGE_CHARACTERS:
                 return None
         self._rows -= len(taken) + 1
         self._characters -= characters
