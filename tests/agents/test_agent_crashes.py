@@ -9,17 +9,7 @@ random moments; these crashes are exceptions that nothing handles, and all objec
 import random
 
 import pytest
-from agent_programs import (
-    ENGINES,
-    WAYS,
-    Moments,
-    completed,
-    databases,
-    ids,
-    planned_agent,
-    run_sync,
-    said,
-)
+from agent_programs import ENGINES, WAYS, Moments, completed, databases, ids, planned_agent, run_sync, said
 from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store.rounds import MESSAGE_ID_KEY

@@ -18,7 +18,7 @@ from agent_programs import completed, ids, said
 
 from haystack_chat_store import SQLiteChatMessageStore
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CHATBOT = ROOT / "examples" / "agent_chatbot.py"
 HANG_LIMIT = 300
 needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL to be killed by")
