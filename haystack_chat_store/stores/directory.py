@@ -100,8 +100,8 @@ class Directory(SteppedOperations[SessionT]):
         """
         Copy the messages of a history, or its beginning, to another: to go on from there in a different way.
 
-        It happens inside the engine, whole or not at all. The copies keep their ids and times. Title and meta are not
-        copied.
+        It appears whole or not at all, and happens inside the engine; only on Redis do most copies travel through the
+        client (see `docs/redis.md`). The copies keep their ids and times. Title and meta are not copied.
 
         :param source_id: The history to copy from.
         :param target_id: The history to copy to. It may exist, but must have no messages.

@@ -4,6 +4,7 @@ The directory of Redis' buckets: what has expired is not in it, what a page cost
 """
 
 import asyncio
+import itertools
 import json
 import re
 import time
@@ -35,6 +36,7 @@ from servers import HOST, RedisServer, wait_until
 from haystack_chat_store import ChatMessageStoreError, RedisChatMessageStore
 from haystack_chat_store.errors import StoreUnavailableError
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.redis.keys import bucket_of
 from haystack_chat_store.testing.messages import with_id
 
 MANY = [f"user_{number:03d}" for number in range(300)]  # some in every bucket
@@ -190,6 +192,83 @@ def test_a_page_costs_the_same_however_long_the_histories_are(store, server):
     assert cost() < 1.3 * short
 
 
+def list_in_a_bucket(store, client, **counts):
+    """
+    Have one bucket list histories whose ids begin with these prefixes, the oldest first, and return their ids.
+    """
+    listed = []
+    for prefix, number in counts.items():
+        names = (f"{prefix}/{name}" for name in itertools.count())
+        listed += itertools.islice((name for name in names if bucket_of(name) == 7), number)
+    bucket = store._keys.of_bucket(7)
+    client.set(bucket.schema_version, 2)
+    pipeline = client.pipeline(transaction=False)
+    for time_, chat_history_id in enumerate(listed):
+        pipeline.zadd(bucket.directory, {chat_history_id: time_})
+        pipeline.zadd(bucket.names, {chat_history_id: 0})
+        counters = {"chat_history_id": chat_history_id, "message_count": 0, "updated_at": time_}
+        pipeline.hset(store._keys.of_history(chat_history_id).counters, mapping=counters)
+    pipeline.execute()
+    return listed
+
+
+def looked_at(server, call):
+    """
+    How many histories the server passes in its directory, or looks up, for a call: those its commands ask for.
+    """
+    passed = looked_up = 0
+    with server.client() as client, server.client() as other, client.monitor() as monitor:
+        call()
+        other.echo("done")
+        for entry in monitor.listen():
+            name, *arguments = entry["command"].split(" ")
+            if name.upper() == "ZREVRANGE":
+                passed += int(arguments[2]) - int(arguments[1]) + 1
+            elif name.upper() == "ZMSCORE":
+                looked_up += len(arguments) - 1
+            elif name.upper() == "ECHO":
+                return passed, looked_up
+
+
+@on_one_server
+def test_a_page_with_a_prefix_that_the_newest_have_looks_at_as_few_as_one_without(store, client, server):
+    list_in_a_bucket(store, client, old=2000, new=2000)
+    passed, looked_up = looked_at(server, lambda: store.list_chat_histories(limit=20))
+    assert 20 < passed < 100
+    assert looked_at(server, lambda: store.list_chat_histories(limit=20, prefix="new/")) == (passed, looked_up)
+
+
+@on_one_server
+@pytest.mark.parametrize(
+    ("old", "new"), [(100, 2000), (1500, 1500), (2000, 100)], ids=["few of many", "half", "most of all"]
+)
+def test_a_page_with_a_prefix_that_only_the_oldest_have_looks_at_few_of_it_or_of_the_others(
+    store, client, server, old, new
+):
+    listed = list_in_a_bucket(store, client, old=old, new=new)
+    passed, looked_up = looked_at(server, lambda: store.list_chat_histories(limit=2, prefix="old/"))
+    assert passed < min(new, 5 * old) + 1000  # the last step passes up to 1,000
+    assert looked_up <= (old if 5 * old < new else 0)
+    assert walked(store, limit=20, prefix="old/") == listed[:old][::-1]
+
+
+@on_one_server
+def test_a_prefix_that_more_histories_have_than_a_script_looks_up_is_walked_through_whole(store, client, server):
+    listed = list_in_a_bucket(store, client, old=5001, new=25_100)
+    assert walked(store, limit=1000, prefix="old/") == listed[:5001][::-1]
+    _, looked_up = looked_at(server, lambda: store.list_chat_histories(prefix="old/"))
+    assert looked_up == 0
+
+
+@on_one_server
+@pytest.mark.parametrize("prefix", ["", "old/"])
+def test_more_histories_that_have_expired_than_leave_at_once_are_passed(store, client, prefix):
+    listed = list_in_a_bucket(store, client, new=10, old=9000)
+    client.zadd(store._keys.of_bucket(7).expiries, dict.fromkeys(listed[10:], 1))
+    assert walked(store, prefix=prefix) == ([] if prefix else listed[:10][::-1])
+    assert client.zcard(store._keys.of_bucket(7).directory) < len(listed)
+
+
 @on_one_server
 def test_a_listing_goes_on_where_the_server_accepts_no_writes(make_store, client):
     say(make_store(ttl=0.2), "Hi!", history="mortal")
@@ -279,6 +358,20 @@ def test_the_size_is_what_the_servers_say(store, server):
 # ---------------------------------------------------------------------- calls whose answer was lost
 
 
+def lose_answer_of(store, proxy, operation, monkeypatch):
+    """
+    Have the proxy lose the first answer in an operation, whatever a call does before.
+    """
+    original = getattr(type(store), operation)
+
+    async def losing(self, *arguments):
+        monkeypatch.setattr(type(store), operation, original)
+        proxy.to_lose = 1
+        return await original(self, *arguments)
+
+    monkeypatch.setattr(type(store), operation, losing)
+
+
 @on_every_server
 def test_a_change_whose_answer_was_lost_is_not_taken_for_somebody_elses(make_store, server, monkeypatch):
     with closing(LosesAnswers(server)) as proxy:
@@ -305,6 +398,23 @@ def test_a_change_whose_answer_was_lost_is_not_taken_for_somebody_elses(make_sto
         assert losing(lambda: store.copy_messages("history", same_bucket)) == 2
         for target in (same_bucket, "history"):
             assert said(store, target) == ["one", "three"]
+        store.close()
+
+
+@on_every_server
+def test_an_erasure_whose_answer_was_lost_does_not_count_what_was_gone_by_then(make_store, server, monkeypatch):
+    with closing(LosesAnswers(server)) as proxy:
+        monkeypatch.setenv("CHAT_STORE_URL", proxy.url)
+        store = make_store()
+        for erase in (
+            lambda: store.delete_chat_histories(prefix="history"),
+            lambda: store.purge(older_than=datetime.now(timezone.utc) + timedelta(days=1)),
+        ):
+            say(store, "Hi!")
+            lose_answer_of(store, proxy, "_delete_several", monkeypatch)
+            assert erase() == 0
+            assert proxy.to_lose == 0
+            assert walked(store) == []
         store.close()
 
 

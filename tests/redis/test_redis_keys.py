@@ -12,6 +12,7 @@ import pytest
 from haystack.dataclasses import ChatMessage
 from redis.crc import key_slot
 from redis_stores import (
+    DOCUMENTATION,
     KINDS,
     SECRET,
     everything,
@@ -61,6 +62,17 @@ def test_what_is_kept_can_be_read_by_anyone(store, client):
     assert client.get(f"{history}:times") == (2 * b"%018d") % (created_at, created_at)
     assert client.zrange(f"{tag}:histories", 0, -1, withscores=True) == [(b"user 456", updated_at)]
     assert client.zrange(f"{tag}:names", 0, -1, withscores=True) == [(b"user 456", 0)]
+
+
+@on_one_server
+def test_the_documentation_names_all_that_is_kept_of_a_history_and_no_more(make_store, client):
+    store = make_store(ttl=60)
+    store.write_messages("history", [with_id("a"), with_id("b")], expected_count=0)
+    store.delete_messages("history", message_ids=["a"])
+    store.update_chat_history("history", title="Weather", meta={"pinned": True})
+    (described,) = re.findall(r"^\| `\S+:history` \| hash \| (.*) \|$", DOCUMENTATION, re.MULTILINE)
+    fields = [field.decode() for field in client.hkeys(key_of(store, client, "history:history"))]
+    assert sorted(set(re.findall("`(.*?)`", described)) - {"ttl"}) == sorted(fields)
 
 
 HOSTILE = [

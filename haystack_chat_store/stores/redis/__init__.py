@@ -9,6 +9,7 @@ from haystack.utils import Secret
 
 from haystack_chat_store.errors import StoreUnavailableError, UnsupportedOperationError
 from haystack_chat_store.rounds import LastKUnit, Window
+from haystack_chat_store.stores.arguments import validated_flag, validated_seconds
 from haystack_chat_store.stores.coroutines import run_to_end
 from haystack_chat_store.stores.operations import (
     EncodedMessage,
@@ -93,20 +94,15 @@ class RedisChatMessageStore(RedisChecking):
             raise ValueError(f"key_prefix must be printable text, got {key_prefix!r}.")
         if "{" in key_prefix or "}" in key_prefix:
             raise ValueError(f"key_prefix must not contain braces, by which a cluster places keys; got {key_prefix!r}.")
-        for name, seconds in (("ttl", ttl), ("timeout", timeout)):
-            if name == "ttl" and seconds is None:
-                continue
-            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0.001 <= seconds <= 10**10:
-                raise ValueError(f"{name} must be a number of seconds from 0.001 to 10**10, got {seconds!r}.")
         if search:
             raise UnsupportedOperationError(
                 "RedisChatMessageStore cannot search messages. SQLiteChatMessageStore and PostgresChatMessageStore can."
             )
         self.url = url
-        self.cluster = cluster
+        self.cluster = validated_flag(cluster, "cluster")
         self.key_prefix = key_prefix
-        self.ttl = ttl
-        self.timeout = timeout
+        self.ttl = None if ttl is None else validated_seconds(ttl, "ttl")
+        self.timeout = validated_seconds(timeout, "timeout")
         self._keys = Keys(key_prefix, namespace)
         self._settings = Settings(url, cluster, timeout)
 

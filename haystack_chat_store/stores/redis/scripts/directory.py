@@ -18,15 +18,15 @@ local function is_still_there(chat_history_id)
 end
 local function forget_expired()
     if #expired == 0 then return end
-    local some = {unpack(expired, 1, math.min(#expired, 1000))}  -- so that it neither takes long nor overfills the stack
+    local some = {unpack(expired, 1, math.min(#expired, 1000))}  -- more may not fit on Lua's stack
     for _, key in ipairs({expiries, directory, names}) do redis.pcall('ZREM', key, unpack(some)) end
 end
 """
 )
 
-# To look a history up by its id takes the server about ten times as long as to pass it in the directory.
-_PASSED_MEANWHILE = 10
-# A script looks up so many histories at most.
+# While the server looks up one history by its id, it could pass so many in the directory, or more.
+_PASSED_MEANWHILE = 5
+# A script looks up no more histories than that, to keep nobody waiting for long.
 _LOOKED_UP = 5000
 
 #: Return the ids of histories of a bucket, the one that changed last first. Keys: those of the bucket. Arguments: a
