@@ -62,7 +62,7 @@ class MessageEncodingError(ChatMessageStoreError, ValueError):
 
 class MessageDecodingError(ChatMessageStoreError):
     """
-    A stored message cannot be read back: it was changed by something else, or damaged.
+    A stored message cannot be read back, or parts of its history are missing: something else has changed or damaged it.
     """
 
 

@@ -12,7 +12,7 @@ from redis_stores import KINDS, everything, key_of, keys_of, neighbours, on_ever
 from test_redis_copying import HISTORY, row
 from test_redis_upgrade import UPDATED_AT, write_as_version_1
 
-from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.errors import MessageDecodingError
 from haystack_chat_store.testing.messages import with_id
 
 WORDS = ["one", "two", "three", "four", "five"]
@@ -74,7 +74,7 @@ def test_a_sound_store_has_no_faults(damaged, client):
 def test_a_history_that_has_lost_a_key_is_rebuilt_from_its_messages(damaged, client, lost):
     times = [each.created_at for each in damaged.store.list_messages("history")]
     client.delete(damaged.key(lost))
-    with pytest.raises(StoreUnavailableError):
+    with pytest.raises(MessageDecodingError):
         said(damaged.store)
     damaged.assert_found_and_mended()
     assert said(damaged.store) == LEFT
@@ -294,7 +294,7 @@ def test_times_long_after_ours_are_no_fault(store):
 def test_a_history_with_a_counter_that_is_none_is_left_alone(damaged, client, is_write):
     client.hset(damaged.key("history"), "round_count", "many")
     before = everything(damaged.store, client)
-    with pytest.raises(StoreUnavailableError):
+    with pytest.raises(MessageDecodingError):
         say(damaged.store, "Hi!") if is_write else damaged.store.delete_messages("history", message_ids=["one"])
     assert everything(damaged.store, client) == before
 

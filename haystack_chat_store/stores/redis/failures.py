@@ -10,6 +10,7 @@ from redis import exceptions
 
 from haystack_chat_store.errors import (
     ChatMessageStoreError,
+    MessageDecodingError,
     SchemaVersionError,
     StoreTimeoutError,
     StoreUnavailableError,
@@ -40,8 +41,9 @@ _REASONS = {
         f"{SCHEMA_VERSION}. They were left untouched. Upgrade haystack-chat-store to use them."
     ),
     ("DAMAGED",): (
-        "holds only parts of this history: something else has changed or evicted its keys. They were left untouched. "
-        "Set maxmemory-policy to noeviction; delete the history to use it again."
+        "holds only parts of this chat history: something else has changed or evicted keys of it. They were left "
+        "untouched. haystack-chat-store doctor --repair rebuilds it from what there is of it; set maxmemory-policy to "
+        "noeviction."
     ),
     ("WRONGTYPE",): "has something else under a key of this history. Choose another key_prefix.",
     ("AUTHENTICATION", "AUTHORIZATION", "NOAUTH", "WRONGPASS", "Protocol error: unauthenticated"): (
@@ -67,6 +69,8 @@ _REASONS = {
     ("This instance has cluster support disabled",): "is no cluster. Leave out cluster=True.",
     ("max number of clients", "CONNECTION max number of clients"): "has as many connections as it takes (maxclients).",
 }
+# What is no matter of the server being unavailable.
+_KINDS = {"NEWERSCHEMA": SchemaVersionError, "DAMAGED": MessageDecodingError}
 
 
 def redirection(error: Exception, host: str) -> "tuple[Address, bool] | None":
@@ -117,13 +121,21 @@ def explained(error: Exception, address: Address, timeout: float) -> ChatMessage
     said = _said(error)
     for beginnings, reason in _REASONS.items():
         if said.startswith(beginnings):
-            kind = SchemaVersionError if said.startswith("NEWERSCHEMA") else StoreUnavailableError
-            return kind(f"{server} {reason}")
+            kind = next((kind for word, kind in _KINDS.items() if said.startswith(word)), StoreUnavailableError)
+            return kind(f"{server} {reason}{_history(said)}")
     if isinstance(error, exceptions.ConnectionError):
         return StoreUnavailableError(
             f"{server} cannot be reached, or closed the connection. Check the url, and whether the server runs. {error}"
         )
     return StoreUnavailableError(f"{server} failed: {error}")
+
+
+def _history(said: str) -> str:
+    """
+    Name the keys of a damaged history, if the answer does: they contain its id.
+    """
+    word, _, key = said.partition(" ")
+    return f" Its keys begin with {key.removesuffix('history')!r}." if word == "DAMAGED" and key else ""
 
 
 def _said(error: Exception) -> str:

@@ -71,7 +71,7 @@ local function counters_of(history, contents, roles, message_ids, times)
 end
 """
 
-_DAMAGED = "if not counters then return redis.error_reply('DAMAGED') end\n"
+_DAMAGED = "if not counters then return redis.error_reply('DAMAGED ' .. history) end\n"
 
 #: The keys of a bucket and of one of its histories, which is whole.
 OF_BUCKET_AND_HISTORY = f"""

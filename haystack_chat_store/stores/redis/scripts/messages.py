@@ -53,7 +53,7 @@ for message_id in string.gmatch(ARGV[4], '%Z+') do
         return {'DUPLICATE', message_id}
     elseif policy == 'overwrite' then
         local was = redis.call('GETRANGE', roles, known, known)
-        if was == '' or was == 'x' then return redis.error_reply('DAMAGED') end
+        if was == '' or was == 'x' then return redis.error_reply('DAMAGED ' .. history) end
         if was == 'u' then rounds = rounds - 1 end
         if role == 'u' then rounds = rounds + 1 end
         replaced[#replaced + 1] = {known, role, ARGV[7 + index]}
@@ -262,7 +262,7 @@ for message_id in string.gmatch(ARGV[5], '%Z+') do
     local known = redis.call('HGET', message_ids, message_id)
     if known and not gone[known] and tonumber(known) >= start then
         local was = redis.call('GETRANGE', roles, known, known)
-        if was == '' or was == 'x' then return redis.error_reply('DAMAGED') end
+        if was == '' or was == 'x' then return redis.error_reply('DAMAGED ' .. history) end
         if was == 'u' then rounds = rounds + 1 end
         gone[known] = true
         gone_ids[#gone_ids + 1] = message_id

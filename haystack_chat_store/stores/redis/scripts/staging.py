@@ -149,7 +149,7 @@ FORK = Script(
     """
 local chat_history_id, ttl = ARGV[1], tonumber(ARGV[2])
 local source = counters_of(unpack(KEYS, 10))
-if not source then return redis.error_reply('DAMAGED') end
+if not source then return redis.error_reply('DAMAGED ' .. KEYS[10]) end
 if not source[5] then return {'NONE'} end
 if message_count > 0 then return {'CHANGED', message_count} end
 local result = tonumber(source[2])
