@@ -387,7 +387,7 @@ def test_a_history_that_has_lost_keys_is_not_taken_for_a_whole_one(store, client
         lambda: store.retrieve_messages("history"),
         lambda: store.count_messages("history"),
     ):
-        with pytest.raises(MessageDecodingError, match="doctor.*noeviction.*:history:'"):
+        with pytest.raises(MessageDecodingError, match=r"doctor.*noeviction.*:history:'"):
             call()
     assert everything(store, client) == before
     store.delete_messages("history")
