@@ -37,4 +37,4 @@ for message in seen:
     print(f"  {message.role.value:>9}: {content}")
 print(f"It answered: {answer.text}")
 if "writer" in results:
-    print(f"Messages stored: {results['writer']['messages_written']}")
+    print(f"Messages written now: {results['writer']['messages_written']}")

@@ -190,7 +190,7 @@ def test_the_yaml_pipeline_continues_in_the_next_process(run):
         ["assistant:", "I", "am", "Ada."],
         ["user:", "Who", "am", "I?"],
     ]
-    assert "Messages stored: 2" in second.stdout
+    assert "Messages written now: 2" in second.stdout
 
 
 def test_the_yaml_script_takes_the_readers_own_file(run, tmp_path):

@@ -3,8 +3,14 @@
 The command line: look into a store of chat histories, move it, mend it.
 """
 
+import os
 import sys
 from collections.abc import Sequence
+
+# What a shell sets when it asks how a word can be completed.
+COMPLETION_VARIABLE = "_HAYSTACK_CHAT_STORE_COMPLETE"
+
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -14,6 +20,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     :param arguments: What stands behind the command's name. Defaults to what the process was started with.
     """
     try:
+        status = _run(arguments)
+    except KeyboardInterrupt:  # while that is imported which would have known what to do
+        if COMPLETION_VARIABLE not in os.environ:
+            print(file=sys.stderr)  # noqa: T201  (likewise)
+        status = INTERRUPTED
+    sys.exit(status)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
         import rich  # noqa: F401  (only to see whether it is there)
         import typer  # noqa: F401  (likewise)
     except ImportError:
@@ -21,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "The command line needs typer and rich. Install them: pip install 'haystack-chat-store[cli]'",
             file=sys.stderr,
         )
-        sys.exit(1)
+        return 1
     from haystack_chat_store.cli.running import run
 
-    sys.exit(run(arguments))
+    return run(arguments)

@@ -4,7 +4,7 @@ The commands.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +29,7 @@ from haystack_chat_store.cli.options import (
     Yes,
     chosen,
     opened,
+    readable,
     time_from,
 )
 from haystack_chat_store.cli.printing import (
@@ -51,6 +52,9 @@ from haystack_chat_store.transfer.readable import harmless_line
 from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, SearchHit
 from haystack_chat_store.walks import walked_pages
 
+# So many histories and messages are shown without being asked for a number.
+_LISTED = 50
+_SHOWN = 20
 # So many histories are named when asking whether to delete them.
 _NAMED_AT_ONCE = 10
 
@@ -68,7 +72,9 @@ app = typer.Typer(
 def ls(
     *,
     prefix: Prefix = "",
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many at most.")] = 50,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", metavar="COUNT", min=1, help="How many at most, rather than 50.")
+    ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
     store: Store = None,
     namespace: Namespace = "default",
@@ -77,14 +83,20 @@ def ls(
     """
     List histories, the one that changed last first.
     """
+    if show_all and limit is not None:
+        raise typer.BadParameter("Give --limit or --all, not both.")
     directory = Directory(terminal.output())
+    listed = 0
     with opened(store, namespace) as chat_store:
-        for page in _pages(chat_store, prefix, None if show_all else limit):
+        for page in _pages(chat_store, prefix, None if show_all else limit or _LISTED):
+            listed += len(page.items)
             if as_json:
                 for history in page.items:
                     terminal.print_json(history_fields(history))
-            else:
+            elif page.items:
                 directory.add(page.items)
+        if not (listed or as_json):
+            terminal.note("No chat histories.")
         if page.cursor is not None:
             terminal.note("There are more: --limit or --all.")
 
@@ -94,8 +106,16 @@ def show(
     *,
     history: HistoryId,
     last: Annotated[
-        int, typer.Option("--last", "-n", min=1, max=MAX_LIMIT, help="How many messages: the newest, or the nearest.")
-    ] = 20,
+        int | None,
+        typer.Option(
+            "--last",
+            "-n",
+            metavar="COUNT",
+            min=1,
+            max=MAX_LIMIT,
+            help="How many messages, rather than 20: the newest, or the nearest.",
+        ),
+    ] = None,
     before: Annotated[
         int | None, typer.Option("--before", metavar="POSITION", min=0, help="Those just before a position.")
     ] = None,
@@ -113,6 +133,9 @@ def show(
     """
     if [before is not None, after is not None, show_all].count(True) > 1:
         raise typer.BadParameter("Give one of --before, --after and --all.")
+    if show_all and last is not None:
+        raise typer.BadParameter("Give --last or --all, not both.")
+    limit = last or _SHOWN
     console = terminal.output()
     with opened(store, namespace) as chat_store:
         info = _existing(chat_store, history)
@@ -120,16 +143,16 @@ def show(
         if show_all:
             messages = map(examine, chain.from_iterable(walked_pages(chat_store, history)))
         else:
-            page = examined_messages(chat_store, history, before=before, after=after, limit=last)
+            page = examined_messages(chat_store, history, before=before, after=after, limit=limit)
             messages = iter(page)
         if as_json:
             for message in messages:
                 terminal.print_json(message_fields(message))
             return
-        if console.is_terminal:
+        if terminal.is_terminal(console):
             console.print(Text(harmless_line(info.title or history), "bold underline"), end="\n\n")
         print_messages(console, messages, full=full)
-        if not show_all and len(page) == last and page[0].position > 0:
+        if not show_all and len(page) == limit and page[0].position > 0:
             direction, position = ("--before", page[0].position) if after is None else ("--after", page[-1].position)
             terminal.note(f"To go on: {direction} {position}")
 
@@ -194,7 +217,7 @@ def stats(
 def title(
     *,
     history: HistoryId,
-    text: Annotated[str | None, typer.Argument(metavar="[TITLE]", help="The new title.", show_default=False)] = None,
+    text: Annotated[str | None, typer.Argument(metavar="TITLE", help="The new title.", show_default=False)] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Have no title any more.")] = False,
     store: Store = None,
     namespace: Namespace = "default",
@@ -205,6 +228,8 @@ def title(
     """
     if clear and text is not None:
         raise typer.BadParameter("Give a title or --clear, not both.")
+    if text is not None and not text.strip():
+        raise typer.BadParameter("A title is not empty. To have none any more: --clear")
     with opened(store, namespace) as chat_store:
         if clear or text is not None:
             info = chat_store.update_chat_history(history, title=text)
@@ -272,8 +297,12 @@ def import_(
 
     Of a damaged file, nothing is imported. What is there already is skipped, so it can be run again.
     """
-    with opened(store, namespace, may_create=True) as chat_store, terminal.progress("Importing") as shown:
-        moved = transfer.import_histories(chat_store, file, format=format_, progress=shown)
+    with (
+        opened(store, namespace, to_fill=True) as chat_store,
+        readable(file) as source,
+        terminal.progress("Importing") as shown,
+    ):
+        moved = transfer.import_histories(chat_store, source, format=format_, progress=shown)
     _report("Imported", moved, as_json, terminal.output())
 
 
@@ -305,7 +334,7 @@ def copy(
         raise typer.BadParameter("Say where to: with --to URL, or --to-namespace NAME in the same store.")
     with (
         opened(store, namespace) as source,
-        opened(to or store, to_namespace or namespace, may_create=True) as target,
+        opened(to or store, to_namespace or namespace, to_fill=True) as target,
     ):
         if source == target:
             raise typer.BadParameter("That is the store to copy from.")
@@ -335,10 +364,11 @@ def delete(
     chat_history_ids = chosen(histories, prefix, or_all=False)
     with opened(store, namespace) as chat_store:
         if chat_history_ids is None:
-            found = list(_histories(chat_store, prefix))
+            found = _histories(chat_store, prefix)
         else:
-            found = [_existing(chat_store, history) for history in chat_history_ids]
-        _confirm(found, yes)
+            found = iter([_existing(chat_store, history) for history in chat_history_ids])
+        if not yes:
+            _confirm(found)
         with terminal.progress("Deleting") as shown:
             shown(0, None)
             if chat_history_ids is None:
@@ -371,8 +401,8 @@ def purge(
     """
     time = time_from(older_than)
     with opened(store, namespace) as chat_store:
-        found = [history for history in _histories(chat_store) if history.updated_at < time]
-        _confirm(found, yes)
+        if not yes:
+            _confirm(history for history in _histories(chat_store) if history.updated_at < time)
         with terminal.progress("Deleting") as shown:
             shown(0, None)
             deleted = chat_store.purge(older_than=time, vacuum=vacuum)
@@ -478,15 +508,15 @@ def _watched(
         return hits
 
 
-def _confirm(histories: Sequence[ChatHistoryInfo], yes: bool) -> None:
+def _confirm(found: Iterator[ChatHistoryInfo]) -> None:
     """
-    Ask whether these histories are to be deleted.
+    Ask whether these histories are to be deleted, if there are any.
 
-    :param yes: Whether that was answered beforehand.
     :raises typer.BadParameter: If there is nobody to ask.
     :raises typer.Exit: If the answer is not yes.
     """
-    if yes or not histories:
+    histories = list(found)
+    if not histories:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise typer.BadParameter("There is no terminal to ask on whether to delete. Say so with --yes.")

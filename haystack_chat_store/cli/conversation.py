@@ -4,6 +4,7 @@ How the messages of a history look.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from textwrap import indent
 
@@ -16,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from haystack_chat_store.cli.terminal import print_plain
+from haystack_chat_store.cli.terminal import is_terminal, print_plain
 from haystack_chat_store.doctor import ExaminedMessage
 from haystack_chat_store.transfer.readable import Part, harmless, harmless_line, shown_parts
 
@@ -36,7 +37,7 @@ def print_messages(console: Console, examined: Iterable[ExaminedMessage], *, ful
     :param full: Whether long texts are shown whole on a terminal.
     """
     for message in examined:
-        if console.is_terminal:
+        if is_terminal(console):
             console.print(_heading(message))
             for renderable in _rendered(message, full):
                 console.print(Padding.indent(renderable, _INDENT))
@@ -51,7 +52,9 @@ def local_time(time: datetime) -> str:
     """
     Return a time as somebody reads it where they are.
     """
-    return time.astimezone().strftime("%Y-%m-%d %H:%M")
+    with suppress(OverflowError, ValueError):  # the calendar begins and ends in UTC
+        time = time.astimezone()
+    return time.replace(tzinfo=None).isoformat(" ", "minutes")
 
 
 def _heading(message: ExaminedMessage) -> RenderableType:

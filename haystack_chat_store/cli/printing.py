@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from haystack_chat_store.cli.conversation import local_time
-from haystack_chat_store.cli.terminal import print_plain
+from haystack_chat_store.cli.terminal import is_terminal, print_plain
 from haystack_chat_store.doctor import ExaminedMessage
 from haystack_chat_store.search_text import parsed_query, terms
 from haystack_chat_store.transfer.readable import harmless_line, shown_size
@@ -80,7 +80,7 @@ class Directory:
         """
         Print more histories.
         """
-        if not self._console.is_terminal:
+        if not is_terminal(self._console):
             self._add_plain(histories)
         elif self._console.width < _TABLE_WIDTH:
             self._add_items(histories)
@@ -136,7 +136,7 @@ def print_hits(console: Console, hits: Iterable[SearchHit], query: str) -> None:
     """
     for hit in hits:
         place = Text.assemble((harmless_line(hit.chat_history_id), "bold"), (f" {hit.position}", "dim"))
-        if console.is_terminal:
+        if is_terminal(console):
             console.print(place, overflow="fold")
             console.print(_highlighted(harmless_line(hit.snippet), query), overflow="fold")
             console.print()
@@ -176,7 +176,7 @@ def print_statistics(console: Console, statistics: StoreStatistics, sizes: Mappi
     totals.add_row("messages", f"{statistics.messages:,}")
     totals.add_row("rounds", f"{statistics.rounds:,}")
     if statistics.size is not None:
-        totals.add_row("size", shown_size(statistics.size))
+        totals.add_row("database size", shown_size(statistics.size))
     console.print(totals)
     if statistics.messages_per_day:
         _print_bars(console, "messages per day (UTC)", _last_days(statistics.messages_per_day, days))
@@ -207,7 +207,7 @@ def _last_days(messages_per_day: Mapping[date, int], count: int) -> dict[str, in
     Return the last days of those with messages, and those without between them.
     """
     last = max(messages_per_day)
-    first = max(min(messages_per_day), last - timedelta(days=count - 1))
+    first = min(day for day in messages_per_day if (last - day).days < count)
     days = (first + timedelta(days=number) for number in range((last - first).days + 1))
     return {day.isoformat(): messages_per_day.get(day, 0) for day in days}
 

@@ -22,14 +22,23 @@ from haystack_chat_store.transfer.readable import harmless
 # Longer lines are hard to read.
 _MAX_WIDTH = 110
 
-_password = re.compile(r"(\w://[^\s:/@]*:)\S*(?=@)|(\bpassword=)[^\s&]*", re.IGNORECASE)
+# What an error that shows how URLs are written has in the place of a password.
+_PLACEHOLDER = ":password@host:port"
+_password = re.compile(
+    rf"""
+    (\w://) (?: (?!{_PLACEHOLDER}) . )* (?=@)                # a URL, up to its last @
+    | (\w://) (?!\S*{_PLACEHOLDER}) [^\s/@]* : (?!\d) .*     # a URL that breaks off before it
+    | (\w*password\s*=\s*) (?: \\?['"].* | [^\s&]*? (?=['")]*\.?(?:[\s&]|$)) )
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 def without_passwords(text: str) -> str:
     """
-    Return a text with the password of every URL in it left out.
+    Return a text without what is, or may be, the password in a URL or another way to name a database.
     """
-    return _password.sub(r"\1\2***", text)
+    return _password.sub(r"\1\2\3***", text)
 
 
 def output() -> Console:
@@ -52,6 +61,13 @@ def _console(stderr: bool) -> Console:
     return console
 
 
+def is_terminal(console: Console) -> bool:
+    """
+    Return whether somebody sits before a console. Rich's own answer is also yes where colours are wanted in a file.
+    """
+    return console.file.isatty()
+
+
 def print_plain(text: str) -> None:
     """
     Print harmless text for programs: as it is, lines and tabs included.
@@ -72,7 +88,7 @@ def error(message: object) -> None:
     """
     console = messages()
     text = Text.assemble(("Error: ", "bold red"), harmless(without_passwords(str(message))))
-    console.print(text, soft_wrap=not console.is_terminal)
+    console.print(text, soft_wrap=not is_terminal(console))
 
 
 def note(message: str) -> None:
@@ -80,7 +96,7 @@ def note(message: str) -> None:
     Say something that is not part of the result, to whoever sits before the terminal.
     """
     console = messages()
-    if console.is_terminal:
+    if is_terminal(console):
         console.print(Text(harmless(message), "dim"))
 
 
@@ -98,7 +114,7 @@ def progress(description: str) -> "Iterator[Callable[[int, int | None], None]]":
         TextColumn("{task.fields[amount]}", markup=False),
     )
     console = messages()
-    if not console.is_interactive:
+    if not (is_terminal(console) and console.is_interactive):
         yield lambda _done, _total: None
         return
     # Where results go to a program, they must not be led to the terminal, and where both go there, not into the bar.

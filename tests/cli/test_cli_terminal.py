@@ -3,28 +3,21 @@
 In a real terminal, the command line is readable, asks before it deletes, and lets no message do anything but be read.
 """
 
-import fcntl
 import io
 import json
-import os
-import pty
 import re
-import select
 import signal
-import sqlite3
-import struct
 import subprocess
 import sys
-import termios
-import time
-from contextlib import closing
 from datetime import datetime, timezone
 
 import pytest
+from filled_stores import age, change
 from haystack.dataclasses import ChatMessage, FileContent, ImageContent, ReasoningContent, TextContent, ToolCall
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from terminals import Terminal
 
 from haystack_chat_store import store_from_url
 from haystack_chat_store.cli import main
@@ -51,56 +44,6 @@ STYLE = re.compile(r"\x1b\[[0-9;]*m")
 CURSOR = re.compile(r"\x1b\[\?25[lh]|\x1b\[2K|\x1b\[1A|\r(?!\n)")
 
 
-class Terminal:
-    """
-    A command in a terminal of its own.
-    """
-
-    def __init__(self, *arguments, columns=80, stdout=None, **environment):
-        self.screen = b""
-        self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-        clean_environment = {
-            name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "haystack_chat_store", *arguments],
-            stdin=slave,
-            stdout=stdout or slave,
-            stderr=slave,
-            start_new_session=True,
-            env={**clean_environment, "TERM": "xterm-256color", "PYTHONUTF8": "1", **environment},
-        )
-        os.close(slave)
-
-    def read_until(self, text=None):
-        """
-        Read until some text has come, or to the end.
-        """
-        give_up = time.monotonic() + 120
-        while text is None or text.encode() not in self.screen:
-            assert select.select([self._master], [], [], give_up - time.monotonic())[0], self.screen
-            try:
-                read = os.read(self._master, 65536)
-            except OSError:  # how Linux says that nobody has the terminal open any more
-                read = b""
-            if not read:
-                assert text is None, self.screen
-                break
-            self.screen += read
-
-    def type(self, text):
-        os.write(self._master, text.encode())
-
-    def end(self):
-        """
-        Wait for the end; returns the exit status and what was printed.
-        """
-        self.read_until()
-        os.close(self._master)
-        return self.process.wait(60), self.screen.decode().replace("\r\n", "\n")
-
-
 @pytest.fixture
 def shown(capsys, monkeypatch):
     """
@@ -109,7 +52,7 @@ def shown(capsys, monkeypatch):
     """
 
     def shown(*arguments, columns=80, beside=False):
-        monkeypatch.setenv("FORCE_COLOR", "1")
+        sits_before_it(monkeypatch)
         monkeypatch.setenv("COLUMNS", str(columns))
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
@@ -121,6 +64,15 @@ def shown(capsys, monkeypatch):
     return shown
 
 
+def sits_before_it(monkeypatch):
+    """
+    Have this process's outputs be taken for a terminal that knows colours.
+    """
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+
+
 def assert_harmless(text):
     """
     Nothing is left that a terminal obeys or shows in another order.
@@ -128,11 +80,6 @@ def assert_harmless(text):
     text = CURSOR.sub("", STYLE.sub("", text))
     assert set(text) & set(CONTROLS + REORDERING) <= {"\n"}
     assert not [character for character in text if 0xD800 <= ord(character) < 0xE000]
-
-
-@pytest.fixture
-def url(tmp_path):
-    return f"sqlite:///{tmp_path / 'chat.db'}"
 
 
 @pytest.fixture
@@ -249,8 +196,13 @@ def test_letters_and_emoji_of_several_characters_stay_whole():
         assert harmless_line(text) == text
 
 
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def rendered(message, width=80):
-    console = Console(file=io.StringIO(), force_terminal=True, width=width, markup=False, emoji=False, highlight=False)
+    console = Console(file=Screen(), force_terminal=True, width=width, markup=False, emoji=False, highlight=False)
     time_ = datetime(2026, 1, 1, tzinfo=timezone.utc)
     print_messages(console, [ExaminedMessage(7, time_, message.role.value, message, ())], full=True)
     return console.file.getvalue()
@@ -317,7 +269,7 @@ def test_it_says_how_to_go_on(url, store, shown):
 
 def test_what_a_search_found_is_marked(url, store, capsys, monkeypatch):
     store.write_messages("chat", [ChatMessage.from_user("Élan, 東京都 and snake_case.")])
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    sits_before_it(monkeypatch)
     for query, marked in (("elan", ["Élan"]), ("東京", ["東京"]), ("京", ["京"]), ("case ELAN", ["Élan", "case"])):
         with pytest.raises(SystemExit):
             main(["search", query, "--store", url])
@@ -351,6 +303,31 @@ def test_it_fits_terminals_of_any_width(url, store, columns, shown):
     assert columns >= 76 or listed.count("t") >= 600  # where there is no room for columns, titles too
 
 
+def test_an_empty_list_says_so_to_whoever_sits_before_it(url, store, shown):
+    store.write_messages("chat", conversation("u"))
+    for arguments in (("--prefix", "nobody"), ("--namespace", "empty")):
+        assert shown("ls", *arguments, "--store", url) == ""
+        assert shown("ls", *arguments, "--store", url, beside=True) == "No chat histories.\n"
+    assert shown("ls", "--json", "--prefix", "nobody", "--store", url, beside=True) == ""
+
+
+def test_wanting_colours_makes_no_terminal_of_a_file(url, store, capsys, monkeypatch):
+    store.write_messages("x" * 200, [ChatMessage.from_user("needle " * 50)])
+    commands = (("ls",), ("show", "x" * 200), ("search", "needle"), ("stats",), ("doctor",), ("ls", "--prefix", "none"))
+
+    def printed():
+        for arguments in commands:
+            with pytest.raises(SystemExit):
+                main([*arguments, "--store", url])
+        out, err = capsys.readouterr()
+        return STYLE.sub("", out), STYLE.sub("", err)
+
+    plain = printed()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert printed() == plain
+    assert plain[1] == ""
+
+
 def test_colours_can_be_turned_off(url, store):
     store.write_messages("chat", conversation("ua"))
     colour = re.compile(r"\x1b\[(\d+;)*(3|4|9|10)[0-7]")
@@ -374,14 +351,9 @@ def test_the_first_search_says_that_it_makes_an_index(url):
     assert "Making" not in Terminal("search", "needle", "--store", url).end()[1]
 
 
-def damaged(path):
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("UPDATE chat_messages SET content = 'no JSON'")
-
-
-def test_results_reach_a_program_while_progress_is_shown_on_the_terminal(url, store, tmp_path):
+def test_results_reach_a_program_while_progress_is_shown_on_the_terminal(url, path, store):
     store.write_messages("chat", conversation("ua"))
-    damaged(tmp_path / "chat.db")
+    change(path, "UPDATE chat_messages SET content = 'no JSON'")
     terminal = Terminal("doctor", "--json", "--store", url, stdout=subprocess.PIPE)
     out, _ = terminal.process.communicate(timeout=120)
     assert [json.loads(line)["position"] for line in out.splitlines()] == [0, 1]
@@ -391,9 +363,9 @@ def test_results_reach_a_program_while_progress_is_shown_on_the_terminal(url, st
     assert "position" not in shown_beside
 
 
-def test_on_one_terminal_results_and_progress_have_lines_of_their_own(url, store, tmp_path):
+def test_on_one_terminal_results_and_progress_have_lines_of_their_own(url, path, store):
     store.write_messages("chat", conversation("ua"))
-    damaged(tmp_path / "chat.db")
+    change(path, "UPDATE chat_messages SET content = 'no JSON'")
     _, text = Terminal("doctor", "--store", url).end()
     lines = re.split(r"[\r\n]", CURSOR.sub("\n", STYLE.sub("", text)))
     assert len([line for line in lines if line.startswith("fault ") and "Checking" not in line]) == 2
@@ -419,10 +391,11 @@ def test_what_was_confirmed_is_deleted(url, store):
 
 @pytest.mark.parametrize(
     ("arguments", "answer"),
-    [(("delete", "chat"), "\n"), (("delete", "chat"), "\x04"), (("purge", "--older-than", "0h"), "no\n")],
+    [(("delete", "chat"), "\n"), (("delete", "chat"), "\x04"), (("purge", "--older-than", "1d"), "no\n")],
 )
-def test_what_was_not_confirmed_stays(url, store, arguments, answer):
+def test_what_was_not_confirmed_stays(url, path, store, arguments, answer):
     store.write_messages("chat", conversation("ua"))
+    age(path, 2, "chat")
     terminal = Terminal(*arguments, "--store", url)
     terminal.read_until("[y/N]")
     terminal.type(answer)
@@ -437,12 +410,13 @@ def test_what_was_not_confirmed_stays(url, store, arguments, answer):
     [
         (("delete", "--prefix", "ada:"), "Deleted 3 chat histories."),
         (("delete", "ada:1", "ada:2"), "Deleted 1 chat history."),
-        (("purge", "--older-than", "0h"), "Deleted 0 chat histories."),
+        (("purge", "--older-than", "1d"), "Deleted 0 chat histories."),
     ],
 )
-def test_what_changed_while_the_question_waited_is_not_taken_for_deleted(url, store, arguments, deleted):
+def test_what_changed_while_the_question_waited_is_not_taken_for_deleted(url, path, store, arguments, deleted):
     for name in ("ada:1", "ada:2"):
         store.write_messages(name, conversation("ua"))
+    age(path, 2, "ada:1", "ada:2")
     terminal = Terminal(*arguments, "--store", url)
     terminal.read_until("[y/N]")
     if "--prefix" in arguments:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+`delete` and `purge` delete what was named, after asking, and nothing else.
+"""
+
+import pytest
+from filled_stores import age, filled, names
+
+from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store.testing.messages import conversation
+
+
+@pytest.mark.parametrize(
+    "arguments", [("delete", "ada:1"), ("delete", "--prefix", "ada"), ("purge", "--older-than", "1d")]
+)
+def test_nothing_is_deleted_when_nobody_can_be_asked(url, path, run, arguments):
+    store = filled(url)
+    age(path, 2, "ada:1")
+    status, out, err = run(*arguments, "--store", url)
+    assert (status, out) == (2, "")
+    assert "--yes" in err
+    assert names(store) == {"ada:1", "ada:2", "bob:1"}
+
+
+def test_of_several_histories_none_is_deleted_if_one_is_not_there(url, run):
+    store = filled(url)
+    assert run("delete", "ada:1", "nobody", "--yes", "--store", url)[0] == 1
+    assert names(store) == {"ada:1", "ada:2", "bob:1"}
+
+
+def test_an_id_is_no_prefix(url, run):
+    store = filled(url)
+    store.write_messages("ada:11", conversation("u"))
+    assert run("delete", "ada:1", "--yes", "--store", url)[1] == "Deleted 1 chat history.\n"
+    assert names(store) == {"ada:11", "ada:2", "bob:1"}
+
+
+def test_deleting_what_is_not_there_by_prefix_needs_no_answer(url, run):
+    filled(url)
+    assert run("delete", "--prefix", "nobody", "--store", url) == (
+        0,
+        "Deleted 0 chat histories.\n",
+        "",
+    )
+
+
+@pytest.mark.parametrize("arguments", [("ada:2",), ("--prefix", "ada:2")])
+def test_after_a_vacuum_the_file_has_nothing_left_of_what_was_deleted(url, path, run, arguments):
+    filled(url, search=True).close()
+    run("search", "chrysanthemum", "--store", url)
+    assert b"chrysanthemum" in path.read_bytes()
+    assert run("delete", *arguments, "--yes", "--vacuum", "--store", url)[0] == 0
+    for file in path.parent.iterdir():
+        assert b"chrysanthemum" not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("older_than", "left"),
+    [
+        ("3d", {"ada:1", "ada:2", "bob:1"}),
+        ("1d", {"ada:2", "bob:1"}),
+        ("24h", {"ada:2", "bob:1"}),
+        ("1w", {"ada:1", "ada:2", "bob:1"}),
+        ("2001-01-01", {"ada:1", "ada:2", "bob:1"}),
+        ("2001-01-01T00:00:00Z", {"ada:1", "ada:2", "bob:1"}),
+        ("2001-01-01 00:00", {"ada:1", "ada:2", "bob:1"}),
+        ("2001-01-01T00:00:00+02:00", {"ada:1", "ada:2", "bob:1"}),
+    ],
+)
+def test_purge_deletes_what_has_not_changed_since(url, path, run, older_than, left):
+    store = filled(url)
+    age(path, 2, "ada:1")
+    assert run("purge", "--older-than", older_than, "--yes", "--store", url)[0] == 0
+    assert names(store) == left
+
+
+@pytest.mark.parametrize("older_than", ["0h", "0d", "000w", "2999-01-01", "9999-12-31T23:59:59Z"])
+def test_purge_refuses_what_would_leave_nothing(url, run, older_than):
+    store = filled(url)
+    status, _, err = run("purge", "--older-than", older_than, "--yes", "--store", url)
+    assert status == 2
+    assert "not in the past" in err
+    assert names(store) == {"ada:1", "ada:2", "bob:1"}
+
+
+@pytest.mark.parametrize(
+    "older_than",
+    ["20010131", "2001-W05-3", "2001-01", "2001-02-30", "2001-01-31T", "2001-01-31T12", "٢d", "1.5d", "-1d"],
+)
+def test_an_age_is_of_one_form_on_every_version_of_python(url, run, older_than):
+    status, _, err = run("purge", "--older-than", older_than, "--yes", "--store", url)
+    assert status == 2
+    assert "such as 90d, 36h or 2w" in err
+
+
+@pytest.mark.parametrize("arguments", [("delete", "--prefix", "ada"), ("purge", "--older-than", "1d")])
+def test_what_is_not_asked_about_is_not_listed_first(url, path, run, arguments, monkeypatch):
+    filled(url)
+    age(path, 2, "ada:1", "ada:2")
+    monkeypatch.setattr(SQLiteChatMessageStore, "list_chat_histories", None)
+    assert run(*arguments, "--yes", "--store", url)[1] == "Deleted 2 chat histories.\n"
