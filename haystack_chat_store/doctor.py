@@ -18,8 +18,9 @@ from haystack_chat_store.rounds import MESSAGE_ID_KEY
 from haystack_chat_store.stores import arguments
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.operations import MessageRow
+from haystack_chat_store.transfer.files import appended_file, checked_target
 from haystack_chat_store.types import Fault
-from haystack_chat_store.walks import walked_histories, walked_pages
+from haystack_chat_store.walks import readable_pages, walked_histories
 
 
 def check(
@@ -47,33 +48,29 @@ def check(
     :param repair: Whether to mend what is wrong. Defaults to False.
     :param salvage: A file that messages which cannot be read back are appended to before they are removed, as JSON
         lines with what was stored of them. Without it, they are only reported: no text is destroyed that is not saved.
+        If it is new, only its owner may read it.
     :param progress: Called now and then with the number of messages checked so far, and `None`.
+    :raises ValueError: If `salvage` is a database, perhaps that of the store itself, or no file. Nothing was changed.
     :raises UnsupportedOperationError: If the store cannot be checked, or not repaired.
     :raises ChatMessageStoreError: If the engine fails.
     :raises OSError: If `salvage` cannot be written. The messages that were to be saved there are still in the store.
     """
+    if salvage is not None:
+        checked_target(salvage)
     found: dict[Fault, None] = dict.fromkeys(store._run(store._faults, repair))
     yield from found
     checked = 0
     for history in walked_histories(store):
-        for rows in walked_pages(store, history.chat_history_id):
-            examined = list(map(examine, rows))
-            removed = set()
-            if repair and salvage is not None:
-                removed = {message.position for message in examined if message.message is None}
-            if removed and salvage is not None:
-                saved = [(row, message) for row, message in zip(rows, examined, strict=True) if row.position in removed]
-                _save(salvage, store.namespace, history.chat_history_id, saved)
-                store._run(store._remove, history.chat_history_id, sorted(removed))
-            for message in examined:
-                for description in message.faults:
-                    is_repaired = message.position in removed
-                    fault = Fault(history.chat_history_id, message.position, description, is_repaired)
+        try:
+            for rows in readable_pages(store, history.chat_history_id):
+                for fault in _faults_of(store, history.chat_history_id, rows, salvage if repair else None):
                     if fault not in found:  # else the engine has said so
                         yield fault
-            checked += len(rows)
-            if progress is not None:
-                progress(checked, None)
+                checked += len(rows)
+                if progress is not None:
+                    progress(checked, None)
+        except MessageDecodingError:
+            yield Fault(history.chat_history_id, None, "Its messages cannot be read.", False)
 
 
 async def check_async(
@@ -89,6 +86,28 @@ async def check_async(
     return await asyncio.to_thread(
         lambda: list(check(store, repair=repair, salvage=salvage, progress=progress)),
     )
+
+
+def _faults_of(
+    store: BaseChatMessageStore[Any],
+    chat_history_id: str,
+    rows: Sequence[MessageRow],
+    salvage: "str | os.PathLike[str] | None",
+) -> Iterator[Fault]:
+    """
+    Yield what is wrong with messages.
+
+    :param salvage: Where those that cannot be read back are saved before they are removed; `None` to leave them.
+    """
+    examined = list(map(examine, rows))
+    removed = set() if salvage is None else {message.position for message in examined if message.message is None}
+    if removed and salvage is not None:
+        saved = [(row, message) for row, message in zip(rows, examined, strict=True) if row.position in removed]
+        _save(salvage, store.namespace, chat_history_id, saved)
+        store._run(store._remove, chat_history_id, sorted(removed))
+    for message in examined:
+        for description in message.faults:
+            yield Fault(chat_history_id, message.position, description, message.position in removed)
 
 
 class ExaminedMessage(NamedTuple):
@@ -158,7 +177,7 @@ def _save(
     """
     Append damaged messages to a file, and return when they are on the disk.
     """
-    with open(salvage, "a", encoding="ascii") as file:
+    with appended_file(salvage) as file:
         for row, message in damaged:
             saved = {
                 "namespace": namespace,
@@ -166,6 +185,4 @@ def _save(
                 **row._asdict(),
                 "fault": message.fault,
             }
-            file.write(f"{json.dumps(saved, default=repr)}\n")  # bytes may stand where text should
-        file.flush()
-        os.fsync(file.fileno())
+            file.write(f"{json.dumps(saved, default=repr)}\n".encode("ascii"))  # bytes may stand where text should

@@ -6,6 +6,7 @@ Walks through everything that a store has, as it is stored, in memory that does 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from haystack_chat_store.errors import MessageDecodingError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.contents import FIRST_PAGE, next_limit
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
@@ -20,10 +21,10 @@ def walked_histories(store: BaseChatMessageStore[Any], prefix: str = "") -> Iter
 
     :param prefix: What their ids begin with.
     """
-    after = ""
-    while rows := store._run(store._histories_by_id, prefix, after, _HISTORIES_AT_ONCE):
+    before, after = None, ""
+    while after != before and (rows := store._run(store._histories_by_id, prefix, after, _HISTORIES_AT_ONCE)):
         yield from rows
-        after = rows[-1].chat_history_id
+        before, after = after, rows[-1].chat_history_id  # the same if an id is empty, which only damage makes it
 
 
 def walked_pages(store: BaseChatMessageStore[Any], chat_history_id: str) -> Iterator[Sequence[MessageRow]]:
@@ -36,3 +37,18 @@ def walked_pages(store: BaseChatMessageStore[Any], chat_history_id: str) -> Iter
         if len(rows) < limit:
             return
         after, limit = rows[-1].position, next_limit(rows)
+
+
+def readable_pages(store: BaseChatMessageStore[Any], chat_history_id: str) -> Iterator[Sequence[MessageRow]]:
+    """
+    Do what `walked_pages` does, and tell a history that is damaged from an engine that does not answer.
+
+    :raises MessageDecodingError: If it is this history that the engine cannot read.
+    """
+    try:
+        yield from walked_pages(store, chat_history_id)
+    except StoreTimeoutError:
+        raise
+    except StoreUnavailableError as error:
+        store._run(store._history, chat_history_id)  # raises if it is not only this history
+        raise MessageDecodingError(f"The chat history {chat_history_id!r} cannot be read.") from error

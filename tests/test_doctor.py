@@ -6,13 +6,23 @@ The doctor finds what is damaged in a store, and removes nothing that it has not
 import asyncio
 import json
 import sqlite3
+import stat
 import uuid
+from contextlib import closing
 from datetime import datetime, timezone
 
 import pytest
 from haystack.dataclasses import ChatMessage
+from servers import RedisServer
 
-from haystack_chat_store import Fault, InMemoryChatMessageStore, SQLiteChatMessageStore, UnsupportedOperationError
+from haystack_chat_store import (
+    Fault,
+    InMemoryChatMessageStore,
+    SQLiteChatMessageStore,
+    StoreUnavailableError,
+    UnsupportedOperationError,
+    store_from_url,
+)
 from haystack_chat_store.doctor import check, check_async, examined_messages
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.testing.messages import conversation, sample_messages
@@ -210,6 +220,64 @@ def test_what_cannot_be_saved_is_not_removed(store, path, tmp_path):
     with pytest.raises(OSError, match="No such file"):
         list(check(store, repair=True, salvage=tmp_path / "no folder" / "salvage.jsonl"))
     assert len(examined_messages(store, "ada")) == 4
+
+
+@pytest.mark.parametrize(
+    "file", ["chat.db", "link", "chat.db-wal", "chat.db-shm", "other.db", "other.db-wal", "folder"]
+)
+def test_what_is_a_database_or_no_file_is_never_appended_to(store, path, tmp_path, file):
+    SQLiteChatMessageStore(tmp_path / "other.db").write_messages("chat", conversation("u"))
+    (tmp_path / "link").symlink_to(path)
+    (tmp_path / "folder").mkdir()
+    damage(path, "ada", 1, content="no JSON")
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE chat_histories SET message_count = 99 WHERE chat_history_id = 'eve'")
+    connection.close()
+    faults = list(check(store))
+
+    with pytest.raises(ValueError, match=r"is (a part of )?an SQLite database|is not a file"):
+        next(check(store, repair=True, salvage=tmp_path / file))
+
+    assert list(check(store)) == faults
+    assert len(examined_messages(store, "ada")) == 4
+
+
+def test_saved_messages_can_be_read_by_their_owner_alone(store, path, tmp_path):
+    salvage = tmp_path / "salvage.jsonl"
+    damage(path, "ada", 1, content="no JSON")
+    list(check(store, repair=True, salvage=salvage))
+    assert stat.S_IMODE(salvage.stat().st_mode) == 0o600
+
+
+def test_a_history_that_the_engine_cannot_read_hides_no_other():
+    with RedisServer() as server, closing(store_from_url(server.url)) as store, server.client() as client:
+        for name in ("ada", "bob", "eve"):
+            store.write_messages(name, conversation("ua"))
+        client.set(*client.keys("*ada:roles"), "u")
+        client.delete(*client.keys("*bob:roles"), *client.keys("*bob:times"))
+        (contents,) = client.keys("*eve:contents")
+        client.lset(contents, 1, "junk")
+
+        faults = list(check(store))
+        assert [place for place in places(faults) if place[0] == "eve"][-1] == ("eve", 1)
+        for name in ("ada", "bob"):
+            assert Fault(name, None, "Its messages cannot be read.", False) in faults
+
+        list(check(store, repair=True))
+        assert places(check(store)) == [("eve", 1)]
+
+
+def test_an_engine_that_does_not_answer_is_an_error_and_no_fault():
+    class Gone(InMemoryChatMessageStore):
+        def _page(self, *_):
+            raise StoreUnavailableError("gone")
+
+        _history = _page
+
+    store = Gone(namespace=uuid.uuid4().hex)
+    store.write_messages("chat", conversation("ua"))
+    with pytest.raises(StoreUnavailableError, match="gone"):
+        list(check(store))
 
 
 def test_without_repair_nothing_is_changed_or_saved(store, path, tmp_path):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Every Python example in the documentation runs: those of a page together, in order, in a process of their own. It prints
-what the page says it prints.
+Every Python example in the documentation runs: those of a page together, in order, in a process of their own.
+
+What a page shows below an example is what it prints, all of it but for lines of three dots, which stand for any others.
 """
 
 import ast
@@ -24,6 +25,8 @@ from haystack_chat_store import SQLiteChatMessageStore
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Printed after each example.
+END = "--- end of the example ---"
 # A fenced block; a name behind the language is the file that the reader is told to save it as.
 FENCE = re.compile(r"^ *```(\w+) *(\S*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
@@ -58,18 +61,23 @@ def run(code, folder):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_of_a_page_run(page, tmp_path):
-    code, outputs = [], []
+    code, shown = [], []
     for language, name, block in blocks(page.read_text(encoding="utf-8")):
         if name:
             (tmp_path / name).write_text(block, encoding="utf-8")
         elif language == "python":
-            code.append(block)
+            code += [block, f"print({END!r})"]
+            shown.append(None)
         elif language == "output":
-            outputs.append(block)
+            assert shown.pop() is None, "An output stands below the example that prints it."
+            shown.append(block)
 
-    printed = run("\n".join(code), tmp_path)
-    for output in outputs:
-        assert output in printed
+    printed = run("\n".join(code), tmp_path).split(f"{END}\n")
+    assert printed.pop() == ""
+    for output, text in zip(shown, printed, strict=True):
+        if output is not None:
+            lines = ["(.*\n)+" if line == "..." else re.escape(f"{line}\n") for line in output.split("\n")]
+            assert re.fullmatch("".join(lines), text), f"The page shows:\n{output}\nThe example prints:\n{text}"
 
 
 @pytest.mark.parametrize("source", list(sources_with_examples()), ids=lambda source: str(source.relative_to(ROOT)))

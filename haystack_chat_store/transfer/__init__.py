@@ -75,7 +75,9 @@ def export_histories(
     owner may read it.
 
     Each history that is there throughout is exported once. Others may go on writing: what they write meanwhile is in
-    the file or not. What cannot be read is left out and reported in `faults`.
+    the file or not. What cannot be read is left out and reported in `faults`, whatever it is: a message, a title, or
+    all messages of a history. An export of all histories also compares how many it has met with how many there are,
+    unless others write all the time.
 
     ```python
     from haystack.dataclasses import ChatMessage
@@ -138,9 +140,7 @@ def import_histories(
     progress: Progress | None = None,
 ) -> Transferred:
     """
-    Bring chat histories from a file into a store, in memory that does not grow with their number.
-
-    Of one history at a time, it holds the ids of its messages.
+    Bring chat histories from a file into a store, in memory that does not grow with their number nor their length.
 
     First the whole file is read and checked; if anything is wrong with it, nothing is imported. Then each history
     becomes visible whole or not at all, with its title, meta and times, its messages with their ids, in the same order.

@@ -4,12 +4,19 @@ Chat histories on their way: what every source yields and every target takes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.errors import MessageDecodingError
 from haystack_chat_store.rounds import MESSAGE_ID_KEY
-from haystack_chat_store.stores.arguments import time_of, validated_id
+from haystack_chat_store.stores.arguments import (
+    microseconds,
+    parsed_meta,
+    readable_time,
+    validated_id,
+    validated_meta,
+    validated_title,
+)
 from haystack_chat_store.stores.contents import PAGE_CHARACTERS, PAGE_ROWS
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 from haystack_chat_store.types import Fault
@@ -44,6 +51,13 @@ class Transferred(NamedTuple):
     faults: tuple[Fault, ...] = ()
 
 
+def unnamed(chat_history_id: Any, error: ValueError) -> Fault:
+    """
+    Return the fault of a history that is left out, since its id can be none here.
+    """
+    return Fault(None, None, f"{ascii(chat_history_id)[:600]} was left out: {error}", False)
+
+
 def arrived_row(created_at: int, content: str) -> MessageRow:
     """
     Return a message that comes from elsewhere as a row. Its id and role are those that its content states.
@@ -63,11 +77,43 @@ def is_sound(row: MessageRow) -> bool:
     Whether a stored message can be read back, and is what its row says.
     """
     try:
-        time_of(row.created_at)
         row.content.encode()  # which a lone surrogate prevents
-        return arrived_row(row.created_at, row.content)[2:] == row[2:]
-    except (MessageDecodingError, ValueError, OverflowError, AttributeError, TypeError):  # it may hold anything
+        return is_time(row.created_at) and arrived_row(row.created_at, row.content)[2:] == row[2:]
+    except (MessageDecodingError, ValueError, AttributeError, TypeError):  # it may hold anything
         return False
+
+
+def is_title(value: Any) -> bool:
+    """
+    Whether what is stored is a title, or none.
+    """
+    try:
+        validated_title(value)
+    except ValueError:
+        return False
+    return True
+
+
+def is_meta(value: Any) -> bool:
+    """
+    Whether what is stored is the meta of a history, or none.
+    """
+    meta = parsed_meta(value)
+    if meta is None:
+        return False
+    try:
+        validated_meta(meta)
+        (value or "").encode()  # which a lone surrogate prevents
+    except (ValueError, AttributeError):
+        return False
+    return True
+
+
+def is_time(value: Any) -> bool:
+    """
+    Whether what is stored is a time in microseconds since 1970.
+    """
+    return bool(microseconds(readable_time(value), "time") == value)
 
 
 def batched(rows: Iterable[MessageRow]) -> Iterator[list[MessageRow]]:

@@ -13,13 +13,13 @@ UTF-8, one line for each thing, each ended by a line feed, in exactly this form,
 ```
 
 The second to fourth line stand there for each history, the third for each of its messages. A message is what
-`ChatMessage.to_dict()` returns. Each SHA-256 is that of all bytes before its line.
+`ChatMessage.to_dict()` returns. Each SHA-256 is that of all bytes before its line. No two histories have the same id,
+and no two messages of one.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,6 +28,8 @@ from haystack_chat_store.json_form import encoded, parse_json, quoted
 from haystack_chat_store.stores import arguments
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 from haystack_chat_store.transfer.histories import Histories, Progress, Rows, Transferred, arrived_row, batched
+from haystack_chat_store.transfer.seen_ids import SeenIds
+from haystack_chat_store.transfer.times import parsed_time
 
 _FORMAT = "haystack-chat-store"
 _VERSION = 1
@@ -100,7 +102,7 @@ def _microseconds(text: str) -> int:
 
     :raises ValueError, TypeError, OverflowError: If it is none, or in UTC none that Python has.
     """
-    microseconds = arguments.microseconds(datetime.fromisoformat(text), "a time")
+    microseconds = arguments.microseconds(parsed_time(text), "a time")
     arguments.time_of(microseconds)
     return microseconds
 
@@ -133,11 +135,15 @@ def read(file: BinaryIO, name: str) -> Histories:
     lines = _Lines(file, name)
     _check_header(lines)
     chat_histories = messages = 0
-    while (entry := lines.parsed()).keys() != {"end_of_file"}:
-        rows = _HistoryRows(lines, _history(lines, entry))
-        yield rows.history, rows
-        messages += rows.read_to_end()
-        chat_histories += 1
+    with SeenIds() as ids:
+        while (entry := lines.parsed()).keys() != {"end_of_file"}:
+            history = _history(lines, entry)
+            if not ids.add(history.chat_history_id):
+                raise lines.damaged("there is a chat history that the file has already")
+            rows = _HistoryRows(lines)
+            yield history, rows
+            messages += rows.read_to_end()
+            chat_histories += 1
     lines.check_end(entry["end_of_file"], chat_histories=chat_histories, messages=messages)
     if file.readline():
         raise lines.damaged("there is more after its end")
@@ -254,8 +260,7 @@ class _HistoryRows:
     The messages of a history in a file.
     """
 
-    def __init__(self, lines: _Lines, history: HistoryRow) -> None:
-        self.history = history
+    def __init__(self, lines: _Lines) -> None:
         self._lines = lines
         self._start = lines.place()
         self._read: int | None = None
@@ -275,16 +280,17 @@ class _HistoryRows:
         return self._read or 0
 
     def _rows(self) -> Iterator[MessageRow]:
-        ids: set[str] = set()
-        while (message := _MESSAGE_LINE.fullmatch(line := self._lines.next())) is not None:
-            try:
-                row = arrived_row(_microseconds(message[1]), message[2])
-            except (ValueError, OverflowError, MessageDecodingError):
-                raise self._lines.damaged("there should be a message with an id") from None
-            if row.message_id in ids:
-                raise self._lines.damaged("there is an id that the history has already")
-            ids.add(row.message_id)
-            yield row
+        messages = 0
+        with SeenIds() as ids:
+            while (message := _MESSAGE_LINE.fullmatch(line := self._lines.next())) is not None:
+                try:
+                    row = arrived_row(_microseconds(message[1]), message[2])
+                except (ValueError, OverflowError, MessageDecodingError):
+                    raise self._lines.damaged("there should be a message with an id") from None
+                if not ids.add(row.message_id):
+                    raise self._lines.damaged("there is an id that the history has already")
+                messages += 1
+                yield row
         end = self._lines.object_in(line)
-        self._lines.check_end(end.get("end_of_chat_history"), messages=len(ids))
-        self._read = len(ids)
+        self._lines.check_end(end.get("end_of_chat_history"), messages=messages)
+        self._read = messages

@@ -12,6 +12,10 @@ from haystack_chat_store.transfer.histories import Rows, Transferred
 from haystack_chat_store.transfer.readable import Part, harmless_line, shown_messages, shown_time, title_of
 
 _SPECIAL = re.compile(r"[\\`*_\[\]<>#|~&$]|(?<=[A-Za-z]):(?=//)|(?<=www)\.", re.IGNORECASE)
+# What would begin an address or somebody's name. GitHub looks for them after all escapes have been resolved, so only
+# something between the parts keeps them apart.
+_ADDRESS = re.compile(r"@(?=\S)")
+_NOTHING = "<!-- -->"
 # What is special only where a line begins: lists, underlines of headings.
 _LINE_START = re.compile(r"^(\d*)([-+=.):])")
 
@@ -66,4 +70,5 @@ def _escaped_line(line: str) -> str:
     if not said:
         return ""
     indentation = "&nbsp;" * len(line[: len(line) - len(said)].expandtabs(4))
-    return indentation + _LINE_START.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", said))
+    escaped = _LINE_START.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", said))
+    return indentation + _ADDRESS.sub(f"@{_NOTHING}", escaped)

@@ -22,10 +22,12 @@ from haystack_chat_store.json_form import encode_meta
 from haystack_chat_store.stores.arguments import readable_time
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 
-# Controls, what changes the direction of writing or is invisible, surrogates.
+# Controls, what changes the direction of writing or is invisible, surrogates. Scripts and emoji need U+200C and U+200D,
+# which join letters or do not, and emoji U+FE0E and U+FE0F, which choose their style.
 _HARMFUL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e"
+    "\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 _LABELS = {

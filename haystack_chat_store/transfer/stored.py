@@ -4,13 +4,19 @@ Chat histories as they leave a store, and as they arrive in one.
 """
 
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, zip_longest
 from tempfile import SpooledTemporaryFile
 from typing import Any, NamedTuple
 
-from haystack_chat_store.errors import ChatHistoryChangedError, ChatHistoryExistsError
-from haystack_chat_store.stores.arguments import parsed_meta, validated_id, validated_text
+from haystack_chat_store.errors import (
+    ChatHistoryChangedError,
+    ChatHistoryExistsError,
+    ChatMessageStoreError,
+    MessageDecodingError,
+    UnsupportedOperationError,
+)
+from haystack_chat_store.stores.arguments import validated_id, validated_text
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.contents import FIRST_PAGE, PAGE_CHARACTERS, PAGE_ROWS
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow, no_history
@@ -19,13 +25,28 @@ from haystack_chat_store.transfer.histories import (
     Histories,
     Rows,
     Transferred,
+    is_meta,
     is_sound,
+    is_time,
+    is_title,
+    unnamed,
 )
+from haystack_chat_store.transfer.seen_ids import SeenIds
 from haystack_chat_store.types import Fault
-from haystack_chat_store.walks import walked_histories, walked_pages
+from haystack_chat_store.walks import readable_pages, walked_histories, walked_pages
 
 # So often a history may change while it is read, or imported to, before that is given up.
 _ATTEMPTS = 10
+# So often histories are counted, in the hope that nobody writes meanwhile.
+_COUNTS = 3
+_ADVICE = "To find out: haystack-chat-store doctor"
+# What a history has beside its id, how it is checked, and what is said if it is damaged.
+_PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "title": (is_title, "Its title cannot be read, and was left out."),
+    "meta": (is_meta, "Its meta cannot be read, and was left out."),
+    "created_at": (is_time, "Its time of creation cannot be read, and was replaced."),
+    "updated_at": (is_time, "Its time of change cannot be read, and was replaced."),
+}
 
 
 class StoredHistories:
@@ -65,7 +86,11 @@ class StoredHistories:
 
     def __iter__(self) -> Histories:
         for row in self._rows():
-            yield self._readable(row), _StoredRows(self._store, row, self._faults)
+            history = self._readable(row)
+            if history is not None:
+                yield history, _StoredRows(self._store, row, self._faults)
+        if self._ids is None and not self._prefix:
+            self._report_unnamed()
 
     def _rows(self) -> Iterator[HistoryRow]:
         if self._ids is not None:
@@ -76,14 +101,60 @@ class StoredHistories:
         row: HistoryRow | None = self._store._run(self._store._history, chat_history_id)
         return row
 
-    def _readable(self, row: HistoryRow) -> HistoryRow:
+    def _readable(self, row: HistoryRow) -> HistoryRow | None:
         """
-        Return the history, without its meta if that is damaged.
+        Return the history as every store would take it, without what is damaged of it; `None` if its id is.
         """
-        if parsed_meta(row.meta) is not None:
-            return row
-        self._faults[Fault(row.chat_history_id, None, "Its meta cannot be read, and was left out.", False)] = None
-        return row._replace(meta=None)
+        try:
+            validated_id(row.chat_history_id, "its id")
+        except ValueError as error:
+            self._faults[unnamed(row.chat_history_id, error)] = None
+            return None
+        times = [time for time in (row.created_at, row.updated_at) if is_time(time)] or [0]
+        instead: dict[str, Any] = {"title": None, "meta": None, "created_at": times[0], "updated_at": times[-1]}
+        damaged = [name for name, (is_right, _) in _PARTS.items() if not is_right(getattr(row, name))]
+        for name in damaged:
+            self._faults[Fault(row.chat_history_id, None, _PARTS[name][1], False)] = None
+        return row._replace(**{name: instead[name] for name in damaged})
+
+    def _report_unnamed(self) -> None:
+        """
+        Report how many histories the store has that no walk comes to.
+        """
+        try:
+            left = self._number_of_unnamed()
+        except UnsupportedOperationError:
+            return
+        except ChatMessageStoreError:
+            fault = f"Histories cannot be counted, so it is not known whether any was left out. {_ADVICE}"
+        else:
+            if not left:
+                return
+            which = f"{left} {'history has an id' if left == 1 else 'histories have ids'}"
+            fault = f"{which} that cannot be read, and {'was' if left == 1 else 'were'} left out. {_ADVICE}"
+        self._faults[Fault(None, None, fault, False)] = None
+
+    def _number_of_unnamed(self) -> int:
+        """
+        Return how many histories are counted that no walk comes to.
+
+        Where others write all the time, that cannot be told from histories that have come or gone just now: then none.
+        """
+        for _ in range(_COUNTS):
+            before = self._counted()
+            left = before[0] - sum(1 for _ in walked_histories(self._store))
+            if left <= 0:
+                return 0
+            if self._counted() == before:
+                return left
+        return 0
+
+    def _counted(self) -> tuple[int, Any]:
+        """
+        Return how many histories there are, and which changed last: a new one takes its place.
+        """
+        count = self._store._run(self._store._statistics, "").chat_histories
+        return count, self._store._run(self._store._histories, "", None, 1)
 
 
 class _StoredRows:
@@ -102,19 +173,23 @@ class _StoredRows:
         for attempt in range(1, _ATTEMPTS + 1):
             with SpooledTemporaryFile(PAGE_CHARACTERS) as kept:  # on the disk if it is much
                 count = rows = 0
-                for page in walked_pages(self._store, self._id):
-                    pickle.dump(page, kept)
-                    count, rows = count + 1, rows + len(page)
+                try:
+                    for page in readable_pages(self._store, self._id):
+                        pickle.dump(page, kept)
+                        count, rows = count + 1, rows + len(page)
+                except MessageDecodingError:
+                    self._report("Its messages cannot be read, and were left out.")
+                    return
                 is_changed = rows >= FIRST_PAGE and self._is_changed()
                 if is_changed and attempt == _ATTEMPTS:
-                    fault = (
+                    self._report(
                         "It was changed all the time, and parts of it may have been read before others were changed."
                     )
-                    self._faults[Fault(self._id, None, fault, False)] = None
                 if not is_changed or attempt == _ATTEMPTS:
                     kept.seek(0)
-                    for _ in range(count):
-                        yield self._sound(pickle.load(kept))  # noqa: S301  (we wrote it)
+                    with SeenIds() as ids:
+                        for _ in range(count):
+                            yield self._sound(pickle.load(kept), ids)  # noqa: S301  (we wrote it)
                     return
 
     def _is_changed(self) -> bool:
@@ -123,13 +198,19 @@ class _StoredRows:
         self._updated_at = None if history is None else history.updated_at
         return self._updated_at != before
 
-    def _sound(self, page: Sequence[MessageRow]) -> Sequence[MessageRow]:
-        sound = [row for row in page if is_sound(row)]
-        if len(sound) < len(page):
-            for position in sorted({row.position for row in page} - {row.position for row in sound}):
-                fault = Fault(self._id, position, "The message cannot be read, and was left out.", False)
-                self._faults[fault] = None
+    def _sound(self, page: Sequence[MessageRow], ids: SeenIds) -> Sequence[MessageRow]:
+        sound = []
+        for row in page:
+            if not is_sound(row):
+                self._report("The message cannot be read, and was left out.", row.position)
+            elif not ids.add(row.message_id):
+                self._report("The message has the id of another one, and was left out.", row.position)
+            else:
+                sound.append(row)
         return sound
+
+    def _report(self, description: str, position: int | None = None) -> None:
+        self._faults[Fault(self._id, position, description, False)] = None
 
 
 def imported(store: BaseChatMessageStore[Any], histories: Histories, faults: Faults) -> Transferred:
@@ -149,10 +230,11 @@ def imported(store: BaseChatMessageStore[Any], histories: Histories, faults: Fau
             messages += arrived.messages
             skipped += arrived.skipped
     if conflicting:
+        which = "1 history has" if len(conflicting) == 1 else f"{len(conflicting)} histories have"
         raise ChatHistoryExistsError(
-            f"Of the histories to import, {len(conflicting)} have other messages already, and were left as they are: "
-            f"{', '.join(map(repr, conflicting))}. All others were imported: {messages} messages of {chat_histories} "
-            f"histories; {skipped} were there already."
+            f"{which} other messages there already, to which nothing was added: {', '.join(map(repr, conflicting))}. "
+            f"All others have arrived. Added: {messages} messages, of chat histories: {chat_histories}. Messages that "
+            f"were there already: {skipped}."
         )
     return Transferred(chat_histories, messages, skipped, tuple(faults))
 
@@ -243,7 +325,7 @@ def _arrived(store: BaseChatMessageStore[Any], history: HistoryRow, rows: Rows) 
             changed = error
     raise ChatHistoryChangedError(
         f"The chat history {history.chat_history_id!r} was written to all the time, and nothing was added to it. "
-        "The histories before it were imported. Try again when nobody writes to it."
+        "The histories before it have arrived. Try again when nobody writes to it."
     ) from changed
 
 

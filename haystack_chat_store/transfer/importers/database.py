@@ -7,7 +7,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import timezone
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,7 +19,9 @@ from haystack_chat_store.errors import DamagedFileError, MessageEncodingError
 from haystack_chat_store.json_form import MAX_DEPTH, encode_meta, parse_json
 from haystack_chat_store.stores import arguments
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
-from haystack_chat_store.transfer.histories import Faults, Histories, arrived_row, batched
+from haystack_chat_store.transfer.histories import Faults, Histories, arrived_row, batched, unnamed
+from haystack_chat_store.transfer.seen_ids import SeenIds
+from haystack_chat_store.transfer.times import parsed_time
 from haystack_chat_store.types import Fault
 
 #: Is told what of a session cannot be a message here.
@@ -122,7 +124,7 @@ class ForeignDatabase:
             try:
                 arguments.validated_id(chat_history_id, "the id of a session")
             except ValueError as error:
-                faults[Fault(None, None, f"{ascii(chat_history_id)[:600]} was left out: {error}", False)] = None
+                faults[unnamed(chat_history_id, error)] = None
                 continue
             times = self._microseconds(first), self._microseconds(last)
             yield (
@@ -139,12 +141,18 @@ class ForeignDatabase:
             faults[Fault(chat_history_id, None, what, False)] = None
 
         library = self._layout.library
-        for row, message in self._layout.messages(self._parsed(chat_history_id, report), report):
-            message_id = f"{library}:{row.key}"
-            try:
-                yield arrived_row(row.created_at, encode_message(message, message_id, f"row {row.key}"))
-            except ValueError as error:  # which a MessageEncodingError is
-                report(f"{error} The message was left out.")
+        with SeenIds() as ids:
+            for row, message in self._layout.messages(self._parsed(chat_history_id, report), report):
+                message_id = f"{library}:{row.key}"
+                try:
+                    arrived = arrived_row(row.created_at, encode_message(message, message_id, f"row {row.key}"))
+                except ValueError as error:  # which a MessageEncodingError is
+                    report(f"{error} The message was left out.")
+                    continue
+                if ids.add(message_id):
+                    yield arrived
+                else:
+                    report(f"A second row {row.key} was left out.")
 
     def _parsed(self, chat_history_id: str, report: Report) -> Iterator[ForeignRow]:
         _, _, session, data, moment, _ = self._layout
@@ -168,10 +176,11 @@ class ForeignDatabase:
 
     def _microseconds(self, text: Any) -> int:
         """
-        Return a time as SQLite writes it, in UTC; without one, the time of the import.
+        Return a time as SQLite writes it, in UTC unless it says otherwise; without one, the time of the import.
         """
         try:
-            return arguments.microseconds(datetime.fromisoformat(text).replace(tzinfo=timezone.utc), "time")
+            time = parsed_time(text)
+            return arguments.microseconds(time if time.tzinfo else time.replace(tzinfo=timezone.utc), "time")
         except (TypeError, ValueError):
             return self._opened_at
 

@@ -140,6 +140,8 @@ def as_text(value: Any) -> str:
 
 def one_text_or_parts(parts: list[Any]) -> Any:
     """
-    Return the result of a tool: its text if it consists of one, else its parts.
+    Return the result of a tool: its text if it consists of one or is empty, else its parts.
     """
+    if not parts:
+        return ""
     return parts[0].text if len(parts) == 1 and isinstance(parts[0], TextContent) else parts

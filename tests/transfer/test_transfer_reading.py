@@ -5,8 +5,10 @@ Histories as Markdown and HTML, in which nothing that was said can do harm, and 
 
 import io
 import json
+import re
 import uuid
 from html.parser import HTMLParser
+from itertools import groupby
 
 import pytest
 from haystack.dataclasses import (
@@ -28,7 +30,7 @@ from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 from haystack_chat_store.testing.messages import conversation, sample_messages, texts, user
 from haystack_chat_store.testing.messages import messages as any_messages
 from haystack_chat_store.transfer import export_to
-from haystack_chat_store.transfer.readable import shown_parts, shown_time
+from haystack_chat_store.transfer.readable import harmless, shown_parts, shown_time
 
 ATTACKS = [
     "# heading",
@@ -65,16 +67,11 @@ ATTACKS = [
     "line\\\nline",
     "two  \nspaces",
     '"quotes\' and "more',
+    "ada@example.com, mailto:ada@example.com, xmpp:ada@example.com/x",
+    "@ada and @_@ and a@-b.c_d and <!-- -->@b",
     "a\n\n\n\nb",
 ]
 HARMFUL = "\x00\x07\x1b[31m\x7f\x9b\u202e\u2066\u200b\u2028\ufeff"
-
-
-@pytest.fixture
-def store():
-    store = InMemoryChatMessageStore(namespace=uuid.uuid4().hex, last_k=None, skip_system_messages=False)
-    yield store
-    store.delete_all_messages()
 
 
 def exported(store, name):
@@ -161,6 +158,10 @@ def test_a_page_needs_nothing_else_and_runs_nothing(store):
 RENDERER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
 
+# What stands in an address to keep its parts apart: it is invisible, and no text.
+NOTHING = "<!-- -->"
+
+
 def rendered(text):
     """
     Which elements Markdown has, and the texts in each block of it.
@@ -168,7 +169,7 @@ def rendered(text):
     kinds, shown = set(), []
     for token in RENDERER.parse(text):
         if token.type == "inline":
-            parts = token.children
+            parts = [part for part in token.children if (part.type, part.content) != ("html_inline", NOTHING)]
             kinds.update(part.type for part in parts)
             shown.append("".join("\n" if part.type.endswith("break") else part.content for part in parts))
         else:
@@ -209,6 +210,32 @@ def test_no_text_is_taken_for_markdown(store, attack):
     assert len([text for text in shown if text.startswith(("User", "Assistant", "Tool,"))]) == 4
 
 
+# How GitHub's renderer, cmark-gfm, finds addresses: when all escapes and entities have been resolved, it puts together
+# what is text, looks for an @, and then at what stands before and after it.
+ADDRESS = re.compile(r"[a-z0-9.+_-]+@[a-z0-9_.-]", re.IGNORECASE | re.ASCII)
+
+
+def texts_between_elements(text):
+    for token in RENDERER.parse(text):
+        for is_text, parts in groupby(token.children or (), lambda part: part.type in ("text", "text_special")):
+            if is_text:
+                yield "".join(part.content for part in parts)
+
+
+@pytest.mark.parametrize("escaped", ["ada@b.com", "ada\\@b.com", "ada&#64;b.com", "ada@b\\.com"])
+def test_escaping_alone_does_not_keep_an_address_from_becoming_a_link(escaped):
+    assert any(map(ADDRESS.search, texts_between_elements(escaped)))
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_address_becomes_a_link(store, attack):
+    store.write_messages(attack, everywhere(attack))
+    store.update_chat_history(attack, title=attack)
+    shown = list(texts_between_elements(exported(store, "markdown")))
+    assert not any(map(ADDRESS.search, shown))
+    assert not any(re.search(r"@\w", text) for text in shown)  # which names somebody
+
+
 def test_headings_are_the_titles_and_the_speakers_alone(store):
     for index, attack in enumerate(ATTACKS):
         store.write_messages("chat", [user(attack, chat_message_id=str(index))])
@@ -220,7 +247,7 @@ def test_headings_are_the_titles_and_the_speakers_alone(store):
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.text(st.sampled_from("ab \n\t#*_`~[]()<>!|\\-+=.:1&$>"), max_size=30))
+@given(st.text(st.sampled_from("ab \n\t#*_`~[]()<>!|\\-+=.:1&$>@"), max_size=30))
 def test_any_marks_are_shown_in_markdown_as_they_are(store, text):
     store.delete_all_messages()
     store.write_messages("a", [ChatMessage.from_assistant(text, reasoning=text)])
@@ -242,6 +269,33 @@ def test_characters_that_do_harm_are_shown_as_escape_sequences(store, name):
     escaped = text.replace("\\\\", "\\").replace("\\[", "[")
     for shown in (r"a\x00\x07\x1b[31m\x7f\x9b\u202e\u2066\u200b\u2028\ufeffb",):
         assert escaped.count(shown) >= 6
+
+
+INVISIBLE = [
+    *"\u00ad\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\ufe00\uffa0",
+    *map(chr, range(0x180B, 0x1810)),
+    *map(chr, range(0x1BCA0, 0x1BCA4)),
+    *map(chr, range(0x1D173, 0x1D17B)),
+    *map(chr, range(0xE0000, 0xE1000)),
+]
+
+
+def test_characters_that_cannot_be_seen_are_shown_as_escape_sequences_too():
+    for character in INVISIBLE:
+        assert harmless(f"a{character}b") == f"a{character.encode('unicode_escape').decode()}b"
+
+
+def test_what_emoji_and_scripts_are_made_of_stays():
+    for text in (
+        "👩\u200d💻",
+        "❤\ufe0f",
+        "☎\ufe0e",
+        "\u0645\u06cc\u200c\u062e",
+        "क्\u200dष",
+        "🏳️\u200d🌈",
+        "a b\u00a0c\u3000d",
+    ):
+        assert harmless(text) == text
 
 
 @pytest.mark.parametrize("name", ["markdown", "html"])

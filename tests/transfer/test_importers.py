@@ -8,7 +8,6 @@ Their databases in the folder data were written by these libraries themselves, b
 import json
 import shutil
 import sqlite3
-import uuid
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -27,13 +26,13 @@ from haystack.dataclasses import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from haystack_chat_store import ChatHistoryExistsError, DamagedFileError, Fault, InMemoryChatMessageStore
+from haystack_chat_store import ChatHistoryExistsError, DamagedFileError, Fault
 from haystack_chat_store.rounds import valid_for_model
 from haystack_chat_store.testing.kit import without_ids
 from haystack_chat_store.testing.messages import user
 from haystack_chat_store.transfer import import_histories
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 FILES = {"openai-agents": "openai_agents.sqlite", "langchain": "langchain.sqlite", "llama-index": "llama_index.sqlite"}
 # Where each library keeps its messages: the table, the column with the session, the one with the message.
 TABLES = {
@@ -43,13 +42,6 @@ TABLES = {
 }
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 PDF = "JVBERi0xLjQKJSVFT0Y="
-
-
-@pytest.fixture
-def store():
-    store = InMemoryChatMessageStore(namespace=uuid.uuid4().hex, last_k=None)
-    yield store
-    store.delete_all_messages()
 
 
 @pytest.fixture(params=FILES)
@@ -208,6 +200,15 @@ def test_times_are_those_of_the_library_where_it_has_any(store, library, databas
     info = store.get_chat_history("user_456")
     for time in (*times, info.created_at, info.updated_at):
         assert abs(time - expected[0]) <= expected[1]
+
+
+def test_a_time_with_a_zone_is_that_moment(store, tmp_path):
+    database = copied("openai-agents", tmp_path)
+    for text in ("2025-03-01 10:00:00+02:00", "2025-03-01T08:00:00Z"):
+        execute(database, ["UPDATE agent_messages SET created_at = ?", text])
+        import_histories(store, database, format="openai-agents")
+        assert store.get_chat_history("user_456").created_at == datetime(2025, 3, 1, 8, tzinfo=timezone.utc)
+        store.delete_all_messages()
 
 
 # ---------------------------------------------------------------------- importing again
@@ -491,6 +492,32 @@ def test_no_odd_value_in_any_place_of_a_row_stops_an_import(store, library, data
         connection.executemany(f"INSERT INTO {table} ({session}, {column}) VALUES (?, ?)", rows)
     import_histories(store, database, format=library)
     assert store.retrieve_messages("odd")[-1].text == "new"
+
+
+def test_an_empty_result_of_a_tool_stays_an_empty_text(store, library, database):
+    rows = {
+        "openai-agents": [{"type": "function_call_output", "call_id": "1", "output": output} for output in ("", [])],
+        "langchain": [{"type": "tool", "data": {"content": output, "tool_call_id": "1"}} for output in ("", [])],
+        "llama-index": [{"role": "tool", "blocks": blocks} for blocks in ([], [{"block_type": "text", "text": ""}])],
+    }[library]
+    insert(library, database, "empty", *rows)
+    import_histories(store, database, format=library)
+    assert [each.tool_call_result.result for each in store.retrieve_messages("empty")] == ["", ""]
+
+
+def test_a_row_whose_id_another_has_is_reported_and_hides_no_other(store, library, database):
+    table, _, _ = TABLES[library]
+    execute(
+        database,
+        [f"CREATE TABLE other AS SELECT * FROM {table}"],
+        [f"DROP TABLE {table}"],
+        [f"ALTER TABLE other RENAME TO {table}"],
+        [f"UPDATE {table} SET id = 1 WHERE id = 2"],
+    )
+    imported = import_histories(store, database, format=library)
+    assert Fault("user_456", None, "A second row 1 was left out.", False) in imported.faults
+    assert store.count_messages("another") == 2
+    assert import_histories(store, database, format=library)[:3] == (0, 0, imported.messages)
 
 
 @pytest.mark.parametrize("call_id", [[], {}, 5, None])

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What is damaged in a store is left out and reported, and hides nothing else.
+"""
+
+import sqlite3
+import uuid
+from contextlib import closing
+from itertools import islice
+
+import pytest
+from servers import RedisServer
+from transferred import MOMENT, content, everything, put
+
+from haystack_chat_store import (
+    Fault,
+    InMemoryChatMessageStore,
+    StoreUnavailableError,
+    store_from_url,
+)
+from haystack_chat_store.stores.operations import HistoryRow
+from haystack_chat_store.testing.messages import user
+from haystack_chat_store.transfer import (
+    EXPORT_FORMATS,
+    copy_histories,
+    export_histories,
+    import_histories,
+)
+from haystack_chat_store.walks import walked_histories
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "",
+        "no JSON",
+        "null",
+        "[]",
+        '{"role":"user"}',
+        content("another id", "Hi"),
+        content("m1", "Hi").replace("user", "assistant"),
+        content("m1", "Hi").replace("user", "nobody"),
+        content("m1", "Hi") + "}",
+        content("m1", "Hi") + "," + content("m1", "Hi"),
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_message_is_left_out_and_reported(sqlite, target, file, damaged):
+    put(sqlite, "a", "zero", "one", "two")
+    put(sqlite, "b", "zero")
+    with closing(sqlite3.connect(sqlite.path, isolation_level=None)) as connection:
+        changed = connection.execute(
+            "UPDATE chat_messages SET content = ? WHERE message_id = 'm1'", (damaged,)
+        ).rowcount
+    assert changed == 1
+
+    fault = Fault("a", 1, "The message cannot be read, and was left out.", False)
+    for name in EXPORT_FORMATS:
+        exported = export_histories(sqlite, file.with_name(name), format=name)
+        assert exported.faults[:1] == (fault,)
+    assert copy_histories(sqlite, target) == export_histories(sqlite, file) == (2, 3, 0, (fault,))
+    assert [[m[1] for m in messages] for _, messages in everything(target)] == [["m0", "m2"], ["m0"]]
+    assert import_histories(target, file).skipped == 3
+
+
+def test_a_damaged_text_of_the_engine_is_left_out_and_reported(sqlite, target):
+    put(sqlite, "a", "zero", "one", "two")
+    with closing(sqlite3.connect(sqlite.path, isolation_level=None)) as connection:
+        connection.execute("UPDATE chat_messages SET content = CAST(x'7bff7d' AS TEXT) WHERE message_id = 'm1'")
+    assert [fault.position for fault in copy_histories(sqlite, target).faults] == [1]
+
+
+def test_damaged_meta_is_left_out_and_reported(sqlite, target):
+    put(sqlite, "a", "zero", title="T", meta='{"cut')
+    assert copy_histories(sqlite, target) == (
+        1,
+        1,
+        0,
+        (Fault("a", None, "Its meta cannot be read, and was left out.", False),),
+    )
+    assert target.get_chat_history("a")[-2:] == ("T", {})
+
+
+def change(store, statement, *values):
+    """
+    Change one row of an SQLite file, as other software could.
+    """
+    with closing(sqlite3.connect(store.path, isolation_level=None)) as connection:
+        assert connection.execute(statement, values).rowcount == 1
+
+
+NO_TITLE = "Its title cannot be read, and was left out."
+NO_META = "Its meta cannot be read, and was left out."
+NOT_CREATED = "Its time of creation cannot be read, and was replaced."
+NOT_CHANGED = "Its time of change cannot be read, and was replaced."
+
+
+@pytest.mark.parametrize(
+    ("column", "damaged", "description"),
+    [
+        ("title", b"\xff\x00", NO_TITLE),
+        ("title", "t" * 1_001, NO_TITLE),
+        ("title", "a\0b", NO_TITLE),
+        ("meta", "5", NO_META),
+        ("meta", f'{{"a":{"[" * 250}{"]" * 250}}}', NO_META),
+        ("created_at", "noon", NOT_CREATED),
+        ("created_at", 2**62, NOT_CREATED),
+        ("created_at", 0.5, NOT_CREATED),
+        ("updated_at", "noon", NOT_CHANGED),
+        ("updated_at", -(2**62), NOT_CHANGED),
+    ],
+)
+def test_what_is_damaged_beside_the_messages_is_reported_and_the_history_comes(
+    sqlite, memory, file, column, damaged, description
+):
+    put(sqlite, "a", "zero", title="T", meta='{"a":1}')
+    put(sqlite, "b", "zero")
+    change(sqlite, f"UPDATE chat_histories SET {column} = ? WHERE chat_history_id = 'a'", damaged)
+    expected = (2, 2, 0, (Fault("a", None, description, False),))
+
+    for name in EXPORT_FORMATS:
+        assert export_histories(sqlite, file.with_name(name), format=name).faults[:1] == expected[-1]
+    exported, copied = memory(), memory()
+    assert export_histories(sqlite, file) == copy_histories(sqlite, copied) == expected
+    assert import_histories(exported, file) == (2, 2, 0, ())
+
+    assert everything(exported) == everything(copied)
+    ((row, messages), _) = everything(copied)
+    as_before = {"title": "T", "meta": '{"a":1}', "created_at": MOMENT, "updated_at": MOMENT}
+    instead = {"title": None, "meta": None}
+    assert row._asdict().items() >= {**as_before, column: instead.get(column, MOMENT)}.items()
+    assert len(messages) == 1
+
+
+def test_a_history_whose_id_is_too_long_is_left_out_and_reported(sqlite, target, file):
+    put(sqlite, "a", "zero")
+    put(sqlite, "b", "zero")
+    change(sqlite, "UPDATE chat_histories SET chat_history_id = ? WHERE chat_history_id = 'a'", "a" * 513)
+
+    exported = export_histories(sqlite, file)
+
+    (fault,) = exported.faults
+    assert exported[:3] == import_histories(target, file)[:3] == (1, 1, 0)
+    assert fault.description.startswith("'aaaa")
+    assert fault.description.endswith("was left out: its id must have at most 512 characters, got 513.")
+
+
+@pytest.mark.parametrize("damaged", ["''", "CAST(x'ff' AS TEXT)", "x'61'", "x'ff'"])
+def test_histories_without_an_id_that_can_be_read_are_counted_and_reported(sqlite, target, file, damaged):
+    for name in "abc":
+        put(sqlite, name, "zero")
+    change(sqlite, f"UPDATE chat_histories SET chat_history_id = {damaged} WHERE chat_history_id = 'a'")
+
+    description = "1 history has an id that cannot be read, and was left out. To find out: haystack-chat-store doctor"
+    expected = (2, 2, 0, (Fault(None, None, description, False),))
+    assert export_histories(sqlite, file) == copy_histories(sqlite, target) == expected
+    assert export_histories(sqlite, file, chat_history_ids=["b"]).faults == ()
+    assert export_histories(sqlite, file, prefix="b").faults == ()
+
+
+def test_a_walk_ends_at_an_engine_that_goes_on_with_an_empty_id():
+    class Nameless(InMemoryChatMessageStore):
+        def _histories_by_id(self, *_):
+            return [HistoryRow("", 0, 0, MOMENT, MOMENT, None, None)]
+
+    assert len(list(islice(walked_histories(Nameless()), 3))) == 1
+
+
+def test_histories_that_come_and_go_meanwhile_are_not_taken_for_damaged_ones(file):
+    class Busy(InMemoryChatMessageStore):
+        def _histories_by_id(self, session, prefix, after, limit):
+            if not after:
+                self.delete_messages("z")
+            rows = super()._histories_by_id(session, prefix, after, limit)
+            if not rows:
+                self.write_messages("z", [user()])
+            return rows
+
+    store = Busy(namespace=uuid.uuid4().hex)
+    store.write_messages("a", [user()])
+    store.write_messages("z", [user()])
+    assert export_histories(store, file) == (1, 1, 0, ())
+    assert store.count_messages("z") == 1
+
+
+def test_of_two_messages_with_one_id_the_second_is_left_out_and_reported(target, file):
+    class Doubling(InMemoryChatMessageStore):
+        def _page(self, *arguments):
+            return [row._replace(message_id="m0", content=content("m0", "x")) for row in super()._page(*arguments)]
+
+    store = Doubling(namespace=uuid.uuid4().hex)
+    put(store, "a", "zero", "one")
+
+    fault = Fault("a", 1, "The message has the id of another one, and was left out.", False)
+    assert export_histories(store, file) == copy_histories(store, target) == (1, 1, 0, (fault,))
+    assert import_histories(target, file) == (0, 0, 1, ())
+
+
+def test_a_history_that_the_engine_cannot_read_hides_no_other(target, file):
+    with RedisServer() as server, closing(store_from_url(server.url)) as store, server.client() as client:
+        for name in ("ada", "bob", "eve"):
+            put(store, name, "zero", "one", title=name)
+        (roles,) = client.keys("*bob:roles")
+        client.set(roles, "u")
+
+        fault = Fault("bob", None, "Its messages cannot be read, and were left out.", False)
+        for name in EXPORT_FORMATS:
+            assert export_histories(store, file.with_name(name), format=name).faults[0] == fault
+        assert copy_histories(store, target) == export_histories(store, file) == (3, 4, 0, (fault,))
+
+        client.delete(roles)
+        client.lpush(roles, "of another type")
+        exported = export_histories(store, file)
+        assert exported[:3] == (3, 4, 0)
+        uncounted = "Histories cannot be counted, so it is not known whether any was left out. "
+        assert [each.description for each in exported.faults] == [
+            fault.description,
+            f"{uncounted}To find out: haystack-chat-store doctor",
+        ]
+    assert [(row.title, len(messages)) for row, messages in everything(target)] == [("ada", 2), ("bob", 0), ("eve", 2)]
+
+
+def test_an_engine_that_does_not_answer_is_an_error_and_no_fault(file):
+    class Gone(InMemoryChatMessageStore):
+        def _page(self, *_):
+            raise StoreUnavailableError("gone")
+
+        _history = _page
+
+    store = Gone(namespace=uuid.uuid4().hex)
+    store.write_messages("a", [user()])
+    with pytest.raises(StoreUnavailableError, match="gone"):
+        export_histories(store, file)
+    assert not file.exists()

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What is seen and held of an export, import or copy while it is under way, and what is left when it is interrupted.
+"""
+
+import asyncio
+import threading
+import tracemalloc
+import uuid
+
+import pytest
+from haystack.document_stores.types import DuplicatePolicy
+from transferred import everything
+
+from haystack_chat_store import (
+    InMemoryChatMessageStore,
+    SQLiteChatMessageStore,
+)
+from haystack_chat_store.testing.kit import texts
+from haystack_chat_store.testing.messages import conversation, user
+from haystack_chat_store.transfer import (
+    copy_histories,
+    copy_histories_async,
+    export_histories,
+    export_histories_async,
+    export_to,
+    import_histories,
+    import_histories_async,
+)
+
+
+def test_progress_tells_what_is_done_of_how_much(store, target, file):
+    store.write_messages("a", [user(str(number)) for number in range(2_500)])
+    store.write_messages("b", [user()])
+    for work in (
+        lambda step: export_histories(store, file, progress=step),
+        lambda step: import_histories(target, file, progress=step),
+        lambda step: import_histories(target, file, progress=step),
+        lambda step: copy_histories(store, target, progress=step),
+    ):
+        seen = []
+        work(lambda done, total, seen=seen: seen.append((done, total)))
+        known = [(done, total) for done, total in seen if total is not None]
+        assert known[-1] == (2_501, 2_501)
+        assert known == sorted(known)
+        assert len(known) > 3
+
+
+def test_an_import_that_is_interrupted_leaves_whole_histories(store, sqlite, file):
+    store.write_messages("a", conversation("ua"))
+    store.write_messages("b", [user(str(number)) for number in range(2_500)])
+    export_histories(store, file)
+
+    def step(done, total):
+        if total is not None and done > 1_500:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_histories(sqlite, file, progress=step)
+    assert [(row.chat_history_id, row.message_count) for row, _ in everything(sqlite)] == [("a", 2)]
+    assert import_histories(sqlite, file) == (1, 2_500, 2, ())
+    assert everything(sqlite) == everything(store)
+
+
+def test_the_asynchronous_calls_do_the_same(several, target, sqlite, file):
+    async def move():
+        exported = await export_histories_async(several, file, prefix="a")
+        return exported, await import_histories_async(target, file), await copy_histories_async(target, sqlite)
+
+    assert asyncio.run(move()) == ((2, 4, 0, ()),) * 3
+    assert everything(sqlite) == everything(target)
+
+
+def test_the_asynchronous_calls_work_on_another_thread(several, file):
+    threads = set()
+    asyncio.run(export_histories_async(several, file, progress=lambda *_: threads.add(threading.get_ident())))
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("what", ["export", "import", "copy"])
+def test_cancelling_stops_at_the_next_batch_and_leaves_no_part(store, sqlite, file, what):
+    store.write_messages("a", [user(str(number)) for number in range(5_000)])
+    export_histories(store, file)
+    other = file.with_name("other")
+    under_way, steps = threading.Event(), []
+    may_go_on = threading.Event()
+
+    def step(done, total):
+        if total is not None:
+            steps.append(done)
+            under_way.set()
+            may_go_on.wait(60)
+
+    async def cancel():
+        work = {
+            "export": lambda: export_histories_async(store, other, progress=step),
+            "import": lambda: import_histories_async(sqlite, file, progress=step),
+            "copy": lambda: copy_histories_async(store, sqlite, progress=step),
+        }
+        task = asyncio.create_task(work[what]())
+        while not under_way.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.sleep(0)
+        may_go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    assert len(steps) == 1
+    assert not other.exists()
+    assert everything(sqlite) == []
+
+
+def peak_memory(work):
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def peaks_of_moving(count, path):
+    here, there = (SQLiteChatMessageStore(path, namespace=name) for name in ("here", "there"))
+    for number in range(count):
+        here.write_messages(f"chat {number}", [user("x" * 14_000) for _ in range(300)])
+    file = path.with_suffix(".jsonl")
+    return [
+        peak_memory(lambda: export_histories(here, path.with_suffix(".md"), format="markdown")),
+        peak_memory(lambda: export_histories(here, path.with_suffix(".html"), format="html")),
+        peak_memory(lambda: export_histories(here, file)),
+        peak_memory(lambda: import_histories(there, file)),
+        peak_memory(lambda: import_histories(there, file)),
+    ]
+
+
+def test_memory_does_not_grow_with_what_is_moved(tmp_path):
+    few, many = (peaks_of_moving(count, tmp_path / f"{count}.db") for count in (1, 4))
+    for small, large in zip(few, many, strict=True):
+        assert large < 1.5 * small
+
+
+def test_large_messages_are_read_a_few_at_a_time(sqlite, file):
+    sqlite.write_messages("a", [user("x" * 200_000) for _ in range(300)])
+    with file.open("wb") as stream:
+        assert peak_memory(lambda: export_to(sqlite, stream)) < 120_000_000
+    assert file.stat().st_size > 60_000_000
+
+
+class ChangesWhileItIsRead(InMemoryChatMessageStore):
+    """
+    Somebody else changes a history after its first page was read, so many times.
+    """
+
+    def __init__(self, change, times=1):
+        super().__init__(namespace=uuid.uuid4().hex, last_k=None)
+        self.change, self.times = change, times
+
+    def _page(self, session, chat_history_id, before, after, limit):
+        page = super()._page(session, chat_history_id, before, after, limit)
+        if after == -1 and self.times:
+            self.times -= 1
+            self.change(self)
+        return page
+
+
+def edit_both_ends(store):
+    ends = [store.list_messages("a", after=position, limit=1)[0].message for position in (0, 1_998)]
+    edited = [user("edited", chat_message_id=message.meta["chat_message_id"]) for message in ends]
+    store.write_messages("a", edited, policy=DuplicatePolicy.OVERWRITE)
+
+
+def erase_the_rest(store):
+    store.delete_messages(
+        "a", from_message_id=store.list_messages("a", after=50, limit=1)[0].message.meta["chat_message_id"]
+    )
+
+
+@pytest.mark.parametrize("change", [edit_both_ends, erase_the_rest])
+def test_a_history_that_changes_while_it_is_read_is_exported_as_of_one_moment(target, file, change):
+    store = ChangesWhileItIsRead(change)
+    store.write_messages("a", [user(str(number)) for number in range(2_000)])
+
+    assert export_histories(store, file).faults == ()
+    import_histories(target, file)
+
+    assert texts(target.retrieve_messages("a", last_k=9_999)) == texts(store.retrieve_messages("a"))
+
+
+def test_a_history_that_changes_all_the_time_is_exported_and_reported(file):
+    store = ChangesWhileItIsRead(edit_both_ends, times=1_000)
+    store.write_messages("a", [user(str(number)) for number in range(2_000)])
+
+    exported = export_histories(store, file)
+
+    assert exported.messages == 2_000
+    assert [fault.chat_history_id for fault in exported.faults] == ["a"]

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What the tests of this folder look at: histories whose every part is known, and all that a store or a file holds.
+"""
+
+import hashlib
+
+from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+
+MOMENT = 1_767_225_600_000_001  # 2026-01-01, and a microsecond
+
+
+def everything(store):
+    """
+    All that a store holds, in the order of the ids.
+    """
+    rows = store._run(store._histories_by_id, "", "", 10_000)
+    return [(row, [m[1:] for m in store._run(store._page, row.chat_history_id, None, -1, 100_000)]) for row in rows]
+
+
+def put(store, chat_history_id, *texts, title=None, meta=None):
+    """
+    Store messages whose ids, times and contents are known.
+    """
+    rows = [
+        MessageRow(index, MOMENT + index, f"m{index}", "user", content(f"m{index}", text))
+        for index, text in enumerate(texts)
+    ]
+    store._run(store._import, HistoryRow(chat_history_id, 0, 0, MOMENT, MOMENT, title, meta), [rows], 0)
+
+
+def content(message_id, text):
+    return f'{{"role":"user","meta":{{"chat_message_id":"{message_id}"}},"name":null,"content":[{{"text":"{text}"}}]}}'
+
+
+def in_progress(work):
+    """
+    A callback that does something, once, as soon as histories are on their way.
+    """
+    waiting = [work]
+
+    def step(_done, total):
+        if total is not None and waiting:
+            waiting.pop()()
+
+    return step
+
+
+def joined(lines):
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def digest(lines):
+    return hashlib.sha256(joined(lines)).hexdigest()
