@@ -135,6 +135,19 @@ def test_what_is_old_is_found_without_looking_at_what_is_not(store, path):
     assert counts[3] < 1.5 * counts[1] + 100
 
 
+@pytest.mark.parametrize("erase", ["by prefix", "by age"])
+def test_no_step_of_erasing_deletes_many_messages(store, path, monkeypatch, erase):
+    for number in range(7):
+        store.write_messages(f"chat {number}", [user()] * (50 if number == 3 else 4))
+    monkeypatch.setattr(directory, "_MESSAGES_PER_STEP", 10)
+    prefix, before = ("chat", None) if erase == "by prefix" else ("", 2**62)
+    erased = []
+    while not erased or erased[-1]:
+        erased.append(store._run(store._erase_some, prefix, before, 100))
+    assert erased == [2, 1, 1, 2, 1, 0]
+    assert store.statistics().messages == 0
+
+
 def test_a_page_shows_titles_and_meta_as_they_are_now(store, path):
     for number in range(3):
         store.write_messages(f"chat {number}", [user()])

@@ -7,7 +7,8 @@ import asyncio
 import os
 import re
 import tempfile
-from contextlib import contextmanager
+import threading
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sqlite_stores import SECRET, SIDE_FILES, assert_says, connections_of_stores
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.stores.operations import HistoryRow
 from haystack_chat_store.testing.processes import Program, run_program
 
 # ---------------------------------------------------------------------- the path
@@ -30,7 +32,9 @@ def test_a_path_that_is_no_file_is_refused(path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"durability": "off"}, {"timeout": -1}, {"timeout": float("nan")}, {"timeout": "30"}], ids=str
+    "setting",
+    [{"durability": "off"}, {"timeout": -1}, {"timeout": float("nan")}, {"timeout": "30"}, {"timeout": True}],
+    ids=str,
 )
 def test_a_setting_that_sqlite_does_not_have_is_refused(path, setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
@@ -216,6 +220,42 @@ def test_a_write_waits_for_a_lock_that_ends_in_time(new_store, path):
 
     assert asyncio.run(main()) == 1
     assert said(store) == ["before", "waited"]
+
+
+@contextmanager
+def writing_thread(path):
+    """
+    Another thread of this process is in the middle of a write; it goes on when it is told to, or after a minute.
+    """
+    is_writing, go_on = threading.Event(), threading.Event()
+
+    def batches():
+        is_writing.set()
+        go_on.wait(60)
+        yield []
+
+    with closing(SQLiteChatMessageStore(path, timeout=0.2)) as store:
+        arguments = HistoryRow("imported", 0, 0, 1, 1, None, None), batches(), 0
+        thread = threading.Thread(target=store._run, args=(store._import, *arguments))
+        thread.start()
+        is_writing.wait(60)
+        yield thread, go_on.set
+        go_on.set()
+        thread.join()
+
+
+def test_a_write_waits_for_another_thread_no_longer_than_the_timeout(store, path):
+    with writing_thread(path) as (thread, _):
+        with pytest.raises(StoreTimeoutError, match=r"other threads.* 0\.2 seconds"):
+            say(store, "Hi!")
+        assert thread.is_alive()
+    assert say(store, "Hi!") == 1
+
+
+def test_a_write_goes_on_as_soon_as_another_thread_is_done(new_store, path):
+    with writing_thread(path) as (_, let_it_go_on):
+        threading.Timer(0.1, let_it_go_on).start()
+        assert say(new_store(timeout=30), "Hi!") == 1
 
 
 def try_without_rights(store, report, text):

@@ -7,6 +7,7 @@ import json
 import random
 import sqlite3
 import threading
+import unicodedata
 from contextlib import ExitStack, closing
 from functools import partial
 
@@ -19,7 +20,8 @@ from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.rounds import MESSAGE_ID_KEY
 from haystack_chat_store.search_text import parsed_query, terms
 from haystack_chat_store.stores.operations import HistoryRow, MessageRow
-from haystack_chat_store.stores.sqlite import database, schema, search
+from haystack_chat_store.stores.sqlite import search
+from haystack_chat_store.stores.sqlite import terms as index_terms
 from haystack_chat_store.testing.processes import Program
 
 WORDS = ["fox", "quick", "brown", "東京都", "Straße", "déjà", "x²"]
@@ -317,10 +319,124 @@ def later_version(monkeypatch):
     """
 
     def become_it():
-        monkeypatch.setattr(schema, "_TERMS", "2/99.0.0")
-        monkeypatch.setattr(database, "terms", lambda text: [f"new{term}" for term in terms(text)])
+        monkeypatch.setattr(index_terms, "OWN_TERMS", "2/99.0.0")
+        monkeypatch.setattr(index_terms, "terms", lambda text: [f"new{term}" for term in terms(text)])
 
     return become_it
+
+
+@pytest.fixture
+def as_of(monkeypatch):
+    """
+    Make this process one of an older or newer Python when called: only the newer knows the letter `𞤀`.
+    """
+    terms_of_newer = index_terms.terms
+
+    class OlderUnicode:
+        ucd_3_2_0 = unicodedata.ucd_3_2_0
+
+        @staticmethod
+        def category(character):
+            return "Cn" if character == "𞤀" else unicodedata.category(character)
+
+    def become(version):
+        is_newer = version == "newer"
+        index_terms._folds_alike.cache_clear()
+        monkeypatch.setattr(index_terms, "unicodedata", unicodedata if is_newer else OlderUnicode)
+        monkeypatch.setattr(index_terms, "OWN_TERMS", "1/9.0.0" if is_newer else "1/8.0.0")
+        monkeypatch.setattr(
+            index_terms, "terms", lambda text: terms_of_newer(text if is_newer else text.replace("𞤀", " "))
+        )
+
+    return become
+
+
+def indexed_terms(path):
+    return sorted(term for (term,) in execute(path, "SELECT term FROM chat_message_term_instances"))
+
+
+def version_of_index(path):
+    ((version,),) = execute(path, "SELECT terms_version FROM chat_messages_indexed")
+    return version
+
+
+@pytest.mark.parametrize("begun", ["older", "newer"])
+def test_whoever_does_not_search_leaves_the_index_of_another_python_alone(new_store, path, as_of, begun):
+    as_of(begun)
+    searching = new_store(search=True)
+    searching.write_messages("chat", [user("Straße 😀", "1"), user("東京都", "2"), user("gone", "3")])
+    before = version_of_index(path)
+    as_of("older" if begun == "newer" else "newer")
+    other = new_store()
+    other.write_messages("chat", [user("déjà vu 😀", "4"), user("кот", "1")], policy=DuplicatePolicy.OVERWRITE)
+    other.delete_messages("chat", message_ids=["3"])
+    assert version_of_index(path) == before
+    assert indexed_terms(path) == sorted(["deja", "vu", "кот", "東京", "京都", "都"])
+    assert other._run(other._faults, False) == []
+    as_of(begun)
+    assert searching._run(searching._search, parsed_query("vu"), None, "", 20)
+
+
+def test_what_another_python_writes_and_cannot_index_is_found_by_the_next_search(new_store, path, as_of):
+    as_of("older")
+    older = new_store()
+    older.write_messages("chat", [user("fox𞤀", "1")])
+    as_of("newer")
+    newer = new_store(search=True)
+    assert found(newer, "fox𞤀") == [("chat", 0)]
+    as_of("older")
+    older.write_messages("chat", [user("fox", "2"), user("cat𞤀", "3"), user("dog𞤀", "4")])
+    older.write_messages("chat", [user("cow𞤀", "4")], policy=DuplicatePolicy.OVERWRITE)
+    older.delete_messages("chat", message_ids=["3"])
+    assert len(indexed_terms(path)) == 2
+    as_of("newer")
+    assert newer._run(newer._faults, False) == []
+    assert found(newer, "cow𞤀") == [("chat", 3)]
+    assert found(newer, "cow") == found(newer, "cat𞤀") == []
+    assert sorted(indexed_terms(path)) == sorted([*terms("fox𞤀"), "fox", *terms("cow𞤀")])
+
+
+@pytest.mark.parametrize("change", ["delete", "overwrite", "erase"])
+def test_no_term_is_left_of_what_another_python_deletes(new_store, path, as_of, change):
+    as_of("newer")
+    newer, older = new_store(search=True), new_store()
+    newer.write_messages("chat", [user("secret𞤀", "1"), user("secret 😀", "2")])
+    newer.write_messages("other", [user("fox𞤀")])
+    as_of("older")
+    if change == "delete":
+        older.delete_messages("chat", message_ids=["1", "2"])
+    elif change == "erase":
+        older.delete_chat_histories(prefix="chat")
+    else:
+        harmless = [user("harmless", "1"), user("harmless", "2")]
+        older.write_messages("chat", harmless, policy=DuplicatePolicy.OVERWRITE)
+    assert not [term for term in indexed_terms(path) if term.startswith("secret")]
+    as_of("newer")
+    assert found(newer, "fox𞤀") == [("other", 0)]
+    assert found(newer, "secret") == []
+    assert newer._run(newer._faults, False) == []
+
+
+def test_the_older_of_two_searches_the_index_of_the_newer_or_says_that_it_cannot(new_store, path, as_of):
+    as_of("newer")
+    newer, older = new_store(search=True), new_store(search=True, timeout=20)
+    newer.write_messages("chat", [user("fox"), user("cat𞤀")])
+    as_of("older")
+    assert found(older, "fox") == [("chat", 0)]
+    older.write_messages("chat", [user("dog𞤀")])
+    with pytest.raises(UnsupportedOperationError, match="newer version"):
+        older.search_messages("fox")
+    assert version_of_index(path) == "1/9.0.0"
+    as_of("newer")
+    assert found(newer, "dog𞤀") == [("chat", 2)]
+    as_of("older")
+    assert found(older, "fox") == [("chat", 0)]
+    older.write_messages("chat", [user("cow𞤀")])
+    unsearching = new_store()
+    assert unsearching._run(unsearching._faults, True) == []
+    assert [fault.is_repaired for fault in older._run(older._faults, True)] == [True]  # there is no newer one any more
+    assert found(older, "dog") == [("chat", 2)]
+    assert version_of_index(path) == "1/8.0.0"
 
 
 @pytest.mark.parametrize("searches", [False, True], ids=["without search", "with search"])
@@ -384,7 +500,7 @@ def test_ctrl_c_while_words_are_indexed_is_ctrl_c(path, monkeypatch):
 
     with closing(SQLiteChatMessageStore(path, search=True)) as store:
         store.write_messages("chat", [ChatMessage.from_user("before")])
-        monkeypatch.setattr(database, "terms", interrupted)
+        monkeypatch.setattr(index_terms, "terms", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.write_messages("chat", [ChatMessage.from_user("during")])
         monkeypatch.undo()

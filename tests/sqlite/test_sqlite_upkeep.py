@@ -15,8 +15,9 @@ from haystack.document_stores.types import DuplicatePolicy
 from sqlite_stores import connections_of_stores
 
 from haystack_chat_store import SQLiteChatMessageStore
-from haystack_chat_store.errors import StoreTimeoutError
+from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.stores.arguments import parsed_meta
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.walks import walked_histories
 
@@ -187,6 +188,13 @@ DAMAGES = {
     "time of creation": ("UPDATE chat_histories SET created_at = 'x' WHERE chat_history_id = 'chat'", "creation"),
     "time of change": ("UPDATE chat_histories SET updated_at = 1 << 62 WHERE chat_history_id = 'chat'", "change"),
     "title": ("UPDATE chat_histories SET title = CAST(x'ff' AS TEXT) WHERE chat_history_id = 'chat'", "title"),
+    "title of bytes": ("UPDATE chat_histories SET title = x'61' WHERE chat_history_id = 'chat'", "title is no text"),
+    "long title": (
+        "UPDATE chat_histories SET title = printf('%1001c', 'x') WHERE chat_history_id = 'chat'",
+        "too long",
+    ),
+    "title with NUL": ("UPDATE chat_histories SET title = 'a' || char(0) WHERE chat_history_id = 'chat'", "NUL"),
+    "meta of bytes": ("UPDATE chat_histories SET meta = x'ff' WHERE chat_history_id = 'chat'", "meta"),
     "meta": ("UPDATE chat_histories SET meta = '[1]' WHERE chat_history_id = 'chat'", "meta"),
     "torn meta": ("UPDATE chat_histories SET meta = '{\"a' WHERE chat_history_id = 'chat'", "meta"),
 }
@@ -343,6 +351,73 @@ def test_texts_that_are_none_hide_no_history(two_histories, new_store, path):
     assert {row.chat_history_id for row in walked_histories(two_histories)} == {*sound, "c\\xff", "\\xfe"}
     assert texts(two_histories.retrieve_messages("c\\xff")) == ["cat"]
     assert_sound(two_histories)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "mended"),
+    [
+        ("''", "unnamed"),
+        ("replace(hex(zeroblob(300)), '0', 'x')", "x" * 509),
+        ("'a' || char(0) || 'b'", "a\\x00b"),
+        ("x'6162'", "ab"),
+    ],
+    ids=["empty", "too long", "NUL", "bytes"],
+)
+def test_an_id_that_no_store_gives_is_found_counted_and_mended(two_histories, path, damaged, mended):
+    before = two_histories.statistics()
+    damage(path, f"UPDATE chat_histories SET chat_history_id = {damaged} WHERE chat_history_id = 'chat'")
+    after = two_histories.statistics()
+    assert after._replace(size=before.size) == before
+    assert ["Its id" in fault.description for fault in faults_of(two_histories)] == [True]
+    assert [fault.is_repaired for fault in faults_of(two_histories, repair=True)] == [True]
+    assert texts(two_histories.retrieve_messages(mended)) == ["fox 0", "1", "fox 2", "3"]
+    assert_sound(two_histories)
+
+
+@pytest.mark.parametrize("meta", ["x'ff'", "x'7bff'", "4711", "'[1]'", "x''"])
+def test_damaged_meta_does_not_come_out_as_none(two_histories, path, meta):
+    damage(path, f"UPDATE chat_histories SET meta = {meta} WHERE chat_history_id = 'chat'")
+    rows = [two_histories._run(two_histories._history, "chat"), next(walked_histories(two_histories))]
+    for row in rows:
+        assert row.chat_history_id == "chat"
+        assert parsed_meta(row.meta) is None
+    assert [info.meta for info in two_histories.list_chat_histories().items] == [{}, {}]
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_messages_by_id", "chat_messages_from_user", "chat_histories_by_time", "chat_transcripts"]
+)
+def test_an_index_or_view_that_is_missing_is_found_and_made_again(two_histories, path, name):
+    kind = "VIEW" if name == "chat_transcripts" else "INDEX"
+    with opened(path) as connection:
+        before = connection.execute("SELECT sql FROM sqlite_master WHERE name = ?", (name,)).fetchall()
+        connection.execute(f"DROP {kind} {name}")
+    assert [(fault.description, fault.is_repaired) for fault in faults_of(two_histories)] == [
+        (f"{name} is missing.", False)
+    ]
+    assert [fault.is_repaired for fault in faults_of(two_histories, repair=True)] == [True]
+    with opened(path) as connection:
+        assert connection.execute("SELECT sql FROM sqlite_master WHERE name = ?", (name,)).fetchall() == before
+    assert_sound(two_histories)
+
+
+def test_an_index_that_cannot_be_made_before_rows_are_mended_stays_a_fault_until_then(two_histories, path):
+    with opened(path) as connection:
+        connection.execute("DROP INDEX chat_messages_by_id")
+    damage(path, "UPDATE chat_messages SET message_id = 'same' WHERE message_key >> 32 = 1")
+    for is_repaired in (False, True):
+        (fault,) = [each for each in faults_of(two_histories, repair=True) if "missing" in each.description]
+        assert fault.is_repaired == is_repaired
+    assert_sound(two_histories)
+
+
+@pytest.mark.parametrize("table", ["chat_histories", "chat_messages"])
+def test_a_table_that_is_missing_is_an_error_that_says_what_to_do(two_histories, path, table):
+    with opened(path) as connection:
+        connection.execute(f"DROP TABLE {table}")
+    for call in (lambda: faults_of(two_histories, True), lambda: two_histories.write_messages("chat", [user("x")])):
+        with pytest.raises(StoreUnavailableError, match=r"no such table.*Restore the file from a backup"):
+            call()
 
 
 def test_an_id_that_is_mended_never_becomes_that_of_another_history(two_histories, path):

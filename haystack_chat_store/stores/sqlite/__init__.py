@@ -7,11 +7,13 @@ from typing import Any
 
 from haystack_chat_store.errors import MessageDecodingError, StoreUnavailableError
 from haystack_chat_store.rounds import LastKUnit
+from haystack_chat_store.stores.arguments import validated_seconds
 from haystack_chat_store.stores.base import BaseChatMessageStore
-from haystack_chat_store.stores.sqlite.database import Database, Durability, Settings, databases, interruption
+from haystack_chat_store.stores.sqlite.database import Database, Durability, Settings, databases
 from haystack_chat_store.stores.sqlite.directory import DirectoryOperations
 from haystack_chat_store.stores.sqlite.messages import MessageOperations
 from haystack_chat_store.stores.sqlite.search import SearchOperations
+from haystack_chat_store.stores.sqlite.terms import interruption
 from haystack_chat_store.stores.sqlite.upkeep import UpkeepOperations
 
 # Operations that only read, or that others need not wait for. They run side by side.
@@ -79,10 +81,8 @@ class SQLiteChatMessageStore(
             )
         if durability not in ("full", "normal"):
             raise ValueError(f'durability must be "full" or "normal", got {durability!r}.')
-        if not isinstance(timeout, (int, float)) or not 0 <= timeout <= 1_000_000:
-            raise ValueError(f"timeout must be a number of seconds from 0 to 1,000,000, got {timeout!r}.")
         self.durability = durability
-        self.timeout = timeout
+        self.timeout = validated_seconds(timeout, "timeout", 0, 1_000_000)
         # Relative to where the process was when the store was made, wherever it goes later.
         self._settings = Settings(os.path.abspath(self.path), durability, timeout, search)
 

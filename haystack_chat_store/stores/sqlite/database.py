@@ -12,6 +12,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from operator import attrgetter
+from queue import Empty, SimpleQueue
 from typing import Any, Literal, NamedTuple
 
 from haystack_chat_store.errors import (
@@ -20,9 +23,9 @@ from haystack_chat_store.errors import (
     StoreUnavailableError,
     UnsupportedOperationError,
 )
-from haystack_chat_store.search_text import searchable_text_of_content, terms
 from haystack_chat_store.stores.shared import Shared, never_free
-from haystack_chat_store.stores.sqlite import schema
+from haystack_chat_store.stores.sqlite import schema, terms
+from haystack_chat_store.stores.sqlite.texts import is_readable
 
 #: How much of what a call has acknowledged survives a power cut: everything, or everything but the last moments.
 Durability = Literal["full", "normal"]
@@ -45,6 +48,8 @@ _ADVICE = {
     "is full": "Nothing of the failed call was stored. Make room on the disk.",
     "I/O error": "Look at its disk, quota and limits.",
     "malformed": "The file is damaged. Restore it from a backup, or recover what is readable with SQLite's own tools.",
+    "no such table": "A table has been deleted. Restore the file from a backup.",
+    "no such index": "It has been deleted. `haystack-chat-store doctor --repair` makes it again.",
     "already exists": "Other software has a table of this name in the file. Choose another path.",
 }
 
@@ -62,6 +67,23 @@ class Settings(NamedTuple):
 
 class _Connection(sqlite3.Connection):
     file_identity: tuple[int, int] | None = None
+
+
+class _Turn:
+    """
+    Takes what is in a queue for a block, or raises `Empty` after a while.
+
+    As with a lock, and unlike with `acquire(timeout=…)`, there is no moment at which a Ctrl-C could come between taking
+    it and the block, or the block and putting it back: both methods are functions in C, and nothing of Python's is
+    around them.
+    """
+
+    def __init__(self, queue: "SimpleQueue[Any]", timeout: float) -> None:
+        self._take = partial(queue.get, True, min(timeout, threading.TIMEOUT_MAX))
+        self._put_back = queue.put  # gets the type of an exception, or None: what is in the queue does not matter
+
+    __enter__ = property(attrgetter("_take"))
+    __exit__ = property(attrgetter("_put_back"))
 
 
 class Database:
@@ -82,8 +104,10 @@ class Database:
         self._is_closed = False
         self._is_forking = False
         self._lock = threading.Lock()
-        # Writers of this process queue here instead of polling the file's lock, which is slower and less fair.
-        self._write_lock = threading.Lock()
+        # Writers of this process queue here instead of polling the file's lock, which is slower and less fair. Whoever
+        # takes out what is in it may write, and puts something back.
+        self._free_turn: SimpleQueue[Any] = SimpleQueue()
+        self._free_turn.put(None)
 
     @contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
@@ -132,12 +156,15 @@ class Database:
 
         :raises StoreTimeoutError: If other threads keep the database busy for longer than the timeout.
         """
-        waits_until = time.monotonic() + self._settings.timeout
-        with self._write_lock:
-            if time.monotonic() > waits_until:
-                raise self._timed_out("other threads of this process")
-            with self.connection() as connection:
+        is_waiting = True
+        try:
+            with _Turn(self._free_turn, self._settings.timeout), self.connection() as connection:
+                is_waiting = False
                 yield connection
+        except Empty:
+            if not is_waiting:
+                raise
+            raise self._timed_out("other threads of this process") from None
 
     def give_way(self) -> None:
         """
@@ -285,53 +312,10 @@ def _connected(settings: Settings) -> _Connection:
     # With or without search: whoever writes to a database that has an index keeps it. Triggers call the function, which
     # some builds allow only if they are told to trust the schema.
     connection.execute("PRAGMA trusted_schema = ON")
-    connection.create_function(schema.TERMS_FUNCTION, 1, terms_of_content, deterministic=True)
+    connection.create_function("chat_message_terms_of", 1, terms.terms_of_content, deterministic=True)
+    connection.create_function("has_same_terms", 2, terms.has_same_terms, deterministic=True)
     connection.create_function("is_readable", 1, is_readable, deterministic=True)
     return connection
-
-
-#: The Ctrl-C that came while SQLite was calling a function of ours, in this thread.
-interruption = threading.local()
-
-
-def terms_of_content(content: bytes) -> str:
-    """
-    Return the terms of a stored message as the index gets them, whatever has become of its content.
-    """
-    try:
-        return " ".join(terms(searchable_text_of_content(readable(content))))
-    except KeyboardInterrupt as interrupt:  # SQLite only says that a function has failed
-        interruption.last = interrupt
-        raise
-
-
-def readable(text: bytes) -> str:
-    """
-    Return a text that may be damaged. What is no UTF-8 becomes something that is no JSON either.
-    """
-    return text.decode(errors="backslashreplace")
-
-
-@contextmanager
-def all_readable(connection: sqlite3.Connection) -> Iterator[None]:
-    """
-    Have a connection read damaged texts too: one must not hide the others.
-    """
-    connection.text_factory = readable
-    try:
-        yield
-    finally:
-        connection.text_factory = str
-
-
-def is_readable(text: bytes | None) -> bool:
-    """
-    Whether a text, if there is one, is not damaged.
-    """
-    try:
-        return text is None or text.decode() is not None
-    except UnicodeDecodeError:
-        return False
 
 
 def _make_ready(connection: _Connection, settings: Settings) -> None:
@@ -343,7 +327,8 @@ def _make_ready(connection: _Connection, settings: Settings) -> None:
     _switch_to_wal(connection, settings.path, time.monotonic() + settings.timeout)
     if not is_current:
         schema.migrate(connection, settings.path)
-    schema.make_index_ready(connection, settings.search)
+    if settings.search:
+        schema.make_index(connection)
     connection.file_identity = _file_identity(settings.path)
 
 

@@ -4,19 +4,22 @@ The operations on whole histories: listing, titles, statistics, erasing.
 """
 
 import sqlite3
+from collections.abc import Sequence
+from itertools import accumulate
 from math import inf
 
 from haystack_chat_store.stores.arguments import time_of
 from haystack_chat_store.stores.operations import UNCHANGED, HistoryRow, Operations, Unchanged, end_of_prefix
-from haystack_chat_store.stores.sqlite.database import Database, all_readable
+from haystack_chat_store.stores.sqlite.database import Database
 from haystack_chat_store.stores.sqlite.messages import FIRST_TIME, LAST_TIME, delete_history
+from haystack_chat_store.stores.sqlite.texts import all_readable
 from haystack_chat_store.types import StoreStatistics
 
 # What is no time, but a text or the like, is greater than all times. Read as an integer, it has the same place.
 _SELECT_HISTORY = """
     SELECT chat_history_id, message_count, round_count, created_at,
         CAST(max(min(updated_at, 0x4000000000000000), -0x4000000000000000) AS INTEGER),
-        CAST(title AS TEXT), iif(typeof(meta) = 'text', meta, NULL)
+        CAST(title AS TEXT), iif(typeof(meta) = 'null', NULL, CAST(meta AS TEXT))
     FROM chat_histories
 """
 _HISTORY = _SELECT_HISTORY + "WHERE namespace = ? AND chat_history_id = ?"
@@ -68,20 +71,24 @@ _MESSAGES_PER_DAY = """
 """
 _SIZE = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 _KEYS_BY_ID = """
-    SELECT history_key FROM chat_histories
+    SELECT history_key, CAST(message_count AS INTEGER) FROM chat_histories
     WHERE namespace = ? AND chat_history_id >= ? AND chat_history_id < ? LIMIT ?
 """
 _OLD_KEYS = """
-    SELECT history_key FROM chat_histories INDEXED BY chat_histories_by_time
+    SELECT history_key, CAST(message_count AS INTEGER) FROM chat_histories INDEXED BY chat_histories_by_time
     WHERE namespace = ? AND +chat_history_id >= ? AND +chat_history_id < ? AND updated_at < ? LIMIT ?
 """
 
 # Of all histories, the one updated last first, whatever stands in place of a time.
 _BEGINNING, _END = (b"\xff" * 16, ""), (-inf, "")
+# After all ids, those that are no texts included.
+_AFTER_ALL = b"\xff" * 1024
 _DAY = 24 * 60 * 60 * 1_000_000
 
 # So many histories with a prefix are looked up and sorted at first, or walked past in the index by time. Then more are.
 _TRIED_AT_FIRST = 256
+# So many messages are deleted at once, or one history: with search, in about a second, in which all others wait.
+_MESSAGES_PER_STEP = 10_000
 
 
 class DirectoryOperations(Operations[Database]):
@@ -159,7 +166,8 @@ class DirectoryOperations(Operations[Database]):
         return None if found is None else HistoryRow(*found)
 
     def _statistics(self, session: Database, prefix: str) -> StoreStatistics:
-        histories = (self.namespace, *id_range(prefix))
+        first, end = id_range(prefix)
+        histories = (self.namespace, first, end or _AFTER_ALL)
         with session.snapshot() as connection:
             count, messages, rounds = connection.execute(_TOTALS, histories).fetchone()
             (size,) = connection.execute(_SIZE).fetchone()
@@ -173,11 +181,21 @@ class DirectoryOperations(Operations[Database]):
                 found = connection.execute(_KEYS_BY_ID, (*histories, limit)).fetchall()
             else:
                 found = connection.execute(_OLD_KEYS, (*histories, updated_before, limit)).fetchall()
-            for (history_key,) in found:
+            keys = _step(found)
+            for history_key in keys:
                 delete_history(connection, history_key)
-        if len(found) == limit:
+        if len(keys) < len(found) or len(found) == limit:
             session.give_way()
-        return len(found)
+        return len(keys)
+
+
+def _step(found: Sequence[tuple[int, int]]) -> list[int]:
+    """
+    Return the keys of the first of these histories, which together have not too many messages, or of one that has.
+    """
+    ends = accumulate(count for _, count in found)
+    keys = [key for (key, _), end in zip(found, ends, strict=True) if end <= _MESSAGES_PER_STEP]
+    return keys or [key for key, _ in found[:1]]
 
 
 def id_range(prefix: str) -> tuple[str, str | bytes]:

@@ -26,7 +26,8 @@ from haystack_chat_store.stores.operations import (
     not_found,
     planned,
 )
-from haystack_chat_store.stores.sqlite.database import Database, all_readable
+from haystack_chat_store.stores.sqlite.database import Database
+from haystack_chat_store.stores.sqlite.texts import all_readable
 
 # A message's key is its history's key times 2**32 plus its position. So all messages of a history lie side by side in
 # the table's own tree, in order, and the newest is one look-up away.

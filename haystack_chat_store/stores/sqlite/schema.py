@@ -3,10 +3,13 @@
 The tables, and how a database of an earlier version becomes one of this version.
 """
 
+import re
 import sqlite3
-import unicodedata
+from itertools import chain
+from typing import NamedTuple
 
 from haystack_chat_store.errors import SchemaVersionError
+from haystack_chat_store.stores.sqlite import terms
 
 # Each step takes a database from the version of its index to the next. Never change one that was released: add one.
 MIGRATIONS: list[list[str]] = [
@@ -55,19 +58,30 @@ MIGRATIONS: list[list[str]] = [
     ],
 ]
 
-#: To be raised whenever the terms of any message change.
-TERMS_VERSION = 1
-# What normal forms and classes of characters are depends on Python's version.
-_TERMS = f"{TERMS_VERSION}/{unicodedata.unidata_version}"
-
-#: The function of SQL that returns the terms of a stored message, with a blank between them. Every connection has it.
-TERMS_FUNCTION = "chat_message_terms_of"
-
-# The index of words, which a database has from when a store with search first opens it. It holds the terms of all
-# messages up to a key, and no others: so there is always exactly one who indexes a message, its writer or, where it was
-# written before, the indexing that goes through all keys. What is deleted from an index without content has to be told
-# the very terms that are in it, so an index of other terms begins anew.
-_INDEX = {
+# The index of words, which a database has from when a store with search first opens it. It has the terms of one version
+# (see `terms`), and those of all messages up to a key but for some that are listed: those written by a process that
+# could not say which terms they have in that version. So there is always exactly one who indexes a message: its writer,
+# or the indexing that goes through all keys and then that list. What is deleted from an index without content has to be
+# told the very terms that are in it. Whoever deletes a message and does not know them has the index begin anew.
+_IS_INDEXED = "{row}.message_key <= last_key"
+_HAS_SAME_TERMS = "has_same_terms(terms_version, CAST({row}.content AS BLOB))"
+_IS_LEFT_OUT = "EXISTS (SELECT 1 FROM chat_messages_unindexed WHERE message_key = {row}.message_key)"
+_ADD_TO_INDEX = f"""
+    INSERT INTO chat_message_terms (rowid, terms)
+    SELECT new.message_key, chat_message_terms_of(CAST(new.content AS BLOB)) FROM chat_messages_indexed
+    WHERE {_IS_INDEXED} AND {_HAS_SAME_TERMS};
+    INSERT INTO chat_messages_unindexed (message_key)
+    SELECT new.message_key FROM chat_messages_indexed WHERE {_IS_INDEXED} AND NOT {_HAS_SAME_TERMS};
+""".format(row="new")  # noqa: S608  (made of constants of this module)
+_TAKE_FROM_INDEX = f"""
+    INSERT INTO chat_message_terms (chat_message_terms, rowid, terms)
+    SELECT 'delete', old.message_key, chat_message_terms_of(CAST(old.content AS BLOB)) FROM chat_messages_indexed
+    WHERE {_IS_INDEXED} AND NOT {_IS_LEFT_OUT} AND {_HAS_SAME_TERMS};
+    UPDATE chat_messages_indexed SET last_key = 0, terms_version = '{terms.NO_TERMS}'
+    WHERE {_IS_INDEXED} AND NOT {_IS_LEFT_OUT} AND NOT {_HAS_SAME_TERMS};
+    DELETE FROM chat_messages_unindexed WHERE message_key = old.message_key;
+""".format(row="old")  # noqa: S608  (made of constants)
+_INDEX_TABLES = {
     "chat_message_terms": """
         CREATE VIRTUAL TABLE chat_message_terms USING fts5 (terms, content = '', tokenize = 'ascii')
     """,
@@ -77,40 +91,66 @@ _INDEX = {
     "chat_messages_indexed": """
         CREATE TABLE chat_messages_indexed (last_key INTEGER NOT NULL, terms_version TEXT NOT NULL)
     """,
-    "chat_messages_index_new": """
-        CREATE TRIGGER chat_messages_index_new AFTER INSERT ON chat_messages
-        WHEN new.message_key <= (SELECT last_key FROM chat_messages_indexed) BEGIN
-            INSERT INTO chat_message_terms (rowid, terms)
-            VALUES (new.message_key, chat_message_terms_of(CAST(new.content AS BLOB)));
-        END
+    "chat_messages_unindexed": "CREATE TABLE chat_messages_unindexed (message_key INTEGER PRIMARY KEY)",
+}
+_INDEX_TRIGGERS = {
+    "chat_messages_index_new": f"AFTER INSERT ON chat_messages BEGIN {_ADD_TO_INDEX} END",
+    "chat_messages_index_changed": f"""
+        AFTER UPDATE OF message_key, content ON chat_messages BEGIN {_TAKE_FROM_INDEX} {_ADD_TO_INDEX} END
     """,
-    "chat_messages_index_changed": """
-        CREATE TRIGGER chat_messages_index_changed AFTER UPDATE OF message_key, content ON chat_messages
-        WHEN new.message_key <= (SELECT last_key FROM chat_messages_indexed) BEGIN
-            INSERT INTO chat_message_terms (chat_message_terms, rowid, terms)
-            VALUES ('delete', old.message_key, chat_message_terms_of(CAST(old.content AS BLOB)));
-            INSERT INTO chat_message_terms (rowid, terms)
-            VALUES (new.message_key, chat_message_terms_of(CAST(new.content AS BLOB)));
-        END
-    """,
-    "chat_messages_index_deleted": """
-        CREATE TRIGGER chat_messages_index_deleted AFTER DELETE ON chat_messages
-        WHEN old.message_key <= (SELECT last_key FROM chat_messages_indexed) BEGIN
-            INSERT INTO chat_message_terms (chat_message_terms, rowid, terms)
-            VALUES ('delete', old.message_key, chat_message_terms_of(CAST(old.content AS BLOB)));
+    "chat_messages_index_deleted": f"AFTER DELETE ON chat_messages BEGIN {_TAKE_FROM_INDEX} END",
+    # Terms of another version are none in an index.
+    "chat_messages_index_begins": """
+        AFTER UPDATE OF terms_version ON chat_messages_indexed BEGIN
+            INSERT INTO chat_message_terms (chat_message_terms) VALUES ('delete-all');
+            DELETE FROM chat_messages_unindexed;
         END
     """,
 }
-_FORGET_TERMS = "INSERT INTO chat_message_terms (chat_message_terms) VALUES ('delete-all')"
 _FORGET_INDEXED = "DELETE FROM chat_messages_indexed"
-_BEGIN_INDEXING = """
-    INSERT INTO chat_messages_indexed (last_key, terms_version)
-    SELECT iif(EXISTS (SELECT 1 FROM chat_messages), 0, 0x7fffffffffffffff), ?
+_NOTHING_INDEXED = f"INSERT INTO chat_messages_indexed (last_key, terms_version) VALUES (0, '{terms.NO_TERMS}')"  # noqa: S608
+_BEGIN_ANEW = f"UPDATE chat_messages_indexed SET last_key = 0, terms_version = '{terms.NO_TERMS}'"  # noqa: S608
+_STATE_OF_INDEX = """
+    SELECT last_key, terms_version, EXISTS (SELECT 1 FROM chat_messages_unindexed) FROM chat_messages_indexed
 """
-_TERMS_OF_INDEX = "SELECT terms_version FROM chat_messages_indexed"
+_BEGIN_WITH = """
+    UPDATE chat_messages_indexed SET terms_version = ?,
+        last_key = iif(EXISTS (SELECT 1 FROM chat_messages), 0, 0x7fffffffffffffff)
+"""
 
+#: An index of all messages goes up to here.
+ALL_KEYS = 2**63 - 1
+
+_makes_again = re.compile(r"\s*CREATE (?:UNIQUE INDEX|INDEX|VIEW) (\w+)")
 _CREATE_VERSION = "CREATE TABLE IF NOT EXISTS chat_store_schema (version INTEGER NOT NULL)"
 _HAS_VERSION = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'chat_store_schema'"
+
+
+class IndexState(NamedTuple):
+    """
+    How far the index of words has come, and whose it is.
+
+    :param last_key: Up to this key messages are indexed,
+    :param has_left_out: but for some that are listed.
+    """
+
+    last_key: int
+    terms_version: str
+    has_left_out: bool
+
+    @property
+    def is_searchable(self) -> bool:
+        """
+        Whether this process can find all that is there.
+        """
+        return self.last_key == ALL_KEYS and not self.has_left_out and terms.can_search(self.terms_version)
+
+    @property
+    def is_of_newer(self) -> bool:
+        """
+        Whether it is for a newer version to complete.
+        """
+        return self.terms_version != terms.OWN_TERMS and not terms.are_older(self.terms_version)
 
 
 def is_current(connection: sqlite3.Connection, path: str) -> bool:
@@ -143,49 +183,73 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
     connection.execute("COMMIT")
 
 
+def missing(connection: sqlite3.Connection) -> dict[str, str]:
+    """
+    Return the indexes and views that the database does not have, each with the statement that makes it.
+    """
+    made = {found[1]: statement for statement in chain(*MIGRATIONS) if (found := _makes_again.match(statement))}
+    present = _names(connection)
+    return {name: statement for name, statement in made.items() if name not in present}
+
+
 def missing_of_index(connection: sqlite3.Connection) -> list[str]:
     """
     Return the names of what the index of words does not have.
     """
-    present = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-    return [name for name in _INDEX if name not in present]
+    present = _names(connection)
+    return [name for name in (*_INDEX_TABLES, *_INDEX_TRIGGERS) if name not in present]
 
 
 def has_index(connection: sqlite3.Connection) -> bool:
     """
     Whether there is an index of words, even if a part of it is missing.
     """
-    return len(missing_of_index(connection)) < len(_INDEX)
+    return not _names(connection).isdisjoint((*_INDEX_TABLES, *_INDEX_TRIGGERS))
 
 
-def make_index_ready(connection: sqlite3.Connection, is_wanted: bool) -> None:
+def make_index(connection: sqlite3.Connection) -> None:
     """
-    Make the index of words if it is wanted, and begin it anew if it has other terms than this process makes.
-
-    Messages that are there already are left to be indexed.
+    Make the index of words if a part of it is missing. Messages that are there already are left to be indexed.
     """
-    if _has_to_begin(connection, is_wanted):
+    if missing_of_index(connection):
         connection.execute("BEGIN IMMEDIATE")
-        if _has_to_begin(connection, is_wanted):  # and no other process was faster
-            begin_index_anew(connection)
+        if missing_of_index(connection):  # and no other process was faster
+            begin_index_with_own_terms(connection)
         connection.execute("COMMIT")
+
+
+def state_of_index(connection: sqlite3.Connection) -> IndexState:
+    """
+    Return how the index of words is.
+    """
+    return IndexState(*(connection.execute(_STATE_OF_INDEX).fetchone() or (0, terms.NO_TERMS, False)))
 
 
 def begin_index_anew(connection: sqlite3.Connection) -> None:
     """
-    Empty the index of words, and make what is missing of it, within a transaction.
+    Empty the index of words, and make what is missing of it, within a transaction. It has no version's terms then.
     """
-    for name in missing_of_index(connection):
-        connection.execute(_INDEX[name])
-    connection.execute(_FORGET_TERMS)
-    connection.execute(_FORGET_INDEXED)
-    connection.execute(_BEGIN_INDEXING, (_TERMS,))
+    missing = missing_of_index(connection)
+    for name in missing:
+        if name in _INDEX_TABLES:
+            connection.execute(_INDEX_TABLES[name])
+    for name, definition in _INDEX_TRIGGERS.items():
+        connection.execute(f"DROP TRIGGER IF EXISTS {name}")  # perhaps that of an earlier version
+        connection.execute(f"CREATE TRIGGER {name} {definition}")
+    for statement in (_FORGET_INDEXED, _NOTHING_INDEXED, _BEGIN_ANEW):
+        connection.execute(statement)
 
 
-def _has_to_begin(connection: sqlite3.Connection, is_wanted: bool) -> bool:
-    if missing_of_index(connection):
-        return is_wanted
-    return bool(connection.execute(_TERMS_OF_INDEX).fetchone() != (_TERMS,))
+def begin_index_with_own_terms(connection: sqlite3.Connection) -> None:
+    """
+    Empty the index of words, and have it filled by this process and those of its version, within a transaction.
+    """
+    begin_index_anew(connection)
+    connection.execute(_BEGIN_WITH, (terms.OWN_TERMS,))
+
+
+def _names(connection: sqlite3.Connection) -> set[str]:
+    return {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
 
 
 def _version(connection: sqlite3.Connection) -> int:

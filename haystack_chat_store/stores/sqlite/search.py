@@ -5,13 +5,15 @@ The operations on the index of words.
 
 from collections.abc import Sequence
 
+from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.operations import FoundRow, Operations
-from haystack_chat_store.stores.sqlite.database import Database, all_readable
+from haystack_chat_store.stores.sqlite import schema, terms
+from haystack_chat_store.stores.sqlite.database import Database
 from haystack_chat_store.stores.sqlite.directory import id_range
 from haystack_chat_store.stores.sqlite.messages import key_range
+from haystack_chat_store.stores.sqlite.texts import all_readable
 
-_INDEXED_UP_TO = "SELECT last_key FROM chat_messages_indexed"
 _SET_INDEXED_UP_TO = "UPDATE chat_messages_indexed SET last_key = ?"
 _LAST_OF_BATCH = """
     SELECT message_key FROM chat_messages WHERE message_key > ? ORDER BY message_key LIMIT 1 OFFSET ?
@@ -20,6 +22,15 @@ _INDEX_BATCH = """
     INSERT INTO chat_message_terms (rowid, terms)
     SELECT message_key, chat_message_terms_of(CAST(content AS BLOB)) FROM chat_messages
     WHERE message_key > ? AND message_key <= ? ORDER BY message_key
+"""
+_INDEX_LEFT_OUT = """
+    INSERT INTO chat_message_terms (rowid, terms)
+    SELECT message_key, chat_message_terms_of(CAST(content AS BLOB)) FROM chat_messages
+    WHERE message_key IN (SELECT message_key FROM chat_messages_unindexed ORDER BY message_key LIMIT ?)
+"""
+_NOT_LEFT_OUT = """
+    DELETE FROM chat_messages_unindexed
+    WHERE message_key IN (SELECT message_key FROM chat_messages_unindexed ORDER BY message_key LIMIT ?)
 """
 
 # A history counts only if it belongs to what is searched. {found} finds the best of the keys.
@@ -58,9 +69,14 @@ _SEARCH_MANY = _SEARCH.format(
     """
 )
 
+_OF_NEWER = (
+    "The search index of this file was begun by a newer version of haystack-chat-store, or of Python, which has to "
+    "complete it: search with that one first. If it is not used any more, check(store, repair=True) of "
+    "haystack_chat_store.doctor lets this version make the index anew."
+)
+
 # So many histories are few.
 _FEW = 200
-_ALL_KEYS = 2**63 - 1
 
 
 class SearchOperations(Operations[Database]):
@@ -77,7 +93,7 @@ class SearchOperations(Operations[Database]):
         ids = id_range(prefix) if chat_history_id is None else (chat_history_id, f"{chat_history_id}\x00")
         histories = (self.namespace, *ids)
         with session.snapshot() as connection, all_readable(connection):
-            if connection.execute(_INDEXED_UP_TO).fetchone() != (_ALL_KEYS,):
+            if not schema.state_of_index(connection).is_searchable:
                 return None
             count, first, last = connection.execute(_HISTORIES, (*histories, _FEW + 1)).fetchone()
             if count == 0:
@@ -92,14 +108,24 @@ class SearchOperations(Operations[Database]):
 
     def _index_some(self, session: Database, limit: int) -> bool:
         with session.transaction() as connection:
-            (indexed,) = connection.execute(_INDEXED_UP_TO).fetchone()
-            found = connection.execute(_LAST_OF_BATCH, (indexed, limit - 1)).fetchone()
-            last = _ALL_KEYS if found is None else found[0]
-            connection.execute(_INDEX_BATCH, (indexed, last))
+            index = schema.state_of_index(connection)
+            if index.is_searchable:
+                return False
+            if index.is_of_newer:
+                raise UnsupportedOperationError(_OF_NEWER)
+            if index.terms_version != terms.OWN_TERMS:
+                schema.begin_index_with_own_terms(connection)
+                index = schema.state_of_index(connection)
+            found = connection.execute(_LAST_OF_BATCH, (index.last_key, limit - 1)).fetchone()
+            last = schema.ALL_KEYS if found is None else found[0]
+            connection.execute(_INDEX_BATCH, (index.last_key, last))
             connection.execute(_SET_INDEXED_UP_TO, (last,))
-        if last != _ALL_KEYS:
+            connection.execute(_INDEX_LEFT_OUT, (limit,))
+            connection.execute(_NOT_LEFT_OUT, (limit,))
+            is_done = schema.state_of_index(connection).is_searchable
+        if not is_done:
             session.give_way()
-        return bool(last != _ALL_KEYS)
+        return not is_done
 
 
 def _match_expression(phrases: Sequence[Phrase]) -> str:

@@ -13,10 +13,13 @@ from typing import NamedTuple, TypeAlias
 from haystack_chat_store.errors import StoreTimeoutError
 from haystack_chat_store.json_form import parse_json
 from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.stores.arguments import MAX_ID_LENGTH, MAX_TITLE_LENGTH, validated_id, validated_title
 from haystack_chat_store.stores.operations import Operations
 from haystack_chat_store.stores.sqlite import schema
-from haystack_chat_store.stores.sqlite.database import Database, all_readable, is_readable, readable, terms_of_content
+from haystack_chat_store.stores.sqlite.database import Database
 from haystack_chat_store.stores.sqlite.messages import FIRST_TIME, LAST_TIME, microseconds_now
+from haystack_chat_store.stores.sqlite.terms import has_same_terms, terms_of_content
+from haystack_chat_store.stores.sqlite.texts import all_readable, is_readable, readable
 from haystack_chat_store.types import Fault
 
 #: Where histories go whose own namespace cannot be known any more.
@@ -72,7 +75,7 @@ _MEND_TIME_OF_MESSAGE = f"""
 """  # noqa: S608  (made of constants of this module)
 _HISTORIES = f"""
     SELECT history_key, CAST(chat_history_id AS BLOB), typeof(chat_history_id) = 'text',
-        CAST(title AS BLOB), CAST(meta AS BLOB), {_IS_CREATED}, {_IS_UPDATED},
+        CAST(title AS BLOB), typeof(title) IN ('text', 'null'), CAST(meta AS BLOB), {_IS_CREATED}, {_IS_UPDATED},
         message_count, round_count, next_position,
         (SELECT count(*) FROM chat_messages WHERE message_key BETWEEN first_key AND last_key),
         (SELECT count(*) FROM chat_messages WHERE role = 'user' AND message_key BETWEEN first_key AND last_key),
@@ -91,9 +94,8 @@ _RECOUNT = """
     WHERE history_key = :key
 """
 _RENAME = "UPDATE OR IGNORE chat_histories SET chat_history_id = ? WHERE history_key = ?"
-_MEND_TITLE = """
-    UPDATE chat_histories SET title = NULL WHERE history_key = :key AND NOT is_readable(CAST(title AS BLOB))
-"""
+_TITLE = "SELECT CAST(title AS BLOB) FROM chat_histories WHERE history_key = ?"
+_SET_TITLE = "UPDATE chat_histories SET title = ? WHERE history_key = ?"
 _META = "SELECT CAST(meta AS BLOB) FROM chat_histories WHERE history_key = ?"
 _FORGET_META = "UPDATE chat_histories SET meta = NULL WHERE history_key = ?"
 _MEND_TIME_OF_HISTORY = """
@@ -127,6 +129,7 @@ _INDEXED_MESSAGES = """
     SELECT message_key, CAST(content AS BLOB) FROM chat_histories
         CROSS JOIN chat_messages ON message_key BETWEEN history_key << 32 AND (history_key + 1 << 32) - 1
     WHERE namespace = ? AND message_key <= (SELECT last_key FROM chat_messages_indexed)
+        AND message_key NOT IN (SELECT message_key FROM chat_messages_unindexed)
 """
 _INDEXED_KEYS = "SELECT id FROM chat_message_terms_docsize"
 _INDEXED_TERMS = "SELECT doc, offset, term FROM chat_message_term_instances"
@@ -151,6 +154,7 @@ class UpkeepOperations(Operations[Database]):
     """
 
     namespace: str
+    search: bool
 
     def _vacuum(self, session: Database) -> None:
         with session.sole_writer() as connection:
@@ -169,6 +173,7 @@ class UpkeepOperations(Operations[Database]):
         Look for faults while others write, then mend each in a transaction of its own: nobody waits for long.
         """
         return [
+            *_faults_of_schema(session, repair),
             *_faults_of_file(session, repair),
             *self._faults_of_rows(session, repair),
             *self._faults_of_index(session, repair),
@@ -207,14 +212,24 @@ class UpkeepOperations(Operations[Database]):
             yield _Found(Fault(name, key & 0xFFFFFFFF, description, False), mend, key)
 
     def _damaged_histories(self, connection: sqlite3.Connection) -> Iterator[_Found]:
-        for key, raw_name, is_text, title, meta, is_created, is_updated, *counted in connection.execute(
-            _HISTORIES, (self.namespace,)
-        ):
+        for (
+            key,
+            raw_name,
+            has_text_id,
+            title,
+            has_text_title,
+            meta,
+            is_created,
+            is_updated,
+            *counted,
+        ) in connection.execute(_HISTORIES, (self.namespace,)):
             count, round_count, next_position, messages, rounds, last = counted
             name = readable(raw_name)
             checks: list[tuple[bool, str, _Mend]] = [
-                (is_text and is_readable(raw_name), "Its id is no text.", partial(_rename, name)),
-                (is_readable(title), "Its title is no text.", _mend_title),
+                (has_text_id and is_readable(raw_name), "Its id is no text.", partial(_rename, name)),
+                (_is_valid(validated_id, name, "id"), "Its id is empty, too long or has NUL.", partial(_rename, name)),
+                (has_text_title and is_readable(title), "Its title is no text.", _mend_title),
+                (_is_valid(validated_title, _title(title)), "Its title is too long or has NUL.", _mend_title),
                 (_is_json_object(meta), "Its meta is no JSON object.", _mend_meta),
                 (is_created, "Its time of creation is none.", _mend_created_at),
                 (is_updated, "Its time of change is none.", _mend_updated_at),
@@ -243,22 +258,29 @@ class UpkeepOperations(Operations[Database]):
             return []
         if schema.missing_of_index(connection):
             return [Fault(None, None, "A part of the search index is missing.", False)]
+        index = schema.state_of_index(connection)
+        if self.search and index.is_of_newer and not index.is_searchable:
+            return [Fault(None, None, "The search index waits for a newer version than this.", False)]
         try:
-            return list(self._compared(connection))
+            return list(self._compared(connection, index.terms_version))
         except sqlite3.DatabaseError as error:
             if "malformed" not in str(error):
                 raise
             return [Fault(None, None, "The search index is damaged.", False)]
 
-    def _compared(self, connection: sqlite3.Connection) -> Iterator[Fault]:
+    def _compared(self, connection: sqlite3.Connection, terms_version: str) -> Iterator[Fault]:
         """
         Compare what the index says with what the messages say, in memory that does not grow with their number.
+
+        A history is left out if a message of it may have other terms in the version that the index has.
         """
         names = dict(connection.execute(_NAMES, (self.namespace,)))
-        others = {key for (key,) in connection.execute(_OTHER_HISTORIES, (self.namespace,))}
+        left_out = {key for (key,) in connection.execute(_OTHER_HISTORIES, (self.namespace,))}
         # Of each history, the sum of what its messages say minus that of what the index says of them.
         sums: Counter[int] = Counter()
         for key, content in connection.execute(_INDEXED_MESSAGES, (self.namespace,)):
+            if not has_same_terms(terms_version, content):
+                left_out.add(key >> 32)
             terms = terms_of_content(content).split()
             sums[key >> 32] += hash(key) + sum(hash((key, *each)) for each in enumerate(terms))
         for (key,) in connection.execute(_INDEXED_KEYS):
@@ -266,9 +288,28 @@ class UpkeepOperations(Operations[Database]):
         for instance in connection.execute(_INDEXED_TERMS):
             sums[instance[0] >> 32] -= hash(instance)
         for history_key, difference in sums.items():
-            if difference and history_key not in others:
+            if difference and history_key not in left_out:
                 name = names.get(history_key)
                 yield Fault(name, None, "The search index says something else than its messages.", False)
+
+
+def _faults_of_schema(session: Database, repair: bool) -> list[Fault]:
+    with session.connection() as connection:
+        missing = schema.missing(connection)
+    return [Fault(None, None, f"{name} is missing.", repair and _made_again(session, name)) for name in missing]
+
+
+def _made_again(session: Database, name: str) -> bool:
+    """
+    Make an index or a view again, if it is still missing, and return whether that was possible.
+    """
+    try:
+        with session.transaction() as connection:
+            if statement := schema.missing(connection).get(name):
+                connection.execute(statement)
+    except sqlite3.IntegrityError:  # two messages have the same id
+        return False
+    return True
 
 
 def _faults_of_file(session: Database, repair: bool) -> list[Fault]:
@@ -306,6 +347,7 @@ def _rename(name: str, connection: sqlite3.Connection, history_key: int) -> bool
     """
     Give a history an id that is a text. There may be another history with the first choice.
     """
+    name = name.replace("\x00", "\\x00")[: MAX_ID_LENGTH - len(f", {history_key}")] or "unnamed"
     choices = (name, f"{name}, {history_key}")
     return any(connection.execute(_RENAME, (choice, history_key)).rowcount for choice in choices)
 
@@ -313,6 +355,15 @@ def _rename(name: str, connection: sqlite3.Connection, history_key: int) -> bool
 def _mend_row(connection: sqlite3.Connection, message_key: int) -> bool:
     is_mended = connection.execute(_MEND_ROW, (message_key,)).rowcount == 1
     return is_mended and _recount(connection, message_key >> 32)
+
+
+def _mend_title(connection: sqlite3.Connection, history_key: int) -> bool:
+    for (raw,) in connection.execute(_TITLE, (history_key,)).fetchall():
+        title = _title(raw)
+        if title is not None:
+            title = title.replace("\x00", "")[:MAX_TITLE_LENGTH]
+        connection.execute(_SET_TITLE, (title, history_key))
+    return True
 
 
 def _mend_meta(connection: sqlite3.Connection, history_key: int) -> bool:
@@ -330,8 +381,23 @@ def _mends(statement: str) -> _Mend:
     return mend
 
 
-_recount, _mend_title, _mend_time_of_message = map(_mends, (_RECOUNT, _MEND_TITLE, _MEND_TIME_OF_MESSAGE))
+_recount, _mend_time_of_message = map(_mends, (_RECOUNT, _MEND_TIME_OF_MESSAGE))
 _mend_created_at, _mend_updated_at = map(_mends, (_MEND_CREATED_AT, _MEND_UPDATED_AT))
+
+
+def _title(raw: bytes | None) -> str | None:
+    """
+    Return a title, or `None` if there is none that can be read.
+    """
+    return raw.decode() if raw is not None and is_readable(raw) else None
+
+
+def _is_valid(validated: Callable[..., object], *arguments: object) -> bool:
+    try:
+        validated(*arguments)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_json_object(value: bytes | None) -> bool:
