@@ -13,7 +13,7 @@ import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.utils import Secret
 from psycopg import sql
-from servers import HOST, PASSWORD, USER, postgres_binaries, unused_port
+from servers import HOST, PASSWORD, USER, postgres_binaries, unused_port, wait_until
 
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
 from haystack_chat_store.testing.kit import texts
@@ -72,6 +72,27 @@ def said(store, history="history"):
 
 def store_at(url, **settings):
     return PostgresChatMessageStore(Secret.from_token(url), **settings)
+
+
+@contextmanager
+def counted(server, store, table, what="pg_stat_user_tables.idx_tup_fetch"):
+    """
+    Count the rows of a table that are looked up along indexes meanwhile. Returns what tells their number afterwards.
+
+    :param what: What else to count: a view of the server's statistics, and a column of it.
+    """
+    view, column = what.split(".")
+
+    def looked_up():
+        store.close()
+        wait_until(lambda: not connections_of(server, store), "the statistics to be complete")
+        statement = f"SELECT sum({column}) FROM {view} WHERE schemaname = %s AND relname LIKE %s"
+        return server.execute(statement, [store.schema_name, f"{table}%"])[0][0]
+
+    before = looked_up()
+    after = []
+    yield lambda: after[0] - before
+    after.append(looked_up())
 
 
 class OnPostgres:

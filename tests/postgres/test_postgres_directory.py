@@ -10,7 +10,16 @@ import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 from imported import NEW, import_rows, rows
-from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, execute, said, say, store_at, stores_on
+from postgres_stores import (
+    BEHIND_PGBOUNCER,
+    NEWEST_AND_OLDEST,
+    counted,
+    execute,
+    said,
+    say,
+    store_at,
+    stores_on,
+)
 from servers import PASSWORD, wait_until
 
 from haystack_chat_store.errors import UnsupportedOperationError
@@ -61,10 +70,10 @@ def test_the_time_of_a_change_is_not_before_that_of_the_one_it_waited_for(server
         waits.start()
         waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
         wait_until(lambda: server.execute(waiting) == [(1,)], "the write to wait")
-        writer.execute(f"UPDATE {store.schema_name}.chat_histories SET round_count = round_count")
-        ((released_at,),) = writer.execute("SELECT clock_timestamp()").fetchall()
+        change = f"UPDATE {store.schema_name}.chat_histories SET updated_at = clock_timestamp() RETURNING updated_at"
+        ((changed_at,),) = writer.execute(change).fetchall()
     waits.join()
-    assert updated_at(store, "history") >= released_at
+    assert updated_at(store, "history") >= changed_at
 
 
 SETTINGS = [
@@ -111,20 +120,54 @@ def test_times_are_exact_to_the_microsecond_whatever_the_session_is_set_to(serve
 # ---------------------------------------------------------------------- the directory
 
 
-def test_a_prefix_finds_the_same_whether_few_or_many_histories_have_it(make_store, monkeypatch):
+@pytest.mark.parametrize("tried_at_first", [1, 3, 256])
+@pytest.mark.parametrize("partitions", [None, 3], ids=["whole", "partitioned"])
+def test_a_prefix_finds_the_same_whether_few_or_many_histories_have_it(
+    server, make_store, calls, monkeypatch, tried_at_first, partitions
+):
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.directory._TRIED_AT_FIRST", tried_at_first)
     store = make_store()
-    for number in range(40):
-        say(store, "Hi!", history=f"{'ab'[number % 2]}/{number}")
-    pages = []
-    for few in (1000, 3):
-        monkeypatch.setattr("haystack_chat_store.stores.postgres.directory._FEW_HISTORIES", few)
+    execute(server.url, store.create_schema_sql(partitions))
+    ids = [f"old/{number}" for number in range(20)] + [f"{'ab'[number % 2]}/{number}" for number in range(40)]
+    for number, history in enumerate([*ids, "new/1"]):
+        import_rows(store, rows(0, 1), history=NEW._replace(chat_history_id=history, updated_at=number))
+    say(make_store(namespace="other"), "Hi!", history="a/other")
+    for prefix in ("a/", "old/", "a", "new/", "old/1", "nobody"):
         cursor, found = None, []
         while cursor is not None or not found:
-            page = store.list_chat_histories(prefix="a/", limit=7, cursor=cursor)
+            page = calls.call(store, "list_chat_histories", prefix=prefix, limit=7, cursor=cursor)
             found += [info.chat_history_id for info in page.items]
             cursor = page.cursor
-        pages.append(found)
-    assert pages == [[f"a/{number}" for number in range(38, -1, -2)]] * 2
+            if not page.items:
+                break
+        assert found == [history for history in ["new/1", *reversed(ids)] if history.startswith(prefix)]
+
+
+def test_a_page_of_the_oldest_histories_does_not_pass_all_newer_ones(server):
+    with stores_on(server.url) as make:
+        store = make()
+        store.count_messages("history")
+        server.execute(
+            f"INSERT INTO {store.schema_name}.chat_histories (history_key, namespace, chat_history_id, next_position, "
+            "message_count, round_count, updated_at) SELECT gen_random_uuid(), 'default', "
+            "CASE WHEN n <= 1100 THEN 'old/' ELSE 'new/' END || n, 0, 0, 0, "
+            "'2020-01-01Z'::timestamptz + n * interval '1s' FROM generate_series(1, 150000) n"
+        )
+        with counted(server, store, "chat_histories", "pg_statio_user_tables.idx_blks_hit") as read:
+            page = store.list_chat_histories(prefix="old/", limit=5)
+        assert [info.chat_history_id for info in page.items] == [f"old/{number}" for number in range(1100, 1095, -1)]
+        assert 0 < read() < 600
+
+
+def test_the_place_after_a_time_that_there_is_not_is_the_end(store):
+    """
+    Nobody hands out such cursors, but anybody can make one.
+    """
+    say(store, "Hi!")
+    for time in (-(2**61), -210_866_803_200_000_001):
+        assert store._run(store._histories, "", (time, "a"), 10) == []
+    for time in (-210_866_803_200_000_000, 2**62 - 1):
+        assert len(store._run(store._histories, "", (time, "a"), 10)) == (time > 0)
 
 
 # ---------------------------------------------------------------------- erasing

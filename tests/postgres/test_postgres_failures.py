@@ -14,6 +14,7 @@ from contextlib import ExitStack
 import psycopg
 import pytest
 from haystack.dataclasses import ChatMessage
+from imported import NEW, rows
 from postgres_stores import ENGINES, NEWEST, connections_of, execute, said, say, store_at, stores_on
 from servers import HOST, PASSWORD, USER, PostgresServer, silent_port, unused_port, wait_until
 
@@ -57,7 +58,7 @@ def test_a_server_that_never_answers_is_given_up(calls):
         assert_tells_where_and_no_secret(raised.value, port)
 
 
-@pytest.mark.parametrize(("timeout", "option", "limit"), [(4, "", 4), (30, "&connect_timeout=2", 2 * 2)])
+@pytest.mark.parametrize(("timeout", "option", "limit"), [(4, "", 4), (120, "&connect_timeout=2", 2 * 2)])
 def test_several_hosts_that_never_answer_share_the_timeout(calls, timeout, option, limit):
     with ExitStack() as stack:
         ports = [str(stack.enter_context(silent_port())) for _ in range(2)]
@@ -66,7 +67,7 @@ def test_several_hosts_that_never_answer_share_the_timeout(calls, timeout, optio
         began = time.monotonic()
         with pytest.raises(StoreTimeoutError, match="in time") as raised:
             calls.count(store, "history")
-        assert time.monotonic() - began < limit + 3
+        assert time.monotonic() - began < limit + 20
         assert_tells_where_and_no_secret(raised.value, ",".join(ports))
 
 
@@ -125,8 +126,8 @@ def test_what_psycopg_itself_refuses_is_reported(store, monkeypatch):
 
 
 def test_a_call_that_waits_too_long_is_given_up_and_leaves_nothing_waiting(server, make_store, calls):
-    store = make_store(timeout=0.5)
-    say(store, "before")
+    patient, store = make_store(), make_store(timeout=0.5)
+    say(patient, "before")
     with psycopg.connect(server.url) as connection:
         connection.execute(f"LOCK TABLE {store.schema_name}.chat_histories")
         with pytest.raises(StoreTimeoutError, match=r"0\.5 seconds") as raised:
@@ -134,29 +135,42 @@ def test_a_call_that_waits_too_long_is_given_up_and_leaves_nothing_waiting(serve
         assert_tells_where_and_no_secret(raised.value, server.port)
         waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
         wait_until(lambda: server.execute(waiting) == [(0,)], "the server to give up too")
-    assert said(store) == ["before"]
+    assert said(patient) == ["before"]
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])
 def test_a_call_waits_for_a_free_connection_no_longer_than_the_timeout(server, make_store, way):
-    store = make_store(min_pool_size=0, max_pool_size=1, timeout=1)
-    say(store, "before")
+    store = make_store(min_pool_size=0, max_pool_size=1, timeout=2)
 
-    async def count_three_times():
-        calls = (store.count_messages_async("history") for _ in range(3))
-        return await asyncio.gather(*calls, return_exceptions=True)
+    def batches():
+        """
+        Yield while the connection is in use, for an import that need not hurry.
+        """
+        in_use.set()
+        assert failed.wait(60)
+        yield rows(0, 1)
+
+    async def import_and_count():
+        importing = asyncio.create_task(store._run_async(store._import, NEW, batches(), 0))
+        await asyncio.to_thread(in_use.wait)
+        with pytest.raises(StoreTimeoutError, match="max_pool_size"):
+            await store.count_messages_async("history")
+        failed.set()
+        assert await importing == 1
 
     def count():
-        with pytest.raises(StoreTimeoutError) as raised:
+        assert in_use.wait(60)
+        with pytest.raises(StoreTimeoutError, match="max_pool_size"):
             store.count_messages("history")
-        return raised.value
+        failed.set()
 
-    with psycopg.connect(server.url) as connection:
-        connection.execute(f"LOCK TABLE {store.schema_name}.chat_histories")
-        errors = in_threads(count, count, count) if way == "sync" else asyncio.run(count_three_times())
-    assert all(isinstance(error, StoreTimeoutError) for error in errors)
-    assert any("max_pool_size" in str(error) for error in errors)
-    assert store.count_messages("history") == 1
+    make_store().count_messages("history")  # makes the tables
+    in_use, failed = threading.Event(), threading.Event()
+    if way == "sync":
+        in_threads(lambda: store._run(store._import, NEW, batches(), 0), count)
+    else:
+        asyncio.run(import_and_count())
+    assert make_store().count_messages("history") == 1
 
 
 def test_connections_that_were_ended_are_replaced(server, make_store, calls):

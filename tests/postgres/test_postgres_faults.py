@@ -10,6 +10,7 @@ import pytest
 from haystack.dataclasses import ChatMessage
 from postgres_stores import NEWEST_AND_OLDEST, execute, say, stores_on
 
+from haystack_chat_store.doctor import check
 from haystack_chat_store.testing.kit import texts
 
 VERSIONS = NEWEST_AND_OLDEST
@@ -116,17 +117,61 @@ def test_a_history_whose_place_another_has_is_reported_and_left(store, change):
     assert store.count_messages("history") == 3
 
 
-def test_messages_without_a_history_are_reported_and_left(store, change):
+def test_messages_without_a_history_get_one_in_a_namespace_of_their_own(make_store, store, change):
     """
     They may be another namespace's: a key does not tell.
     """
-    change("DELETE FROM {0}.chat_histories WHERE chat_history_id = 'history'")
-    for repair in (False, True, False):
-        (fault,) = faults(store, repair)
+    recovered = make_store(namespace="recovered", search=True)
+    for number in range(1, 3):
+        change(
+            "UPDATE {0}.chat_messages SET created_at = '2020-01-01Z'::timestamptz + position * interval '1 day'",
+            "DELETE FROM {0}.chat_histories WHERE chat_history_id = 'history'",
+        )
+        (fault,) = faults(store)
         assert fault[:2] == (None, None)
         assert not fault.is_repaired
-        assert f"3 messages have the history_key {store._history_key('history')}" in fault.description
-    assert change("SELECT count(*) FROM {0}.chat_messages") == [(6,)]
+        (repaired,) = faults(store, repair=True)
+        assert f"3 messages have the history_key {store._history_key('history')}" in repaired.description
+        assert repaired.is_repaired
+        assert faults(store) == faults(recovered) == []
+        listed = recovered.list_chat_histories().items
+        assert len(listed) == number
+        found = [info for info in listed if f"{info.chat_history_id!r} of the namespace" in repaired.description]
+        assert [(info.message_count, info.round_count) for info in found] == [(3, 2)]
+        assert [info.created_at.isoformat() for info in found] == ["2020-01-01T00:00:00+00:00"]
+        assert [info.updated_at.isoformat() for info in found] == ["2020-01-03T00:00:00+00:00"]
+        assert texts(recovered.retrieve_messages(found[0].chat_history_id))[1] == "first answer"
+        assert len(recovered.search_messages("first answer")) == number
+        assert store.get_chat_history("history") is None
+        messages = [ChatMessage.from_user("first question"), *map(ChatMessage.from_assistant, ["first answer"])]
+        assert store.write_messages("history", [*messages, ChatMessage.from_user("third")]) == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["message_id = 'other'", "role = 'assistant'", "role = 'other', message_id = 'other'"],
+)
+def test_a_row_that_has_another_id_or_role_than_its_text_gets_those(store, change, damage):
+    store.write_messages("history", [ChatMessage.from_user("\0 \ud800", meta={"chat_message_id": "d"})])
+    change(f"UPDATE {{0}}.chat_messages SET {damage} WHERE message_id = 'd'")
+    assert not any("text" in fault.description for fault in faults(store))  # the caller, who reads them, says so
+    repaired = faults(store, repair=True)
+    assert ("history", 3, "Its row had another id or role than its text.", True) in repaired
+    assert all(fault.is_repaired for fault in repaired)
+    assert list(check(store)) == faults(store, repair=True) == []
+    (info,) = (info for info in store.list_chat_histories().items if info.chat_history_id == "history")
+    assert (info.message_count, info.round_count) == (4, 3)
+    assert store.write_messages("history", [ChatMessage.from_user("d", meta={"chat_message_id": "d"})]) == 0
+
+
+def test_a_row_whose_texts_id_another_message_has_is_reported_and_left(store, change):
+    change(
+        f"UPDATE {{0}}.chat_messages SET content = replace(content::text, '\"a\"', '\"b\"')::json "
+        f"WHERE message_id = 'a' AND history_key = '{store._history_key('history')}'"
+    )
+    for _ in range(2):
+        assert faults(store, repair=True) == [("history", 0, "Its row had another id or role than its text.", False)]
+    assert store.count_messages("history") == 3
 
 
 @pytest.mark.parametrize(

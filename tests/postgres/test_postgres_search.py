@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
-from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, execute, say
+from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, counted, execute, say, stores_on
 
 from haystack_chat_store import search_text
 from haystack_chat_store.stores.postgres import terms
@@ -151,6 +151,44 @@ def test_nothing_in_a_query_is_an_operator(make_store, query):
         store.write_messages("history", [ChatMessage.from_user(text, meta={"chat_message_id": text})])
     phrases = search_text.parsed_query(query)
     assert found(store, query) == sorted(text for text in said if search_text.matches(phrases, search_text.terms(text)))
+
+
+@pytest.mark.parametrize("few_messages", [0, 5_000])
+def test_a_search_in_few_messages_looks_at_no_others(server, monkeypatch, few_messages):
+    """
+    However many others there are that match.
+    """
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.search._FEW_MESSAGES", few_messages)
+    with stores_on(server.url) as make:
+        store, other = make(search=True), make(search=True, namespace="other")
+        for history in ("a/1", "a/2", "b"):
+            store.write_messages(history, [with_id(f"{history} {number}", "a common word") for number in range(10)])
+        say(other, *["common"] * 5000)
+        expected = [f"{history} {number}" for history in ("a/1", "a/2", "b") for number in range(10)]
+        for where in ({}, {"prefix": "a/"}, {"chat_history_id": "b"}):
+            with counted(server, store, "chat_messages") as looked_up:
+                hits = found(store, "common", limit=100, **where)
+            start = where.get("prefix", where.get("chat_history_id", ""))
+            assert hits == [message_id for message_id in expected if message_id.startswith(start)]
+            assert len(hits) <= looked_up() < 500
+
+
+@pytest.mark.parametrize("few_histories", [0, 2, 1_000])
+def test_a_search_finds_the_same_whichever_way_it_goes(make_store_on_any_tables, monkeypatch, few_histories):
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.search._FEW_MESSAGES", 0)
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.search._FEW_HISTORIES", few_histories)
+    store, other = (make_store_on_any_tables(search=True, namespace=name) for name in ("default", "other"))
+    for history in ("a/1", "a/2", "b"):
+        words = [f"rare {history[0]}", *["common"] * 9]
+        store.write_messages(history, [with_id(f"{history} {n}", word) for n, word in enumerate(words)])
+    say(other, "rare", *["common"] * 50, history="a/1")
+    assert found(store, "rare") == ["a/1 0", "a/2 0", "b 0"]
+    assert found(store, "rare", prefix="a/") == ["a/1 0", "a/2 0"]
+    assert found(store, "rare", chat_history_id="a/1") == ["a/1 0"]
+    assert len(found(store, "common", limit=100)) == 27
+    assert len(found(store, "common", prefix="a/", limit=100)) == 18
+    assert len(found(store, "common", chat_history_id="b", limit=100)) == 9
+    assert found(store, "common", prefix="nobody") == found(store, "common", chat_history_id="none") == []
 
 
 def test_a_search_reads_along_the_index(make_store, server):

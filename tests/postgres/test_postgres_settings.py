@@ -34,8 +34,14 @@ from haystack_chat_store.testing.messages import conversation, with_id
         {"table_prefix": "a\x00b"},
         {"min_pool_size": -1},
         {"min_pool_size": 3, "max_pool_size": 2},
-        {"min_pool_size": 0, "max_pool_size": 0},
+        {"min_pool_size": None},
+        {"min_pool_size": True},
+        {"max_pool_size": 0},
+        {"max_pool_size": "10"},
+        {"max_pool_size": 2.5},
         {"timeout": 0},
+        {"timeout": True},
+        {"timeout": float("nan")},
         {"timeout": float("inf")},
         {"timeout": "30"},
     ],
@@ -148,6 +154,34 @@ def restricted(database):
 def test_a_role_that_may_not_create_the_tables_is_told_what_to_do(restricted, calls, settings):
     with pytest.raises(StoreUnavailableError, match=r"permission denied.*create_schema_sql\(\)"):
         calls.write(store_at(restricted, **settings), "history", conversation("ua"))
+
+
+@pytest.mark.parametrize("missing", ["UPDATE", "SELECT", "USAGE"])
+def test_a_role_that_may_not_do_something_with_the_tables_is_told_what_it_lacks(restricted, database, calls, missing):
+    administrator, store = store_at(database, schema_name="chatbot"), store_at(restricted, schema_name="chatbot")
+    say(administrator, "Hello")
+    administrator.close()
+    role = psycopg.conninfo.conninfo_to_dict(restricted)["user"]
+    rights = {"UPDATE": ["USAGE", "SELECT"], "SELECT": ["USAGE"], "USAGE": []}[missing]
+    if "USAGE" in rights:
+        execute(database, f"GRANT USAGE ON SCHEMA chatbot TO {role}")
+    if "SELECT" in rights:
+        execute(database, f"GRANT SELECT ON ALL TABLES IN SCHEMA chatbot TO {role}")
+    with pytest.raises(StoreUnavailableError, match=f"permission denied.*grant.*{missing}") as raised:
+        calls.call(store, "update_chat_history", "history", title="new")
+    assert "create_schema_sql" not in str(raised.value)
+    calls.close(store)
+
+
+def test_a_role_that_may_not_turn_search_on_is_told_what_to_do(restricted, database, calls):
+    role = psycopg.conninfo.conninfo_to_dict(restricted)["user"]
+    administrator = store_at(database, schema_name="chatbot")
+    rights = re.search(r"```sql\n(GRANT.*?)```", DOCUMENTATION, re.DOTALL)[1].replace("my_app", role)
+    execute(database, administrator.create_schema_sql(), rights.replace("public", "chatbot"))
+    store = store_at(restricted, schema_name="chatbot", search=True)
+    with pytest.raises(StoreUnavailableError, match=r"must be owner.*create_schema_sql\(from_version=2\)"):
+        calls.count(store, "history")
+    calls.close(store)
 
 
 def test_a_role_without_rights_to_create_uses_what_an_administrator_has_made(restricted, database, calls):

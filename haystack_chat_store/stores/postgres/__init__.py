@@ -7,6 +7,7 @@ from haystack.utils import Secret
 
 from haystack_chat_store.errors import ChatMessageStoreError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.rounds import LastKUnit, Window
+from haystack_chat_store.stores import arguments
 from haystack_chat_store.stores.base import contents_and_size
 from haystack_chat_store.stores.coroutines import run_to_end
 from haystack_chat_store.stores.operations import MessageRow
@@ -20,7 +21,14 @@ with LazyImport(
 ) as psycopg_import:
     import psycopg
 
-    from haystack_chat_store.stores.postgres.connections import AsideError, Pool, Session, Settings, pools
+    from haystack_chat_store.stores.postgres.connections import (
+        AsideError,
+        MayNotMakeError,
+        Pool,
+        Session,
+        Settings,
+        pools,
+    )
     from haystack_chat_store.stores.postgres.schema import MIGRATIONS, Tables
 
 # PostgreSQL cuts names at 63 bytes, and the longest that begins with the prefix has 20 more.
@@ -89,17 +97,15 @@ class PostgresChatMessageStore(Changing, Directory, Checking):
             raise ValueError("connection_string must be a Secret, such as Secret.from_env_var('PG_CONN_STR').")
         _validate_name(schema_name, "schema_name", 63)
         _validate_name(table_prefix, "table_prefix", _MAX_PREFIX_LENGTH)
-        if not 0 <= min_pool_size <= max_pool_size or max_pool_size < 1:
-            raise ValueError("min_pool_size must be 0 or more, and max_pool_size at least 1 and no less than that.")
-        if not isinstance(timeout, (int, float)) or not 0 < timeout <= 1_000_000:
-            raise ValueError(f"timeout must be a number of seconds over 0, up to 1,000,000, got {timeout!r}.")
         self.connection_string = connection_string
         self.schema_name = schema_name
         self.table_prefix = table_prefix
-        self.min_pool_size = min_pool_size
-        self.max_pool_size = max_pool_size
-        self.timeout = timeout
-        self._settings = Settings(connection_string, schema_name, table_prefix, min_pool_size, max_pool_size, timeout)
+        self.max_pool_size = arguments.validated_number(max_pool_size, "max_pool_size", 1)
+        self.min_pool_size = arguments.validated_number(min_pool_size, "min_pool_size", 0, self.max_pool_size)
+        self.timeout = arguments.validated_seconds(timeout, "timeout", 0.001, 1_000_000)
+        self._settings = Settings(
+            connection_string, schema_name, table_prefix, self.min_pool_size, self.max_pool_size, self.timeout
+        )
         self._statements = Tables(schema_name, table_prefix).statements
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,11 +211,16 @@ class PostgresChatMessageStore(Changing, Directory, Checking):
             text = (error.diag.message_primary if error.sqlstate else None) or str(error)
             # A mask in the password's place would show which word, or which letter, it is.
             said = said if password and password in text else text
-        if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        if isinstance(error, MayNotMakeError):
             upgrade = f"from_version={pool.version}" if pool.version else ""
             return StoreUnavailableError(
                 f"{server}, refused: {said}. If this role may not create or change tables, let an "
                 f"administrator run what create_schema_sql({upgrade}) returns."
+            )
+        if isinstance(error, psycopg.errors.InsufficientPrivilege):
+            return StoreUnavailableError(
+                f"{server}, refused: {said}. Let an administrator grant this role SELECT, INSERT, UPDATE and DELETE on "
+                "the histories and messages, SELECT on the version, and USAGE on the schema."
             )
         return StoreUnavailableError(f"{server}, failed: {said}")
 

@@ -22,6 +22,15 @@ BEGINNING = (uuid.UUID(int=0), -1)
 AFTER_ALL_IDS = "\U0010ffff" * 513
 
 
+def history_key(namespace: str, chat_history_id: str) -> uuid.UUID:
+    """
+    Return the key of a history.
+    """
+    # Neither of the two holds a NUL, so no two pairs become the same text.
+    name = f"{namespace}\x00{chat_history_id}".encode()
+    return uuid.UUID(bytes=hashlib.blake2b(name, digest_size=16).digest())
+
+
 class PostgresOperations(BaseChatMessageStore["Session"]):
     """
     The base of the classes that hold the operations.
@@ -30,9 +39,7 @@ class PostgresOperations(BaseChatMessageStore["Session"]):
     _statements: "Statements"
 
     def _history_key(self, chat_history_id: str) -> uuid.UUID:
-        # Neither of the two holds a NUL, so no two pairs become the same text.
-        name = f"{self.namespace}\x00{chat_history_id}".encode()
-        return uuid.UUID(bytes=hashlib.blake2b(name, digest_size=16).digest())
+        return history_key(self.namespace, chat_history_id)
 
     async def _count(self, session: "Session", chat_history_id: str) -> int:
         rows = await session.fetch(self._statements.message_count, [self._history_key(chat_history_id)])

@@ -5,11 +5,18 @@ Looking for what does not fit together, and mending it.
 PostgreSQL itself sees to it that no position and no message id is there twice.
 """
 
+import time
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from haystack_chat_store.stores.postgres.base import BEGINNING, MAX_POSITION
+from haystack.dataclasses import ChatRole
+
+from haystack_chat_store.json_form import parse_json
+from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.stores import arguments
+from haystack_chat_store.stores.postgres.base import BEGINNING, MAX_POSITION, history_key
 from haystack_chat_store.stores.postgres.search import Search
 from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
 from haystack_chat_store.stores.postgres.terms import tsvectors
@@ -17,6 +24,9 @@ from haystack_chat_store.types import Fault
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.postgres.connections import Session
+
+#: Where histories go whose own namespace cannot be known any more.
+RECOVERED = "recovered"
 
 _ROWS_AT_ONCE = 1_000
 _NO_CREATION = "Its time of creation is none."
@@ -46,7 +56,7 @@ class Checking(Search):
         """
         Look at everything as of one moment, then mend one thing after the other.
         """
-        found = await session.in_transaction(self._look_for_faults, begin=BEGIN_READING)
+        found = await session.in_transaction(self._look_for_faults, repair, begin=BEGIN_READING)
         faults = []
         for fault in found:
             is_repaired = False
@@ -59,15 +69,15 @@ class Checking(Search):
             session.renew_deadline()
         return faults
 
-    async def _look_for_faults(self, session: "Session") -> list[_Found]:
+    async def _look_for_faults(self, session: "Session", repair: bool) -> list[_Found]:
         await session.run(READ_WHOLE_TABLES)
-        found = [
+        return [
             *await self._wrong_counters(session),
             *await self._wrong_keys(session),
             *await self._orphans(session),
             *await self._unreadable_times(session),
+            *await self._wrong_rows(session, repair),
         ]
-        return [*found, *(await self._wrong_terms(session) if session.pool.has_search else [])]
 
     async def _wrong_counters(self, session: "Session") -> list[_Found]:
         found = []
@@ -101,12 +111,13 @@ class Checking(Search):
             _Found(
                 None,
                 None,
-                f"{count} messages have the history_key {key}, which no history has. Of which namespace they are "
-                "cannot be told.",
-                self._cannot_mend,
+                f"{count} messages have the history_key {key}, which no history has. Repaired, they are {name!r} of "
+                f"the namespace {RECOVERED!r}.",
+                partial(self._recover, name),
                 key,
             )
             for key, count in await session.fetch(self._statements.orphans)
+            for name in (f"{key}, {time.time_ns() // 1000}",)
         ]
 
     async def _unreadable_times(self, session: "Session") -> list[_Found]:
@@ -129,17 +140,29 @@ class Checking(Search):
                 found.append(_Found(history, None, _NO_CHANGE, self._mend_times, key))
         return found
 
-    async def _wrong_terms(self, session: "Session") -> list[_Found]:
-        found, last = [], BEGINNING
-        while rows := await session.fetch(self._statements.indexed, [self.namespace, *last, _ROWS_AT_ONCE]):
+    async def _wrong_rows(self, session: "Session", repair: bool) -> list[_Found]:
+        """
+        Find messages whose rows do not say what their contents do.
+        """
+        found: list[_Found] = []
+        last: Sequence[Any] = BEGINNING
+        has_search = session.pool.has_search
+        while (repair or has_search) and (
+            rows := await session.fetch(self._statements.rows, [self.namespace, *last, _ROWS_AT_ONCE])
+        ):
             session.renew_deadline()
             last = rows[-1][:2]
-            keys, positions = [row[0] for row in rows], [row[1] for row in rows]
-            terms = await session.aside(tsvectors, [row[2] for row in rows])
-            for (place,) in await session.fetch(self._statements.mismatched, [keys, positions, terms]):
-                key, position, _, history = rows[place - 1]
-                wrong = "The search index has other words than the message."
-                found.append(_Found(history, position, wrong, self._forget_terms, key))
+            if repair:  # else the caller, who reads all messages, says so too
+                for key, position, history in await session.aside(_unlike_their_contents, rows):
+                    wrong = "Its row had another id or role than its text."
+                    found.append(_Found(history, position, wrong, self._mend_row, key))
+            if has_search:
+                keys, positions = [row[0] for row in rows], [row[1] for row in rows]
+                terms = await session.aside(tsvectors, [row[2] for row in rows])
+                for (place,) in await session.fetch(self._statements.mismatched, [keys, positions, terms]):
+                    key, position, _, history, *_ = rows[place - 1]
+                    wrong = "The search index has other words than the message."
+                    found.append(_Found(history, position, wrong, self._forget_terms, key))
         return found
 
     async def _recount(self, session: "Session", _history: str | None, key: uuid.UUID, _position: int | None) -> bool:
@@ -159,6 +182,32 @@ class Checking(Search):
         await session.run(self._statements.move_messages, keys)
         await session.run(self._statements.recount, {"key": keys["right"]})
         return True
+
+    async def _recover(
+        self, name: str, session: "Session", _history: str | None, key: uuid.UUID, _position: int | None
+    ) -> bool:
+        """
+        Give messages a new history in a namespace of its own, unless theirs is back: nobody can say whose they are.
+        """
+        right = history_key(RECOVERED, name)
+        if not (await session.run(self._statements.move_orphans, {"wrong": key, "right": right})).rowcount:
+            return False
+        await session.run(self._statements.make_recovered, {"key": right, "namespace": RECOVERED, "id": name})
+        await session.run(self._statements.recount, {"key": right})
+        return await self._mend_times(session, name, right, None)
+
+    async def _mend_row(self, session: "Session", _history: str | None, key: uuid.UUID, position: int | None) -> bool:
+        await session.fetch(self._statements.lock_history, [key])
+        rows = await session.fetch(self._statements.page_after, [key, (position or 0) - 1, 1])
+        for place, _, _, _, content in rows:
+            said = _said(content)
+            if place == position and said is not None:
+                message_id, role = said
+                row = {"key": key, "position": position, "message_id": message_id, "role": role}
+                mended = await session.run(self._statements.mend_row, row)
+                await session.run(self._statements.recount, {"key": key})
+                return bool(mended.rowcount)
+        return False
 
     async def _forget_terms(
         self, session: "Session", _history: str | None, key: uuid.UUID, position: int | None
@@ -184,7 +233,22 @@ class Checking(Search):
         await session.run(self._statements.mend_times, {"key": key, "end": MAX_POSITION})
         return True
 
-    async def _cannot_mend(
-        self, _session: "Session", _history: str | None, _key: uuid.UUID, _position: int | None
-    ) -> bool:
-        return False
+
+def _unlike_their_contents(rows: Sequence[tuple[Any, ...]]) -> list[tuple[uuid.UUID, int, str]]:
+    return [
+        (key, position, history)
+        for key, position, content, history, *row in rows
+        if _said(content) not in (tuple(row), None)
+    ]
+
+
+def _said(content: str) -> tuple[str, str] | None:
+    """
+    Return the id and the role that a stored message gives itself, or `None` if it has none that a row can have.
+    """
+    try:
+        message = parse_json(content)
+        role = ChatRole(message["role"]).value
+        return arguments.validated_id(message["meta"][MESSAGE_ID_KEY], MESSAGE_ID_KEY), role
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None

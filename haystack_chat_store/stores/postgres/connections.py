@@ -152,6 +152,12 @@ class AsideError(Exception):
         self.error = error
 
 
+class MayNotMakeError(psycopg.errors.InsufficientPrivilege):
+    """
+    What the server says to a role that may not make or change the tables.
+    """
+
+
 class Session:
     """
     What an operation talks to: a connection that it has for itself. Written for both kinds of connection.
@@ -476,7 +482,7 @@ class Pool(ServerConnections):
             await session.run(_WALK_ALONG_INDEXES)
         if not self._is_current:
             if not has_tables or await self._version(session) < len(MIGRATIONS):
-                await session.in_transaction(self._bring_up_to_date)
+                await self._make(session, self._bring_up_to_date)
             self._is_current = True
         connection.is_ready = True
 
@@ -490,6 +496,16 @@ class Pool(ServerConnections):
         self.has_search = self.has_search or has_search_index
         self.is_indexed = self.is_indexed or has_unindexed
         return backend_pid, has_tables
+
+    @staticmethod
+    async def _make(session: Session, work: "Callable[[Session], Awaitable[None]]") -> None:
+        """
+        Make or change tables, in a transaction.
+        """
+        try:
+            await session.in_transaction(work)
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise MayNotMakeError(error.diag.message_primary or "") from error
 
     async def _bring_up_to_date(self, session: Session) -> None:
         await session.run(_UPGRADE_LOCK)
@@ -509,7 +525,7 @@ class Pool(ServerConnections):
     async def _make_searchable(self, session: Session) -> None:
         await self.look(session)
         if not self.has_search:
-            await session.in_transaction(self._turn_search_on)
+            await self._make(session, self._turn_search_on)
             await self.look(session)
 
     async def _turn_search_on(self, session: Session) -> None:
@@ -523,7 +539,7 @@ class Pool(ServerConnections):
         """
         Record that all messages have their terms, but for those that somebody writes who does not know of search.
         """
-        await session.in_transaction(self._create_unindexed)
+        await self._make(session, self._create_unindexed)
         self.is_indexed = True
 
     async def _create_unindexed(self, session: Session) -> None:

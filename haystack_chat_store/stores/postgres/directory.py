@@ -18,8 +18,8 @@ from haystack_chat_store.types import StoreStatistics
 if TYPE_CHECKING:
     from haystack_chat_store.stores.postgres.connections import Session
 
-# Of up to so many histories with a prefix, all are looked at to find the newest.
-_FEW_HISTORIES = 1_000
+# So many histories with a prefix are looked up and sorted at first, or walked past by time. Then more are.
+_TRIED_AT_FIRST = 256
 # What is deleted in one transaction: so many histories, or fewer if they have more messages.
 _HISTORIES_PER_STEP = 1_000
 _MESSAGES_PER_STEP = 100_000
@@ -54,11 +54,27 @@ class Directory(PostgresOperations):
     async def _histories(
         self, session: "Session", prefix: str, before: tuple[int, str] | None, limit: int
     ) -> list[HistoryRow]:
+        """
+        Do what `_histories` has to.
+
+        Where few histories have the prefix, they are looked up by it and sorted; where many do, some are soon met on
+        the walk by time. Which it is shows when both are tried, neither at a greater cost than the other. The page is
+        always the result of one statement, which is right whatever was found out before.
+        """
         updated_at, chat_history_id = before or (INFINITY, AFTER_ALL_IDS)
         parameters = self._with_prefix(prefix) | {"updated_at": updated_at, "id": chat_history_id, "limit": limit}
-        statement = self._statements.histories
-        if prefix and not await session.fetch(self._statements.have_many, {**parameters, "few": _FEW_HISTORIES}):
-            statement = self._statements.histories_of_few
+        few, statement = _TRIED_AT_FIRST, self._statements.histories
+        while prefix:
+            parameters |= {"few": few, "near": limit + few}
+            ((have_prefix, follow),) = await session.fetch(self._statements.have_more, parameters)
+            if not have_prefix:
+                statement = self._statements.histories_of_few
+            if not have_prefix or not follow:
+                break
+            rows = await session.fetch(self._statements.histories_near, parameters)
+            if len(rows) == limit:
+                return [HistoryRow(*row) for row in rows]
+            few *= 4
         return [HistoryRow(*row) for row in await session.fetch(statement, parameters)]
 
     async def _histories_by_id(self, session: "Session", prefix: str, after: str, limit: int) -> list[HistoryRow]:

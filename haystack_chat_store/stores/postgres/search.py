@@ -18,8 +18,10 @@ from haystack_chat_store.stores.postgres.terms import tsquery, tsvectors
 if TYPE_CHECKING:
     from haystack_chat_store.stores.postgres.connections import Session
 
-# A history with more messages is searched along the index of terms, a shorter one message by message.
-_LONG_HISTORY = 2_000
+# No more histories than these can be searched message by message, rather than along the index of terms, which has
+# everybody's. They are if they have so few messages, or fewer than match in the whole index.
+_FEW_HISTORIES = 1_000
+_FEW_MESSAGES = 5_000
 # So many bytes of messages are indexed at once, as the server has them compressed, or one message.
 _BYTES_AT_ONCE = 8_000_000
 
@@ -35,13 +37,20 @@ class Search(PostgresOperations):
         if not session.pool.is_indexed or await session.fetch(self._statements.an_unindexed):
             return None
         parameters = {**self._with_prefix(prefix), "query": tsquery(phrases), "limit": limit}
-        statement = self._statements.search
-        if chat_history_id is not None:
-            parameters["key"] = self._history_key(chat_history_id)
-            statement = self._statements.search_history
-            if await self._count(session, chat_history_id) > _LONG_HISTORY:
-                statement = self._statements.search_long_history
-        return [FoundRow(*row) for row in await session.fetch(statement, parameters)]
+        if chat_history_id is None:
+            sizes = {**parameters, "few": _FEW_HISTORIES}
+            ((keys, messages),) = await session.fetch(self._statements.few_histories, sizes)
+        else:
+            keys, messages = [self._history_key(chat_history_id)], await self._count(session, chat_history_id)
+        if keys is None:
+            statement = self._statements.search
+        elif messages <= _FEW_MESSAGES or await session.fetch(
+            self._statements.more_match, {**parameters, "messages": messages}
+        ):
+            statement = self._statements.search_few
+        else:
+            statement = self._statements.search_for_few
+        return [FoundRow(*row) for row in await session.fetch(statement, {**parameters, "keys": keys})]
 
     async def _index_some(self, session: "Session", limit: int) -> bool:
         """

@@ -20,6 +20,8 @@ READ_WHOLE_TABLES = """
 INFINITY = 2**62
 # All other times are this one at most, so that the numbers which stand for them are less than that.
 _LATEST = "timestamptz '140000-01-01 00:00:00+00'"
+# The first time that there is, in 4713 BC.
+_EARLIEST = -210_866_803_200_000_000
 
 
 def _microseconds(column: str) -> str:
@@ -58,7 +60,8 @@ def _is_readable(time: str) -> str:
 _BY_ID = 'chat_history_id COLLATE "C"'
 _CURSOR = "%(updated_at)s::bigint"
 _UPDATED_AT_OF_CURSOR = (
-    f"CASE {_CURSOR} WHEN {INFINITY} THEN 'infinity' WHEN {-INFINITY} THEN '-infinity' ELSE {_time(_CURSOR)} END"
+    f"CASE WHEN {_CURSOR} = {INFINITY} THEN 'infinity' WHEN {_CURSOR} < {_EARLIEST} THEN '-infinity'"
+    f" ELSE {_time(_CURSOR)} END"
 )
 
 #: What statements have in common, under the names by which they include it.
@@ -71,12 +74,13 @@ FRAGMENTS = {
     "by_id": _BY_ID,
     "with_prefix": f"namespace = %(namespace)s AND {_BY_ID} >= %(prefix)s AND {_BY_ID} < %(end)s",
     "further": f"(updated_at, {_BY_ID}) < ({_UPDATED_AT_OF_CURSOR}, %(id)s)",
-    "newest_first": f"ORDER BY updated_at DESC, {_BY_ID} DESC LIMIT %(limit)s",
+    "newest_first": f"ORDER BY updated_at DESC, {_BY_ID} DESC",
     "created_at": _time("%(created_at)s::bigint"),
     "updated_at": _time("%(updated_at)s::bigint"),
     "updated_before": _time("%(updated_before)s::bigint"),
     "time_sent": _time("number"),
-    "now": "greatest(updated_at, clock_timestamp())",  # clocks of servers that follow each other may differ
+    # Of a statement whose transaction has the history locked. Clocks of servers that follow each other may differ.
+    "now": "greatest(updated_at, statement_timestamp())",
     "created_at_is_readable": _is_readable("created_at"),
     "updated_at_is_readable": _is_readable("updated_at"),
     # Rows as they are sent: psycopg takes as long to send three arrays as for all the rest. No content needs a line
@@ -121,7 +125,7 @@ _APPEND_ALL = _APPEND.format(
             next_position = h.next_position + excluded.next_position,
             message_count = h.message_count + excluded.message_count,
             round_count = h.round_count + excluded.round_count,
-            updated_at = greatest(h.updated_at, clock_timestamp())
+            updated_at = greatest(h.updated_at, excluded.updated_at)
     """
 )
 # For the rest of a batch: only to a history that nobody has changed since it was found to have the others.
@@ -241,14 +245,28 @@ _IMPORTED = """
 # ------------------------------------------------------------------ the directory
 
 _HISTORY = "SELECT {history_row} FROM {histories} WHERE history_key = %s"
-_HISTORIES = "SELECT {history_row} FROM {histories} WHERE {with_prefix} AND {further} {newest_first}"
-# If few have the prefix, it is faster to look at these than to look for them among all. The fence keeps the planner
-# from walking along the times all the same.
+_HISTORIES = """
+    SELECT {history_row} FROM {histories} WHERE {with_prefix} AND {further} {newest_first} LIMIT %(limit)s
+"""
+# Those among the next so many of the namespace.
+_HISTORIES_NEAR = """
+    SELECT {history_row} FROM (
+        SELECT * FROM {histories} WHERE namespace = %(namespace)s AND {further} {newest_first} LIMIT %(near)s
+    ) AS near
+    WHERE {with_prefix} {newest_first} LIMIT %(limit)s
+"""
+# The fence keeps the planner from walking along the times all the same.
 _HISTORIES_OF_FEW = """
     WITH few AS MATERIALIZED (SELECT * FROM {histories} WHERE {with_prefix} ORDER BY {by_id})
-    SELECT {history_row} FROM few WHERE {further} {newest_first}
+    SELECT {history_row} FROM few WHERE {further} {newest_first} LIMIT %(limit)s
 """
-_HAVE_MANY = "SELECT FROM {histories} WHERE {with_prefix} ORDER BY {by_id} OFFSET %(few)s LIMIT 1"
+# Whether more than a few have the prefix, and whether more follow than are near.
+_HAVE_MORE = """
+    SELECT
+        (SELECT true FROM {histories} WHERE {with_prefix} ORDER BY {by_id} OFFSET %(few)s LIMIT 1),
+        (SELECT true FROM {histories} WHERE namespace = %(namespace)s AND {further}
+            {newest_first} OFFSET %(near)s LIMIT 1)
+"""
 _HISTORIES_BY_ID = """
     SELECT {history_row} FROM {histories} WHERE {with_prefix} AND {by_id} > %(after)s
     ORDER BY {by_id} LIMIT %(limit)s
@@ -299,13 +317,28 @@ _PAGE_AFTER = """
 
 # ------------------------------------------------------------------ search
 
+# What is searched, if these are few histories. They are all that is looked at beyond so many messages that match.
+_FEW_HISTORIES = """
+    SELECT CASE WHEN count(*) <= %(few)s THEN coalesce(array_agg(history_key), '{{}}') END,
+        coalesce(sum(message_count), 0)::bigint
+    FROM (
+        SELECT history_key, message_count FROM {histories} WHERE {with_prefix} ORDER BY {by_id} LIMIT %(few)s + 1
+    ) AS few
+"""
+# The fence has the planner look along the index for all, of which the server then takes only as many as are asked for.
+_MORE_MATCH = """
+    WITH matching AS MATERIALIZED (
+        SELECT FROM {messages} WHERE search_terms @@ %(query)s::tsquery AND search_terms IS NOT NULL
+    )
+    SELECT FROM matching OFFSET %(messages)s LIMIT 1
+"""
 # Fenced off from each other: what matches, which the planner would not look for along its index otherwise, since that
 # is discouraged on the store's connections; and the histories, each looked up by its key, for the planner would rather
 # begin with all that have the prefix. They are looked up in the order of the scores until there are enough hits.
 _SEARCH = """
     WITH found AS MATERIALIZED (
-        SELECT history_key, position, ts_rank(search_terms, %(query)s::tsquery) AS score FROM {{messages}}
-        WHERE search_terms @@ %(query)s::tsquery AND search_terms IS NOT NULL {where}
+        SELECT history_key, position, ts_rank(search_terms, %(query)s::tsquery) AS score FROM {searched}
+        WHERE search_terms @@ %(query)s::tsquery AND search_terms IS NOT NULL
     ), best AS MATERIALIZED (
         SELECT chat_history_id, history_key, position, score
         FROM (SELECT * FROM found {restrict} ORDER BY score DESC, position DESC) AS ranked
@@ -368,16 +401,26 @@ _KEYS = """
 """
 _MOVE_HISTORY = "UPDATE {histories} SET history_key = %(right)s WHERE history_key = %(wrong)s"
 _MOVE_MESSAGES = "UPDATE {messages} SET history_key = %(right)s WHERE history_key = %(wrong)s"
+_MOVE_ORPHANS = """
+    UPDATE {messages} SET history_key = %(right)s WHERE history_key = %(wrong)s
+        AND NOT EXISTS (SELECT FROM {histories} WHERE history_key = %(wrong)s)
+"""
+# Its times are those of its messages, as for others that have none.
+_MAKE_RECOVERED = """
+    INSERT INTO {histories}
+        (history_key, namespace, chat_history_id, next_position, message_count, round_count, created_at, updated_at)
+    VALUES (%(key)s, %(namespace)s, %(id)s, 0, 0, 0, 'infinity', 'infinity')
+"""
 _KEY_IS_TAKEN = """
     SELECT EXISTS (SELECT FROM {histories} WHERE history_key = %(right)s) OR (
         EXISTS (SELECT FROM {messages} WHERE history_key = %(right)s)
         AND EXISTS (SELECT FROM {messages} WHERE history_key = %(wrong)s)
     )
 """
-_INDEXED = """
-    SELECT m.history_key, position, content, chat_history_id
+_ROWS = """
+    SELECT m.history_key, position, content, chat_history_id, message_id, role
     FROM {messages} AS m JOIN {histories} AS h USING (history_key)
-    WHERE namespace = %s AND (m.history_key, position) > (%s, %s) AND search_terms IS NOT NULL
+    WHERE namespace = %s AND (m.history_key, position) > (%s, %s)
     ORDER BY m.history_key, position LIMIT %s
 """
 _MISMATCHED = """
@@ -385,6 +428,13 @@ _MISMATCHED = """
     JOIN unnest(%s::uuid[], %s::bigint[], %s::text[]) WITH ORDINALITY AS sent (history_key, position, terms, place)
         ON m.history_key = sent.history_key AND m.position = sent.position
     WHERE search_terms <> terms::tsvector ORDER BY place
+"""
+# Nothing else in the history may have the id.
+_MEND_ROW = """
+    UPDATE {messages} SET message_id = %(message_id)s, role = %(role)s
+    WHERE history_key = %(key)s AND position = %(position)s AND NOT EXISTS (
+        SELECT FROM {messages} WHERE history_key = %(key)s AND message_id = %(message_id)s AND position <> %(position)s
+    )
 """
 _FORGET_TERMS = """
     UPDATE {messages} SET search_terms = NULL WHERE history_key = %s AND position = %s
@@ -416,15 +466,15 @@ _TIMES_OF_NEAREST = {
 _MEND_TIMES = """
     UPDATE {{histories}} SET
         created_at = CASE WHEN {{created_at_is_readable}} THEN created_at
-            ELSE coalesce({of_first}, clock_timestamp()) END,
+            ELSE coalesce({of_first}, statement_timestamp()) END,
         updated_at = CASE WHEN {{updated_at_is_readable}} THEN updated_at
-            ELSE coalesce({of_last}, clock_timestamp()) END
+            ELSE coalesce({of_last}, statement_timestamp()) END
     WHERE history_key = %(key)s
 """
 _MEND_MESSAGE_TIME = """
     UPDATE {{messages}} SET created_at = coalesce({of_one_before}, {of_one_after},
         (SELECT created_at FROM {{histories}} WHERE history_key = %(key)s AND {{created_at_is_readable}}),
-        clock_timestamp())
+        statement_timestamp())
     WHERE history_key = %(key)s AND position = %(position)s AND NOT {{created_at_is_readable}}
 """
 
@@ -462,8 +512,9 @@ class Statements(NamedTuple):
 
     history: str = _HISTORY
     histories: str = _HISTORIES
+    histories_near: str = _HISTORIES_NEAR
     histories_of_few: str = _HISTORIES_OF_FEW
-    have_many: str = _HAVE_MANY
+    have_more: str = _HAVE_MORE
     histories_by_id: str = _HISTORIES_BY_ID
     update_history: str = _UPDATE_HISTORY
     erasable_by_prefix: str = _ERASABLE_BY_PREFIX
@@ -473,9 +524,15 @@ class Statements(NamedTuple):
     page_before: str = _PAGE_BEFORE
     page_after: str = _PAGE_AFTER
 
-    search: str = _SEARCH.format(where="", restrict="")
-    search_history: str = _SEARCH.format(where="AND history_key = %(key)s", restrict="")
-    search_long_history: str = _SEARCH.format(where="", restrict="WHERE history_key = %(key)s")
+    few_histories: str = _FEW_HISTORIES
+    more_match: str = _MORE_MATCH
+    search: str = _SEARCH.format(searched="{messages}", restrict="")
+    search_for_few: str = _SEARCH.format(
+        searched="{messages}", restrict="WHERE history_key IN (SELECT unnest(%(keys)s::uuid[]))"
+    )
+    search_few: str = _SEARCH.format(
+        searched="(SELECT * FROM {messages} WHERE history_key = ANY (%(keys)s) OFFSET 0) AS of_few", restrict=""
+    )
     an_unindexed: str = _AN_UNINDEXED
     unindexed: str = _UNINDEXED
     unindexed_contents: str = _UNINDEXED_CONTENTS
@@ -493,7 +550,10 @@ class Statements(NamedTuple):
     key_is_taken: str = _KEY_IS_TAKEN
     move_history: str = _MOVE_HISTORY
     move_messages: str = _MOVE_MESSAGES
-    indexed: str = _INDEXED
+    move_orphans: str = _MOVE_ORPHANS
+    make_recovered: str = _MAKE_RECOVERED
+    rows: str = _ROWS
+    mend_row: str = _MEND_ROW
     mismatched: str = _MISMATCHED
     forget_terms: str = _FORGET_TERMS
     unreadable_times: str = _UNREADABLE_TIMES
