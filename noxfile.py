@@ -85,7 +85,9 @@ def docs(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Run the example chatbots."""
     install(session, "test")
-    session.run("pytest", "tests/test_examples.py", "tests/agents/test_agent_examples.py", *session.posargs, env=ENVIRONMENT)
+    session.run(
+        "pytest", "tests/test_examples.py", "tests/agents/test_agent_examples.py", *session.posargs, env=ENVIRONMENT
+    )
 
 
 @nox.session

@@ -28,6 +28,9 @@ from haystack_chat_store.types import Fault, StoreStatistics
 SessionT = TypeVar("SessionT")
 ResultT = TypeVar("ResultT")
 
+#: The namespace to which a repair moves histories whose own cannot be known any more.
+RECOVERED: Final = "recovered"
+
 #: What an operation returns: its result or, if it is a coroutine function, a coroutine that does.
 Operation: TypeAlias = ResultT | Coroutine[Any, Any, ResultT]
 

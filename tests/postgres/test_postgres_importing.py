@@ -7,6 +7,7 @@ import asyncio
 import time
 
 import pytest
+from event_loops import largest_gap_beside
 from imported import NEW, assert_sound, import_rows, rows
 from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, said, say
 
@@ -61,34 +62,6 @@ def test_several_histories_are_imported_together_unless_one_is_there_even_an_emp
     assert store._run(store._import_several, histories[::2]) == 6
     assert {store.get_chat_history(history).title for history in "ab"} == {"a title"}
     assert_sound(server, store)
-
-
-def largest_gap_beside(call):
-    """
-    Return for how long an event loop did nothing else while it awaited a call, at most, and how long the call took.
-    """
-    gaps = []
-
-    async def tick():
-        last = time.perf_counter()
-        while True:
-            await asyncio.sleep(0.001)
-            now = time.perf_counter()
-            gaps.append(now - last)
-            last = now
-
-    async def main():
-        ticker = asyncio.create_task(tick())
-        await asyncio.sleep(0.01)
-        gaps.clear()
-        started = time.perf_counter()
-        await call()
-        took = time.perf_counter() - started
-        await asyncio.sleep(0.01)
-        ticker.cancel()
-        return max(gaps), took
-
-    return asyncio.run(main())
 
 
 def test_reading_what_is_imported_does_not_hold_up_the_event_loop(make_store):

@@ -33,8 +33,8 @@ from haystack_chat_store.stores.operations import (
 from haystack_chat_store.types import Fault, StoreStatistics
 
 _namespaces: dict[str, Namespace] = {}
-# One lock for all. Reentrant, for an operation may be interrupted, in its own thread, by a signal handler or a finalizer
-# that writes.
+# One lock for all. Reentrant, for an operation may be interrupted by a signal handler or a finalizer of the same thread
+# that writes, too.
 _lock = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child gets the histories as they were between two operations
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)

@@ -16,6 +16,7 @@ from haystack.dataclasses import ChatRole
 from haystack_chat_store.json_form import parse_json
 from haystack_chat_store.rounds import MESSAGE_ID_KEY
 from haystack_chat_store.stores import arguments
+from haystack_chat_store.stores.operations import RECOVERED
 from haystack_chat_store.stores.postgres.base import BEGINNING, MAX_POSITION, history_key
 from haystack_chat_store.stores.postgres.search import Search
 from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
@@ -24,9 +25,6 @@ from haystack_chat_store.types import Fault
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.postgres.connections import Session
-
-#: Where histories go whose own namespace cannot be known any more.
-RECOVERED = "recovered"
 
 _ROWS_AT_ONCE = 1_000
 _NO_CREATION = "Its time of creation is none."
