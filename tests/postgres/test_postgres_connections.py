@@ -143,6 +143,8 @@ def fork_while_threads_connect(store, report, times):
     """
     In a process that has never connected: begin to connect in threads, and fork children that connect, too. Again and
     again, each time in a process of its own. Report how each ended.
+
+    No thread ends meanwhile: OpenSSL then frees what it keeps for it, under a lock that nobody else can take.
     """
     import os
     import signal
@@ -162,9 +164,13 @@ def fork_while_threads_connect(store, report, times):
         signal.alarm(60)  # of those that hang
         return store.count_messages("history")
 
+    def connect_and_wait():
+        store.count_messages("history")
+        threading.Event().wait()
+
     def connect_and_fork():
         for _ in range(4):
-            threading.Thread(target=store.count_messages, args=("history",)).start()
+            threading.Thread(target=connect_and_wait).start()
         children = []
         for number in range(6):
             time.sleep(number / 1000)
