@@ -141,9 +141,10 @@ class IndexState(NamedTuple):
     @property
     def is_searchable(self) -> bool:
         """
-        Whether this process can find all that is there.
+        Whether this process can find all that is there, but for what is left out for a newer version to index.
         """
-        return self.last_key == ALL_KEYS and not self.has_left_out and terms.can_search(self.terms_version)
+        waits_for_us = self.has_left_out and self.terms_version == terms.OWN_TERMS
+        return self.last_key == ALL_KEYS and not waits_for_us and terms.can_search(self.terms_version)
 
     @property
     def is_of_newer(self) -> bool:

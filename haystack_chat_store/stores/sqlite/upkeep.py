@@ -256,8 +256,9 @@ class UpkeepOperations(Operations[Database]):
         if schema.missing_of_index(connection):
             return [Fault(None, None, "A part of the search index is missing.", False)]
         index = schema.state_of_index(connection)
-        if self.search and index.is_of_newer and not index.is_searchable:
-            return [Fault(None, None, "The search index waits for a newer version than this.", False)]
+        if self.search and index.is_of_newer and (index.has_left_out or not index.is_searchable):
+            waits = "The search index waits for a newer version of this package or of Python to complete it."
+            return [Fault(None, None, waits, False)]
         try:
             return list(self._compared(connection, index.terms_version))
         except sqlite3.DatabaseError as error:
