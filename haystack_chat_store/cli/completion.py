@@ -41,7 +41,7 @@ def complete(answer: Callable[[], Any]) -> int:
             answer()
     except SystemExit as exit_:
         status = exit_.code if isinstance(exit_.code, int) else 0
-    except Exception:
+    except Exception:  # whatever it is, a prompt is no place for it
         return 1
     for line in offered.getvalue().splitlines():
         sys.stdout.write(f"{line.removeprefix(cut)}\n")

@@ -108,8 +108,8 @@ _INDEX_TRIGGERS = {
     """,
 }
 _FORGET_INDEXED = "DELETE FROM chat_messages_indexed"
-_NOTHING_INDEXED = f"INSERT INTO chat_messages_indexed (last_key, terms_version) VALUES (0, '{terms.NO_TERMS}')"  # noqa: S608
-_BEGIN_ANEW = f"UPDATE chat_messages_indexed SET last_key = 0, terms_version = '{terms.NO_TERMS}'"  # noqa: S608
+_NOTHING_INDEXED = "INSERT INTO chat_messages_indexed (last_key, terms_version) VALUES (0, ?)"
+_BEGIN_ANEW = "UPDATE chat_messages_indexed SET last_key = 0, terms_version = ?"
 _STATE_OF_INDEX = """
     SELECT last_key, terms_version, EXISTS (SELECT 1 FROM chat_messages_unindexed) FROM chat_messages_indexed
 """
@@ -237,8 +237,9 @@ def begin_index_anew(connection: sqlite3.Connection) -> None:
     for name, definition in _INDEX_TRIGGERS.items():
         connection.execute(f"DROP TRIGGER IF EXISTS {name}")  # perhaps that of an earlier version
         connection.execute(f"CREATE TRIGGER {name} {definition}")
-    for statement in (_FORGET_INDEXED, _NOTHING_INDEXED, _BEGIN_ANEW):
-        connection.execute(statement)
+    connection.execute(_FORGET_INDEXED)
+    connection.execute(_NOTHING_INDEXED, (terms.NO_TERMS,))
+    connection.execute(_BEGIN_ANEW, (terms.NO_TERMS,))  # has the trigger empty it
 
 
 def begin_index_with_own_terms(connection: sqlite3.Connection) -> None:
