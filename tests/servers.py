@@ -423,8 +423,11 @@ class RedisServer(_Server):
         }
 
     def _command(self) -> list[Any]:
-        settings = self.settings.items()
-        return [self.binary, *(part for key, value in settings for part in (f"--{key.replace('_', '-')}", str(value)))]
+        command: list[Any] = [self.binary]
+        for key, value in self.settings.items():
+            # Redis 6 does not take "3600 1" for two words.
+            command += [f"--{key.replace('_', '-')}", *(str(value).split() or [""])]
+        return command
 
     def _answers(self) -> bool:
         with suppress(redis.ConnectionError), self.client() as client:  # "loading its data" is one of those
