@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = _run(arguments)
     except KeyboardInterrupt:  # while that is imported which would have known what to do
         if COMPLETION_VARIABLE not in os.environ:
-            print(file=sys.stderr)  # noqa: T201  (likewise)
+            print(file=sys.stderr)  # noqa: T201  (rich may not be imported yet)
         status = INTERRUPTED
     sys.exit(status)
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         import rich  # noqa: F401  (only to see whether it is there)
-        import typer  # noqa: F401  (likewise)
+        import typer  # noqa: F401  (only to see whether it is there)
     except ImportError:
         print(  # noqa: T201  (what prints otherwise needs what is missing)
             "The command line needs typer and rich. Install them: pip install 'haystack-chat-store[cli]'",

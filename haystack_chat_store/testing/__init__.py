@@ -50,7 +50,7 @@ _MODULES = (
 )
 pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
 
-# ruff: noqa: E402  (so the imports come after code)
+# ruff: noqa: E402  (pytest rewrites only what is imported after it was registered)
 from haystack_chat_store.testing.concurrency import ConcurrencyTest
 from haystack_chat_store.testing.contract import ChatMessageStoreContract
 from haystack_chat_store.testing.contract_arguments import Rule01SignaturesTest, Rule02ValidationTest, Rule15ErrorsTest

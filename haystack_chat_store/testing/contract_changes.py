@@ -114,7 +114,7 @@ class Rule18PagesTest(ContractTest):
         with pytest.raises(ValueError, match="chat_history_id"):
             store.iterate_messages("")  # type: ignore[attr-defined]  # not in the protocol
         with pytest.raises(ValueError, match="chat_history_id"):
-            store.iterate_messages_async("")  # type: ignore[attr-defined]  # likewise
+            store.iterate_messages_async("")  # type: ignore[attr-defined]  # not in the protocol
 
 
 class Rule19ChangesTest(ContractTest):

@@ -80,7 +80,7 @@ _TAKE_FROM_INDEX = f"""
     UPDATE chat_messages_indexed SET last_key = 0, terms_version = '{terms.NO_TERMS}'
     WHERE {_IS_INDEXED} AND NOT {_IS_LEFT_OUT} AND NOT {_HAS_SAME_TERMS};
     DELETE FROM chat_messages_unindexed WHERE message_key = old.message_key;
-""".format(row="old")  # noqa: S608  (made of constants)
+""".format(row="old")  # noqa: S608  (made of constants of this module)
 _INDEX_TABLES = {
     "chat_message_terms": """
         CREATE VIRTUAL TABLE chat_message_terms USING fts5 (terms, content = '', tokenize = 'ascii')
