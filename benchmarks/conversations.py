@@ -8,7 +8,7 @@ import json
 from haystack.dataclasses import ChatMessage, ToolCall
 
 from haystack_chat_store.codec import encode_message
-from haystack_chat_store.stores.base import new_message_id
+from haystack_chat_store.ids import new_message_id
 
 _PROSE = (
     "The parcel left our warehouse on Tuesday and reached the regional centre the next morning; from there it usually "

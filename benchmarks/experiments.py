@@ -23,7 +23,7 @@ from haystack_integrations.components.retrievers.chat_store import ChatMessageRe
 from measuring import LOOP, Trial, medians
 
 from haystack_chat_store.codec import decode_messages, encode_message
-from haystack_chat_store.stores.base import new_message_id
+from haystack_chat_store.ids import new_message_id
 
 Medians = dict[str, dict[str, float]]
 

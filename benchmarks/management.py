@@ -30,10 +30,11 @@ from run import environment_of
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.codec import encode_message
+from haystack_chat_store.ids import new_message_id
 from haystack_chat_store.search_text import parsed_query
-from haystack_chat_store.stores.base import BaseChatMessageStore, new_message_id
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.transfer import export_histories, import_histories
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -67,9 +68,9 @@ class Place(NamedTuple):
     """
 
     name: str
-    store: BaseChatMessageStore[Any]
-    searching: BaseChatMessageStore[Any]
-    empty: BaseChatMessageStore[Any]
+    store: BaseChatMessageStore
+    searching: BaseChatMessageStore
+    empty: BaseChatMessageStore
     key_read: Callable[[], Any]
     full_text: Callable[[Sequence[Any]], Any]
     fork: Callable[[], Any]
@@ -145,7 +146,7 @@ def measure(place: Place, plan: Plan, folder: Path) -> None:
     append(place, plan)
 
 
-def fill(store: BaseChatMessageStore[Any], plan: Plan, texts: Texts) -> int:
+def fill(store: BaseChatMessageStore, plan: Plan, texts: Texts) -> int:
     # So many different contents are enough, and making them afresh would take longer than storing them.
     said = [
         (role, encode_message(message, "ID"))
@@ -164,7 +165,7 @@ def fill(store: BaseChatMessageStore[Any], plan: Plan, texts: Texts) -> int:
             for position, (role, content) in enumerate(said[first : first + plan.messages_each])
             for message_id in (new_message_id(),)
         ]
-        count += store._run(store._import, HistoryRow(_name(number), 0, 0, at, at, None, None), [rows], 0)
+        count += store.engine.run(store.engine.import_history, store.scope, HistoryRow(_name(number), 0, 0, at, at, None, None), [rows], 0)
     return count
 
 

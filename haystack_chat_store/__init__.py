@@ -3,6 +3,8 @@
 Durable chat history for Haystack: what was said in each conversation, kept in order and whole.
 """
 
+from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from haystack.core.serialization import allow_deserialization_module
@@ -25,9 +27,9 @@ from haystack_chat_store.errors import (
 )
 from haystack_chat_store.rounds import Window
 from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory import InMemoryChatMessageStore
-from haystack_chat_store.stores.operations import UNCHANGED, EncodedMessage, FoundRow, HistoryRow, MessageRow
-from haystack_chat_store.stores.sqlite import SQLiteChatMessageStore
+from haystack_chat_store.stores.rows import UNCHANGED, EncodedMessage, FoundRow, HistoryRow, MessageRow, Scope
 from haystack_chat_store.types import (
     AsyncChatMessageStore,
     ChatHistoryInfo,
@@ -43,10 +45,13 @@ from haystack_chat_store.urls import store_from_url
 if TYPE_CHECKING:
     from haystack_chat_store.stores.postgres import PostgresChatMessageStore
     from haystack_chat_store.stores.redis import RedisChatMessageStore
+    from haystack_chat_store.stores.sqlite import SQLiteChatMessageStore
 
-# So that pipelines with our stores load from YAML with a plain Pipeline.loads. Haystack trusts the components' own
-# namespace already, and they import this package.
-allow_deserialization_module("haystack_chat_store")
+# A plain Pipeline.loads then loads pipelines with these stores. Haystack trusts the namespace of the components, which
+# import this package.
+allow_deserialization_module("haystack_chat_store.stores")
+
+__version__ = version("haystack-chat-store")
 
 __all__ = [
     "UNCHANGED",
@@ -63,6 +68,7 @@ __all__ = [
     "DamagedFileError",
     "DuplicateMessageError",
     "EncodedMessage",
+    "Engine",
     "Fault",
     "FoundRow",
     "HistoryRow",
@@ -75,6 +81,7 @@ __all__ = [
     "RedisChatMessageStore",
     "SQLiteChatMessageStore",
     "SchemaVersionError",
+    "Scope",
     "SearchHit",
     "StoreStatistics",
     "StoreTimeoutError",
@@ -86,16 +93,18 @@ __all__ = [
 ]
 
 
+# Imported when they are used: each of them needs a driver, which takes time to import or may not be installed.
+_STORES = {
+    "PostgresChatMessageStore": "haystack_chat_store.stores.postgres",
+    "RedisChatMessageStore": "haystack_chat_store.stores.redis",
+    "SQLiteChatMessageStore": "haystack_chat_store.stores.sqlite",
+}
+
+
 def __getattr__(name: str) -> Any:
     """
-    Import the stores that need a driver only when they are used.
+    Import a store when it is used.
     """
-    if name == "PostgresChatMessageStore":
-        from haystack_chat_store.stores.postgres import PostgresChatMessageStore
-
-        return PostgresChatMessageStore
-    if name == "RedisChatMessageStore":
-        from haystack_chat_store.stores.redis import RedisChatMessageStore
-
-        return RedisChatMessageStore
+    if name in _STORES:
+        return getattr(import_module(_STORES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

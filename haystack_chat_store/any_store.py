@@ -14,8 +14,8 @@ from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.rounds import LastKUnit, Window, last_rounds
-from haystack_chat_store.stores.arguments import validated_policy
 from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore
+from haystack_chat_store.validation import validated_policy
 
 ComponentT = TypeVar("ComponentT")
 

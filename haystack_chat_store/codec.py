@@ -26,8 +26,8 @@ from haystack.dataclasses import (
 )
 
 from haystack_chat_store.errors import MessageDecodingError, MessageEncodingError
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.json_form import MAX_DEPTH, encode_unusual, encoded, parse_json, quoted
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _TEXT = frozenset({str})

@@ -8,23 +8,23 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from haystack.dataclasses import ChatMessage
 
+from haystack_chat_store import validation
 from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.errors import MessageDecodingError
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
-from haystack_chat_store.stores import arguments
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.stores.base import BaseChatMessageStore
-from haystack_chat_store.stores.operations import MessageRow
+from haystack_chat_store.stores.rows import MessageRow
 from haystack_chat_store.transfer.files import appended_file, checked_target
 from haystack_chat_store.types import Fault
 from haystack_chat_store.walks import readable_pages, walked_histories
 
 
 def check(
-    store: BaseChatMessageStore[Any],
+    store: BaseChatMessageStore,
     *,
     repair: bool = False,
     salvage: "str | os.PathLike[str] | None" = None,
@@ -57,7 +57,7 @@ def check(
     """
     if salvage is not None:
         checked_target(salvage)
-    found: dict[Fault, None] = dict.fromkeys(store._run(store._faults, repair))
+    found: dict[Fault, None] = dict.fromkeys(store.engine.run(store.engine.check, store.scope, repair))
     yield from found
     checked = 0
     for history in walked_histories(store):
@@ -74,7 +74,7 @@ def check(
 
 
 async def check_async(
-    store: BaseChatMessageStore[Any],
+    store: BaseChatMessageStore,
     *,
     repair: bool = False,
     salvage: "str | os.PathLike[str] | None" = None,
@@ -89,7 +89,7 @@ async def check_async(
 
 
 def _faults_of(
-    store: BaseChatMessageStore[Any],
+    store: BaseChatMessageStore,
     chat_history_id: str,
     rows: Sequence[MessageRow],
     salvage: "str | os.PathLike[str] | None",
@@ -104,7 +104,7 @@ def _faults_of(
     if removed and salvage is not None:
         saved = [(row, message) for row, message in zip(rows, examined, strict=True) if row.position in removed]
         _save(salvage, store.namespace, chat_history_id, saved)
-        store._run(store._remove, chat_history_id, sorted(removed))
+        store.engine.run(store.engine.remove, store.scope, chat_history_id, sorted(removed))
     for message in examined:
         for description in message.faults:
             yield Fault(chat_history_id, message.position, description, message.position in removed)
@@ -137,7 +137,7 @@ def examine(row: MessageRow) -> ExaminedMessage:
     """
     Read a message back, and say what is wrong with it rather than raise.
     """
-    created_at = arguments.readable_time(row.created_at)
+    created_at = times.readable_time(row.created_at)
     try:
         (message,) = decode_messages([row.content])
         other_id, other_role = message.meta.get(MESSAGE_ID_KEY) != row.message_id, message.role.value != row.role
@@ -147,14 +147,14 @@ def examine(row: MessageRow) -> ExaminedMessage:
         "Its stored text is not that of a message.": message is None,
         "Its stored text has another id than its row.": other_id,
         "Its stored text has another role than its row.": other_role,
-        "Its time of creation is none.": arguments.microseconds(created_at, "created_at") != row.created_at,
+        "Its time of creation is none.": validation.microseconds(created_at, "created_at") != row.created_at,
     }
     found = tuple(description for description, is_so in faults.items() if is_so)
     return ExaminedMessage(row.position, created_at, row.role, message, found)
 
 
 def examined_messages(
-    store: BaseChatMessageStore[Any],
+    store: BaseChatMessageStore,
     chat_history_id: str,
     *,
     before: int | None = None,

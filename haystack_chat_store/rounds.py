@@ -11,19 +11,14 @@ What a model is shown of a history is a window of it (`last_rounds`), with the m
 (`valid_for_model`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from haystack.dataclasses import ChatMessage, ChatRole
 
 from haystack_chat_store.exchanges import answers_of, pairs_of, says_something, without_rejected_parts
-
-#: Where a stored message keeps its id, in its `meta`. The same key as in haystack-experimental.
-MESSAGE_ID_KEY = "chat_message_id"
-
-#: Where a message that an agent's run produced keeps the id of the user message that it was produced for.
-QUESTION_ID_KEY = "chat_question_id"
+from haystack_chat_store.ids import message_id_of, question_id_of
 
 #: What `last_k` counts.
 LastKUnit = Literal["round", "message"]
@@ -54,53 +49,31 @@ class Window:
         return self.count + max(total - self.count, 0) % self.step
 
 
-def validate_last_k(last_k: Any) -> None:
+def window_start(roles: Sequence[str], window: Window) -> tuple[int, int]:
     """
-    Refuse what cannot be a `last_k`.
+    Return where a window of a history begins, and the window's size.
 
-    :param last_k: A number of rounds or messages, or `None`.
-    :raises ValueError: If `last_k` is neither `None` nor an integer of 0 or more.
+    With the unit `"round"`, the window begins at the `size`-th last user message, or holds everything if there are
+    fewer. With the unit `"message"`, it holds the last `size` messages; if the first of these is a tool message, they
+    are preceded by what comes before it, up to and including the nearest message that is not one.
+
+    This is the rule that every engine follows, in its own language.
+
+    :param roles: The roles of all messages of the history, oldest first.
+    :param window: What is wanted.
+    :returns: An index into `roles`, and how many rounds or messages the window holds (see `Window.size`).
     """
-    if last_k is None:
-        return
-    if not isinstance(last_k, int) or isinstance(last_k, bool):
-        raise ValueError(f"last_k must be an integer or None, got {type(last_k).__name__}.")
-    if last_k < 0:
-        raise ValueError(f"last_k must be 0 or greater, got {last_k}.")
-
-
-def validate_window_step(window_step: Any) -> None:
-    """
-    Refuse what cannot be a `window_step`.
-
-    :param window_step: A number of rounds or messages.
-    :raises ValueError: If `window_step` is not an integer of 1 or more.
-    """
-    if not isinstance(window_step, int) or isinstance(window_step, bool):
-        raise ValueError(f"window_step must be an integer, got {type(window_step).__name__}.")
-    if window_step < 1:
-        raise ValueError(f"window_step must be 1 or greater, got {window_step}.")
-
-
-def validated_messages(messages: Any, name: str = "messages") -> list[ChatMessage]:
-    """
-    Return an iterable of messages as a list, whole.
-
-    :param messages: A list or other iterable.
-    :param name: What errors call it.
-    :raises ValueError: If it is nothing of the kind, or one of its items is no `ChatMessage`. It names the item.
-    """
-    if isinstance(messages, (str, bytes, bytearray, dict)) or not isinstance(messages, Iterable):
-        raise ValueError(f"{name} must be a list of ChatMessages, got {type(messages).__name__}.")
-    listed = list(messages)
-    for index, message in enumerate(listed):
-        if not isinstance(message, ChatMessage):
-            raise ValueError(f"{name}[{index}] must be a ChatMessage, got {type(message).__name__}.")
-        if not isinstance(message.role, ChatRole) or not isinstance(message.meta, dict):
-            raise ValueError(f"{name}[{index}] must have a ChatRole as role and a dict as meta.")
-        if not isinstance(message._content, Sequence):
-            raise ValueError(f"{name}[{index}] must have a list of parts as content.")
-    return listed
+    if window.count is None:
+        return 0, len(roles)
+    if window.unit == "round":
+        starts = [index for index, role in enumerate(roles) if role == ChatRole.USER.value]
+        size = window.size(len(starts))
+        return (starts[-size] if size <= len(starts) else 0), size
+    size = window.size(len(roles))
+    start = max(len(roles) - size, 0)
+    while start > 0 and roles[start] == ChatRole.TOOL.value:
+        start -= 1
+    return start, size
 
 
 def round_starts(messages: Sequence[ChatMessage]) -> list[int]:
@@ -278,23 +251,3 @@ def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 def _asks(message: ChatMessage) -> bool:
     return message.role is ChatRole.USER and says_something(without_rejected_parts(message, ()))
-
-
-def message_id_of(message: ChatMessage) -> str | int | None:
-    """
-    Return a message's own id, `None` if it has none or one that cannot be one.
-    """
-    return _id_in(message, MESSAGE_ID_KEY)
-
-
-def question_id_of(message: ChatMessage) -> str | int | None:
-    """
-    Return the id of the question that a message was produced for, `None` if it has no such mark.
-    """
-    return _id_in(message, QUESTION_ID_KEY)
-
-
-def _id_in(message: ChatMessage, key: str) -> str | int | None:
-    # Nobody has validated these: the message may be the caller's, or come from anybody's store.
-    value = message.meta.get(key)
-    return value if value and isinstance(value, (str, int)) else None

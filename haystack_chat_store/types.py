@@ -5,9 +5,10 @@ The protocols that components and hooks hang on, and what stores return.
 Anything that follows the protocols is a chat message store.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from datetime import date, datetime
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from haystack.dataclasses import ChatMessage
 
@@ -156,7 +157,22 @@ class AsyncChatMessageStore(ChatMessageStore, Protocol):
         ...
 
 
-class ChatHistoryInfo(NamedTuple):
+class Result:
+    """
+    The base of what stores return: frozen dataclasses that are ready for JSON.
+    """
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        Return the fields as a dictionary that JSON has a form for. Times are in ISO 8601.
+        """
+        return {field.name: _json_ready(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]  # all subclasses are dataclasses
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatHistoryInfo(Result):
     """
     What a store knows of a chat history beside its messages.
 
@@ -178,7 +194,8 @@ class ChatHistoryInfo(NamedTuple):
     meta: dict[str, Any]
 
 
-class ChatHistoryPage(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatHistoryPage(Result):
     """
     A part of the directory.
 
@@ -190,7 +207,8 @@ class ChatHistoryPage(NamedTuple):
     cursor: str | None
 
 
-class StoredMessage(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredMessage(Result):
     """
     A message and its place in its history.
 
@@ -204,7 +222,8 @@ class StoredMessage(NamedTuple):
     message: ChatMessage
 
 
-class SearchHit(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchHit(Result):
     """
     A message that a search has found.
 
@@ -222,7 +241,8 @@ class SearchHit(NamedTuple):
     score: float
 
 
-class StoreStatistics(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreStatistics(Result):
     """
     How much there is in a store's namespace.
 
@@ -241,7 +261,8 @@ class StoreStatistics(NamedTuple):
     messages_per_day: Mapping[date, int]
 
 
-class Fault(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault(Result):
     """
     Something in a store that does not fit together.
 
@@ -255,3 +276,15 @@ class Fault(NamedTuple):
     position: int | None
     description: str
     is_repaired: bool
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, (Result, ChatMessage)):
+        return value.to_dict()
+    if isinstance(value, date):  # a datetime, too
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return {str(_json_ready(key)): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_json_ready(item) for item in value]
+    return value

@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 From one line of configuration to a store.
+
+Which store a URL stands for is looked up by its scheme, in the entry points of the group `haystack_chat_store.engines`.
+A package that brings a store of its own registers it there:
+
+```toml
+[project.entry-points."haystack_chat_store.engines"]
+folder = "my_package:FolderChatMessageStore"
+```
 """
 
+from importlib.metadata import entry_points
 from typing import Any
-from urllib.parse import unquote, urlsplit
-
-from haystack.utils import Secret
 
 from haystack_chat_store.stores.base import BaseChatMessageStore
-from haystack_chat_store.stores.in_memory import InMemoryChatMessageStore
-from haystack_chat_store.stores.sqlite import SQLiteChatMessageStore
+
+_ENTRY_POINTS = "haystack_chat_store.engines"
 
 
-def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore[Any]:
+def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore:
     """
     Make the store that a URL names. It connects on first use.
 
@@ -24,6 +30,8 @@ def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore[Any]:
     | `redis://:password@host:6379/0`, `rediss://…` with TLS | `RedisChatMessageStore` |
     | `redis+cluster://:password@host:6379`, `rediss+cluster://…` | `RedisChatMessageStore` on a Redis Cluster |
     | `memory://` | `InMemoryChatMessageStore` |
+
+    Other packages can register stores for further schemes.
 
     ```python
     from haystack_chat_store import store_from_url
@@ -40,22 +48,12 @@ def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore[Any]:
     :raises ValueError: If the URL has none of these forms. The error does not repeat it, for it may hold a password.
     :raises ImportError: If the engine's driver is not installed.
     """
-    scheme, _, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
-    if scheme == "sqlite" and rest.startswith("/") and len(rest) > 1 and not {"?", "#"} & set(rest):
-        return SQLiteChatMessageStore(unquote(rest[1:]), **settings)
-    if scheme == "memory" and not rest:
-        return InMemoryChatMessageStore(**settings)
-    if scheme in ("postgresql", "postgres") and rest:
-        from haystack_chat_store.stores.postgres import PostgresChatMessageStore
-
-        return PostgresChatMessageStore(Secret.from_token(url), **settings)
-    if scheme in ("redis", "rediss", "redis+cluster", "rediss+cluster") and urlsplit(url).netloc:
-        from haystack_chat_store.stores.redis import RedisChatMessageStore
-
-        protocol, _, cluster = scheme.partition("+")
-        return RedisChatMessageStore(Secret.from_token(f"{protocol}://{rest}"), cluster=bool(cluster), **settings)
+    scheme, separator, _ = url.partition("://") if isinstance(url, str) else ("", "", "")
+    for entry_point in entry_points(group=_ENTRY_POINTS, name=scheme) if separator else ():
+        store: BaseChatMessageStore = entry_point.load().from_url(url, **settings)
+        return store
+    schemes = ", ".join(sorted(f"{entry_point.name}://" for entry_point in entry_points(group=_ENTRY_POINTS)))
     raise ValueError(
-        "The URL must have one of these forms: sqlite:///relative.db, sqlite:////absolute.db, "
-        "postgresql://user:password@host:port/database, redis://:password@host:port/0, "
-        "redis+cluster://:password@host:port, memory://."
+        f"The URL must begin with one of {schemes}. For example: sqlite:///relative.db, sqlite:////absolute.db, "
+        "postgresql://user:password@host:port/database, redis://:password@host:port/0, memory://."
     )

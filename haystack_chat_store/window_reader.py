@@ -14,16 +14,9 @@ from haystack.token_counters import ApproximateTokenCounter
 from haystack.token_counters.types import TokenCounter
 
 from haystack_chat_store import any_store
-from haystack_chat_store.rounds import (
-    in_question_order,
-    question_groups,
-    question_of,
-    round_starts,
-    valid_for_model,
-    validate_last_k,
-    validate_window_step,
-)
+from haystack_chat_store.rounds import in_question_order, question_groups, question_of, round_starts, valid_for_model
 from haystack_chat_store.types import ChatMessageStore
+from haystack_chat_store.validation import validate_last_k, validate_window_step
 
 # How many rounds are read first when only the budget says how many, and how many times as many next.
 _FIRST_PAGE = 8

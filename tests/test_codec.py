@@ -36,7 +36,7 @@ from pydantic import BaseModel
 
 from haystack_chat_store.codec import decode_messages, encode_message
 from haystack_chat_store.errors import MessageDecodingError, MessageEncodingError
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(24)).decode()
 CALL = ToolCall("weather", {"city": "Rome"}, id="call_1")

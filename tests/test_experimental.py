@@ -22,7 +22,7 @@ from haystack_integrations.components.retrievers.chat_store import ChatMessageRe
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
 
 from haystack_chat_store import InMemoryChatMessageStore
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 
 USER, ASSISTANT = ChatMessage.from_user, ChatMessage.from_assistant
 

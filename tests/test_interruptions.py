@@ -18,7 +18,7 @@ import pytest
 from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import expected_rounds

@@ -20,7 +20,7 @@ from strict_model import problems
 from test_rounds import any_conversations, untimed
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
-from haystack_chat_store.rounds import MESSAGE_ID_KEY, QUESTION_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 
 USER, ASSISTANT, SYSTEM = ChatMessage.from_user, ChatMessage.from_assistant, ChatMessage.from_system
 CALL = ToolCall("weather", {"city": "Rome"}, id="call_1")

@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strict_model import StrictChatGenerator, call_key, problems, problems_when_asked
 
+from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 from haystack_chat_store.rounds import (
-    MESSAGE_ID_KEY,
-    QUESTION_ID_KEY,
     Window,
     in_question_order,
     last_messages,
@@ -25,9 +24,8 @@ from haystack_chat_store.rounds import (
     question_groups,
     question_of,
     valid_for_model,
-    validate_last_k,
-    validate_window_step,
 )
+from haystack_chat_store.validation import validate_last_k, validate_window_step
 
 SYSTEM = ChatMessage.from_system("Be brief.")
 GREETING = ChatMessage.from_assistant("Hello, how can I help?")

@@ -18,7 +18,8 @@ from strict_model import problems
 from test_rounds import marked_histories, untimed
 
 from haystack_chat_store import InMemoryChatMessageStore
-from haystack_chat_store.rounds import MESSAGE_ID_KEY, QUESTION_ID_KEY, in_question_order, valid_for_model
+from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
+from haystack_chat_store.rounds import in_question_order, valid_for_model
 from haystack_chat_store.testing.messages import conversation, positions
 from haystack_chat_store.window_reader import WindowReader
 

@@ -14,8 +14,7 @@ from typing import Any
 from haystack.components.agents.state import State, replace_values
 from haystack.dataclasses import ChatMessage, ChatRole
 
-from haystack_chat_store.rounds import MESSAGE_ID_KEY, QUESTION_ID_KEY
-from haystack_chat_store.stores.base import new_message_id
+from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, new_message_id
 
 #: Where the chat history's id is looked for: in the `hook_context` of the run, else in its state.
 CHAT_HISTORY_ID_KEY = "chat_history_id"

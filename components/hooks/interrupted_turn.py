@@ -8,7 +8,8 @@ from typing import Any
 
 from haystack.dataclasses import ChatMessage, ChatRole
 
-from haystack_chat_store.rounds import MESSAGE_ID_KEY, QUESTION_ID_KEY, question_groups, valid_for_model
+from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
+from haystack_chat_store.rounds import question_groups, valid_for_model
 
 # Why a model may end without a whole reply. Haystack ends the run then, too.
 _CUT_SHORT = ("length", "content_filter")

@@ -9,7 +9,7 @@ from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store import any_store
 from haystack_chat_store.errors import ChatMessageStoreError, MessageEncodingError
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.types import ChatMessageStore
 
 from .agent_run import AgentRun, message_id, put_result_right, run_of, set_messages

@@ -6,8 +6,9 @@ from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import any_store
-from haystack_chat_store.rounds import valid_for_model, validated_messages
+from haystack_chat_store.rounds import valid_for_model
 from haystack_chat_store.types import ChatMessageStore
+from haystack_chat_store.validation import validated_messages
 from haystack_chat_store.window_reader import WindowReader
 
 

@@ -6,8 +6,8 @@ from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import any_store
-from haystack_chat_store.rounds import validated_messages
 from haystack_chat_store.types import ChatMessageStore
+from haystack_chat_store.validation import validated_messages
 
 
 @component

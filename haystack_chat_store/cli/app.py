@@ -44,12 +44,12 @@ from haystack_chat_store.cli.printing import (
     sizes_of,
 )
 from haystack_chat_store.doctor import ExaminedMessage, examine, examined_messages
-from haystack_chat_store.stores.arguments import MAX_LIMIT
 from haystack_chat_store.stores.base import BaseChatMessageStore
-from haystack_chat_store.stores.operations import no_history
+from haystack_chat_store.stores.conflicts import history_not_found
 from haystack_chat_store.stores.steps import Steps
 from haystack_chat_store.transfer.readable import harmless_line
 from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, SearchHit
+from haystack_chat_store.validation import MAX_LIMIT
 from haystack_chat_store.walks import walked_pages
 
 # So many histories and messages are shown without being asked for a number.
@@ -380,7 +380,7 @@ def delete(
                     chat_store.delete_messages(history)
                     shown(number, len(chat_history_ids))
                 if vacuum:
-                    chat_store._run(chat_store._vacuum)
+                    chat_store.engine.run(chat_store.engine.vacuum, chat_store.scope)
     _report_deleted(deleted, as_json)
 
 
@@ -456,7 +456,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _pages(store: BaseChatMessageStore[Any], prefix: str, limit: int | None = None) -> Iterator[ChatHistoryPage]:
+def _pages(store: BaseChatMessageStore, prefix: str, limit: int | None = None) -> Iterator[ChatHistoryPage]:
     """
     Yield the pages of the directory, up to so many histories in all.
     """
@@ -472,12 +472,12 @@ def _pages(store: BaseChatMessageStore[Any], prefix: str, limit: int | None = No
             return
 
 
-def _histories(store: BaseChatMessageStore[Any], prefix: str = "") -> Iterator[ChatHistoryInfo]:
+def _histories(store: BaseChatMessageStore, prefix: str = "") -> Iterator[ChatHistoryInfo]:
     for page in _pages(store, prefix):
         yield from page.items
 
 
-def _existing(store: BaseChatMessageStore[Any], chat_history_id: str) -> ChatHistoryInfo:
+def _existing(store: BaseChatMessageStore, chat_history_id: str) -> ChatHistoryInfo:
     """
     Return what is known of a history.
 
@@ -485,12 +485,12 @@ def _existing(store: BaseChatMessageStore[Any], chat_history_id: str) -> ChatHis
     """
     info = store.get_chat_history(chat_history_id)
     if info is None:
-        raise no_history(chat_history_id)
+        raise history_not_found(chat_history_id)
     return info
 
 
 def _watched(
-    store: BaseChatMessageStore[Any], searching: "Steps[list[SearchHit]]", shown: Callable[[int, int | None], None]
+    store: BaseChatMessageStore, searching: "Steps[list[SearchHit]]", shown: Callable[[int, int | None], None]
 ) -> "Steps[list[SearchHit]]":
     """
     Search, and show how many messages are indexed first where nobody has searched before.

@@ -84,7 +84,7 @@ HistoryIds = Annotated[
 @contextmanager
 def opened(
     url: str | None, namespace: str, *, to_fill: bool = False, **settings: Any
-) -> "Iterator[BaseChatMessageStore[Any]]":
+) -> "Iterator[BaseChatMessageStore]":
     """
     Lend the store that a URL names, and close it at the end.
 

@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What all stores do alike, once: the public methods, validation, ids, encoding, skipping system messages.
-
-An engine is a subclass that adds how its operations are run and the few operations themselves.
+The base of all stores: settings, validation, ids, encoding; writing, reading and deleting messages.
 """
 
-import asyncio
-import os
-import time
-from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from haystack import default_from_dict, default_to_dict
@@ -17,40 +12,50 @@ from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 from typing_extensions import Self
 
-from haystack_chat_store import rounds
+from haystack_chat_store import rounds, validation
 from haystack_chat_store.codec import decode_messages, encode_message
-from haystack_chat_store.rounds import MESSAGE_ID_KEY, LastKUnit, Window
-from haystack_chat_store.stores.arguments import (
-    MAX_NAMESPACE_LENGTH,
-    validated_flag,
-    validated_id,
-    validated_number,
-    validated_policy,
-)
-from haystack_chat_store.stores.contents import Contents
-from haystack_chat_store.stores.directory import Directory
-from haystack_chat_store.stores.operations import EncodedMessage, SessionT, duplicate
-from haystack_chat_store.stores.steps import CHARACTERS_PER_LOOP_STEP, Step, Steps
+from haystack_chat_store.ids import MESSAGE_ID_KEY, new_message_id
+from haystack_chat_store.rounds import LastKUnit, Window
+from haystack_chat_store.stores.conflicts import duplicate
+from haystack_chat_store.stores.directory import DirectoryMethods
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.reading import ReadingMethods
+from haystack_chat_store.stores.rows import EncodedMessage, Scope
+from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP, to_thread_if_large
 
-# To encode a value takes as long as so many characters of text, whatever it is.
-_WORK_PER_VALUE = 100
+# Encoding a value takes as long as encoding this many characters of text.
+_CHARACTERS_PER_VALUE = 100
 
 
-class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
+@dataclass(frozen=True)
+class _Write:
+    """
+    The checked arguments of `write_messages`.
+
+    :param named: The messages to store, each under the name that errors give it.
+    """
+
+    chat_history_id: str
+    named: list[tuple[str, ChatMessage]]
+    policy: DuplicatePolicy
+    expected_count: int | None
+
+
+class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
     """
     The base of all stores: everything that does not depend on the engine.
 
-    To write a store, implement `to_dict`, the five operations that every store has (`_write`, `_read`, `_count`,
-    `_delete`, `_delete_all`) and the two ways to run one (`_run`, `_run_async`). `Operations` says what each has to do,
-    and which others make the rest of the methods work: directory, pages, search, and so on. Later versions may know
-    more operations; those will not have to be implemented.
+    To write a store, subclass `Engine`, which says what an engine has to do, and this class: pass the engine to
+    `__init__`, and add the store's own settings to `settings`. Later versions may know more operations of engines; an
+    engine will not have to implement them.
     """
 
     def __init__(
         self,
+        engine: Engine[Any],
+        *,
         skip_system_messages: bool = True,
         last_k: int | None = 10,
-        *,
         last_k_unit: LastKUnit = "round",
         namespace: str = "default",
         search: bool = False,
@@ -58,6 +63,7 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
         """
         Check and keep the settings that all stores have.
 
+        :param engine: What stores the messages.
         :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
         :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
@@ -66,22 +72,37 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
         :param search: Whether messages can be searched. Defaults to False.
         :raises ValueError: If a setting is not one of these.
         """
-        rounds.validate_last_k(last_k)
+        validation.validate_last_k(last_k)
         if last_k_unit not in ("round", "message"):
             raise ValueError(f'last_k_unit must be "round" or "message", got {last_k_unit!r}.')
-        self.skip_system_messages = validated_flag(skip_system_messages, "skip_system_messages")
+        self.engine = engine
+        self.skip_system_messages = validation.validated_flag(skip_system_messages, "skip_system_messages")
         self.last_k = last_k
         self.last_k_unit = last_k_unit
-        self.namespace = validated_id(namespace, "namespace", MAX_NAMESPACE_LENGTH)
-        self.search = validated_flag(search, "search")
+        self.namespace = validation.validated_id(namespace, "namespace", validation.MAX_NAMESPACE_LENGTH)
+        self.search = validation.validated_flag(search, "search")
+        self.scope = Scope(self.namespace)
 
-    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """
+        Return the arguments that make an equal store. A subclass adds those of its own constructor.
+        """
+        return {
+            "skip_system_messages": self.skip_system_messages,
+            "last_k": self.last_k,
+            "last_k_unit": self.last_k_unit,
+            "namespace": self.namespace,
+            "search": self.search,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """
         Serialize the store's settings.
 
         :returns: A dictionary for `from_dict`, YAML and JSON. Secrets are named in it, never written out.
+        :raises ValueError: If a secret does not come from an environment variable.
         """
+        return default_to_dict(self, **self.settings())
 
     # ------------------------------------------------------------------ what users call
 
@@ -114,7 +135,13 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
         :raises ChatHistoryChangedError: If the history does not have `expected_count` messages.
         :raises ChatMessageStoreError: If the engine fails. None or all of the batch was written.
         """
-        return self._take(self._writing(chat_history_id, messages, policy, expected_count))
+        write = self._checked_write(chat_history_id, messages, policy, expected_count)
+        encoded = _encoded(write)
+        if not encoded and expected_count is None:
+            return 0
+        return self.engine.run(
+            self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, expected_count
+        )
 
     async def write_messages_async(
         self,
@@ -127,7 +154,13 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
         """
         Do what `write_messages` does, without blocking the event loop.
         """
-        return await self._take_async(self._writing(chat_history_id, messages, policy, expected_count))
+        write = self._checked_write(chat_history_id, messages, policy, expected_count)
+        encoded = await to_thread_if_large(_work_to_encode(write), _encoded, write)
+        if not encoded and expected_count is None:
+            return 0
+        return await self.engine.run_async(
+            self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, expected_count
+        )
 
     def retrieve_messages(
         self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
@@ -149,7 +182,12 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
         """
-        return self._take(self._reading(chat_history_id, last_k, window_step))
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        window = self._checked_window(last_k, window_step)
+        if window.count == 0:
+            return []
+        contents, size = self.engine.run(self.engine.read, self.scope, history, window)
+        return _decoded(contents, size, window)
 
     async def retrieve_messages_async(
         self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
@@ -157,7 +195,12 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
         """
         Do what `retrieve_messages` does, without blocking the event loop.
         """
-        return await self._take_async(self._reading(chat_history_id, last_k, window_step))
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        window = self._checked_window(last_k, window_step)
+        if window.count == 0:
+            return []
+        contents, size = await self.engine.run_async(self.engine.read, self.scope, history, window)
+        return await to_thread_if_large(sum(map(len, contents)), _decoded, contents, size, window)
 
     def count_messages(self, chat_history_id: str) -> int:
         """
@@ -167,15 +210,15 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
         :raises ValueError: If `chat_history_id` cannot be one.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        count: int = self._run(self._count, validated_id(chat_history_id, "chat_history_id"))
-        return count
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        return self.engine.run(self.engine.count, self.scope, history)
 
     async def count_messages_async(self, chat_history_id: str) -> int:
         """
         Do what `count_messages` does, without blocking the event loop.
         """
-        count: int = await self._run_async(self._count, validated_id(chat_history_id, "chat_history_id"))
-        return count
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        return await self.engine.run_async(self.engine.count, self.scope, history)
 
     def delete_messages(
         self, chat_history_id: str, *, message_ids: Iterable[str] | None = None, from_message_id: str | None = None
@@ -192,7 +235,13 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
         :raises MessageNotFoundError: If the history does not have `from_message_id`. Nothing was deleted.
         :raises ChatMessageStoreError: If the engine fails. None or all of it was deleted.
         """
-        self._take(self._deleting(chat_history_id, message_ids, from_message_id))
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        if message_ids is None and from_message_id is None:
+            self.engine.run(self.engine.delete, self.scope, history)
+            return
+        chosen = validation.validated_choice(message_ids, from_message_id)
+        if chosen != ([], None):
+            self.engine.run(self.engine.delete_messages, self.scope, history, *chosen)
 
     async def delete_messages_async(
         self, chat_history_id: str, *, message_ids: Iterable[str] | None = None, from_message_id: str | None = None
@@ -200,7 +249,13 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
         """
         Do what `delete_messages` does, without blocking the event loop.
         """
-        await self._take_async(self._deleting(chat_history_id, message_ids, from_message_id))
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        if message_ids is None and from_message_id is None:
+            await self.engine.run_async(self.engine.delete, self.scope, history)
+            return
+        chosen = validation.validated_choice(message_ids, from_message_id)
+        if chosen != ([], None):
+            await self.engine.run_async(self.engine.delete_messages, self.scope, history, *chosen)
 
     def delete_all_messages(self) -> None:
         """
@@ -210,24 +265,27 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
 
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
-        self._run(self._delete_all)
+        self.engine.run(self.engine.delete_all, self.scope)
 
     async def delete_all_messages_async(self) -> None:
         """
         Do what `delete_all_messages` does, without blocking the event loop.
         """
-        await self._run_async(self._delete_all)
+        await self.engine.run_async(self.engine.delete_all, self.scope)
 
     def close(self) -> None:
         """
         Release connections and threads. The next use opens them again; closing twice does nothing.
+
+        Stores with equal settings share their connections: this closes them for all of these stores.
         """
+        self.engine.close()
 
     async def close_async(self) -> None:
         """
         Do what `close` does, without blocking the event loop.
         """
-        await asyncio.to_thread(self.close)
+        await self.engine.close_async()
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -239,8 +297,20 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
         """
         return default_from_dict(cls, data)
 
+    @classmethod
+    def from_url(cls, url: str, **settings: Any) -> Self:
+        """
+        Make a store from a URL whose scheme is registered for this class: see `store_from_url`.
+
+        :param url: The URL, with its scheme.
+        :param settings: Further settings of the constructor.
+        :raises ValueError: If the URL is not one of this store's. The error does not repeat it, for it may hold a
+            password.
+        """
+        raise ValueError(f"{cls.__name__} cannot be made from a URL.")
+
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and vars(other) == vars(self)
+        return isinstance(other, BaseChatMessageStore) and type(other) is type(self) and other.settings() == self.settings()
 
     def __hash__(self) -> int:
         return hash((type(self), self.namespace))
@@ -248,119 +318,52 @@ class BaseChatMessageStore(Directory[SessionT], Contents[SessionT]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(namespace={self.namespace!r})"
 
-    # ------------------------------------------------------------------ shared by engines
-
-    def _settings_to_dict(self, **engine_settings: Any) -> dict[str, Any]:
-        """
-        Serialize the engine's own settings together with those that all stores have.
-        """
-        return default_to_dict(
-            self,
-            **engine_settings,
-            skip_system_messages=self.skip_system_messages,
-            last_k=self.last_k,
-            last_k_unit=self.last_k_unit,
-            namespace=self.namespace,
-            search=self.search,
-        )
-
-    # ------------------------------------------------------------------ the public methods, once, in steps
-
-    def _writing(
+    def _checked_write(
         self,
         chat_history_id: str,
         messages: Iterable[ChatMessage],
         policy: DuplicatePolicy,
         expected_count: int | None,
-    ) -> "Steps[int]":
-        history = validated_id(chat_history_id, "chat_history_id")
-        policy = validated_policy(policy)
+    ) -> _Write:
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        policy = validation.validated_policy(policy)
         if expected_count is not None:
-            validated_number(expected_count, "expected_count", 0)
-        wanted = [
+            validation.validated_number(expected_count, "expected_count", 0)
+        named = [
             (f"messages[{index}]", message)
-            for index, message in enumerate(rounds.validated_messages(messages))
+            for index, message in enumerate(validation.validated_messages(messages))
             if not (self.skip_system_messages and message.role is ChatRole.SYSTEM)
         ]
-        encoded: list[EncodedMessage] = yield Step(_encoded, (wanted, policy), _work_to_encode)
-        written: int = 0
-        if expected_count is not None or (policy is not DuplicatePolicy.SKIP and encoded):
-            written = yield Step(self._write_checked, (history, encoded, policy, expected_count))
-        elif encoded:
-            written = yield Step(self._write, (history, encoded))
-        return written
+        return _Write(history, named, policy, expected_count)
 
-    def _reading(self, chat_history_id: str, last_k: int | None, window_step: int) -> "Steps[list[ChatMessage]]":
-        history = validated_id(chat_history_id, "chat_history_id")
-        rounds.validate_last_k(last_k)
-        rounds.validate_window_step(window_step)
-        window = Window(self.last_k_unit, self.last_k if last_k is None else last_k, window_step)
-        if window.count == 0:
-            return []
-        contents, size = yield Step(self._read, (history, window))
-        messages: list[ChatMessage] = yield Step(_decoded, (contents, size, window), _work_to_decode)
-        return messages
-
-    def _deleting(
-        self, chat_history_id: str, message_ids: Iterable[str] | None, from_message_id: str | None
-    ) -> "Steps[None]":
-        history = validated_id(chat_history_id, "chat_history_id")
-        if message_ids is None and from_message_id is None:
-            yield Step(self._delete, (history,))
-            return
-        if message_ids is not None and from_message_id is not None:
-            raise ValueError("Give message_ids or from_message_id, not both.")
-        if from_message_id is not None:
-            from_message_id = validated_id(from_message_id, "from_message_id")
-        if message_ids is not None:
-            if isinstance(message_ids, (str, bytes)) or not isinstance(message_ids, Iterable):
-                raise ValueError(f"message_ids must be a list of ids, got {type(message_ids).__name__}.")
-            message_ids = [validated_id(each, f"message_ids[{index}]") for index, each in enumerate(message_ids)]
-            if not message_ids:
-                return
-        yield Step(self._delete_some, (history, message_ids, from_message_id))
+    def _checked_window(self, last_k: int | None, window_step: int) -> Window:
+        validation.validate_last_k(last_k)
+        validation.validate_window_step(window_step)
+        return Window(self.last_k_unit, self.last_k if last_k is None else last_k, window_step)
 
 
-def new_message_id() -> str:
-    """
-    Return an id that is unique everywhere: 48 bits of time in milliseconds and 80 random bits, in 32 hex digits.
-
-    Ids that begin with the time lie side by side in an index, which makes it smaller and appending to it faster
-    (the idea of UUID version 7, RFC 9562). Nothing reads the time back: positions alone decide the order.
-    """
-    return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
-
-
-def contents_and_size(rows: Iterable[tuple[str, int]]) -> tuple[list[str], int]:
-    """
-    Return what `_read` has to, from rows that each hold a content and the window's size.
-    """
-    found = list(rows)
-    return [content for content, _ in found], found[-1][1] if found else 0
-
-
-def _encoded(named: Sequence[tuple[str, ChatMessage]], policy: DuplicatePolicy) -> list[EncodedMessage]:
+def _encoded(write: _Write) -> list[EncodedMessage]:
     """
     Give each message its id and encode it.
 
-    Of messages with the same id the first counts, unless the policy forbids them or has the last one overwrite others.
-
-    :param named: The messages, each under the name that errors give it.
+    Of messages with the same id the first counts. Under the policy OVERWRITE it is the last, and FAIL refuses them.
     """
     encoded: dict[str, EncodedMessage] = {}
-    for name, message in named:
+    for name, message in write.named:
         own_id = message.meta.get(MESSAGE_ID_KEY)
         if own_id is None:
             message_id = new_message_id()
         else:
-            message_id = validated_id(own_id, f"{name}.meta[{MESSAGE_ID_KEY!r}]")
+            message_id = validation.validated_id(own_id, f"{name}.meta[{MESSAGE_ID_KEY!r}]")
         content = encode_message(message, message_id, name)
         if message_id in encoded:
-            if policy is DuplicatePolicy.FAIL:
+            if write.policy is DuplicatePolicy.FAIL:
                 raise duplicate(message_id)
-            if policy is DuplicatePolicy.SKIP:
+            if write.policy is DuplicatePolicy.SKIP:
                 continue
-        encoded[message_id] = EncodedMessage(message_id, message.role.value, content, own_id is not None)
+        encoded[message_id] = EncodedMessage(
+            message_id=message_id, role=message.role.value, content=content, has_caller_id=own_id is not None
+        )
     return list(encoded.values())
 
 
@@ -371,12 +374,12 @@ def _decoded(contents: Sequence[str], size: int, window: Window) -> list[ChatMes
     return messages
 
 
-def _work_to_encode(named: Sequence[tuple[str, ChatMessage]], _policy: DuplicatePolicy) -> int:
+def _work_to_encode(write: _Write) -> int:
     """
-    Return how much there is to encode, in characters of text that take as long. What is too much is not counted on.
+    Estimate the cost of encoding, in characters of text. Stops counting at the limit of what the event loop does.
     """
-    work, left = 0, [part for _, message in named for part in (message.meta, *message._content)]
-    while left and work <= CHARACTERS_PER_LOOP_STEP:
+    work, left = 0, [part for _, message in write.named for part in (message.meta, *message._content)]
+    while left and work <= MAX_CHARACTERS_ON_LOOP:
         value = left.pop()
         inside: Collection[Any] = ()
         if isinstance(value, (str, bytes)):
@@ -387,11 +390,7 @@ def _work_to_encode(named: Sequence[tuple[str, ChatMessage]], _policy: Duplicate
             inside = value
         else:
             inside = getattr(value, "__dict__", {}).values()
-        work += _WORK_PER_VALUE * (1 + len(inside))
-        if work <= CHARACTERS_PER_LOOP_STEP:
+        work += _CHARACTERS_PER_VALUE * (1 + len(inside))
+        if work <= MAX_CHARACTERS_ON_LOOP:
             left += inside
     return work
-
-
-def _work_to_decode(contents: Sequence[str], _size: int, _window: Window) -> int:
-    return sum(map(len, contents))

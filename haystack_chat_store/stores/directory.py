@@ -10,19 +10,26 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from haystack_chat_store.stores import arguments
-from haystack_chat_store.stores.operations import UNCHANGED, HistoryRow, SessionT, Unchanged, no_history
-from haystack_chat_store.stores.steps import Step, SteppedOperations, Steps
+from haystack_chat_store import validation
+from haystack_chat_store.stores.conflicts import history_not_found
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged
+from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, StoreStatistics
 
-# So many histories are erased at once, to keep nobody waiting for long.
-_ERASED_AT_ONCE = 100
+# How many histories are erased in one step. Other writers wait for no longer than that.
+_ERASE_BATCH_SIZE = 100
+# Cursors begin with it. Other numbers are for other ways to order the directory.
+_CURSOR_VERSION = 1
 
 
-class Directory(SteppedOperations[SessionT]):
+class DirectoryMethods:
     """
     The public methods for whole histories.
     """
+
+    engine: Engine[Any]
+    scope: Scope
 
     def list_chat_histories(self, *, prefix: str = "", limit: int = 50, cursor: str | None = None) -> ChatHistoryPage:
         """
@@ -38,7 +45,9 @@ class Directory(SteppedOperations[SessionT]):
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        return self._take(self._listing(prefix, limit, cursor))
+        prefix, limit, before = _checked_listing(prefix, limit, cursor)
+        rows = self.engine.run(self.engine.histories, self.scope, prefix, before, limit + 1)
+        return _page(rows, limit)
 
     async def list_chat_histories_async(
         self, *, prefix: str = "", limit: int = 50, cursor: str | None = None
@@ -46,7 +55,9 @@ class Directory(SteppedOperations[SessionT]):
         """
         Do what `list_chat_histories` does, without blocking the event loop.
         """
-        return await self._take_async(self._listing(prefix, limit, cursor))
+        prefix, limit, before = _checked_listing(prefix, limit, cursor)
+        rows = await self.engine.run_async(self.engine.histories, self.scope, prefix, before, limit + 1)
+        return _page(rows, limit)
 
     def get_chat_history(self, chat_history_id: str) -> ChatHistoryInfo | None:
         """
@@ -56,13 +67,17 @@ class Directory(SteppedOperations[SessionT]):
         :raises ValueError: If `chat_history_id` cannot be one.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        return self._take(self._getting(chat_history_id))
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        row = self.engine.run(self.engine.history, self.scope, history)
+        return None if row is None else _info(row)
 
     async def get_chat_history_async(self, chat_history_id: str) -> ChatHistoryInfo | None:
         """
         Do what `get_chat_history` does, without blocking the event loop.
         """
-        return await self._take_async(self._getting(chat_history_id))
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        row = await self.engine.run_async(self.engine.history, self.scope, history)
+        return None if row is None else _info(row)
 
     def update_chat_history(
         self,
@@ -82,7 +97,12 @@ class Directory(SteppedOperations[SessionT]):
         :raises ChatHistoryNotFoundError: If there is no such history.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        return self._take(self._updating(chat_history_id, title, meta))
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        changes = validation.validated_title(title), validation.validated_meta(meta)
+        row = self.engine.run(self.engine.update_history, self.scope, history, *changes)
+        if row is None:
+            raise history_not_found(history)
+        return _info(row)
 
     async def update_chat_history_async(
         self,
@@ -94,7 +114,12 @@ class Directory(SteppedOperations[SessionT]):
         """
         Do what `update_chat_history` does, without blocking the event loop.
         """
-        return await self._take_async(self._updating(chat_history_id, title, meta))
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        changes = validation.validated_title(title), validation.validated_meta(meta)
+        row = await self.engine.run_async(self.engine.update_history, self.scope, history, *changes)
+        if row is None:
+            raise history_not_found(history)
+        return _info(row)
 
     def copy_messages(self, source_id: str, target_id: str, *, until_message_id: str | None = None) -> int:
         """
@@ -113,13 +138,33 @@ class Directory(SteppedOperations[SessionT]):
         :raises ChatHistoryExistsError: If the target has messages.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        return self._take(self._copying(source_id, target_id, until_message_id))
+        copy = _checked_copy(source_id, target_id, until_message_id)
+        return self.engine.run(self.engine.copy, self.scope, *copy)
 
     async def copy_messages_async(self, source_id: str, target_id: str, *, until_message_id: str | None = None) -> int:
         """
         Do what `copy_messages` does, without blocking the event loop.
         """
-        return await self._take_async(self._copying(source_id, target_id, until_message_id))
+        copy = _checked_copy(source_id, target_id, until_message_id)
+        return await self.engine.run_async(self.engine.copy, self.scope, *copy)
+
+    def delete_chat_history(self, chat_history_id: str) -> None:
+        """
+        Delete a history with all that belongs to it, for good. Deleting one that does not exist does nothing.
+
+        :param chat_history_id: Which conversation.
+        :raises ValueError: If `chat_history_id` cannot be one.
+        :raises ChatMessageStoreError: If the engine fails. None or all of it was deleted.
+        """
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        self.engine.run(self.engine.delete, self.scope, history)
+
+    async def delete_chat_history_async(self, chat_history_id: str) -> None:
+        """
+        Do what `delete_chat_history` does, without blocking the event loop.
+        """
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        await self.engine.run_async(self.engine.delete, self.scope, history)
 
     def delete_chat_histories(self, *, prefix: str, vacuum: bool = False) -> int:
         """
@@ -134,13 +179,13 @@ class Directory(SteppedOperations[SessionT]):
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        return self._take(self._erasing(arguments.validated_id(prefix, "prefix"), None, vacuum))
+        return self._erase(validation.validated_id(prefix, "prefix"), None, vacuum)
 
     async def delete_chat_histories_async(self, *, prefix: str, vacuum: bool = False) -> int:
         """
         Do what `delete_chat_histories` does, without blocking the event loop.
         """
-        return await self._take_async(self._erasing(arguments.validated_id(prefix, "prefix"), None, vacuum))
+        return await self._erase_async(validation.validated_id(prefix, "prefix"), None, vacuum)
 
     def purge(self, *, older_than: datetime, vacuum: bool = False) -> int:
         """
@@ -154,13 +199,13 @@ class Directory(SteppedOperations[SessionT]):
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        return self._take(self._erasing("", arguments.microseconds(older_than, "older_than"), vacuum))
+        return self._erase("", validation.microseconds(older_than, "older_than"), vacuum)
 
     async def purge_async(self, *, older_than: datetime, vacuum: bool = False) -> int:
         """
         Do what `purge` does, without blocking the event loop.
         """
-        return await self._take_async(self._erasing("", arguments.microseconds(older_than, "older_than"), vacuum))
+        return await self._erase_async("", validation.microseconds(older_than, "older_than"), vacuum)
 
     def statistics(self, *, prefix: str = "") -> StoreStatistics:
         """
@@ -170,101 +215,87 @@ class Directory(SteppedOperations[SessionT]):
         :raises ValueError: If `prefix` cannot be one.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        return self._take(self._summing_up(prefix))
+        return self.engine.run(self.engine.statistics, self.scope, validation.validated_text(prefix, "prefix"))
 
     async def statistics_async(self, *, prefix: str = "") -> StoreStatistics:
         """
         Do what `statistics` does, without blocking the event loop.
         """
-        return await self._take_async(self._summing_up(prefix))
+        return await self.engine.run_async(self.engine.statistics, self.scope, validation.validated_text(prefix, "prefix"))
 
-    # ------------------------------------------------------------------ each of them once, in steps
-
-    def _listing(self, prefix: str, limit: int, cursor: str | None) -> "Steps[ChatHistoryPage]":
-        prefix = arguments.validated_text(prefix, "prefix")
-        limit = arguments.validated_number(limit, "limit", 1, arguments.MAX_LIMIT)
-        before = None if cursor is None else _opened(cursor)
-        rows: list[HistoryRow] = yield Step(self._histories, (prefix, before, limit + 1))
-        items = _infos(rows[:limit])
-        if len(rows) <= limit:
-            return ChatHistoryPage(items, None)
-        return ChatHistoryPage(items, _sealed(rows[limit - 1]))
-
-    def _getting(self, chat_history_id: str) -> "Steps[ChatHistoryInfo | None]":
-        row = yield Step(self._history, (arguments.validated_id(chat_history_id, "chat_history_id"),))
-        return None if row is None else _infos([row])[0]
-
-    def _updating(self, chat_history_id: str, title: Any, meta: Any) -> "Steps[ChatHistoryInfo]":
-        history = arguments.validated_id(chat_history_id, "chat_history_id")
-        changes = arguments.validated_title(title), arguments.validated_meta(meta)
-        row = yield Step(self._update_history, (history, *changes))
-        if row is None:
-            raise no_history(history)
-        return _infos([row])[0]
-
-    def _copying(self, source_id: str, target_id: str, until_message_id: str | None) -> "Steps[int]":
-        source = arguments.validated_id(source_id, "source_id")
-        target = arguments.validated_id(target_id, "target_id")
-        if until_message_id is not None:
-            until_message_id = arguments.validated_id(until_message_id, "until_message_id")
-        copied: int = yield Step(self._copy, (source, target, until_message_id))
-        return copied
-
-    def _erasing(self, prefix: str, updated_before: int | None, vacuum: bool) -> "Steps[int]":
-        erased = 0
-        while found := (yield Step(self._erase_some, (prefix, updated_before, _ERASED_AT_ONCE))):
-            erased += found
+    def _erase(self, prefix: str, updated_before: int | None, vacuum: bool) -> int:
+        count = 0
+        erase = self.engine.erase_some
+        while erased := self.engine.run(erase, self.scope, prefix, updated_before, _ERASE_BATCH_SIZE):
+            count += erased
         if vacuum:
-            yield Step(self._vacuum, ())
-        return erased
+            self.engine.run(self.engine.vacuum, self.scope)
+        return count
 
-    def _summing_up(self, prefix: str) -> "Steps[StoreStatistics]":
-        statistics: StoreStatistics = yield Step(self._statistics, (arguments.validated_text(prefix, "prefix"),))
-        return statistics
-
-
-def _infos(rows: Sequence[HistoryRow]) -> list[ChatHistoryInfo]:
-    made, epoch, microsecond = ChatHistoryInfo._make, arguments.EPOCH, arguments.MICROSECOND
-    try:
-        return [
-            # Written out, since making these is half of what a page costs.
-            made(
-                (name, messages, rounds, epoch + first * microsecond, epoch + last * microsecond, title, _parsed(meta))
-            )
-            for name, messages, rounds, first, last, title, meta in rows
-        ]
-    except (TypeError, OverflowError):  # a time that is none
-        readable = [
-            row._replace(created_at=_readable(row.created_at), updated_at=_readable(row.updated_at)) for row in rows
-        ]
-        return _infos(readable)
+    async def _erase_async(self, prefix: str, updated_before: int | None, vacuum: bool) -> int:
+        count = 0
+        erase = self.engine.erase_some
+        while erased := await self.engine.run_async(erase, self.scope, prefix, updated_before, _ERASE_BATCH_SIZE):
+            count += erased
+        if vacuum:
+            await self.engine.run_async(self.engine.vacuum, self.scope)
+        return count
 
 
-def _readable(time: Any) -> int:
-    return arguments.microseconds(arguments.readable_time(time), "time")
+def _checked_listing(prefix: str, limit: int, cursor: str | None) -> tuple[str, int, tuple[int, str] | None]:
+    prefix = validation.validated_text(prefix, "prefix")
+    limit = validation.validated_number(limit, "limit", 1, validation.MAX_LIMIT)
+    return prefix, limit, None if cursor is None else _place_of(cursor)
 
 
-def _parsed(meta: str | None) -> dict[str, Any]:
+def _checked_copy(source_id: str, target_id: str, until_message_id: str | None) -> tuple[str, str, str | None]:
+    source = validation.validated_id(source_id, "source_id")
+    target = validation.validated_id(target_id, "target_id")
+    if until_message_id is not None:
+        until_message_id = validation.validated_id(until_message_id, "until_message_id")
+    return source, target, until_message_id
+
+
+def _page(rows: Sequence[HistoryRow], limit: int) -> ChatHistoryPage:
     """
-    Return a history's meta. What something else has damaged is none, so that it hides no other history.
+    Return a page of the directory.
+
+    :param rows: Up to `limit + 1` histories. The one beyond the limit only tells that another page follows.
     """
-    return {} if meta is None else arguments.parsed_meta(meta) or {}
+    cursor = None if len(rows) <= limit else _cursor_after(rows[limit - 1])
+    return ChatHistoryPage(items=list(map(_info, rows[:limit])), cursor=cursor)
 
 
-def _sealed(row: HistoryRow) -> str:
+def _info(row: HistoryRow) -> ChatHistoryInfo:
+    return ChatHistoryInfo(
+        chat_history_id=row.chat_history_id,
+        message_count=row.message_count,
+        round_count=row.round_count,
+        created_at=readable_time(row.created_at),
+        updated_at=readable_time(row.updated_at),
+        title=row.title,
+        meta=validation.parsed_meta(row.meta) or {},  # damaged meta hides no history
+    )
+
+
+def _cursor_after(row: HistoryRow) -> str:
     """
     Return the place after a history as a cursor.
     """
-    return base64.urlsafe_b64encode(json.dumps([row.updated_at, row.chat_history_id]).encode()).decode()
+    place = [_CURSOR_VERSION, row.updated_at, row.chat_history_id]
+    return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
 
 
-def _opened(cursor: Any) -> tuple[int, str]:
+def _place_of(cursor: Any) -> tuple[int, str]:
     """
-    Return the place that a cursor stands for.
+    Return the place that a cursor stands for: time of change and id of the last history before it.
+
+    :raises ValueError: If it is not a cursor of this version.
     """
     try:
-        updated_at, chat_history_id = json.loads(base64.urlsafe_b64decode(cursor))
-        return arguments.validated_number(updated_at, "cursor", -(2**62), 2**62), arguments.validated_id(
+        version, updated_at, chat_history_id = json.loads(base64.urlsafe_b64decode(cursor))
+        validation.validated_number(version, "cursor", _CURSOR_VERSION, _CURSOR_VERSION)
+        return validation.validated_number(updated_at, "cursor", -(2**62), 2**62), validation.validated_id(
             chat_history_id, "cursor"
         )
     except (TypeError, ValueError, RecursionError, binascii.Error):

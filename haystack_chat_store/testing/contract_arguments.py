@@ -12,7 +12,7 @@ from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store import errors
 from haystack_chat_store.errors import ChatMessageStoreError, MessageEncodingError
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, only_where, texts
 from haystack_chat_store.testing.messages import conversation, positions, user, with_id
 from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore

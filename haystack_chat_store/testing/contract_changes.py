@@ -20,7 +20,7 @@ from haystack_chat_store.errors import (
     DuplicateMessageError,
     MessageNotFoundError,
 )
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, exactly, ids, texts
 from haystack_chat_store.testing.messages import conversation, expected_rounds, sample_messages, user, with_id
 

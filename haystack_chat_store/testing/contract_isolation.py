@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, exactly, ids, texts
 from haystack_chat_store.testing.messages import (
     conversation,

@@ -24,7 +24,7 @@ from haystack_chat_store.errors import (
     DuplicateMessageError,
     MessageNotFoundError,
 )
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.search_text import matches, parsed_query, terms
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory
 from haystack_chat_store.testing.messages import expected_rounds
@@ -337,7 +337,7 @@ class _Walk(RuleBasedStateMachine):
     @rule()
     def find_no_faults(self) -> None:
         store: Any = self._stores[0]
-        assert store._run(store._faults, False) == []
+        assert store.engine.run(store.engine.check, store.scope, False) == []
 
     @rule()
     def close(self) -> None:

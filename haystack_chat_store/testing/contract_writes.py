@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.testing.contract_isolation import HOSTILE_IDS
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, ids, texts
 from haystack_chat_store.testing.messages import conversation, positions, sample_messages, user, with_id

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import pytest
 from haystack.dataclasses import ChatMessage
 
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.types import AsyncChatMessageStore
 
 TestT = TypeVar("TestT", bound=Callable[..., Any])

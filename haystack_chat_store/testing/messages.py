@@ -21,7 +21,7 @@ from haystack.dataclasses import (
 )
 from hypothesis import strategies as st
 
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 
 # ------------------------------------------------------------------ conversations
 

@@ -43,7 +43,7 @@ __all__ = [
 
 ResultT = TypeVar("ResultT")
 
-Store: TypeAlias = BaseChatMessageStore[Any]
+Store: TypeAlias = BaseChatMessageStore
 File: TypeAlias = "str | os.PathLike[str]"
 ExportFormat = Literal["jsonl", "markdown", "html", "openai"]
 ImportFormat = Literal["jsonl", "openai-agents", "langchain", "llama-index"]

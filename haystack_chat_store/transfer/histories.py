@@ -8,18 +8,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.errors import MessageDecodingError
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
-from haystack_chat_store.stores.arguments import (
-    microseconds,
-    parsed_meta,
-    readable_time,
-    validated_id,
-    validated_meta,
-    validated_title,
-)
-from haystack_chat_store.stores.contents import PAGE_CHARACTERS, PAGE_ROWS
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.ids import MESSAGE_ID_KEY
+from haystack_chat_store.stores.reading import PAGE_CHARACTERS, PAGE_ROWS
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
+from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.types import Fault
+from haystack_chat_store.validation import microseconds, parsed_meta, validated_id, validated_meta, validated_title
 
 #: The messages of a history, in batches. They can be read again, from the first one, as often as need be.
 Rows: TypeAlias = Iterable[Sequence[MessageRow]]

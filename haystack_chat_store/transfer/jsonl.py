@@ -23,10 +23,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
 
+from haystack_chat_store import validation
 from haystack_chat_store.errors import DamagedFileError, MessageDecodingError
 from haystack_chat_store.json_form import encoded, parse_json, quoted
-from haystack_chat_store.stores import arguments
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.transfer.histories import Histories, Progress, Rows, Transferred, arrived_row, batched
 from haystack_chat_store.transfer.seen_ids import SeenIds
 from haystack_chat_store.transfer.times import parsed_time
@@ -102,7 +102,7 @@ def _microseconds(text: str) -> int:
 
     :raises ValueError, TypeError, OverflowError: If it is none, or in UTC none that Python has.
     """
-    microseconds = arguments.microseconds(parsed_time(text), "a time")
+    microseconds = validation.microseconds(parsed_time(text), "a time")
     arguments.time_of(microseconds)
     return microseconds
 
@@ -241,9 +241,9 @@ def _history(lines: _Lines, entry: dict[str, Any]) -> HistoryRow:
         ((kind, fields),) = entry.items()
         if kind != "chat_history":
             raise KeyError(kind)
-        title, meta = arguments.validated_title(fields["title"]), arguments.validated_meta(fields["meta"])
+        title, meta = validation.validated_title(fields["title"]), validation.validated_meta(fields["meta"])
         return HistoryRow(
-            arguments.validated_id(fields["id"], "id"),
+            validation.validated_id(fields["id"], "id"),
             0,
             0,
             _microseconds(fields["created_at"]),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import BinaryIO
 
-from haystack_chat_store.stores.operations import HistoryRow
+from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.transfer.histories import Rows, Transferred
 from haystack_chat_store.transfer.readable import Part, harmless_line, shown_messages, shown_time, title_of
 

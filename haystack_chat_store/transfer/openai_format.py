@@ -13,7 +13,7 @@ from haystack.dataclasses import ChatMessage, ChatRole, TextContent
 from haystack_chat_store import rounds
 from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.json_form import encode_unusual
-from haystack_chat_store.stores.operations import HistoryRow
+from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.transfer.histories import Rows, Transferred
 from haystack_chat_store.types import Fault
 

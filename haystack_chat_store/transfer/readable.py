@@ -19,8 +19,8 @@ from haystack.dataclasses import (
 
 from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.json_form import encode_meta
-from haystack_chat_store.stores.arguments import readable_time
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
+from haystack_chat_store.stores.times import readable_time
 
 # Controls, what changes the direction of writing or is invisible, surrogates. Scripts and emoji need U+200C and U+200D,
 # which join letters or do not, and emoji U+FE0E and U+FE0F, which choose their style.

@@ -16,10 +16,10 @@ from haystack_chat_store.errors import (
     MessageDecodingError,
     UnsupportedOperationError,
 )
-from haystack_chat_store.stores.arguments import validated_id, validated_text
 from haystack_chat_store.stores.base import BaseChatMessageStore
-from haystack_chat_store.stores.contents import FIRST_PAGE, PAGE_CHARACTERS, PAGE_ROWS
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow, no_history
+from haystack_chat_store.stores.conflicts import history_not_found
+from haystack_chat_store.stores.reading import FIRST_PAGE, PAGE_CHARACTERS, PAGE_ROWS
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.transfer.histories import (
     Faults,
     Histories,
@@ -33,6 +33,7 @@ from haystack_chat_store.transfer.histories import (
 )
 from haystack_chat_store.transfer.seen_ids import SeenIds
 from haystack_chat_store.types import Fault
+from haystack_chat_store.validation import validated_id, validated_text
 from haystack_chat_store.walks import readable_pages, walked_histories, walked_pages
 
 # So often a history may change while it is read, or imported to, before that is given up.
@@ -55,7 +56,7 @@ class StoredHistories:
     """
 
     def __init__(
-        self, store: BaseChatMessageStore[Any], chat_history_ids: Iterable[str] | None, prefix: str, faults: Faults
+        self, store: BaseChatMessageStore, chat_history_ids: Iterable[str] | None, prefix: str, faults: Faults
     ) -> None:
         """
         Check which histories are meant.
@@ -76,7 +77,7 @@ class StoredHistories:
             self._ids = list(dict.fromkeys(ids))
             for each in self._ids:
                 if self._looked_up(each) is None:
-                    raise no_history(each)
+                    raise history_not_found(each)
 
     def message_count(self) -> int:
         """
@@ -98,7 +99,7 @@ class StoredHistories:
         return walked_histories(self._store, self._prefix)
 
     def _looked_up(self, chat_history_id: str) -> HistoryRow | None:
-        row: HistoryRow | None = self._store._run(self._store._history, chat_history_id)
+        row: HistoryRow | None = self._store.engine.run(self._store.engine.history, self._store.scope, chat_history_id)
         return row
 
     def _readable(self, row: HistoryRow) -> HistoryRow | None:
@@ -153,8 +154,8 @@ class StoredHistories:
         """
         Return how many histories there are, and which changed last: a new one takes its place.
         """
-        count = self._store._run(self._store._statistics, "").chat_histories
-        return count, self._store._run(self._store._histories, "", None, 1)
+        count = self._store.engine.run(self._store.engine.statistics, self._store.scope, "").chat_histories
+        return count, self._store.engine.run(self._store.engine.histories, self._store.scope, "", None, 1)
 
 
 class _StoredRows:
@@ -165,7 +166,7 @@ class _StoredRows:
     if it was changed meanwhile.
     """
 
-    def __init__(self, store: BaseChatMessageStore[Any], history: HistoryRow, faults: Faults) -> None:
+    def __init__(self, store: BaseChatMessageStore, history: HistoryRow, faults: Faults) -> None:
         self._store, self._id, self._faults = store, history.chat_history_id, faults
         self._updated_at: int | None = history.updated_at
 
@@ -194,7 +195,7 @@ class _StoredRows:
 
     def _is_changed(self) -> bool:
         before = self._updated_at
-        history = self._store._run(self._store._history, self._id)
+        history = self._store.engine.run(self._store.engine.history, self._store.scope, self._id)
         self._updated_at = None if history is None else history.updated_at
         return self._updated_at != before
 
@@ -213,7 +214,7 @@ class _StoredRows:
         self._faults[Fault(self._id, position, description, False)] = None
 
 
-def imported(store: BaseChatMessageStore[Any], histories: Histories, faults: Faults) -> Transferred:
+def imported(store: BaseChatMessageStore, histories: Histories, faults: Faults) -> Transferred:
     """
     Bring histories into a store, each whole or not at all. What is there already is not brought again.
 
@@ -246,7 +247,7 @@ class _Arrived(NamedTuple):
 
 
 def _all_arrived(
-    store: BaseChatMessageStore[Any], histories: Histories
+    store: BaseChatMessageStore, histories: Histories
 ) -> Iterator[tuple[HistoryRow, _Arrived | None]]:
     """
     Bring histories into the store: short ones several at once, for each commit takes as long as many messages.
@@ -293,11 +294,11 @@ class _Room:
 
 
 def _together_arrived(
-    store: BaseChatMessageStore[Any], histories: list[tuple[HistoryRow, list[MessageRow]]]
+    store: BaseChatMessageStore, histories: list[tuple[HistoryRow, list[MessageRow]]]
 ) -> Iterator[tuple[HistoryRow, _Arrived | None]]:
     try:
         if len(histories) > 1:
-            store._run(store._import_several, histories)
+            store.engine.run(store.engine.import_histories, store.scope, histories)
             yield from [(history, _Arrived(len(rows), 0, True)) for history, rows in histories]
             return
     except ChatHistoryChangedError:
@@ -306,20 +307,20 @@ def _together_arrived(
         yield history, _arrived(store, history, [rows])
 
 
-def _arrived(store: BaseChatMessageStore[Any], history: HistoryRow, rows: Rows) -> _Arrived | None:
+def _arrived(store: BaseChatMessageStore, history: HistoryRow, rows: Rows) -> _Arrived | None:
     """
     Bring one history into the store, or what it has more than the stored one. `None` if the two differ before that.
     """
     changed: ChatHistoryChangedError | None = None
     for _ in range(_ATTEMPTS):
-        is_there = store._run(store._history, history.chat_history_id) is not None
+        is_there = store.engine.run(store.engine.history, store.scope, history.chat_history_id) is not None
         common = _common(walked_pages(store, history.chat_history_id), rows) if is_there else _Common(0, True)
         if common is None:
             return None
         if is_there and not common.has_more:
             return _Arrived(0, common.messages, False)
         try:
-            number: int = store._run(store._import, history, _Rest(rows, common.messages), common.messages)
+            number: int = store.engine.run(store.engine.import_history, store.scope, history, _Rest(rows, common.messages), common.messages)
             return _Arrived(number, common.messages, True)
         except ChatHistoryChangedError as error:  # somebody else wrote to it, perhaps the same messages: look again
             changed = error

@@ -21,7 +21,7 @@ from servers import PostgresServer
 from strict_model import problems
 
 from haystack_chat_store import PostgresChatMessageStore, SQLiteChatMessageStore
-from haystack_chat_store.rounds import MESSAGE_ID_KEY, QUESTION_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 
 HISTORY = {"chat_history_id": "h"}
 ENGINES = ["sqlite", "postgres"]

@@ -12,7 +12,7 @@ import pytest
 from agent_programs import ENGINES, WAYS, Moments, completed, databases, ids, planned_agent, run_sync, said
 from haystack.dataclasses import ChatMessage
 
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.testing.processes import Program
 
 
@@ -51,7 +51,7 @@ def killed_everywhere(store, report, way, plan, number_of_moments):
     from agent_programs import WAYS, Moments, planned_agent
     from haystack.dataclasses import ChatMessage
 
-    from haystack_chat_store.rounds import MESSAGE_ID_KEY
+    from haystack_chat_store.ids import MESSAGE_ID_KEY
 
     def take_turn(moment, moments, is_new):
         question = [ChatMessage.from_user(plan, meta={MESSAGE_ID_KEY: "q"})] if is_new else []

@@ -15,7 +15,7 @@ from haystack.hooks import hook
 from haystack.token_counters import ApproximateTokenCounter
 
 from haystack_chat_store import ChatMessageStoreError
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 
 # ---------------------------------------------------------------------- what is stored, and seen again
 

@@ -15,7 +15,7 @@ from haystack.dataclasses import ChatMessage, ChatRole, ImageContent, TextConten
 from haystack.hooks import hook
 from haystack_integrations.hooks.chat_store import chat_history_hooks
 
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 
 # ---------------------------------------------------------------------- going on
 

@@ -7,7 +7,7 @@ import json
 
 from haystack.dataclasses import ChatMessage
 
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 
 NEW = HistoryRow("history", 0, 0, 1_000_000, 2_000_000, "a title", '{"a": 1}')
 
@@ -21,14 +21,14 @@ def rows(start, end, created_at=1_500_000, text="imported"):
 
 
 def import_rows(store, *batches, history=NEW, expected_count=0):
-    return store._run(store._import, history, batches, expected_count)
+    return store.engine.run(store.engine.import_history, store.scope, history, batches, expected_count)
 
 
 def assert_sound(server, store):
     """
     The counters say what there is, and no position is twice or to come.
     """
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     counted = f"SELECT history_key, count(DISTINCT position) FROM {store.schema_name}.chat_messages GROUP BY 1"
     counters = f"SELECT history_key, message_count FROM {store.schema_name}.chat_histories WHERE message_count > 0"
     assert sorted(server.execute(counted)) == sorted(server.execute(counters))

@@ -188,10 +188,10 @@ def test_a_fork_of_nothing_changes_nothing(server, make_store):
     for history in ("empty", "another"):
         store.write_messages(history, [with_id("a")])
         store.delete_messages(history, message_ids=["a"])
-    before = store._run(store._history, "another")
+    before = store.engine.run(store.engine.history, store.scope, "another")
     assert store.copy_messages("empty", "another") == store.copy_messages("empty", "new") == 0
     assert store.get_chat_history("new") is None
-    assert store._run(store._history, "another") == before
+    assert store.engine.run(store.engine.history, store.scope, "another") == before
 
 
 def test_the_positions_of_a_fork_go_on_where_its_target_ended_without_the_gaps_of_its_source(server, make_store):

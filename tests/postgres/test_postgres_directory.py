@@ -105,9 +105,9 @@ def test_times_are_exact_to_the_microsecond_whatever_the_session_is_set_to(serve
         for moment in MOMENTS:
             history = NEW._replace(chat_history_id=f"{moment}", created_at=moment, updated_at=moment)
             import_rows(store, rows(0, 1, created_at=moment), history=history)
-            row = store._run(store._history, f"{moment}")
+            row = store.engine.run(store.engine.history, store.scope, f"{moment}")
             assert (row.created_at, row.updated_at) == (moment, moment)
-            (page,) = store._run(store._page, f"{moment}", None, None, 10)
+            (page,) = store.engine.run(store.engine.page, store.scope, f"{moment}", None, None, 10)
             assert page.created_at == moment
         listed, cursor = [], None
         while cursor is not None or not listed:
@@ -165,9 +165,9 @@ def test_the_place_after_a_time_that_there_is_not_is_the_end(store):
     """
     say(store, "Hi!")
     for time in (-(2**61), -210_866_803_200_000_001):
-        assert store._run(store._histories, "", (time, "a"), 10) == []
+        assert store.engine.run(store.engine.histories, store.scope, "", (time, "a"), 10) == []
     for time in (-210_866_803_200_000_000, 2**62 - 1):
-        assert len(store._run(store._histories, "", (time, "a"), 10)) == (time > 0)
+        assert len(store.engine.run(store.engine.histories, store.scope, "", (time, "a"), 10)) == (time > 0)
 
 
 # ---------------------------------------------------------------------- erasing
@@ -182,7 +182,7 @@ def test_a_history_that_changes_while_old_ones_are_purged_stays(server, make_sto
             f"UPDATE {store.schema_name}.chat_histories SET updated_at = now() WHERE chat_history_id = 'alive'"
         )
         purged = []
-        purge = threading.Thread(target=lambda: purged.append(store._run(store._erase_some, "", 10_000_000, 100)))
+        purge = threading.Thread(target=lambda: purged.append(store.engine.run(store.engine.erase_some, store.scope, "", 10_000_000, 100)))
         purge.start()
         waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
         wait_until(lambda: server.execute(waiting) == [(1,)], "the purge to wait")
@@ -198,7 +198,7 @@ def test_erasing_keeps_to_few_messages_at_a_time(server, make_store, monkeypatch
     for number in range(6):
         import_rows(store, rows(0, 4), history=NEW._replace(chat_history_id=f"user/{number}"))
     say(store, "stays")
-    assert [store._run(store._erase_some, "user/", None, 100) for _ in range(4)] == [2, 2, 2, 0]
+    assert [store.engine.run(store.engine.erase_some, store.scope, "user/", None, 100) for _ in range(4)] == [2, 2, 2, 0]
     assert said(store) == ["stays"]
 
 

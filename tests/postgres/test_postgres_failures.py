@@ -151,7 +151,7 @@ def test_a_call_waits_for_a_free_connection_no_longer_than_the_timeout(server, m
         yield rows(0, 1)
 
     async def import_and_count():
-        importing = asyncio.create_task(store._run_async(store._import, NEW, batches(), 0))
+        importing = asyncio.create_task(store.engine.run_async(store.engine.import_history, store.scope, NEW, batches(), 0))
         await asyncio.to_thread(in_use.wait)
         with pytest.raises(StoreTimeoutError, match="max_pool_size"):
             await store.count_messages_async("history")
@@ -167,7 +167,7 @@ def test_a_call_waits_for_a_free_connection_no_longer_than_the_timeout(server, m
     make_store().count_messages("history")  # makes the tables
     in_use, failed = threading.Event(), threading.Event()
     if way == "sync":
-        in_threads(lambda: store._run(store._import, NEW, batches(), 0), count)
+        in_threads(lambda: store.engine.run(store.engine.import_history, store.scope, NEW, batches(), 0), count)
     else:
         asyncio.run(import_and_count())
     assert make_store().count_messages("history") == 1

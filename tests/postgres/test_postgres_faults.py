@@ -48,7 +48,7 @@ def change(server, store):
 
 
 def faults(store, repair=False):
-    return store._run(store._faults, repair)
+    return store.engine.run(store.engine.check, store.scope, repair)
 
 
 def test_what_fits_together_has_no_faults(store):
@@ -199,7 +199,7 @@ def test_a_content_that_is_no_message_disturbs_no_check(store, change, content):
     change("UPDATE {0}.chat_messages SET content = '" + quoted + "' WHERE message_id = 'b'")
     assert len(faults(store, repair=True)) == 2
     assert faults(store) == []
-    store._run(store._remove, "history", [1, 99])
+    store.engine.run(store.engine.remove, store.scope, "history", [1, 99])
     assert store.count_messages("history") == 2
     assert faults(store) == []
 

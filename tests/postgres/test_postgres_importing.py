@@ -41,9 +41,9 @@ def test_an_import_that_fails_on_the_way_leaves_nothing(server, make_store):
         raise OSError("the file is damaged")
 
     with pytest.raises(OSError, match=r"^the file is damaged$"):
-        store._run(store._import, NEW, batches(), 0)
+        store.engine.run(store.engine.import_history, store.scope, NEW, batches(), 0)
     with pytest.raises(OSError, match=r"^the file is damaged$"):
-        asyncio.run(store._run_async(store._import, NEW, batches(), 0))
+        asyncio.run(store.engine.run_async(store.engine.import_history, store.scope, NEW, batches(), 0))
     with pytest.raises(Exception, match="UniqueViolation"):
         import_rows(store, rows(0, 10), rows(5, 6))
     assert store.get_chat_history("history") is None
@@ -56,10 +56,10 @@ def test_several_histories_are_imported_together_unless_one_is_there_even_an_emp
     store.delete_messages("there", message_ids=["x"])
     histories = [(NEW._replace(chat_history_id=history), rows(0, 3)) for history in ("a", "there", "b")]
     with pytest.raises(ChatHistoryChangedError, match="has 0 messages now"):
-        store._run(store._import_several, histories)
+        store.engine.run(store.engine.import_histories, store.scope, histories)
     assert [info.chat_history_id for info in store.list_chat_histories().items] == ["there"]
     assert store.get_chat_history("there").title is None
-    assert store._run(store._import_several, histories[::2]) == 6
+    assert store.engine.run(store.engine.import_histories, store.scope, histories[::2]) == 6
     assert {store.get_chat_history(history).title for history in "ab"} == {"a title"}
     assert_sound(server, store)
 
@@ -72,7 +72,7 @@ def test_reading_what_is_imported_does_not_hold_up_the_event_loop(make_store):
         yield rows(0, 10)
 
     store.count_messages("history")
-    largest_gap, took = largest_gap_beside(lambda: store._run_async(store._import, NEW, batches(), 0))
+    largest_gap, took = largest_gap_beside(lambda: store.engine.run_async(store.engine.import_history, store.scope, NEW, batches(), 0))
     assert largest_gap < took / 2
     assert store.count_messages("history") == 10
 
@@ -94,7 +94,7 @@ def import_slowly(store, report):
     import json
     import time
 
-    from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+    from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 
     def batches():
         for batch in range(100_000):
@@ -105,7 +105,7 @@ def import_slowly(store, report):
             if batch > 5:
                 time.sleep(0.01)
 
-    store._run(store._import, HistoryRow("history", 0, 0, 0, 0, None, None), batches(), 0)
+    store.engine.run(store.engine.import_history, store.scope, HistoryRow("history", 0, 0, 0, 0, None, None), batches(), 0)
 
 
 def test_an_import_that_is_killed_leaves_nothing(server, make_store):

@@ -12,7 +12,7 @@ from redis_stores import SECRET, everything, keys_of, neighbours, nodes_of, on_e
 
 from haystack_chat_store import ChatHistoryExistsError
 from haystack_chat_store.errors import ChatHistoryChangedError, DuplicateMessageError, StoreUnavailableError
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.messages import with_id
 from haystack_chat_store.testing.processes import Program
@@ -27,7 +27,7 @@ def row(message_id, text="Hi!", created_at=3):
 
 
 def import_(store, batches, expected_count=0, history=HISTORY):
-    return store._run(store._import, history, batches, expected_count)
+    return store.engine.run(store.engine.import_history, store.scope, history, batches, expected_count)
 
 
 def staged(store, client):
@@ -58,7 +58,7 @@ def test_what_is_imported_appears_at_once(store, client):
     assert (info.message_count, info.round_count, info.title, info.meta) == (3000, 3000, "Weather", {"a": 1})
     assert (info.created_at.microsecond, info.updated_at.microsecond) == (5, 7)
     assert [each.position for each in store.list_messages("imported", limit=2)] == [2998, 2999]
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 @on_every_engine
@@ -68,7 +68,7 @@ def test_an_import_goes_on_where_a_history_ends(store):
     assert import_(store, [[row(f"more {number}") for number in range(2500)]], 5) == 2500
     positions = [each.position for each in store.iterate_messages("imported")]
     assert positions == [*range(5), *range(10, 2510)]
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     store.delete_messages("imported", from_message_id="more 0")
     assert said(store, "imported") == 5 * ["Hi!"]
 
@@ -85,7 +85,7 @@ def test_an_import_without_messages_makes_a_history_where_there_is_none(store, c
     for history in ("imported", "emptied"):
         assert import_(store, [[]], history=HISTORY._replace(chat_history_id=history, updated_at=9, title="New")) == 0
     assert everything(store, client) == before
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 @on_every_engine
@@ -108,10 +108,10 @@ def test_several_histories_are_imported_only_if_none_of_them_is_there(store, cli
     store.delete_messages("second", message_ids=["a"])
     before = everything(store, client)
     with pytest.raises(ChatHistoryChangedError, match="0 messages"):
-        store._run(store._import_several, several)
+        store.engine.run(store.engine.import_histories, store.scope, several)
     assert everything(store, client) == before
     store.delete_messages("second")
-    assert store._run(store._import_several, several) == 3
+    assert store.engine.run(store.engine.import_histories, store.scope, several) == 3
 
 
 @on_every_engine
@@ -140,7 +140,7 @@ def test_an_import_that_fails_leaves_nothing(store, client):
             while not was_cancelled.is_set():
                 yield []
 
-        task = asyncio.ensure_future(store._run_async(store._import, HISTORY, slow(), 1))
+        task = asyncio.ensure_future(store.engine.run_async(store.engine.import_history, store.scope, HISTORY, slow(), 1))
         await begun.wait()
         task.cancel()
         was_cancelled.set()
@@ -172,7 +172,7 @@ def test_a_history_that_is_written_to_during_an_import_refuses_it(store):
 
 
 def import_for_ever(store, report):
-    from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+    from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 
     def batches():
         number = 0
@@ -181,7 +181,7 @@ def import_for_ever(store, report):
             yield [MessageRow(0, 3, f"{number}-{index}", "user", "{}") for index in range(100)]
             report(number)
 
-    store._run(store._import, HistoryRow("imported", 0, 0, 5, 7, None, None), batches(), 1)
+    store.engine.run(store.engine.import_history, store.scope, HistoryRow("imported", 0, 0, 5, 7, None, None), batches(), 1)
 
 
 @on_every_engine
@@ -220,7 +220,7 @@ def test_a_copy_is_like_its_source(store, target):
     source, copy = (list(store.iterate_messages(each)) for each in ("history", target))
     assert [(each.created_at, each.message) for each in copy] == [(each.created_at, each.message) for each in source]
     assert store.get_chat_history(target).title is None
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     store.delete_messages(target, from_message_id=ids[7])
     assert say(store, "Where was I?", history=target) == 1
     assert said(store, target) == [*map(str, range(7)), "Where was I?"]
@@ -230,7 +230,7 @@ def test_a_copy_is_like_its_source(store, target):
     store.delete_messages(target, from_message_id=ids[0])
     assert store.copy_messages("history", target, until_message_id=ids[2]) == 3
     assert [each.position for each in store.list_messages(target)] == [1851, 1852, 1853]
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 @on_every_engine
@@ -241,7 +241,7 @@ def test_a_copy_has_no_gaps(store, target):
     assert store.copy_messages("history", target) == 3
     copy = store.list_messages(target)
     assert [(each.position, each.message.text) for each in copy] == [(0, "1"), (1, "4"), (2, "5")]
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 @on_every_engine
@@ -333,7 +333,7 @@ def test_of_many_copies_to_one_history_one_wins(store, target):
     in_threads(*6 * [copy])
     assert sorted(results, key=str) == [1200, *5 * [None]]
     assert store.count_messages(target) == 1200
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 @on_every_engine
@@ -357,7 +357,7 @@ def test_a_server_that_is_out_of_memory_copies_and_imports_nothing(store, client
             with node.client() as each:
                 each.config_set("maxmemory", 0)
     assert said(store) == []
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 # ---------------------------------------------------------------------- deleted messages
@@ -382,7 +382,7 @@ def test_windows_are_right_however_long_the_gaps_are(make_store, unit):
         assert pages == left
         assert [each.position for each in store.list_messages("history", after=9, limit=1)] == [1200]
     assert [each.message.text for each in store.iterate_messages("history")] == left
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 @on_every_engine
@@ -394,7 +394,7 @@ def test_a_rewind_deletes_all_that_follows(make_store, client):
         store.delete_messages("history", from_message_id=start)
         assert said(store) == [str(number) for number in range(2500) if number != 1500][:left]
         assert store.get_chat_history("history").round_count == left
-        assert store._run(store._faults, False) == []
+        assert store.engine.run(store.engine.check, store.scope, False) == []
     assert say(store, "Hi!") == 1
     assert [each.position for each in store.list_messages("history")] == [5000]
 
@@ -414,7 +414,7 @@ def test_a_rewind_begins_where_its_message_is_by_then(store, monkeypatch):
         monkeypatch.setattr(type(store), "_remove_ids", move_and_remove)
         store.delete_messages("history", from_message_id="1")
     assert said(store) == ["0", "2"]
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 @on_every_engine

@@ -35,8 +35,8 @@ from servers import HOST, RedisServer, wait_until
 
 from haystack_chat_store import ChatMessageStoreError, RedisChatMessageStore
 from haystack_chat_store.errors import StoreUnavailableError
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
 from haystack_chat_store.stores.redis.keys import bucket_of
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.messages import with_id
 
 MANY = [f"user_{number:03d}" for number in range(300)]  # some in every bucket
@@ -75,7 +75,7 @@ def test_a_walk_sees_all_buckets_in_one_order(store):
 
 
 def import_empty(store, chat_history_id, updated_at):
-    store._run(store._import, HistoryRow(chat_history_id, 0, 0, 0, updated_at, None, None), [], 0)
+    store.engine.run(store.engine.import_history, store.scope, HistoryRow(chat_history_id, 0, 0, 0, updated_at, None, None), [], 0)
 
 
 @on_every_engine
@@ -87,7 +87,7 @@ def test_histories_of_the_same_moment_are_in_the_order_of_their_code_points(stor
     import_empty(store, "after", 253_402_300_799_999_999)
     expected = ["after", *sorted(ids_, reverse=True), "before"]
     assert walked(store, limit=7) == expected
-    assert [row.chat_history_id for row in store._run(store._histories_by_id, "", "", 1000)] == sorted(expected)
+    assert [row.chat_history_id for row in store.engine.run(store.engine.histories_by_id, store.scope, "", "", 1000)] == sorted(expected)
     with_prefix = [history for history in expected if history.startswith("user_1")]
     assert walked(store, limit=7, prefix="user_1") == with_prefix
     assert store.get_chat_history("after").updated_at.year == 9999
@@ -127,7 +127,7 @@ def test_what_has_expired_is_neither_listed_nor_counted_nor_erased_nor_copied(ma
     assert immortal.purge(older_than=datetime.now(timezone.utc) - timedelta(seconds=0.3)) == 100
     with pytest.raises(ChatMessageStoreError, match="no chat history"):
         immortal.copy_messages(MANY[0], "copy")
-    assert immortal._run(immortal._faults, False) == []
+    assert immortal.engine.run(immortal.engine.check, immortal.scope, False) == []
     assert keys_of(immortal, client) == []
 
 
@@ -137,15 +137,15 @@ def test_all_that_belongs_to_a_history_expires_with_it_however_it_came(make_stor
     say(store, "Hi!", "Are you there?", history="source")
     for target in MANY[:100]:  # of its own bucket and of others
         store.copy_messages("source", target)
-    store._run(
-        store._import, HistoryRow("imported", 1, 1, 1, 1, None, None), [[MessageRow(0, 1, "a", "user", "{}")]], 0
+    store.engine.run(
+        store.engine.import_history, store.scope, HistoryRow("imported", 1, 1, 1, 1, None, None), [[MessageRow(0, 1, "a", "user", "{}")]], 0
     )
     store.update_chat_history("source", title="Weather")
     messages = [with_id("a"), with_id("b")]
     store.write_messages("edited", messages)
     store.delete_messages("edited", message_ids=["a"])
     assert [key for key in keys_of(store, client) if client.pttl(key) <= 0] == []
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 @on_every_engine
@@ -326,7 +326,7 @@ def test_a_user_that_may_not_vacuum_is_told_and_may_all_else(make_store, client,
         assert store.copy_messages("history", target) == 2
     assert store.statistics().size is None
     assert store.statistics().messages == 144
-    assert store._run(store._faults, True) == []
+    assert store.engine.run(store.engine.check, store.scope, True) == []
     with pytest.raises(StoreUnavailableError, match="permit"):
         store.delete_chat_histories(prefix="user", vacuum=True)
     assert sorted(walked(store)) == ["another", "history"]
@@ -392,7 +392,7 @@ def test_a_change_whose_answer_was_lost_is_not_taken_for_somebody_elses(make_sto
                 losing(lambda policy=policy: store.write_messages("history", batch, policy=policy, expected_count=0))
                 == 2
             )
-        assert losing(lambda: store._run(store._remove_ids, "history", ["b"], "b", 2)) == 1
+        assert losing(lambda: store.engine.run(store.engine.remove_ids, store.scope, "history", ["b"], "b", 2)) == 1
         say(store, "three")
         same_bucket = next(neighbours("history"))
         assert losing(lambda: store.copy_messages("history", same_bucket)) == 2
@@ -457,9 +457,9 @@ def test_what_others_do_before_a_change_is_tried_again_does_not_hide_that_it_was
 )
 def test_a_clock_that_was_set_back_moves_no_history_back(store, change):
     rows = [MessageRow(0, IN_AN_HOUR, name, "user", json.dumps(with_id(name).to_dict())) for name in "ab"]
-    store._run(store._import, HistoryRow("history", 0, 0, 5, IN_AN_HOUR, None, None), [rows], 0)
+    store.engine.run(store.engine.import_history, store.scope, HistoryRow("history", 0, 0, 5, IN_AN_HOUR, None, None), [rows], 0)
     store.write_messages("newer", [with_id("a")])
     change(store)
     assert store.get_chat_history("history").updated_at.timestamp() == IN_AN_HOUR / 10**6
     assert ids(store.list_chat_histories())[0] == "history"
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []

@@ -44,7 +44,7 @@ class Damaged:
         return self.key("contents").split("}")[0] + "}:" + kind
 
     def faults(self, repair=False):
-        return self.store._run(self.store._faults, repair)
+        return self.store.engine.run(self.store.engine.check, self.store.scope, repair)
 
     def assert_found_and_mended(self, *descriptions):
         before = everything(self.store, self.client)
@@ -107,12 +107,12 @@ def test_a_history_that_the_bucket_does_not_list_is_listed_again(store, client, 
     store.update_chat_history("history", title="Weather")
     info = store.get_chat_history("history")
     client.delete(key_of(store, client, lost))
-    found = store._run(store._faults, False)
+    found = store.engine.run(store.engine.check, store.scope, False)
     assert [fault.chat_history_id for fault in found] == ["history"]
-    assert [fault.is_repaired for fault in store._run(store._faults, True)] == [True]
-    assert store._run(store._faults, False) == []
+    assert [fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True)] == [True]
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     assert store.list_chat_histories().items == store.list_chat_histories(prefix="h").items == [info]
-    assert [row.chat_history_id for row in store._run(store._histories_by_id, "", "", 9)] == ["history"]
+    assert [row.chat_history_id for row in store.engine.run(store.engine.histories_by_id, store.scope, "", "", 9)] == ["history"]
 
 
 @on_every_engine
@@ -124,9 +124,9 @@ def test_orphans_of_a_bucket_that_has_lost_everything_are_found(store, client):
         if key.endswith(("}:histories", "}:names", "}:schema_version")):
             client.delete(key)
     assert store.list_chat_histories().items == []
-    found = store._run(store._faults, True)
+    found = store.engine.run(store.engine.check, store.scope, True)
     assert sorted({fault.chat_history_id for fault in found}) == sorted(histories)
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     assert sorted(info.chat_history_id for info in store.list_chat_histories().items) == sorted(histories)
     assert [said(store, history) for history in histories] == [[history] for history in histories]
 
@@ -207,7 +207,7 @@ def test_a_time_that_is_none_hides_no_history_and_stops_no_call(damaged, client,
     names = {info.chat_history_id for info in store.list_chat_histories().items}
     client.hset(damaged.key("history"), field, no_time)
     assert {info.chat_history_id for info in store.list_chat_histories().items} == names
-    assert {row.chat_history_id for row in store._run(store._histories_by_id, "", "", 9)} == names
+    assert {row.chat_history_id for row in store.engine.run(store.engine.histories_by_id, store.scope, "", "", 9)} == names
     assert store.get_chat_history("history").message_count == 4
     assert store.update_chat_history("history", title="Rain").title == "Rain"
     assert len(store.list_messages("history")) == 4
@@ -215,7 +215,7 @@ def test_a_time_that_is_none_hides_no_history_and_stops_no_call(damaged, client,
     for target in (next(neighbours("history")) + " copy", "somewhere else"):
         assert store.copy_messages("history", target) == 4
     new = row("new", created_at=int(time.time()) * 10**6)
-    assert store._run(store._import, HISTORY._replace(chat_history_id="history"), [[new]], 4) == 1
+    assert store.engine.run(store.engine.import_history, store.scope, HISTORY._replace(chat_history_id="history"), [[new]], 4) == 1
     if field == "updated_at":
         client.hset(damaged.key("history"), field, no_time)
     say(store, "Hi!")
@@ -264,8 +264,8 @@ def test_a_history_of_version_1_whose_time_of_creation_is_none_can_be_read_and_m
     client.hset(key_of(store, client, "history"), "created_at", "never")
     assert [each.created_at.year for each in store.list_messages("history")] == [1970, 1970]
     assert store.statistics().messages == 2
-    assert all(fault.is_repaired for fault in store._run(store._faults, True))
-    assert store._run(store._faults, False) == []
+    assert all(fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True))
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     info = store.get_chat_history("history")
     assert info.created_at == info.updated_at == store.list_messages("history")[1].created_at
     assert info.updated_at.timestamp() == UPDATED_AT / 10**6
@@ -275,8 +275,8 @@ def test_a_history_of_version_1_whose_time_of_creation_is_none_can_be_read_and_m
 def test_what_has_no_time_left_at_all_is_mended_to_be_of_now(store, client):
     write_as_version_1(store, client, "history", "Hi!")
     client.hset(key_of(store, client, "history"), mapping={"created_at": "never", "updated_at": "never"})
-    assert all(fault.is_repaired for fault in store._run(store._faults, True))
-    assert store._run(store._faults, False) == []
+    assert all(fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True))
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     (message,) = store.list_messages("history")
     assert timedelta() <= datetime.now(timezone.utc) - message.created_at < timedelta(minutes=5)
 
@@ -284,9 +284,9 @@ def test_what_has_no_time_left_at_all_is_mended_to_be_of_now(store, client):
 @on_every_engine
 def test_times_long_after_ours_are_no_fault(store):
     last = HISTORY._replace(created_at=253402300799999997, updated_at=253402300799999999)
-    assert store._run(store._import, last, [[row("a", created_at=253402300799999998)]], 0) == 1
+    assert store.engine.run(store.engine.import_history, store.scope, last, [[row("a", created_at=253402300799999998)]], 0) == 1
     assert store.list_messages("imported")[0].created_at.microsecond == 999998
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 @on_every_engine
@@ -318,11 +318,11 @@ def test_a_message_that_cannot_be_read_hides_no_other_and_can_be_removed(damaged
         client.delete(damaged.key(lost))
         assert all(fault.is_repaired for fault in damaged.faults(repair=True))
         assert damaged.faults() == []
-    rows = damaged.store._run(damaged.store._page, "history", None, None, 10)
+    rows = damaged.store.engine.run(damaged.store.engine.page, damaged.store.scope, "history", None, None, 10)
     assert [row.position for row in rows] == [0, 1, 3, 4]
     assert all(row.message_id for row in rows)
     assert rows[1].content.encode(errors="surrogateescape") == junk
-    damaged.store._run(damaged.store._remove, "history", [1, 4, 77])
+    damaged.store.engine.run(damaged.store.engine.remove, damaged.store.scope, "history", [1, 4, 77])
     assert said(damaged.store) == ["one", "four"]
     assert damaged.store.get_chat_history("history").round_count == 2
     assert damaged.faults() == []
@@ -355,10 +355,10 @@ def test_what_is_to_expire_is_mended_to_expire_together(make_store, client):
 @on_every_engine
 def test_a_history_of_version_1_is_mended_to_one_of_version_2(store, client):
     write_as_version_1(store, client, "history", "Hi!", "Are you there?")
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     client.delete(key_of(store, client, "roles"))
-    assert all(fault.is_repaired for fault in store._run(store._faults, True))
-    assert store._run(store._faults, False) == []
+    assert all(fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True))
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     assert said(store) == ["Hi!", "Are you there?"]
 
 
@@ -405,8 +405,8 @@ def test_a_long_history_is_rebuilt(store, client):
     store.write_messages("history", messages)
     store.delete_messages("history", message_ids=[str(number) for number in range(500, 2000)])
     client.delete(key_of(store, client, "message_ids"), key_of(store, client, "roles"))
-    assert all(fault.is_repaired for fault in store._run(store._faults, True))
-    assert store._run(store._faults, False) == []
+    assert all(fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True))
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     ids = [each.message.meta["chat_message_id"] for each in store.iterate_messages("history")]
     assert ids == [str(number) for number in range(2500) if not 500 <= number < 2000]
     assert json.loads(client.lindex(key_of(store, client, "contents"), 0))["role"] == "user"

@@ -76,7 +76,7 @@ def test_a_write_upgrades_its_bucket_and_its_history(store, client):
     assert said(store) == ["Hi!", "Are you there?", "Hello?"]
     assert said(store, other) == ["Hello!"]
     store.write_messages(other, [with_id("a", "Hello!"), with_id("z")])
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 @on_every_engine
@@ -85,7 +85,7 @@ def test_a_write_upgrades_its_bucket_and_its_history(store, client):
     [
         lambda store: store.list_chat_histories(),
         lambda store: store.list_chat_histories(prefix="hist"),
-        lambda store: store._run(store._histories_by_id, "", "", 10),
+        lambda store: store.engine.run(store.engine.histories_by_id, store.scope, "", "", 10),
         lambda store: store.update_chat_history("history", title="Weather"),
         lambda store: store.delete_messages("history", message_ids=["a"]),
         lambda store: store.copy_messages("history", next(neighbours("history"))),
@@ -98,7 +98,7 @@ def test_so_does_every_other_call_that_needs_it(store, client, call):
     assert client.get(key_of(store, client, "schema_version")) == b"2"
     assert [page.chat_history_id for page in store.list_chat_histories(prefix="history").items] == ["history"]
     assert say(store, "Hello?") == 1
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 @on_every_engine
@@ -108,7 +108,7 @@ def test_what_was_to_expire_still_does(store, client):
     expiries = {re.sub(".*:", "", key): client.pttl(key) > 0 for key in keys_of(store, client)}
     kinds = ["contents", "expiries", "histories", "history", "message_ids", "names", "roles", "schema_version"]
     assert expiries == dict.fromkeys(kinds, True)
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 @on_every_engine
@@ -132,7 +132,7 @@ def test_many_that_upgrade_at_once_lose_nothing(make_store, client):
     )
     assert {history: len(said(store, history)) for history in histories} == dict.fromkeys(histories, 3)
     assert len(store.list_chat_histories().items) == 8
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 def test_a_store_that_is_to_search_is_refused():

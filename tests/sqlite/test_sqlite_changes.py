@@ -21,8 +21,8 @@ from haystack_chat_store.errors import (
     MessageNotFoundError,
     StoreTimeoutError,
 )
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.ids import MESSAGE_ID_KEY
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import conversation, user, with_id
 from haystack_chat_store.testing.processes import Program
@@ -107,7 +107,7 @@ def test_after_all_have_changed_everything_it_fits_together(new_store, search):
     store.write_messages("a", conversation("uauaua"))
     reports = run_together(change_everything, store, ("1", 150), ("2", 150), ("3", 150))
     assert {"ChatHistoryExistsError", "MessageNotFoundError"} <= {name for report in reports for name in report}
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     for info in store.list_chat_histories().items:
         positions = [stored.position for stored in store.list_messages(info.chat_history_id, limit=1000)]
         assert positions == sorted(set(positions))
@@ -160,7 +160,7 @@ def test_of_those_who_fork_to_the_same_history_one_does(store):
     reports = run_together(fork_to_each, store, ("1", 40), ("2", 40), ("3", 40))
     assert sorted(number for report in reports for number in report) == list(range(40))
     assert {store.count_messages(f"target {number}") for number in range(40)} == {40}
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 # ---------------------------------------------------------------------- long writes
@@ -172,14 +172,14 @@ def import_without_end(store, report):
     """
     from itertools import count
 
-    from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+    from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 
     def batches():
         for number in count():
             yield [MessageRow(0, 0, f"{number}.{index}", "user", "{}") for index in range(1000)]
             report(number)
 
-    store._run(store._import, HistoryRow("chat", 0, 0, 1, 1, None, None), batches(), 0)
+    store.engine.run(store.engine.import_history, store.scope, HistoryRow("chat", 0, 0, 1, 1, None, None), batches(), 0)
 
 
 @pytest.mark.parametrize("search", [False, True], ids=["without search", "with search"])
@@ -194,8 +194,8 @@ def test_an_import_that_is_killed_leaves_nothing(new_store, search):
         program.kill()
     assert store.get_chat_history("chat") is None
     assert store.statistics().messages == 1
-    assert store._run(store._faults, False) == []
-    assert store._run(store._import, new_history("chat"), [imported_rows(3)], 0) == 3
+    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.import_history, store.scope, new_history("chat"), [imported_rows(3)], 0) == 3
 
 
 def test_an_import_that_fails_in_the_middle_leaves_nothing(store):
@@ -203,13 +203,13 @@ def test_an_import_that_fails_in_the_middle_leaves_nothing(store):
         yield imported_rows(1000, 10)
         raise OSError("the disk with the file is gone")
 
-    store._run(store._import, new_history("there"), [imported_rows(5)], 0)
+    store.engine.run(store.engine.import_history, store.scope, new_history("there"), [imported_rows(5)], 0)
     for name, count in (("new", 0), ("there", 5)):
         with pytest.raises(OSError, match="gone"):
-            store._run(store._import, new_history(name), batches(), count)
+            store.engine.run(store.engine.import_history, store.scope, new_history(name), batches(), count)
     assert store.get_chat_history("new") is None
     assert store.count_messages("there") == 5
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 def test_who_writes_during_an_import_waits_no_longer_than_its_timeout(new_store):
@@ -223,7 +223,7 @@ def test_who_writes_during_an_import_waits_no_longer_than_its_timeout(new_store)
         assert impatient.count_messages("other") == 1
         yield imported_rows(10, 10)
 
-    assert importer._run(importer._import, new_history("chat"), batches(), 0) == 20
+    assert importer.engine.run(importer.engine.import_history, importer.scope, new_history("chat"), batches(), 0) == 20
     assert impatient.write_messages("other", [user()]) == 1
 
 
@@ -232,12 +232,12 @@ def test_an_import_may_read_from_the_file_it_writes_to(store, new_store):
 
     def batches():
         after = -1
-        while rows := store._run(store._page, "chat", None, after, 500):
+        while rows := store.engine.run(store.engine.page, store.scope, "chat", None, after, 500):
             yield rows
             after = rows[-1].position
 
     other = new_store(namespace="other")
-    assert other._run(other._import, store._run(store._history, "chat"), batches(), 0) == 1203
+    assert other.engine.run(other.engine.import_history, other.scope, store.engine.run(store.engine.history, store.scope, "chat"), batches(), 0) == 1203
     assert texts(other.retrieve_messages("chat")) == ["fox"] * 1203
     assert other.get_chat_history("chat")[1:] == store.get_chat_history("chat")[1:]
 
@@ -279,7 +279,7 @@ def test_work_in_many_steps_lets_others_write_in_between(new_store, operation, a
         assert filler.count_messages("meanwhile") > before + 5
         filler.write_messages("stop", [user()])
         assert program.reports_to_the_end()
-    assert worker._run(worker._faults, False) == []
+    assert worker.engine.run(worker.engine.check, worker.scope, False) == []
 
 
 # ---------------------------------------------------------------------- refusals
@@ -314,7 +314,7 @@ def test_a_fork_closes_the_gaps_of_its_source(store):
     assert texts(store.retrieve_messages("fork")) == ["0", "3", "6", "9", "12", "15", "new"]
     assert texts(store.retrieve_messages("fork", last_k=2)) == ["15", "new"]
     assert [stored.position for stored in store.list_messages("fork")] == list(range(2, 9))
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 def test_a_fork_of_a_history_without_messages_changes_nothing(store):
@@ -334,7 +334,7 @@ def test_what_is_there_is_found_before_any_of_several_histories_is_imported(stor
     for name, count in (("empty", 0), ("chat", 2)):
         imported = [(new_history(each), imported_rows(3)) for each in ("new", name, "also new")]
         with pytest.raises(ChatHistoryChangedError, match=f"has {count} messages now, and not 0"):
-            store._run(store._import_several, imported)
+            store.engine.run(store.engine.import_histories, store.scope, imported)
     assert {info.chat_history_id for info in store.list_chat_histories().items} == {"empty", "chat"}
 
 
@@ -345,8 +345,8 @@ CHANGES = {
     "overwrite": lambda store: store.write_messages("chat", [with_id("1", "new")], policy=DuplicatePolicy.OVERWRITE),
     "delete": lambda store: store.delete_messages("chat", message_ids=["1"]),
     "copy": lambda store: store.copy_messages("source", "chat"),
-    "import": lambda store: store._run(store._import, new_history("chat"), [imported_rows(3, 5)], 2),
-    "remove": lambda store: store._run(store._remove, "chat", [0]),
+    "import": lambda store: store.engine.run(store.engine.import_history, store.scope, new_history("chat"), [imported_rows(3, 5)], 2),
+    "remove": lambda store: store.engine.run(store.engine.remove, store.scope, "chat", [0]),
 }
 
 
@@ -364,10 +364,10 @@ def test_the_time_of_change_never_goes_back(written, path, change):
     later = 4_000_000_000_000_000
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("UPDATE chat_histories SET updated_at = ? WHERE chat_history_id = 'chat'", (later,))
-    before = written._run(written._page, "chat", None, None, 9)
+    before = written.engine.run(written.engine.page, written.scope, "chat", None, None, 9)
     CHANGES[change](written)
-    assert written._run(written._page, "chat", None, None, 9) != before
-    assert written._run(written._history, "chat").updated_at == later
+    assert written.engine.run(written.engine.page, written.scope, "chat", None, None, 9) != before
+    assert written.engine.run(written.engine.history, written.scope, "chat").updated_at == later
 
 
 @pytest.mark.parametrize("change", ["write", "overwrite", "delete", "copy", "remove"])
@@ -382,4 +382,4 @@ def test_who_waits_for_the_file_changes_it_when_its_turn_has_come(written, path,
         until = time.time_ns() // 1000
         connection.execute("COMMIT")
     thread.join()
-    assert written._run(written._history, "chat").updated_at >= until
+    assert written.engine.run(written.engine.history, written.scope, "chat").updated_at >= until

@@ -67,7 +67,7 @@ def test_any_page_costs_the_same_however_many_histories_there_are(store, path, p
     counts = []
     for histories in (2_000, 10_000):
         fill(path, store, several_users(histories))
-        counts.append(steps(path, lambda: store._run(store._histories, prefix, before, 50)))
+        counts.append(steps(path, lambda: store.engine.run(store.engine.histories, store.scope, prefix, before, 50)))
     assert counts[1] < 1.5 * counts[0] + 200
 
 
@@ -88,7 +88,7 @@ def test_a_page_with_any_prefix_costs_little_more_than_the_better_way_to_find_it
         )
         connection.commit()
     found = []
-    taken = steps(path, lambda: found.extend(store._run(store._histories, "mine ", None, 50)))
+    taken = steps(path, lambda: found.extend(store.engine.run(store.engine.histories, store.scope, "mine ", None, 50)))
     assert [row.chat_history_id for row in found] == [f"mine {name}" for name in names if name in set(chosen)][:50]
     place_of_last = names.index(found[-1].chat_history_id.removeprefix("mine "))
     assert taken < 100 * min(share, place_of_last) + 80 * directory._TRIED_AT_FIRST
@@ -117,7 +117,7 @@ def test_a_walk_by_id_costs_the_same_everywhere(store, path):
         found = []
         after = names[start - 1] if start else ""
         counts.append(
-            steps(path, lambda: found.extend(store._run(store._histories_by_id, "user", after, 50)))  # noqa: B023
+            steps(path, lambda: found.extend(store.engine.run(store.engine.histories_by_id, store.scope, "user", after, 50)))  # noqa: B023
         )
         assert [row.chat_history_id for row in found] == names[start : start + 50]
     assert max(counts) < 1.2 * min(counts)
@@ -127,9 +127,9 @@ def test_what_is_old_is_found_without_looking_at_what_is_not(store, path):
     counts = []
     for histories in (400, 10_000):
         fill(path, store, several_users(histories))
-        counts.append(steps(path, lambda: store._run(store._erase_some, "", 100, 50)))
+        counts.append(steps(path, lambda: store.engine.run(store.engine.erase_some, store.scope, "", 100, 50)))
         assert store.statistics().chat_histories == histories - 50
-        counts.append(steps(path, lambda: store._run(store._erase_some, "", 10, 50)))
+        counts.append(steps(path, lambda: store.engine.run(store.engine.erase_some, store.scope, "", 10, 50)))
         assert store.statistics().chat_histories == histories - 50
     assert counts[2] < 1.5 * counts[0]
     assert counts[3] < 1.5 * counts[1] + 100
@@ -143,7 +143,7 @@ def test_no_step_of_erasing_deletes_many_messages(store, path, monkeypatch, eras
     prefix, before = ("chat", None) if erase == "by prefix" else ("", 2**62)
     erased = []
     while not erased or erased[-1]:
-        erased.append(store._run(store._erase_some, prefix, before, 100))
+        erased.append(store.engine.run(store.engine.erase_some, store.scope, prefix, before, 100))
     assert erased == [2, 1, 1, 2, 1, 0]
     assert store.statistics().messages == 0
 

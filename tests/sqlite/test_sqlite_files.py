@@ -17,7 +17,7 @@ from sqlite_stores import SECRET, SIDE_FILES, assert_says, connections_of_stores
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
-from haystack_chat_store.stores.operations import HistoryRow
+from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.testing.processes import Program, run_program
 
 # ---------------------------------------------------------------------- the path

@@ -17,9 +17,9 @@ from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.errors import UnsupportedOperationError
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.search_text import parsed_query, terms
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.stores.sqlite import search
 from haystack_chat_store.stores.sqlite import terms as index_terms
 from haystack_chat_store.testing.processes import Program
@@ -83,7 +83,7 @@ def test_what_is_there_is_indexed_by_the_first_search(new_store, path):
     for number in range(30):
         before.write_messages(f"chat {number % 7}", [user(f"fox {number}")])
     searching = new_store(search=True)
-    assert searching._run(searching._search, parsed_query("fox"), None, "", 20) is None
+    assert searching.engine.run(searching.engine.search, searching.scope, parsed_query("fox"), None, "", 20) is None
     assert len(found(searching, "fox", limit=1000)) == 30
     assert index_says_what_messages_say(path)
 
@@ -107,7 +107,7 @@ def import_some(store, history, count, words):
         message = user(" ".join(words), f"{history} {number} {random.random()}")
         rows.append(MessageRow(number, 0, message.meta[MESSAGE_ID_KEY], "user", json.dumps(message.to_dict())))
     there = store.count_messages(history)
-    store._run(store._import, HistoryRow(history, 0, 0, 1, 1, None, None), [rows[:1], rows[1:]], there)
+    store.engine.run(store.engine.import_history, store.scope, HistoryRow(history, 0, 0, 1, 1, None, None), [rows[:1], rows[1:]], there)
 
 
 def rewind(store, history, message_id):
@@ -155,14 +155,14 @@ def test_after_any_changes_the_index_says_what_the_messages_say(new_store, path,
     if indexed != "from the beginning":
         store = new_store(search=True)
     if indexed == "bit by bit":
-        while store._run(store._index_some, 3):
+        while store.engine.run(store.engine.index_some, store.scope, 3):
             change_at_random(store, chance, 10)
             assert store.count_messages("b") < 100
     store.search_messages("fox")
     assert index_says_what_messages_say(path)
     change_at_random(store, chance, 50)
     assert index_says_what_messages_say(path)
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 def test_a_write_that_fails_leaves_nothing_in_the_index(searching, path):
@@ -173,7 +173,7 @@ def test_a_write_that_fails_leaves_nothing_in_the_index(searching, path):
         raise RuntimeError("a torn file")
 
     with pytest.raises(RuntimeError):
-        searching._run(searching._import, HistoryRow("new", 0, 0, 1, 1, None, None), batches(), 0)
+        searching.engine.run(searching.engine.import_history, searching.scope, HistoryRow("new", 0, 0, 1, 1, None, None), batches(), 0)
     with pytest.raises(Exception, match="already has"):
         searching.write_messages("chat", [user("brown"), user("brown", "1")], policy=DuplicatePolicy.FAIL)
     assert found(searching, "brown") == []
@@ -189,7 +189,7 @@ def test_a_damaged_message_neither_stops_a_write_nor_the_indexing(new_store, pat
     searching = new_store(search=True)
     assert found(searching, "fox") == [("chat", 0), ("chat", 2)]
     searching.copy_messages("chat", "copy")
-    searching._run(searching._remove, "chat", [1])
+    searching.engine.run(searching.engine.remove, searching.scope, "chat", [1])
     assert found(searching, "fox") == [("chat", 0), ("chat", 2), ("copy", 0), ("copy", 2)]
     searching.delete_messages("copy")
     assert index_says_what_messages_say(path)
@@ -237,7 +237,7 @@ def test_what_is_written_while_the_index_is_made_is_indexed_exactly_once(new_sto
 
 
 def index_all(store):
-    while store._run(store._index_some, 20):
+    while store.engine.run(store.engine.index_some, store.scope, 20):
         pass
 
 
@@ -245,7 +245,7 @@ def index_until_killed(store, report):
     """
     Index in small batches, and say after each that it is done.
     """
-    while store._run(store._index_some, 20):
+    while store.engine.run(store.engine.index_some, store.scope, 20):
         report("batch")
 
 
@@ -372,9 +372,9 @@ def test_whoever_does_not_search_leaves_the_index_of_another_python_alone(new_st
     other.delete_messages("chat", message_ids=["3"])
     assert version_of_index(path) == before
     assert indexed_terms(path) == sorted(["deja", "vu", "кот", "東京", "京都", "都"])
-    assert other._run(other._faults, False) == []
+    assert other.engine.run(other.engine.check, other.scope, False) == []
     as_of(begun)
-    assert searching._run(searching._search, parsed_query("vu"), None, "", 20)
+    assert searching.engine.run(searching.engine.search, searching.scope, parsed_query("vu"), None, "", 20)
 
 
 def test_what_another_python_writes_and_cannot_index_is_found_by_the_next_search(new_store, path, as_of):
@@ -390,7 +390,7 @@ def test_what_another_python_writes_and_cannot_index_is_found_by_the_next_search
     older.delete_messages("chat", message_ids=["3"])
     assert len(indexed_terms(path)) == 2
     as_of("newer")
-    assert newer._run(newer._faults, False) == []
+    assert newer.engine.run(newer.engine.check, newer.scope, False) == []
     assert found(newer, "cow𞤀") == [("chat", 3)]
     assert found(newer, "cow") == found(newer, "cat𞤀") == []
     assert sorted(indexed_terms(path)) == sorted([*terms("fox𞤀"), "fox", *terms("cow𞤀")])
@@ -414,7 +414,7 @@ def test_no_term_is_left_of_what_another_python_deletes(new_store, path, as_of, 
     as_of("newer")
     assert found(newer, "fox𞤀") == [("other", 0)]
     assert found(newer, "secret") == []
-    assert newer._run(newer._faults, False) == []
+    assert newer.engine.run(newer.engine.check, newer.scope, False) == []
 
 
 def test_the_older_of_two_searches_the_index_of_the_newer_for_what_is_in_it(new_store, path, as_of):
@@ -433,8 +433,8 @@ def test_the_older_of_two_searches_the_index_of_the_newer_for_what_is_in_it(new_
     assert found(older, "fox") == [("chat", 0)]
     older.write_messages("chat", [user("cow𞤀")])
     unsearching = new_store()
-    assert unsearching._run(unsearching._faults, True) == []
-    assert [fault.is_repaired for fault in older._run(older._faults, True)] == [True]  # there is no newer one any more
+    assert unsearching.engine.run(unsearching.engine.check, unsearching.scope, True) == []
+    assert [fault.is_repaired for fault in older.engine.run(older.engine.check, older.scope, True)] == [True]  # there is no newer one any more
     assert found(older, "dog") == [("chat", 2)]
     assert version_of_index(path) == "1/8.0.0"
 
@@ -455,7 +455,7 @@ def test_an_index_of_other_terms_begins_anew_before_anything_is_deleted_from_it(
 ):
     with closing(new_store(search=True)) as before:
         before.write_messages("chat", [user("fox", "1"), user("fox", "2"), user("fox", "3")])
-        assert before._run(before._search, parsed_query("fox"), None, "", 20)
+        assert before.engine.run(before.engine.search, before.scope, parsed_query("fox"), None, "", 20)
     later_version()
     later = new_store(search=searches)
     later.delete_messages("chat", message_ids=["1"])
@@ -468,14 +468,14 @@ def test_an_index_of_other_terms_begins_anew_before_anything_is_deleted_from_it(
         ("newfox",),
         ("newlate",),
     ]
-    assert searching._run(searching._faults, False) == []
+    assert searching.engine.run(searching.engine.check, searching.scope, False) == []
 
 
 def test_an_index_of_the_same_terms_is_kept(new_store):
     with closing(new_store(search=True)) as before:
         before.write_messages("chat", [user("fox")])
     again = new_store(search=True)
-    assert again._run(again._search, parsed_query("fox"), None, "", 20)
+    assert again.engine.run(again.engine.search, again.scope, parsed_query("fox"), None, "", 20)
 
 
 def open_and_write(store, report, name):

@@ -99,7 +99,7 @@ def test_everything_is_still_there(store, path):
     assert (info.message_count, info.round_count, info.title, info.meta) == (2, 1, None, {})
     assert info.updated_at.timestamp() == pytest.approx(STORED_AT / 1_000_000)
     assert [stored.position for stored in store.list_messages("second")] == [0, 1]
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     assert version(path) == [(len(schema.MIGRATIONS),)]
 
 
@@ -114,7 +114,7 @@ def test_everything_that_is_new_works(store):
 def test_search_finds_what_version_1_wrote(path):
     with closing(SQLiteChatMessageStore(path, search=True)) as store:
         assert [hit.chat_history_id for hit in store.search_messages("assistant third")] == ["third"]
-        assert store._run(store._faults, False) == []
+        assert store.engine.run(store.engine.check, store.scope, False) == []
 
 
 def list_and_search(store, report, name):
@@ -140,4 +140,4 @@ def test_processes_that_start_together_upgrade_it_once(path):
     assert version(path) == [(len(schema.MIGRATIONS),)]
     with closing(store):
         assert {hit.chat_history_id for hit in store.search_messages("user")} == {"first", "second", "third", *names}
-        assert store._run(store._faults, False) == []
+        assert store.engine.run(store.engine.check, store.scope, False) == []

@@ -16,9 +16,9 @@ from sqlite_stores import connections_of_stores
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
-from haystack_chat_store.stores.arguments import parsed_meta
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.testing.kit import texts
+from haystack_chat_store.validation import parsed_meta
 from haystack_chat_store.walks import walked_histories
 
 # Each word of what is erased. None stands in an id, and none is a part of another.
@@ -83,7 +83,7 @@ def erase_by_prefix_async(store):
 def delete_each(store):
     for info in store.list_chat_histories(prefix="user_1/", limit=1000).items:
         store.delete_messages(info.chat_history_id)
-    store._run(store._vacuum)
+    store.engine.run(store.engine.vacuum, store.scope)
 
 
 def delete_single_messages(store):
@@ -92,7 +92,7 @@ def delete_single_messages(store):
         stored = store.list_messages(info.chat_history_id)
         store.delete_messages(info.chat_history_id, message_ids=[stored[0].message.meta[MESSAGE_ID_KEY]])
         store.delete_messages(info.chat_history_id, from_message_id=stored[1].message.meta[MESSAGE_ID_KEY])
-    store._run(store._vacuum)
+    store.engine.run(store.engine.vacuum, store.scope)
 
 
 def overwrite(store):
@@ -101,7 +101,7 @@ def overwrite(store):
         ids = [each.message.meta[MESSAGE_ID_KEY] for each in store.list_messages(info.chat_history_id)]
         changed = [user("harmless", message_id) for message_id in ids]
         store.write_messages(info.chat_history_id, changed, policy=DuplicatePolicy.OVERWRITE)
-    store._run(store._vacuum)
+    store.engine.run(store.engine.vacuum, store.scope)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_no_byte_of_what_was_erased_is_left_in_the_files(store, path, erase):
     erase(store)
     assert left_in_files(path) == set()
     assert store.count_messages("user_2/chat") == 240
-    assert store._run(store._faults, False) == []
+    assert store.engine.run(store.engine.check, store.scope, False) == []
     if store.search:
         assert store.search_messages("Kuckucksuhr") == []
         assert len(store.search_messages("kept", limit=1000)) == 120
@@ -142,16 +142,16 @@ def test_vacuuming_that_a_reader_keeps_from_its_end_says_so(new_store, path):
         reader.execute("SELECT count(*) FROM chat_messages").fetchone()
         store.delete_messages("chat")
         with pytest.raises(StoreTimeoutError, match="Try again"):
-            store._run(store._vacuum)
+            store.engine.run(store.engine.vacuum, store.scope)
         reader.execute("COMMIT")
-        store._run(store._vacuum)
+        store.engine.run(store.engine.vacuum, store.scope)
     assert os.path.getsize(f"{path}-wal") == 0
 
 
 def test_the_file_becomes_smaller(store, path):
     store.write_messages("user_1/a", [user(f"fox {number} " * 20) for number in range(2000)])
     store.write_messages("user_2/a", [user("fox")])
-    store._run(store._vacuum)
+    store.engine.run(store.engine.vacuum, store.scope)
     before = os.path.getsize(path)
     assert store.delete_chat_histories(prefix="user_1/", vacuum=True) == 1
     assert os.path.getsize(path) < before / 5
@@ -162,7 +162,7 @@ def test_the_file_becomes_smaller(store, path):
 
 
 def faults_of(store, repair=False):
-    return store._run(store._faults, repair)
+    return store.engine.run(store.engine.check, store.scope, repair)
 
 
 def damage(path, *statements):
@@ -246,17 +246,17 @@ def test_history_that_does_not_fit_its_messages_is_found_and_mended(two_historie
     "damage_done", ["role = 'assistant'", "message_id = 'another'", "role = x'ff', message_id = CAST(x'ff' AS TEXT)"]
 )
 def test_row_that_says_something_else_than_its_text_is_mended_from_it(two_histories, path, damage_done):
-    before = two_histories._run(two_histories._page, "chat", None, None, 100)
+    before = two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 100)
     damage(path, f"UPDATE chat_messages SET {damage_done} WHERE message_key = (1 << 32) + 2")
-    damaged = two_histories._run(two_histories._page, "chat", None, None, 100)
+    damaged = two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 100)
     assert [row.position for row in damaged if row not in before] == [2]
     assert ("chat", 2, True) in [(fault[0], fault[1], fault[3]) for fault in faults_of(two_histories, repair=True)]
-    assert two_histories._run(two_histories._page, "chat", None, None, 100) == before
+    assert two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 100) == before
     assert_sound(two_histories)
 
 
 def test_row_whose_text_has_the_id_of_another_message_is_left_to_be_removed(two_histories, path):
-    first = two_histories._run(two_histories._page, "chat", None, None, 1)[0]
+    first = two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 1)[0]
     damage(
         path,
         "UPDATE chat_messages SET content = (SELECT content FROM chat_messages WHERE message_key = (1 << 32) + 3) "
@@ -264,7 +264,7 @@ def test_row_whose_text_has_the_id_of_another_message_is_left_to_be_removed(two_
     )
     (fault,) = [fault for fault in faults_of(two_histories, repair=True) if fault.position is not None]
     assert not fault.is_repaired
-    assert two_histories._run(two_histories._page, "chat", None, None, 1)[0].message_id == first.message_id
+    assert two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 1)[0].message_id == first.message_id
 
 
 DAMAGED_TIMES = [
@@ -317,7 +317,7 @@ def test_a_damaged_time_of_a_message_hides_no_other_and_becomes_that_of_its_neig
     histories = "UPDATE chat_histories SET created_at = 86400000000 * 365"
     keys = ", ".join(str((1 << 32) + position) for position in damaged)
     damage(path, sound, histories, f"UPDATE chat_messages SET created_at = {time} WHERE message_key IN ({keys})")
-    assert [row.position for row in two_histories._run(two_histories._page, "chat", None, None, 9)] == [0, 1, 2, 3]
+    assert [row.position for row in two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 9)] == [0, 1, 2, 3]
     assert [stored.position for stored in two_histories.list_messages("chat")] == [0, 1, 2, 3]
     assert sum(two_histories.statistics().messages_per_day.values()) == 6
     found = faults_of(two_histories)
@@ -377,7 +377,7 @@ def test_an_id_that_no_store_gives_is_found_counted_and_mended(two_histories, pa
 @pytest.mark.parametrize("meta", ["x'ff'", "x'7bff'", "4711", "'[1]'", "x''"])
 def test_damaged_meta_does_not_come_out_as_none(two_histories, path, meta):
     damage(path, f"UPDATE chat_histories SET meta = {meta} WHERE chat_history_id = 'chat'")
-    rows = [two_histories._run(two_histories._history, "chat"), next(walked_histories(two_histories))]
+    rows = [two_histories.engine.run(two_histories.engine.history, two_histories.scope, "chat"), next(walked_histories(two_histories))]
     for row in rows:
         assert row.chat_history_id == "chat"
         assert parsed_meta(row.meta) is None
@@ -437,11 +437,11 @@ def test_a_walk_goes_on_after_many_ids_that_are_no_texts(two_histories, path):
             f"UPDATE chat_histories SET chat_history_id = CAST(x'63ff{number:02}' AS TEXT) "
             f"WHERE chat_history_id = 'damaged {number}'",
         )
-    assert [row.chat_history_id for row in two_histories._run(two_histories._histories_by_id, "", "", 2)] == [
+    assert [row.chat_history_id for row in two_histories.engine.run(two_histories.engine.histories_by_id, two_histories.scope, "", "", 2)] == [
         "chat",
         "other chat",
     ]
-    assert two_histories._run(two_histories._histories_by_id, "", "other chat", 2) == []
+    assert two_histories.engine.run(two_histories.engine.histories_by_id, two_histories.scope, "", "other chat", 2) == []
 
 
 def test_damaged_texts_hide_no_hit(new_store, path):
@@ -533,11 +533,11 @@ def test_opening_a_store_with_search_mends_an_index_of_which_a_part_is_missing(n
 def test_a_damaged_message_hides_no_other_and_can_be_removed(two_histories, path, content):
     value = content if content[0] in "Cx4'" else f"'{content}'"
     damage(path, f"UPDATE chat_messages SET content = {value}, role = 'user' WHERE message_key = (1 << 32) + 1")
-    rows = two_histories._run(two_histories._page, "chat", None, None, 100)
+    rows = two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 100)
     assert [(row.position, row.role) for row in rows] == [(0, "user"), (1, "user"), (2, "user"), (3, "assistant")]
     assert all(isinstance(row.content, str) for row in rows)
     faults_of(two_histories, repair=True)
-    two_histories._run(two_histories._remove, "chat", [1])
+    two_histories.engine.run(two_histories.engine.remove, two_histories.scope, "chat", [1])
     assert [stored.position for stored in two_histories.list_messages("chat")] == [0, 2, 3]
     info = two_histories.get_chat_history("chat")
     assert (info.message_count, info.round_count) == (3, 2)

@@ -18,7 +18,7 @@ from haystack_chat_store import (
     StoreUnavailableError,
     store_from_url,
 )
-from haystack_chat_store.stores.operations import HistoryRow
+from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.testing.messages import user
 from haystack_chat_store.transfer import (
     EXPORT_FORMATS,

@@ -13,7 +13,7 @@ from transferred import MOMENT, content, digest, everything, in_progress, joined
 from haystack_chat_store import (
     DamagedFileError,
 )
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.messages import user
 from haystack_chat_store.transfer import (
     EXPORT_FORMATS,
@@ -61,7 +61,7 @@ def test_a_file_that_another_program_wrote_is_imported(store, file):
 def test_the_stored_text_is_moved_as_it_is(store, target, file):
     spaced = content("m0", "Hi").replace(":", " :\n ")  # as somebody's own tool may have formatted it
     row = MessageRow(0, MOMENT, "m0", "user", spaced)
-    store._run(store._import, HistoryRow("a", 0, 0, MOMENT, MOMENT, None, None), [[row]], 0)
+    store.engine.run(store.engine.import_history, store.scope, HistoryRow("a", 0, 0, MOMENT, MOMENT, None, None), [[row]], 0)
 
     export_histories(store, file)
     import_histories(target, file)

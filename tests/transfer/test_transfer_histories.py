@@ -26,7 +26,7 @@ from haystack_chat_store import (
     UnsupportedOperationError,
     store_from_url,
 )
-from haystack_chat_store.stores.operations import Operations
+from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.testing.contract_isolation import HOSTILE_IDS
 from haystack_chat_store.testing.messages import conversation, json_objects, sample_messages, user, with_id
 from haystack_chat_store.testing.messages import messages as any_messages
@@ -166,8 +166,8 @@ def test_what_is_no_store_of_ours_is_refused(store, file):
 
 def test_a_store_that_cannot_import_says_so(several, file):
     class Bare(InMemoryChatMessageStore):
-        _import = Operations._import
-        _histories_by_id = Operations._histories_by_id
+        _import = Engine._import
+        _histories_by_id = Engine._histories_by_id
 
     bare = Bare(namespace=uuid.uuid4().hex)
     export_histories(several, file)

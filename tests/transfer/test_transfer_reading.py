@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from haystack_chat_store import Fault, InMemoryChatMessageStore
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.messages import conversation, sample_messages, texts, user
 from haystack_chat_store.testing.messages import messages as any_messages
 from haystack_chat_store.transfer import export_to
@@ -344,8 +344,8 @@ def test_the_size_of_an_attachment_is_that_of_its_bytes(store, size, shown):
 def test_times_are_those_of_the_messages(store):
     content = '{"role":"user","meta":{"chat_message_id":"m"},"name":null,"content":[{"text":"Hi"}]}'
     row = MessageRow(0, 1_767_225_601_500_000, "m", "user", content)
-    store._run(
-        store._import, HistoryRow("a", 0, 0, 1_767_225_600_000_000, 1_767_225_602_000_000, None, None), [[row]], 0
+    store.engine.run(
+        store.engine.import_history, store.scope, HistoryRow("a", 0, 0, 1_767_225_600_000_000, 1_767_225_602_000_000, None, None), [[row]], 0
     )
     for name in ("markdown", "html"):
         text = exported(store, name)

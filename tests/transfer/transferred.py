@@ -5,7 +5,7 @@ What the tests of this folder look at: histories whose every part is known, and 
 
 import hashlib
 
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 
 MOMENT = 1_767_225_600_000_001  # 2026-01-01, and a microsecond
 
@@ -14,8 +14,8 @@ def everything(store):
     """
     All that a store holds, in the order of the ids.
     """
-    rows = store._run(store._histories_by_id, "", "", 10_000)
-    return [(row, [m[1:] for m in store._run(store._page, row.chat_history_id, None, -1, 100_000)]) for row in rows]
+    rows = store.engine.run(store.engine.histories_by_id, store.scope, "", "", 10_000)
+    return [(row, [m[1:] for m in store.engine.run(store.engine.page, store.scope, row.chat_history_id, None, -1, 100_000)]) for row in rows]
 
 
 def put(store, chat_history_id, *texts, title=None, meta=None):
@@ -26,7 +26,7 @@ def put(store, chat_history_id, *texts, title=None, meta=None):
         MessageRow(index, MOMENT + index, f"m{index}", "user", content(f"m{index}", text))
         for index, text in enumerate(texts)
     ]
-    store._run(store._import, HistoryRow(chat_history_id, 0, 0, MOMENT, MOMENT, title, meta), [rows], 0)
+    store.engine.run(store.engine.import_history, store.scope, HistoryRow(chat_history_id, 0, 0, MOMENT, MOMENT, title, meta), [rows], 0)
 
 
 def content(message_id, text):

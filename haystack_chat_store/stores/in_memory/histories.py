@@ -3,6 +3,7 @@
 Chat histories in the memory of a process.
 """
 
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -13,7 +14,7 @@ from haystack.dataclasses import ChatRole
 from haystack_chat_store.rounds import Window
 from haystack_chat_store.search_text import searchable_text_of_content
 from haystack_chat_store.stores.in_memory.search_index import SearchIndex
-from haystack_chat_store.stores.operations import EncodedMessage, HistoryRow, MessageRow
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope
 
 
 class Stored(NamedTuple):
@@ -149,22 +150,33 @@ class History:
             message = self.messages[position]
             if message is not None:
                 limit -= 1
-                yield MessageRow(position, *message)
+                yield MessageRow(
+                    position=position,
+                    created_at=message.created_at,
+                    message_id=message.message_id,
+                    role=message.role,
+                    content=message.content,
+                )
 
     def row(self, chat_history_id: str) -> HistoryRow:
         """
         Return what a directory shows.
         """
-        count = self.count()
         return HistoryRow(
-            chat_history_id, count, len(self.user_positions), self.created_at, self.updated_at, self.title, self.meta
+            chat_history_id=chat_history_id,
+            message_count=self.count(),
+            round_count=len(self.user_positions),
+            created_at=self.created_at,
+            updated_at=self.updated_at,
+            title=self.title,
+            meta=self.meta,
         )
 
 
 @dataclass
 class Namespace:
     """
-    The histories of a namespace, and the index of their words, which is filled when somebody searches.
+    The histories of a namespace, and the index of their words, which searches fill.
     """
 
     histories: dict[str, History] = field(default_factory=dict)
@@ -193,3 +205,31 @@ class Namespace:
         else:
             self.index.unindexed[chat_history_id] = 0
             self.histories[chat_history_id] = history
+
+    def with_prefix(self, prefix: str) -> list[str]:
+        """
+        Return the ids of the histories that begin with a text.
+        """
+        return [each for each, history in self.histories.items() if history.is_there and each.startswith(prefix)]
+
+
+class Memory:
+    """
+    The histories of a process, by namespace.
+
+    Each operation holds `lock` while it looks at them. The lock is reentrant, because a signal handler or a finalizer
+    that writes may interrupt an operation of the same thread.
+    """
+
+    def __init__(self) -> None:
+        """
+        Start without any.
+        """
+        self.lock = threading.RLock()
+        self._namespaces: dict[str, Namespace] = {}
+
+    def of(self, scope: Scope) -> Namespace:
+        """
+        Return the histories of a scope.
+        """
+        return self._namespaces.setdefault(scope.namespace, Namespace())

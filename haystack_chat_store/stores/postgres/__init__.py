@@ -5,16 +5,16 @@ from typing import Any
 from haystack.lazy_imports import LazyImport
 from haystack.utils import Secret
 
+from haystack_chat_store import validation
 from haystack_chat_store.errors import ChatMessageStoreError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.rounds import LastKUnit, Window
-from haystack_chat_store.stores import arguments
 from haystack_chat_store.stores.base import contents_and_size
-from haystack_chat_store.stores.coroutines import run_to_end
-from haystack_chat_store.stores.operations import MessageRow
 from haystack_chat_store.stores.postgres.base import MAX_POSITION
 from haystack_chat_store.stores.postgres.changing import Changing
 from haystack_chat_store.stores.postgres.checking import Checking
 from haystack_chat_store.stores.postgres.directory import Directory
+from haystack_chat_store.stores.rows import MessageRow
+from haystack_chat_store.stores.sync_async import run_sync
 
 with LazyImport(
     'It comes with the extra \'postgres\': pip install "haystack-chat-store[postgres]", or "psycopg[binary]>=3.3".'
@@ -100,9 +100,9 @@ class PostgresChatMessageStore(Changing, Directory, Checking):
         self.connection_string = connection_string
         self.schema_name = schema_name
         self.table_prefix = table_prefix
-        self.max_pool_size = arguments.validated_number(max_pool_size, "max_pool_size", 1)
-        self.min_pool_size = arguments.validated_number(min_pool_size, "min_pool_size", 0, self.max_pool_size)
-        self.timeout = arguments.validated_seconds(timeout, "timeout", 0.001, 1_000_000)
+        self.max_pool_size = validation.validated_number(max_pool_size, "max_pool_size", 1)
+        self.min_pool_size = validation.validated_number(min_pool_size, "min_pool_size", 0, self.max_pool_size)
+        self.timeout = validation.validated_seconds(timeout, "timeout", 0.001, 1_000_000)
         self._settings = Settings(
             connection_string, schema_name, table_prefix, self.min_pool_size, self.max_pool_size, self.timeout
         )
@@ -156,7 +156,7 @@ class PostgresChatMessageStore(Changing, Directory, Checking):
         pool = pools.get(self._settings)
         try:
             with pool.session(search=self.search) as session:
-                return run_to_end(operation(session, *arguments))
+                return run_sync(operation(session, *arguments))
         except AsideError as aside:
             raise aside.error from aside.error.__cause__
         except (psycopg.Error, OSError) as error:

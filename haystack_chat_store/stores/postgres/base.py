@@ -8,7 +8,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from haystack_chat_store.stores.base import BaseChatMessageStore
-from haystack_chat_store.stores.operations import end_of_prefix
+from haystack_chat_store.stores.rows import end_of_prefix
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.postgres.connections import Session

@@ -13,18 +13,16 @@ from typing import TYPE_CHECKING, Any
 from haystack.dataclasses import ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store.stores.operations import (
-    EncodedMessage,
-    HistoryRow,
-    MessageRow,
-    changed_meanwhile,
-    has_messages,
-    no_history,
-    not_found,
+from haystack_chat_store.stores.conflicts import (
+    check_count,
+    history_has_messages,
+    history_not_found,
+    message_not_found,
     planned,
 )
 from haystack_chat_store.stores.postgres.base import MAX_POSITION, PostgresOperations
 from haystack_chat_store.stores.postgres.terms import tsvectors
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.postgres.connections import Session
@@ -80,7 +78,7 @@ class Changing(PostgresOperations):
         key = self._history_key(chat_history_id)
         _, count = await self._locked(session, chat_history_id, make=bool(messages)) or (0, 0)
         if expected_count not in (None, count):
-            raise changed_meanwhile(expected_count, count)
+            raise check_count(expected_count, count)
         ids = [message.message_id for message in messages if message.brought_its_id]
         found = await session.fetch(self._statements.known_ids, [key, ids]) if ids else []
         places = {message_id: (position, role) for message_id, position, role, _ in found}
@@ -111,7 +109,7 @@ class Changing(PostgresOperations):
         if from_message_id is not None:
             start = await self._position_of(session, key, from_message_id) if history else None
             if start is None:
-                raise not_found(from_message_id)
+                raise message_not_found(from_message_id)
             await session.run(self._statements.delete_from, {"key": key, "start": start, "end": MAX_POSITION})
         elif history:
             await session.run(self._statements.delete_by_id, {"key": key, "ids": list(message_ids or ())})
@@ -134,19 +132,19 @@ class Changing(PostgresOperations):
         locked = {history: await self._locked(session, history) for history in sorted({source_id, target_id})}
         source, target = locked[source_id], locked[target_id]
         if source is None:
-            raise no_history(source_id)
+            raise history_not_found(source_id)
         has_messages_to_copy = source[1] > 0
         source_key, end = self._history_key(source_id), MAX_POSITION
         if until_message_id is not None:
             found = await self._position_of(session, source_key, until_message_id)
             if found is None:
-                raise not_found(until_message_id)
+                raise message_not_found(until_message_id)
             end = found
         if target is None and has_messages_to_copy:
             target = await self._locked(session, target_id, make=True)
         start, count = target or (0, 0)
         if count:
-            raise has_messages(target_id)
+            raise history_has_messages(target_id)
         if not has_messages_to_copy:
             return 0
         parameters = {"source": source_key, "target": self._history_key(target_id), "start": start, "end": end}
@@ -173,7 +171,7 @@ class Changing(PostgresOperations):
         for history, _ in histories:
             if not await self._made(session, history.chat_history_id):
                 _, count = await self._locked(session, history.chat_history_id) or (0, 0)
-                raise changed_meanwhile(0, count)
+                raise check_count(0, count)
         return sum([await self._append_imported(session, history, [rows], 0, True) for history, rows in histories])
 
     async def _import_locked(
@@ -188,7 +186,7 @@ class Changing(PostgresOperations):
             is_new = await self._made(session, history.chat_history_id)
         start, count = locked
         if count != expected_count:
-            raise changed_meanwhile(expected_count, count)
+            raise check_count(expected_count, count)
         return await self._append_imported(session, history, batches, start, is_new)
 
     async def _append_imported(

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from haystack.dataclasses import ChatRole
 
+from haystack_chat_store import validation
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.json_form import parse_json
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
-from haystack_chat_store.stores import arguments
-from haystack_chat_store.stores.operations import RECOVERED
 from haystack_chat_store.stores.postgres.base import BEGINNING, MAX_POSITION, history_key
 from haystack_chat_store.stores.postgres.search import Search
 from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
 from haystack_chat_store.stores.postgres.terms import tsvectors
+from haystack_chat_store.stores.rows import RECOVERED
 from haystack_chat_store.types import Fault
 
 if TYPE_CHECKING:
@@ -247,6 +247,6 @@ def _said(content: str) -> tuple[str, str] | None:
     try:
         message = parse_json(content)
         role = ChatRole(message["role"]).value
-        return arguments.validated_id(message["meta"][MESSAGE_ID_KEY], MESSAGE_ID_KEY), role
+        return validation.validated_id(message["meta"][MESSAGE_ID_KEY], MESSAGE_ID_KEY), role
     except (ValueError, TypeError, LookupError, RecursionError):
         return None

@@ -25,11 +25,11 @@ from psycopg.pq import Conninfo, TransactionStatus
 from psycopg.types.string import TextLoader
 
 from haystack_chat_store.errors import SchemaVersionError, StoreTimeoutError, StoreUnavailableError
-from haystack_chat_store.stores.coroutines import run_to_end
 from haystack_chat_store.stores.postgres.base import BEGINNING
 from haystack_chat_store.stores.postgres.schema import HAS_SCHEMA, MIGRATIONS, Tables
 from haystack_chat_store.stores.postgres.statements import BEGIN
 from haystack_chat_store.stores.shared import ServerConnections, SharedByServer, never_free, resolved
+from haystack_chat_store.stores.sync_async import run_sync
 
 ResultT = TypeVar("ResultT")
 Parameters = Sequence[Any] | dict[str, Any]
@@ -380,12 +380,12 @@ class Pool(ServerConnections):
                 session = Session(connection, self)
                 try:
                     if not connection.is_ready:
-                        run_to_end(self._make_ready(session))
+                        run_sync(self._make_ready(session))
                     if search and not self.has_search:
-                        run_to_end(self._make_searchable(session))
+                        run_sync(self._make_searchable(session))
                     yield session
                 except psycopg.errors.ConnectionTimeout:
-                    run_to_end(session.cancel())
+                    run_sync(session.cancel())
                     raise
         finally:
             self._limit.release()
@@ -621,7 +621,7 @@ def _close(connection: Any) -> None:
     """
     closing = connection.close()
     if closing is not None:
-        run_to_end(closing)
+        run_sync(closing)
 
 
 def _has_news(socket: int) -> bool:

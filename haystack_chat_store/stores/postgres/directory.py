@@ -10,9 +10,9 @@ from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
 from haystack_chat_store.errors import UnsupportedOperationError
-from haystack_chat_store.stores.operations import UNCHANGED, HistoryRow, Unchanged
 from haystack_chat_store.stores.postgres.base import AFTER_ALL_IDS, PostgresOperations
 from haystack_chat_store.stores.postgres.statements import BEGIN_READING, INFINITY, READ_WHOLE_TABLES
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Unchanged
 from haystack_chat_store.types import StoreStatistics
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from haystack_chat_store.search_text import Phrase
-from haystack_chat_store.stores.operations import FoundRow
 from haystack_chat_store.stores.postgres.base import BEGINNING, PostgresOperations
 from haystack_chat_store.stores.postgres.terms import tsquery, tsvectors
+from haystack_chat_store.stores.rows import FoundRow
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.postgres.connections import Session

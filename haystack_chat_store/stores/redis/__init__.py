@@ -9,20 +9,15 @@ from haystack.utils import Secret
 
 from haystack_chat_store.errors import StoreUnavailableError, UnsupportedOperationError
 from haystack_chat_store.rounds import LastKUnit, Window
-from haystack_chat_store.stores.arguments import validated_flag, validated_seconds
-from haystack_chat_store.stores.coroutines import run_to_end
-from haystack_chat_store.stores.operations import (
-    EncodedMessage,
-    MessageRow,
-    changed_meanwhile,
-    duplicate,
-    not_found,
-)
+from haystack_chat_store.stores.conflicts import check_count, duplicate, message_not_found
 from haystack_chat_store.stores.redis.base import MAX_COUNT, STEP, new_name
 from haystack_chat_store.stores.redis.checking import RedisChecking
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.scripts import directory as of_directory
 from haystack_chat_store.stores.redis.scripts import messages as scripts
+from haystack_chat_store.stores.rows import EncodedMessage, MessageRow
+from haystack_chat_store.stores.sync_async import run_sync
+from haystack_chat_store.validation import validated_flag, validated_seconds
 
 with LazyImport(
     'It comes with the extra \'redis\': pip install "haystack-chat-store[redis]", or "redis>=5.1".'
@@ -136,7 +131,7 @@ class RedisChatMessageStore(RedisChecking):
         self.close()
 
     def _run(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        return run_to_end(operation(self._server().session(), *arguments))
+        return run_sync(operation(self._server().session(), *arguments))
 
     async def _run_async(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         return await operation(await self._server().session_async(), *arguments)
@@ -184,7 +179,7 @@ class RedisChatMessageStore(RedisChecking):
         if isinstance(answer, int):
             return answer
         reason, found = answer
-        raise duplicate(found) if reason == "DUPLICATE" else changed_meanwhile(expected_count or 0, found)
+        raise duplicate(found) if reason == "DUPLICATE" else check_count(expected_count or 0, found)
 
     async def _ask_to_write(
         self,
@@ -220,7 +215,7 @@ class RedisChatMessageStore(RedisChecking):
             return
         (first,) = await self._positions(session, chat_history_id, [from_message_id])
         if first is None:
-            raise not_found(from_message_id)
+            raise message_not_found(from_message_id)
         gone: list[str] = []
         answer: Any = None
         while not isinstance(answer, int):  # until nothing has come meanwhile
@@ -230,7 +225,7 @@ class RedisChatMessageStore(RedisChecking):
             if first >= part.next_position:
                 answer = await self._remove_ids(session, chat_history_id, gone, from_message_id, part.next_position)
                 if answer == ["MISSING"]:
-                    raise not_found(from_message_id)
+                    raise message_not_found(from_message_id)
 
     async def _page(
         self, session: "Session", chat_history_id: str, before: int | None, after: int | None, limit: int

@@ -9,12 +9,12 @@ import secrets
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.stores.base import BaseChatMessageStore
-from haystack_chat_store.stores.operations import MessageRow
 from haystack_chat_store.stores.redis.keys import BucketKeys, HistoryKeys, Keys, bucket_of
 from haystack_chat_store.stores.redis.scripts import MOMENTS, TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import messages as of_messages
+from haystack_chat_store.stores.rows import MessageRow
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.redis.connections import Session

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, NamedTuple
 
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
-from haystack_chat_store.stores.arguments import microseconds
-from haystack_chat_store.stores.operations import MessageRow
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.stores.redis.base import GAP, ROLES, STEP, described, moment, new_name, number
 from haystack_chat_store.stores.redis.copying import RedisCopying
 from haystack_chat_store.stores.redis.keys import BUCKETS, bucket_of
 from haystack_chat_store.stores.redis.scripts import TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import checking as scripts
+from haystack_chat_store.stores.rows import MessageRow
 from haystack_chat_store.types import Fault
+from haystack_chat_store.validation import microseconds
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.redis.connections import Session

@@ -27,7 +27,6 @@ from redis import exceptions
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
-from haystack_chat_store.stores.coroutines import run_to_end
 from haystack_chat_store.stores.redis.failures import (
     Address,
     explained,
@@ -37,6 +36,7 @@ from haystack_chat_store.stores.redis.failures import (
 )
 from haystack_chat_store.stores.redis.scripts import Script
 from haystack_chat_store.stores.shared import ServerConnections, SharedByServer, never_free, resolved
+from haystack_chat_store.stores.sync_async import run_sync
 
 # Types are checked for Python 3.10 and on any Python: one of these two is always unknown there, or always known.
 if sys.version_info >= (3, 11, 3):
@@ -522,7 +522,7 @@ class AsyncSession(Session):
         for connection in self._take_idle():
             self._abandon(connection)
         with suppress(RuntimeError):  # the loop is closing it itself
-            run_to_end(self._guard.aclose())
+            run_sync(self._guard.aclose())
 
     def _abandon(self, connection: Any) -> None:
         """
@@ -664,7 +664,7 @@ class Server(ServerConnections):
         """
         Close what is idle now, and what is in use as soon as it is given back.
         """
-        run_to_end(self._sync.close())
+        run_sync(self._sync.close())
         with self._lock:
             sessions = list(self._of_loops.values())
             self._of_loops.clear()

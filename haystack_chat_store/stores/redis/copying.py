@@ -8,14 +8,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from haystack_chat_store.errors import ChatMessageStoreError, MessageDecodingError, StoreUnavailableError
-from haystack_chat_store.stores.operations import (
-    HistoryRow,
-    MessageRow,
-    changed_meanwhile,
+from haystack_chat_store.stores.conflicts import (
+    check_count,
     duplicate,
-    has_messages,
-    no_history,
-    not_found,
+    history_has_messages,
+    history_not_found,
+    message_not_found,
 )
 from haystack_chat_store.stores.redis.base import GAP, STEP, RedisOperations, letters_of, new_name
 from haystack_chat_store.stores.redis.directory import RedisDirectory
@@ -23,6 +21,7 @@ from haystack_chat_store.stores.redis.keys import StagedKeys, bucket_of
 from haystack_chat_store.stores.redis.scripts import TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import messages as of_messages
 from haystack_chat_store.stores.redis.scripts import staging as scripts
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.redis.connections import Session
@@ -97,12 +96,12 @@ class Stage:
         """
         part = await operations._part(self._session, chat_history_id, STEP, after=-1)
         if not part.exists:
-            raise no_history(chat_history_id)
+            raise history_not_found(chat_history_id)
         end, state = part.next_position, part.state
         if until_message_id is not None:
             (position,) = await operations._positions(self._session, chat_history_id, [until_message_id])
             if position is None:
-                raise not_found(until_message_id)
+                raise message_not_found(until_message_id)
             end = position + 1
         rows = part.rows
         last = None
@@ -131,7 +130,7 @@ class RedisCopying(RedisDirectory):
                 if await stage.add_history(self, source_id, until_message_id):
                     answer = await self._finish(session, stage, target_id, 0)
                     if not isinstance(answer, int):
-                        raise has_messages(target_id)
+                        raise history_has_messages(target_id)
                     return answer
         raise StoreUnavailableError(
             "The history was edited each time while it was being copied. Nothing was copied. Try again."
@@ -143,14 +142,14 @@ class RedisCopying(RedisDirectory):
         bucket, keys = self._keys_of(history.chat_history_id)
         count = await session.run(of_messages.COUNT, [bucket.schema_version, *keys])
         if count != expected_count:
-            raise changed_meanwhile(expected_count, count)
+            raise check_count(expected_count, count)
         remaining = iter(batches)
         async with self._stage(session, history.chat_history_id) as stage:
             while (rows := await session.aside(next, remaining, None)) is not None:
                 await stage.add(rows)
             answer = await self._finish(session, stage, history.chat_history_id, expected_count, history)
             if not isinstance(answer, int):
-                raise duplicate(answer[1]) if answer[0] == "DUPLICATE" else changed_meanwhile(expected_count, answer[1])
+                raise duplicate(answer[1]) if answer[0] == "DUPLICATE" else check_count(expected_count, answer[1])
             return answer
 
     async def _import_several(
@@ -158,7 +157,7 @@ class RedisCopying(RedisDirectory):
     ) -> int:
         there = await self._described(session, [history.chat_history_id for history, _ in histories])
         for each in there.values():
-            raise changed_meanwhile(0, each.row.message_count)
+            raise check_count(0, each.row.message_count)
         return sum([await self._import(session, history, [rows], 0) for history, rows in histories])
 
     async def _fork(self, session: "Session", source_id: str, target_id: str) -> int | None:
@@ -169,11 +168,11 @@ class RedisCopying(RedisDirectory):
         keys = [*bucket, *target, *self._keys.of_history(source_id)]
         answer = await session.run(scripts.FORK, keys, [target_id, self._lifetime(), new_name()])
         if answer == ["NONE"]:
-            raise no_history(source_id)
+            raise history_not_found(source_id)
         if isinstance(answer, int):
             return answer
         if answer[0] == "CHANGED":
-            raise has_messages(target_id)
+            raise history_has_messages(target_id)
         return None
 
     async def _finish(

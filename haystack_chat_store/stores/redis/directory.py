@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from haystack_chat_store.errors import StoreUnavailableError
-from haystack_chat_store.stores.arguments import time_of
-from haystack_chat_store.stores.operations import UNCHANGED, HistoryRow, Unchanged, end_of_prefix
 from haystack_chat_store.stores.redis.base import GAP, STEP, RedisOperations, moment, number
 from haystack_chat_store.stores.redis.keys import BUCKETS, bucket_of
 from haystack_chat_store.stores.redis.scripts import TIME_LENGTH, Script
 from haystack_chat_store.stores.redis.scripts import directory as scripts
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Unchanged, end_of_prefix
+from haystack_chat_store.stores.times import datetime_of
 from haystack_chat_store.types import StoreStatistics
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class RedisDirectory(RedisOperations):
                 messages += sum(each.row.message_count for each in found.values())
                 rounds += sum(each.row.round_count for each in found.values())
                 days.update(await self._days(session, bucket, list(found.values())))
-        per_day = {time_of(day * _MICROSECONDS_PER_DAY).date(): count for day, count in sorted(days.items())}
+        per_day = {datetime_of(day * _MICROSECONDS_PER_DAY).date(): count for day, count in sorted(days.items())}
         return StoreStatistics(histories, messages, rounds, await self._size(session), per_day)
 
     async def _erase_some(self, session: "Session", prefix: str, updated_before: int | None, limit: int) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 
 from haystack_chat_store.errors import MessageDecodingError, StoreUnavailableError
 from haystack_chat_store.rounds import LastKUnit
-from haystack_chat_store.stores.arguments import validated_seconds
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.sqlite.database import Database, Durability, Settings, databases
 from haystack_chat_store.stores.sqlite.directory import DirectoryOperations
@@ -15,6 +14,7 @@ from haystack_chat_store.stores.sqlite.messages import MessageOperations
 from haystack_chat_store.stores.sqlite.search import SearchOperations
 from haystack_chat_store.stores.sqlite.terms import interruption
 from haystack_chat_store.stores.sqlite.upkeep import UpkeepOperations
+from haystack_chat_store.validation import validated_seconds
 
 # Operations that only read, or that others need not wait for. They run side by side.
 _READING = frozenset(

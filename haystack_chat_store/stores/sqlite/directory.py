@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from itertools import accumulate
 from math import inf
 
-from haystack_chat_store.stores.arguments import time_of
-from haystack_chat_store.stores.operations import UNCHANGED, HistoryRow, Operations, Unchanged, end_of_prefix
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Unchanged, end_of_prefix
 from haystack_chat_store.stores.sqlite.database import Database
 from haystack_chat_store.stores.sqlite.messages import FIRST_TIME, LAST_TIME, delete_history
 from haystack_chat_store.stores.sqlite.texts import all_readable
+from haystack_chat_store.stores.times import datetime_of
 from haystack_chat_store.types import StoreStatistics
 
 # What is no time, but a text or the like, is greater than all times. Read as an integer, it has the same place.
@@ -91,7 +92,7 @@ _TRIED_AT_FIRST = 256
 _MESSAGES_PER_STEP = 10_000
 
 
-class DirectoryOperations(Operations[Database]):
+class DirectoryOperations(Engine[Database]):
     """
     The operations on whole histories.
     """
@@ -172,7 +173,7 @@ class DirectoryOperations(Operations[Database]):
             count, messages, rounds = connection.execute(_TOTALS, histories).fetchone()
             (size,) = connection.execute(_SIZE).fetchone()
             days = connection.execute(_MESSAGES_PER_DAY, (*histories, _DAY, FIRST_TIME, LAST_TIME)).fetchall()
-        return StoreStatistics(count, messages, rounds, size, {time_of(day).date(): count for day, count in days})
+        return StoreStatistics(count, messages, rounds, size, {datetime_of(day).date(): count for day, count in days})
 
     def _erase_some(self, session: Database, prefix: str, updated_before: int | None, limit: int) -> int:
         histories = (self.namespace, *id_range(prefix))

@@ -13,21 +13,19 @@ from haystack.dataclasses import ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.rounds import Window
-from haystack_chat_store.stores.arguments import microseconds
 from haystack_chat_store.stores.base import contents_and_size
-from haystack_chat_store.stores.operations import (
-    EncodedMessage,
-    HistoryRow,
-    MessageRow,
-    Operations,
-    changed_meanwhile,
-    has_messages,
-    no_history,
-    not_found,
+from haystack_chat_store.stores.conflicts import (
+    check_count,
+    history_has_messages,
+    history_not_found,
+    message_not_found,
     planned,
 )
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow
 from haystack_chat_store.stores.sqlite.database import Database
 from haystack_chat_store.stores.sqlite.texts import all_readable
+from haystack_chat_store.validation import microseconds
 
 # A message's key is its history's key times 2**32 plus its position. So all messages of a history lie side by side in
 # the table's own tree, in order, and the newest is one look-up away.
@@ -127,7 +125,7 @@ class _History(NamedTuple):
         return self.first_key + self.next_position
 
 
-class MessageOperations(Operations[Database]):
+class MessageOperations(Engine[Database]):
     """
     The operations on messages.
     """
@@ -206,7 +204,7 @@ class MessageOperations(Operations[Database]):
             if from_message_id is not None:
                 first_key = None if history is None else _key_of(connection, history, from_message_id)
                 if history is None or first_key is None:
-                    raise not_found(from_message_id)
+                    raise message_not_found(from_message_id)
                 _delete_ranges(connection, history, [(first_key, history.next_key)])
             elif history is not None:
                 keys = (_key_of(connection, history, message_id) for message_id in message_ids or ())
@@ -217,15 +215,15 @@ class MessageOperations(Operations[Database]):
             now = microseconds_now()
             source, target = self._find(connection, source_id), self._find(connection, target_id)
             if source is None:
-                raise no_history(source_id)
+                raise history_not_found(source_id)
             first_key, last_key = key_range(source.history_key)
             if until_message_id is not None:
                 until_key = _key_of(connection, source, until_message_id)
                 if until_key is None:
-                    raise not_found(until_message_id)
+                    raise message_not_found(until_message_id)
                 last_key = until_key
             if target is not None and target.message_count:
-                raise has_messages(target_id)
+                raise history_has_messages(target_id)
             if not connection.execute(_HAS_MESSAGES, (first_key, last_key)).fetchone()[0]:
                 return 0
             target = target or self._make(connection, _new(target_id, now))
@@ -245,7 +243,7 @@ class MessageOperations(Operations[Database]):
             for history, _ in histories:
                 found = self._find(connection, history.chat_history_id)
                 if found is not None:
-                    raise changed_meanwhile(0, found.message_count)
+                    raise check_count(0, found.message_count)
             return sum(self._imported(connection, history, [rows], 0) for history, rows in histories)
 
     def _imported(
@@ -331,7 +329,7 @@ def _rounds(messages: Iterable[EncodedMessage | MessageRow]) -> int:
 def _check_count(history: _History | None, expected_count: int | None) -> None:
     count = 0 if history is None else history.message_count
     if expected_count not in (None, count):
-        raise changed_meanwhile(expected_count, count)
+        raise check_count(expected_count, count)
 
 
 def _known(

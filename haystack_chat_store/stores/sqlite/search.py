@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.search_text import Phrase
-from haystack_chat_store.stores.operations import FoundRow, Operations
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.rows import FoundRow
 from haystack_chat_store.stores.sqlite import schema, terms
 from haystack_chat_store.stores.sqlite.database import Database
 from haystack_chat_store.stores.sqlite.directory import id_range
@@ -79,7 +80,7 @@ _OF_NEWER = (
 _FEW = 200
 
 
-class SearchOperations(Operations[Database]):
+class SearchOperations(Engine[Database]):
     """
     The operations on the index of words.
     """

@@ -11,16 +11,17 @@ from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from haystack_chat_store.errors import StoreTimeoutError
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.json_form import parse_json
-from haystack_chat_store.rounds import MESSAGE_ID_KEY
-from haystack_chat_store.stores.arguments import MAX_ID_LENGTH, MAX_TITLE_LENGTH, validated_id, validated_title
-from haystack_chat_store.stores.operations import RECOVERED, Operations
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.rows import RECOVERED
 from haystack_chat_store.stores.sqlite import schema
 from haystack_chat_store.stores.sqlite.database import Database
 from haystack_chat_store.stores.sqlite.messages import FIRST_TIME, LAST_TIME, microseconds_now
 from haystack_chat_store.stores.sqlite.terms import has_same_terms, terms_of_content
 from haystack_chat_store.stores.sqlite.texts import all_readable, is_readable, readable
 from haystack_chat_store.types import Fault
+from haystack_chat_store.validation import MAX_ID_LENGTH, MAX_TITLE_LENGTH, validated_id, validated_title
 
 _MERGE_INDEX = "INSERT INTO chat_message_terms (chat_message_terms) VALUES ('optimize')"
 _CHECK_FILE = "PRAGMA integrity_check"
@@ -145,7 +146,7 @@ class _Found(NamedTuple):
     key: int
 
 
-class UpkeepOperations(Operations[Database]):
+class UpkeepOperations(Engine[Database]):
     """
     The operations that keep a file in order.
     """

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, TypeAlias
 from haystack.dataclasses import ChatMessage
 from typing_extensions import Self
 
+from haystack_chat_store import validation
 from haystack_chat_store.codec import encode_message
 from haystack_chat_store.errors import DamagedFileError, MessageEncodingError
 from haystack_chat_store.json_form import MAX_DEPTH, encode_meta, parse_json
-from haystack_chat_store.stores import arguments
-from haystack_chat_store.stores.operations import HistoryRow, MessageRow
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.transfer.histories import Faults, Histories, arrived_row, batched, unnamed
 from haystack_chat_store.transfer.seen_ids import SeenIds
 from haystack_chat_store.transfer.times import parsed_time
@@ -122,7 +122,7 @@ class ForeignDatabase:
             f"GROUP BY {session} ORDER BY {session}"
         ):
             try:
-                arguments.validated_id(chat_history_id, "the id of a session")
+                validation.validated_id(chat_history_id, "the id of a session")
             except ValueError as error:
                 faults[unnamed(chat_history_id, error)] = None
                 continue
@@ -180,7 +180,7 @@ class ForeignDatabase:
         """
         try:
             time = parsed_time(text)
-            return arguments.microseconds(time if time.tzinfo else time.replace(tzinfo=timezone.utc), "time")
+            return validation.microseconds(time if time.tzinfo else time.replace(tzinfo=timezone.utc), "time")
         except (TypeError, ValueError):
             return self._opened_at
 

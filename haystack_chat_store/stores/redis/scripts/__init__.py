@@ -12,7 +12,7 @@ import hashlib
 from datetime import datetime, timezone
 from typing import Final
 
-from haystack_chat_store.stores.arguments import microseconds
+from haystack_chat_store.validation import microseconds
 
 #: The version of how histories are kept. It is recorded in every bucket, and in every history since version 2.
 SCHEMA_VERSION: Final = 2

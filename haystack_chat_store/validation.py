@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What may be passed to a store: each function returns the argument as the engines need it, or raises a `ValueError`.
+What may be passed to a store: each function returns the argument in the form that is used, or raises a `ValueError`.
 """
 
-from datetime import datetime, timedelta, timezone
+from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any
 
+from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.json_form import encode_meta, parse_json
-from haystack_chat_store.stores.operations import UNCHANGED, Unchanged
+from haystack_chat_store.stores.rows import UNCHANGED, Unchanged
+from haystack_chat_store.stores.times import EPOCH, MICROSECOND
 
 #: The longest `chat_history_id` and message id, in characters. Keys of every engine hold as much.
 MAX_ID_LENGTH = 512
@@ -24,10 +27,6 @@ MAX_LIMIT = 1_000
 
 #: No history has a message as far along.
 MAX_POSITION = 2**32
-
-#: Times are stored as microseconds since then.
-EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-MICROSECOND = timedelta(microseconds=1)
 
 
 def validated_id(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str:
@@ -116,6 +115,21 @@ def validated_query(query: Any) -> str:
     return query
 
 
+def validated_choice(message_ids: Any, from_message_id: Any) -> tuple[list[str] | None, str | None]:
+    """
+    Return which messages of a history to delete: a list of ids, or the id of the first of them.
+
+    :raises ValueError: If both are given, or one is not of its kind.
+    """
+    if from_message_id is not None:
+        if message_ids is not None:
+            raise ValueError("Give message_ids or from_message_id, not both.")
+        return None, validated_id(from_message_id, "from_message_id")
+    if isinstance(message_ids, (str, bytes)) or not isinstance(message_ids, Iterable):
+        raise ValueError(f"message_ids must be a list of ids, got {type(message_ids).__name__}.")
+    return [validated_id(each, f"message_ids[{index}]") for index, each in enumerate(message_ids)], None
+
+
 def validated_policy(policy: Any) -> DuplicatePolicy:
     """
     Return a `DuplicatePolicy`, with SKIP for NONE.
@@ -169,18 +183,50 @@ def microseconds(time: Any, name: str) -> int:
     return (time - EPOCH) // MICROSECOND
 
 
-def readable_time(microseconds_since_1970: Any) -> datetime:
+def validate_last_k(last_k: Any) -> None:
     """
-    Return the time that is stored, or the beginning of 1970 for what something else has left in its place.
+    Refuse what cannot be a `last_k`.
+
+    :param last_k: A number of rounds or messages, or `None`.
+    :raises ValueError: If `last_k` is neither `None` nor an integer of 0 or more.
     """
-    try:
-        return time_of(microseconds_since_1970)
-    except (TypeError, OverflowError):
-        return EPOCH
+    if last_k is None:
+        return
+    if not isinstance(last_k, int) or isinstance(last_k, bool):
+        raise ValueError(f"last_k must be an integer or None, got {type(last_k).__name__}.")
+    if last_k < 0:
+        raise ValueError(f"last_k must be 0 or greater, got {last_k}.")
 
 
-def time_of(microseconds_since_1970: int) -> datetime:
+def validate_window_step(window_step: Any) -> None:
     """
-    Return the aware time, in UTC, that so many microseconds since 1970 stand for.
+    Refuse what cannot be a `window_step`.
+
+    :param window_step: A number of rounds or messages.
+    :raises ValueError: If `window_step` is not an integer of 1 or more.
     """
-    return EPOCH + microseconds_since_1970 * MICROSECOND  # exact, and in half the time of a timedelta made anew
+    if not isinstance(window_step, int) or isinstance(window_step, bool):
+        raise ValueError(f"window_step must be an integer, got {type(window_step).__name__}.")
+    if window_step < 1:
+        raise ValueError(f"window_step must be 1 or greater, got {window_step}.")
+
+
+def validated_messages(messages: Any, name: str = "messages") -> list[ChatMessage]:
+    """
+    Return an iterable of messages as a list, whole.
+
+    :param messages: A list or other iterable.
+    :param name: What errors call it.
+    :raises ValueError: If it is nothing of the kind, or one of its items is no `ChatMessage`. It names the item.
+    """
+    if isinstance(messages, (str, bytes, bytearray, dict)) or not isinstance(messages, Iterable):
+        raise ValueError(f"{name} must be a list of ChatMessages, got {type(messages).__name__}.")
+    listed = list(messages)
+    for index, message in enumerate(listed):
+        if not isinstance(message, ChatMessage):
+            raise ValueError(f"{name}[{index}] must be a ChatMessage, got {type(message).__name__}.")
+        if not isinstance(message.role, ChatRole) or not isinstance(message.meta, dict):
+            raise ValueError(f"{name}[{index}] must have a ChatRole as role and a dict as meta.")
+        if not isinstance(message._content, Sequence):
+            raise ValueError(f"{name}[{index}] must have a list of parts as content.")
+    return listed

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The operations on whole histories.
+"""
+
+import heapq
+from collections import Counter
+from dataclasses import replace
+
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.in_memory.histories import Memory
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged
+from haystack_chat_store.stores.times import datetime_of
+from haystack_chat_store.types import Fault, StoreStatistics
+
+
+class Directory(Engine[Memory]):
+    """
+    The operations on whole histories.
+    """
+
+    def history(self, session: Memory, scope: Scope, chat_history_id: str) -> HistoryRow | None:
+        """
+        Return one history, or `None` if it does not exist.
+        """
+        with session.lock:
+            history = session.of(scope).find(chat_history_id)
+            return None if history is None else history.row(chat_history_id)
+
+    def histories(
+        self, session: Memory, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
+    ) -> list[HistoryRow]:
+        """
+        Pick the newest of all histories.
+        """
+        with session.lock:
+            namespace = session.of(scope)
+            keys = ((namespace.histories[each].updated_at, each) for each in namespace.with_prefix(prefix))
+            wanted = heapq.nlargest(limit, keys if before is None else (key for key in keys if key < before))
+            return [namespace.histories[each].row(each) for _, each in wanted]
+
+    def histories_by_id(self, session: Memory, scope: Scope, prefix: str, after: str, limit: int) -> list[HistoryRow]:
+        """
+        Pick the next of all histories.
+        """
+        with session.lock:
+            namespace = session.of(scope)
+            wanted = heapq.nsmallest(limit, (each for each in namespace.with_prefix(prefix) if each > after))
+            return [namespace.histories[each].row(each) for each in wanted]
+
+    def update_history(
+        self,
+        session: Memory,
+        scope: Scope,
+        chat_history_id: str,
+        title: str | Unchanged | None,
+        meta: str | Unchanged | None,
+    ) -> HistoryRow | None:
+        """
+        Put a changed history in the place of the old one.
+        """
+        with session.lock:
+            namespace = session.of(scope)
+            history = namespace.find(chat_history_id)
+            if history is None:
+                return None
+            title = history.title if title is UNCHANGED else title
+            meta = history.meta if meta is UNCHANGED else meta
+            namespace.histories[chat_history_id] = replace(history, title=title, meta=meta)
+            return namespace.histories[chat_history_id].row(chat_history_id)
+
+    def statistics(self, session: Memory, scope: Scope, prefix: str) -> StoreStatistics:
+        """
+        Look at every message.
+        """
+        with session.lock:
+            namespace = session.of(scope)
+            histories = {each: namespace.histories[each] for each in namespace.with_prefix(prefix)}
+            rows = [history.row(each) for each, history in histories.items()]
+            days = Counter(
+                datetime_of(message.created_at).date()
+                for history in histories.values()
+                for message in history.messages
+                if message is not None
+            )
+            return StoreStatistics(
+                chat_histories=len(rows),
+                messages=sum(row.message_count for row in rows),
+                rounds=sum(row.round_count for row in rows),
+                size=None,
+                messages_per_day=dict(sorted(days.items())),
+            )
+
+    def erase_some(
+        self, session: Memory, scope: Scope, prefix: str, updated_before: int | None, limit: int
+    ) -> int:
+        """
+        Drop histories.
+        """
+        with session.lock:
+            namespace = session.of(scope)
+            erased = [
+                each
+                for each in namespace.with_prefix(prefix)
+                if updated_before is None or namespace.histories[each].updated_at < updated_before
+            ][:limit]
+            for each in erased:
+                namespace.put(each, None)
+            return len(erased)
+
+    def vacuum(self, session: Memory, scope: Scope) -> None:
+        """
+        Do nothing: memory keeps nothing of what was deleted.
+        """
+
+    def check(self, session: Memory, scope: Scope, repair: bool) -> list[Fault]:  # noqa: ARG002  (an operation's arguments)
+        """
+        Find nothing: no other program can write to this memory.
+        """
+        return []

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The operations that read messages.
+"""
+
+from haystack_chat_store.rounds import Window
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.in_memory.histories import Memory
+from haystack_chat_store.stores.rows import MessageRow, Scope
+
+
+class Reading(Engine[Memory]):
+    """
+    The operations that read messages.
+    """
+
+    def read(self, session: Memory, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
+        """
+        Find the window by the positions of the user messages.
+        """
+        with session.lock:
+            history = session.of(scope).find(chat_history_id)
+            return ([], 0) if history is None else history.read(window)
+
+    def count(self, session: Memory, scope: Scope, chat_history_id: str) -> int:
+        """
+        Return the number of messages in a history.
+        """
+        with session.lock:
+            history = session.of(scope).find(chat_history_id)
+            return 0 if history is None else history.count()
+
+    def page(
+        self, session: Memory, scope: Scope, chat_history_id: str, before: int | None, after: int | None, limit: int
+    ) -> list[MessageRow]:
+        """
+        Return a page of messages.
+        """
+        with session.lock:
+            history = session.of(scope).find(chat_history_id)
+            return [] if history is None else history.page(before, after, limit)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The operations on the index of words, which the first search makes.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+
+from haystack_chat_store.search_text import Phrase, matches, searchable_text_of_content, terms
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.in_memory.histories import Memory
+from haystack_chat_store.stores.rows import FoundRow, Scope
+
+
+class Search(Engine[Memory]):
+    """
+    The operations on the index of words.
+    """
+
+    def search(
+        self,
+        session: Memory,
+        scope: Scope,
+        phrases: Sequence[Phrase],
+        chat_history_id: str | None,
+        prefix: str,
+        limit: int,
+    ) -> list[FoundRow] | None:
+        """
+        Look at each message that has all terms. Its score is the share of its words that were asked for.
+        """
+        with session.lock:
+            namespace = session.of(scope)
+            if namespace.index.unindexed:
+                return None
+            found = []
+            for history, position in namespace.index.candidates(phrases):
+                if not history.startswith(prefix) or chat_history_id not in (None, history):
+                    continue
+                message = namespace.histories[history].messages[position]
+                words = terms(searchable_text_of_content(message.content)) if message is not None else []
+                if message is not None and matches(phrases, words):
+                    counts = Counter(words)
+                    score = sum(counts[term] for phrase in phrases for term in phrase.terms) / len(words)
+                    found.append(
+                        FoundRow(
+                            chat_history_id=history,
+                            position=position,
+                            message_id=message.message_id,
+                            content=message.content,
+                            score=score,
+                        )
+                    )
+            return heapq.nlargest(limit, found, key=lambda row: row.score)
+
+    def index_some(self, session: Memory, scope: Scope, limit: int) -> bool:
+        """
+        Go on with the histories that have new messages.
+        """
+        with session.lock:
+            namespace = session.of(scope)
+            unindexed = namespace.index.unindexed
+            for chat_history_id, start in list(unindexed.items()):
+                messages = namespace.histories[chat_history_id].messages
+                for position in range(start, min(start + limit, len(messages))):
+                    message = messages[position]
+                    if message is not None:
+                        place = (chat_history_id, position)
+                        namespace.index.add(place, searchable_text_of_content(message.content))
+                limit -= len(messages) - start
+                if limit < 0:
+                    unindexed[chat_history_id] = len(messages) + limit
+                    break
+                del unindexed[chat_history_id]
+            return bool(unindexed)

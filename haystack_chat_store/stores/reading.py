@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What users call to look into chat histories: pages of messages, and search.
+"""
+
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+from haystack_chat_store import search_text, validation
+from haystack_chat_store.codec import decode_messages
+from haystack_chat_store.errors import UnsupportedOperationError
+from haystack_chat_store.search_text import Phrase
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.rows import FoundRow, MessageRow, Scope
+from haystack_chat_store.stores.sync_async import to_thread_if_large
+from haystack_chat_store.stores.times import readable_time
+from haystack_chat_store.types import SearchHit, StoredMessage
+
+#: How many messages a walk through a history reads first, before it knows how large they are.
+FIRST_PAGE = 100
+#: The largest page of a walk through a history, in messages and in characters.
+PAGE_ROWS = 1_000
+PAGE_CHARACTERS = 4_000_000
+# How many messages are indexed in one step. Other writers wait for no longer than that.
+_INDEX_BATCH_SIZE = 2_000
+
+
+class ReadingMethods:
+    """
+    The public methods that look into histories.
+    """
+
+    engine: Engine[Any]
+    scope: Scope
+    search: bool
+
+    def list_messages(
+        self, chat_history_id: str, *, before: int | None = None, after: int | None = None, limit: int = 100
+    ) -> list[StoredMessage]:
+        """
+        Return a page of a history, in order: the newest messages, or those just before or after a position.
+
+        :param chat_history_id: Which conversation. One that does not exist is empty.
+        :param before: A position: the page ends just before it.
+        :param after: A position: the page begins just after it, or with the first message if it is -1. Not both.
+        :param limit: How many messages a page has at most: 1 to 1,000. Defaults to 100.
+        :returns: Messages that are the caller's own, with their positions and times.
+        :raises ValueError: If an argument is wrong.
+        :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
+        """
+        page = _checked_page(chat_history_id, before, after, limit)
+        return _stored(self.engine.run(self.engine.page, self.scope, *page))
+
+    async def list_messages_async(
+        self, chat_history_id: str, *, before: int | None = None, after: int | None = None, limit: int = 100
+    ) -> list[StoredMessage]:
+        """
+        Do what `list_messages` does, without blocking the event loop.
+        """
+        page = _checked_page(chat_history_id, before, after, limit)
+        rows = await self.engine.run_async(self.engine.page, self.scope, *page)
+        return await to_thread_if_large(_characters(rows), _stored, rows)
+
+    def iterate_messages(self, chat_history_id: str) -> Iterator[StoredMessage]:
+        """
+        Walk through a whole history from its beginning, reading a page at a time, in memory that does not grow with it.
+
+        Messages that are written meanwhile are seen as well.
+
+        :param chat_history_id: Which conversation. One that does not exist is empty.
+        :raises ValueError: If `chat_history_id` cannot be one.
+        :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
+        """
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        return self._iterated(history)
+
+    def _iterated(self, history: str) -> Iterator[StoredMessage]:
+        after, limit = -1, FIRST_PAGE
+        while rows := self.engine.run(self.engine.page, self.scope, history, None, after, limit):
+            yield from _stored(rows)
+            after, limit = rows[-1].position, next_limit(rows)
+
+    def iterate_messages_async(self, chat_history_id: str) -> AsyncIterator[StoredMessage]:
+        """
+        Do what `iterate_messages` does, for `async for`, without blocking the event loop.
+        """
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        return self._iterated_async(history)
+
+    async def _iterated_async(self, history: str) -> AsyncIterator[StoredMessage]:
+        after, limit = -1, FIRST_PAGE
+        while rows := await self.engine.run_async(self.engine.page, self.scope, history, None, after, limit):
+            for stored in await to_thread_if_large(_characters(rows), _stored, rows):
+                yield stored
+            after, limit = rows[-1].position, next_limit(rows)
+
+    def search_messages(
+        self, query: str, *, chat_history_id: str | None = None, prefix: str = "", limit: int = 20
+    ) -> list[SearchHit]:
+        """
+        Find messages by their words, in what was said and in results of tools.
+
+        All words have to be there, in any order; what stands in quotes has to be there as a phrase. Case, accents and
+        punctuation do not count. In scripts without blanks between words, such as Chinese and Japanese, any part of a
+        text is found. Nothing in a query is an operator. Of one message, the first 16,000 words are searched.
+
+        The first search on a database that has not been searched before indexes what is there: see `index_messages`.
+
+        :param query: What to look for: up to 1,000 characters. Without any word, nothing is found.
+        :param chat_history_id: Only in this conversation. Defaults to `None`: in all.
+        :param prefix: Only in histories whose ids begin with this text, taken literally. Defaults to all.
+        :param limit: How many hits at most: 1 to 1,000. Defaults to 20.
+        :returns: Hits, the best first.
+        :raises ValueError: If an argument is wrong.
+        :raises UnsupportedOperationError: If the store was made without `search=True`, or its engine has no search.
+        :raises ChatMessageStoreError: If the engine fails.
+        """
+        search = self._checked_search(query, chat_history_id, prefix, limit)
+        if search is None:
+            return []
+        while (found := self.engine.run(self.engine.search, self.scope, *search)) is None:
+            self.index_messages()
+        return _hits(found, search[0])
+
+    async def search_messages_async(
+        self, query: str, *, chat_history_id: str | None = None, prefix: str = "", limit: int = 20
+    ) -> list[SearchHit]:
+        """
+        Do what `search_messages` does, without blocking the event loop.
+        """
+        search = self._checked_search(query, chat_history_id, prefix, limit)
+        if search is None:
+            return []
+        while (found := await self.engine.run_async(self.engine.search, self.scope, *search)) is None:
+            await self.index_messages_async()
+        return await to_thread_if_large(_characters(found), _hits, found, search[0])
+
+    def index_messages(self, progress: Callable[[int, int | None], None] | None = None) -> None:
+        """
+        Index the messages that were stored before the database was searched, in batches. Other writers go on meanwhile.
+
+        :param progress: Called before each batch with the number of messages indexed so far, and `None`.
+        :raises UnsupportedOperationError: If the store was made without `search=True`, or its engine has no search.
+        :raises ChatMessageStoreError: If the engine fails. What was indexed stays so.
+        """
+        self._check_searchable()
+        indexed = 0
+        while self.engine.run(self.engine.index_some, self.scope, _INDEX_BATCH_SIZE):
+            indexed += _INDEX_BATCH_SIZE
+            if progress is not None:
+                progress(indexed, None)
+
+    async def index_messages_async(self, progress: Callable[[int, int | None], None] | None = None) -> None:
+        """
+        Do what `index_messages` does, without blocking the event loop.
+        """
+        self._check_searchable()
+        indexed = 0
+        while await self.engine.run_async(self.engine.index_some, self.scope, _INDEX_BATCH_SIZE):
+            indexed += _INDEX_BATCH_SIZE
+            if progress is not None:
+                progress(indexed, None)
+
+    def _checked_search(
+        self, query: str, chat_history_id: str | None, prefix: str, limit: int
+    ) -> tuple[list[Phrase], str | None, str, int] | None:
+        """
+        Return the arguments of the engine's search, or `None` if nothing can be found.
+        """
+        phrases = search_text.parsed_query(validation.validated_query(query))
+        if chat_history_id is not None:
+            chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        prefix = validation.validated_text(prefix, "prefix")
+        limit = validation.validated_number(limit, "limit", 1, validation.MAX_LIMIT)
+        self._check_searchable()
+        if not phrases or (chat_history_id is not None and not chat_history_id.startswith(prefix)):
+            return None
+        return phrases, chat_history_id, prefix, limit
+
+    def _check_searchable(self) -> None:
+        if not self.search:
+            raise UnsupportedOperationError("This store cannot search messages: it was not made with search=True.")
+
+
+def _checked_page(
+    chat_history_id: str, before: int | None, after: int | None, limit: int
+) -> tuple[str, int | None, int | None, int]:
+    history = validation.validated_id(chat_history_id, "chat_history_id")
+    before = validation.validated_position(before, "before", 0)
+    after = validation.validated_position(after, "after", -1)
+    if before is not None and after is not None:
+        raise ValueError("A page is either before or after a position. Give one of the two.")
+    return history, before, after, validation.validated_number(limit, "limit", 1, validation.MAX_LIMIT)
+
+
+def next_limit(rows: Sequence[MessageRow]) -> int:
+    """
+    Return how many messages the next page of a walk may have: the fewer, the larger those of this page are.
+    """
+    characters = sum(len(row.content) for row in rows)
+    return max(1, min(PAGE_ROWS, PAGE_CHARACTERS * len(rows) // max(characters, 1)))
+
+
+def _characters(rows: Sequence[MessageRow] | Sequence[FoundRow]) -> int:
+    return sum(len(row.content) for row in rows)
+
+
+def _stored(rows: Sequence[MessageRow]) -> list[StoredMessage]:
+    messages = decode_messages([row.content for row in rows])
+    return [
+        StoredMessage(position=row.position, created_at=readable_time(row.created_at), message=message)
+        for row, message in zip(rows, messages, strict=True)
+    ]
+
+
+def _hits(rows: Sequence[FoundRow], phrases: Sequence[Phrase]) -> list[SearchHit]:
+    return [
+        SearchHit(
+            chat_history_id=row.chat_history_id,
+            message_id=row.message_id,
+            position=row.position,
+            snippet=search_text.snippet(search_text.searchable_text_of_content(row.content), phrases),
+            score=row.score,
+        )
+        for row in rows
+    ]
