@@ -165,7 +165,7 @@ def fill(store: BaseChatMessageStore, plan: Plan, texts: Texts) -> int:
             for position, (role, content) in enumerate(said[first : first + plan.messages_each])
             for message_id in (new_message_id(),)
         ]
-        count += store.engine.run(store.engine.import_history, store.scope, HistoryRow(_name(number), 0, 0, at, at, None, None), [rows], 0)
+        count += store.engine.run(store.engine.import_history, store.scope, HistoryRow(chat_history_id=_name(number), created_at=at, updated_at=at), [rows], 0)
     return count
 
 

@@ -7,8 +7,8 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import NamedTuple
 
 from haystack.dataclasses import ChatMessage
 
@@ -16,11 +16,12 @@ from haystack_chat_store import validation
 from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.errors import MessageDecodingError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
+from haystack_chat_store.iteration import walk_histories, walk_readable_pages
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.rows import MessageRow
+from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.transfer.files import appended_file, checked_target
 from haystack_chat_store.types import Fault
-from haystack_chat_store.walks import readable_pages, walked_histories
 
 
 def check(
@@ -29,9 +30,9 @@ def check(
     repair: bool = False,
     salvage: "str | os.PathLike[str] | None" = None,
     progress: Callable[[int, int | None], None] | None = None,
-) -> Iterator[Fault]:
+) -> list[Fault]:
     """
-    Check a store's namespace, and yield whatever is wrong with it.
+    Check a store's namespace, and return all that is wrong with it.
 
     First the engine checks, and mends, what it keeps of histories: counts, positions, rows that belong to nothing, the
     search index. Then every message is read back. One that is damaged hides no other.
@@ -57,20 +58,19 @@ def check(
     """
     if salvage is not None:
         checked_target(salvage)
-    found: dict[Fault, None] = dict.fromkeys(store.engine.run(store.engine.check, store.scope, repair))
-    yield from found
+    found = dict.fromkeys(store.engine.run(store.engine.check, store.scope, repair))
     checked = 0
-    for history in walked_histories(store):
+    for history in walk_histories(store):
         try:
-            for rows in readable_pages(store, history.chat_history_id):
-                for fault in _faults_of(store, history.chat_history_id, rows, salvage if repair else None):
-                    if fault not in found:  # else the engine has said so
-                        yield fault
+            for rows in walk_readable_pages(store, history.chat_history_id):
+                # The engine may have found some of these faults.
+                found |= dict.fromkeys(_faults_of(store, history.chat_history_id, rows, salvage if repair else None))
                 checked += len(rows)
                 if progress is not None:
                     progress(checked, None)
         except MessageDecodingError:
-            yield Fault(history.chat_history_id, None, "Its messages cannot be read.", False)
+            found[Fault(chat_history_id=history.chat_history_id, description="Its messages cannot be read.")] = None
+    return list(found)
 
 
 async def check_async(
@@ -81,11 +81,9 @@ async def check_async(
     progress: Callable[[int, int | None], None] | None = None,
 ) -> list[Fault]:
     """
-    Do what `check` does, without blocking the event loop, and return all faults together.
+    Do what `check` does, without blocking the event loop.
     """
-    return await asyncio.to_thread(
-        lambda: list(check(store, repair=repair, salvage=salvage, progress=progress)),
-    )
+    return await asyncio.to_thread(check, store, repair=repair, salvage=salvage, progress=progress)
 
 
 def _faults_of(
@@ -107,10 +105,16 @@ def _faults_of(
         store.engine.run(store.engine.remove, store.scope, chat_history_id, sorted(removed))
     for message in examined:
         for description in message.faults:
-            yield Fault(chat_history_id, message.position, description, message.position in removed)
+            yield Fault(
+                chat_history_id=chat_history_id,
+                position=message.position,
+                description=description,
+                is_repaired=message.position in removed,
+            )
 
 
-class ExaminedMessage(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class ExaminedMessage:
     """
     A stored message, or what is wrong with it.
 
@@ -137,7 +141,7 @@ def examine(row: MessageRow) -> ExaminedMessage:
     """
     Read a message back, and say what is wrong with it rather than raise.
     """
-    created_at = times.readable_time(row.created_at)
+    created_at = readable_time(row.created_at)
     try:
         (message,) = decode_messages([row.content])
         other_id, other_role = message.meta.get(MESSAGE_ID_KEY) != row.message_id, message.role.value != row.role
@@ -150,7 +154,7 @@ def examine(row: MessageRow) -> ExaminedMessage:
         "Its time of creation is none.": validation.microseconds(created_at, "created_at") != row.created_at,
     }
     found = tuple(description for description, is_so in faults.items() if is_so)
-    return ExaminedMessage(row.position, created_at, row.role, message, found)
+    return ExaminedMessage(position=row.position, created_at=created_at, role=row.role, message=message, faults=found)
 
 
 def examined_messages(
@@ -164,8 +168,8 @@ def examined_messages(
     """
     Return a page of a history as `list_messages` does, with damaged messages among it rather than an error.
     """
-    reading = next(store._paging(chat_history_id, before, after, limit))  # which checks the arguments first
-    return [examine(row) for row in store._run(reading.work, *reading.arguments)]
+    page = validation.validated_page(chat_history_id, before, after, limit)
+    return [examine(row) for row in store.engine.run(store.engine.page, store.scope, *page)]
 
 
 def _save(
@@ -182,7 +186,7 @@ def _save(
             saved = {
                 "namespace": namespace,
                 "chat_history_id": chat_history_id,
-                **row._asdict(),
+                **asdict(row),
                 "fault": message.fault,
             }
             file.write(f"{json.dumps(saved, default=repr)}\n".encode("ascii"))  # bytes may stand where text should

@@ -4,12 +4,13 @@ The errors of haystack-chat-store.
 
 ```
 ChatMessageStoreError            everything below; catch this one to catch all
-├── StoreUnavailableError        the engine cannot be opened, reached, read or written
-│   └── StoreTimeoutError        the engine did not become free, or did not answer, in time
-├── SchemaVersionError           the database was written by a newer version of this package; it was left untouched
+├── StoreUnavailableError        the engine cannot be reached, read or written now (also a ConnectionError)
+│   └── StoreTimeoutError        the engine did not become free, or did not answer, in time (also a TimeoutError)
+├── StoreConfigurationError      the store is set up wrongly: trying again does not help
+├── SchemaVersionError           a newer version of this package wrote the database; it was left untouched
 ├── MessageEncodingError         a message holds something that cannot be stored (also a ValueError)
 ├── MessageDecodingError         a stored message cannot be read back
-├── ConflictError                what is stored is not what the call took it for; nothing was changed
+├── ConflictError                what is stored is not what the call expects; nothing was changed
 │   ├── DuplicateMessageError    an id is there already, and the policy is FAIL
 │   ├── ChatHistoryChangedError  the history has another number of messages than expected
 │   └── ChatHistoryExistsError   the history to copy or import to has other messages already
@@ -33,18 +34,26 @@ class ChatMessageStoreError(Exception):
     """
 
 
-class StoreUnavailableError(ChatMessageStoreError):
+class StoreUnavailableError(ChatMessageStoreError, ConnectionError):
     """
-    The engine behind the store cannot be opened, reached, read or written.
+    The engine behind the store cannot be reached, read or written now. This may pass by itself.
 
-    Of a failed write nothing was stored, or all of it if only the engine's confirmation was lost. It is safe to write
-    again what carries ids.
+    A failed write stored nothing, or all of its batch if only the engine's confirmation was lost. Messages that carry
+    ids can safely be written again.
     """
 
 
-class StoreTimeoutError(StoreUnavailableError):
+class StoreTimeoutError(StoreUnavailableError, TimeoutError):
     """
     The engine did not become free, or did not answer, within the store's `timeout`.
+    """
+
+
+class StoreConfigurationError(ChatMessageStoreError):
+    """
+    The store is set up wrongly: trying again does not help.
+
+    Examples are a file that is no database, a folder that does not exist, and a table of another program.
     """
 
 
@@ -80,7 +89,7 @@ class DuplicateMessageError(ConflictError):
 
 class ChatHistoryChangedError(ConflictError):
     """
-    The history does not have the number of messages that the call expected: somebody else wrote to it.
+    The history does not have the number of messages that the call expects: another writer changed it.
 
     Nothing was written. Read what is new, then decide again.
     """

@@ -272,10 +272,10 @@ class Fault(Result):
     :param is_repaired: Whether it has been mended.
     """
 
-    chat_history_id: str | None
-    position: int | None
+    chat_history_id: str | None = None
+    position: int | None = None
     description: str
-    is_repaired: bool
+    is_repaired: bool = False
 
 
 def _json_ready(value: Any) -> Any:

@@ -104,6 +104,22 @@ def validated_position(value: Any, name: str, least: int) -> int | None:
     return None if value is None else min(validated_number(value, name, least), MAX_POSITION)
 
 
+def validated_page(
+    chat_history_id: Any, before: Any, after: Any, limit: Any
+) -> tuple[str, int | None, int | None, int]:
+    """
+    Return which page of a history to read: its id, the positions before or after the page, and the limit.
+
+    :raises ValueError: If one of them is not of its kind, or both positions are given.
+    """
+    history = validated_id(chat_history_id, "chat_history_id")
+    before = validated_position(before, "before", 0)
+    after = validated_position(after, "after", -1)
+    if before is not None and after is not None:
+        raise ValueError("A page is either before or after a position. Give one of the two.")
+    return history, before, after, validated_number(limit, "limit", 1, MAX_LIMIT)
+
+
 def validated_query(query: Any) -> str:
     """
     Return the query of a search, which may be any text.

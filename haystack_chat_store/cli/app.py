@@ -4,7 +4,7 @@ The commands.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,13 +44,12 @@ from haystack_chat_store.cli.printing import (
     sizes_of,
 )
 from haystack_chat_store.doctor import ExaminedMessage, examine, examined_messages
+from haystack_chat_store.iteration import walk_pages
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.conflicts import history_not_found
-from haystack_chat_store.stores.steps import Steps
 from haystack_chat_store.transfer.readable import harmless_line
-from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, SearchHit
+from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage
 from haystack_chat_store.validation import MAX_LIMIT
-from haystack_chat_store.walks import walked_pages
 
 # So many histories and messages are shown without being asked for a number.
 _LISTED = 50
@@ -141,7 +140,7 @@ def show(
         info = _existing(chat_store, history)
         messages: Iterator[ExaminedMessage]
         if show_all:
-            messages = map(examine, chain.from_iterable(walked_pages(chat_store, history)))
+            messages = map(examine, chain.from_iterable(walk_pages(chat_store, history)))
         else:
             page = examined_messages(chat_store, history, before=before, after=after, limit=limit)
             messages = iter(page)
@@ -177,10 +176,11 @@ def search(
     """
     with opened(store, namespace, search=True) as chat_store:
         with terminal.progress("Making the search index, once") as shown:
-            hits = chat_store._take(_watched(chat_store, chat_store._searching(query, history, prefix, limit), shown))
+            chat_store.index_messages(shown)
+        hits = chat_store.search_messages(query, chat_history_id=history, prefix=prefix, limit=limit)
     if as_json:
         for hit in hits:
-            terminal.print_json(hit._asdict())
+            terminal.print_json(hit.to_dict())
     else:
         print_hits(terminal.output(), hits, query)
         if not hits:
@@ -204,11 +204,8 @@ def stats(
         statistics = chat_store.statistics(prefix=prefix)
         sizes = sizes_of(_histories(chat_store, prefix))
     if as_json:
-        per_day = {day.isoformat(): count for day, count in statistics.messages_per_day.items()}
         by_size = {str(size): sizes[size] for size in sorted(sizes)}
-        terminal.print_json(
-            {**statistics._asdict(), "messages_per_day": per_day, "chat_histories_by_message_count": by_size}
-        )
+        terminal.print_json({**statistics.to_dict(), "chat_histories_by_message_count": by_size})
     else:
         print_statistics(terminal.output(), statistics, sizes, days)
 
@@ -442,7 +439,7 @@ def doctor(
             found += 1
             unrepaired += not fault.is_repaired
             if as_json:
-                terminal.print_json(fault._asdict())
+                terminal.print_json(fault.to_dict())
             else:
                 console.print(fault_line(fault), soft_wrap=True)
     if not as_json:
@@ -489,25 +486,6 @@ def _existing(store: BaseChatMessageStore, chat_history_id: str) -> ChatHistoryI
     return info
 
 
-def _watched(
-    store: BaseChatMessageStore, searching: "Steps[list[SearchHit]]", shown: Callable[[int, int | None], None]
-) -> "Steps[list[SearchHit]]":
-    """
-    Search, and show how many messages are indexed first where nobody has searched before.
-    """
-    indexed, result = 0, None
-    try:
-        while True:
-            step = searching.send(result)
-            if step.work == store._index_some:
-                shown(indexed, None)
-                indexed += step.arguments[0]
-            result = yield step
-    except StopIteration as stop:
-        hits: list[SearchHit] = stop.value
-        return hits
-
-
 def _confirm(found: Iterator[ChatHistoryInfo]) -> None:
     """
     Ask whether these histories are to be deleted, if there are any.
@@ -538,12 +516,12 @@ def _confirm(found: Iterator[ChatHistoryInfo]) -> None:
         raise typer.Exit(1)
 
 
-def _report(done: str, moved: transfer.Transferred, as_json: bool, console: Console) -> None:
+def _report(done: str, moved: transfer.TransferResult, as_json: bool, console: Console) -> None:
     """
     Say what was moved and what could not be, which makes the command fail.
     """
     if as_json:
-        terminal.print_json({**moved._asdict(), "faults": [fault._asdict() for fault in moved.faults]})
+        terminal.print_json(moved.to_dict())
     else:
         # An export in OpenAI's format skips what no model can be trained on, the others what is there already.
         why = "cannot be trained on" if done == EXPORTED else "were there already"

@@ -48,8 +48,7 @@ def history_fields(history: ChatHistoryInfo) -> dict[str, Any]:
     """
     Return a history as it is in JSON.
     """
-    times = {"created_at": history.created_at.isoformat(), "updated_at": history.updated_at.isoformat()}
-    return {**history._asdict(), **times}
+    return history.to_dict()
 
 
 def message_fields(message: ExaminedMessage) -> dict[str, Any]:

@@ -310,7 +310,11 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         raise ValueError(f"{cls.__name__} cannot be made from a URL.")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BaseChatMessageStore) and type(other) is type(self) and other.settings() == self.settings()
+        return (
+            isinstance(other, BaseChatMessageStore)
+            and type(other) is type(self)
+            and other.settings() == self.settings()
+        )
 
     def __hash__(self) -> int:
         return hash((type(self), self.namespace))

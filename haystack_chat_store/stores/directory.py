@@ -221,7 +221,9 @@ class DirectoryMethods:
         """
         Do what `statistics` does, without blocking the event loop.
         """
-        return await self.engine.run_async(self.engine.statistics, self.scope, validation.validated_text(prefix, "prefix"))
+        return await self.engine.run_async(
+            self.engine.statistics, self.scope, validation.validated_text(prefix, "prefix")
+        )
 
     def _erase(self, prefix: str, updated_before: int | None, vacuum: bool) -> int:
         count = 0

@@ -48,7 +48,7 @@ class ReadingMethods:
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
         """
-        page = _checked_page(chat_history_id, before, after, limit)
+        page = validation.validated_page(chat_history_id, before, after, limit)
         return _stored(self.engine.run(self.engine.page, self.scope, *page))
 
     async def list_messages_async(
@@ -57,7 +57,7 @@ class ReadingMethods:
         """
         Do what `list_messages` does, without blocking the event loop.
         """
-        page = _checked_page(chat_history_id, before, after, limit)
+        page = validation.validated_page(chat_history_id, before, after, limit)
         rows = await self.engine.run_async(self.engine.page, self.scope, *page)
         return await to_thread_if_large(_characters(rows), _stored, rows)
 
@@ -180,17 +180,6 @@ class ReadingMethods:
     def _check_searchable(self) -> None:
         if not self.search:
             raise UnsupportedOperationError("This store cannot search messages: it was not made with search=True.")
-
-
-def _checked_page(
-    chat_history_id: str, before: int | None, after: int | None, limit: int
-) -> tuple[str, int | None, int | None, int]:
-    history = validation.validated_id(chat_history_id, "chat_history_id")
-    before = validation.validated_position(before, "before", 0)
-    after = validation.validated_position(after, "after", -1)
-    if before is not None and after is not None:
-        raise ValueError("A page is either before or after a position. Give one of the two.")
-    return history, before, after, validation.validated_number(limit, "limit", 1, validation.MAX_LIMIT)
 
 
 def next_limit(rows: Sequence[MessageRow]) -> int:

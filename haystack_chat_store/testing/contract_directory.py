@@ -5,6 +5,7 @@ The rules about histories as a whole: 17, the directory, and 22, erasing.
 
 import base64
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -164,17 +165,17 @@ class Rule17DirectoryTest(ContractTest):
         before = calls.call(store, "get_chat_history", "chat")
         odd = 'Grüße 👋 "\\ %s \n'
         meta = {"a": [1, 2.5, None, {"": True}], "é\ud800\x00": 2**70}
-        assert calls.call(store, "update_chat_history", "chat", title=odd) == before._replace(title=odd)
-        assert calls.call(store, "update_chat_history", "chat", meta=meta) == before._replace(title=odd, meta=meta)
+        assert calls.call(store, "update_chat_history", "chat", title=odd) == replace(before, title=odd)
+        assert calls.call(store, "update_chat_history", "chat", meta=meta) == replace(before, title=odd, meta=meta)
         after = calls.call(store, "get_chat_history", "chat")
-        assert after == before._replace(title=odd, meta=meta)
+        assert after == replace(before, title=odd, meta=meta)
         calls.write(store, "chat", [user()])
         after = calls.call(store, "get_chat_history", "chat")
         assert (after.title, after.meta, after.message_count) == (odd, meta, 2)
         calls.call(store, "update_chat_history", "chat", title=None)
-        assert calls.call(store, "get_chat_history", "chat") == after._replace(title=None)
+        assert calls.call(store, "get_chat_history", "chat") == replace(after, title=None)
         calls.call(store, "update_chat_history", "chat", meta=None)
-        assert calls.call(store, "get_chat_history", "chat") == after._replace(title=None, meta={})
+        assert calls.call(store, "get_chat_history", "chat") == replace(after, title=None, meta={})
 
     def test_setting_a_title_is_no_change_of_messages(self, store: ClosableStore, calls: Calls) -> None:
         for name in "ab":

@@ -16,13 +16,14 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar, get_args
+from dataclasses import replace
+from typing import BinaryIO, Literal, TypeAlias, TypeVar, get_args
 
 from haystack_chat_store.errors import DamagedFileError
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.transfer import html, importers, jsonl, markdown, openai_format
 from haystack_chat_store.transfer.files import whole_file
-from haystack_chat_store.transfer.histories import Faults, Histories, Progress, Transferred, watched
+from haystack_chat_store.transfer.histories import Faults, Histories, Progress, TransferResult, watched
 from haystack_chat_store.transfer.stored import StoredHistories, imported
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "ExportFormat",
     "ImportFormat",
     "Progress",
-    "Transferred",
+    "TransferResult",
     "copy_histories",
     "copy_histories_async",
     "export_histories",
@@ -63,11 +64,11 @@ def export_histories(
     store: Store,
     file: File,
     *,
-    format: ExportFormat = "jsonl",  # noqa: A002  (what everybody calls it)
+    format: ExportFormat = "jsonl",  # noqa: A002  (the usual name)
     chat_history_ids: Iterable[str] | None = None,
     prefix: str = "",
     progress: Progress | None = None,
-) -> Transferred:
+) -> TransferResult:
     """
     Write chat histories to a file, in memory that does not grow with their number nor (but for OpenAI) their length.
 
@@ -119,7 +120,7 @@ def export_to(
     chat_history_ids: Iterable[str] | None = None,
     prefix: str = "",
     progress: Progress | None = None,
-) -> Transferred:
+) -> TransferResult:
     """
     Do what `export_histories` does, to a stream that is open, such as `sys.stdout.buffer`.
 
@@ -129,7 +130,7 @@ def export_to(
     faults: Faults = {}
     histories = _leaving(store, chat_history_ids, prefix, progress, faults)
     written = write(histories, stream)
-    return written._replace(faults=(*faults, *written.faults))
+    return replace(written, faults=(*faults, *written.faults))
 
 
 def import_histories(
@@ -138,7 +139,7 @@ def import_histories(
     *,
     format: ImportFormat = "jsonl",  # noqa: A002
     progress: Progress | None = None,
-) -> Transferred:
+) -> TransferResult:
     """
     Bring chat histories from a file into a store, in memory that does not grow with their number nor their length.
 
@@ -188,7 +189,7 @@ def copy_histories(
     chat_history_ids: Iterable[str] | None = None,
     prefix: str = "",
     progress: Progress | None = None,
-) -> Transferred:
+) -> TransferResult:
     """
     Copy chat histories from one store to another: of any engine, or in another namespace.
 
@@ -221,7 +222,7 @@ async def export_histories_async(
     chat_history_ids: Iterable[str] | None = None,
     prefix: str = "",
     progress: Progress | None = None,
-) -> Transferred:
+) -> TransferResult:
     """
     Do what `export_histories` does, on a thread, which also calls `progress`. If cancelled, there is no file.
     """
@@ -239,7 +240,7 @@ async def import_histories_async(
     *,
     format: ImportFormat = "jsonl",  # noqa: A002
     progress: Progress | None = None,
-) -> Transferred:
+) -> TransferResult:
     """
     Do what `import_histories` does, on a thread, which also calls `progress`.
 
@@ -255,7 +256,7 @@ async def copy_histories_async(
     chat_history_ids: Iterable[str] | None = None,
     prefix: str = "",
     progress: Progress | None = None,
-) -> Transferred:
+) -> TransferResult:
     """
     Do what `copy_histories` does, on a thread, which also calls `progress`.
 

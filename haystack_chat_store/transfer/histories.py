@@ -4,7 +4,8 @@ Chat histories on their way: what every source yields and every target takes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.errors import MessageDecodingError
@@ -12,7 +13,7 @@ from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.stores.reading import PAGE_CHARACTERS, PAGE_ROWS
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.stores.times import readable_time
-from haystack_chat_store.types import Fault
+from haystack_chat_store.types import Fault, Result
 from haystack_chat_store.validation import microseconds, parsed_meta, validated_id, validated_meta, validated_title
 
 #: The messages of a history, in batches. They can be read again, from the first one, as often as need be.
@@ -28,7 +29,8 @@ Faults: TypeAlias = dict[Fault, None]
 Progress: TypeAlias = Callable[[int, int | None], None]
 
 
-class Transferred(NamedTuple):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferResult(Result):
     """
     What an export, an import or a copy has done.
 
@@ -41,15 +43,15 @@ class Transferred(NamedTuple):
 
     chat_histories: int
     messages: int
-    skipped: int
+    skipped: int = 0
     faults: tuple[Fault, ...] = ()
 
 
 def unnamed(chat_history_id: Any, error: ValueError) -> Fault:
     """
-    Return the fault of a history that is left out, since its id can be none here.
+    Return the fault of a history that is left out because of its id.
     """
-    return Fault(None, None, f"{ascii(chat_history_id)[:600]} was left out: {error}", False)
+    return Fault(description=f"{ascii(chat_history_id)[:600]} was left out: {error}")
 
 
 def arrived_row(created_at: int, content: str) -> MessageRow:
@@ -63,7 +65,9 @@ def arrived_row(created_at: int, content: str) -> MessageRow:
     """
     (message,) = decode_messages([content])
     message_id = validated_id(message.meta.get(MESSAGE_ID_KEY), "its id")
-    return MessageRow(0, created_at, message_id, message.role.value, content)
+    return MessageRow(
+        position=0, created_at=created_at, message_id=message_id, role=message.role.value, content=content
+    )
 
 
 def is_sound(row: MessageRow) -> bool:
@@ -72,7 +76,9 @@ def is_sound(row: MessageRow) -> bool:
     """
     try:
         row.content.encode()  # which a lone surrogate prevents
-        return is_time(row.created_at) and arrived_row(row.created_at, row.content)[2:] == row[2:]
+        return (
+            is_time(row.created_at) and replace(arrived_row(row.created_at, row.content), position=row.position) == row
+        )
     except (MessageDecodingError, ValueError, AttributeError, TypeError):  # it may hold anything
         return False
 

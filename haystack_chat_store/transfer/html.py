@@ -8,7 +8,7 @@ from html import escape
 from typing import BinaryIO
 
 from haystack_chat_store.stores.rows import HistoryRow
-from haystack_chat_store.transfer.histories import Rows, Transferred
+from haystack_chat_store.transfer.histories import Rows, TransferResult
 from haystack_chat_store.transfer.readable import Part, harmless_line, shown_messages, shown_time, title_of
 
 _BEGINNING = """<!DOCTYPE html>
@@ -38,7 +38,7 @@ figure { margin: .5rem 0; }
 _END = "</body>\n</html>\n"
 
 
-def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Transferred:
+def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> TransferResult:
     """
     Write histories.
 
@@ -62,7 +62,7 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
         stream.write(b"</section>\n")
         chat_histories += 1
     stream.write(_END.encode())
-    return Transferred(chat_histories, messages, 0)
+    return TransferResult(chat_histories=chat_histories, messages=messages)
 
 
 def _element(part: Part) -> str:

@@ -27,7 +27,8 @@ from haystack_chat_store import validation
 from haystack_chat_store.errors import DamagedFileError, MessageDecodingError
 from haystack_chat_store.json_form import encoded, parse_json, quoted
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
-from haystack_chat_store.transfer.histories import Histories, Progress, Rows, Transferred, arrived_row, batched
+from haystack_chat_store.stores.times import datetime_of
+from haystack_chat_store.transfer.histories import Histories, Progress, Rows, TransferResult, arrived_row, batched
 from haystack_chat_store.transfer.seen_ids import SeenIds
 from haystack_chat_store.transfer.times import parsed_time
 
@@ -36,7 +37,7 @@ _VERSION = 1
 _MESSAGE_LINE = re.compile(r'\{"created_at":"([^"]*)","message":(\{.*\})\}\n')
 
 
-def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Transferred:
+def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> TransferResult:
     """
     Write histories.
 
@@ -55,7 +56,7 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
         chat_histories += 1
         total += messages
     output.write_end("end_of_file", chat_histories=chat_histories, messages=total)
-    return Transferred(chat_histories, total, 0)
+    return TransferResult(chat_histories=chat_histories, messages=total)
 
 
 class _HashedOutput:
@@ -92,7 +93,7 @@ def _on_one_line(text: str) -> str:
 # The messages of a turn have one time.
 @lru_cache(maxsize=100)
 def _time_text(microseconds: int) -> str:
-    return arguments.time_of(microseconds).isoformat(timespec="microseconds")
+    return datetime_of(microseconds).isoformat(timespec="microseconds")
 
 
 @lru_cache(maxsize=100)
@@ -103,7 +104,7 @@ def _microseconds(text: str) -> int:
     :raises ValueError, TypeError, OverflowError: If it is none, or in UTC none that Python has.
     """
     microseconds = validation.microseconds(parsed_time(text), "a time")
-    arguments.time_of(microseconds)
+    datetime_of(microseconds)
     return microseconds
 
 
@@ -243,13 +244,11 @@ def _history(lines: _Lines, entry: dict[str, Any]) -> HistoryRow:
             raise KeyError(kind)
         title, meta = validation.validated_title(fields["title"]), validation.validated_meta(fields["meta"])
         return HistoryRow(
-            validation.validated_id(fields["id"], "id"),
-            0,
-            0,
-            _microseconds(fields["created_at"]),
-            _microseconds(fields["updated_at"]),
-            title if isinstance(title, str) else None,
-            meta if isinstance(meta, str) else None,
+            chat_history_id=validation.validated_id(fields["id"], "id"),
+            created_at=_microseconds(fields["created_at"]),
+            updated_at=_microseconds(fields["updated_at"]),
+            title=title if isinstance(title, str) else None,
+            meta=meta if isinstance(meta, str) else None,
         )
     except (ValueError, OverflowError, KeyError, TypeError):
         raise lines.damaged("there should be a chat history") from None

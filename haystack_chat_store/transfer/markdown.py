@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import BinaryIO
 
 from haystack_chat_store.stores.rows import HistoryRow
-from haystack_chat_store.transfer.histories import Rows, Transferred
+from haystack_chat_store.transfer.histories import Rows, TransferResult
 from haystack_chat_store.transfer.readable import Part, harmless_line, shown_messages, shown_time, title_of
 
 _SPECIAL = re.compile(r"[\\`*_\[\]<>#|~&$]|(?<=[A-Za-z]):(?=//)|(?<=www)\.", re.IGNORECASE)
@@ -20,7 +20,7 @@ _NOTHING = "<!-- -->"
 _LINE_START = re.compile(r"^(\d*)([-+=.):])")
 
 
-def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Transferred:
+def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> TransferResult:
     """
     Write histories.
 
@@ -36,7 +36,7 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
                 stream.write(f"## {_escaped(speaker)}, {time}\n\n{''.join(map(_block, parts))}".encode())
             messages += len(batch)
         chat_histories += 1
-    return Transferred(chat_histories, messages, 0)
+    return TransferResult(chat_histories=chat_histories, messages=messages)
 
 
 def _block(part: Part) -> str:

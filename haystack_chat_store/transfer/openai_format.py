@@ -14,11 +14,11 @@ from haystack_chat_store import rounds
 from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.json_form import encode_unusual
 from haystack_chat_store.stores.rows import HistoryRow
-from haystack_chat_store.transfer.histories import Rows, Transferred
+from haystack_chat_store.transfer.histories import Rows, TransferResult
 from haystack_chat_store.types import Fault
 
 
-def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Transferred:
+def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> TransferResult:
     """
     Write histories, each as the model would see it, up to the last message of the assistant.
 
@@ -36,13 +36,15 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
             example = list(chain.from_iterable(map(_as_openai, to_learn_from)))
         except ValueError:  # Haystack's own, which quotes the message
             description = "It was left out: OpenAI's format has no form for one of its tool calls or results."
-            faults.append(Fault(history.chat_history_id, None, description, False))
+            faults.append(Fault(chat_history_id=history.chat_history_id, description=description))
             continue
         if example:
             stream.write(encode_unusual({"messages": example}, "example").encode() + b"\n")
             chat_histories += 1
             messages += len(to_learn_from)
-    return Transferred(chat_histories, messages, total - messages, tuple(faults))
+    return TransferResult(
+        chat_histories=chat_histories, messages=messages, skipped=total - messages, faults=tuple(faults)
+    )
 
 
 def _to_learn_from(history: list[ChatMessage]) -> list[ChatMessage]:

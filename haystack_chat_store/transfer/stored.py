@@ -5,6 +5,7 @@ Chat histories as they leave a store, and as they arrive in one.
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, zip_longest
 from tempfile import SpooledTemporaryFile
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from haystack_chat_store.errors import (
     MessageDecodingError,
     UnsupportedOperationError,
 )
+from haystack_chat_store.iteration import walk_histories, walk_pages, walk_readable_pages
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.conflicts import history_not_found
 from haystack_chat_store.stores.reading import FIRST_PAGE, PAGE_CHARACTERS, PAGE_ROWS
@@ -24,7 +26,7 @@ from haystack_chat_store.transfer.histories import (
     Faults,
     Histories,
     Rows,
-    Transferred,
+    TransferResult,
     is_meta,
     is_sound,
     is_time,
@@ -34,7 +36,6 @@ from haystack_chat_store.transfer.histories import (
 from haystack_chat_store.transfer.seen_ids import SeenIds
 from haystack_chat_store.types import Fault
 from haystack_chat_store.validation import validated_id, validated_text
-from haystack_chat_store.walks import readable_pages, walked_histories, walked_pages
 
 # So often a history may change while it is read, or imported to, before that is given up.
 _ATTEMPTS = 10
@@ -96,11 +97,10 @@ class StoredHistories:
     def _rows(self) -> Iterator[HistoryRow]:
         if self._ids is not None:
             return filter(None, map(self._looked_up, self._ids))
-        return walked_histories(self._store, self._prefix)
+        return walk_histories(self._store, self._prefix)
 
     def _looked_up(self, chat_history_id: str) -> HistoryRow | None:
-        row: HistoryRow | None = self._store.engine.run(self._store.engine.history, self._store.scope, chat_history_id)
-        return row
+        return self._store.engine.run(self._store.engine.history, self._store.scope, chat_history_id)
 
     def _readable(self, row: HistoryRow) -> HistoryRow | None:
         """
@@ -115,8 +115,8 @@ class StoredHistories:
         instead: dict[str, Any] = {"title": None, "meta": None, "created_at": times[0], "updated_at": times[-1]}
         damaged = [name for name, (is_right, _) in _PARTS.items() if not is_right(getattr(row, name))]
         for name in damaged:
-            self._faults[Fault(row.chat_history_id, None, _PARTS[name][1], False)] = None
-        return row._replace(**{name: instead[name] for name in damaged})
+            self._faults[Fault(chat_history_id=row.chat_history_id, description=_PARTS[name][1])] = None
+        return replace(row, **{name: instead[name] for name in damaged})
 
     def _report_unnamed(self) -> None:
         """
@@ -133,7 +133,7 @@ class StoredHistories:
                 return
             which = f"{left} {'history has an id' if left == 1 else 'histories have ids'}"
             fault = f"{which} that cannot be read, and {'was' if left == 1 else 'were'} left out. {_ADVICE}"
-        self._faults[Fault(None, None, fault, False)] = None
+        self._faults[Fault(description=fault)] = None
 
     def _number_of_unnamed(self) -> int:
         """
@@ -143,7 +143,7 @@ class StoredHistories:
         """
         for _ in range(_COUNTS):
             before = self._counted()
-            left = before[0] - sum(1 for _ in walked_histories(self._store))
+            left = before[0] - sum(1 for _ in walk_histories(self._store))
             if left <= 0:
                 return 0
             if self._counted() == before:
@@ -175,7 +175,7 @@ class _StoredRows:
             with SpooledTemporaryFile(PAGE_CHARACTERS) as kept:  # on the disk if it is much
                 count = rows = 0
                 try:
-                    for page in readable_pages(self._store, self._id):
+                    for page in walk_readable_pages(self._store, self._id):
                         pickle.dump(page, kept)
                         count, rows = count + 1, rows + len(page)
                 except MessageDecodingError:
@@ -211,10 +211,10 @@ class _StoredRows:
         return sound
 
     def _report(self, description: str, position: int | None = None) -> None:
-        self._faults[Fault(self._id, position, description, False)] = None
+        self._faults[Fault(chat_history_id=self._id, position=position, description=description)] = None
 
 
-def imported(store: BaseChatMessageStore, histories: Histories, faults: Faults) -> Transferred:
+def imported(store: BaseChatMessageStore, histories: Histories, faults: Faults) -> TransferResult:
     """
     Bring histories into a store, each whole or not at all. What is there already is not brought again.
 
@@ -237,7 +237,7 @@ def imported(store: BaseChatMessageStore, histories: Histories, faults: Faults) 
             f"All others have arrived. Added: {messages} messages, of chat histories: {chat_histories}. Messages that "
             f"were there already: {skipped}."
         )
-    return Transferred(chat_histories, messages, skipped, tuple(faults))
+    return TransferResult(chat_histories=chat_histories, messages=messages, skipped=skipped, faults=tuple(faults))
 
 
 class _Arrived(NamedTuple):
@@ -246,9 +246,7 @@ class _Arrived(NamedTuple):
     is_changed: bool
 
 
-def _all_arrived(
-    store: BaseChatMessageStore, histories: Histories
-) -> Iterator[tuple[HistoryRow, _Arrived | None]]:
+def _all_arrived(store: BaseChatMessageStore, histories: Histories) -> Iterator[tuple[HistoryRow, _Arrived | None]]:
     """
     Bring histories into the store: short ones several at once, for each commit takes as long as many messages.
     """
@@ -314,13 +312,14 @@ def _arrived(store: BaseChatMessageStore, history: HistoryRow, rows: Rows) -> _A
     changed: ChatHistoryChangedError | None = None
     for _ in range(_ATTEMPTS):
         is_there = store.engine.run(store.engine.history, store.scope, history.chat_history_id) is not None
-        common = _common(walked_pages(store, history.chat_history_id), rows) if is_there else _Common(0, True)
+        common = _common(walk_pages(store, history.chat_history_id), rows) if is_there else _Common(0, True)
         if common is None:
             return None
         if is_there and not common.has_more:
             return _Arrived(0, common.messages, False)
         try:
-            number: int = store.engine.run(store.engine.import_history, store.scope, history, _Rest(rows, common.messages), common.messages)
+            rest = _Rest(rows, common.messages)
+            number = store.engine.run(store.engine.import_history, store.scope, history, rest, common.messages)
             return _Arrived(number, common.messages, True)
         except ChatHistoryChangedError as error:  # somebody else wrote to it, perhaps the same messages: look again
             changed = error

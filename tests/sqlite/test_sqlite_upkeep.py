@@ -19,7 +19,7 @@ from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.validation import parsed_meta
-from haystack_chat_store.walks import walked_histories
+from haystack_chat_store.iteration import walk_histories
 
 # Each word of what is erased. None stands in an id, and none is a part of another.
 SECRETS = ["Kuckucksuhr", "geheimnis", "Zwölfkampf", "東京秘密"]
@@ -342,13 +342,13 @@ def test_texts_that_are_none_hide_no_history(two_histories, new_store, path):
     sound = {"chat", "other chat", "chat 0"}
     assert {info.chat_history_id for info in two_histories.list_chat_histories().items} == {*sound, "c\\xff"}
     assert {info.chat_history_id for info in two_histories.list_chat_histories(prefix="c").items} >= {"chat", "chat 0"}
-    assert {row.chat_history_id for row in walked_histories(two_histories)} == sound
+    assert {row.chat_history_id for row in walk_histories(two_histories)} == sound
     found = faults_of(two_histories)
     assert {(fault.chat_history_id, fault.description) for fault in found} == {
         (name, f"Its {what} is no text.") for name in ("c\\xff", "\\xfe") for what in ("id", "title")
     }
     assert {fault.is_repaired for fault in faults_of(two_histories, repair=True)} == {True}
-    assert {row.chat_history_id for row in walked_histories(two_histories)} == {*sound, "c\\xff", "\\xfe"}
+    assert {row.chat_history_id for row in walk_histories(two_histories)} == {*sound, "c\\xff", "\\xfe"}
     assert texts(two_histories.retrieve_messages("c\\xff")) == ["cat"]
     assert_sound(two_histories)
 
@@ -377,7 +377,7 @@ def test_an_id_that_no_store_gives_is_found_counted_and_mended(two_histories, pa
 @pytest.mark.parametrize("meta", ["x'ff'", "x'7bff'", "4711", "'[1]'", "x''"])
 def test_damaged_meta_does_not_come_out_as_none(two_histories, path, meta):
     damage(path, f"UPDATE chat_histories SET meta = {meta} WHERE chat_history_id = 'chat'")
-    rows = [two_histories.engine.run(two_histories.engine.history, two_histories.scope, "chat"), next(walked_histories(two_histories))]
+    rows = [two_histories.engine.run(two_histories.engine.history, two_histories.scope, "chat"), next(walk_histories(two_histories))]
     for row in rows:
         assert row.chat_history_id == "chat"
         assert parsed_meta(row.meta) is None

@@ -26,7 +26,7 @@ from haystack_chat_store.transfer import (
     export_histories,
     import_histories,
 )
-from haystack_chat_store.walks import walked_histories
+from haystack_chat_store.iteration import walk_histories
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_walk_ends_at_an_engine_that_goes_on_with_an_empty_id():
         def _histories_by_id(self, *_):
             return [HistoryRow("", 0, 0, MOMENT, MOMENT, None, None)]
 
-    assert len(list(islice(walked_histories(Nameless()), 3))) == 1
+    assert len(list(islice(walk_histories(Nameless()), 3))) == 1
 
 
 def test_histories_that_come_and_go_meanwhile_are_not_taken_for_damaged_ones(file):

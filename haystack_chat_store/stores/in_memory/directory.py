@@ -91,9 +91,7 @@ class Directory(Engine[Memory]):
                 messages_per_day=dict(sorted(days.items())),
             )
 
-    def erase_some(
-        self, session: Memory, scope: Scope, prefix: str, updated_before: int | None, limit: int
-    ) -> int:
+    def erase_some(self, session: Memory, scope: Scope, prefix: str, updated_before: int | None, limit: int) -> int:
         """
         Drop histories.
         """

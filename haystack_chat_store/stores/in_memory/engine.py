@@ -58,5 +58,4 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
         """
         if is_marked(operation, is_brief) and not _long_calls:
             return plain_result(operation(_memory, *arguments, **options))
-        return await asyncio.to_thread(self.run, operation, *arguments, **options)
-
+        return await asyncio.to_thread(lambda: self.run(operation, *arguments, **options))

@@ -91,9 +91,7 @@ class Writing(Engine[Memory]):
                 gone = [positions[message_id] for message_id in message_ids or () if message_id in positions]
             _remove(namespace, chat_history_id, gone)
 
-    def copy(
-        self, session: Memory, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
-    ) -> int:
+    def copy(self, session: Memory, scope: Scope, source_id: str, target_id: str, until_message_id: str | None) -> int:
         """
         Append the source's messages to the target, without gaps.
         """

@@ -128,7 +128,7 @@ class ForeignDatabase:
                 continue
             times = self._microseconds(first), self._microseconds(last)
             yield (
-                HistoryRow(chat_history_id, 0, 0, *times, title=None, meta=None),
+                HistoryRow(chat_history_id=chat_history_id, created_at=times[0], updated_at=times[1]),
                 _SessionRows(self, chat_history_id, faults),
             )
 
@@ -138,7 +138,7 @@ class ForeignDatabase:
         """
 
         def report(what: str) -> None:
-            faults[Fault(chat_history_id, None, what, False)] = None
+            faults[Fault(chat_history_id=chat_history_id, description=what)] = None
 
         library = self._layout.library
         with SeenIds() as ids:

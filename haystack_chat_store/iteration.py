@@ -14,19 +14,21 @@ from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 _HISTORIES_AT_ONCE = 1_000
 
 
-def walked_histories(store: BaseChatMessageStore, prefix: str = "") -> Iterator[HistoryRow]:
+def walk_histories(store: BaseChatMessageStore, prefix: str = "") -> Iterator[HistoryRow]:
     """
     Walk through the histories by their ids. Each that is there throughout is seen once, whatever is written meanwhile.
 
     :param prefix: What their ids begin with.
     """
     before, after = None, ""
-    while after != before and (rows := store.engine.run(store.engine.histories_by_id, store.scope, prefix, after, _HISTORIES_AT_ONCE)):
+    while after != before and (
+        rows := store.engine.run(store.engine.histories_by_id, store.scope, prefix, after, _HISTORIES_AT_ONCE)
+    ):
         yield from rows
         before, after = after, rows[-1].chat_history_id  # the same if an id is empty, which only damage makes it
 
 
-def walked_pages(store: BaseChatMessageStore, chat_history_id: str) -> Iterator[Sequence[MessageRow]]:
+def walk_pages(store: BaseChatMessageStore, chat_history_id: str) -> Iterator[Sequence[MessageRow]]:
     """
     Walk through the messages of a history by their positions, in pages, which are smaller where messages are large.
     """
@@ -38,14 +40,14 @@ def walked_pages(store: BaseChatMessageStore, chat_history_id: str) -> Iterator[
         after, limit = rows[-1].position, next_limit(rows)
 
 
-def readable_pages(store: BaseChatMessageStore, chat_history_id: str) -> Iterator[Sequence[MessageRow]]:
+def walk_readable_pages(store: BaseChatMessageStore, chat_history_id: str) -> Iterator[Sequence[MessageRow]]:
     """
-    Do what `walked_pages` does, and tell a history that is damaged from an engine that does not answer.
+    Do what `walk_pages` does, and tell a history that is damaged from an engine that does not answer.
 
     :raises MessageDecodingError: If it is this history that the engine cannot read.
     """
     try:
-        yield from walked_pages(store, chat_history_id)
+        yield from walk_pages(store, chat_history_id)
     except StoreTimeoutError:
         raise
     except StoreUnavailableError as error:
