@@ -4,7 +4,7 @@ A store of one's own: each chat history is a file of JSON lines in a folder.
 
 An engine has five operations and two ways to run one. Validation, ids, encoding, the rules of windows and the public
 methods come from the base classes. This engine is for one process at a time, and rewrites a file to append to it: that
-is where it falls short of the stores of this package.
+is where it falls short of the stores of this package. `own_store_directory.py` adds lists, pages and search to it.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack_chat_store import BaseChatMessageStore, EncodedMessage, Engine, Scope, Window
 from haystack_chat_store.rounds import window_start
 from haystack_chat_store.stores.conflicts import check_count, planned
+from haystack_chat_store.stores.times import microseconds_now
 
 _lock = threading.Lock()
 
@@ -49,35 +50,36 @@ class FolderEngine(Engine[Path]):
         policy: DuplicatePolicy,
         expected_count: int | None,
     ) -> int:
-        rows = _rows(session, scope, chat_history_id)
+        file = file_of(session, scope, chat_history_id)
+        _, *rows = lines_of(file)
         check_count(expected_count, len(rows))
-        places = {message_id: place for place, (message_id, _, _) in enumerate(rows)}
+        places = {row[0]: place for place, row in enumerate(rows)}
         known = {each.message_id: places[each.message_id] for each in messages if each.message_id in places}
         plan = planned(messages, known, policy)
         for place, message in plan.replaced.items():
-            rows[place] = [message.message_id, message.role, message.content]
-        rows += [[message.message_id, message.role, message.content] for message in plan.new]
-        file = _file(session, scope, chat_history_id)
+            rows[place][1:3] = [message.role, message.content]
+        now = microseconds_now()
+        rows += [[message.message_id, message.role, message.content, now] for message in plan.new]
         file.parent.mkdir(parents=True, exist_ok=True)
         # Written beside the file and moved over it, so that a crash leaves either the old file or the new one.
         temporary = file.with_suffix(".new")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in [chat_history_id, *rows]), encoding="ascii")
         os.replace(temporary, file)
         return len(plan.new) + len(plan.replaced)
 
     def read(self, session: Path, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
-        rows = _rows(session, scope, chat_history_id)
-        start, size = window_start([role for _, role, _ in rows], window)
-        return [content for _, _, content in rows[start:]], size
+        _, *rows = lines_of(file_of(session, scope, chat_history_id))
+        start, size = window_start([role for _, role, *_ in rows], window)
+        return [content for _, _, content, _ in rows[start:]], size
 
     def count(self, session: Path, scope: Scope, chat_history_id: str) -> int:
-        return len(_rows(session, scope, chat_history_id))
+        return len(lines_of(file_of(session, scope, chat_history_id))) - 1
 
     def delete(self, session: Path, scope: Scope, chat_history_id: str) -> None:
-        _file(session, scope, chat_history_id).unlink(missing_ok=True)
+        file_of(session, scope, chat_history_id).unlink(missing_ok=True)
 
     def delete_all(self, session: Path, scope: Scope) -> None:
-        for file in (session / _name(scope.namespace)).glob("*"):
+        for file in folder_of(session, scope).glob("*"):
             file.unlink()
 
 
@@ -96,19 +98,21 @@ class FolderChatMessageStore(BaseChatMessageStore):
     def settings(self) -> dict[str, Any]:
         return {"folder": self.folder, **super().settings()}
 
-    @classmethod
-    def from_url(cls, url: str, **settings: Any) -> "FolderChatMessageStore":
-        return cls(url.partition(":///")[2], **settings)  # such as folder:///chats
+
+def folder_of(session: Path, scope: Scope) -> Path:
+    return session / _hashed(scope.namespace)
 
 
-def _file(session: Path, scope: Scope, chat_history_id: str) -> Path:
-    return session / _name(scope.namespace) / _name(chat_history_id)
+def file_of(session: Path, scope: Scope, chat_history_id: str) -> Path:
+    return folder_of(session, scope) / _hashed(chat_history_id)
 
 
-def _name(text: str) -> str:
+def lines_of(file: Path) -> list[Any]:
+    """
+    Return the id of a history, and its messages: lists of id, role, content and time.
+    """
+    return [json.loads(line) for line in file.read_text(encoding="ascii").splitlines()] if file.exists() else [None]
+
+
+def _hashed(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()  # a file name that any id has, and no two ids share
-
-
-def _rows(session: Path, scope: Scope, chat_history_id: str) -> list[list[str]]:
-    file = _file(session, scope, chat_history_id)
-    return [json.loads(line) for line in file.read_text(encoding="ascii").splitlines()] if file.exists() else []

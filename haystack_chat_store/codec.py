@@ -2,18 +2,16 @@
 """
 ChatMessage to JSON text and back, fast and lossless.
 
-The stored form is that of `ChatMessage.to_dict()`, so anyone can read it, with or without this package. What JSON has
-no form for is stored in the form that `json_form` documents, or refused.
+The stored form is that of `ChatMessage.to_dict()`, so any program can read it. `json_values` documents the form of
+values that JSON does not have.
 """
 
-import gc
-import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import re
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from haystack import logging
 from haystack.dataclasses import (
     ChatMessage,
     ChatRole,
@@ -27,10 +25,8 @@ from haystack.dataclasses import (
 
 from haystack_chat_store.errors import MessageDecodingError, MessageEncodingError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
-from haystack_chat_store.json_form import MAX_DEPTH, encode_unusual, encoded, parse_json, quoted
+from haystack_chat_store.json_values import encode_plain, has_long_number, is_plain, json_value, parse_json, refuse, repr_of
 
-_SCALARS = frozenset({str, int, float, bool, type(None)})
-_TEXT = frozenset({str})
 _ROLES = {role.value: role for role in ChatRole}
 _PART_KEYS: dict[type, str] = {
     ToolCall: "tool_call",
@@ -39,107 +35,74 @@ _PART_KEYS: dict[type, str] = {
     ReasoningContent: "reasoning",
     FileContent: "file",
 }
+_PARTS = frozenset({TextContent, *_PART_KEYS})
 _PART_KINDS = {key: kind for kind, key in _PART_KEYS.items()}
-_FIELDS = {kind: frozenset(field.name for field in fields(kind)) for kind in (ChatMessage, *_PART_KEYS)}
+_FIELDS = {kind: frozenset(field.name for field in fields(kind)) for kind in _PART_KEYS}
+# Where a value without a JSON form is stored as its repr: after the name of the message.
+_IN_META_OR_EXTRA = re.compile(r"\.meta\b|.*\['extra'\]")
 
-# What lies deeper is left to json_form, which counts from the message down and decides.
-_CHECKED_DEPTH = MAX_DEPTH - 10
-
-# Bulk reads of at least so many messages are worth pausing the garbage collector for.
-_MANY = 1000
+logger = logging.getLogger(__name__)
 
 
-# Held by the one bulk read at a time that pauses the garbage collector, and over a fork.
-_pausing = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_pausing.acquire, after_in_parent=_pausing.release, after_in_child=_pausing.release)
-
-
-@contextmanager
-def _garbage_collector_paused() -> Iterator[None]:
-    """
-    Keep the garbage collector from looking through messages while they are made: half of a bulk read would be that.
-
-    While one thread does, others decode as they are, so that there is always a time when the collector may run.
-    """
-    if not gc.isenabled() or not _pausing.acquire(blocking=False):
-        yield
-        return
-    try:
-        gc.disable()
-        yield
-    finally:
-        gc.enable()
-        _pausing.release()
-
-
-def encode_message(message: ChatMessage, message_id: str, where: str = "message") -> str:
+def encode_message(message: ChatMessage, message_id: str, where: str = "message", *, strict: bool = False) -> str:
     """
     Turn a message into the JSON text that is stored. The message is not changed.
 
     :param message: The message.
     :param message_id: The id that the message is stored under; it is put into the stored `meta`.
     :param where: What an error calls the message, such as `messages[2]`.
+    :param strict: Whether values in `meta` and `extra` that have no JSON form are refused. Defaults to False: their
+        `repr` is stored, and the log says so.
     :raises MessageEncodingError: If the message holds something that cannot be stored.
     """
-    try:
-        text = _plain_text(message, message_id)
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-    ):  # a NaN, a very long integer, a lone surrogate, or what Haystack has no part for
-        text = None
-    if text is None:
-        data = _message_to_dict(message, where)
-        text = encode_unusual({**data, "meta": {**data["meta"], MESSAGE_ID_KEY: message_id}}, where)
-    return text
+    text = _plain_text(message, message_id)
+    if text is not None:
+        return text
+    data = _message_to_dict(message, where)
+    data["meta"] = {**data["meta"], MESSAGE_ID_KEY: message_id}
+
+    def stored_as_repr(path: str, value: Any) -> str:
+        if strict or not _IN_META_OR_EXTRA.match(path, len(where)):
+            refuse(path, value)
+        logger.warning("{path} is a {kind}, which has no JSON form. Its repr is stored.", path=path, kind=type(value))
+        return repr_of(value)
+
+    form = {key: json_value(value, (f"{where}.{key}",), stored_as_repr) for key, value in data.items()}
+    return encode_plain(form)
 
 
 def _plain_text(message: ChatMessage, message_id: str) -> str | None:
     """
-    Encode a message that holds nothing unusual, as nearly all do, or return `None`.
-
-    The frame is written by hand because that is twice as fast as to have `json` encode it.
-
-    :raises ValueError, TypeError: If something unusual was found on the way.
+    Encode a message that holds nothing but plain data, as nearly all do, or return `None`.
     """
     meta, name = message._meta, message._name
-    if type(message) is not ChatMessage or not (name is None or type(name) is str) or not _is_json(meta):
+    if type(message) is not ChatMessage or not (name is None or type(name) is str) or not is_plain(meta):
         return None
-    parts = []
+    content = []
     for part in message._content:
-        if type(part) is TextContent and type(part.text) is str:
-            parts.append(f'{{"text":{quoted(part.text)}}}')
-        elif _is_json_part(part):
-            parts.append(encoded(_part_to_dict(part, "")))
-        else:
+        data = _plain_part(part)
+        if data is None:
             return None
-    meta_text = (
-        encoded({**meta, MESSAGE_ID_KEY: message_id}) if meta else f'{{"{MESSAGE_ID_KEY}":{quoted(message_id)}}}'
-    )
-    name_text = "null" if name is None else quoted(name)
-    text = f'{{"role":"{message._role.value}","meta":{meta_text},"name":{name_text},"content":[{",".join(parts)}]}}'
-    if not text.isascii():
-        text.encode()  # a lone surrogate has no UTF-8
-    return text
+        content.append(data)
+    meta = {**meta, MESSAGE_ID_KEY: message_id}
+    text = encode_plain({"role": message._role.value, "meta": meta, "name": name, "content": content})
+    return None if has_long_number(text) else text
 
 
 def decode_messages(texts: Sequence[str]) -> list[ChatMessage]:
     """
-    Turn stored texts back into messages. All of them are parsed at once, which takes half the time.
+    Turn stored texts back into messages. All of them are parsed at once, which is faster.
 
     :param texts: What `encode_message` returned, oldest first.
     :raises MessageDecodingError: If one of them cannot be read back. It names the text's index, not its content.
     """
-    with _garbage_collector_paused() if len(texts) >= _MANY else nullcontext():
-        try:
-            rows = parse_json(f"[{','.join(texts)}]")
-            if len(rows) == len(texts):
-                return [_message_from_dict(row) for row in rows]
-        except Exception:  # noqa: S110  (damaged, or written by another version of Haystack: one by one, then)
-            pass
-        return [_decoded_alone(text, index) for index, text in enumerate(texts)]
+    try:
+        rows = parse_json(f"[{','.join(texts)}]")
+        if len(rows) == len(texts):
+            return [_message_from_dict(row) for row in rows]
+    except Exception:  # noqa: S110  (damaged, or written by another version of Haystack: one by one, then)
+        pass
+    return [_decoded_alone(text, index) for index, text in enumerate(texts)]
 
 
 def _decoded_alone(text: str, index: int) -> ChatMessage:
@@ -158,11 +121,21 @@ def _decoded_alone(text: str, index: int) -> ChatMessage:
 def _message_to_dict(message: ChatMessage, where: str) -> dict[str, Any]:
     """
     Do what `ChatMessage.to_dict()` does, without the deep copies that take most of its time.
+
+    A message with parts that this version does not know goes through `to_dict()`, so that a newer Haystack works.
     """
-    if type(message) is not ChatMessage and len(fields(message)) != len(_FIELDS[ChatMessage]):
-        raise MessageEncodingError(f"{where} is a {type(message).__name__} with fields that ChatMessage does not have.")
-    content = [_part_to_dict(part, f"{where}.content[{index}]") for index, part in enumerate(message._content)]
-    return {"role": message._role.value, "meta": message._meta, "name": message._name, "content": content}
+    kind = type(message)
+    if kind is ChatMessage and _PARTS.issuperset(map(type, message._content)):
+        content = [_part_to_dict(part, f"{where}.content[{index}]") for index, part in enumerate(message._content)]
+        return {"role": message._role.value, "meta": message._meta, "name": message._name, "content": content}
+    try:
+        data = message.to_dict()
+        is_same = kind.from_dict(data) == message
+    except Exception as error:  # Haystack's own errors quote the message
+        raise MessageEncodingError(f"{where} cannot be made JSON by its to_dict() ({type(error).__name__}).") from None
+    if not is_same or kind is not ChatMessage:
+        raise MessageEncodingError(f"{where} is a {kind.__name__} that does not come back equal from its to_dict().")
+    return data
 
 
 def _part_to_dict(part: Any, where: str) -> dict[str, Any]:
@@ -231,34 +204,22 @@ def _made(kind: type, state: dict[str, Any]) -> Any:
     return made
 
 
-def _is_json(data: Any, depth: int = _CHECKED_DEPTH) -> bool:
+def _plain_part(part: Any) -> dict[str, Any] | None:
     """
-    Whether a dict or list consists of nothing but what JSON has a form for. Keys and scalars cost no Python code each.
-    """
-    if type(data) is dict:
-        if not _TEXT.issuperset(map(type, data)):
-            return False
-        data = data.values()
-    elif type(data) is not list:
-        return False
-    if _SCALARS.issuperset(map(type, data)):
-        return True
-    if depth == 1:
-        return False
-    for value in data:
-        kind = type(value)
-        if kind not in _SCALARS and not ((kind is dict or kind is list) and _is_json(value, depth - 1)):
-            return False
-    return True
+    Return a part of a message as it is stored, or `None` if it holds anything but plain data.
 
-
-def _is_json_part(part: Any) -> bool:
-    """
-    The same for a part of a message. The commonest parts are looked at only where they can hold something unusual.
+    The most frequent parts are looked at only where they can hold something else.
     """
     kind = type(part)
-    if kind is ToolCallResult and type(part.result) is str:
-        kind, part = ToolCall, part.origin
+    if kind is TextContent:
+        return vars(part) if type(part.text) is str else None
+    if kind not in _PART_KEYS:
+        return None
+    data = _part_to_dict(part, "")
     if kind is ToolCall:
-        return _is_json([part.arguments, part.extra])
-    return _is_json(_part_to_dict(part, ""))
+        is_ours = is_plain(part.arguments) and (part.extra is None or is_plain(part.extra))
+    elif kind is ToolCallResult and type(part.result) is str:
+        is_ours = is_plain(part.origin.arguments) and (part.origin.extra is None or is_plain(part.origin.extra))
+    else:
+        is_ours = is_plain(data)
+    return data if is_ours else None

@@ -27,7 +27,7 @@ from unicodedata import category, combining, name, normalize
 
 from haystack.dataclasses import ChatMessage, TextContent, ToolCallResult
 
-from haystack_chat_store.json_form import parse_json
+from haystack_chat_store.json_values import parse_json
 
 #: How many terms a message has at most; the rest of it is not found. PostgreSQL keeps positions up to 16,383.
 MAX_TERMS = 16_000

@@ -10,7 +10,7 @@ from typing import Any
 from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store.json_form import encode_meta, parse_json
+from haystack_chat_store.json_values import encode_meta, parse_json
 from haystack_chat_store.stores.rows import UNCHANGED, Unchanged
 from haystack_chat_store.stores.times import EPOCH, MICROSECOND
 

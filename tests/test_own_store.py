@@ -3,21 +3,67 @@
 The example of a store of one's own keeps the contract, apart from what it says it does not: it is for one process.
 """
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 
+from haystack_chat_store import store_from_url
+from haystack_chat_store.cli import main
 from haystack_chat_store.testing import ChatMessageStoreContract
+from haystack_chat_store.testing.messages import conversation
 
-_path = Path(__file__).parent.parent / "examples" / "own_store.py"
-_spec = importlib.util.spec_from_file_location("own_store", _path)
-own_store = sys.modules["own_store"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(own_store)
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _examples_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+@pytest.fixture
+def _registered(monkeypatch, tmp_path):
+    """
+    A project that registers the store, as an installer leaves it.
+    """
+    metadata = tmp_path / "own_store-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: own-store\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[haystack_chat_store.engines]\nfolder = own_store_directory:SearchableFolderChatMessageStore\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
 
 
 class TestFolderChatMessageStore(ChatMessageStoreContract):
     @pytest.fixture
     def make_store(self, tmp_path):
-        return lambda **settings: own_store.FolderChatMessageStore(str(tmp_path), **settings)
+        from own_store import FolderChatMessageStore
+
+        return lambda **settings: FolderChatMessageStore(str(tmp_path), **settings)
+
+
+@pytest.mark.usefixtures("_registered")
+def test_registered_store_is_made_from_its_url(tmp_path):
+    store = store_from_url(f"folder:///{tmp_path}/chats", namespace="mine", search=True)
+    assert type(store).__name__ == "SearchableFolderChatMessageStore"
+    assert store.write_messages("first", conversation("uaua")) == 4
+    assert store.write_messages("second", conversation("u")) == 1
+    assert [info.chat_history_id for info in store.list_chat_histories().items] == ["second", "first"]
+    assert [stored.position for stored in store.list_messages("first", after=0, limit=2)] == [1, 2]
+    (hit, *_) = store.search_messages(store.list_messages("first")[2].message.text, chat_history_id="first")
+    assert (hit.chat_history_id, hit.position) == ("first", 2)
+
+
+@pytest.mark.usefixtures("_registered")
+def test_command_line_works_on_a_registered_store(tmp_path, capsys):
+    url = f"folder:///{tmp_path}/chats"
+    store_from_url(url).write_messages("trip", conversation("ua"))
+    with pytest.raises(SystemExit) as ended:
+        main(["ls", "--store", url])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("trip\t\t2\t1\t")
+
+
+def test_unknown_scheme_names_the_known_ones():
+    with pytest.raises(ValueError, match="memory://.*postgresql://.*redis://.*sqlite://"):
+        store_from_url("folder:///chats")

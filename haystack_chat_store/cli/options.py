@@ -17,10 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from haystack_chat_store.cli.completion import is_plain
-from haystack_chat_store.errors import StoreUnavailableError
 from haystack_chat_store.stores.base import BaseChatMessageStore
-from haystack_chat_store.stores.in_memory import InMemoryChatMessageStore
-from haystack_chat_store.stores.sqlite import SQLiteChatMessageStore
 from haystack_chat_store.urls import store_from_url
 
 _URL_VARIABLE = "HAYSTACK_CHAT_STORE_URL"
@@ -91,7 +88,7 @@ def opened(
     :param to_fill: Whether histories are moved there. A database file that is not there is then made, rather than taken
         for a mistake.
     :raises typer.BadParameter: If there is no URL, or it is none of a store, or the one to fill would not outlive us.
-    :raises StoreUnavailableError: If there is no such file.
+    :raises StoreConfigurationError: If there is no such database.
     """
     if not url:
         raise typer.BadParameter(
@@ -103,10 +100,10 @@ def opened(
     except ValueError as error:
         hint = f" Did you mean sqlite:///{url}?" if "://" not in url and os.path.exists(url) else ""
         raise typer.BadParameter(f"{error}{hint}") from None
-    if isinstance(store, SQLiteChatMessageStore) and not to_fill and not os.path.exists(store.path):
-        raise StoreUnavailableError(f"There is no file {store.path}.")
-    if isinstance(store, InMemoryChatMessageStore) and to_fill:
-        raise typer.BadParameter("What is moved to memory:// would be gone when this command ends.")
+    if not to_fill:
+        store.engine.check_exists()
+    elif not store.engine.is_durable:
+        raise typer.BadParameter(f"What is moved to {url} would be gone when this command ends.")
     try:
         yield store
     finally:

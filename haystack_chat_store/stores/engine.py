@@ -77,6 +77,9 @@ class Engine(ABC, Generic[SessionT]):
     settings share them, and an engine can be copied and pickled.
     """
 
+    #: Whether histories outlive the process.
+    is_durable = True
+
     @abstractmethod
     def run(
         self,
@@ -101,6 +104,13 @@ class Engine(ABC, Generic[SessionT]):
     ) -> ResultT:
         """
         Do what `run` does, without blocking the event loop.
+        """
+
+    def check_exists(self) -> None:
+        """
+        Check that the database exists, where the first write would make it. Makes nothing.
+
+        :raises StoreConfigurationError: If there is none.
         """
 
     def close(self) -> None:

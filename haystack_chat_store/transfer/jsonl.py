@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from haystack_chat_store import validation
 from haystack_chat_store.errors import DamagedFileError, MessageDecodingError
-from haystack_chat_store.json_form import encoded, parse_json, quoted
+from haystack_chat_store.json_values import encode_plain, parse_json
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.stores.times import datetime_of
 from haystack_chat_store.transfer.histories import Histories, Progress, Rows, TransferResult, arrived_row, batched
@@ -69,14 +69,14 @@ class _HashedOutput:
         self._stream.write(data)
 
     def write_end(self, of_what: str, **counts: int) -> None:
-        self.write(encoded({of_what: {**counts, "sha256": self._digest.hexdigest()}}) + "\n")
+        self.write(encode_plain({of_what: {**counts, "sha256": self._digest.hexdigest()}}) + "\n")
 
 
 def _history_line(history: HistoryRow) -> str:
-    title = "null" if history.title is None else quoted(history.title)
+    title = "null" if history.title is None else encode_plain(history.title)
     meta = "null" if history.meta is None else _on_one_line(history.meta)
     return (
-        f'{{"chat_history":{{"id":{quoted(history.chat_history_id)},"title":{title},"meta":{meta},'
+        f'{{"chat_history":{{"id":{encode_plain(history.chat_history_id)},"title":{title},"meta":{meta},'
         f'"created_at":"{_time_text(history.created_at)}","updated_at":"{_time_text(history.updated_at)}"}}}}\n'
     )
 

@@ -12,7 +12,7 @@ from haystack.dataclasses import ChatMessage, ChatRole, TextContent
 
 from haystack_chat_store import rounds
 from haystack_chat_store.codec import decode_messages
-from haystack_chat_store.json_form import encode_unusual
+from haystack_chat_store.json_values import encode_values
 from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.transfer.histories import Rows, TransferResult
 from haystack_chat_store.types import Fault
@@ -39,7 +39,7 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
             faults.append(Fault(chat_history_id=history.chat_history_id, description=description))
             continue
         if example:
-            stream.write(encode_unusual({"messages": example}, "example").encode() + b"\n")
+            stream.write(encode_values({"messages": example}, "example").encode() + b"\n")
             chat_histories += 1
             messages += len(to_learn_from)
     return TransferResult(

@@ -18,7 +18,7 @@ from haystack.dataclasses import (
 )
 
 from haystack_chat_store.codec import decode_messages
-from haystack_chat_store.json_form import encode_meta
+from haystack_chat_store.json_values import encode_meta
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.stores.times import readable_time
 

@@ -29,6 +29,8 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
     Keeps chat histories in the memory of the process.
     """
 
+    is_durable = False
+
     def run(
         self,
         operation: Callable[Concatenate[Memory, ArgumentsT], Operation[ResultT]],

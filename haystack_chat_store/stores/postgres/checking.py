@@ -15,7 +15,7 @@ from haystack.dataclasses import ChatRole
 
 from haystack_chat_store import validation
 from haystack_chat_store.ids import MESSAGE_ID_KEY
-from haystack_chat_store.json_form import parse_json
+from haystack_chat_store.json_values import parse_json
 from haystack_chat_store.stores.postgres.base import BEGINNING, MAX_POSITION, history_key
 from haystack_chat_store.stores.postgres.search import Search
 from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES

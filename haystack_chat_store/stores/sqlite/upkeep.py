@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 from haystack_chat_store.errors import StoreTimeoutError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
-from haystack_chat_store.json_form import parse_json
+from haystack_chat_store.json_values import parse_json
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.rows import RECOVERED
 from haystack_chat_store.stores.sqlite import schema

@@ -17,7 +17,7 @@ from typing_extensions import Self
 from haystack_chat_store import validation
 from haystack_chat_store.codec import encode_message
 from haystack_chat_store.errors import DamagedFileError, MessageEncodingError
-from haystack_chat_store.json_form import MAX_DEPTH, encode_meta, parse_json
+from haystack_chat_store.json_values import MAX_DEPTH, encode_meta, parse_json
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.transfer.histories import Faults, Histories, arrived_row, batched, unnamed
 from haystack_chat_store.transfer.seen_ids import SeenIds

@@ -10,7 +10,7 @@ from typing import Any
 
 from haystack.dataclasses import FileContent, ImageContent, TextContent, ToolCall
 
-from haystack_chat_store.json_form import encode_meta, parse_json
+from haystack_chat_store.json_values import encode_meta, parse_json
 
 _DATA_URL = re.compile(r"data:([^;,]*)[^,]*;base64,(.*)", re.DOTALL)
 

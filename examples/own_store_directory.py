@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A store of one's own that can also list, page and search: further operations for the engine of `own_store.py`.
+
+Each operation makes more of the store's methods and of the command line work. The URL `folder:///chats` stands for this
+store in a project that registers it:
+
+    [project.entry-points."haystack_chat_store.engines"]
+    folder = "own_store_directory:SearchableFolderChatMessageStore"
+
+Then `haystack-chat-store ls --store folder:///chats` lists what is in the folder.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from own_store import FolderEngine, file_of, folder_of, lines_of
+
+from haystack_chat_store import BaseChatMessageStore, FoundRow, HistoryRow, MessageRow, Scope
+from haystack_chat_store.search_text import Phrase, matches, searchable_text_of_content, terms
+
+
+class SearchableFolderEngine(FolderEngine):
+    """
+    Adds the directory, pages and search to `FolderEngine`. It reads every file for them.
+    """
+
+    def history(self, session: Path, scope: Scope, chat_history_id: str) -> HistoryRow | None:
+        file = file_of(session, scope, chat_history_id)
+        return _history_row(file) if file.exists() else None
+
+    def histories(
+        self, session: Path, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
+    ) -> list[HistoryRow]:
+        rows = sorted(_rows(session, scope, prefix), key=_place, reverse=True)
+        return [row for row in rows if before is None or _place(row) < before][:limit]
+
+    def histories_by_id(self, session: Path, scope: Scope, prefix: str, after: str, limit: int) -> list[HistoryRow]:
+        rows = sorted(_rows(session, scope, prefix), key=lambda row: row.chat_history_id)
+        return [row for row in rows if row.chat_history_id > after][:limit]
+
+    def page(
+        self, session: Path, scope: Scope, chat_history_id: str, before: int | None, after: int | None, limit: int
+    ) -> list[MessageRow]:
+        rows = _message_rows(file_of(session, scope, chat_history_id))
+        return rows[after + 1 :][:limit] if after is not None else rows[:before][-limit:]
+
+    def search(
+        self,
+        session: Path,
+        scope: Scope,
+        phrases: Sequence[Phrase],
+        chat_history_id: str | None,
+        prefix: str,
+        limit: int,
+    ) -> list[FoundRow]:
+        return [
+            FoundRow(
+                chat_history_id=history.chat_history_id,
+                position=row.position,
+                message_id=row.message_id,
+                content=row.content,
+                score=1.0,
+            )
+            for history in _rows(session, scope, prefix)
+            if chat_history_id in (None, history.chat_history_id)
+            for row in _message_rows(file_of(session, scope, history.chat_history_id))
+            if matches(phrases, terms(searchable_text_of_content(row.content)))
+        ][:limit]
+
+
+class SearchableFolderChatMessageStore(BaseChatMessageStore):
+    """
+    Keeps chat histories in a folder, and finds them again.
+    """
+
+    def __init__(self, folder: str, **settings: Any) -> None:
+        """
+        Create the store. `settings` are those of the base class.
+        """
+        super().__init__(SearchableFolderEngine(folder), **settings)
+        self.folder = folder
+
+    def settings(self) -> dict[str, Any]:
+        return {"folder": self.folder, **super().settings()}
+
+    @classmethod
+    def from_url(cls, url: str, **settings: Any) -> "SearchableFolderChatMessageStore":
+        return cls(url.partition(":///")[2], **settings)  # folder:///relative, folder:////absolute
+
+
+def _rows(session: Path, scope: Scope, prefix: str) -> Iterator[HistoryRow]:
+    rows = map(_history_row, folder_of(session, scope).glob("*"))
+    return (row for row in rows if row.chat_history_id.startswith(prefix))
+
+
+def _history_row(file: Path) -> HistoryRow:
+    chat_history_id, *messages = lines_of(file)
+    return HistoryRow(
+        chat_history_id=chat_history_id,
+        message_count=len(messages),
+        round_count=sum(role == "user" for _, role, _, _ in messages),
+        created_at=messages[0][3],
+        updated_at=file.stat().st_mtime_ns // 1000,
+    )
+
+
+def _message_rows(file: Path) -> list[MessageRow]:
+    _, *messages = lines_of(file)
+    return [
+        MessageRow(position=position, created_at=created_at, message_id=message_id, role=role, content=content)
+        for position, (message_id, role, content, created_at) in enumerate(messages)
+    ]
+
+
+def _place(row: HistoryRow) -> tuple[int, str]:
+    return row.updated_at, row.chat_history_id

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+JSON text by `pydantic_core`, and the form that other values have in it.
+
+| in a message | in the store |
+|---|---|
+| tuple, set, frozenset, deque | list (a set sorted, where its items can be) |
+| datetime, date, time, timedelta | ISO 8601 text, as pydantic writes it |
+| Enum | its value |
+| pydantic model, dataclass instance, other mapping | dict, as pydantic's JSON mode makes it |
+| UUID, Decimal, Fraction, Path, URL, IP address | text |
+| bytes, bytearray, memoryview | base64 text with `+` and `/` |
+| NaN, Infinity, -Infinity | the text `"NaN"`, `"Infinity"`, `"-Infinity"` |
+| numpy scalar, numpy array | number (a datetime64: ISO 8601 text), list |
+| a high and a low surrogate side by side | the character they encode |
+| a dict key that is not text | text, as JSON writes it; refused if two keys become the same |
+| an integer of more than 4,300 digits, a cycle, more than 200 levels | refused with a `MessageEncodingError` |
+| anything else, such as a function or an iterator | in a message's `meta` and `extra`: its `repr`; elsewhere refused |
+"""
+
+import base64
+import json
+import math
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, ValuesView
+from collections.abc import Set as AbstractSet
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
+
+from haystack_chat_store.errors import MessageEncodingError
+
+#: How deep lists and dicts may be nested. Well below the recursion limit, so that decoding succeeds even deep in a call
+#: stack.
+MAX_DEPTH = 200
+#: The longest integer, in digits. Longer ones take minutes to read (CVE-2020-10735), and Python refuses them by default.
+MAX_DIGITS = 4_300
+
+_SMALLEST_TOO_LONG = 10**MAX_DIGITS
+_LONG_NUMBER = re.compile(f"[0-9]{{{MAX_DIGITS + 1}}}")
+# Longer texts of a value without a form are cut.
+_MAX_REPR_LENGTH = 1_000
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+_TEXT = frozenset({str})
+
+# Where a value stands: the name of the data, or another path and a step from there.
+_Path: TypeAlias = "tuple[str] | tuple[_Path, str | int]"
+#: Returns a replacement for a value without a form, given its path and the value; or raises.
+Replace: TypeAlias = Callable[[str, Any], Any]
+
+
+def refuse(path: str, value: Any) -> Any:
+    """
+    Refuse a value without a JSON form.
+
+    :raises MessageEncodingError: Always. It names the path.
+    """
+    raise MessageEncodingError(
+        f"{path} is a {type(value).__name__}, which has no JSON form. Turn it into text, numbers, lists or dicts."
+    )
+
+
+def parse_json(text: str) -> Any:
+    """
+    Parse JSON text.
+
+    :raises ValueError: If the text is not JSON, or has an integer of more than 4,300 digits.
+    """
+    try:
+        return from_json(text)
+    except ValueError:  # it may only have a lone surrogate, or be nested deeply
+        return json.loads(text)
+
+
+def encode_plain(data: Any) -> str:
+    """
+    Return plain data, of which `is_plain` is true, as compact JSON text.
+    """
+    try:
+        return to_json(data, inf_nan_mode="strings").decode()
+    except (PydanticSerializationError, ValueError):
+        # A lone surrogate can only be written as an escape sequence.
+        return json.dumps(data, separators=(",", ":"), allow_nan=False)
+
+
+def encode_values(data: Any, name: str, replace: Replace = refuse) -> str:
+    """
+    Return any data as compact JSON text, with each value in the form of the table above.
+
+    :param data: A dict, list or value.
+    :param name: What errors call the data.
+    :param replace: What becomes of a value without a form. Defaults to refusing it.
+    :raises MessageEncodingError: If a value is refused. It names the value's path.
+    """
+    return encode_plain(json_value(data, (name,), replace))
+
+
+def encode_meta(meta: dict[Any, Any]) -> str:
+    """
+    Return the meta of a chat history as JSON text.
+
+    :raises MessageEncodingError: If a value has no form. It names the value's path.
+    """
+    return encode_values(meta, "meta")
+
+
+def is_plain(data: Any, depth: int = MAX_DEPTH - 10) -> bool:
+    """
+    Whether a dict or list consists of nothing but dicts with text as keys, lists, text, numbers, True, False and None.
+
+    Keys and scalars cost no Python code each.
+    """
+    if type(data) is dict:
+        if not _TEXT.issuperset(map(type, data)):
+            return False
+        data = data.values()
+    elif type(data) is not list:
+        return False
+    if _SCALARS.issuperset(map(type, data)):
+        return True
+    if depth == 1:
+        return False
+    for value in data:
+        kind = type(value)
+        if kind not in _SCALARS and not ((kind is dict or kind is list) and is_plain(value, depth - 1)):
+            return False
+    return True
+
+
+def has_long_number(text: str) -> bool:
+    """
+    Whether JSON text may have an integer of more than 4,300 digits, or has as many digits in one of its texts.
+    """
+    return len(text) > MAX_DIGITS and _LONG_NUMBER.search(text) is not None
+
+
+def json_value(value: Any, path: _Path, replace: Replace, depth: int = MAX_DEPTH) -> Any:
+    """
+    Return a copy of a value in its JSON form, as plain data.
+
+    :param path: Where the value stands.
+    :param replace: What becomes of a value without a form.
+    :param depth: How many more levels may follow.
+    :raises MessageEncodingError: If a value is refused. It names the value's path.
+    """
+    if depth == 0:
+        raise MessageEncodingError(f"{shown(path)}… is nested more than {MAX_DEPTH} levels deep, or contains itself.")
+    if value is None or isinstance(value, (bool, str, int, float)):
+        return _scalar_form(value.value if isinstance(value, Enum) else value, path)
+    if isinstance(value, Mapping):
+        return _object_form(value, path, replace, depth)
+    if isinstance(value, AbstractSet):
+        value = _sorted_if_possible(value)
+    if isinstance(value, (list, tuple, deque, ValuesView)):
+        return [json_value(item, (path, index), replace, depth - 1) for index, item in enumerate(value)]
+    try:
+        form = _form(value, lambda inner: replace(shown(path), inner))
+    except MessageEncodingError:
+        raise
+    except Exception:  # a model's own serializer may raise anything
+        form = replace(shown(path), value)
+    return json_value(form, path, replace, depth - 1)
+
+
+def shown(path: _Path) -> str:
+    """
+    Return a path as an error shows it, such as `messages[2].meta['usage']['x']`.
+    """
+    steps = []
+    while len(path) == 2:
+        path, step = path
+        steps.append(f"[{step!r}]"[:100])
+    return "".join([path[0], *reversed(steps)])[:200]
+
+
+def repr_of(value: Any) -> str:
+    """
+    Return the text that is stored in the place of a value without a form.
+    """
+    try:
+        return repr(value)[:_MAX_REPR_LENGTH]
+    except Exception:  # an object's own method may raise anything
+        return object.__repr__(value)
+
+
+def _scalar_form(value: Any, path: _Path) -> Any:
+    if isinstance(value, str):
+        value = str.__str__(value)  # plain, whatever a subclass makes of its methods
+        # A pair of surrogates becomes the character it encodes, as it would when it is read back.
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, int):
+        if not -_SMALLEST_TOO_LONG < value < _SMALLEST_TOO_LONG:
+            raise MessageEncodingError(f"{shown(path)} is an integer of more than {MAX_DIGITS:,} digits.")
+        return int(value)
+    return value
+
+
+def _object_form(value: Mapping[Any, Any], path: _Path, replace: Replace, depth: int) -> dict[str, Any]:
+    form: dict[str, Any] = {}
+    for key, item in value.items():
+        key_form = json_value(key, (path, "a key"), replace, depth - 1)
+        name = key_form if isinstance(key_form, str) else encode_plain(key_form)
+        if name in form:
+            raise MessageEncodingError(f"{shown(path)} has two keys that both become {name[:200]!r} in JSON.")
+        form[name] = json_value(item, (path, name), replace, depth - 1)
+    return form
+
+
+def _sorted_if_possible(values: AbstractSet[Any]) -> list[Any]:
+    try:
+        return sorted(values)
+    except TypeError:  # items of several kinds have no order
+        return list(values)
+
+
+def _form(value: Any, replace_inner: Callable[[Any], Any]) -> Any:
+    """
+    Return a value that is neither a scalar nor a container as data that is closer to JSON.
+
+    :param replace_inner: What becomes of values inside of it that have no form.
+    :raises Exception: If the value itself has no form.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(bytes(value)).decode("ascii")
+    if isinstance(value, Fraction):
+        return str(value)
+    if type(value).__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind != "m":
+        # numpy gives a time that is none ("NaT") as None, and a duration ("m") as a bare number in some unit.
+        return (value.astype(str) if value.dtype.kind == "M" else value).tolist()
+    if isinstance(value, (Iterator, type)):  # pydantic would run an iterator, and take a class for its instance
+        raise TypeError
+    return to_jsonable_python(
+        value, by_alias=False, bytes_mode="base64", inf_nan_mode="constants", fallback=replace_inner
+    )
