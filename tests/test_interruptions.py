@@ -94,7 +94,7 @@ def duration(call):
 
 def is_within_write(frame):
     while frame is not None:
-        if frame.f_code.co_name == "_write":
+        if frame.f_code.co_name == "append":
             return True
         frame = frame.f_back
     return False

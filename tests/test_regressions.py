@@ -28,7 +28,7 @@ from pydantic import BaseModel, field_serializer
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.errors import MessageEncodingError, StoreUnavailableError
 from haystack_chat_store.rounds import valid_for_model
-from haystack_chat_store.stores.sqlite import database
+from haystack_chat_store.stores.sqlite import connections
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import user
 
@@ -244,7 +244,7 @@ def lent(store, until=None):
     is_lent, is_over = threading.Event(), until or threading.Event()
 
     def hold():
-        with database.databases.get(store._settings).connection() as connection:
+        with connections.databases.get(store.engine.settings).connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
             is_lent.set()
             is_over.wait(3 * HANG_LIMIT)
@@ -262,7 +262,7 @@ def lent(store, until=None):
 
 @forks
 def test_a_child_forked_during_a_long_write_is_told_that_it_cannot_use_the_file(new_sqlite_store, monkeypatch):
-    monkeypatch.setattr(database, "_MIN_FORK_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "_MIN_FORK_WAIT_SECONDS", 0.1)
     store, other = new_sqlite_store(timeout=0.1), new_sqlite_store("other.db", timeout=HANG_LIMIT)
     for each in (store, other):
         each.write_messages("history", [ChatMessage.from_user("Hi!")])
@@ -284,7 +284,7 @@ def test_a_fork_that_waits_for_one_file_does_not_hold_up_the_first_use_of_anothe
     is_used = threading.Event()
 
     def use_other():
-        while not database.databases.get(store._settings)._is_forking:
+        while not connections.databases.get(store.engine.settings)._is_forking:
             time.sleep(0.001)
         other.write_messages("history", [ChatMessage.from_user("Hi!")])
         is_used.set()

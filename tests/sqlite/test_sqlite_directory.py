@@ -117,7 +117,10 @@ def test_a_walk_by_id_costs_the_same_everywhere(store, path):
         found = []
         after = names[start - 1] if start else ""
         counts.append(
-            steps(path, lambda: found.extend(store.engine.run(store.engine.histories_by_id, store.scope, "user", after, 50)))  # noqa: B023
+            steps(
+                path,
+                lambda: found.extend(store.engine.run(store.engine.histories_by_id, store.scope, "user", after, 50)),
+            )  # noqa: B023
         )
         assert [row.chat_history_id for row in found] == names[start : start + 50]
     assert max(counts) < 1.2 * min(counts)

@@ -235,8 +235,8 @@ def writing_thread(path):
         yield []
 
     with closing(SQLiteChatMessageStore(path, timeout=0.2)) as store:
-        arguments = HistoryRow("imported", 0, 0, 1, 1, None, None), batches(), 0
-        thread = threading.Thread(target=store._run, args=(store._import, *arguments))
+        arguments = HistoryRow(chat_history_id="imported", created_at=1, updated_at=1), batches(), 0
+        thread = threading.Thread(target=store.engine.run, args=(store.engine.import_history, store.scope, *arguments))
         thread.start()
         is_writing.wait(60)
         yield thread, go_on.set

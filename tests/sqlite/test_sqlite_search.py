@@ -105,9 +105,23 @@ def import_some(store, history, count, words):
     rows = []
     for number in range(count):
         message = user(" ".join(words), f"{history} {number} {random.random()}")
-        rows.append(MessageRow(number, 0, message.meta[MESSAGE_ID_KEY], "user", json.dumps(message.to_dict())))
+        rows.append(
+            MessageRow(
+                position=number,
+                created_at=0,
+                message_id=message.meta[MESSAGE_ID_KEY],
+                role="user",
+                content=json.dumps(message.to_dict()),
+            )
+        )
     there = store.count_messages(history)
-    store.engine.run(store.engine.import_history, store.scope, HistoryRow(history, 0, 0, 1, 1, None, None), [rows[:1], rows[1:]], there)
+    store.engine.run(
+        store.engine.import_history,
+        store.scope,
+        HistoryRow(chat_history_id=history, created_at=1, updated_at=1),
+        [rows[:1], rows[1:]],
+        there,
+    )
 
 
 def rewind(store, history, message_id):
@@ -140,7 +154,7 @@ def change_at_random(store, chance, steps):
                 (store.delete_messages, other),
                 (partial(store.delete_chat_histories, prefix=other),),
                 (import_some, store, history, 3, words),
-                (store._run, store._remove, history, [0, 3]),
+                (store.engine.run, store.engine.remove, store.scope, history, [0, 3]),
             ]
         )
         change(*arguments)
@@ -169,11 +183,21 @@ def test_a_write_that_fails_leaves_nothing_in_the_index(searching, path):
     searching.write_messages("chat", [user("fox", "1")])
 
     def batches():
-        yield [MessageRow(0, 0, "2", "user", '{"content": [{"text": "brown"}]}')]
+        yield [
+            MessageRow(
+                position=0, created_at=0, message_id="2", role="user", content='{"content": [{"text": "brown"}]}'
+            )
+        ]
         raise RuntimeError("a torn file")
 
     with pytest.raises(RuntimeError):
-        searching.engine.run(searching.engine.import_history, searching.scope, HistoryRow("new", 0, 0, 1, 1, None, None), batches(), 0)
+        searching.engine.run(
+            searching.engine.import_history,
+            searching.scope,
+            HistoryRow(chat_history_id="new", created_at=1, updated_at=1),
+            batches(),
+            0,
+        )
     with pytest.raises(Exception, match="already has"):
         searching.write_messages("chat", [user("brown"), user("brown", "1")], policy=DuplicatePolicy.FAIL)
     assert found(searching, "brown") == []
@@ -434,7 +458,9 @@ def test_the_older_of_two_searches_the_index_of_the_newer_for_what_is_in_it(new_
     older.write_messages("chat", [user("cow𞤀")])
     unsearching = new_store()
     assert unsearching.engine.run(unsearching.engine.check, unsearching.scope, True) == []
-    assert [fault.is_repaired for fault in older.engine.run(older.engine.check, older.scope, True)] == [True]  # there is no newer one any more
+    assert [fault.is_repaired for fault in older.engine.run(older.engine.check, older.scope, True)] == [
+        True
+    ]  # there is no newer one any more
     assert found(older, "dog") == [("chat", 2)]
     assert version_of_index(path) == "1/8.0.0"
 

@@ -8,6 +8,7 @@ import os
 import sqlite3
 import threading
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 
 import pytest
 from haystack.dataclasses import ChatMessage
@@ -250,7 +251,9 @@ def test_row_that_says_something_else_than_its_text_is_mended_from_it(two_histor
     damage(path, f"UPDATE chat_messages SET {damage_done} WHERE message_key = (1 << 32) + 2")
     damaged = two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 100)
     assert [row.position for row in damaged if row not in before] == [2]
-    assert ("chat", 2, True) in [(fault[0], fault[1], fault[3]) for fault in faults_of(two_histories, repair=True)]
+    assert ("chat", 2, True) in [
+        (fault.chat_history_id, fault.position, fault.is_repaired) for fault in faults_of(two_histories, repair=True)
+    ]
     assert two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 100) == before
     assert_sound(two_histories)
 
@@ -264,7 +267,10 @@ def test_row_whose_text_has_the_id_of_another_message_is_left_to_be_removed(two_
     )
     (fault,) = [fault for fault in faults_of(two_histories, repair=True) if fault.position is not None]
     assert not fault.is_repaired
-    assert two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 1)[0].message_id == first.message_id
+    assert (
+        two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 1)[0].message_id
+        == first.message_id
+    )
 
 
 DAMAGED_TIMES = [
@@ -317,11 +323,16 @@ def test_a_damaged_time_of_a_message_hides_no_other_and_becomes_that_of_its_neig
     histories = "UPDATE chat_histories SET created_at = 86400000000 * 365"
     keys = ", ".join(str((1 << 32) + position) for position in damaged)
     damage(path, sound, histories, f"UPDATE chat_messages SET created_at = {time} WHERE message_key IN ({keys})")
-    assert [row.position for row in two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 9)] == [0, 1, 2, 3]
+    assert [
+        row.position
+        for row in two_histories.engine.run(two_histories.engine.page, two_histories.scope, "chat", None, None, 9)
+    ] == [0, 1, 2, 3]
     assert [stored.position for stored in two_histories.list_messages("chat")] == [0, 1, 2, 3]
     assert sum(two_histories.statistics().messages_per_day.values()) == 6
     found = faults_of(two_histories)
-    assert [(fault[0], fault[1], fault[3]) for fault in found] == [("chat", position, False) for position in damaged]
+    assert [(fault.chat_history_id, fault.position, fault.is_repaired) for fault in found] == [
+        ("chat", position, False) for position in damaged
+    ]
     assert {fault.description for fault in found} == {"Its time of creation is none."}
     assert {fault.is_repaired for fault in faults_of(two_histories, repair=True)} == {True}
     times = [stored.created_at for stored in two_histories.list_messages("chat")]
@@ -367,7 +378,7 @@ def test_an_id_that_no_store_gives_is_found_counted_and_mended(two_histories, pa
     before = two_histories.statistics()
     damage(path, f"UPDATE chat_histories SET chat_history_id = {damaged} WHERE chat_history_id = 'chat'")
     after = two_histories.statistics()
-    assert after._replace(size=before.size) == before
+    assert replace(after, size=before.size) == before
     assert ["Its id" in fault.description for fault in faults_of(two_histories)] == [True]
     assert [fault.is_repaired for fault in faults_of(two_histories, repair=True)] == [True]
     assert texts(two_histories.retrieve_messages(mended)) == ["fox 0", "1", "fox 2", "3"]
@@ -377,7 +388,10 @@ def test_an_id_that_no_store_gives_is_found_counted_and_mended(two_histories, pa
 @pytest.mark.parametrize("meta", ["x'ff'", "x'7bff'", "4711", "'[1]'", "x''"])
 def test_damaged_meta_does_not_come_out_as_none(two_histories, path, meta):
     damage(path, f"UPDATE chat_histories SET meta = {meta} WHERE chat_history_id = 'chat'")
-    rows = [two_histories.engine.run(two_histories.engine.history, two_histories.scope, "chat"), next(walk_histories(two_histories))]
+    rows = [
+        two_histories.engine.run(two_histories.engine.history, two_histories.scope, "chat"),
+        next(walk_histories(two_histories)),
+    ]
     for row in rows:
         assert row.chat_history_id == "chat"
         assert parsed_meta(row.meta) is None
@@ -437,11 +451,16 @@ def test_a_walk_goes_on_after_many_ids_that_are_no_texts(two_histories, path):
             f"UPDATE chat_histories SET chat_history_id = CAST(x'63ff{number:02}' AS TEXT) "
             f"WHERE chat_history_id = 'damaged {number}'",
         )
-    assert [row.chat_history_id for row in two_histories.engine.run(two_histories.engine.histories_by_id, two_histories.scope, "", "", 2)] == [
+    assert [
+        row.chat_history_id
+        for row in two_histories.engine.run(two_histories.engine.histories_by_id, two_histories.scope, "", "", 2)
+    ] == [
         "chat",
         "other chat",
     ]
-    assert two_histories.engine.run(two_histories.engine.histories_by_id, two_histories.scope, "", "other chat", 2) == []
+    assert (
+        two_histories.engine.run(two_histories.engine.histories_by_id, two_histories.scope, "", "other chat", 2) == []
+    )
 
 
 def test_damaged_texts_hide_no_hit(new_store, path):

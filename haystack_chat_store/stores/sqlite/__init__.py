@@ -1,30 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-import asyncio
 import os
-import sqlite3
-from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote
 
-from haystack_chat_store.errors import MessageDecodingError, StoreUnavailableError
+from typing_extensions import Self
+
 from haystack_chat_store.rounds import LastKUnit
 from haystack_chat_store.stores.base import BaseChatMessageStore
-from haystack_chat_store.stores.sqlite.database import Database, Durability, Settings, databases
-from haystack_chat_store.stores.sqlite.directory import DirectoryOperations
-from haystack_chat_store.stores.sqlite.messages import MessageOperations
-from haystack_chat_store.stores.sqlite.search import SearchOperations
-from haystack_chat_store.stores.sqlite.terms import interruption
-from haystack_chat_store.stores.sqlite.upkeep import UpkeepOperations
+from haystack_chat_store.stores.sqlite.connections import Durability, Settings
+from haystack_chat_store.stores.sqlite.engine import SQLiteEngine
 from haystack_chat_store.validation import validated_seconds
 
-# Operations that only read, or that others need not wait for. They run side by side.
-_READING = frozenset(
-    ("_read", "_count", "_history", "_histories", "_histories_by_id", "_page", "_search", "_statistics", "_faults")
-)
 
-
-class SQLiteChatMessageStore(
-    MessageOperations, DirectoryOperations, SearchOperations, UpkeepOperations, BaseChatMessageStore[Database]
-):
+class SQLiteChatMessageStore(BaseChatMessageStore):
     """
     Keeps chat histories in one SQLite file: durable, with nothing to install and no server to run.
 
@@ -68,7 +56,6 @@ class SQLiteChatMessageStore(
         :param timeout: How long to wait for a database that another process has locked, in seconds. Defaults to 30.
         :raises ValueError: If a setting is not one of these, or the path is empty or `":memory:"`.
         """
-        super().__init__(skip_system_messages, last_k, last_k_unit=last_k_unit, namespace=namespace, search=search)
         if not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"path must be text or a Path, got {type(path).__name__}.")
         self.path = os.fspath(path)
@@ -83,47 +70,35 @@ class SQLiteChatMessageStore(
             raise ValueError(f'durability must be "full" or "normal", got {durability!r}.')
         self.durability = durability
         self.timeout = validated_seconds(timeout, "timeout", 0, 1_000_000)
-        # Relative to where the process was when the store was made, wherever it goes later.
-        self._settings = Settings(os.path.abspath(self.path), durability, timeout, search)
+        super().__init__(
+            # Relative to where the process was when the store was made, wherever it goes later.
+            SQLiteEngine(Settings(os.path.abspath(self.path), durability, self.timeout, search)),
+            skip_system_messages=skip_system_messages,
+            last_k=last_k,
+            last_k_unit=last_k_unit,
+            namespace=namespace,
+            search=search,
+        )
 
-    def to_dict(self) -> dict[str, Any]:
+    @classmethod
+    def from_url(cls, url: str, **settings: Any) -> Self:
         """
-        Serialize the store's settings.
+        Make a store from `sqlite:///relative.db` or `sqlite:////absolute.db`.
+
+        :param url: One of these forms. `?` and `#` in the file's name are `%3F` and `%23`.
+        :param settings: Further settings of the constructor.
+        :raises ValueError: If the URL has none of these forms.
         """
-        return self._settings_to_dict(path=self.path, durability=self.durability, timeout=self.timeout)
+        _, _, rest = url.partition("://")
+        if not rest.startswith("/") or len(rest) == 1 or {"?", "#"} & set(rest):
+            raise ValueError("The URL of an SQLite file must be sqlite:///relative.db or sqlite:////absolute.db.")
+        return cls(unquote(rest[1:]), **settings)
+
+    def settings(self) -> dict[str, Any]:
+        """
+        Return the arguments that make an equal store.
+        """
+        return {"path": self.path, "durability": self.durability, "timeout": self.timeout, **super().settings()}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, namespace={self.namespace!r})"
-
-    def close(self) -> None:
-        """
-        Close the file, for every store with the same settings. The next use opens it again.
-
-        Calls that are under way in other threads are finished first, by these threads.
-        """
-        databases.close(self._settings)
-
-    def _run(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        return _run_on(databases.get(self._settings), operation, *arguments)
-
-    async def _run_async(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        # sqlite3 can wait for a lock or a disk only by blocking, so it does that on one of the database's threads.
-        database = databases.get(self._settings)
-        submit = database.submit_read if operation.__name__ in _READING else database.submit_write
-        try:
-            future = submit(_run_on, database, operation, *arguments)
-        except RuntimeError as error:  # no thread can be started any more
-            raise StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.") from error
-        return await asyncio.wrap_future(future)
-
-
-def _run_on(database: Database, operation: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return operation(database, *arguments)
-    except sqlite3.Error as error:
-        interrupt = interruption.__dict__.pop("last", None)
-        if interrupt is not None:
-            raise interrupt from None
-        if "Could not decode" in str(error):  # this one quotes the text
-            raise MessageDecodingError("A stored message cannot be read: its text was damaged.") from None
-        raise database.explained(error) from error

@@ -7,12 +7,16 @@ import sqlite3
 from collections.abc import Sequence
 from itertools import accumulate
 from math import inf
+from typing import Any
 
+from haystack_chat_store.errors import StoreTimeoutError
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Unchanged, end_of_prefix
-from haystack_chat_store.stores.sqlite.database import Database
-from haystack_chat_store.stores.sqlite.messages import FIRST_TIME, LAST_TIME, delete_history
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, end_of_prefix
+from haystack_chat_store.stores.sqlite import schema
+from haystack_chat_store.stores.sqlite.connections import Database
+from haystack_chat_store.stores.sqlite.schema import FIRST_TIME, LAST_TIME
 from haystack_chat_store.stores.sqlite.texts import all_readable
+from haystack_chat_store.stores.sqlite.writing import delete_history
 from haystack_chat_store.stores.times import datetime_of
 from haystack_chat_store.types import StoreStatistics
 
@@ -80,6 +84,8 @@ _OLD_KEYS = """
     WHERE namespace = ? AND +chat_history_id >= ? AND +chat_history_id < ? AND updated_at < ? LIMIT ?
 """
 
+_MERGE_INDEX = "INSERT INTO chat_message_terms (chat_message_terms) VALUES ('optimize')"
+
 # Of all histories, the one updated last first, whatever stands in place of a time.
 _BEGINNING, _END = (b"\xff" * 16, ""), (-inf, "")
 # After all ids, those that are no texts included.
@@ -92,91 +98,87 @@ _TRIED_AT_FIRST = 256
 _MESSAGES_PER_STEP = 10_000
 
 
-class DirectoryOperations(Engine[Database]):
+class Directory(Engine[Database]):
     """
     The operations on whole histories.
     """
 
-    namespace: str
-
-    def _history(self, session: Database, chat_history_id: str) -> HistoryRow | None:
+    def history(self, session: Database, scope: Scope, chat_history_id: str) -> HistoryRow | None:
+        """
+        Look a history up by its id.
+        """
         with session.connection() as connection, all_readable(connection):
-            found = connection.execute(_HISTORY, (self.namespace, chat_history_id)).fetchone()
-            return None if found is None else HistoryRow(*found)
+            found = connection.execute(_HISTORY, (scope.namespace, chat_history_id)).fetchone()
+            return None if found is None else _history_row(found)
 
-    def _histories(
-        self, session: Database, prefix: str, before: tuple[int, str] | None, limit: int
+    def histories(
+        self, session: Database, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
     ) -> list[HistoryRow]:
+        """
+        Read the histories in the order of the index by time, or sort those that have the prefix.
+        """
         try:
             with session.snapshot() as connection:
-                return self._listed(connection, prefix, before, limit)
+                return _listed(connection, scope, prefix, before, limit)
         except sqlite3.OperationalError as error:
             if "Could not decode" not in str(error):
                 raise
         with session.snapshot() as connection, all_readable(connection):  # which takes a third longer
-            return self._listed(connection, prefix, before, limit)
+            return _listed(connection, scope, prefix, before, limit)
 
-    def _listed(
-        self, connection: sqlite3.Connection, prefix: str, before: tuple[int, str] | None, limit: int
-    ) -> list[HistoryRow]:
+    def histories_by_id(self, session: Database, scope: Scope, prefix: str, after: str, limit: int) -> list[HistoryRow]:
         """
-        Do what `_histories` has to.
-
-        Where few histories have the prefix, they are looked up by it and sorted; where many do, some are soon met on
-        the walk by time. Which it is shows when both are tried, neither at a greater cost than the other.
+        Read the histories in the order of their ids.
         """
-        place, ids = before or _BEGINNING, id_range(prefix)
-        few = _TRIED_AT_FIRST
-
-        def walk(end: tuple[float, str]) -> list[HistoryRow]:
-            rows = connection.execute(_WALK_BY_TIME, (self.namespace, *place, *end, *ids, limit))
-            return list(map(HistoryRow._make, rows))
-
-        while prefix:
-            (count,) = connection.execute(_COUNT_UP_TO, (self.namespace, *ids, few + 1)).fetchone()
-            if count <= few:
-                rows = connection.execute(_SORT_BY_TIME, (self.namespace, *place, *ids, limit))
-                return list(map(HistoryRow._make, rows))
-            values = (self.namespace, *place, limit + few)
-            end = connection.execute(_PLACE_FURTHER_ON, values).fetchone()
-            if end is None:
-                break
-            found = walk(end)
-            if len(found) == limit:
-                return found
-            few *= 4
-        return walk(_END)
-
-    def _histories_by_id(self, session: Database, prefix: str, after: str, limit: int) -> list[HistoryRow]:
         first, end = id_range(prefix)
         first = max(first, f"{after}\x00")  # the least text that is greater than `after`
         with session.connection() as connection, all_readable(connection):
-            rows = connection.execute(_HISTORIES_BY_ID, (self.namespace, first, end, limit))
-            return list(map(HistoryRow._make, rows))
+            rows = connection.execute(_HISTORIES_BY_ID, (scope.namespace, first, end, limit))
+            return list(map(_history_row, rows))
 
-    def _update_history(
-        self, session: Database, chat_history_id: str, title: str | Unchanged | None, meta: str | Unchanged | None
+    def update_history(
+        self,
+        session: Database,
+        scope: Scope,
+        chat_history_id: str,
+        title: str | Unchanged | None,
+        meta: str | Unchanged | None,
     ) -> HistoryRow | None:
-        history = (self.namespace, chat_history_id)
+        """
+        Change the row, and read it.
+        """
+        history = (scope.namespace, chat_history_id)
         changes = [
             each for value in (title, meta) for each in (value is UNCHANGED, None if value is UNCHANGED else value)
         ]
         with session.transaction() as connection, all_readable(connection):
             connection.execute(_UPDATE_HISTORY, (*changes, *history))
             found = connection.execute(_HISTORY, history).fetchone()
-        return None if found is None else HistoryRow(*found)
+        return None if found is None else _history_row(found)
 
-    def _statistics(self, session: Database, prefix: str) -> StoreStatistics:
+    def statistics(self, session: Database, scope: Scope, prefix: str) -> StoreStatistics:
+        """
+        Count everything as of one moment.
+        """
         first, end = id_range(prefix)
-        histories = (self.namespace, first, end or _AFTER_ALL)
+        histories = (scope.namespace, first, end or _AFTER_ALL)
         with session.snapshot() as connection:
             count, messages, rounds = connection.execute(_TOTALS, histories).fetchone()
             (size,) = connection.execute(_SIZE).fetchone()
             days = connection.execute(_MESSAGES_PER_DAY, (*histories, _DAY, FIRST_TIME, LAST_TIME)).fetchall()
-        return StoreStatistics(count, messages, rounds, size, {datetime_of(day).date(): count for day, count in days})
+        return StoreStatistics(
+            chat_histories=count,
+            messages=messages,
+            rounds=rounds,
+            size=size,
+            messages_per_day={datetime_of(day).date(): messages for day, messages in days},
+        )
 
-    def _erase_some(self, session: Database, prefix: str, updated_before: int | None, limit: int) -> int:
-        histories = (self.namespace, *id_range(prefix))
+    def erase_some(self, session: Database, scope: Scope, prefix: str, updated_before: int | None, limit: int) -> int:
+        """
+        Delete histories, and give way to other writers if there may be more.
+        """
+        histories = (scope.namespace, *id_range(prefix))
         with session.transaction() as connection:
             if updated_before is None:
                 found = connection.execute(_KEYS_BY_ID, (*histories, limit)).fetchall()
@@ -188,6 +190,66 @@ class DirectoryOperations(Engine[Database]):
         if len(keys) < len(found) or len(found) == limit:
             session.give_way()
         return len(keys)
+
+    def vacuum(self, session: Database, scope: Scope) -> None:
+        """
+        Write the file anew, and empty the log beside it.
+        """
+        with session.sole_writer() as connection:
+            if schema.has_index(connection):
+                connection.execute(_MERGE_INDEX)  # which leaves out the terms of what was deleted
+            connection.execute("VACUUM")
+            is_busy, _, _ = connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()
+        if is_busy:
+            raise StoreTimeoutError(
+                "What was deleted is still in the log beside the file, since others have been reading all the time. "
+                "Try again."
+            )
+
+
+def _history_row(row: Sequence[Any]) -> HistoryRow:
+    chat_history_id, message_count, round_count, created_at, updated_at, title, meta = row
+    return HistoryRow(
+        chat_history_id=chat_history_id,
+        message_count=message_count,
+        round_count=round_count,
+        created_at=created_at,
+        updated_at=updated_at,
+        title=title,
+        meta=meta,
+    )
+
+
+def _listed(
+    connection: sqlite3.Connection, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
+) -> list[HistoryRow]:
+    """
+    Return a page of the directory.
+
+    Where few histories have the prefix, they are looked up by it and sorted; where many do, some are soon met on
+    the walk by time. Which it is shows when both are tried, neither at a greater cost than the other.
+    """
+    place, ids = before or _BEGINNING, id_range(prefix)
+    few = _TRIED_AT_FIRST
+
+    def walk(end: tuple[float, str]) -> list[HistoryRow]:
+        rows = connection.execute(_WALK_BY_TIME, (scope.namespace, *place, *end, *ids, limit))
+        return list(map(_history_row, rows))
+
+    while prefix:
+        (count,) = connection.execute(_COUNT_UP_TO, (scope.namespace, *ids, few + 1)).fetchone()
+        if count <= few:
+            rows = connection.execute(_SORT_BY_TIME, (scope.namespace, *place, *ids, limit))
+            return list(map(_history_row, rows))
+        values = (scope.namespace, *place, limit + few)
+        end = connection.execute(_PLACE_FURTHER_ON, values).fetchone()
+        if end is None:
+            break
+        found = walk(end)
+        if len(found) == limit:
+            return found
+        few *= 4
+    return walk(_END)
 
 
 def _step(found: Sequence[tuple[int, int]]) -> list[int]:

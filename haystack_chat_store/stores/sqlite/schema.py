@@ -5,11 +5,23 @@ The tables, and how a database of an earlier version becomes one of this version
 
 import re
 import sqlite3
+from datetime import datetime, timezone
 from itertools import chain
 from typing import NamedTuple
 
 from haystack_chat_store.errors import SchemaVersionError
 from haystack_chat_store.stores.sqlite import terms
+from haystack_chat_store.validation import microseconds
+
+# A message's key is its history's key times 2**32 plus its position. So all messages of a history lie side by side in
+# the table's own tree, in order, and the newest is one look-up away.
+_POSITION_BITS = 32
+#: The greatest position that a message can have.
+MAX_POSITION = 2**_POSITION_BITS - 1
+
+#: The first and the last time that a column can say.
+FIRST_TIME = microseconds(datetime.min.replace(tzinfo=timezone.utc), "time")
+LAST_TIME = microseconds(datetime.max.replace(tzinfo=timezone.utc), "time")
 
 # Each step takes a database from the version of its index to the next. Never change one that was released: add one.
 MIGRATIONS: list[list[str]] = [
@@ -152,6 +164,13 @@ class IndexState(NamedTuple):
         Whether it is for a newer version to complete.
         """
         return self.terms_version != terms.OWN_TERMS and not terms.are_older(self.terms_version)
+
+
+def key_range(history_key: int) -> tuple[int, int]:
+    """
+    Return the first and the last key that messages of a history can have.
+    """
+    return history_key << _POSITION_BITS, ((history_key + 1) << _POSITION_BITS) - 1
 
 
 def is_current(connection: sqlite3.Connection, path: str) -> bool:

@@ -4,15 +4,16 @@ The operations on the index of words.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import FoundRow
+from haystack_chat_store.stores.rows import FoundRow, Scope
 from haystack_chat_store.stores.sqlite import schema, terms
-from haystack_chat_store.stores.sqlite.database import Database
+from haystack_chat_store.stores.sqlite.connections import Database
 from haystack_chat_store.stores.sqlite.directory import id_range
-from haystack_chat_store.stores.sqlite.messages import key_range
+from haystack_chat_store.stores.sqlite.schema import key_range
 from haystack_chat_store.stores.sqlite.texts import all_readable
 
 _SET_INDEXED_UP_TO = "UPDATE chat_messages_indexed SET last_key = ?"
@@ -80,19 +81,26 @@ _OF_NEWER = (
 _FEW = 200
 
 
-class SearchOperations(Engine[Database]):
+class Search(Engine[Database]):
     """
     The operations on the index of words.
     """
 
-    namespace: str
-
-    def _search(
-        self, session: Database, phrases: Sequence[Phrase], chat_history_id: str | None, prefix: str, limit: int
+    def search(
+        self,
+        session: Database,
+        scope: Scope,
+        phrases: Sequence[Phrase],
+        chat_history_id: str | None,
+        prefix: str,
+        limit: int,
     ) -> list[FoundRow] | None:
+        """
+        Ask FTS5, which ranks by bm25.
+        """
         # The first text after an id is the id and a NUL.
         ids = id_range(prefix) if chat_history_id is None else (chat_history_id, f"{chat_history_id}\x00")
-        histories = (self.namespace, *ids)
+        histories = (scope.namespace, *ids)
         with session.snapshot() as connection, all_readable(connection):
             if not schema.state_of_index(connection).is_searchable:
                 return None
@@ -105,9 +113,12 @@ class SearchOperations(Engine[Database]):
             else:
                 keys = (key_range(first)[0], key_range(last)[1])
                 rows = connection.execute(_SEARCH_FEW, (*values, *keys)).fetchall()
-        return [FoundRow(*row) for row in rows]
+        return [_found_row(row) for row in rows]
 
-    def _index_some(self, session: Database, limit: int) -> bool:
+    def index_some(self, session: Database, scope: Scope, limit: int) -> bool:
+        """
+        Index the next messages by their keys, and then those that were left out.
+        """
         with session.transaction() as connection:
             index = schema.state_of_index(connection)
             if index.is_searchable:
@@ -127,6 +138,13 @@ class SearchOperations(Engine[Database]):
         if not is_done:
             session.give_way()
         return not is_done
+
+
+def _found_row(row: Sequence[Any]) -> FoundRow:
+    chat_history_id, position, message_id, content, score = row
+    return FoundRow(
+        chat_history_id=chat_history_id, position=position, message_id=message_id, content=content, score=score
+    )
 
 
 def _match_expression(phrases: Sequence[Phrase]) -> str:

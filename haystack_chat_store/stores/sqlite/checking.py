@@ -5,25 +5,26 @@ The operations that keep a file in order: checking, repairing, and having what w
 
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
-from haystack_chat_store.errors import StoreTimeoutError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.json_values import parse_json
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import RECOVERED
+from haystack_chat_store.stores.rows import Scope
 from haystack_chat_store.stores.sqlite import schema
-from haystack_chat_store.stores.sqlite.database import Database
-from haystack_chat_store.stores.sqlite.messages import FIRST_TIME, LAST_TIME, microseconds_now
+from haystack_chat_store.stores.sqlite.connections import Database, Settings
+from haystack_chat_store.stores.sqlite.schema import FIRST_TIME, LAST_TIME
 from haystack_chat_store.stores.sqlite.terms import has_same_terms, terms_of_content
 from haystack_chat_store.stores.sqlite.texts import all_readable, is_readable, readable
+from haystack_chat_store.stores.sqlite.writing import recount
+from haystack_chat_store.stores.times import microseconds_now
 from haystack_chat_store.types import Fault
 from haystack_chat_store.validation import MAX_ID_LENGTH, MAX_TITLE_LENGTH, validated_id, validated_title
 
-_MERGE_INDEX = "INSERT INTO chat_message_terms (chat_message_terms) VALUES ('optimize')"
 _CHECK_FILE = "PRAGMA integrity_check"
 
 # A damaged column may hold anything, of any type.
@@ -81,16 +82,6 @@ _HISTORIES = f"""
     FROM (SELECT *, history_key << 32 AS first_key, (history_key + 1 << 32) - 1 AS last_key FROM chat_histories)
     WHERE namespace = ?
 """  # noqa: S608  (made of constants of this module)
-_RECOUNT = """
-    UPDATE chat_histories SET
-        message_count = (SELECT count(*) FROM chat_messages
-            WHERE message_key BETWEEN history_key << 32 AND (history_key + 1 << 32) - 1),
-        round_count = (SELECT count(*) FROM chat_messages
-            WHERE role = 'user' AND message_key BETWEEN history_key << 32 AND (history_key + 1 << 32) - 1),
-        next_position = max(next_position, coalesce((SELECT (max(message_key) & 0xffffffff) + 1 FROM chat_messages
-            WHERE message_key BETWEEN history_key << 32 AND (history_key + 1 << 32) - 1), 0))
-    WHERE history_key = :key
-"""
 _RENAME = "UPDATE OR IGNORE chat_histories SET chat_history_id = ? WHERE history_key = ?"
 _TITLE = "SELECT CAST(title AS BLOB) FROM chat_histories WHERE history_key = ?"
 _SET_TITLE = "UPDATE chat_histories SET title = ? WHERE history_key = ?"
@@ -132,9 +123,8 @@ _INDEXED_MESSAGES = """
 _INDEXED_KEYS = "SELECT id FROM chat_message_terms_docsize"
 _INDEXED_TERMS = "SELECT doc, offset, term FROM chat_message_term_instances"
 
-_HISTORY_KEY = "SELECT history_key FROM chat_histories WHERE namespace = ? AND chat_history_id = ?"
-_DELETE_MESSAGE = "DELETE FROM chat_messages WHERE message_key = (? << 32) + ?"
-_IS_CHANGED = "UPDATE chat_histories SET updated_at = max(updated_at, ?) WHERE history_key = ?"
+#: Messages whose history is missing are put into histories of this namespace by a repair.
+RECOVERED = "recovered"
 
 # Mends something, within a transaction, and returns whether it could. Gets the key of the history or message.
 _Mend: TypeAlias = Callable[[sqlite3.Connection, int], bool]
@@ -146,70 +136,50 @@ class _Found(NamedTuple):
     key: int
 
 
-class UpkeepOperations(Engine[Database]):
+class Checking(Engine[Database]):
     """
     The operations that keep a file in order.
     """
 
-    namespace: str
-    search: bool
+    settings: Settings
 
-    def _vacuum(self, session: Database) -> None:
-        with session.sole_writer() as connection:
-            if schema.has_index(connection):
-                connection.execute(_MERGE_INDEX)  # which leaves out the terms of what was deleted
-            connection.execute("VACUUM")
-            is_busy, _, _ = connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()
-        if is_busy:
-            raise StoreTimeoutError(
-                "What was deleted is still in the log beside the file, since others have been reading all the time. "
-                "Try again."
-            )
-
-    def _faults(self, session: Database, repair: bool) -> list[Fault]:
+    def check(self, session: Database, scope: Scope, repair: bool) -> list[Fault]:
         """
         Look for faults while others write, then mend each in a transaction of its own: nobody waits for long.
         """
         return [
             *_faults_of_schema(session, repair),
             *_faults_of_file(session, repair),
-            *self._faults_of_rows(session, repair),
-            *self._faults_of_index(session, repair),
+            *self._faults_of_rows(session, scope, repair),
+            *self._faults_of_index(session, scope, repair),
         ]
 
-    def _remove(self, session: Database, chat_history_id: str, positions: Sequence[int]) -> None:
-        with session.transaction() as connection:
-            for (history_key,) in connection.execute(_HISTORY_KEY, (self.namespace, chat_history_id)).fetchall():
-                connection.executemany(_DELETE_MESSAGE, [(history_key, position) for position in positions])
-                _recount(connection, history_key)
-                connection.execute(_IS_CHANGED, (microseconds_now(), history_key))
-
-    def _faults_of_rows(self, session: Database, repair: bool) -> Iterator[Fault]:
+    def _faults_of_rows(self, session: Database, scope: Scope, repair: bool) -> Iterator[Fault]:
         with session.snapshot() as connection, all_readable(connection):
             found = [*_messages_without_history(connection)]
             if repair:  # else the caller, who reads all messages, says so too
                 found += self._damaged_messages(
-                    connection, _UNLIKE_THEIR_CONTENT, "Its row had another id or role than its text.", _mend_row
+                    connection, scope, _UNLIKE_THEIR_CONTENT, "Its row had another id or role than its text.", _mend_row
                 )
             found += self._damaged_messages(
-                connection, _WITHOUT_TIME, "Its time of creation is none.", _mend_time_of_message
+                connection, scope, _WITHOUT_TIME, "Its time of creation is none.", _mend_time_of_message
             )
-            found += self._damaged_histories(connection)
+            found += self._damaged_histories(connection, scope)
         for fault, mend, key in found:
             if repair:
                 with session.transaction() as connection:
                     is_repaired = mend(connection, key)
-                yield fault._replace(is_repaired=is_repaired)
+                yield replace(fault, is_repaired=is_repaired)
             else:
                 yield fault
 
     def _damaged_messages(
-        self, connection: sqlite3.Connection, query: str, description: str, mend: _Mend
+        self, connection: sqlite3.Connection, scope: Scope, query: str, description: str, mend: _Mend
     ) -> Iterator[_Found]:
-        for name, key in connection.execute(query, (self.namespace,)):
-            yield _Found(Fault(name, key & 0xFFFFFFFF, description, False), mend, key)
+        for name, key in connection.execute(query, (scope.namespace,)):
+            yield _Found(_fault(name, key & 0xFFFFFFFF, description, False), mend, key)
 
-    def _damaged_histories(self, connection: sqlite3.Connection) -> Iterator[_Found]:
+    def _damaged_histories(self, connection: sqlite3.Connection, scope: Scope) -> Iterator[_Found]:
         for (
             key,
             raw_name,
@@ -220,7 +190,7 @@ class UpkeepOperations(Engine[Database]):
             is_created,
             is_updated,
             *counted,
-        ) in connection.execute(_HISTORIES, (self.namespace,)):
+        ) in connection.execute(_HISTORIES, (scope.namespace,)):
             count, round_count, next_position, messages, rounds, last = counted
             name = readable(raw_name)
             checks: list[tuple[bool, str, _Mend]] = [
@@ -241,43 +211,43 @@ class UpkeepOperations(Engine[Database]):
             ]
             for is_right, description, mend in checks:
                 if not is_right:
-                    yield _Found(Fault(name, None, description, False), mend, key)
+                    yield _Found(_fault(name, None, description, False), mend, key)
 
-    def _faults_of_index(self, session: Database, repair: bool) -> list[Fault]:
+    def _faults_of_index(self, session: Database, scope: Scope, repair: bool) -> list[Fault]:
         with session.snapshot() as connection, all_readable(connection):
-            faults = self._damages_of_index(connection)
+            faults = self._damages_of_index(connection, scope)
         if faults and repair:
             with session.transaction() as connection:
                 schema.begin_index_anew(connection)  # the next search fills it
-        return [fault._replace(is_repaired=repair) for fault in faults]
+        return [replace(fault, is_repaired=repair) for fault in faults]
 
-    def _damages_of_index(self, connection: sqlite3.Connection) -> list[Fault]:
+    def _damages_of_index(self, connection: sqlite3.Connection, scope: Scope) -> list[Fault]:
         if not schema.has_index(connection):
             return []
         if schema.missing_of_index(connection):
-            return [Fault(None, None, "A part of the search index is missing.", False)]
+            return [_fault(None, None, "A part of the search index is missing.", False)]
         index = schema.state_of_index(connection)
-        if self.search and index.is_of_newer and (index.has_left_out or not index.is_searchable):
+        if self.settings.search and index.is_of_newer and (index.has_left_out or not index.is_searchable):
             waits = "The search index waits for a newer version of this package or of Python to complete it."
-            return [Fault(None, None, waits, False)]
+            return [_fault(None, None, waits, False)]
         try:
-            return list(self._compared(connection, index.terms_version))
+            return list(self._compared(connection, scope, index.terms_version))
         except sqlite3.DatabaseError as error:
             if "malformed" not in str(error):
                 raise
-            return [Fault(None, None, "The search index is damaged.", False)]
+            return [_fault(None, None, "The search index is damaged.", False)]
 
-    def _compared(self, connection: sqlite3.Connection, terms_version: str) -> Iterator[Fault]:
+    def _compared(self, connection: sqlite3.Connection, scope: Scope, terms_version: str) -> Iterator[Fault]:
         """
         Compare what the index says with what the messages say, in memory that does not grow with their number.
 
         A history is left out if a message of it may have other terms in the version that the index has.
         """
-        names = dict(connection.execute(_NAMES, (self.namespace,)))
-        left_out = {key for (key,) in connection.execute(_OTHER_HISTORIES, (self.namespace,))}
+        names = dict(connection.execute(_NAMES, (scope.namespace,)))
+        left_out = {key for (key,) in connection.execute(_OTHER_HISTORIES, (scope.namespace,))}
         # Of each history, the sum of what its messages say minus that of what the index says of them.
         sums: Counter[int] = Counter()
-        for key, content in connection.execute(_INDEXED_MESSAGES, (self.namespace,)):
+        for key, content in connection.execute(_INDEXED_MESSAGES, (scope.namespace,)):
             if not has_same_terms(terms_version, content):
                 left_out.add(key >> 32)
             terms = terms_of_content(content).split()
@@ -289,13 +259,13 @@ class UpkeepOperations(Engine[Database]):
         for history_key, difference in sums.items():
             if difference and history_key not in left_out:
                 name = names.get(history_key)
-                yield Fault(name, None, "The search index says something else than its messages.", False)
+                yield _fault(name, None, "The search index says something else than its messages.", False)
 
 
 def _faults_of_schema(session: Database, repair: bool) -> list[Fault]:
     with session.connection() as connection:
         missing = schema.missing(connection)
-    return [Fault(None, None, f"{name} is missing.", repair and _made_again(session, name)) for name in missing]
+    return [_fault(None, None, f"{name} is missing.", repair and _made_again(session, name)) for name in missing]
 
 
 def _made_again(session: Database, name: str) -> bool:
@@ -319,7 +289,7 @@ def _faults_of_file(session: Database, repair: bool) -> list[Fault]:
             connection.execute("REINDEX")
         with session.snapshot() as connection:
             left = _file_check(connection)
-    return [Fault(None, None, f"SQLite says of the file: {line}.", repair and line not in left) for line in found]
+    return [_fault(None, None, f"SQLite says of the file: {line}.", repair and line not in left) for line in found]
 
 
 def _file_check(connection: sqlite3.Connection) -> list[str]:
@@ -333,7 +303,7 @@ def _messages_without_history(connection: sqlite3.Connection) -> Iterator[_Found
     for key, count in connection.execute(_WITHOUT_HISTORY):
         name = f"{key}, {microseconds_now()}"
         description = f"{count} messages have no history. Repaired, they are {name!r} of the namespace {RECOVERED!r}."
-        yield _Found(Fault(None, None, description, False), partial(_recover, name), key)
+        yield _Found(_fault(None, None, description, False), partial(_recover, name), key)
 
 
 def _recover(name: str, connection: sqlite3.Connection, history_key: int) -> bool:
@@ -372,6 +342,11 @@ def _mend_meta(connection: sqlite3.Connection, history_key: int) -> bool:
     return True
 
 
+def _recount(connection: sqlite3.Connection, history_key: int) -> bool:
+    recount(connection, history_key)
+    return True
+
+
 def _mends(statement: str) -> _Mend:
     def mend(connection: sqlite3.Connection, key: int) -> bool:
         connection.execute(statement, {"key": key, "now": microseconds_now()})
@@ -380,7 +355,7 @@ def _mends(statement: str) -> _Mend:
     return mend
 
 
-_recount, _mend_time_of_message = map(_mends, (_RECOUNT, _MEND_TIME_OF_MESSAGE))
+_mend_time_of_message = _mends(_MEND_TIME_OF_MESSAGE)
 _mend_created_at, _mend_updated_at = map(_mends, (_MEND_CREATED_AT, _MEND_UPDATED_AT))
 
 
@@ -404,3 +379,7 @@ def _is_json_object(value: bytes | None) -> bool:
         return value is None or isinstance(parse_json(value.decode()), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _fault(chat_history_id: str | None, position: int | None, description: str, is_repaired: bool) -> Fault:
+    return Fault(chat_history_id=chat_history_id, position=position, description=description, is_repaired=is_repaired)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+How operations on a file run: in the calling thread, or for asynchronous calls in a thread of the file's own.
+"""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from typing import Concatenate
+
+from haystack_chat_store.errors import MessageDecodingError, StoreUnavailableError
+from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT, is_marked, plain_result, reads_only
+from haystack_chat_store.stores.sqlite.checking import Checking
+from haystack_chat_store.stores.sqlite.connections import Database, Settings, databases
+from haystack_chat_store.stores.sqlite.directory import Directory
+from haystack_chat_store.stores.sqlite.reading import Reading
+from haystack_chat_store.stores.sqlite.search import Search
+from haystack_chat_store.stores.sqlite.terms import interruption
+from haystack_chat_store.stores.sqlite.writing import Writing
+
+
+class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
+    """
+    Keeps chat histories in an SQLite file.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """
+        Open nothing yet.
+        """
+        self.settings = settings
+
+    def run(
+        self,
+        operation: Callable[Concatenate[Database, ArgumentsT], Operation[ResultT]],
+        *arguments: ArgumentsT.args,
+        **options: ArgumentsT.kwargs,
+    ) -> ResultT:
+        """
+        Run an operation in this thread.
+        """
+        database = databases.get(self.settings)
+        try:
+            return plain_result(operation(database, *arguments, **options))
+        except sqlite3.Error as error:
+            interrupt = interruption.__dict__.pop("last", None)
+            if interrupt is not None:
+                raise interrupt from None
+            if "Could not decode" in str(error):  # this one quotes the text
+                raise MessageDecodingError("A stored message cannot be read: its text was damaged.") from None
+            raise database.explained(error) from error
+
+    async def run_async(
+        self,
+        operation: Callable[Concatenate[Database, ArgumentsT], Operation[ResultT]],
+        *arguments: ArgumentsT.args,
+        **options: ArgumentsT.kwargs,
+    ) -> ResultT:
+        """
+        Run an operation in a thread: sqlite3 can wait for a lock or a disk only by blocking.
+        """
+        database = databases.get(self.settings)
+        submit = database.submit_read if is_marked(operation, reads_only) else database.submit_write
+        try:
+            future = submit(self.run, operation, *arguments, **options)
+        except RuntimeError as error:  # no thread can be started any more
+            raise StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.") from error
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """
+        Close the file, for every engine with the same settings. Calls that are under way in other threads are finished.
+        """
+        databases.close(self.settings)
