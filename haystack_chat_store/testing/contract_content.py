@@ -132,7 +132,7 @@ STORED_FORMS: dict[str, tuple[Any, Any]] = {
     "Fraction": (Fraction(1, 3), "1/3"),
     "IP address": (ipaddress.ip_address("127.0.0.1"), "127.0.0.1"),
     "URL in a model": (
-        {"citations": [_Citation(url="https://example.org/x")]},
+        {"citations": [_Citation(url=HttpUrl("https://example.org/x"))]},
         {"citations": [{"url": "https://example.org/x"}]},
     ),
     "model with aliases": (_Aliased(Shown=1), {"kept": 1}),
