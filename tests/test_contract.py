@@ -6,6 +6,7 @@ Every store of this package keeps the contract.
 import uuid
 
 import pytest
+from breadth import ENGINE, WHOLE
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.testing import ChatMessageStoreContract, ManagementContract
@@ -24,6 +25,7 @@ class OurContract(ChatMessageStoreContract, ManagementContract):
 
 
 class TestInMemory(OurContract):
+    breadth = WHOLE
     durable = False
 
     @pytest.fixture
@@ -41,6 +43,8 @@ class TestInMemory(OurContract):
 
 
 class TestSQLite(OurContract):
+    breadth = ENGINE
+
     @pytest.fixture
     def make_store(self, tmp_path):
         return lambda **settings: SQLiteChatMessageStore(tmp_path / "chat.db", **settings)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from breadth import ONCE
 
 from haystack_chat_store.testing import ChatMessageStoreContract
 
@@ -18,6 +19,8 @@ _spec.loader.exec_module(own_store)
 
 
 class TestFolderChatMessageStore(ChatMessageStoreContract):
+    breadth = ONCE
+
     @pytest.fixture
     def make_store(self, tmp_path):
         return lambda **settings: own_store.FolderChatMessageStore(str(tmp_path), **settings)

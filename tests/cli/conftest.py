@@ -7,7 +7,7 @@ import json
 import sys
 
 import pytest
-from servers import PostgresServer, RedisCluster, RedisServer
+from servers import PostgresServer, RedisCluster, RedisServer, postgres_binaries, redis_binaries, require
 
 from haystack_chat_store import store_from_url
 from haystack_chat_store.cli import main
@@ -56,21 +56,18 @@ def run_json(run):
 
 
 @pytest.fixture(scope="module")
-def postgres():
-    with PostgresServer(fsync="off") as server:
-        yield server
+def postgres(shared_server):
+    return shared_server(PostgresServer, require(postgres_binaries(), "PostgreSQL"), fsync="off", autovacuum="off")
 
 
 @pytest.fixture(scope="module")
-def redis_server():
-    with RedisServer() as server:
-        yield server
+def redis_server(shared_server):
+    return shared_server(RedisServer, require(redis_binaries(), "Redis"))
 
 
 @pytest.fixture(scope="module")
-def redis_cluster():
-    with RedisCluster() as cluster:
-        yield cluster
+def redis_cluster(shared_server):
+    return shared_server(RedisCluster, require(redis_binaries(), "Redis"))
 
 
 @pytest.fixture
@@ -83,7 +80,10 @@ def url(path):
     return f"sqlite:///{path}"
 
 
-@pytest.fixture(params=["sqlite", "postgres", "redis_server", "redis_cluster"])
+SERVERS = ["postgres", "redis_server", "redis_cluster"]
+
+
+@pytest.fixture(params=["sqlite", *(pytest.param(server, marks=pytest.mark.servers) for server in SERVERS)])
 def any_url(request):
     """
     The URL of an empty database of each engine.

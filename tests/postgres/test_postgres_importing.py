@@ -9,14 +9,14 @@ import time
 import pytest
 from event_loops import largest_gap_beside
 from imported import NEW, assert_sound, import_rows, rows
-from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, said, say
+from postgres_stores import DIRECTLY_OR_POOLED, NEWEST_AND_OLDEST, said, say
 
 from haystack_chat_store.errors import ChatHistoryChangedError
 from haystack_chat_store.testing.messages import with_id
 from haystack_chat_store.testing.processes import Program
 
 VERSIONS = NEWEST_AND_OLDEST
-WAYS = ["directly", BEHIND_PGBOUNCER]
+WAYS = DIRECTLY_OR_POOLED
 
 
 def test_an_import_of_many_batches_and_large_messages_is_whole(server, make_store, monkeypatch):

@@ -28,6 +28,7 @@ from haystack_chat_store import (
 )
 from haystack_chat_store.stores.operations import Operations
 from haystack_chat_store.testing.contract_isolation import HOSTILE_IDS
+from haystack_chat_store.testing.kit import number_of_examples
 from haystack_chat_store.testing.messages import conversation, json_objects, sample_messages, user, with_id
 from haystack_chat_store.testing.messages import messages as any_messages
 from haystack_chat_store.transfer import (
@@ -54,7 +55,7 @@ def test_all_kinds_of_messages_and_ids_come_back_equal(store, target, sqlite, fi
     assert everything(target) == everything(sqlite) == everything(store)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=number_of_examples(25), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(any_messages(), max_size=5), json_objects(), st.text(max_size=20))
 def test_any_conversation_comes_back_equal(memory, file, messages, meta, title):
     store, target = memory(), memory()
