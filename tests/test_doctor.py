@@ -249,6 +249,7 @@ def test_saved_messages_can_be_read_by_their_owner_alone(store, path, tmp_path):
     assert stat.S_IMODE(salvage.stat().st_mode) == 0o600
 
 
+@pytest.mark.servers
 def test_a_history_that_the_engine_cannot_read_hides_no_other():
     with RedisServer() as server, closing(store_from_url(server.url)) as store, server.client() as client:
         for name in ("ada", "bob", "eve"):

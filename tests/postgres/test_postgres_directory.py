@@ -11,6 +11,7 @@ from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 from imported import NEW, import_rows, rows
 from postgres_stores import (
+    DIRECTLY_OR_POOLED,
     NEWEST_AND_OLDEST,
     counted,
     execute,

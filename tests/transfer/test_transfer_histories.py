@@ -90,6 +90,7 @@ def test_exporting_again_writes_the_same_file(store, sqlite, tmp_path):
     assert len({file.read_bytes() for file in files}) == 1
 
 
+@pytest.mark.servers
 def test_a_move_through_every_engine_ends_as_it_began(store, target, sqlite):
     store.write_messages("all", list(sample_messages().values()))
     store.write_messages("long", [user(str(number)) for number in range(2_500)])
