@@ -183,6 +183,7 @@ def test_connections_that_were_ended_are_replaced(server, make_store, calls):
     assert texts(calls.retrieve(store, "history")) == ["0", "1", "2"]
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize("ending", ["stop", "kill"])
 @pytest.mark.parametrize("way", ["sync", "async"])
 def test_nothing_acknowledged_is_lost_when_the_server_restarts(ending, way):

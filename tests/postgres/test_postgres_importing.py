@@ -4,7 +4,7 @@ Imports: in batches, all or nothing.
 """
 
 import asyncio
-import time
+import threading
 
 import pytest
 from event_loops import largest_gap_beside
@@ -66,14 +66,21 @@ def test_several_histories_are_imported_together_unless_one_is_there_even_an_emp
 
 def test_reading_what_is_imported_does_not_hold_up_the_event_loop(make_store):
     store = make_store()
+    is_read, loop_goes_on = threading.Event(), threading.Event()
 
     def batches():
-        time.sleep(3)
+        is_read.set()
+        assert loop_goes_on.wait(60), "the event loop waits for what is being read"
         yield rows(0, 10)
 
-    store.count_messages("history")
-    largest_gap, took = largest_gap_beside(lambda: store._run_async(store._import, NEW, batches(), 0))
-    assert largest_gap < took / 2
+    async def main():
+        importing = asyncio.create_task(store._run_async(store._import, NEW, batches(), 0))
+        while not (is_read.is_set() or importing.done()):
+            await asyncio.sleep(0.001)
+        loop_goes_on.set()
+        await importing
+
+    asyncio.run(main())
     assert store.count_messages("history") == 10
 
 

@@ -31,10 +31,10 @@ SERVERS = list(ENGINES) or ["any server"]
 CLUSTER = "three masters"
 
 # The fast suite shows on one server what is the same on all; the contract shows on each what could differ.
-_every_server = [*SERVERS[:1], *(pytest.param(server, marks=pytest.mark.full) for server in SERVERS[1:])]
+EVERY_SERVER = [*SERVERS[:1], *(pytest.param(server, marks=pytest.mark.full) for server in SERVERS[1:])]
 
-on_every_engine = pytest.mark.parametrize("server", [*_every_server, CLUSTER], indirect=True)
-on_every_server = pytest.mark.parametrize("server", _every_server, indirect=True)
+on_every_engine = pytest.mark.parametrize("server", [*EVERY_SERVER, CLUSTER], indirect=True)
+on_every_server = pytest.mark.parametrize("server", EVERY_SERVER, indirect=True)
 on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True)
 on_the_other_servers = pytest.mark.parametrize("server", SERVERS[1:], indirect=True)
 on_a_cluster = pytest.mark.parametrize("server", [CLUSTER], indirect=True)

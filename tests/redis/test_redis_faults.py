@@ -16,9 +16,9 @@ from haystack.utils import Secret
 from redis_stores import (
     DOCUMENTATION,
     ENGINES,
+    EVERY_SERVER,
     KINDS,
     SECRET,
-    SERVERS,
     LosesAnswers,
     everything,
     key_of,
@@ -119,7 +119,8 @@ class WithoutAuth(RedisServer):
         return redis.Redis(host=HOST, port=self.port, retry=None)
 
 
-@pytest.mark.parametrize("engine", SERVERS)
+@pytest.mark.servers
+@pytest.mark.parametrize("engine", EVERY_SERVER)
 @pytest.mark.parametrize("user", ["", "bob"])
 @pytest.mark.parametrize("password", [PASSWORD, 100 * PASSWORD, "u"], ids=["password", "long", "short"])
 def test_a_password_that_the_server_quotes_is_not_repeated(engine, write, user, password):
@@ -307,7 +308,8 @@ def test_a_write_whose_answer_was_lost_is_done_once_and_counted(make_store, serv
         store.close()
 
 
-@pytest.mark.parametrize("engine", SERVERS)
+@pytest.mark.servers
+@pytest.mark.parametrize("engine", EVERY_SERVER)
 @pytest.mark.parametrize("ending", ["stop", "kill"])
 def test_a_server_that_restarts_while_others_write_loses_nothing_acknowledged(engine, ending):
     with RedisServer(ENGINES.get(engine)) as server, stores_on(server) as make_store:
