@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What of the contract the fast suite (`nox -s tests`) leaves to the full one (`nox -s full`, or `pytest --full`).
+Which tests of the contract the fast suite (`nox -s tests`) leaves to the full one (`nox -s full`, or `pytest --full`).
 
-Elsewhere a test or case is marked `full` where it stands: it is a further variant of what the fast suite shows once.
-The rules of the contract are in the public kit, which knows no such mark. A class of tests says by its attribute
-`breadth` how much of them the fast suite runs on its engine.
+The rules of the contract are in the public kit. A class that runs them on an engine says by its attribute `breadth` how
+many of their cases the fast suite runs. All other tests say it themselves: a test or case with the mark `full` is a
+further variant of one that the fast suite runs.
 """
 
 import pytest
@@ -25,18 +25,19 @@ from haystack_chat_store.testing import (
     Rule15ErrorsTest,
 )
 
-#: All cases, called both ways: for the store that has the least of its own, so that the cases are quick.
+#: All cases, both ways. The store in memory runs them, because it is the fastest.
 WHOLE = "whole"
-#: What the engine's own code keeps: all cases of its rules, and a smoke test of those that the base class keeps.
+#: All cases of the rules that the engine's own code keeps, and a smoke test of those that the base class keeps.
 ENGINE = "engine"
-#: A further server or layout of an engine that runs above: each test once, with its first case.
+#: The first case of each test. For another server, or other tables, of an engine that runs more elsewhere.
 ONCE = "once"
 
-#: `BaseChatMessageStore` keeps these for all stores: it checks arguments, and the codec turns messages into text.
+#: `BaseChatMessageStore` keeps these rules for all stores: it checks arguments and calls the codec. The smoke test is
+#: the first case of each test, called synchronously.
 KEPT_BY_THE_BASE_CLASS = [Rule01SignaturesTest, Rule02ValidationTest, Rule11LosslessTest, Rule15ErrorsTest]
 
-#: Where the asynchronous twin takes another road, so that both ways are called. Elsewhere it calls the same engine by
-#: the same road, and the walks, which call every method both ways, show that it does.
+#: The tests of these call a store both ways. For other rules the asynchronous twin takes the same road to the engine:
+#: there only the walks call it, each method both ways.
 ROAD_DIFFERS = [
     Rule03AtomicBatchesTest,
     Rule04OrderTest,
@@ -48,12 +49,12 @@ ROAD_DIFFERS = [
     RandomWalkTest,
 ]
 
-#: Of what the base class keeps, what an engine or its driver may stumble over all the same.
+#: Texts and values that the base class turns into JSON, but that a database or its driver could still change.
 MAY_STUMBLE = {
     "test_hard_text_comes_back_equal_wherever_it_stands",
     "test_hard_value_comes_back_equal_and_of_the_same_type",
 }
-#: A short walk through all calls.
+#: These call all methods, in any order.
 WALKS = {"test_any_sequence_of_calls_does_what_it_does_to_lists"}
 #: The fixtures that say which way a store is called.
 WAYS = {"calls", "moving"}

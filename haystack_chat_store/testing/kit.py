@@ -148,9 +148,9 @@ def only_where(stated: str) -> Callable[[TestT], TestT]:
 
 def number_of_examples(usual: int) -> int:
     """
-    Return how many examples a hypothesis test tries, in proportion to the profile that is loaded.
+    Return how many examples a hypothesis test tries: in proportion to the `max_examples` of the loaded profile.
 
-    :param usual: How many it tries with hypothesis' default profile, which says 100.
+    :param usual: The number with hypothesis' default profile, which has 100.
     """
     return max(1, usual * settings().max_examples // 100)
 
