@@ -12,6 +12,7 @@ os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
 
 import pytest
 from hypothesis import HealthCheck, settings
+from servers import PostgresServer, RedisCluster, RedisServer, postgres_binaries, redis_binaries, require
 
 # What a shell runs in the background ignores Ctrl-C, and so do its children. Some tests press it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -99,3 +100,18 @@ def shared_server():
             return running[asked_for]
 
         yield shared
+
+
+@pytest.fixture(scope="session")
+def postgres(shared_server):
+    return shared_server(PostgresServer, require(postgres_binaries(), "PostgreSQL"), fsync="off", autovacuum="off")
+
+
+@pytest.fixture(scope="session")
+def redis_server(shared_server):
+    return shared_server(RedisServer, require(redis_binaries(), "Redis"))
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(shared_server):
+    return shared_server(RedisCluster, require(redis_binaries(), "Redis"))

@@ -7,7 +7,6 @@ import json
 import sys
 
 import pytest
-from servers import PostgresServer, RedisCluster, RedisServer, postgres_binaries, redis_binaries, require
 
 from haystack_chat_store import store_from_url
 from haystack_chat_store.cli import main
@@ -53,21 +52,6 @@ def run_json(run):
         return [json.loads(line) for line in out.splitlines()]
 
     return run_json
-
-
-@pytest.fixture(scope="module")
-def postgres(shared_server):
-    return shared_server(PostgresServer, require(postgres_binaries(), "PostgreSQL"), fsync="off", autovacuum="off")
-
-
-@pytest.fixture(scope="module")
-def redis_server(shared_server):
-    return shared_server(RedisServer, require(redis_binaries(), "Redis"))
-
-
-@pytest.fixture(scope="module")
-def redis_cluster(shared_server):
-    return shared_server(RedisCluster, require(redis_binaries(), "Redis"))
 
 
 @pytest.fixture
