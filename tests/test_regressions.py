@@ -302,6 +302,25 @@ def test_a_child_that_frees_a_connection_of_its_parent_does_not_damage_the_file(
 
 
 @forks
+def test_a_child_forked_during_a_long_call_in_memory_waits_for_nothing_and_has_the_histories(store):
+    store.write_messages("history", [ChatMessage.from_user("Hi!")])
+    is_under_way, may_end = threading.Event(), threading.Event()
+
+    def operation(_session):
+        is_under_way.set()
+        may_end.wait(3 * HANG_LIMIT)
+
+    thread = threading.Thread(target=store._run, args=(operation,))
+    thread.start()
+    assert is_under_way.wait(HANG_LIMIT)
+    threading.Timer(0.1, may_end.set).start()
+    assert in_child(lambda: [store.write_messages("history", [user()]), store.count_messages("history")]) == [1, 2]
+    may_end.set()
+    thread.join()
+    assert store.count_messages("history") == 1
+
+
+@forks
 def test_a_fork_that_waits_for_one_file_does_not_hold_up_the_first_use_of_another(new_sqlite_store):
     store, other = new_sqlite_store(timeout=1), new_sqlite_store("other.db")
     is_used = threading.Event()

@@ -104,10 +104,10 @@ def test_cancelling_stops_at_the_next_batch_and_leaves_no_part(store, sqlite, fi
         while not under_way.is_set():
             await asyncio.sleep(0.001)
         task.cancel()
-        await asyncio.sleep(0)
-        may_go_on.set()
+        asyncio.get_running_loop().call_later(0.1, may_go_on.set)
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert may_go_on.is_set()  # it has waited for its thread, which works on nothing any more
 
     asyncio.run(cancel())
     assert len(steps) == 1
