@@ -139,6 +139,26 @@ def test_a_call_that_waits_too_long_is_given_up_and_leaves_nothing_waiting(serve
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])
+def test_a_call_that_fails_in_the_middle_of_a_transaction_leaves_none_to_the_next(make_store, way):
+    store = make_store(min_pool_size=1, max_pool_size=1)
+    broken = [row._replace(content="no JSON") for row in rows(0, 1)]
+
+    async def fail_and_write():
+        with pytest.raises(ChatMessageStoreError):
+            await store._run_async(store._import, NEW, [rows(0, 1), broken], 0)
+        return await store.write_messages_async("history", [ChatMessage.from_user("after")])
+
+    if way == "sync":
+        with pytest.raises(ChatMessageStoreError):
+            store._run(store._import, NEW, [rows(0, 1), broken], 0)
+        assert say(store, "after") == 1
+    else:
+        assert asyncio.run(fail_and_write()) == 1
+    assert said(make_store(timeout=10)) == ["after"]  # another connection sees it: it has been committed
+    assert store.get_chat_history("imported") is None
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
 def test_a_call_waits_for_a_free_connection_no_longer_than_the_timeout(server, make_store, way):
     store = make_store(min_pool_size=0, max_pool_size=1, timeout=2)
 
