@@ -9,27 +9,29 @@ import pty
 import select
 import struct
 import subprocess
-import sys
 import termios
 import time
 
-COMMAND_LINE = (sys.executable, "-m", "haystack_chat_store")
+from filled_stores import command
+
+from haystack_chat_store.testing.fork_server import start_python
 
 
 class Terminal:
     """
-    A command in a terminal of its own, ours unless another is given.
+    A command of ours, or another program, in a terminal of its own.
     """
 
-    def __init__(self, *arguments, program=COMMAND_LINE, columns=80, stdout=None, **environment):
+    def __init__(self, *arguments, program=None, columns=80, stdout=None, **environment):
         self.screen = b""
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
         clean_environment = {
             name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")
         }
-        self.process = subprocess.Popen(
-            [*program, *arguments],
+        start, line = (subprocess.Popen, program) if program else (start_python, command(*arguments))
+        self.process = start(
+            line,
             stdin=slave,
             stdout=stdout or slave,
             stderr=slave,
