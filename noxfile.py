@@ -3,6 +3,8 @@
 Everything one can run: `nox -l` lists it, `nox -s NAME` runs it.
 """
 
+import os
+
 import nox
 
 nox.needs_version = ">=2025.2.9"
@@ -22,7 +24,8 @@ def install(session: nox.Session, *groups: str) -> None:
     )
 
 
-ON_ALL_CORES = ["--numprocesses=auto", "--dist=worksteal"]
+# Half of the time of a test is waiting: for a server, a process, a lock.
+ON_ALL_CORES = [f"--numprocesses={2 * (os.cpu_count() or 1)}", "--dist=worksteal"]
 COVERAGE = ["--cov", "--cov-report=term", "--cov-fail-under=95"]
 # These tests interrupt code at any moment. If that is the code that measures coverage, it waits for itself for ever.
 INTERRUPTIONS = "tests/test_interruptions.py"

@@ -88,7 +88,8 @@ def shared_server():
 
     It starts when the first asks, and ends with the process. Each process of pytest-xdist has its own: to start one
     takes about a second, and no test meets what another one does at the same moment. A test that stops its server,
-    or leaves it changed, starts a private one instead.
+    or leaves it changed, starts a private one instead. None of these tests looks at what a power cut would lose, so the
+    shared servers wait for no disk.
     """
     with ExitStack() as stack:
         running = {}
@@ -109,9 +110,9 @@ def postgres(shared_server):
 
 @pytest.fixture(scope="session")
 def redis_server(shared_server):
-    return shared_server(RedisServer, require(redis_binaries(), "Redis"))
+    return shared_server(RedisServer, require(redis_binaries(), "Redis"), appendfsync="no")
 
 
 @pytest.fixture(scope="session")
 def redis_cluster(shared_server):
-    return shared_server(RedisCluster, require(redis_binaries(), "Redis"))
+    return shared_server(RedisCluster, require(redis_binaries(), "Redis"), appendfsync="no")

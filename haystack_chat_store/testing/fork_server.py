@@ -20,6 +20,7 @@ import gc
 import importlib
 import io
 import json
+import math
 import os
 import runpy
 import select
@@ -182,16 +183,22 @@ class _ForkedProcess(subprocess.Popen[Any]):
         return status
 
     def _status(self, timeout: float | None) -> int | None:
-        if self.returncode is None:
-            poll = select.poll()
-            poll.register(self._lease, select.POLLIN)
-            if poll.poll(None if timeout is None else max(timeout, 0) * 1000):
-                with self._reading:
-                    if self.returncode is None:  # else another thread has read it meanwhile
-                        status = self._lease.recv(16)
-                        self._lease.close()
-                        self.returncode = int(status) if status else -signal.SIGKILL  # the server is gone
+        # One thread at a time waits for the status; those that wait for the thread find the status in `returncode`.
+        end = math.inf if timeout is None else time.monotonic() + max(timeout, 0)
+        if self.returncode is None and self._reading.acquire(timeout=-1 if timeout is None else max(timeout, 0)):
+            try:
+                if self.returncode is None and self._has_answer(end):
+                    status = self._lease.recv(16)
+                    self._lease.close()
+                    self.returncode = int(status) if status else -signal.SIGKILL  # the server is gone
+            finally:
+                self._reading.release()
         return self.returncode
+
+    def _has_answer(self, end: float) -> bool:
+        poll = select.poll()
+        poll.register(self._lease, select.POLLIN)
+        return bool(poll.poll(None if end == math.inf else max(end - time.monotonic(), 0) * 1000))
 
 
 class _Server:

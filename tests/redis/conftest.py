@@ -14,8 +14,8 @@ from servers import RedisCluster, RedisServer
 @pytest.fixture(scope="module")
 def server(request, shared_server):
     if request.param == CLUSTER:
-        return shared_server(RedisCluster, next(iter(ENGINES.values()), None))
-    return shared_server(RedisServer, ENGINES.get(request.param))
+        return shared_server(RedisCluster, next(iter(ENGINES.values()), None), appendfsync="no")
+    return shared_server(RedisServer, ENGINES.get(request.param), appendfsync="no")
 
 
 @pytest.fixture
