@@ -29,8 +29,10 @@ from haystack_chat_store.testing import (
 WHOLE = "whole"
 #: All cases of the rules that the engine's own code keeps, and a smoke test of those that the base class keeps.
 ENGINE = "engine"
-#: The first case of each test. For another server, or other tables, of an engine that runs more elsewhere.
+#: The first case of each test.
 ONCE = "once"
+#: The same without threads and event loops: for another server of an engine, or other tables.
+VARIANT = "variant"
 
 #: `BaseChatMessageStore` keeps these rules for all stores: it checks arguments and calls the codec. The smoke test is
 #: the first case of each test, called synchronously.
@@ -75,9 +77,11 @@ def is_left_to_full(item: pytest.Item) -> bool:
     is_first = all(n == 0 for parameter, n in item.callspec.indices.items() if parameter not in {*WAYS, "server"})
     if rule in names(KEPT_BY_THE_BASE_CLASS):
         return is_async or not (is_first or (breadth == ENGINE and name in MAY_STUMBLE))
+    if breadth == VARIANT and rule == ConcurrencyTest.__name__:
+        return True
     if is_async and name not in WALKS and rule not in names(ROAD_DIFFERS):
         return True
-    return breadth == ONCE and not is_first
+    return breadth in (ONCE, VARIANT) and not is_first
 
 
 def names(classes: list[type]) -> set[str]:

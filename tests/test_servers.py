@@ -28,7 +28,10 @@ from servers import (
 def each_of(binaries):
     """A fixture's parameters: every program found here; without any, the server itself says what is missing."""
     found = binaries or {"none": None}
-    return {"scope": "module", "params": found.values(), "ids": found.keys()}
+    programs = [
+        pytest.param(each, marks=[pytest.mark.full] * (number > 0)) for number, each in enumerate(found.values())
+    ]
+    return {"scope": "module", "params": programs, "ids": found.keys()}
 
 
 @pytest.fixture(**each_of(postgres_binaries()))

@@ -4,7 +4,7 @@ PostgreSQL keeps the contract, also behind PgBouncer and in partitions.
 """
 
 import pytest
-from breadth import ENGINE, ONCE
+from breadth import ENGINE, VARIANT
 from postgres_stores import OnPostgres, execute, on_the_newest, on_the_oldest, stores_on
 
 from haystack_chat_store.testing import (
@@ -36,7 +36,7 @@ class Writing(
     What could depend on the tables.
     """
 
-    breadth = ONCE
+    breadth = VARIANT
 
 
 class PartOfTheContract(Writing, ConcurrencyTest):

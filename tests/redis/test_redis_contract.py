@@ -4,7 +4,7 @@ Redis, Valkey and Redis Cluster keep the contract.
 """
 
 import pytest
-from breadth import ENGINE, ONCE
+from breadth import ENGINE, ONCE, VARIANT
 from haystack.utils import Secret
 from redis_stores import OnRedis, on_a_cluster, on_one_server, on_the_other_servers
 from servers import HOST, PASSWORD, unused_port
@@ -40,7 +40,7 @@ class TestOtherServers(
     What could depend on the server's make and version.
     """
 
-    breadth = ONCE
+    breadth = VARIANT
 
 
 @on_a_cluster
