@@ -4,6 +4,7 @@ import uuid
 from contextlib import closing, contextmanager
 
 import pytest
+from breadth import ENGINE, WHOLE
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.testing.concurrency import ConcurrencyTest
@@ -11,6 +12,7 @@ from haystack_chat_store.testing.processes import ProcessesTest
 
 
 class TestInMemory(ConcurrencyTest):
+    breadth = WHOLE
     durable = False
 
     @pytest.fixture
@@ -24,6 +26,8 @@ class TestInMemory(ConcurrencyTest):
 
 
 class TestSQLite(ConcurrencyTest, ProcessesTest):
+    breadth = ENGINE
+
     @pytest.fixture
     def make_store(self, tmp_path):
         def make(**settings):

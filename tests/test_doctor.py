@@ -5,6 +5,7 @@ The doctor finds what is damaged in a store, and removes nothing that it has not
 
 import asyncio
 import json
+import os
 import sqlite3
 import stat
 import uuid
@@ -249,6 +250,27 @@ def test_saved_messages_can_be_read_by_their_owner_alone(store, path, tmp_path):
     assert stat.S_IMODE(salvage.stat().st_mode) == 0o600
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux tells which file a descriptor is of")
+def test_damaged_messages_are_saved_on_the_disk_before_they_are_removed(store, path, tmp_path, monkeypatch):
+    salvage, fsync, on_disk = tmp_path / "salvage.jsonl", os.fsync, []
+    damage(path, "ada", 1, content="no JSON")
+
+    def recorded_fsync(descriptor):
+        fsync(descriptor)
+        left = len(examined_messages(store, "ada"))
+        on_disk.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size, left))
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    list(check(store, repair=True, salvage=salvage))
+
+    (name, size, left), (folder, _, left_then) = on_disk
+    assert (name, size) == (str(salvage), salvage.stat().st_size)
+    assert folder == str(tmp_path)  # or the new file could be lost with its name
+    assert (left, left_then) == (4, 4)
+    assert len(examined_messages(store, "ada")) == 3
+
+
+@pytest.mark.servers
 def test_a_history_that_the_engine_cannot_read_hides_no_other():
     with RedisServer() as server, closing(store_from_url(server.url)) as store, server.client() as client:
         for name in ("ada", "bob", "eve"):

@@ -6,6 +6,7 @@ The example of a store of one's own keeps the contract, apart from what it says 
 from pathlib import Path
 
 import pytest
+from breadth import ONCE
 
 from haystack_chat_store import store_from_url
 from haystack_chat_store.cli import main
@@ -35,6 +36,8 @@ def _registered(monkeypatch, tmp_path):
 
 
 class TestFolderChatMessageStore(ChatMessageStoreContract):
+    breadth = ONCE
+
     @pytest.fixture
     def make_store(self, tmp_path):
         from own_store import FolderChatMessageStore

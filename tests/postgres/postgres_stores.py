@@ -26,8 +26,11 @@ def _version(engine):
 # Without any, the fixture says what to install.
 ENGINES = dict(sorted(postgres_binaries().items(), key=lambda item: _version(item[0]), reverse=True))
 NEWEST, *OLDER = list(ENGINES) or ["any server"]
-NEWEST_AND_OLDEST = [NEWEST, *OLDER[-1:]]
 BEHIND_PGBOUNCER = "behind PgBouncer"
+
+# The fast suite shows in one place what is the same in all; the contract shows in each what could differ.
+NEWEST_AND_OLDEST = [NEWEST, *(pytest.param(engine, marks=pytest.mark.full) for engine in OLDER[-1:])]
+DIRECTLY_OR_POOLED = ["directly", pytest.param(BEHIND_PGBOUNCER, marks=pytest.mark.full)]
 
 on_the_newest = pytest.mark.parametrize("server", [NEWEST], indirect=True)
 on_the_oldest = pytest.mark.parametrize("server", OLDER[-1:], indirect=True)

@@ -10,7 +10,7 @@ import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 from imported import assert_sound
-from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, say, stores_on
+from postgres_stores import DIRECTLY_OR_POOLED, NEWEST_AND_OLDEST, say, stores_on
 
 from haystack_chat_store.errors import (
     ChatHistoryChangedError,
@@ -23,7 +23,7 @@ from haystack_chat_store.testing.messages import with_id
 from haystack_chat_store.testing.processes import Program
 
 VERSIONS = NEWEST_AND_OLDEST
-WAYS = ["directly", BEHIND_PGBOUNCER]
+WAYS = DIRECTLY_OR_POOLED
 
 
 # ---------------------------------------------------------------------- beside each other

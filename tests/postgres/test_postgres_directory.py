@@ -11,7 +11,7 @@ from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 from imported import NEW, import_rows, rows
 from postgres_stores import (
-    BEHIND_PGBOUNCER,
+    DIRECTLY_OR_POOLED,
     NEWEST_AND_OLDEST,
     counted,
     execute,
@@ -26,7 +26,7 @@ from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.testing.messages import with_id
 
 VERSIONS = NEWEST_AND_OLDEST
-WAYS = ["directly", BEHIND_PGBOUNCER]
+WAYS = DIRECTLY_OR_POOLED
 
 
 # ---------------------------------------------------------------------- times

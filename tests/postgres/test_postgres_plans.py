@@ -141,6 +141,7 @@ def test_a_number_of_partitions_that_cannot_be_is_refused(partitions):
         PostgresChatMessageStore().create_schema_sql(partitions)
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize("way", ["directly", "behind PgBouncer"])
 def test_statements_are_prepared_unless_a_pooler_stands_between(way):
     with PostgresServer(ENGINES.get(NEWEST), fsync="off", log_statement="all") as server, ExitStack() as stack:

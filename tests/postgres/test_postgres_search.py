@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
-from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, counted, execute, say, stores_on
+from postgres_stores import DIRECTLY_OR_POOLED, NEWEST_AND_OLDEST, counted, execute, say, stores_on
 
 from haystack_chat_store import search_text
 from haystack_chat_store.stores.postgres import terms
@@ -16,7 +16,7 @@ from haystack_chat_store.testing.messages import with_id
 from haystack_chat_store.testing.processes import Program
 
 VERSIONS = NEWEST_AND_OLDEST
-WAYS = ["directly", BEHIND_PGBOUNCER]
+WAYS = DIRECTLY_OR_POOLED
 
 
 @pytest.fixture(params=[None, 3], ids=["whole", "partitioned"])

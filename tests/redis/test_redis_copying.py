@@ -74,6 +74,20 @@ def test_an_import_goes_on_where_a_history_ends(store):
 
 
 @on_every_engine
+def test_messages_that_come_to_a_history_without_any_last_as_long_as_it_does(make_store, client):
+    store, passing = make_store(), make_store(ttl=60)
+    say(passing, "Hi!", history="passing")
+    copy = next(neighbours("passing"))
+    for history in ("imported", copy):
+        import_(store, [], history=HISTORY._replace(chat_history_id=history))
+    assert import_(store, some_batches(1, 10)) == 10
+    assert store.copy_messages("passing", copy) == 1
+    lasting = [key for key in keys_of(store, client) if ":passing:" not in key]
+    assert [client.ttl(key) for key in lasting] == [-1] * len(lasting)
+    assert (store.count_messages("imported"), said(store, copy)) == (10, ["Hi!"])
+
+
+@on_every_engine
 def test_an_import_without_messages_makes_a_history_where_there_is_none(store, client):
     assert import_(store, []) == 0
     info = store.get_chat_history("imported")

@@ -18,8 +18,8 @@ from haystack.utils import Secret
 from redis_stores import (
     DOCUMENTATION,
     ENGINES,
+    EVERY_SERVER,
     SECRET,
-    SERVERS,
     LosesAnswers,
     keys_of,
     neighbours,
@@ -291,7 +291,8 @@ def bytes_on_disk(server):
     return b"".join(path.read_bytes() for path in server.folder.rglob("*") if path.is_file() and path.name != "log")
 
 
-@pytest.mark.parametrize("engine", SERVERS)
+@pytest.mark.servers
+@pytest.mark.parametrize("engine", EVERY_SERVER)
 @pytest.mark.parametrize(
     "settings", [{}, {"appendonly": "no", "save": "3600 1"}, {"save": "3600 1"}], ids=["log", "snapshots", "both"]
 )

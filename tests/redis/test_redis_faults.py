@@ -16,9 +16,9 @@ from haystack.utils import Secret
 from redis_stores import (
     DOCUMENTATION,
     ENGINES,
+    EVERY_SERVER,
     KINDS,
     SECRET,
-    SERVERS,
     LosesAnswers,
     everything,
     key_of,
@@ -119,7 +119,8 @@ class WithoutAuth(RedisServer):
         return redis.Redis(host=HOST, port=self.port, retry=None)
 
 
-@pytest.mark.parametrize("engine", SERVERS)
+@pytest.mark.servers
+@pytest.mark.parametrize("engine", EVERY_SERVER)
 @pytest.mark.parametrize("user", ["", "bob"])
 @pytest.mark.parametrize("password", [PASSWORD, 100 * PASSWORD, "u"], ids=["password", "long", "short"])
 def test_a_password_that_the_server_quotes_is_not_repeated(engine, write, user, password):
@@ -235,6 +236,39 @@ def test_a_replica_is_not_written_to_and_its_master_takes_over_again(make_store,
 
 
 @on_every_server
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_a_store_leaves_a_demoted_master_for_the_one_that_has_its_address_now(
+    make_store, client, server, monkeypatch, at_once
+):
+    with RedisServer(server.binary, requirepass=PASSWORD) as promoted, closing(LosesAnswers(server)) as proxy:
+        monkeypatch.setenv("CHAT_STORE_URL", proxy.url)
+        store = make_store(last_k=None)
+        client.config_set("masterauth", PASSWORD)
+
+        async def write_all(what):
+            writes = (
+                store.write_messages_async("history", [ChatMessage.from_user(f"{what} {number}")])
+                for number in range(at_once)
+            )
+            return await asyncio.gather(*writes)
+
+        async def use():
+            await write_all("before")
+            in_threads(*(lambda: say(store, "before"),) * at_once)
+            proxy.server = promoted
+            client.replicaof(HOST, promoted.port)
+            assert [say(store, "sync") for _ in range(at_once)] == [1] * at_once
+            assert await write_all("async") == [1] * at_once
+
+        try:
+            asyncio.run(use())
+            assert len(said(store)) == 2 * at_once
+        finally:
+            client.replicaof("NO", "ONE")
+            store.close()
+
+
+@on_every_server
 def test_a_store_that_takes_a_server_for_a_cluster_is_told(make_store, write):
     with pytest.raises(StoreUnavailableError, match="no cluster"):
         write(make_store(cluster=True), "Hi!")
@@ -307,7 +341,8 @@ def test_a_write_whose_answer_was_lost_is_done_once_and_counted(make_store, serv
         store.close()
 
 
-@pytest.mark.parametrize("engine", SERVERS)
+@pytest.mark.servers
+@pytest.mark.parametrize("engine", EVERY_SERVER)
 @pytest.mark.parametrize("ending", ["stop", "kill"])
 def test_a_server_that_restarts_while_others_write_loses_nothing_acknowledged(engine, ending):
     with RedisServer(ENGINES.get(engine)) as server, stores_on(server) as make_store:

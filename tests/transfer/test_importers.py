@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from haystack_chat_store import ChatHistoryExistsError, DamagedFileError, Fault
 from haystack_chat_store.rounds import valid_for_model
-from haystack_chat_store.testing.kit import without_ids
+from haystack_chat_store.testing.kit import number_of_examples, without_ids
 from haystack_chat_store.testing.messages import user
 from haystack_chat_store.transfer import import_histories
 
@@ -455,7 +455,7 @@ def likely_rows(library):
     )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=number_of_examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_row_stops_an_import(store, library, database, data):
     table, session, column = TABLES[library]

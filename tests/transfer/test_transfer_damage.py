@@ -196,6 +196,7 @@ def test_of_two_messages_with_one_id_the_second_is_left_out_and_reported(target,
     assert import_histories(target, file) == (0, 0, 1, ())
 
 
+@pytest.mark.servers
 def test_a_history_that_the_engine_cannot_read_hides_no_other(target, file):
     with RedisServer() as server, closing(store_from_url(server.url)) as store, server.client() as client:
         for name in ("ada", "bob", "eve"):

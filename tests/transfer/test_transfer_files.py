@@ -86,6 +86,30 @@ def test_an_export_that_fails_leaves_what_was_there(several, file, name):
     assert list(file.parent.iterdir()) == [file]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux tells which file a descriptor is of")
+@pytest.mark.parametrize("name", EXPORT_FORMATS)
+def test_an_export_is_on_the_disk_before_it_takes_its_place_and_its_place_is_then(several, file, monkeypatch, name):
+    fsync, replace, done = os.fsync, os.replace, []
+
+    def recorded_fsync(descriptor):
+        fsync(descriptor)
+        done.append(("on the disk", os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+
+    def recorded_replace(source, target):
+        replace(source, target)
+        done.append(("in its place", source, target))
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    export_histories(several, file, format=name)
+
+    (synced, temporary, size), placed, (synced_too, folder, _) = done
+    assert synced == synced_too == "on the disk"
+    assert size == file.stat().st_size  # nothing was left in a buffer
+    assert placed == ("in its place", temporary, str(file))
+    assert folder == str(file.parent)
+
+
 def test_an_export_takes_the_place_of_what_was_there_behind_a_link_too(several, tmp_path):
     real, link = tmp_path / "real", tmp_path / "link"
     real.write_text("before")

@@ -27,6 +27,7 @@ from markdown_it import MarkdownIt
 
 from haystack_chat_store import Fault, InMemoryChatMessageStore
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
+from haystack_chat_store.testing.kit import number_of_examples
 from haystack_chat_store.testing.messages import conversation, sample_messages, texts, user
 from haystack_chat_store.testing.messages import messages as any_messages
 from haystack_chat_store.transfer import export_to
@@ -133,7 +134,7 @@ def test_no_text_is_taken_for_html(store, harmless_tags, attack):
     assert sum(attack.replace("\n", "\\n").replace("\t", "\\t") in shown for shown in page.shown) >= 6
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=number_of_examples(50), deadline=None, suppress_health_check=list(HealthCheck))
 @given(texts())
 def test_any_text_is_shown_in_html_as_it_is(store, harmless_tags, text):
     store.delete_all_messages()
@@ -246,7 +247,7 @@ def test_headings_are_the_titles_and_the_speakers_alone(store):
     assert len(headings) == 1 + len(ATTACKS)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=number_of_examples(100), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.text(st.sampled_from("ab \n\t#*_`~[]()<>!|\\-+=.:1&$>@"), max_size=30))
 def test_any_marks_are_shown_in_markdown_as_they_are(store, text):
     store.delete_all_messages()
@@ -322,7 +323,7 @@ def test_everything_that_was_said_can_be_read(store, name):
     assert "iVBOR" not in text
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=number_of_examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(any_messages(), max_size=4))
 def test_any_conversation_can_be_read(store, messages):
     store.delete_all_messages()
@@ -452,7 +453,7 @@ def test_what_the_format_has_no_form_for_is_reported(store):
     assert examples(store)[0] == (1, 2, 4, (fault,))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=number_of_examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(any_messages(), max_size=6))
 def test_every_example_is_one_line_that_haystack_reads(store, messages):
     store.delete_all_messages()
