@@ -16,7 +16,7 @@ from haystack.dataclasses import ChatMessage
 from sqlite_stores import SECRET, SIDE_FILES, assert_says, connections_of_stores, opened, rows, said, say
 
 from haystack_chat_store import SQLiteChatMessageStore
-from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.errors import StoreConfigurationError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.testing.processes import Program, run_program
 
@@ -122,10 +122,10 @@ def locked_before_its_first_use(path):
 @pytest.mark.parametrize(
     ("failure", "error", "says"),
     [
-        (missing_folder, StoreUnavailableError, "folder .* does not exist.*Create it"),
+        (missing_folder, StoreConfigurationError, "folder .* does not exist.*Create it"),
         (folder_in_its_place, StoreUnavailableError, "It must be a file|Is it a file"),
-        (other_file_in_its_place, StoreUnavailableError, "not a database.*another path"),
-        (other_tables_of_the_same_name, StoreUnavailableError, "table haystack_chat_messages already exists"),
+        (other_file_in_its_place, StoreConfigurationError, "not a database.*another path"),
+        (other_tables_of_the_same_name, StoreConfigurationError, "table haystack_chat_messages already exists"),
         (locked_before_its_first_use, StoreTimeoutError, "locked.*Try again"),
     ],
 )
