@@ -38,8 +38,10 @@ _PART_KEYS: dict[type, str] = {
 _PARTS = frozenset({TextContent, *_PART_KEYS})
 _PART_KINDS = {key: kind for kind, key in _PART_KEYS.items()}
 _FIELDS = {kind: frozenset(field.name for field in fields(kind)) for kind in _PART_KEYS}
-# Where a value without a JSON form is stored as its repr: after the name of the message.
-_IN_META_OR_EXTRA = re.compile(r"\.meta\b|.*\['extra'\]")
+# The paths, after the name of the message, at which a value without a JSON form is stored as its repr.
+_IN_META_OR_EXTRA = re.compile(
+    r"\.meta\b|\.content\[\d+\]\['\w+'\](?:\['origin'\]|\['result'\]\[\d+\]\['\w+'\])?\['(?:meta|extra)'\]"
+)
 
 logger = logging.getLogger(__name__)
 

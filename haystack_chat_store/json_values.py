@@ -28,6 +28,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from fractions import Fraction
+from pathlib import PurePath
 from typing import Any, TypeAlias
 
 from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
@@ -234,7 +235,7 @@ def _form(value: Any, replace_inner: Callable[[Any], Any]) -> Any:
         return {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(bytes(value)).decode("ascii")
-    if isinstance(value, Fraction):
+    if isinstance(value, (Fraction, PurePath)):
         return str(value)
     if type(value).__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind != "m":
         # numpy gives a time that is none ("NaT") as None, and a duration ("m") as a bare number in some unit.

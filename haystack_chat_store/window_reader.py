@@ -13,7 +13,7 @@ from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.token_counters import ApproximateTokenCounter
 from haystack.token_counters.types import TokenCounter
 
-from haystack_chat_store import any_store
+from haystack_chat_store import protocol_calls
 from haystack_chat_store.rounds import in_question_order, question_groups, question_of, round_starts, valid_for_model
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validate_last_k, validate_window_step
@@ -104,7 +104,7 @@ class WindowReader:
         reads = self._reads(store, current_messages, last_k)
         wanted, window = _advanced(reads)
         while window is None:
-            page = any_store.retrieve(store, chat_history_id, wanted, self.window_step)
+            page = protocol_calls.retrieve(store, chat_history_id, wanted, self.window_step)
             wanted, window = _advanced(reads, page)
         return window
 
@@ -121,7 +121,7 @@ class WindowReader:
         reads = self._reads(store, current_messages, last_k)
         wanted, window = _advanced(reads)
         while window is None:
-            page = await any_store.retrieve_async(store, chat_history_id, wanted, self.window_step)
+            page = await protocol_calls.retrieve_async(store, chat_history_id, wanted, self.window_step)
             # A counter may take its time, or ask a server.
             is_counted = self.max_tokens is not None
             wanted, window = await asyncio.to_thread(_advanced, reads, page) if is_counted else _advanced(reads, page)
@@ -202,7 +202,7 @@ def _whole_turns(store: ChatMessageStore, last_k: int | None) -> _Reads:
     added to a turn.
     """
     window = page = yield last_k
-    limit = any_store.own_last_k(store) if last_k is None else last_k
+    limit = protocol_calls.default_last_k(store) if last_k is None else last_k
     if not window or limit is None or _size(window, store) < limit:
         return window
     more = _FIRST_PAGE
@@ -218,4 +218,4 @@ def _size(messages: Sequence[ChatMessage], store: ChatMessageStore) -> int:
     """
     Return how many rounds or messages these are, as the store counts them.
     """
-    return len(round_starts(messages)) if any_store.last_k_unit(store) == "round" else len(messages)
+    return len(round_starts(messages)) if protocol_calls.last_k_unit(store) == "round" else len(messages)

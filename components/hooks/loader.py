@@ -8,7 +8,7 @@ from haystack.components.agents.state import State
 from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
-from haystack_chat_store import any_store
+from haystack_chat_store import protocol_calls
 from haystack_chat_store.rounds import parted, round_starts, valid_for_model
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.window_reader import WindowReader
@@ -75,7 +75,7 @@ class ChatHistoryLoader:
         ):
             raise ValueError(f"exit_conditions must be a list of texts or None, got {exit_conditions!r}.")
         reader = WindowReader(last_k, max_tokens=max_tokens, token_counter=token_counter, window_step=window_step)
-        self.chat_message_store = any_store.validated_store(chat_message_store)
+        self.chat_message_store = protocol_calls.validated_store(chat_message_store)
         self.last_k = last_k
         self.max_tokens = max_tokens
         self.token_counter = reader.token_counter
@@ -130,7 +130,7 @@ class ChatHistoryLoader:
         :param data: The serialized hook. It is not changed.
         :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
         """
-        return any_store.component_from_dict(cls, data)
+        return protocol_calls.component_from_dict(cls, data)
 
     def warm_up(self) -> None:
         """
@@ -142,13 +142,13 @@ class ChatHistoryLoader:
         """
         Close the store. The next run opens it again.
         """
-        any_store.close(self.chat_message_store)
+        protocol_calls.close(self.chat_message_store)
 
     async def close_async(self) -> None:
         """
         Do what `close` does, without blocking the event loop.
         """
-        await any_store.close_async(self.chat_message_store)
+        await protocol_calls.close_async(self.chat_message_store)
 
     def _loading(self, state: State, run: AgentRun) -> Generator["_Read", None, None]:
         # What a compactor made of messages that the caller brings back stands for a history that is now loaded itself.
@@ -197,7 +197,7 @@ class ChatHistoryLoader:
         turn = yield from _whole_turn(question_id)
         before: list[ChatMessage] = []
         if is_whole(turn) and self.last_k != 0:
-            in_rounds = any_store.last_k_unit(self.chat_message_store) == "round"
+            in_rounds = protocol_calls.last_k_unit(self.chat_message_store) == "round"
             own = len(round_starts(turn) if in_rounds else turn)
             last_k = None if self.last_k is None else self.last_k + own
             window = _Read(self._window_reader(last_k), [*system, *turn])

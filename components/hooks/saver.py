@@ -7,7 +7,7 @@ from haystack import default_to_dict, logging
 from haystack.components.agents.state import State
 from haystack.dataclasses import ChatMessage
 
-from haystack_chat_store import any_store
+from haystack_chat_store import protocol_calls
 from haystack_chat_store.errors import ChatMessageStoreError, MessageEncodingError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.types import ChatMessageStore
@@ -41,7 +41,7 @@ class ChatHistorySaver:
         """
         if not isinstance(raise_on_failure, bool):
             raise ValueError(f"raise_on_failure must be True or False, got {raise_on_failure!r}.")
-        self.chat_message_store = any_store.validated_store(chat_message_store)
+        self.chat_message_store = protocol_calls.validated_store(chat_message_store)
         self.raise_on_failure = raise_on_failure
 
     def run(self, state: State) -> None:
@@ -70,7 +70,7 @@ class ChatHistorySaver:
         run = _collected(state)
         for attempt in self._attempts(run):
             with attempt:
-                attempt.written = await any_store.write_async(
+                attempt.written = await protocol_calls.write_async(
                     self.chat_message_store, run.chat_history_id, attempt.messages
                 )
 
@@ -88,19 +88,19 @@ class ChatHistorySaver:
         :param data: The serialized hook. It is not changed.
         :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
         """
-        return any_store.component_from_dict(cls, data)
+        return protocol_calls.component_from_dict(cls, data)
 
     def close(self) -> None:
         """
         Close the store. The next run opens it again.
         """
-        any_store.close(self.chat_message_store)
+        protocol_calls.close(self.chat_message_store)
 
     async def close_async(self) -> None:
         """
         Do what `close` does, without blocking the event loop.
         """
-        await any_store.close_async(self.chat_message_store)
+        await protocol_calls.close_async(self.chat_message_store)
 
     def _attempts(self, run: AgentRun) -> Iterator["_Attempt"]:
         size = len(run.unsaved)

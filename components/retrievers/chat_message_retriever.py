@@ -5,7 +5,7 @@ from haystack import component, default_to_dict
 from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
-from haystack_chat_store import any_store
+from haystack_chat_store import protocol_calls
 from haystack_chat_store.rounds import valid_for_model
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_messages
@@ -78,7 +78,7 @@ class ChatMessageRetriever:
             prompt cache wants it. Stores that are not of this package are read whole for it.
         :raises ValueError: If a setting is not one of these, or `chat_message_store` does not follow the protocol.
         """
-        self.chat_message_store = any_store.validated_store(chat_message_store)
+        self.chat_message_store = protocol_calls.validated_store(chat_message_store)
         self.last_k = last_k
         self.max_tokens = max_tokens
         self.token_counter = token_counter
@@ -106,7 +106,7 @@ class ChatMessageRetriever:
         :param data: The serialized component. It is not changed.
         :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
         """
-        return any_store.component_from_dict(cls, data)
+        return protocol_calls.component_from_dict(cls, data)
 
     @component.output_types(messages=list[ChatMessage])
     def run(
@@ -165,13 +165,13 @@ class ChatMessageRetriever:
         """
         Close the store. The next run opens it again.
         """
-        any_store.close(self.chat_message_store)
+        protocol_calls.close(self.chat_message_store)
 
     async def close_async(self) -> None:
         """
         Do what `close` does, without blocking the event loop.
         """
-        await any_store.close_async(self.chat_message_store)
+        await protocol_calls.close_async(self.chat_message_store)
 
     def _window_reader(self) -> WindowReader:
         # Made anew for each run, for the settings are attributes that anybody may change.

@@ -5,7 +5,7 @@ from haystack import DeserializationError, component, default_to_dict
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store import any_store
+from haystack_chat_store import protocol_calls
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_messages
 
@@ -38,9 +38,9 @@ class ChatMessageWriter:
         :raises ValueError: If `chat_message_store` does not follow the protocol, or its `write_messages` does not take
             a `policy` and this is not one that it follows anyway.
         """
-        self.chat_message_store = any_store.validated_store(chat_message_store)
+        self.chat_message_store = protocol_calls.validated_store(chat_message_store)
         self.policy = policy
-        any_store.write_options(self.chat_message_store, policy, None)
+        protocol_calls.write_options(self.chat_message_store, policy, None)
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -62,7 +62,7 @@ class ChatMessageWriter:
             if settings["policy"] not in DuplicatePolicy.__members__:
                 raise DeserializationError(f"policy must be one of {[*DuplicatePolicy.__members__]}.")
             data = {**data, "init_parameters": {**settings, "policy": DuplicatePolicy[settings["policy"]]}}
-        return any_store.component_from_dict(cls, data)
+        return protocol_calls.component_from_dict(cls, data)
 
     @component.output_types(messages_written=int)
     def run(
@@ -89,7 +89,7 @@ class ChatMessageWriter:
         :raises ChatMessageStoreError: If the store fails.
         """
         batch = validated_messages(messages) + validated_messages([] if replies is None else replies, "replies")
-        options = any_store.write_options(self.chat_message_store, self.policy, expected_count)
+        options = protocol_calls.write_options(self.chat_message_store, self.policy, expected_count)
         return {"messages_written": self.chat_message_store.write_messages(chat_history_id, batch, **options)}
 
     @component.output_types(messages_written=int)
@@ -114,18 +114,18 @@ class ChatMessageWriter:
         :raises ChatMessageStoreError: If the store fails.
         """
         batch = validated_messages(messages) + validated_messages([] if replies is None else replies, "replies")
-        options = any_store.write_options(self.chat_message_store, self.policy, expected_count)
-        written = await any_store.write_async(self.chat_message_store, chat_history_id, batch, **options)
+        options = protocol_calls.write_options(self.chat_message_store, self.policy, expected_count)
+        written = await protocol_calls.write_async(self.chat_message_store, chat_history_id, batch, **options)
         return {"messages_written": written}
 
     def close(self) -> None:
         """
         Close the store. The next run opens it again.
         """
-        any_store.close(self.chat_message_store)
+        protocol_calls.close(self.chat_message_store)
 
     async def close_async(self) -> None:
         """
         Do what `close` does, without blocking the event loop.
         """
-        await any_store.close_async(self.chat_message_store)
+        await protocol_calls.close_async(self.chat_message_store)

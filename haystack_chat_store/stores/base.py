@@ -39,6 +39,7 @@ class _Write:
     named: list[tuple[str, ChatMessage]]
     policy: DuplicatePolicy
     expected_count: int | None
+    strict: bool
 
 
 class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
@@ -59,6 +60,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         last_k_unit: LastKUnit = "round",
         namespace: str = "default",
         search: bool = False,
+        strict: bool = False,
     ) -> None:
         """
         Check and keep the settings that all stores have.
@@ -70,6 +72,8 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         :param namespace: What separates tenants, applications or test runs that share one database: a store sees only
             its own namespace. Defaults to `"default"`. 1 to 128 characters.
         :param search: Whether messages can be searched. Defaults to False.
+        :param strict: Whether a message is refused if its `meta` holds a value without a JSON form, such as a function.
+            Defaults to False: the `repr` of such a value is stored, and the log says so.
         :raises ValueError: If a setting is not one of these.
         """
         validation.validate_last_k(last_k)
@@ -81,6 +85,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         self.last_k_unit = last_k_unit
         self.namespace = validation.validated_id(namespace, "namespace", validation.MAX_NAMESPACE_LENGTH)
         self.search = validation.validated_flag(search, "search")
+        self.strict = validation.validated_flag(strict, "strict")
         self.scope = Scope(self.namespace)
 
     def settings(self) -> dict[str, Any]:
@@ -93,6 +98,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
             "last_k_unit": self.last_k_unit,
             "namespace": self.namespace,
             "search": self.search,
+            "strict": self.strict,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -338,7 +344,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
             for index, message in enumerate(validation.validated_messages(messages))
             if not (self.skip_system_messages and message.role is ChatRole.SYSTEM)
         ]
-        return _Write(history, named, policy, expected_count)
+        return _Write(history, named, policy, expected_count, self.strict)
 
     def _checked_window(self, last_k: int | None, window_step: int) -> Window:
         validation.validate_last_k(last_k)
@@ -359,7 +365,7 @@ def _encoded(write: _Write) -> list[EncodedMessage]:
             message_id = new_message_id()
         else:
             message_id = validation.validated_id(own_id, f"{name}.meta[{MESSAGE_ID_KEY!r}]")
-        content = encode_message(message, message_id, name)
+        content = encode_message(message, message_id, name, strict=write.strict)
         if message_id in encoded:
             if write.policy is DuplicatePolicy.FAIL:
                 raise duplicate(message_id)

@@ -7,6 +7,7 @@ A store checks arguments, gives ids and encodes; its engine stores the texts. To
 they raise an `UnsupportedOperationError`.
 """
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, cast
@@ -122,7 +123,7 @@ class Engine(ABC, Generic[SessionT]):
         """
         Do what `close` does, without blocking the event loop.
         """
-        self.close()
+        await asyncio.to_thread(self.close)
 
     # ------------------------------------------------------------------ required: messages
 

@@ -11,7 +11,7 @@ import pytest
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.testing.contract_isolation import HOSTILE_IDS
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, ids, texts
-from haystack_chat_store.testing.messages import conversation, positions, sample_messages, user, with_id
+from haystack_chat_store.testing.messages import TOO_LONG, conversation, positions, sample_messages, user, with_id
 
 
 class Rule03AtomicBatchesTest(ContractTest):
@@ -25,7 +25,7 @@ class Rule03AtomicBatchesTest(ContractTest):
     ) -> None:
         calls.write(store, "chat", [user("before")])
         batch = [user(str(number)) for number in range(701)]
-        batch[place] = user(bad=print)
+        batch[place] = user(bad=TOO_LONG)
         with pytest.raises(ValueError, match=rf"messages\[{place}\]"):
             calls.write(store, "chat", batch)
         assert texts(calls.retrieve(store, "chat", last_k=1000)) == ["before"]
@@ -34,7 +34,7 @@ class Rule03AtomicBatchesTest(ContractTest):
     def test_history_goes_on_after_a_refused_batch(self, store: ClosableStore, calls: Calls) -> None:
         calls.write(store, "chat", [user("before")])
         with pytest.raises(ValueError, match="messages"):
-            calls.write(store, "chat", [with_id("a", "refused"), user(bad=print)])
+            calls.write(store, "chat", [with_id("a", "refused"), user(bad=TOO_LONG)])
         assert calls.write(store, "chat", [with_id("a", "after")]) == 1
         assert texts(calls.retrieve(store, "chat")) == ["before", "after"]
 

@@ -33,6 +33,7 @@ class InMemoryChatMessageStore(BaseChatMessageStore):
         last_k_unit: LastKUnit = "round",
         namespace: str = "default",
         search: bool = False,
+        strict: bool = False,
     ) -> None:
         """
         Create the store.
@@ -43,6 +44,8 @@ class InMemoryChatMessageStore(BaseChatMessageStore):
         :param namespace: Which of the process's sets of histories this store holds. Defaults to `"default"`.
         :param search: Whether messages can be searched. The index takes several times the memory of the messages; it is
             made by the first search. Defaults to False.
+        :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
+            the value's `repr` is stored.
         :raises ValueError: If a setting is not one of these.
         """
         super().__init__(
@@ -52,6 +55,7 @@ class InMemoryChatMessageStore(BaseChatMessageStore):
             last_k_unit=last_k_unit,
             namespace=namespace,
             search=search,
+            strict=strict,
         )
 
     @classmethod

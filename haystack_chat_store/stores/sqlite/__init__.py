@@ -38,6 +38,7 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         last_k_unit: LastKUnit = "round",
         namespace: str = "default",
         search: bool = False,
+        strict: bool = False,
         durability: Durability = "full",
         timeout: float = 30.0,
     ) -> None:
@@ -50,6 +51,8 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
         :param namespace: Separates tenants, applications or test runs in one file. Defaults to `"default"`.
         :param search: Whether messages can be searched. What is written is then indexed with it. Defaults to False.
+        :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
+            the value's `repr` is stored.
         :param durability: `"full"`, the default: a write that has returned survives a power cut. `"normal"`: it
             survives a crash of the process, but the last writes before a power cut may be gone (the file stays sound);
             several times as fast where syncing the disk is slow. These are SQLite's `synchronous` levels in WAL mode.
@@ -78,6 +81,7 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
             last_k_unit=last_k_unit,
             namespace=namespace,
             search=search,
+            strict=strict,
         )
 
     @classmethod

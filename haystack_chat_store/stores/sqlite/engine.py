@@ -4,11 +4,12 @@ How operations on a file run: in the calling thread, or for asynchronous calls i
 """
 
 import asyncio
+import os
 import sqlite3
 from collections.abc import Callable
 from typing import Concatenate
 
-from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT, is_marked, plain_result, reads_only
 from haystack_chat_store.stores.sqlite import failures
 from haystack_chat_store.stores.sqlite.checking import Checking
@@ -57,6 +58,15 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         except RuntimeError as error:  # no thread can be started any more
             raise StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.") from error
         return await asyncio.wrap_future(future)
+
+    def check_exists(self) -> None:
+        """
+        Check that the file exists.
+
+        :raises StoreConfigurationError: If there is no such file.
+        """
+        if not os.path.exists(self.settings.path):
+            raise StoreConfigurationError(f"There is no file {self.settings.path}.")
 
     def close(self) -> None:
         """

@@ -59,7 +59,7 @@ def last_k_unit(store: ChatMessageStore) -> LastKUnit:
     return "round" if getattr(store, "last_k_unit", None) == "round" else "message"
 
 
-def own_last_k(store: ChatMessageStore) -> int | None:
+def default_last_k(store: ChatMessageStore) -> int | None:
     """
     Return how much a store returns when it is not told. Of a store that does not say, everything is expected.
     """
@@ -111,7 +111,7 @@ def _read_of(store: ChatMessageStore, last_k: int | None, window_step: int) -> _
         return _Read(last_k, {}, None)
     if "window_step" in inspect.signature(store.retrieve_messages).parameters:
         return _Read(last_k, {"window_step": window_step}, None)
-    count = own_last_k(store) if last_k is None else last_k
+    count = default_last_k(store) if last_k is None else last_k
     return _Read(_ALL, {}, Window("round", count, window_step))
 
 
