@@ -311,13 +311,13 @@ def _sqlite(folder: Path, plan: Plan, running: ExitStack) -> Place:
 
     def key_read() -> Any:
         key = chooser.randrange(1, plan.histories + 1)
-        return bare.execute("SELECT * FROM chat_histories WHERE history_key = ?", (key,)).fetchone()
+        return bare.execute("SELECT * FROM haystack_chat_histories WHERE history_key = ?", (key,)).fetchone()
 
     def full_text(phrases: Sequence[Any]) -> Any:
         wanted = " ".join(f'"{" ".join(each.terms)}"' + ("*" if each.is_prefix else "") for each in phrases)
         return bare.execute(
-            "SELECT score, content FROM (SELECT rowid AS found, rank AS score FROM chat_message_terms "
-            "WHERE chat_message_terms MATCH ? ORDER BY rank LIMIT 20) CROSS JOIN chat_messages ON message_key = found",
+            "SELECT score, content FROM (SELECT rowid AS found, rank AS score FROM haystack_chat_terms "
+            "WHERE haystack_chat_terms MATCH ? ORDER BY rank LIMIT 20) CROSS JOIN haystack_chat_messages ON message_key = found",
             (wanted,),
         ).fetchall()
 

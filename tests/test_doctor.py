@@ -51,11 +51,11 @@ def damage(path, chat_history_id, position, **columns):
     changes = ", ".join(f"{column} = ?" for column in columns)
     with sqlite3.connect(path) as connection:
         (key,) = connection.execute(
-            "SELECT history_key FROM chat_histories WHERE chat_history_id = ?", (chat_history_id,)
+            "SELECT history_key FROM haystack_chat_histories WHERE chat_history_id = ?", (chat_history_id,)
         ).fetchone()
         where = (key << 32) + position
         changed = connection.execute(
-            f"UPDATE chat_messages SET {changes} WHERE message_key = ?", (*columns.values(), where)
+            f"UPDATE haystack_chat_messages SET {changes} WHERE message_key = ?", (*columns.values(), where)
         )
         assert changed.rowcount == 1
     connection.close()
@@ -232,7 +232,7 @@ def test_what_is_a_database_or_no_file_is_never_appended_to(store, path, tmp_pat
     (tmp_path / "folder").mkdir()
     damage(path, "ada", 1, content="no JSON")
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE chat_histories SET message_count = 99 WHERE chat_history_id = 'eve'")
+        connection.execute("UPDATE haystack_chat_histories SET message_count = 99 WHERE chat_history_id = 'eve'")
     connection.close()
     faults = list(check(store))
 
@@ -312,7 +312,7 @@ def test_without_repair_nothing_is_changed_or_saved(store, path, tmp_path):
 def test_what_the_engine_finds_comes_first(store, path):
     damage(path, "ada", 1, content="no JSON")
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE chat_histories SET message_count = 99 WHERE chat_history_id = 'eve'")
+        connection.execute("UPDATE haystack_chat_histories SET message_count = 99 WHERE chat_history_id = 'eve'")
     connection.close()
 
     assert places(check(store)) == [("eve", None), ("ada", 1)]

@@ -41,7 +41,7 @@ def change(path, statement, *values):
 
 
 def damage(path, content=DAMAGED):
-    change(path, "UPDATE chat_messages SET content = ? WHERE role = 'assistant'", content)
+    change(path, "UPDATE haystack_chat_messages SET content = ? WHERE role = 'assistant'", content)
 
 
 def age(path, days, *chat_history_ids):
@@ -49,7 +49,7 @@ def age(path, days, *chat_history_ids):
     Have histories be unchanged for so many days.
     """
     for chat_history_id in chat_history_ids:
-        statement = "UPDATE chat_histories SET updated_at = updated_at - ? WHERE chat_history_id = ?"
+        statement = "UPDATE haystack_chat_histories SET updated_at = updated_at - ? WHERE chat_history_id = ?"
         change(path, statement, days * 86_400_000_000, chat_history_id)
 
 

@@ -72,8 +72,8 @@ def test_stats_draw_days_and_sizes(url, path, run, run_json):
     today = datetime.now(timezone.utc).date()
     change(  # three messages of the day before yesterday
         path,
-        "UPDATE chat_messages SET created_at = created_at - 2 * 86400000000 WHERE message_key IN "
-        "(SELECT message_key FROM chat_messages ORDER BY message_key LIMIT 3)",
+        "UPDATE haystack_chat_messages SET created_at = created_at - 2 * 86400000000 WHERE message_key IN "
+        "(SELECT message_key FROM haystack_chat_messages ORDER BY message_key LIMIT 3)",
     )
     status, out, _ = run("stats", "--store", url)
     lines = out.splitlines()
@@ -118,7 +118,7 @@ def test_stats_name_the_size_as_what_it_is(url, run):
 
 def test_stats_draw_no_days_before_the_first_that_has_something(url, path, run):
     filled(url)
-    change(path, "UPDATE chat_messages SET created_at = 0 WHERE role = 'assistant'")
+    change(path, "UPDATE haystack_chat_messages SET created_at = 0 WHERE role = 'assistant'")
     out = run("stats", "--store", url)[1]
     assert f"{datetime.now(timezone.utc).date()}  4 " in out
     assert out.count("-") == 2
@@ -129,8 +129,8 @@ def test_stats_draw_no_days_before_the_first_that_has_something(url, path, run):
 def test_times_at_the_ends_of_the_calendar_are_shown(url, path, run, monkeypatch, time, zone):
     filled(url)
     since_1970 = datetime.fromisoformat(time) - datetime(1970, 1, 1, tzinfo=timezone.utc)
-    change(path, "UPDATE chat_messages SET created_at = ?", since_1970 // timedelta(microseconds=1))
-    change(path, "UPDATE chat_histories SET updated_at = ?", since_1970 // timedelta(microseconds=1))
+    change(path, "UPDATE haystack_chat_messages SET created_at = ?", since_1970 // timedelta(microseconds=1))
+    change(path, "UPDATE haystack_chat_histories SET updated_at = ?", since_1970 // timedelta(microseconds=1))
     monkeypatch.setenv("TZ", zone)
     tzset()
     try:

@@ -361,7 +361,7 @@ def test_the_first_search_says_that_it_makes_an_index(url):
 
 def test_results_reach_a_program_while_progress_is_shown_on_the_terminal(url, path, store):
     store.write_messages("chat", conversation("ua"))
-    change(path, "UPDATE chat_messages SET content = 'no JSON'")
+    change(path, "UPDATE haystack_chat_messages SET content = 'no JSON'")
     terminal = Terminal("doctor", "--json", "--store", url, stdout=subprocess.PIPE)
     out, _ = terminal.process.communicate(timeout=120)
     assert [json.loads(line)["position"] for line in out.splitlines()] == [0, 1]
@@ -373,7 +373,7 @@ def test_results_reach_a_program_while_progress_is_shown_on_the_terminal(url, pa
 
 def test_on_one_terminal_results_and_progress_have_lines_of_their_own(url, path, store):
     store.write_messages("chat", conversation("ua"))
-    change(path, "UPDATE chat_messages SET content = 'no JSON'")
+    change(path, "UPDATE haystack_chat_messages SET content = 'no JSON'")
     _, text = Terminal("doctor", "--store", url).end()
     lines = re.split(r"[\r\n]", CURSOR.sub("\n", STYLE.sub("", text)))
     assert len([line for line in lines if line.startswith("fault ") and "Checking" not in line]) == 2

@@ -389,7 +389,7 @@ def test_the_time_of_change_never_goes_back(written, path, change):
         written.delete_messages("chat", from_message_id="1")
     later = 4_000_000_000_000_000
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("UPDATE chat_histories SET updated_at = ? WHERE chat_history_id = 'chat'", (later,))
+        connection.execute("UPDATE haystack_chat_histories SET updated_at = ? WHERE chat_history_id = 'chat'", (later,))
     before = written.engine.run(written.engine.page, written.scope, "chat", None, None, 9)
     CHANGES[change](written)
     assert written.engine.run(written.engine.page, written.scope, "chat", None, None, 9) != before

@@ -15,7 +15,7 @@ from haystack_chat_store.stores.sqlite import directory
 from haystack_chat_store.testing.messages import user
 
 INSERT = """
-    INSERT INTO chat_histories
+    INSERT INTO haystack_chat_histories
         (namespace, chat_history_id, next_position, message_count, round_count, created_at, updated_at, title, meta)
     VALUES ('default', ?, 1, 1, 1, 0, ?, ?, ?)
 """
@@ -90,7 +90,7 @@ def test_a_page_with_any_prefix_costs_little_more_than_the_better_way_to_find_it
     }[age]
     with closing(sqlite3.connect(path)) as connection:
         connection.executemany(
-            "UPDATE chat_histories SET chat_history_id = 'mine ' || chat_history_id WHERE chat_history_id = ?",
+            "UPDATE haystack_chat_histories SET chat_history_id = 'mine ' || chat_history_id WHERE chat_history_id = ?",
             [(name,) for name in chosen],
         )
         connection.commit()
@@ -127,7 +127,7 @@ def test_a_walk_by_id_costs_the_same_everywhere(store, path):
             steps(
                 path,
                 lambda: found.extend(store.engine.run(store.engine.histories_by_id, store.scope, "user", after, 50)),
-            )  # noqa: B023
+            )
         )
         assert [row.chat_history_id for row in found] == names[start : start + 50]
     assert max(counts) < 1.2 * min(counts)

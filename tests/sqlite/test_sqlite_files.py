@@ -16,7 +16,7 @@ from haystack.dataclasses import ChatMessage
 from sqlite_stores import SECRET, SIDE_FILES, assert_says, connections_of_stores, opened, rows, said, say
 
 from haystack_chat_store import SQLiteChatMessageStore
-from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.errors import StoreConfigurationError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.testing.processes import Program, run_program
 
@@ -106,10 +106,10 @@ def other_file_in_its_place(path):
 @contextmanager
 def other_tables_of_the_same_name(path):
     with opened(path) as connection:
-        connection.execute("CREATE TABLE chat_messages (whatever)")
+        connection.execute("CREATE TABLE haystack_chat_messages (whatever)")
         yield
-        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("chat_messages",)]
-        connection.execute("DROP TABLE chat_messages")
+        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("haystack_chat_messages",)]
+        connection.execute("DROP TABLE haystack_chat_messages")
 
 
 @contextmanager
@@ -122,10 +122,10 @@ def locked_before_its_first_use(path):
 @pytest.mark.parametrize(
     ("failure", "error", "says"),
     [
-        (missing_folder, StoreUnavailableError, "folder .* does not exist.*Create it"),
+        (missing_folder, StoreConfigurationError, "folder .* does not exist.*Create it"),
         (folder_in_its_place, StoreUnavailableError, "It must be a file|Is it a file"),
-        (other_file_in_its_place, StoreUnavailableError, "not a database.*another path"),
-        (other_tables_of_the_same_name, StoreUnavailableError, "table chat_messages already exists"),
+        (other_file_in_its_place, StoreConfigurationError, "not a database.*another path"),
+        (other_tables_of_the_same_name, StoreConfigurationError, "table haystack_chat_messages already exists"),
         (locked_before_its_first_use, StoreTimeoutError, "locked.*Try again"),
     ],
 )
@@ -331,7 +331,7 @@ def test_after_the_file_was_deleted_the_next_write_goes_to_a_new_one(store, path
         os.remove(path + suffix)
     write(store, "here")
     assert said(store) == ["here", "You said: here"]
-    assert rows(path, "SELECT count(*) FROM chat_messages") == [(2,)]
+    assert rows(path, "SELECT count(*) FROM haystack_chat_messages") == [(2,)]
 
 
 def test_after_the_file_was_replaced_the_next_call_uses_the_new_one(new_store, store, tmp_path, path):

@@ -24,7 +24,7 @@ from haystack_chat_store.testing.processes import Program
 
 def test_the_schema_version_is_recorded(store, path):
     say(store, "Hi!")
-    assert rows(path, "SELECT version FROM chat_store_schema") == [(len(schema.MIGRATIONS),)]
+    assert rows(path, "SELECT version FROM haystack_chat_schema") == [(len(schema.MIGRATIONS),)]
 
 
 @pytest.mark.parametrize("journal_mode", ["wal", "delete"])
@@ -33,7 +33,7 @@ def test_a_database_from_a_newer_version_is_refused_and_left_untouched(store, pa
     store.close()
     newer = len(schema.MIGRATIONS) + 1
     with opened(path) as connection:
-        connection.execute("UPDATE chat_store_schema SET version = ?", (newer,))
+        connection.execute("UPDATE haystack_chat_schema SET version = ?", (newer,))
         connection.execute(f"PRAGMA journal_mode = {journal_mode}")
     before = Path(path).read_bytes()
     for call in (lambda: write(store, SECRET), lambda: said(store), store.delete_all_messages):
@@ -65,13 +65,13 @@ def test_processes_that_make_the_same_files_at_once_do_not_disturb_each_other(st
         Program.begin(*programs)
         for program in programs:
             program.reports_to_the_end()
-    query = "SELECT json_extract(content, '$.content[0].text') FROM chat_messages"
+    query = "SELECT json_extract(content, '$.content[0].text') FROM haystack_chat_messages"
     for number in range(60):
         assert sorted(rows(f"{path}.{number}", query)) == [(text,) for text in "0123"]
 
 
 NEXT_MIGRATION = [
-    "ALTER TABLE chat_histories ADD COLUMN mood TEXT DEFAULT 'fine'",
+    "ALTER TABLE haystack_chat_histories ADD COLUMN mood TEXT DEFAULT 'fine'",
     "CREATE TABLE IF NOT EXISTS upgrades (upgraded_at)",
     "INSERT INTO upgrades VALUES (datetime())",
 ]
@@ -85,8 +85,8 @@ def test_a_database_of_the_version_before_is_upgraded_in_place_once(store, path,
     say(store, "afterwards")
     store.close()
     assert said(store) == ["before", "afterwards"]
-    assert rows(path, "SELECT version FROM chat_store_schema") == [(len(schema.MIGRATIONS),)]
-    assert rows(path, "SELECT mood FROM chat_histories") == [("fine",)]
+    assert rows(path, "SELECT version FROM haystack_chat_schema") == [(len(schema.MIGRATIONS),)]
+    assert rows(path, "SELECT mood FROM haystack_chat_histories") == [("fine",)]
     assert rows(path, "SELECT count(*) FROM upgrades") == [(1,)]
 
 
@@ -113,9 +113,10 @@ def test_processes_that_start_together_upgrade_a_database_once(store, path):
         for program in programs:
             program.reports_to_the_end()
     assert rows(path, "SELECT count(*) FROM upgrades") == [(1,)]
-    assert rows(path, "SELECT version FROM chat_store_schema") == [(len(schema.MIGRATIONS) + 1,)]
+    assert rows(path, "SELECT version FROM haystack_chat_schema") == [(len(schema.MIGRATIONS) + 1,)]
     found = [
-        content for (content,) in rows(path, "SELECT json_extract(content, '$.content[0].text') FROM chat_messages")
+        content
+        for (content,) in rows(path, "SELECT json_extract(content, '$.content[0].text') FROM haystack_chat_messages")
     ]
     assert found[0] == "before"
     assert sorted(found[1:]) == list("012345")
@@ -156,7 +157,7 @@ def test_the_view_shows_what_was_written(new_store, path):
     new_store(namespace="b").delete_messages("first")
     query = """
         SELECT namespace, chat_history_id, position, role, json_extract(content, '$.content[0].text')
-        FROM chat_transcripts
+        FROM haystack_chat_transcripts
         ORDER BY namespace, chat_history_id, position
     """
     assert rows(path, query) == [
@@ -164,8 +165,8 @@ def test_the_view_shows_what_was_written(new_store, path):
         for namespace, history in (("a", "first"), ("a", "it's 'another'"), ("b", "it's 'another'"))
         for position, (role, text) in enumerate([("user", "Hi!"), ("assistant", "Hello!")])
     ]
-    assert rows(path, "SELECT DISTINCT message_id FROM chat_transcripts WHERE position = 1") == [("a1",)]
-    now, created_at = rows(path, "SELECT datetime(), max(created_at) FROM chat_transcripts")[0]
+    assert rows(path, "SELECT DISTINCT message_id FROM haystack_chat_transcripts WHERE position = 1") == [("a1",)]
+    now, created_at = rows(path, "SELECT datetime(), max(created_at) FROM haystack_chat_transcripts")[0]
     assert created_at <= now
     assert created_at[:4] >= "2025"
 
@@ -214,8 +215,8 @@ def test_every_statement_uses_an_index_whatever_the_length_of_the_history(new_st
         plans.append(plans_of_all_calls(store, other_store, path))
     assert plans[0] == plans[1]
     words = {word for _, step in plans[0] for word in step.split()}
-    assert {"chat_histories", "chat_messages", "chat_messages_by_id"} <= words
-    assert ("chat_messages_from_user" in words) == (last_k_unit == "round")
+    assert {"haystack_chat_histories", "haystack_chat_messages", "haystack_chat_messages_by_id"} <= words
+    assert ("haystack_chat_messages_from_user" in words) == (last_k_unit == "round")
     for statement, step in plans[0]:
         assert not re.search(r"SCAN|TEMP B-TREE|AUTOMATIC", step), f"{step}: {statement}"
     assert rows(path, "SELECT name FROM sqlite_master WHERE name LIKE 'sqlite_stat%'") == []
@@ -245,7 +246,9 @@ def test_a_damaged_message_is_an_error_that_does_not_quote_it(store, path, write
     write(store, "second")
     with opened(path) as connection:
         text = "CAST(? AS TEXT)" if isinstance(content, bytes) else "?"
-        connection.execute(f"UPDATE chat_messages SET content = {text} WHERE message_key & 0xffffffff = 1", (content,))
+        connection.execute(
+            f"UPDATE haystack_chat_messages SET content = {text} WHERE message_key & 0xffffffff = 1", (content,)
+        )
     for read in (
         lambda: store.retrieve_messages("history"),
         lambda: asyncio.run(store.retrieve_messages_async("history")),

@@ -7,7 +7,6 @@ import json
 import random
 import sqlite3
 import threading
-import unicodedata
 from contextlib import ExitStack, closing
 from functools import partial
 
@@ -21,8 +20,7 @@ from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.search_text import parsed_query, terms
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
-from haystack_chat_store.stores.sqlite import search
-from haystack_chat_store.stores.sqlite import terms as index_terms
+from haystack_chat_store.stores.sqlite import search, term_index
 from haystack_chat_store.testing.processes import Program
 
 WORDS = ["fox", "quick", "brown", "東京都", "Straße", "déjà", "x²"]
@@ -56,11 +54,17 @@ def index_says_what_messages_say(path):
     """
     Whether each message's terms are in the index, at their places, and no others.
     """
-    indexed = execute(path, "SELECT doc, offset, term FROM chat_message_term_instances")
-    stored = execute(path, "SELECT message_key, json_extract(content, '$.content[0].text') FROM chat_messages")
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("CREATE VIRTUAL TABLE temp.v USING fts5vocab (main, haystack_chat_terms, instance)")
+        indexed = connection.execute("SELECT doc, offset, term FROM temp.v").fetchall()
+    stored = execute(path, "SELECT message_key, json_extract(content, '$.content[0].text') FROM haystack_chat_messages")
     said = [(key, offset, term) for key, text in stored for offset, term in enumerate(terms(text))]
-    keys = [key for (key,) in execute(path, "SELECT id FROM chat_message_terms_docsize")]
+    keys = [key for (key,) in execute(path, "SELECT rowid FROM haystack_chat_terms")]
     return sorted(indexed) == sorted(said) and sorted(keys) == sorted(key for key, _ in stored)
+
+
+def indexed_terms(path):
+    return sorted(term for (text,) in execute(path, "SELECT terms FROM haystack_chat_terms") for term in text.split())
 
 
 # ---------------------------------------------------------------------- being on
@@ -75,7 +79,7 @@ def test_a_database_is_not_indexed_before_a_store_wants_to_search(new_store, pat
 
 def test_in_a_new_database_messages_are_indexed_as_they_are_written(searching, path):
     searching.write_messages("chat", [user("fox")])
-    assert execute(path, "SELECT term FROM chat_message_term_instances") == [("fox",)]
+    assert indexed_terms(path) == ["fox"]
     assert found(searching, "fox") == [("chat", 0)]
 
 
@@ -210,7 +214,7 @@ def test_a_damaged_message_neither_stops_a_write_nor_the_indexing(new_store, pat
     store = new_store()
     store.write_messages("chat", [user("fox"), user("fox"), user("fox")])
     text = "CAST(? AS TEXT)" if isinstance(content, bytes) else "?"
-    execute(path, f"UPDATE chat_messages SET content = {text} WHERE message_key & 0xffffffff = 1", content)
+    execute(path, f"UPDATE haystack_chat_messages SET content = {text} WHERE message_key & 0xffffffff = 1", content)
     searching = new_store(search=True)
     assert found(searching, "fox") == [("chat", 0), ("chat", 2)]
     searching.copy_messages("chat", "copy")
@@ -283,7 +287,7 @@ def test_indexing_that_was_killed_goes_on(new_store, path):
         for _ in range(5):
             assert next(program.reports()) == "batch"
         program.kill()
-    ((indexed,),) = execute(path, "SELECT count(*) FROM chat_message_terms_docsize")
+    ((indexed,),) = execute(path, "SELECT count(*) FROM haystack_chat_terms")
     assert 100 <= indexed < 2000
     assert len(found(searching, "fox", limit=1000)) == 1000
     assert index_says_what_messages_say(path)
@@ -298,7 +302,7 @@ def test_many_histories_are_searched_like_few(searching, new_store, monkeypatch)
         searching.write_messages(f"chat {number}", [user("fox " * (number % 3 + 1) + "and more " * number)])
         theirs.write_messages(f"chat {number}", [user("fox")])
     few = [searching.search_messages("fox", limit=7, prefix=prefix) for prefix in ("", "chat 1", "chat 2")]
-    monkeypatch.setattr("haystack_chat_store.stores.sqlite.search._FEW", 3)
+    monkeypatch.setattr("haystack_chat_store.stores.sqlite.search._FEW_HISTORIES", 3)
     many = [searching.search_messages("fox", limit=7, prefix=prefix) for prefix in ("", "chat 1", "chat 2")]
     assert few == many
     assert [len(hits) for hits in few] == [7, 7, 7]
@@ -350,7 +354,7 @@ def test_a_build_of_sqlite_without_fts5_is_an_error_that_says_so(searching, path
     searching.close()
     execute_all = [
         "PRAGMA writable_schema = ON",
-        "UPDATE sqlite_master SET sql = replace(sql, 'fts5 (', 'fts9 (') WHERE name = 'chat_message_terms'",
+        "UPDATE sqlite_master SET sql = replace(sql, 'fts5 (', 'fts9 (') WHERE name = 'haystack_chat_terms'",
     ]
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         for statement in execute_all:  # such as a build without FTS5 sees it: a table of a module that is not there
@@ -361,168 +365,121 @@ def test_a_build_of_sqlite_without_fts5_is_an_error_that_says_so(searching, path
     assert searching.count_messages("chat") == 1
 
 
+# ---------------------------------------------------------------------- other programs
+
+
+def test_other_programs_can_change_and_delete_messages(searching, path):
+    searching.write_messages("chat", [user("fox"), user("red fox"), user("cat"), user("owl")])
+    execute(path, "DELETE FROM haystack_chat_messages WHERE message_key & 0xffffffff = 0")
+    changed = "replace(content, 'cat', 'dog')"
+    execute(path, f"UPDATE haystack_chat_messages SET content = {changed} WHERE message_key & 0xffffffff = 2")
+    assert found(searching, "fox") == [("chat", 1)]
+    assert found(searching, "fox", limit=1) == [("chat", 1)]
+    searching.engine.run(searching.engine.check, searching.scope, True)
+    assert found(searching, "dog") == [("chat", 2)]
+    assert found(searching, "cat") == []
+    assert index_says_what_messages_say(path)
+
+
+def test_a_message_of_another_program_is_found_after_a_repair(searching, path):
+    searching.write_messages("chat", [user("fox")])
+    execute(
+        path,
+        """
+        INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, content)
+        SELECT message_key + 1, 'theirs', role, created_at, replace(content, 'fox', 'cat') FROM haystack_chat_messages
+        """,
+    )
+    assert found(searching, "cat") == []
+    faults = searching.engine.run(searching.engine.check, searching.scope, True)
+    assert "The search index says something else than its messages." in [fault.description for fault in faults]
+    assert found(searching, "cat") == [("chat", 1)]
+    assert searching.engine.run(searching.engine.check, searching.scope, False) == []
+
+
+def test_the_key_of_a_history_that_another_program_deleted_is_used_again(searching, path):
+    searching.write_messages("chat", [user("old fox"), user("old fox")])
+    execute(path, "DELETE FROM haystack_chat_messages")
+    execute(path, "DELETE FROM haystack_chat_histories")
+    searching.write_messages("new", [user("cat")])
+    assert found(searching, "fox") == []
+    searching.write_messages("new", [user("dog")])
+    assert found(searching, "fox") == []
+    assert index_says_what_messages_say(path)
+
+
 # ---------------------------------------------------------------------- other terms
 
 
 @pytest.fixture
-def later_version(monkeypatch):
+def become(monkeypatch):
     """
-    Make this process one of a version that makes other terms, when called.
+    Make this process one of a version that makes other terms, or one of this version again, when called.
     """
-
-    def become_it():
-        monkeypatch.setattr(index_terms, "OWN_TERMS", "2/99.0.0")
-        monkeypatch.setattr(index_terms, "terms", lambda text: [f"new{term}" for term in terms(text)])
-
-    return become_it
-
-
-@pytest.fixture
-def as_of(monkeypatch):
-    """
-    Make this process one of an older or newer Python when called: only the newer knows the letter `𞤀`.
-    """
-    terms_of_newer = index_terms.terms
-
-    class OlderUnicode:
-        ucd_3_2_0 = unicodedata.ucd_3_2_0
-
-        @staticmethod
-        def category(character):
-            return "Cn" if character == "𞤀" else unicodedata.category(character)
 
     def become(version):
-        is_newer = version == "newer"
-        index_terms._folds_alike.cache_clear()
-        monkeypatch.setattr(index_terms, "unicodedata", unicodedata if is_newer else OlderUnicode)
-        monkeypatch.setattr(index_terms, "OWN_TERMS", "1/9.0.0" if is_newer else "1/8.0.0")
+        monkeypatch.setattr(term_index, "TERMS_VERSION", version)
+        is_later = version > 1
         monkeypatch.setattr(
-            index_terms, "terms", lambda text: terms_of_newer(text if is_newer else text.replace("𞤀", " "))
+            term_index, "terms", (lambda text: [f"new{term}" for term in terms(text)]) if is_later else terms
         )
 
     return become
 
 
-def indexed_terms(path):
-    return sorted(term for (term,) in execute(path, "SELECT term FROM chat_message_term_instances"))
-
-
 def version_of_index(path):
-    ((version,),) = execute(path, "SELECT terms_version FROM chat_messages_indexed")
+    ((version,),) = execute(path, "SELECT terms_version FROM haystack_chat_search")
     return version
 
 
-@pytest.mark.parametrize("begun", ["older", "newer"])
-def test_whoever_does_not_search_leaves_the_index_of_another_python_alone(new_store, path, as_of, begun):
-    as_of(begun)
-    searching = new_store(search=True)
-    searching.write_messages("chat", [user("Straße 😀", "1"), user("東京都", "2"), user("gone", "3")])
-    before = version_of_index(path)
-    as_of("older" if begun == "newer" else "newer")
-    other = new_store()
-    other.write_messages("chat", [user("déjà vu 😀", "4"), user("кот", "1")], policy=DuplicatePolicy.OVERWRITE)
-    other.delete_messages("chat", message_ids=["3"])
-    assert version_of_index(path) == before
-    assert indexed_terms(path) == sorted(["deja", "vu", "кот", "東京", "京都", "都"])
-    assert other.engine.run(other.engine.check, other.scope, False) == []
-    as_of(begun)
-    assert searching.engine.run(searching.engine.search, searching.scope, parsed_query("vu"), None, "", 20)
-
-
-def test_what_another_python_writes_and_cannot_index_is_found_by_the_next_search(new_store, path, as_of):
-    as_of("older")
-    older = new_store()
-    older.write_messages("chat", [user("fox𞤀", "1")])
-    as_of("newer")
-    newer = new_store(search=True)
-    assert found(newer, "fox𞤀") == [("chat", 0)]
-    as_of("older")
-    older.write_messages("chat", [user("fox", "2"), user("cat𞤀", "3"), user("dog𞤀", "4")])
-    older.write_messages("chat", [user("cow𞤀", "4")], policy=DuplicatePolicy.OVERWRITE)
-    older.delete_messages("chat", message_ids=["3"])
-    assert len(indexed_terms(path)) == 2
-    as_of("newer")
-    assert newer.engine.run(newer.engine.check, newer.scope, False) == []
-    assert found(newer, "cow𞤀") == [("chat", 3)]
-    assert found(newer, "cow") == found(newer, "cat𞤀") == []
-    assert sorted(indexed_terms(path)) == sorted([*terms("fox𞤀"), "fox", *terms("cow𞤀")])
-
-
-@pytest.mark.parametrize("change", ["delete", "overwrite", "erase"])
-def test_no_term_is_left_of_what_another_python_deletes(new_store, path, as_of, change):
-    as_of("newer")
-    newer, older = new_store(search=True), new_store()
-    newer.write_messages("chat", [user("secret𞤀", "1"), user("secret 😀", "2")])
-    newer.write_messages("other", [user("fox𞤀")])
-    as_of("older")
-    if change == "delete":
-        older.delete_messages("chat", message_ids=["1", "2"])
-    elif change == "erase":
-        older.delete_chat_histories(prefix="chat")
-    else:
-        harmless = [user("harmless", "1"), user("harmless", "2")]
-        older.write_messages("chat", harmless, policy=DuplicatePolicy.OVERWRITE)
-    assert not [term for term in indexed_terms(path) if term.startswith("secret")]
-    as_of("newer")
-    assert found(newer, "fox𞤀") == [("other", 0)]
-    assert found(newer, "secret") == []
-    assert newer.engine.run(newer.engine.check, newer.scope, False) == []
-
-
-def test_the_older_of_two_searches_the_index_of_the_newer_for_what_is_in_it(new_store, path, as_of):
-    as_of("newer")
-    newer, older = new_store(search=True), new_store(search=True, timeout=20)
-    newer.write_messages("chat", [user("fox"), user("cat𞤀")])
-    as_of("older")
-    assert found(older, "fox") == [("chat", 0)]
-    older.write_messages("chat", [user("dog𞤀")])
-    assert found(older, "fox") == [("chat", 0)]
-    assert found(older, "dog") == []
-    assert version_of_index(path) == "1/9.0.0"
-    as_of("newer")
-    assert found(newer, "dog𞤀") == [("chat", 2)]
-    as_of("older")
-    assert found(older, "fox") == [("chat", 0)]
-    older.write_messages("chat", [user("cow𞤀")])
-    unsearching = new_store()
-    assert unsearching.engine.run(unsearching.engine.check, unsearching.scope, True) == []
-    assert [fault.is_repaired for fault in older.engine.run(older.engine.check, older.scope, True)] == [
-        True
-    ]  # there is no newer one any more
-    assert found(older, "dog") == [("chat", 2)]
-    assert version_of_index(path) == "1/8.0.0"
-
-
-def test_the_older_of_two_says_that_it_cannot_search_what_the_newer_has_not_completed(new_store, path, as_of):
-    as_of("newer")
-    with closing(new_store(search=True)) as newer:
-        newer.write_messages("chat", [user("fox")])
-    execute(path, "UPDATE chat_messages_indexed SET last_key = 0")  # as if it had been killed
-    as_of("older")
-    with pytest.raises(UnsupportedOperationError, match="newer version"):
-        new_store(search=True).search_messages("fox")
+def test_the_next_search_of_a_later_version_makes_the_index_anew(new_store, path, become):
+    with closing(new_store(search=True)) as before:
+        before.write_messages("chat", [user("fox", "1"), user("fox", "2"), user("fox", "3")])
+    become(2)
+    later = new_store(search=True)
+    later.delete_messages("chat", message_ids=["1"])
+    later.write_messages("chat", [user("late fox", "2")], policy=DuplicatePolicy.OVERWRITE)
+    assert version_of_index(path) == 1
+    assert later.engine.run(later.engine.check, later.scope, False) == []
+    assert found(later, "newfox") == [("chat", 1), ("chat", 2)]
+    assert indexed_terms(path) == ["newfox", "newfox", "newlate"]
+    assert version_of_index(path) == 2
+    assert later.engine.run(later.engine.check, later.scope, False) == []
 
 
 @pytest.mark.parametrize("searches", [False, True], ids=["without search", "with search"])
-def test_an_index_of_other_terms_begins_anew_before_anything_is_deleted_from_it(
-    new_store, path, later_version, searches
-):
-    with closing(new_store(search=True)) as before:
-        before.write_messages("chat", [user("fox", "1"), user("fox", "2"), user("fox", "3")])
-        assert before.engine.run(before.engine.search, before.scope, parsed_query("fox"), None, "", 20)
-    later_version()
-    later = new_store(search=searches)
-    later.delete_messages("chat", message_ids=["1"])
-    later.write_messages("chat", [user("late fox", "2")], policy=DuplicatePolicy.OVERWRITE)
-    assert execute(path, "SELECT count(*) FROM chat_message_term_instances") == [(0,)]
-    searching = new_store(search=True)
-    assert found(searching, "newfox") == [("chat", 1), ("chat", 2)]
-    assert sorted(execute(path, "SELECT term FROM chat_message_term_instances")) == [
-        ("newfox",),
-        ("newfox",),
-        ("newlate",),
-    ]
-    assert searching.engine.run(searching.engine.check, searching.scope, False) == []
+def test_what_an_earlier_version_writes_is_found_by_the_next_search_of_a_later_one(new_store, path, become, searches):
+    become(2)
+    later = new_store(search=True)
+    later.write_messages("chat", [user("fox", "1"), user("cat", "2"), user("dog", "3")])
+    later.write_messages("other chat", [user("fox")])
+    become(1)
+    earlier = new_store(search=searches, timeout=20)
+    earlier.write_messages("chat", [user("red fox", "2")], policy=DuplicatePolicy.OVERWRITE)
+    earlier.write_messages("chat", [user("late fox", "4")])
+    earlier.delete_messages("chat", message_ids=["3"])
+    earlier.copy_messages("chat", "copy")
+    assert not {"newcat", "newdog"} & set(indexed_terms(path))
+    become(2)
+    assert found(later, "newfox", chat_history_id="chat") == [("chat", 0), ("chat", 1), ("chat", 3)]
+    assert len(found(later, "newfox")) == 7
+    assert found(later, "newcat") == []
+    assert later.engine.run(later.engine.check, later.scope, False) == []
+
+
+def test_an_earlier_version_neither_searches_nor_spoils_the_index_of_a_later_one(new_store, path, become):
+    become(2)
+    with closing(new_store(search=True)) as later:
+        later.write_messages("chat", [user("fox")])
+    become(1)
+    earlier, unsearching = new_store(search=True), new_store()
+    with pytest.raises(UnsupportedOperationError, match="newer version"):
+        earlier.search_messages("fox")
+    assert unsearching.engine.run(unsearching.engine.check, unsearching.scope, True) == []
+    assert version_of_index(path) == 2
+    assert [fault.is_repaired for fault in earlier.engine.run(earlier.engine.check, earlier.scope, True)] == [True]
+    assert found(earlier, "fox") == [("chat", 0)]
+    assert version_of_index(path) == 1
 
 
 def test_an_index_of_the_same_terms_is_kept(new_store):
@@ -547,7 +504,7 @@ def test_of_processes_that_start_together_one_begins_the_index_anew(new_store, p
     store = new_store(search=True)
     store.write_messages("chat", [user("early fox")] * 50)
     store.close()
-    execute(path, "UPDATE chat_messages_indexed SET terms_version = '0/0'")
+    execute(path, "UPDATE haystack_chat_search SET terms_version = 0")
     names = "012345"
     with ExitStack() as stack:
         programs = [stack.enter_context(Program(open_and_write, store, name)) for name in names]
@@ -564,7 +521,7 @@ def test_ctrl_c_while_words_are_indexed_is_ctrl_c(path, monkeypatch):
 
     with closing(SQLiteChatMessageStore(path, search=True)) as store:
         store.write_messages("chat", [ChatMessage.from_user("before")])
-        monkeypatch.setattr(index_terms, "terms", interrupted)
+        monkeypatch.setattr(term_index, "terms", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.write_messages("chat", [ChatMessage.from_user("during")])
         monkeypatch.undo()

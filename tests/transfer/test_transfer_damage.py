@@ -50,7 +50,7 @@ def test_a_damaged_message_is_left_out_and_reported(sqlite, target, file, damage
     put(sqlite, "b", "zero")
     with closing(sqlite3.connect(sqlite.path, isolation_level=None)) as connection:
         changed = connection.execute(
-            "UPDATE chat_messages SET content = ? WHERE message_id = 'm1'", (damaged,)
+            "UPDATE haystack_chat_messages SET content = ? WHERE message_id = 'm1'", (damaged,)
         ).rowcount
     assert changed == 1
 
@@ -66,7 +66,7 @@ def test_a_damaged_message_is_left_out_and_reported(sqlite, target, file, damage
 def test_a_damaged_text_of_the_engine_is_left_out_and_reported(sqlite, target):
     put(sqlite, "a", "zero", "one", "two")
     with closing(sqlite3.connect(sqlite.path, isolation_level=None)) as connection:
-        connection.execute("UPDATE chat_messages SET content = CAST(x'7bff7d' AS TEXT) WHERE message_id = 'm1'")
+        connection.execute("UPDATE haystack_chat_messages SET content = CAST(x'7bff7d' AS TEXT) WHERE message_id = 'm1'")
     assert [fault.position for fault in copy_histories(sqlite, target).faults] == [1]
 
 
@@ -115,7 +115,7 @@ def test_what_is_damaged_beside_the_messages_is_reported_and_the_history_comes(
 ):
     put(sqlite, "a", "zero", title="T", meta='{"a":1}')
     put(sqlite, "b", "zero")
-    change(sqlite, f"UPDATE chat_histories SET {column} = ? WHERE chat_history_id = 'a'", damaged)
+    change(sqlite, f"UPDATE haystack_chat_histories SET {column} = ? WHERE chat_history_id = 'a'", damaged)
     expected = (2, 2, 0, (Fault("a", None, description, False),))
 
     for name in EXPORT_FORMATS:
@@ -135,7 +135,7 @@ def test_what_is_damaged_beside_the_messages_is_reported_and_the_history_comes(
 def test_a_history_whose_id_is_too_long_is_left_out_and_reported(sqlite, target, file):
     put(sqlite, "a", "zero")
     put(sqlite, "b", "zero")
-    change(sqlite, "UPDATE chat_histories SET chat_history_id = ? WHERE chat_history_id = 'a'", "a" * 513)
+    change(sqlite, "UPDATE haystack_chat_histories SET chat_history_id = ? WHERE chat_history_id = 'a'", "a" * 513)
 
     exported = export_histories(sqlite, file)
 
@@ -149,7 +149,7 @@ def test_a_history_whose_id_is_too_long_is_left_out_and_reported(sqlite, target,
 def test_histories_without_an_id_that_can_be_read_are_counted_and_reported(sqlite, target, file, damaged):
     for name in "abc":
         put(sqlite, name, "zero")
-    change(sqlite, f"UPDATE chat_histories SET chat_history_id = {damaged} WHERE chat_history_id = 'a'")
+    change(sqlite, f"UPDATE haystack_chat_histories SET chat_history_id = {damaged} WHERE chat_history_id = 'a'")
 
     description = "1 history has an id that cannot be read, and was left out. To find out: haystack-chat-store doctor"
     expected = (2, 2, 0, (Fault(None, None, description, False),))

@@ -9,14 +9,14 @@ import sqlite3
 from collections.abc import Callable
 from typing import Concatenate
 
-from haystack_chat_store.errors import MessageDecodingError, StoreConfigurationError, StoreUnavailableError
+from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT, is_marked, plain_result, reads_only
+from haystack_chat_store.stores.sqlite import failures
 from haystack_chat_store.stores.sqlite.checking import Checking
 from haystack_chat_store.stores.sqlite.connections import Database, Settings, databases
 from haystack_chat_store.stores.sqlite.directory import Directory
 from haystack_chat_store.stores.sqlite.reading import Reading
 from haystack_chat_store.stores.sqlite.search import Search
-from haystack_chat_store.stores.sqlite.terms import interruption
 from haystack_chat_store.stores.sqlite.writing import Writing
 
 
@@ -40,16 +40,7 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         """
         Run an operation in this thread.
         """
-        database = databases.get(self.settings)
-        try:
-            return plain_result(operation(database, *arguments, **options))
-        except sqlite3.Error as error:
-            interrupt = interruption.__dict__.pop("last", None)
-            if interrupt is not None:
-                raise interrupt from None
-            if "Could not decode" in str(error):  # this one quotes the text
-                raise MessageDecodingError("A stored message cannot be read: its text was damaged.") from None
-            raise database.explained(error) from error
+        return _run_on(databases.get(self.settings), operation, *arguments, **options)
 
     async def run_async(
         self,
@@ -63,7 +54,7 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         database = databases.get(self.settings)
         submit = database.submit_read if is_marked(operation, reads_only) else database.submit_write
         try:
-            future = submit(self.run, operation, *arguments, **options)
+            future = submit(_run_on, database, operation, *arguments, **options)
         except RuntimeError as error:  # no thread can be started any more
             raise StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.") from error
         return await asyncio.wrap_future(future)
@@ -82,3 +73,17 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         Close the file, for every engine with the same settings. Calls that are under way in other threads are finished.
         """
         databases.close(self.settings)
+
+
+def _run_on(
+    database: Database,
+    operation: Callable[Concatenate[Database, ArgumentsT], Operation[ResultT]],
+    *arguments: ArgumentsT.args,
+    **options: ArgumentsT.kwargs,
+) -> ResultT:
+    try:
+        return plain_result(operation(database, *arguments, **options))
+    except sqlite3.Error as error:
+        # The message about a damaged text quotes it, so it must not appear in a traceback.
+        cause = None if failures.is_of_damaged_text(error) else error
+        raise failures.explained(error, database.settings.path, database.settings.timeout) from cause

@@ -3,40 +3,37 @@
 The operations that read messages.
 """
 
-from collections.abc import Iterable
-from typing import Any
-
 from haystack_chat_store.rounds import Window
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.rows import MessageRow, Scope
-from haystack_chat_store.stores.sqlite.connections import Database
+from haystack_chat_store.stores.sqlite.connections import Database, readable_rows
 from haystack_chat_store.stores.sqlite.schema import MAX_POSITION
-from haystack_chat_store.stores.sqlite.texts import all_readable
 
-_COUNT = "SELECT message_count FROM chat_histories WHERE namespace = ? AND chat_history_id = ?"
+_COUNT = "SELECT message_count FROM haystack_chat_histories WHERE namespace = ? AND chat_history_id = ?"
 
 # A read is one statement, so that history and messages are seen as of one moment. {size} is the window's size, {start}
 # its first key.
 _READ = """
     WITH history (first_key, last_key, size) AS (
         SELECT history_key << 32, (history_key + 1 << 32) - 1, {size}
-        FROM chat_histories WHERE namespace = ?1 AND chat_history_id = ?2
+        FROM haystack_chat_histories WHERE namespace = ?1 AND chat_history_id = ?2
     )
-    SELECT content, size FROM history CROSS JOIN chat_messages ON message_key BETWEEN {start} AND last_key
+    SELECT content, size
+    FROM history CROSS JOIN haystack_chat_messages ON message_key BETWEEN {start} AND last_key
     ORDER BY message_key
 """
 _START_OF_ROUNDS = """coalesce(
-        (SELECT message_key FROM chat_messages WHERE role = 'user' AND message_key BETWEEN first_key AND last_key
+        (SELECT message_key FROM haystack_chat_messages WHERE role = 'user' AND message_key BETWEEN first_key AND last_key
             ORDER BY message_key DESC LIMIT 1 OFFSET {before}),
         first_key)"""
 _START_OF_MESSAGES = """coalesce(
-        (SELECT message_key FROM chat_messages WHERE role <> 'tool' AND message_key BETWEEN first_key AND
-            (SELECT message_key FROM chat_messages WHERE message_key BETWEEN first_key AND last_key
+        (SELECT message_key FROM haystack_chat_messages WHERE role <> 'tool' AND message_key BETWEEN first_key AND
+            (SELECT message_key FROM haystack_chat_messages WHERE message_key BETWEEN first_key AND last_key
                 ORDER BY message_key DESC LIMIT 1 OFFSET {before})
             ORDER BY message_key DESC LIMIT 1),
         first_key)"""
 # An offset cannot name a column of the statement around it, so it looks the history up once more.
-_BEFORE = "(SELECT {size} - 1 FROM chat_histories WHERE namespace = ?1 AND chat_history_id = ?2)"
+_BEFORE = "(SELECT {size} - 1 FROM haystack_chat_histories WHERE namespace = ?1 AND chat_history_id = ?2)"
 _SIZE = "?3 + max({total} - ?3, 0) % ?4"
 _READ_ALL = _READ.format(size="message_count", start="first_key")
 _READ_ROUNDS, _READ_MESSAGES = (
@@ -46,14 +43,16 @@ _READ_ROUNDS, _READ_MESSAGES = (
         (_START_OF_MESSAGES, _SIZE.format(total="message_count")),
     )
 )
+# The casts let a damaged message be looked at, and removed.
 _PAGE = """
-    SELECT message_key & 0xffffffff, chat_messages.created_at,
+    SELECT message_key & 0xffffffff, haystack_chat_messages.created_at,
         CAST(message_id AS TEXT), CAST(role AS TEXT), CAST(content AS TEXT)
-    FROM chat_histories
-        CROSS JOIN chat_messages ON message_key BETWEEN (history_key << 32) + ?3 AND (history_key << 32) + ?4
+    FROM haystack_chat_histories
+        CROSS JOIN haystack_chat_messages ON message_key BETWEEN (history_key << 32) + ?3 AND (history_key << 32) + ?4
     WHERE namespace = ?1 AND chat_history_id = ?2 ORDER BY message_key {order} LIMIT ?5
 """
 _PAGE_BEFORE, _PAGE_AFTER = _PAGE.format(order="DESC"), _PAGE.format(order="ASC")
+
 # More messages than a history can have, and an integer that SQLite takes.
 _MAX_COUNT = 2**62
 
@@ -70,12 +69,12 @@ class Reading(Engine[Database]):
         history = (scope.namespace, chat_history_id)
         with session.connection() as connection:
             if window.count is None:
-                rows = connection.execute(_READ_ALL, history)
+                rows = connection.execute(_READ_ALL, history).fetchall()
             else:
                 query = _READ_ROUNDS if window.unit == "round" else _READ_MESSAGES
                 counts = (min(window.count, _MAX_COUNT), min(window.step, _MAX_COUNT))
-                rows = connection.execute(query, (*history, *counts))
-            return _contents_and_size(rows)
+                rows = connection.execute(query, (*history, *counts)).fetchall()
+        return [content for content, _ in rows], rows[-1][1] if rows else 0
 
     def count(self, session: Database, scope: Scope, chat_history_id: str) -> int:
         """
@@ -92,22 +91,13 @@ class Reading(Engine[Database]):
         Read a range of keys.
         """
         history = (scope.namespace, chat_history_id)
-        with session.connection() as connection, all_readable(connection):
+        with session.connection() as connection:
             if after is not None:
-                rows = connection.execute(_PAGE_AFTER, (*history, after + 1, MAX_POSITION, limit)).fetchall()
+                rows = readable_rows(connection, _PAGE_AFTER, (*history, after + 1, MAX_POSITION, limit))
             else:
                 last = MAX_POSITION if before is None else before - 1
-                rows = connection.execute(_PAGE_BEFORE, (*history, 0, last, limit)).fetchall()[::-1]
-        return [_message_row(row) for row in rows]
-
-
-def _contents_and_size(rows: Iterable[tuple[str, int]]) -> tuple[list[str], int]:
-    size, contents = 0, []
-    for content, size in rows:  # noqa: B007  (the same in each)
-        contents.append(content)
-    return contents, size
-
-
-def _message_row(row: tuple[Any, ...]) -> MessageRow:
-    position, created_at, message_id, role, content = row
-    return MessageRow(position=position, created_at=created_at, message_id=message_id, role=role, content=content)
+                rows = readable_rows(connection, _PAGE_BEFORE, (*history, 0, last, limit))[::-1]
+        return [
+            MessageRow(position=position, created_at=created_at, message_id=message_id, role=role, content=content)
+            for position, created_at, message_id, role, content in rows
+        ]

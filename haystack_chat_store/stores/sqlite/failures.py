@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Maps exceptions of `sqlite3` to this package's exceptions, which say what to do.
+"""
+
+import sqlite3
+
+from haystack_chat_store.errors import (
+    ChatMessageStoreError,
+    MessageDecodingError,
+    StoreConfigurationError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+    UnsupportedOperationError,
+)
+
+# What SQLite's message contains, and what to do then.
+_ADVICE: dict[str, tuple[type[ChatMessageStoreError], str]] = {
+    "unable to open": (StoreUnavailableError, "It must be a file that this process may read and write."),
+    "not a database": (StoreConfigurationError, "Choose another path for the chat histories."),
+    "already exists": (StoreConfigurationError, "Another program has a table of this name here. Choose another path."),
+    "readonly": (StoreUnavailableError, "Give this process write access to the file and its folder."),
+    "is full": (StoreUnavailableError, "The failed call stored nothing. Make room on the disk."),
+    "I/O error": (StoreUnavailableError, "Look at its disk, quota and limits."),
+    "malformed": (
+        StoreUnavailableError,
+        "The file is damaged. Restore it from a backup, or recover what is readable with SQLite's own tools.",
+    ),
+    "no such table: haystack_chat_terms": (
+        StoreUnavailableError,
+        "The search index has been deleted. `haystack-chat-store doctor --repair` makes it again.",
+    ),
+    "no such table": (StoreUnavailableError, "A table has been deleted. Restore the file from a backup."),
+    "no such index": (
+        StoreUnavailableError,
+        "It has been deleted. `haystack-chat-store doctor --repair` makes it again.",
+    ),
+}
+
+
+def explained(error: sqlite3.Error, path: str, timeout: float) -> ChatMessageStoreError:
+    """
+    Return this package's exception for one of `sqlite3`.
+
+    :param path: The file.
+    :param timeout: How long the failed call waited for locks, in seconds.
+    """
+    text = str(error)
+    if is_of_damaged_text(error):  # its message quotes the text
+        return MessageDecodingError("A stored text is damaged, so the messages with it cannot be read.")
+    if "locked" in text:
+        return timed_out(path, timeout, "another process or connection")
+    if "no such module" in text:
+        return UnsupportedOperationError(
+            f"Search needs FTS5, which the SQLite of this Python was built without ({text}). Use another build, or "
+            "another file for a store without search."
+        )
+    kind, advice = next((found for sign, found in _ADVICE.items() if sign in text), (StoreUnavailableError, ""))
+    return kind(f"SQLite failed on {path}: {text}. {advice}".rstrip())
+
+
+def is_of_damaged_text(error: sqlite3.Error) -> bool:
+    """
+    Whether SQLite could not decode a text. Its message quotes the text.
+    """
+    return "Could not decode" in str(error)
+
+
+def timed_out(path: str, timeout: float, holder: str) -> StoreTimeoutError:
+    """
+    Return the error of a call that waited for a lock in vain.
+    """
+    return StoreTimeoutError(
+        f"{path} stayed locked by {holder} for more than {timeout} seconds. Nothing was changed. Try again, or give the "
+        "store a longer timeout."
+    )
