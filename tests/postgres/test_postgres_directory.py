@@ -4,6 +4,7 @@ Times, the directory, and erasing.
 """
 
 import threading
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -103,7 +104,7 @@ def test_times_are_exact_to_the_microsecond_whatever_the_session_is_set_to(serve
     with stores_on(f"{server.url}?options={options}", last_k=None) as make:
         store = make()
         for moment in MOMENTS:
-            history = NEW._replace(chat_history_id=f"{moment}", created_at=moment, updated_at=moment)
+            history = replace(NEW, chat_history_id=f"{moment}", created_at=moment, updated_at=moment)
             import_rows(store, rows(0, 1, created_at=moment), history=history)
             row = store.engine.run(store.engine.history, store.scope, f"{moment}")
             assert (row.created_at, row.updated_at) == (moment, moment)
@@ -125,12 +126,12 @@ def test_times_are_exact_to_the_microsecond_whatever_the_session_is_set_to(serve
 def test_a_prefix_finds_the_same_whether_few_or_many_histories_have_it(
     server, make_store, calls, monkeypatch, tried_at_first, partitions
 ):
-    monkeypatch.setattr("haystack_chat_store.stores.postgres.directory._TRIED_AT_FIRST", tried_at_first)
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.directory._FIRST_TRY", tried_at_first)
     store = make_store()
     execute(server.url, store.create_schema_sql(partitions))
     ids = [f"old/{number}" for number in range(20)] + [f"{'ab'[number % 2]}/{number}" for number in range(40)]
     for number, history in enumerate([*ids, "new/1"]):
-        import_rows(store, rows(0, 1), history=NEW._replace(chat_history_id=history, updated_at=number))
+        import_rows(store, rows(0, 1), history=replace(NEW, chat_history_id=history, updated_at=number))
     say(make_store(namespace="other"), "Hi!", history="a/other")
     for prefix in ("a/", "old/", "a", "new/", "old/1", "nobody"):
         cursor, found = None, []
@@ -176,13 +177,15 @@ def test_the_place_after_a_time_that_there_is_not_is_the_end(store):
 def test_a_history_that_changes_while_old_ones_are_purged_stays(server, make_store):
     store = make_store(max_pool_size=2)
     for history in ("old", "alive"):
-        import_rows(store, rows(0, 1), history=NEW._replace(chat_history_id=history))
+        import_rows(store, rows(0, 1), history=replace(NEW, chat_history_id=history))
     with psycopg.connect(server.url) as writer:
         writer.execute(
             f"UPDATE {store.schema_name}.chat_histories SET updated_at = now() WHERE chat_history_id = 'alive'"
         )
         purged = []
-        purge = threading.Thread(target=lambda: purged.append(store.engine.run(store.engine.erase_some, store.scope, "", 10_000_000, 100)))
+        purge = threading.Thread(
+            target=lambda: purged.append(store.engine.run(store.engine.erase_some, store.scope, "", 10_000_000, 100))
+        )
         purge.start()
         waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
         wait_until(lambda: server.execute(waiting) == [(1,)], "the purge to wait")
@@ -193,12 +196,17 @@ def test_a_history_that_changes_while_old_ones_are_purged_stays(server, make_sto
 
 
 def test_erasing_keeps_to_few_messages_at_a_time(server, make_store, monkeypatch):
-    monkeypatch.setattr("haystack_chat_store.stores.postgres.directory._MESSAGES_PER_STEP", 10)
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.directory._DELETE_BATCH_MESSAGES", 10)
     store = make_store()
     for number in range(6):
-        import_rows(store, rows(0, 4), history=NEW._replace(chat_history_id=f"user/{number}"))
+        import_rows(store, rows(0, 4), history=replace(NEW, chat_history_id=f"user/{number}"))
     say(store, "stays")
-    assert [store.engine.run(store.engine.erase_some, store.scope, "user/", None, 100) for _ in range(4)] == [2, 2, 2, 0]
+    assert [store.engine.run(store.engine.erase_some, store.scope, "user/", None, 100) for _ in range(4)] == [
+        2,
+        2,
+        2,
+        0,
+    ]
     assert said(store) == ["stays"]
 
 

@@ -151,7 +151,9 @@ def test_a_call_waits_for_a_free_connection_no_longer_than_the_timeout(server, m
         yield rows(0, 1)
 
     async def import_and_count():
-        importing = asyncio.create_task(store.engine.run_async(store.engine.import_history, store.scope, NEW, batches(), 0))
+        importing = asyncio.create_task(
+            store.engine.run_async(store.engine.import_history, store.scope, NEW, batches(), 0)
+        )
         await asyncio.to_thread(in_use.wait)
         with pytest.raises(StoreTimeoutError, match="max_pool_size"):
             await store.count_messages_async("history")

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
-from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, counted, execute, say, stores_on
+from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, counted, execute, say, statements_of, stores_on
 
 from haystack_chat_store import search_text
 from haystack_chat_store.stores.postgres import terms
@@ -43,8 +43,8 @@ def test_a_store_without_search_indexes_nothing(make_store, server):
 
 
 def test_what_was_written_before_search_was_turned_on_is_found(make_store_on_any_tables, server, monkeypatch):
-    monkeypatch.setattr("haystack_chat_store.stores.contents._INDEXED_AT_ONCE", 7)
-    monkeypatch.setattr("haystack_chat_store.stores.postgres.search._BYTES_AT_ONCE", 1000)
+    monkeypatch.setattr("haystack_chat_store.stores.reading._INDEX_BATCH_SIZE", 7)
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.search._INDEX_BATCH_BYTES", 1000)
     store, searching = make_store_on_any_tables(), make_store_on_any_tables(search=True)
     for history in range(4):
         say(store, *(f"message {number}" for number in range(10)), history=f"{history}")
@@ -203,7 +203,7 @@ def test_a_search_reads_along_the_index(make_store, server):
         f"json_build_object('text', repeat('x', 1000)), "
         f"to_tsvector('simple', 'common word' || n) FROM generate_series(1, 20000) n",
     )
-    statement = store._statements.search % {
+    statement = statements_of(store).search % {
         "query": f"'{terms.tsquery(search_text.parsed_query('word77')).replace(chr(39), chr(39) * 2)}'",
         "namespace": "'default'",
         "prefix": "''",
@@ -214,4 +214,4 @@ def test_a_search_reads_along_the_index(make_store, server):
     async def plan(session):
         return "\n".join(line for (line,) in await session.fetch(f"EXPLAIN (COSTS OFF) {statement}".replace("%", "%%")))
 
-    assert "Bitmap Index Scan on chat_messages_by_terms" in store._run(plan)
+    assert "Bitmap Index Scan on chat_messages_by_terms" in store.engine.run(plan)

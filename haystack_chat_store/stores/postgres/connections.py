@@ -25,8 +25,8 @@ from psycopg.pq import Conninfo, TransactionStatus
 from psycopg.types.string import TextLoader
 
 from haystack_chat_store.errors import SchemaVersionError, StoreTimeoutError, StoreUnavailableError
-from haystack_chat_store.stores.postgres.base import BEGINNING
-from haystack_chat_store.stores.postgres.schema import HAS_SCHEMA, MIGRATIONS, Tables
+from haystack_chat_store.stores.postgres.failures import SchemaPermissionError
+from haystack_chat_store.stores.postgres.schema import BEGINNING, HAS_SCHEMA, MIGRATIONS, Tables
 from haystack_chat_store.stores.postgres.statements import BEGIN
 from haystack_chat_store.stores.shared import ServerConnections, SharedByServer, never_free, resolved
 from haystack_chat_store.stores.sync_async import run_sync
@@ -131,31 +131,18 @@ class _Limited:
 
 class _Connection(_Limited, psycopg.Connection[tuple[Any, ...]]):
     def wait(self, gen: "abc.PQGen[ResultT]", *arguments: Any, **options: Any) -> ResultT:
-        return super().wait(self.limited(gen), *arguments, **options)
+        try:
+            return super().wait(self.limited(gen), *arguments, **options)
+        except OSError as error:
+            raise psycopg.OperationalError(str(error)) from error
 
 
 class _AsyncConnection(_Limited, psycopg.AsyncConnection[tuple[Any, ...]]):
     async def wait(self, gen: "abc.PQGen[ResultT]", *arguments: Any, **options: Any) -> ResultT:
-        return await super().wait(self.limited(gen), *arguments, **options)
-
-
-class AsideError(Exception):
-    """
-    What brings an error of work done aside past those who take errors for the server's.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        """
-        Bring an error.
-        """
-        super().__init__(error)
-        self.error = error
-
-
-class MayNotMakeError(psycopg.errors.InsufficientPrivilege):
-    """
-    What the server says to a role that may not make or change the tables.
-    """
+        try:
+            return await super().wait(self.limited(gen), *arguments, **options)
+        except OSError as error:
+            raise psycopg.OperationalError(str(error)) from error
 
 
 class Session:
@@ -172,6 +159,7 @@ class Session:
         """
         self.connection = connection
         self.pool = pool
+        self.statements = pool.tables.statements
         self._timeout = pool.timeout
         self._is_async = isinstance(connection, _AsyncConnection)
 
@@ -221,24 +209,19 @@ class Session:
                     raise
                 await self.run("ROLLBACK")
                 await self.run(_PAUSE)
-            except (psycopg.Error, OSError):
+            except psycopg.Error:
                 raise  # whoever has lent the connection closes it
             except Exception:  # a call that was refused, or its source: the connection is sound
                 await self.run("ROLLBACK")
                 raise
 
-    async def aside(self, work: Callable[..., ResultT], *arguments: Any) -> ResultT:
+    async def to_thread(self, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
         """
-        Do something that takes the processor for a while, or waits for something else, without blocking a loop.
-
-        :raises AsideError: If the work raises.
+        Call a function that takes a while or waits: in a thread, if an event loop would have to wait for it.
         """
-        try:
-            return await asyncio.to_thread(work, *arguments) if self._is_async else work(*arguments)
-        except Exception as error:
-            raise AsideError(error) from error
+        return await asyncio.to_thread(function, *arguments) if self._is_async else function(*arguments)
 
-    async def appended(self, statement: str, parameters: Parameters) -> bool:
+    async def try_append(self, statement: str, parameters: Parameters) -> bool:
         """
         Execute a statement that appends messages. Return whether it has, rather than found that one is there already.
         """
@@ -505,7 +488,7 @@ class Pool(ServerConnections):
         try:
             await session.in_transaction(work)
         except psycopg.errors.InsufficientPrivilege as error:
-            raise MayNotMakeError(error.diag.message_primary or "") from error
+            raise SchemaPermissionError(error.diag.message_primary or "") from error
 
     async def _bring_up_to_date(self, session: Session) -> None:
         await session.run(_UPGRADE_LOCK)

@@ -3,11 +3,19 @@
 The tables, and how a database of an earlier version becomes one of this version.
 """
 
+import hashlib
+import uuid
 from textwrap import dedent
 
 from psycopg import sql
 
 from haystack_chat_store.stores.postgres.statements import FRAGMENTS, Statements
+from haystack_chat_store.stores.rows import Scope
+
+#: The greatest position: that of a bigint.
+MAX_POSITION = 2**63 - 1
+#: The place before all messages, by key and position.
+BEGINNING = (uuid.UUID(int=0), -1)
 
 # Each step takes a database from the version of its index to the next. Never change one that was released: add one.
 # Every table leads with history_key, a hash of namespace and id, so that the tables can be distributed by it.
@@ -72,6 +80,15 @@ _CREATE_UNINDEXED = """
     CREATE INDEX IF NOT EXISTS {messages_unindexed} ON {messages} (history_key, position) WHERE search_terms IS NULL
 """
 _HAS_MESSAGES = "SELECT EXISTS (SELECT FROM {messages})"
+
+
+def history_key(scope: Scope, chat_history_id: str) -> uuid.UUID:
+    """
+    Return the key of a history.
+    """
+    # Neither of the two contains a NUL, so no two pairs become the same text.
+    name = f"{scope.namespace}\x00{chat_history_id}".encode()
+    return uuid.UUID(bytes=hashlib.blake2b(name, digest_size=16).digest())
 
 
 class Tables:

@@ -3,7 +3,9 @@
 What is said to the tables: every statement that reads or changes what is in them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from haystack_chat_store.stores.rows import Scope, end_of_prefix
 
 # What others commit while this transaction waits for a lock, it sees, whatever the database's default is.
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
@@ -15,6 +17,8 @@ READ_WHOLE_TABLES = """
         set_config('enable_sort', 'on', true)
 """
 
+#: Greater than all ids, which have 512 characters at most.
+AFTER_ALL_IDS = "\U0010ffff" * 513
 
 #: What stands for 'infinity', which somebody else may have left in a column, and its negative for '-infinity'.
 INFINITY = 2**62
@@ -22,6 +26,13 @@ INFINITY = 2**62
 _LATEST = "timestamptz '140000-01-01 00:00:00+00'"
 # The first time that there is, in 4713 BC.
 _EARLIEST = -210_866_803_200_000_000
+
+
+def prefix_parameters(scope: Scope, prefix: str) -> dict[str, Any]:
+    """
+    Return the parameters of the fragment `with_prefix`.
+    """
+    return {"namespace": scope.namespace, "prefix": prefix, "end": end_of_prefix(prefix) or AFTER_ALL_IDS}
 
 
 def _microseconds(column: str) -> str:
@@ -399,26 +410,8 @@ _KEYS = """
     SELECT chat_history_id, history_key FROM {histories}
     WHERE namespace = %s AND ({by_id}, history_key) > (%s, %s) ORDER BY {by_id}, history_key LIMIT %s
 """
-_MOVE_HISTORY = "UPDATE {histories} SET history_key = %(right)s WHERE history_key = %(wrong)s"
-_MOVE_MESSAGES = "UPDATE {messages} SET history_key = %(right)s WHERE history_key = %(wrong)s"
-_MOVE_ORPHANS = """
-    UPDATE {messages} SET history_key = %(right)s WHERE history_key = %(wrong)s
-        AND NOT EXISTS (SELECT FROM {histories} WHERE history_key = %(wrong)s)
-"""
-# Its times are those of its messages, as for others that have none.
-_MAKE_RECOVERED = """
-    INSERT INTO {histories}
-        (history_key, namespace, chat_history_id, next_position, message_count, round_count, created_at, updated_at)
-    VALUES (%(key)s, %(namespace)s, %(id)s, 0, 0, 0, 'infinity', 'infinity')
-"""
-_KEY_IS_TAKEN = """
-    SELECT EXISTS (SELECT FROM {histories} WHERE history_key = %(right)s) OR (
-        EXISTS (SELECT FROM {messages} WHERE history_key = %(right)s)
-        AND EXISTS (SELECT FROM {messages} WHERE history_key = %(wrong)s)
-    )
-"""
 _ROWS = """
-    SELECT m.history_key, position, content, chat_history_id, message_id, role
+    SELECT m.history_key, position, content, chat_history_id
     FROM {messages} AS m JOIN {histories} AS h USING (history_key)
     WHERE namespace = %s AND (m.history_key, position) > (%s, %s)
     ORDER BY m.history_key, position LIMIT %s
@@ -429,53 +422,12 @@ _MISMATCHED = """
         ON m.history_key = sent.history_key AND m.position = sent.position
     WHERE search_terms <> terms::tsvector ORDER BY place
 """
-# Nothing else in the history may have the id.
-_MEND_ROW = """
-    UPDATE {messages} SET message_id = %(message_id)s, role = %(role)s
-    WHERE history_key = %(key)s AND position = %(position)s AND NOT EXISTS (
-        SELECT FROM {messages} WHERE history_key = %(key)s AND message_id = %(message_id)s AND position <> %(position)s
-    )
-"""
 _FORGET_TERMS = """
     UPDATE {messages} SET search_terms = NULL WHERE history_key = %s AND position = %s
 """
 _UNREADABLE_TIMES = """
-    SELECT history_key, chat_history_id, {created_at_is_readable}, {updated_at_is_readable} FROM {histories}
+    SELECT history_key, chat_history_id FROM {histories}
     WHERE namespace = %s AND NOT ({created_at_is_readable} AND {updated_at_is_readable}) ORDER BY {by_id}
-"""
-_UNREADABLE_MESSAGE_TIMES = """
-    SELECT history_key, position, chat_history_id
-    FROM (SELECT history_key, position FROM {messages} WHERE NOT {created_at_is_readable}) AS m
-    JOIN {histories} AS h USING (history_key) WHERE namespace = %s ORDER BY {by_id}, position
-"""
-# The times of the nearest messages, or now.
-_TIME_OF_NEAREST = """(
-        SELECT created_at FROM {{messages}}
-        WHERE history_key = %(key)s AND position BETWEEN {start} AND {end} AND {{created_at_is_readable}}
-        ORDER BY position {direction} LIMIT 1
-    )"""
-_TIMES_OF_NEAREST = {
-    name: _TIME_OF_NEAREST.format(start=start, end=end, direction=direction)
-    for name, start, end, direction in (
-        ("of_first", "0", "%(end)s", "ASC"),
-        ("of_last", "0", "%(end)s", "DESC"),
-        ("of_one_before", "0", "%(position)s", "DESC"),
-        ("of_one_after", "%(position)s", "%(end)s", "ASC"),
-    )
-}
-_MEND_TIMES = """
-    UPDATE {{histories}} SET
-        created_at = CASE WHEN {{created_at_is_readable}} THEN created_at
-            ELSE coalesce({of_first}, statement_timestamp()) END,
-        updated_at = CASE WHEN {{updated_at_is_readable}} THEN updated_at
-            ELSE coalesce({of_last}, statement_timestamp()) END
-    WHERE history_key = %(key)s
-"""
-_MEND_MESSAGE_TIME = """
-    UPDATE {{messages}} SET created_at = coalesce({of_one_before}, {of_one_after},
-        (SELECT created_at FROM {{histories}} WHERE history_key = %(key)s AND {{created_at_is_readable}}),
-        statement_timestamp())
-    WHERE history_key = %(key)s AND position = %(position)s AND NOT {{created_at_is_readable}}
 """
 
 
@@ -547,16 +499,7 @@ class Statements(NamedTuple):
     recount: str = _RECOUNT
     orphans: str = _ORPHANS
     keys: str = _KEYS
-    key_is_taken: str = _KEY_IS_TAKEN
-    move_history: str = _MOVE_HISTORY
-    move_messages: str = _MOVE_MESSAGES
-    move_orphans: str = _MOVE_ORPHANS
-    make_recovered: str = _MAKE_RECOVERED
     rows: str = _ROWS
-    mend_row: str = _MEND_ROW
     mismatched: str = _MISMATCHED
     forget_terms: str = _FORGET_TERMS
     unreadable_times: str = _UNREADABLE_TIMES
-    unreadable_message_times: str = _UNREADABLE_MESSAGE_TIMES
-    mend_times: str = _MEND_TIMES.format(**_TIMES_OF_NEAREST)
-    mend_message_time: str = _MEND_MESSAGE_TIME.format(**_TIMES_OF_NEAREST)
