@@ -31,6 +31,8 @@ def assert_sound(server, store):
     The counters say what there is, and no position is twice or to come.
     """
     assert store.engine.run(store.engine.check, store.scope, False) == []
-    counted = f"SELECT history_key, count(DISTINCT position) FROM {store.schema_name}.chat_messages GROUP BY 1"
-    counters = f"SELECT history_key, message_count FROM {store.schema_name}.chat_histories WHERE message_count > 0"
+    counted = f"SELECT history_key, count(DISTINCT position) FROM {store.schema_name}.haystack_chat_messages GROUP BY 1"
+    counters = (
+        f"SELECT history_key, message_count FROM {store.schema_name}.haystack_chat_histories WHERE message_count > 0"
+    )
     assert sorted(server.execute(counted)) == sorted(server.execute(counters))

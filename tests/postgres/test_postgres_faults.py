@@ -58,9 +58,9 @@ def test_what_fits_together_has_no_faults(store):
 @pytest.mark.parametrize(
     ("damage", "description"),
     [
-        ("UPDATE {0}.chat_histories SET message_count = 7", "7 messages, but it has 3"),
-        ("UPDATE {0}.chat_histories SET round_count = -1", "-1 rounds, but it has 2"),
-        ("UPDATE {0}.chat_histories SET next_position = 2", "next position is 2, but its last message has"),
+        ("UPDATE {0}.haystack_chat_histories SET message_count = 7", "7 messages, but it has 3"),
+        ("UPDATE {0}.haystack_chat_histories SET round_count = -1", "-1 rounds, but it has 2"),
+        ("UPDATE {0}.haystack_chat_histories SET next_position = 2", "next position is 2, but its last message has"),
     ],
 )
 def test_a_counter_that_is_wrong_is_found_and_set_right(store, change, damage, description):
@@ -77,7 +77,7 @@ def test_a_counter_that_is_wrong_is_found_and_set_right(store, change, damage, d
 
 
 def test_messages_that_were_deleted_by_hand_are_counted_again(store, change):
-    change("DELETE FROM {0}.chat_messages WHERE message_id = 'c'")
+    change("DELETE FROM {0}.haystack_chat_messages WHERE message_id = 'c'")
     assert len(faults(store, repair=True)) == 4
     assert faults(store) == []
     info = store.get_chat_history("history")
@@ -85,7 +85,7 @@ def test_messages_that_were_deleted_by_hand_are_counted_again(store, change):
 
 
 def test_a_history_under_a_key_that_is_not_its_own_is_reported(store, change):
-    change(f"UPDATE {{0}}.chat_histories SET history_key = '{uuid.uuid4()}' WHERE chat_history_id = 'history'")
+    change(f"UPDATE {{0}}.haystack_chat_histories SET history_key = '{uuid.uuid4()}' WHERE chat_history_id = 'history'")
     assert store.count_messages("history") == 0
     for repair in (False, True, False):
         found = faults(store, repair)
@@ -96,7 +96,7 @@ def test_a_history_under_a_key_that_is_not_its_own_is_reported(store, change):
 
 
 def test_messages_without_a_history_are_reported_and_left(store, change):
-    change("DELETE FROM {0}.chat_histories WHERE chat_history_id = 'history'")
+    change("DELETE FROM {0}.haystack_chat_histories WHERE chat_history_id = 'history'")
     for repair in (False, True, False):
         (fault,) = faults(store, repair)
         assert (fault.chat_history_id, fault.position, fault.is_repaired) == (None, None, False)
@@ -106,7 +106,7 @@ def test_messages_without_a_history_are_reported_and_left(store, change):
 @pytest.mark.parametrize("damage", ["message_id = 'other'", "role = 'assistant'"])
 def test_a_row_that_has_another_id_or_role_than_its_text_is_reported(store, change, damage):
     store.write_messages("history", [ChatMessage.from_user("\0 \ud800", meta={"chat_message_id": "d"})])
-    change(f"UPDATE {{0}}.chat_messages SET {damage} WHERE message_id = 'd'")
+    change(f"UPDATE {{0}}.haystack_chat_messages SET {damage} WHERE message_id = 'd'")
     found = list(check(store))
     assert any(fault.position == 3 and "than its row" in fault.description and not fault.is_repaired for fault in found)
 
@@ -114,9 +114,9 @@ def test_a_row_that_has_another_id_or_role_than_its_text_is_reported(store, chan
 @pytest.mark.parametrize(
     "damage",
     [
-        "UPDATE {0}.chat_messages SET search_terms = '''wrong'':1'",
-        "UPDATE {0}.chat_messages SET search_terms = ''",
-        "UPDATE {0}.chat_messages SET content = replace(content::text, 'first answer', 'other words')::json",
+        "UPDATE {0}.haystack_chat_messages SET search_terms = '''wrong'':1'",
+        "UPDATE {0}.haystack_chat_messages SET search_terms = ''",
+        "UPDATE {0}.haystack_chat_messages SET content = replace(content::text, 'first answer', 'other words')::json",
     ],
 )
 def test_an_index_that_has_other_words_than_a_message_is_found_and_made_again(store, change, damage):
@@ -133,7 +133,7 @@ def test_an_index_that_has_other_words_than_a_message_is_found_and_made_again(st
 @pytest.mark.parametrize("content", ["{}", "[]", "null", '{"content": 5}', '{"content": [{"text": 7}]}'])
 def test_a_content_that_is_no_message_disturbs_no_check(store, change, content):
     quoted = content.replace("{", "{{").replace("}", "}}")
-    change("UPDATE {0}.chat_messages SET content = '" + quoted + "' WHERE message_id = 'b'")
+    change("UPDATE {0}.haystack_chat_messages SET content = '" + quoted + "' WHERE message_id = 'b'")
     assert len(faults(store, repair=True)) == 2
     assert faults(store) == []
     store.engine.run(store.engine.remove, store.scope, "history", [1, 99])
@@ -144,9 +144,9 @@ def test_a_content_that_is_no_message_disturbs_no_check(store, change, content):
 @pytest.mark.parametrize("time", ["4713-01-01 00:00:00+00 BC", "10000-01-01 00:00:00+00", "139999-12-31 23:59:59+00"])
 def test_a_time_that_python_does_not_have_is_reported_and_hides_nothing(store, change, time):
     change(
-        f"UPDATE {{0}}.chat_histories SET created_at = '{time}', updated_at = '{time}' "
+        f"UPDATE {{0}}.haystack_chat_histories SET created_at = '{time}', updated_at = '{time}' "
         "WHERE chat_history_id = 'history'",
-        f"UPDATE {{0}}.chat_messages SET created_at = '{time}' WHERE message_id = 'b'",
+        f"UPDATE {{0}}.haystack_chat_messages SET created_at = '{time}' WHERE message_id = 'b'",
     )
     assert {info.chat_history_id for info in store.list_chat_histories().items} == {"another", "history"}
     assert store.get_chat_history("history").updated_at.year == 1970
@@ -163,7 +163,7 @@ def test_a_time_that_python_does_not_have_is_reported_and_hides_nothing(store, c
 
 def test_other_namespaces_are_not_looked_at(store, make_store, change):
     change(
-        "UPDATE {0}.chat_histories SET message_count = 7, created_at = '10000-01-01 00:00:00+00'",
+        "UPDATE {0}.haystack_chat_histories SET message_count = 7, created_at = '10000-01-01 00:00:00+00'",
     )
     assert faults(make_store(namespace="other"), repair=True) == []
     assert len(faults(store)) == 2 + 2

@@ -48,7 +48,7 @@ def test_an_import_that_fails_on_the_way_leaves_nothing(server, make_store):
     with pytest.raises(Exception, match="UniqueViolation"):
         import_rows(store, rows(0, 10), rows(5, 6))
     assert store.get_chat_history("history") is None
-    assert server.execute(f"SELECT FROM {store.schema_name}.chat_messages") == []
+    assert server.execute(f"SELECT FROM {store.schema_name}.haystack_chat_messages") == []
 
 
 def test_several_histories_are_imported_together_unless_one_is_there_even_an_empty_one(server, make_store):
@@ -130,4 +130,4 @@ def test_an_import_that_is_killed_leaves_nothing(server, make_store):
         program.kill()
     assert say(store, "Hello") == 1  # which waits for the server to notice
     assert said(store) == ["Hello"]
-    assert server.execute(f"SELECT count(*) FROM {store.schema_name}.chat_messages") == [(1,)]
+    assert server.execute(f"SELECT count(*) FROM {store.schema_name}.haystack_chat_messages") == [(1,)]

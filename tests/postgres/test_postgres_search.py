@@ -32,14 +32,14 @@ def found(store, query, **where):
 def indexes(server, store):
     statement = "SELECT relname FROM pg_class WHERE relnamespace = %s::regnamespace AND relkind IN ('i', 'I')"
     names = {name for (name,) in server.execute(statement, [store.schema_name])}
-    return names & {"chat_messages_by_terms", "chat_messages_unindexed"}
+    return names & {"haystack_chat_messages_by_terms", "haystack_chat_messages_unindexed"}
 
 
 def test_a_store_without_search_indexes_nothing(make_store, server):
     store = make_store()
     say(store, "Hello")
     assert indexes(server, store) == set()
-    assert server.execute(f"SELECT search_terms FROM {store.schema_name}.chat_messages") == [(None,)]
+    assert server.execute(f"SELECT search_terms FROM {store.schema_name}.haystack_chat_messages") == [(None,)]
 
 
 def test_what_was_written_before_search_was_turned_on_is_found(make_store_on_any_tables, server, monkeypatch):
@@ -51,8 +51,8 @@ def test_what_was_written_before_search_was_turned_on_is_found(make_store_on_any
     store.write_messages("long", [ChatMessage.from_user("long " * 1000, meta={"chat_message_id": "long"})])
     assert len(searching.search_messages("message", limit=100)) == 40
     assert found(searching, "long") == ["long"]
-    assert indexes(server, store) == {"chat_messages_by_terms", "chat_messages_unindexed"}
-    assert server.execute(f"SELECT FROM {store.schema_name}.chat_messages WHERE search_terms IS NULL") == []
+    assert indexes(server, store) == {"haystack_chat_messages_by_terms", "haystack_chat_messages_unindexed"}
+    assert server.execute(f"SELECT FROM {store.schema_name}.haystack_chat_messages WHERE search_terms IS NULL") == []
 
 
 def search_everything(store, report, query):
@@ -94,7 +94,7 @@ def test_a_store_without_search_keeps_the_index_once_it_is_there(make_store, ser
     store = make_store(max_pool_size=3)
     store.write_messages("history", [with_id("a"), with_id("b")])
     store.copy_messages("history", "fork")
-    assert server.execute(f"SELECT FROM {store.schema_name}.chat_messages WHERE search_terms IS NULL") == []
+    assert server.execute(f"SELECT FROM {store.schema_name}.haystack_chat_messages WHERE search_terms IS NULL") == []
 
 
 def test_a_phrase_is_found_wherever_it_stands_in_a_text_of_few_words(make_store):
@@ -166,7 +166,7 @@ def test_a_search_in_few_messages_looks_at_no_others(server, monkeypatch, few_me
         say(other, *["common"] * 5000)
         expected = [f"{history} {number}" for history in ("a/1", "a/2", "b") for number in range(10)]
         for where in ({}, {"prefix": "a/"}, {"chat_history_id": "b"}):
-            with counted(server, store, "chat_messages") as looked_up:
+            with counted(server, store, "haystack_chat_messages") as looked_up:
                 hits = found(store, "common", limit=100, **where)
             start = where.get("prefix", where.get("chat_history_id", ""))
             assert hits == [message_id for message_id in expected if message_id.startswith(start)]
@@ -199,8 +199,8 @@ def test_a_search_reads_along_the_index(make_store, server):
     store.count_messages("history")
     execute(
         server.url,
-        f"INSERT INTO {store.schema_name}.chat_messages SELECT md5((n / 10)::text)::uuid, n, now(), n, 'user', "
-        f"json_build_object('text', repeat('x', 1000)), "
+        f"INSERT INTO {store.schema_name}.haystack_chat_messages "
+        f"SELECT md5((n / 10)::text)::uuid, n, now(), n, 'user', json_build_object('text', repeat('x', 1000)), "
         f"to_tsvector('simple', 'common word' || n) FROM generate_series(1, 20000) n",
     )
     statement = statements_of(store).search % {
@@ -214,4 +214,4 @@ def test_a_search_reads_along_the_index(make_store, server):
     async def plan(session):
         return "\n".join(line for (line,) in await session.fetch(f"EXPLAIN (COSTS OFF) {statement}".replace("%", "%%")))
 
-    assert "Bitmap Index Scan on chat_messages_by_terms" in store.engine.run(plan)
+    assert "Bitmap Index Scan on haystack_chat_messages_by_terms" in store.engine.run(plan)

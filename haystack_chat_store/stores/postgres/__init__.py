@@ -14,9 +14,9 @@ with LazyImport(
 ) as psycopg_import:
     from haystack_chat_store.stores.postgres.connections import Settings
     from haystack_chat_store.stores.postgres.engine import PostgresEngine
-    from haystack_chat_store.stores.postgres.schema import MIGRATIONS, Tables
+    from haystack_chat_store.stores.postgres.schema import Tables
 
-# PostgreSQL cuts names at 63 bytes, and the longest that begins with the prefix has 20 more.
+# PostgreSQL cuts names at 63 bytes, and the longest that begins with the prefix has 21 more.
 _MAX_PREFIX_LENGTH = 40
 
 
@@ -48,7 +48,7 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         namespace: str = "default",
         search: bool = False,
         schema_name: str = "public",
-        table_prefix: str = "chat",
+        table_prefix: str = "haystack_chat",
         min_pool_size: int = 1,
         max_pool_size: int = 10,
         timeout: float = 30.0,
@@ -65,7 +65,7 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         :param namespace: Separates tenants, applications or test runs in one database. Defaults to `"default"`.
         :param search: Whether messages can be searched. What is written is then indexed with it. Defaults to False.
         :param schema_name: The PostgreSQL schema that holds the tables. Defaults to `"public"`; made if it is missing.
-        :param table_prefix: What the tables' names begin with. Defaults to `"chat"`. 1 to 40 characters.
+        :param table_prefix: What the tables' names begin with. Defaults to `"haystack_chat"`. 1 to 40 characters.
         :param min_pool_size: How many idle connections stay open. The first call after others were idle for ten minutes
             closes those. Defaults to 1.
         :param max_pool_size: How many connections are open at most for all synchronous calls of the process, and how
@@ -126,28 +126,22 @@ class PostgresChatMessageStore(BaseChatMessageStore):
             "timeout": self.timeout,
         }
 
-    def create_schema_sql(self, partitions: int | None = None, *, from_version: int = 0) -> str:
+    def create_schema_sql(self, partitions: int | None = None) -> str:
         """
         Return the SQL that makes the tables, for an administrator to run if the store's own role may not.
 
-        If the store has `search=True`, that turns search on as well. The role then needs SELECT, INSERT, UPDATE and
-        DELETE on the histories and messages, SELECT on the version, and USAGE on the schema.
+        What exists already stays as it is. If the store has `search=True`, the SQL turns search on as well. The role
+        then needs SELECT, INSERT, UPDATE and DELETE on the histories, messages and namespaces, SELECT on the version,
+        and USAGE on the schema.
 
         :param partitions: Into how many partitions the tables are divided, by a hash of the history: 1 to 1,000. For
             billions of messages on one server; tables that exist cannot be divided any more. Defaults to `None`, for
             not at all.
-        :param from_version: The version that the tables have, to upgrade them: the highest number in the table of
-            versions. If it is the present one, only search is turned on. Defaults to 0, for new tables.
-        :raises ValueError: If an argument is not one of these.
+        :raises ValueError: If `partitions` is not one of these.
         """
         if partitions is not None and (isinstance(partitions, bool) or partitions not in range(1, 1001)):
             raise ValueError(f"partitions must be a number from 1 to 1000, or None; got {partitions!r}.")
-        if isinstance(from_version, bool) or from_version not in range(len(MIGRATIONS) + 1):
-            raise ValueError(f"from_version must be a number from 0 to {len(MIGRATIONS)}, got {from_version!r}.")
-        if partitions and from_version:
-            raise ValueError("Only new tables can be divided: give partitions or from_version, not both.")
-        tables = Tables(self.schema_name, self.table_prefix)
-        return tables.script(from_version, partitions or 0, search=self.search)
+        return Tables(self.schema_name, self.table_prefix).script(partitions or 0, search=self.search)
 
 
 def _validate_name(name: Any, setting: str, max_length: int) -> None:

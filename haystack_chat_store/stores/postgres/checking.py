@@ -10,14 +10,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from haystack import logging
+
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.postgres.connections import Session
 from haystack_chat_store.stores.postgres.schema import BEGINNING, history_key
 from haystack_chat_store.stores.postgres.search import index_next
-from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
+from haystack_chat_store.stores.postgres.session import Session
+from haystack_chat_store.stores.postgres.statements import BEGIN_READING
 from haystack_chat_store.stores.postgres.terms import tsvectors
 from haystack_chat_store.stores.rows import Scope
 from haystack_chat_store.types import Fault
+
+logger = logging.getLogger(__name__)
 
 _BATCH_SIZE = 1_000
 
@@ -44,7 +48,7 @@ class Checking(Engine[Session]):
         """
         Look at everything as of one moment. Then repair one fault after the other.
         """
-        faults = []
+        faults: list[Fault] = []
         for found in await session.in_transaction(_find_faults, scope, begin=BEGIN_READING):
             is_repaired = repair and found.repair is not None
             if repair and found.repair is not None:
@@ -58,13 +62,14 @@ class Checking(Engine[Session]):
                     is_repaired=is_repaired,
                 )
             )
-        while repair and session.pool.is_indexed and await index_next(session, _BATCH_SIZE):
+        while repair and session.database.is_indexed and await index_next(session, _BATCH_SIZE):
             session.renew_deadline()
+        if repaired := sum(fault.is_repaired for fault in faults):
+            logger.info("Repaired {repaired} of {found} faults.", repaired=repaired, found=len(faults))
         return faults
 
 
 async def _find_faults(session: Session, scope: Scope) -> list[_Found]:
-    await session.run(READ_WHOLE_TABLES)
     return [
         *await _wrong_counters(session, scope),
         *await _wrong_keys(session, scope),
@@ -131,7 +136,7 @@ async def _wrong_terms(session: Session, scope: Scope) -> list[_Found]:
     """
     found: list[_Found] = []
     last: Sequence[Any] = BEGINNING
-    while session.pool.has_search and (
+    while session.database.has_search and (
         rows := await session.fetch(session.statements.rows, [scope.namespace, *last, _BATCH_SIZE])
     ):
         session.renew_deadline()

@@ -11,13 +11,12 @@ from typing import Any
 
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.postgres.connections import Session
 from haystack_chat_store.stores.postgres.schema import history_key
+from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.statements import (
     AFTER_ALL_IDS,
+    AFTER_ALL_TIMES,
     BEGIN_READING,
-    INFINITY,
-    READ_WHOLE_TABLES,
     prefix_parameters,
 )
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged
@@ -71,7 +70,7 @@ class Directory(Engine[Session]):
         Both are tried with growing limits until one completes. The page is always the result of one statement.
         """
         statements = session.statements
-        updated_at, chat_history_id = before or (INFINITY, AFTER_ALL_IDS)
+        updated_at, chat_history_id = before or (AFTER_ALL_TIMES, AFTER_ALL_IDS)
         parameters = prefix_parameters(scope, prefix) | {
             "updated_at": updated_at,
             "id": chat_history_id,
@@ -158,7 +157,6 @@ class Directory(Engine[Session]):
 
 
 async def _statistics(session: Session, parameters: dict[str, Any]) -> StoreStatistics:
-    await session.run(READ_WHOLE_TABLES)
     ((histories, messages, rounds),) = await session.fetch(session.statements.totals, parameters)
     ((size,),) = await session.fetch(session.statements.size_on_disk)
     per_day = await session.fetch(session.statements.per_day, parameters)

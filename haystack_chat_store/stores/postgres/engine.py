@@ -11,11 +11,12 @@ import psycopg
 from haystack_chat_store.errors import ChatMessageStoreError
 from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT
 from haystack_chat_store.stores.postgres.checking import Checking
-from haystack_chat_store.stores.postgres.connections import Pool, Session, Settings, pools
+from haystack_chat_store.stores.postgres.connections import Pool, Settings, pools
 from haystack_chat_store.stores.postgres.directory import Directory
 from haystack_chat_store.stores.postgres.failures import store_error
 from haystack_chat_store.stores.postgres.reading import Reading
 from haystack_chat_store.stores.postgres.search import Search
+from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.writing import Writing
 from haystack_chat_store.stores.sync_async import run_sync
 
@@ -78,7 +79,7 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
             # The tables were dropped, or this server is no longer the primary: the next call connects anew.
             pools.close(self.settings)
         address, password = pool.address_and_password()
-        return store_error(error, address, password, self.settings.timeout, pool.version)
+        return store_error(error, address, password, self.settings.timeout)
 
 
 def _coroutine(result: Operation[ResultT]) -> Coroutine[Any, Any, ResultT]:

@@ -16,9 +16,7 @@ class SchemaPermissionError(psycopg.errors.InsufficientPrivilege):
     """
 
 
-def store_error(
-    error: psycopg.Error, address: str, password: Any, timeout: float, version: int
-) -> StoreUnavailableError:
+def store_error(error: psycopg.Error, address: str, password: Any, timeout: float) -> StoreUnavailableError:
     """
     Return the exception that says what has failed, where, and what to do.
 
@@ -26,7 +24,6 @@ def store_error(
     :param address: Where the server is.
     :param password: The password, if it is known. No text that contains it is repeated.
     :param timeout: The timeout of a call, in seconds.
-    :param version: The version of the tables, or 0 if there are none.
     """
     server = f"PostgreSQL at {address}"
     if isinstance(error, psycopg.errors.ConnectionTimeout):
@@ -37,10 +34,9 @@ def store_error(
         # A mask in the password's place would show which word, or which letter, it is.
         said = said if password and password in text else text
     if isinstance(error, SchemaPermissionError):
-        upgrade = f"from_version={version}" if version else ""
         return StoreUnavailableError(
             f"{server}, refused: {said}. If this role may not create or change tables, let an "
-            f"administrator run what create_schema_sql({upgrade}) returns."
+            "administrator run what create_schema_sql() returns."
         )
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
         return StoreUnavailableError(

@@ -8,8 +8,8 @@ from typing import Any
 
 from haystack_chat_store.rounds import Window
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.postgres.connections import Session
 from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key
+from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.rows import MessageRow, Scope
 
 

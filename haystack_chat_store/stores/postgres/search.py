@@ -12,8 +12,9 @@ from typing import Any
 
 from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.postgres.connections import Session
+from haystack_chat_store.stores.postgres import upgrading
 from haystack_chat_store.stores.postgres.schema import BEGINNING, history_key
+from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.statements import prefix_parameters
 from haystack_chat_store.stores.postgres.terms import tsquery, tsvectors
 from haystack_chat_store.stores.rows import FoundRow, Scope
@@ -44,7 +45,7 @@ class Search(Engine[Session]):
         Choose between the index of all terms and the messages of few histories, whichever looks at less.
         """
         statements = session.statements
-        if not session.pool.is_indexed or await session.fetch(statements.an_unindexed):
+        if not session.database.is_indexed or await session.fetch(statements.an_unindexed):
             return None
         parameters = {**prefix_parameters(scope, prefix), "query": tsquery(phrases), "limit": limit}
         if chat_history_id is None:
@@ -76,13 +77,13 @@ async def index_next(session: Session, limit: int) -> bool:
 
     The process that comes to the end first creates the index that finds rows without terms.
     """
-    pool = session.pool
-    if not pool.is_indexed:
-        await pool.look(session)  # another process may have come first
+    database = session.database
+    if not database.is_indexed:
+        await upgrading.look(session)  # another process may have come first
     last = await session.in_transaction(_index_batch, limit)
-    pool.indexed_up_to = last or BEGINNING
-    if last is None and not pool.is_indexed:
-        await pool.finish_index(session)
+    database.indexed_up_to = last or BEGINNING
+    if last is None and not database.is_indexed:
+        await upgrading.finish_index(session)
     return last is not None
 
 
@@ -90,7 +91,7 @@ async def _index_batch(session: Session, limit: int) -> tuple[Any, int] | None:
     """
     Index the next messages, and return the place of the last one, or `None` if there are no more.
     """
-    start = session.pool.indexed_up_to
+    start = session.database.indexed_up_to
     found = await session.fetch(session.statements.unindexed, [*start, limit])
     if not found:
         return None

@@ -22,8 +22,8 @@ from haystack_chat_store.stores.conflicts import (
     planned,
 )
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.postgres.connections import Session
 from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key
+from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.terms import tsvectors
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, round_count
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
@@ -310,7 +310,7 @@ async def _sent(session: Session, messages: Sequence[EncodedMessage] | Sequence[
     # Another program's JSON may have line breaks. They are white space there, and separate the contents here.
     contents = [message.content.replace("\n", " ") for message in messages]
     terms = None
-    if session.pool.has_search:
+    if session.database.has_search:
         is_long = sum(map(len, contents)) > MAX_CHARACTERS_ON_LOOP
         terms = await session.to_thread(tsvectors, contents) if is_long else tsvectors(contents)
     return {
