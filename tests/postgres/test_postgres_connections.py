@@ -144,7 +144,7 @@ def fork_while_threads_connect(store, report, times):
     In a process that has never connected: begin to connect in threads, and fork children that connect, too. Again and
     again, each time in a process of its own. Report how each ended.
 
-    No thread ends meanwhile: OpenSSL then frees what it keeps for it, under a lock that nobody else can take.
+    No thread ends meanwhile: OpenSSL would free what it keeps for it, under a lock that no other code can take.
     """
     import os
     import signal

@@ -164,7 +164,7 @@ def test_a_page_of_the_oldest_histories_does_not_pass_all_newer_ones(server):
 
 def test_the_place_after_a_time_that_there_is_not_is_the_end(store):
     """
-    Nobody hands out such cursors, but anybody can make one.
+    No page has such a cursor, but a caller can make one.
     """
     say(store, "Hi!")
     for time in (-(2**61), -210_866_803_200_000_001):

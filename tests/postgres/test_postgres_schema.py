@@ -11,7 +11,7 @@ import pytest
 from postgres_stores import execute, said, say, store_at
 from servers import PASSWORD, wait_until
 
-from haystack_chat_store.errors import SchemaVersionError, StoreUnavailableError
+from haystack_chat_store.errors import SchemaVersionError, StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.stores.postgres import schema
 from haystack_chat_store.testing.messages import conversation
 from haystack_chat_store.testing.processes import Program
@@ -131,6 +131,15 @@ def test_a_failed_upgrade_leaves_the_database_as_it_was(make_store, server, monk
             say(make_store(), "after")
     assert say(store, "after") == 1
     assert said(store) == ["before", "after"]
+
+
+def test_a_table_of_another_program_is_refused_and_left(store, server, calls):
+    server.execute(f"CREATE SCHEMA {store.schema_name}")
+    server.execute(f"CREATE TABLE {store.schema_name}.haystack_chat_version (number integer)")
+    with pytest.raises(StoreConfigurationError, match="table_prefix"):
+        calls.count(store, "history")
+    tables = "SELECT tablename FROM pg_tables WHERE schemaname = %s"
+    assert server.execute(tables, [store.schema_name]) == [("haystack_chat_version",)]
 
 
 def test_tables_that_were_dropped_are_made_again(store, server):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Search on PostgreSQL: turned on by whoever comes first, kept by everybody who writes, and found along the index.
+Search on PostgreSQL: the first store with search turns it on, all writers index, and searches use the index.
 """
 
 from contextlib import ExitStack
@@ -71,9 +71,11 @@ def test_many_processes_turn_search_on_at_once(make_store, server):
     assert len(indexes(server, store)) == 2
 
 
-def test_whoever_connected_before_search_was_turned_on_is_found_all_the_same(make_store_on_any_tables, monkeypatch):
+def test_what_a_process_writes_that_connected_before_search_was_turned_on_is_found(
+    make_store_on_any_tables, monkeypatch
+):
     """
-    Its connection does not know, and nobody tells it. (A pool of its own, as in another process.)
+    Its connections do not know. (A pool of its own, as in another process.)
     """
     unknowing, searching = make_store_on_any_tables(max_pool_size=3), make_store_on_any_tables(search=True)
     unknowing.write_messages("history", [ChatMessage.from_user("first", meta={"chat_message_id": "1"})])

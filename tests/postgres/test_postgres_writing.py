@@ -100,7 +100,7 @@ def test_messages_without_their_history_are_an_error_and_not_waited_for(store, s
 
 def fill(server, store, histories, messages):
     """
-    Put histories into the store's tables, each with so many messages, faster than the store could.
+    Put histories with some messages each into the store's tables, faster than the store could.
     """
     key, schema_name = "md5('filler' || h)::uuid", store.schema_name
     store.count_messages("history")
@@ -125,7 +125,7 @@ def test_everything_is_deleted_in_several_transactions(make_store, server, calls
     statement = f"SELECT count(DISTINCT xmax::text) FROM {store.schema_name}.haystack_chat_messages"
     with psycopg.connect(server.url) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        connection.execute(statement)  # sees from now on what is there now, with the marks of who has deleted it
+        connection.execute(statement)  # sees from now on what is there now, and which transaction has deleted it
         calls.delete_all(store)
         assert connection.execute(statement).fetchone() == (3 + 1,)
     assert said(other) == ["stays"]

@@ -10,7 +10,7 @@ from haystack_chat_store.rounds import LastKUnit
 from haystack_chat_store.stores.base import BaseChatMessageStore
 
 with LazyImport(
-    'It comes with the extra \'postgres\': pip install "haystack-chat-store[postgres]", or "psycopg[binary]>=3.3".'
+    'It comes with the extra \'postgres\': pip install "haystack-chat-store[postgres]", or "psycopg[binary]>=3.3,<4".'
 ) as psycopg_import:
     from haystack_chat_store.stores.postgres.connections import Settings
     from haystack_chat_store.stores.postgres.engine import PostgresEngine
@@ -47,6 +47,7 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         last_k_unit: LastKUnit = "round",
         namespace: str = "default",
         search: bool = False,
+        strict: bool = False,
         schema_name: str = "public",
         table_prefix: str = "haystack_chat",
         min_pool_size: int = 1,
@@ -64,6 +65,8 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
         :param namespace: Separates tenants, applications or test runs in one database. Defaults to `"default"`.
         :param search: Whether messages can be searched. What is written is then indexed with it. Defaults to False.
+        :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
+            such a value is stored as its `repr`, and logged.
         :param schema_name: The PostgreSQL schema that holds the tables. Defaults to `"public"`; made if it is missing.
         :param table_prefix: What the tables' names begin with. Defaults to `"haystack_chat"`. 1 to 40 characters.
         :param min_pool_size: How many idle connections stay open. The first call after others were idle for ten minutes
@@ -97,6 +100,7 @@ class PostgresChatMessageStore(BaseChatMessageStore):
             last_k_unit=last_k_unit,
             namespace=namespace,
             search=search,
+            strict=strict,
         )
 
     @classmethod

@@ -4,8 +4,8 @@ Connections to one server: opened when needed, lent to one call at a time, share
 
 Asynchronous connections belong to the event loop that opened them. `psycopg_pool` is not used. Its
 `AsyncConnectionPool` needs background tasks, for which a loop that ends while the pool grows waits for ever. Its
-`ConnectionPool` connects in background threads, so that a call to an absent server, or with a wrong password, ends only
-after its whole timeout and without the cause.
+`ConnectionPool` connects in background threads: a call to an absent server, or with a wrong password, fails only after
+its whole timeout, and without the cause (tried with psycopg_pool 3.3.3: 5.00 of 5 seconds).
 """
 
 import asyncio
@@ -297,7 +297,7 @@ class Pool(ServerConnections):
             never_free(connection)
 
     def _connect_options(self, attempts: Sequence[Any], deadline: float) -> dict[str, Any]:
-        # psycopg gives each address of the server so many whole seconds, at least two.
+        # The timeout of each address of the server. psycopg takes whole seconds, at least two.
         share = max(2, round((deadline - time.monotonic()) / len(attempts)))
         return {
             "autocommit": True,

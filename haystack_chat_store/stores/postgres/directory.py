@@ -22,9 +22,9 @@ from haystack_chat_store.stores.postgres.statements import (
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged
 from haystack_chat_store.types import StoreStatistics
 
-# How many histories with a prefix are sorted, or passed on the walk by time, before more are tried.
+# Up to this many histories are sorted, or passed on the walk by time. If they do not suffice, four times as many are.
 _FIRST_TRY = 256
-# What is deleted in one transaction: up to so many histories, or fewer if they have more messages than this.
+# How many histories one transaction deletes. It deletes fewer if they have more messages than this.
 _DELETE_BATCH_SIZE = 1_000
 _DELETE_BATCH_MESSAGES = 100_000
 _EPOCH = date(1970, 1, 1)

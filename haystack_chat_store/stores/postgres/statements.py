@@ -84,8 +84,8 @@ FRAGMENTS = {
     "now": "greatest(updated_at, statement_timestamp())",
     "created_at_is_readable": _is_readable("created_at"),
     "updated_at_is_readable": _is_readable("updated_at"),
-    # Messages are sent as joined texts, because psycopg takes as long for three arrays as for all the rest. Contents are
-    # JSON, which needs no line breaks, and terms have none.
+    # Messages are sent as joined texts, because psycopg takes as long for three arrays as for all the rest. Contents
+    # are JSON, which needs no line breaks, and terms have none.
     "sent": """
         ROWS FROM (
             json_array_elements_text(%(message_ids)s::json),
@@ -301,7 +301,7 @@ class Statements(NamedTuple):
         ) AS near
         WHERE {with_prefix} {newest_first} LIMIT %(limit)s
     """
-    # MATERIALIZED, because the planner would otherwise walk along the index by time, past the newer histories of others.
+    # MATERIALIZED, because the planner would otherwise walk along the index by time, past newer histories of others.
     histories_of_few: str = """
         WITH few AS MATERIALIZED (SELECT * FROM {histories} WHERE {with_prefix} ORDER BY {by_id})
         SELECT {history_row} FROM few WHERE {further} {newest_first} LIMIT %(limit)s
@@ -337,7 +337,7 @@ class Statements(NamedTuple):
         SELECT {message_row} FROM {messages} WHERE history_key = %s AND position > %s ORDER BY position LIMIT %s
     """
 
-    # The keys of the histories to search and the number of their messages; no keys if there are more than a few histories.
+    # The keys of the histories to search, and the number of their messages. No keys if the histories are too many.
     few_histories: str = """
         SELECT CASE WHEN count(*) <= %(few)s THEN coalesce(array_agg(history_key), '{{}}') END,
             coalesce(sum(message_count), 0)::bigint
@@ -380,7 +380,7 @@ class Statements(NamedTuple):
         SELECT extract(epoch FROM day)::bigint / 86400, count(*) FROM (
             SELECT date_trunc('day', time AT TIME ZONE 'UTC') AS day
             FROM {messages} JOIN (SELECT history_key FROM {histories} WHERE {with_prefix}) AS h USING (history_key)
-            CROSS JOIN LATERAL (SELECT CASE WHEN {created_at_is_readable} THEN created_at ELSE 'epoch' END) AS shown (time)
+            CROSS JOIN LATERAL (SELECT CASE WHEN {created_at_is_readable} THEN created_at ELSE 'epoch' END) AS s (time)
         ) AS days GROUP BY day ORDER BY day
     """
     size_on_disk: str = """

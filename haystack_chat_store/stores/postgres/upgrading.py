@@ -42,15 +42,12 @@ async def look(session: Session) -> bool:
     """
     Find out whether search is on, and whether the tables exist. Return the latter.
     """
-    names = [
-        session.database.tables.version_table,
-        session.database.tables.search_index,
-        session.database.tables.unindexed,
-    ]
-    ((found,),) = await session.fetch(_FIND_RELATIONS, [session.database.schema_name, names])
+    database, tables = session.database, session.database.tables
+    names = [tables.version_table, tables.search_index, tables.unindexed]
+    ((found,),) = await session.fetch(_FIND_RELATIONS, [database.schema_name, names])
     has_tables, has_search_index, has_unindexed = (name in (found or ()) for name in names)
-    session.database.has_search = session.database.has_search or has_search_index
-    session.database.is_indexed = session.database.is_indexed or has_unindexed
+    database.has_search = database.has_search or has_search_index
+    database.is_indexed = database.is_indexed or has_unindexed
     return has_tables
 
 
@@ -82,24 +79,23 @@ async def _change_schema(session: Session, change: Callable[[Session], Awaitable
 
 
 async def _bring_up_to_date(session: Session) -> None:
+    tables = session.database.tables
     await session.run(_UPGRADE_LOCK)
     version = await _version(session) if await look(session) else 0
     if version == len(MIGRATIONS):
         return
     if version == 0 and not await session.fetch(HAS_SCHEMA, [session.database.schema_name]):
-        await session.run(session.database.tables.create_schema())
+        await session.run(tables.create_schema())
     if version > 0:
         await session.run(_LOCK_TIMEOUT)
-        await session.run(session.database.tables.lock)
-    for statement in session.database.tables.upgrade(version):
+        await session.run(tables.lock)
+    for statement in tables.upgrade(version):
         session.renew_deadline()
         await session.run(statement)
     if version == 0:
-        logger.info("Made the tables {name}.", name=session.database.tables.name)
+        logger.info("Made the tables {name}.", name=tables.name)
     else:
-        logger.info(
-            "Upgraded the tables {name} to version {new}.", name=session.database.tables.name, new=len(MIGRATIONS)
-        )
+        logger.info("Upgraded the tables {name} to version {new}.", name=tables.name, new=len(MIGRATIONS))
 
 
 async def _create_search_index(session: Session) -> None:
