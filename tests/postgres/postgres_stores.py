@@ -16,6 +16,7 @@ from psycopg import sql
 from servers import HOST, PASSWORD, USER, postgres_binaries, unused_port, wait_until
 
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
+from haystack_chat_store.stores.postgres.schema import Tables
 from haystack_chat_store.testing.kit import texts
 
 
@@ -71,6 +72,10 @@ def say(store, *said, history="history"):
 
 def said(store, history="history"):
     return texts(store.retrieve_messages(history, last_k=10**6))
+
+
+def statements_of(store):
+    return Tables(store.schema_name, store.table_prefix).statements
 
 
 def store_at(url, **settings):

@@ -168,7 +168,7 @@ def test_what_is_refused_costs_no_connection(server):
     with stores_on(server.url, last_k=None) as make:
         store = make()
         store.write_messages("history", [with_id("a")])
-        before = store._run(process_of)
+        before = store.engine.run(process_of)
         for _ in range(3):
             with pytest.raises(DuplicateMessageError):
                 store.write_messages("history", [with_id("a")], policy=DuplicatePolicy.FAIL)
@@ -176,7 +176,7 @@ def test_what_is_refused_costs_no_connection(server):
                 store.write_messages("other", [with_id("a")], expected_count=5)
             with pytest.raises(MessageNotFoundError):
                 store.delete_messages("history", from_message_id="none")
-        assert store._run(process_of) == before
+        assert store.engine.run(process_of) == before
         assert store.get_chat_history("other") is None
 
 

@@ -129,7 +129,7 @@ def test_a_call_that_waits_too_long_is_given_up_and_leaves_nothing_waiting(serve
     patient, store = make_store(), make_store(timeout=0.5)
     say(patient, "before")
     with psycopg.connect(server.url) as connection:
-        connection.execute(f"LOCK TABLE {store.schema_name}.chat_histories")
+        connection.execute(f"LOCK TABLE {store.schema_name}.haystack_chat_histories")
         with pytest.raises(StoreTimeoutError, match=r"0\.5 seconds") as raised:
             calls.write(store, "history", conversation("ua"))
         assert_tells_where_and_no_secret(raised.value, server.port)
@@ -171,7 +171,9 @@ def test_a_call_waits_for_a_free_connection_no_longer_than_the_timeout(server, m
         yield rows(0, 1)
 
     async def import_and_count():
-        importing = asyncio.create_task(store.engine.run_async(store.engine.import_history, store.scope, NEW, batches(), 0))
+        importing = asyncio.create_task(
+            store.engine.run_async(store.engine.import_history, store.scope, NEW, batches(), 0)
+        )
         await asyncio.to_thread(in_use.wait)
         with pytest.raises(StoreTimeoutError, match="max_pool_size"):
             await store.count_messages_async("history")
