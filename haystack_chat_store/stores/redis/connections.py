@@ -26,7 +26,7 @@ from haystack.utils import Secret
 from redis import exceptions
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.errors import StoreConfigurationError, StoreTimeoutError
 from haystack_chat_store.stores.redis.failures import (
     Address,
     explained,
@@ -57,7 +57,8 @@ _PAUSE = 0.1
 _NODE_TIMEOUT_SHARE = 0.25
 
 
-class Settings(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Settings:
     """
     What stores have in common that share their connections.
     """
@@ -185,7 +186,7 @@ class Session(ABC):
         """
 
     @abstractmethod
-    async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    async def to_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """
         Do something that takes the processor for a while, or waits for something else, without blocking a loop.
         """
@@ -406,7 +407,7 @@ class SyncSession(Session):
         """
         return [await self.run(script, *call) for call in calls]
 
-    async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    async def to_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """
         Do it here and now.
         """
@@ -476,7 +477,7 @@ class AsyncSession(Session):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    async def to_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """
         Do it on another thread.
         """
@@ -584,7 +585,7 @@ class Server(ServerConnections):
         Connect to nothing yet.
 
         :param settings: What the stores have in common.
-        :raises StoreUnavailableError: If the url is none.
+        :raises StoreConfigurationError: If the url cannot be used.
         """
         self.settings = settings
         self.location = settings.location()
@@ -600,7 +601,7 @@ class Server(ServerConnections):
             self._sync = SyncSession(self)
             self.start = self._sync.start()
         except (ValueError, TypeError):  # which may quote the password
-            raise StoreUnavailableError(
+            raise StoreConfigurationError(
                 "The url cannot be used. It must be like redis://user:password@host:6379/0 (rediss:// for TLS), "
                 "perhaps with options that redis-py's connections have. Percent-encode what is not a letter or a digit "
                 "in the user name and the password."

@@ -74,6 +74,24 @@ class Keys(NamedTuple):
             f"{name}:history", f"{name}:contents", f"{name}:roles", f"{name}:message_ids", f"{name}:times"
         )
 
+    def of_bucket_of(self, chat_history_id: str) -> BucketKeys:
+        """
+        Return the keys of the bucket that a history belongs to.
+        """
+        return self.of_bucket(bucket_of(chat_history_id))
+
+    def to_read(self, chat_history_id: str) -> list[str]:
+        """
+        Return the keys of scripts that read a history.
+        """
+        return [self.of_bucket_of(chat_history_id).schema_version, *self.of_history(chat_history_id)]
+
+    def to_write(self, chat_history_id: str) -> list[str]:
+        """
+        Return the keys of scripts that write to a history.
+        """
+        return [*self.of_bucket_of(chat_history_id), *self.of_history(chat_history_id)]
+
     def of_staged(self, bucket: int, stage: str) -> StagedKeys:
         """
         Return the keys of messages that wait. They have a part more than those of a history, and so are never the same.

@@ -3,7 +3,8 @@
 The scripts that find, describe and delete whole histories.
 """
 
-from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, NOW, OF_BUCKET, TIME_LENGTH, UPGRADE_BUCKET, Script
+from haystack_chat_store.stores.redis.schema import TIME_LENGTH
+from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, NOW, OF_BUCKET, Script
 
 # What is done with ids that a bucket lists: those of histories that have expired leave it. So they do in a server that
 # accepts no writes, which cannot take them out of the lists.
@@ -16,10 +17,12 @@ local function is_still_there(chat_history_id)
     if not expires_at or tonumber(expires_at) >= milliseconds then return true end
     expired[#expired + 1] = chat_history_id
 end
-local function forget_expired()
-    if #expired == 0 then return end
+local function forget_expired()  -- returns how many stay listed because this server accepts no writes
+    if #expired == 0 then return 0 end
     local some = {unpack(expired, 1, math.min(#expired, 1000))}  -- more may not fit on Lua's stack
-    for _, key in ipairs({expiries, directory, names}) do redis.pcall('ZREM', key, unpack(some)) end
+    local answer
+    for _, key in ipairs({expiries, directory, names}) do answer = redis.pcall('ZREM', key, unpack(some)) end
+    return type(answer) == 'number' and 0 or #expired
 end
 """
 )
@@ -35,7 +38,6 @@ _LOOKED_UP = 5000
 #: ids in turn.
 NEWEST = Script(
     OF_BUCKET,
-    UPGRADE_BUCKET,
     _STILL_THERE,
     f"""
 local prefix, least, greatest, wanted = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -115,7 +117,6 @@ return {{found[#found - 1], found[#found], found}}
 #: Returns the id to go on from, nothing if that was all; then the ids.
 BY_ID = Script(
     OF_BUCKET,
-    UPGRADE_BUCKET,
     _STILL_THERE,
     """
 local wanted, updated_before = tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -133,22 +134,22 @@ return {#seen < wanted and '' or seen[#seen], found}
 )
 
 #: Return the ids of the histories of a bucket that have not changed for longest. Keys: those of the bucket. Arguments:
-#: how many ids; only of those that have not changed since this time. Returns whether there may be more, then the ids.
+#: how many ids are looked at; only of those that have not changed since this time; how many of these are passed over.
+#: Returns whether there may be more; how many have expired but stay listed, to be passed over next time; then the ids.
 OLDEST = Script(
     OF_BUCKET,
     _STILL_THERE,
     """
-local seen = redis.call('ZRANGEBYSCORE', directory, '-inf', '(' .. ARGV[2], 'LIMIT', 0, ARGV[1])
+local seen = redis.call('ZRANGEBYSCORE', directory, '-inf', '(' .. ARGV[2], 'LIMIT', ARGV[3], ARGV[1])
 local found = {}
 for _, chat_history_id in ipairs(seen) do
     if is_still_there(chat_history_id) then found[#found + 1] = chat_history_id end
 end
-forget_expired()
-return {#seen == tonumber(ARGV[1]) and 1 or 0, found}
+return {#seen == tonumber(ARGV[1]) and 1 or 0, forget_expired(), found}
 """,
 )
 
-_INFO = "'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position', 'version'"
+_INFO = "'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position'"
 
 #: Return what a directory shows of histories. Keys: the bucket's schema version, then each history's hash.
 INFOS = Script(f"""
@@ -165,7 +166,6 @@ UPDATE = Script(
     f"""
 local history, set = KEYS[5], tonumber(ARGV[1])
 if redis.call('HEXISTS', history, 'message_count') == 1 then
-    {UPGRADE_BUCKET}
     if set > 0 then redis.call('HSET', history, unpack(ARGV, 2, 1 + set)) end
     if #ARGV > 1 + set then redis.call('HDEL', history, unpack(ARGV, 2 + set)) end
 end

@@ -10,9 +10,7 @@ from haystack_chat_store.stores.redis.scripts import (
     NOW,
     OF_BUCKET_AND_HISTORY,
     ONCE,
-    SCHEMA_VERSION,
-    STAMP,
-    UPGRADE_BUCKET,
+    REMEMBER_CALL,
     Script,
 )
 
@@ -80,7 +78,6 @@ FINISH = Script(
     ONCE,
     OF_BUCKET_AND_HISTORY,
     NOW,
-    STAMP,
     CHANGED_AT,
     """
 local chat_history_id, ttl = ARGV[1], tonumber(ARGV[2])
@@ -88,7 +85,7 @@ if tonumber(ARGV[5]) ~= message_count then return {'CHANGED', message_count} end
 """,
     _OF_STAGED,
     """
-if waiting == 0 and (counters[5] or ARGV[7] == '') then return 0 end
+if waiting == 0 and not (is_new and ARGV[7] ~= '') then return 0 end
 local moved = {}
 if position > 0 then
     local cursor = '0'
@@ -104,14 +101,11 @@ if position > 0 then
     until cursor == '0'
 end
 
-local is_new, result = not counters[5], waiting
-local updated_at = changed_at(ARGV[7] == '' and microseconds or ARGV[7])
+local result, updated_at = waiting, changed_at(ARGV[7] == '' and microseconds or ARGV[7])
 """,
-    UPGRADE_BUCKET,
     f"""
 if position > 0 then
-    local stamps = counters[6] and '' or string.rep(stamp(counters[5]), position)
-    redis.call('APPEND', times, stamps .. redis.call('GET', staged_times))
+    redis.call('APPEND', times, redis.call('GET', staged_times))
     redis.call('APPEND', roles, redis.call('GET', staged_roles))
     for first = 0, waiting - 1, 1000 do
         redis.call('RPUSH', contents, unpack(redis.call('LRANGE', staged_contents, first, first + 999)))
@@ -122,13 +116,13 @@ if position > 0 then
     redis.call('UNLINK', unpack(KEYS, 10))
 end
 redis.call('HSET', history, 'next_position', position + waiting, 'message_count', message_count + waiting,
-    'round_count', tonumber(counters[3] or 0) + tonumber(ARGV[4]), 'updated_at', updated_at,
-    'version', {SCHEMA_VERSION})
+    'round_count', counters.round_count + tonumber(ARGV[4]), 'updated_at', updated_at)
 if is_new then redis.call('HSET', history, 'created_at', microseconds, unpack(ARGV, 8)) end
 if position == 0 then
     {TAKE_THE_PLACE}
 end
 {LIST_HISTORY}
+{REMEMBER_CALL}
 """,
     EXPIRE,
     "return result",
@@ -144,31 +138,27 @@ FORK = Script(
     ONCE,
     OF_BUCKET_AND_HISTORY,
     NOW,
-    STAMP,
     CHANGED_AT,
     """
 local chat_history_id, ttl = ARGV[1], tonumber(ARGV[2])
 local source = counters_of(unpack(KEYS, 10))
 if not source then return redis.error_reply('DAMAGED ' .. KEYS[10]) end
-if not source[5] then return {'NONE'} end
+if not source.created_at then return {'NONE'} end
 if message_count > 0 then return {'CHANGED', message_count} end
-local result = tonumber(source[2])
+local result, updated_at = source.message_count, changed_at(microseconds)
 if result == 0 then return 0 end
-if position > 0 or result ~= tonumber(source[1]) then return {'PLACES'} end
-
-local is_new, updated_at = not counters[5], changed_at(microseconds)
+if position > 0 or result ~= source.next_position then return {'PLACES'} end
 """,
-    UPGRADE_BUCKET,
     f"""
-redis.call('HSET', history, 'next_position', source[1], 'message_count', source[2], 'round_count', source[3],
-    'updated_at', updated_at, 'version', {SCHEMA_VERSION})
+redis.call('HSET', history, 'next_position', result, 'message_count', result, 'round_count', source.round_count,
+    'updated_at', updated_at)
 if is_new then redis.call('HSET', history, 'chat_history_id', chat_history_id, 'created_at', microseconds) end
 for index, key in ipairs({{contents, roles, message_ids, times}}) do
     redis.call('COPY', KEYS[10 + index], key, 'REPLACE')
     redis.call('PERSIST', key)
 end
-if not source[6] then redis.call('SET', times, string.rep(stamp(source[5]), tonumber(source[1]))) end
 {LIST_HISTORY}
+{REMEMBER_CALL}
 """,
     EXPIRE,
     "return result",
