@@ -110,7 +110,7 @@ def test_several_histories_are_imported_only_if_none_of_them_is_there(store, cli
     store.write_messages("second", [with_id("a")])
     store.delete_messages("second", message_ids=["a"])
     before = everything(store, client)
-    with pytest.raises(ChatHistoryChangedError, match="second.*exists by now"):
+    with pytest.raises(ChatHistoryChangedError, match=r"second.*exists by now"):
         store.engine.run(store.engine.import_histories, store.scope, several)
     assert everything(store, client) == before
     store.delete_messages("second")
@@ -410,11 +410,11 @@ def test_a_rewind_begins_where_its_message_is_by_then(store, monkeypatch):
     store.write_messages("history", [with_id(str(number), str(number)) for number in range(3)])
     remove_ids = writing.remove_ids
 
-    async def move_and_remove(session, keys, chat_history_id, *arguments):
+    async def move_and_remove(*arguments, **conditions):
         monkeypatch.undo()
         store.delete_messages("history", message_ids=["1"])
         store.write_messages("history", [with_id("1"), with_id("3")])
-        return await remove_ids(session, keys, chat_history_id, *arguments)
+        return await remove_ids(*arguments, **conditions)
 
     with monkeypatch.context():
         monkeypatch.setattr(writing, "remove_ids", move_and_remove)
@@ -429,10 +429,10 @@ def test_a_rewind_deletes_what_comes_while_it_looks(store, monkeypatch):
     remove_ids = writing.remove_ids
     comes = iter(["a", "b"])
 
-    async def write_and_remove(session, keys, chat_history_id, *arguments):
+    async def write_and_remove(*arguments, **conditions):
         if (message_id := next(comes, None)) is not None:
-            store.write_messages(chat_history_id, [with_id(message_id)])
-        return await remove_ids(session, keys, chat_history_id, *arguments)
+            store.write_messages("history", [with_id(message_id)])
+        return await remove_ids(*arguments, **conditions)
 
     monkeypatch.setattr(writing, "remove_ids", write_and_remove)
     store.delete_messages("history", from_message_id="3")

@@ -415,7 +415,7 @@ def test_a_change_whose_answer_was_lost_is_not_taken_for_somebody_elses(make_sto
                 == 2
             )
         keys = store.engine.keys(store.scope)
-        assert losing(lambda: store.engine.run(remove_ids, keys, "history", ["b"], "b", 2)) == 1
+        assert losing(lambda: store.engine.run(remove_ids, keys, "history", ["b"], required="b", next_position=2)) == 1
         say(store, "three")
         same_bucket = next(neighbours("history"))
         assert losing(lambda: store.copy_messages("history", same_bucket)) == 2

@@ -197,7 +197,7 @@ def test_a_call_that_finds_no_connection_free_is_given_up(server, monkeypatch):
     ):
         client.client_pause(60_000, all=False)
         try:
-            assert "All 1 connections" in "".join(in_threads(*20 * [count]))
+            assert "All 1 connections" in "".join(in_threads(count, count, count))
             results = asyncio.run(count_often())
             assert {type(result) for result in results} == {StoreTimeoutError}
             assert "All 1 connections" in "".join(map(str, results))

@@ -8,9 +8,11 @@ A damaged history is rebuilt from its contents: each message states its id and i
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+from haystack import logging
 
 from haystack_chat_store.ids import MESSAGE_ID_KEY
+from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.directory import next_ids
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
@@ -31,8 +33,7 @@ from haystack_chat_store.stores.rows import MessageRow, Scope
 from haystack_chat_store.stores.times import microseconds_now
 from haystack_chat_store.types import Fault
 
-if TYPE_CHECKING:
-    from haystack_chat_store.stores.redis.connections import Session
+logger = logging.getLogger(__name__)
 
 # How often a history is looked at again because others write to it, before its faults are reported unrepaired.
 _ATTEMPTS = 10
@@ -150,19 +151,7 @@ class _Examination:
         for name in ("created_at", "updated_at"):
             if valid_time(getattr(inspected, name)) is None:
                 self._add(f"its {name} is no time")
-        if inspected.chat_history_id != chat_history_id:
-            self._add("its id is not noted")
-        updated_at = float(valid_time(inspected.updated_at) or 0)
-        if not inspected.directory_time or float(inspected.directory_time) != updated_at:
-            self._add("is missing in the directory, or in a wrong place of it")
-        if not inspected.name_score:
-            self._add("is missing among the names")
-        if not inspected.schema_version:
-            self._add("the schema version of its bucket is lost")
-        expiring_keys = inspected.keys if inspected.expires_at else 0
-        has_same_expiry = number(inspected.expires_at) == float(inspected.expiries_time or 0)
-        if not has_same_expiry or inspected.expiring_keys != expiring_keys:
-            self._add("not all of it expires at the same time")
+        self._examine_lists(chat_history_id)
 
     def fields(self, chat_history_id: str) -> dict[str, str | int]:
         """
@@ -178,6 +167,22 @@ class _Examination:
             "created_at": created_at,
             "updated_at": max(times, default=created_at) if updated_at is None else updated_at,
         }
+
+    def _examine_lists(self, chat_history_id: str) -> None:
+        inspected = self.inspected
+        if inspected.chat_history_id != chat_history_id:
+            self._add("its id is not noted")
+        updated_at = float(valid_time(inspected.updated_at) or 0)
+        if not inspected.directory_time or float(inspected.directory_time) != updated_at:
+            self._add("is missing in the directory, or in a wrong place of it")
+        if not inspected.name_score:
+            self._add("is missing among the names")
+        if not inspected.schema_version:
+            self._add("the schema version of its bucket is lost")
+        expiring_keys = inspected.keys if inspected.expires_at else 0
+        has_same_expiry = number(inspected.expires_at) == float(inspected.expiries_time or 0)
+        if not has_same_expiry or inspected.expiring_keys != expiring_keys:
+            self._add("not all of it expires at the same time")
 
     def _message(self, content: str, letter: str) -> _Message:
         position = len(self.messages)
@@ -214,7 +219,7 @@ class Checking(RedisOperations):
     The operation that finds and repairs damage.
     """
 
-    async def check(self, session: "Session", scope: Scope, repair: bool) -> list[Fault]:
+    async def check(self, session: Session, scope: Scope, repair: bool) -> list[Fault]:
         """
         Check each history by itself: those with names, those in other lists, and those whose keys a scan finds.
         """
@@ -234,7 +239,7 @@ class Checking(RedisOperations):
         return faults
 
 
-async def check_history(session: "Session", keys: Keys, chat_history_id: str, repair: bool) -> list[Fault]:
+async def check_history(session: Session, keys: Keys, chat_history_id: str, repair: bool) -> list[Fault]:
     """
     Return the faults of a history. What others write meanwhile is neither taken for a fault nor lost.
     """
@@ -251,13 +256,14 @@ async def check_history(session: "Session", keys: Keys, chat_history_id: str, re
             return []
         if repair:
             if await _rebuild(session, keys, chat_history_id, examination):
+                logger.info("Repaired {count} faults of a chat history in Redis.", count=len(faults))
                 return [replace(fault, is_repaired=True) for fault in faults]
         elif await _inspect(session, keys, chat_history_id) == inspected:
             return faults
     return faults
 
 
-async def examine_history(session: "Session", keys: Keys, chat_history_id: str, inspected: _Inspected) -> _Examination:
+async def examine_history(session: Session, keys: Keys, chat_history_id: str, inspected: _Inspected) -> _Examination:
     """
     Read all of a history and find its faults.
     """
@@ -279,7 +285,7 @@ async def examine_history(session: "Session", keys: Keys, chat_history_id: str, 
 
 
 async def read_raw(
-    session: "Session", keys: Keys, chat_history_id: str, first: int, count: int
+    session: Session, keys: Keys, chat_history_id: str, first: int, count: int
 ) -> tuple[list[str], str, str]:
     """
     Return the contents, the letters of roles and the times at some positions.
@@ -288,7 +294,7 @@ async def read_raw(
     return contents, roles, times
 
 
-async def _inspect(session: "Session", keys: Keys, chat_history_id: str) -> _Inspected | Fault | None:
+async def _inspect(session: Session, keys: Keys, chat_history_id: str) -> _Inspected | Fault | None:
     found = await session.run(scripts.INSPECT, keys.to_write(chat_history_id), [chat_history_id])
     if found == ["foreign"]:
         description = "The chat history: one of its keys holds something else."
@@ -296,7 +302,7 @@ async def _inspect(session: "Session", keys: Keys, chat_history_id: str) -> _Ins
     return None if found == ["expired"] else _Inspected(*found)
 
 
-async def _rebuild(session: "Session", keys: Keys, chat_history_id: str, examination: _Examination) -> bool:
+async def _rebuild(session: Session, keys: Keys, chat_history_id: str, examination: _Examination) -> bool:
     """
     Put the history in order, and return True. Return False, and change nothing, if it was written to meanwhile.
     """
@@ -317,7 +323,7 @@ async def _rebuild(session: "Session", keys: Keys, chat_history_id: str, examina
         return True
 
 
-async def _listed_unnamed(session: "Session", keys: Keys, bucket: int) -> list[str]:
+async def _listed_unnamed(session: Session, keys: Keys, bucket: int) -> list[str]:
     """
     Return the ids in a bucket's directory and expiries that its names lack.
     """
@@ -332,7 +338,7 @@ async def _listed_unnamed(session: "Session", keys: Keys, bucket: int) -> list[s
     return list(found)
 
 
-async def _scanned_unnamed(session: "Session", keys: Keys) -> list[str]:
+async def _scanned_unnamed(session: Session, keys: Keys) -> list[str]:
     """
     Return the ids of histories that have keys, but that the names lack.
     """

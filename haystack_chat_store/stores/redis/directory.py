@@ -6,9 +6,10 @@ The operations on whole histories: listing, titles, statistics, erasing.
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, TIME_LENGTH, number, valid_time
@@ -17,9 +18,6 @@ from haystack_chat_store.stores.redis.scripts import directory as scripts
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, end_of_prefix
 from haystack_chat_store.stores.times import datetime_of
 from haystack_chat_store.types import StoreStatistics
-
-if TYPE_CHECKING:
-    from haystack_chat_store.stores.redis.connections import Session
 
 # How many times of messages one script returns.
 _TIMES_PER_STEP = 10_000
@@ -71,7 +69,7 @@ class Directory(RedisOperations):
     The operations on whole histories.
     """
 
-    async def history(self, session: "Session", scope: Scope, chat_history_id: str) -> HistoryRow | None:
+    async def history(self, session: Session, scope: Scope, chat_history_id: str) -> HistoryRow | None:
         """
         Read the hash of a history.
         """
@@ -79,7 +77,7 @@ class Directory(RedisOperations):
         return found[chat_history_id].row if found else None
 
     async def histories(
-        self, session: "Session", scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
+        self, session: Session, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
     ) -> list[HistoryRow]:
         """
         Merge the newest histories of all buckets.
@@ -99,7 +97,7 @@ class Directory(RedisOperations):
         return await _merged(session, self.keys(scope), order, start, limit)
 
     async def histories_by_id(
-        self, session: "Session", scope: Scope, prefix: str, after: str, limit: int
+        self, session: Session, scope: Scope, prefix: str, after: str, limit: int
     ) -> list[HistoryRow]:
         """
         Merge the next histories of all buckets.
@@ -117,7 +115,7 @@ class Directory(RedisOperations):
 
     async def update_history(
         self,
-        session: "Session",
+        session: Session,
         scope: Scope,
         chat_history_id: str,
         title: str | Unchanged | None,
@@ -135,7 +133,7 @@ class Directory(RedisOperations):
         found = _listed_history(chat_history_id, fields)
         return None if found is None else found.row
 
-    async def statistics(self, session: "Session", scope: Scope, prefix: str) -> StoreStatistics:
+    async def statistics(self, session: Session, scope: Scope, prefix: str) -> StoreStatistics:
         """
         Add up the counters of all histories, and count the times of their messages by day.
         """
@@ -162,7 +160,7 @@ class Directory(RedisOperations):
         )
 
     async def erase_some(
-        self, session: "Session", scope: Scope, prefix: str, updated_before: int | None, limit: int
+        self, session: Session, scope: Scope, prefix: str, updated_before: int | None, limit: int
     ) -> int:
         """
         Go through the buckets: by age if only the age matters, otherwise by id.
@@ -174,7 +172,7 @@ class Directory(RedisOperations):
             skipped = 0
             while after is not None:
                 if prefix or updated_before is None:
-                    after, found = await next_ids(session, keys, bucket, prefix, after, updated_before)
+                    after, found = await next_ids(session, keys, bucket, prefix, after, updated_before=updated_before)
                 else:
                     arguments = [BATCH_SIZE, updated_before, skipped]
                     has_more, unremovable, found = await session.run(scripts.OLDEST, keys.of_bucket(bucket), arguments)
@@ -188,7 +186,7 @@ class Directory(RedisOperations):
                         return erased
         return erased
 
-    async def vacuum(self, session: "Session", scope: Scope) -> None:  # noqa: ARG002  (an operation's arguments)
+    async def vacuum(self, session: Session, scope: Scope) -> None:  # noqa: ARG002  (an operation's arguments)
         """
         Have every server write its files anew.
         """
@@ -201,7 +199,7 @@ class Directory(RedisOperations):
                 await _wait_for_files(session)
 
 
-async def read_histories(session: "Session", keys: Keys, chat_history_ids: Iterable[str]) -> dict[str, _ListedHistory]:
+async def read_histories(session: Session, keys: Keys, chat_history_ids: Iterable[str]) -> dict[str, _ListedHistory]:
     """
     Return what is kept of histories, by their ids, without those that do not exist.
     """
@@ -222,7 +220,7 @@ async def read_histories(session: "Session", keys: Keys, chat_history_ids: Itera
 
 
 async def next_ids(
-    session: "Session", keys: Keys, bucket: int, prefix: str, after: str, updated_before: int | None = None
+    session: Session, keys: Keys, bucket: int, prefix: str, after: str, *, updated_before: int | None = None
 ) -> tuple[str | None, list[str]]:
     """
     Return some ids of a bucket's histories with a prefix, and the id to go on after, or `None` if those were all.
@@ -235,7 +233,7 @@ async def next_ids(
 
 
 async def delete_histories(
-    session: "Session", keys: Keys, bucket: int, chat_history_ids: list[str], updated_before: int | None = None
+    session: Session, keys: Keys, bucket: int, chat_history_ids: list[str], updated_before: int | None = None
 ) -> int:
     """
     Delete histories of a bucket, and return how many there were.
@@ -248,7 +246,7 @@ async def delete_histories(
     return deleted
 
 
-async def _merged(session: "Session", keys: Keys, order: _Order, start: _Place | None, limit: int) -> list[HistoryRow]:
+async def _merged(session: Session, keys: Keys, order: _Order, start: _Place | None, limit: int) -> list[HistoryRow]:
     """
     Return the first histories of all buckets together.
 
@@ -290,7 +288,7 @@ async def _merged(session: "Session", keys: Keys, order: _Order, start: _Place |
 
 
 async def _messages_per_day(
-    session: "Session", keys: Keys, bucket: int, histories: Sequence[_ListedHistory]
+    session: Session, keys: Keys, bucket: int, histories: Sequence[_ListedHistory]
 ) -> Counter[int]:
     """
     Return how many messages of a bucket's histories were stored on which day since 1970.
@@ -317,7 +315,7 @@ async def _messages_per_day(
 
 
 async def _count_days(
-    session: "Session", keys: Keys, bucket: int, names: Sequence[str], ranges: Sequence[int]
+    session: Session, keys: Keys, bucket: int, names: Sequence[str], ranges: Sequence[int]
 ) -> Counter[int]:
     found = await session.run(scripts.TIMES, [keys.of_bucket(bucket).schema_version, *names], ranges)
     return Counter(
@@ -328,14 +326,14 @@ async def _count_days(
     )
 
 
-async def _used_memory(session: "Session") -> int | None:
+async def _used_memory(session: Session) -> int | None:
     try:
         return sum(int(info["used_memory"]) for info in await _info(session, "memory"))
     except (StoreUnavailableError, LookupError):  # this user may not ask
         return None
 
 
-async def _wait_for_files(session: "Session") -> None:
+async def _wait_for_files(session: Session) -> None:
     """
     Wait until no server writes a file in the background.
     """
@@ -354,7 +352,7 @@ async def _wait_for_files(session: "Session") -> None:
         await session.pause()
 
 
-async def _info(session: "Session", section: str) -> list[dict[str, str]]:
+async def _info(session: Session, section: str) -> list[dict[str, str]]:
     texts = await session.ask_masters("INFO", section)
     return [dict(line.split(":", 1) for line in text.splitlines() if ":" in line) for text in texts]
 

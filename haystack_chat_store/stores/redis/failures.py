@@ -90,7 +90,7 @@ def redirection(error: Exception, host: str) -> "tuple[Address, bool] | None":
     return (Address(found[2] or host, int(found[3])), found[1] == "ASK") if found else None
 
 
-def passes_by_itself(error: Exception, *, in_cluster: bool = False) -> bool:
+def may_pass(error: Exception, *, in_cluster: bool = False) -> bool:
     """
     Whether the same call may succeed soon: the server is starting, or the cluster replaces a master.
     """

@@ -3,17 +3,13 @@
 What the operations of all rooms need: the settings of the engine, and the keys of a scope.
 """
 
-from typing import TYPE_CHECKING
-
 from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.keys import Keys
 from haystack_chat_store.stores.rows import Scope
 
-if TYPE_CHECKING:
-    from haystack_chat_store.stores.redis.connections import Session
 
-
-class RedisOperations(Engine["Session"]):
+class RedisOperations(Engine[Session]):
     """
     The settings that operations look at.
     """

@@ -5,18 +5,16 @@ The operations that read messages.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from haystack_chat_store.rounds import Window
+from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.keys import Keys
 from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.schema import GAP, ROLES, TIME_LENGTH, id_and_role, number, valid_time
 from haystack_chat_store.stores.redis.scripts import messages as scripts
 from haystack_chat_store.stores.rows import MessageRow, Scope
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
-
-if TYPE_CHECKING:
-    from haystack_chat_store.stores.redis.connections import Session
 
 #: More messages than a history can have. Lua, whose numbers are doubles, still takes it exactly.
 MAX_COUNT = 2**53
@@ -46,9 +44,7 @@ class Reading(RedisOperations):
     The operations that read messages.
     """
 
-    async def read(
-        self, session: "Session", scope: Scope, chat_history_id: str, window: Window
-    ) -> tuple[list[str], int]:
+    async def read(self, session: Session, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
         """
         Find the window in the string of roles.
         """
@@ -57,7 +53,7 @@ class Reading(RedisOperations):
         size, contents = await session.run(script, self.keys(scope).to_read(chat_history_id), counts)
         return contents, size
 
-    async def count(self, session: "Session", scope: Scope, chat_history_id: str) -> int:
+    async def count(self, session: Session, scope: Scope, chat_history_id: str) -> int:
         """
         Return the counter of a history.
         """
@@ -66,7 +62,7 @@ class Reading(RedisOperations):
 
     async def page(
         self,
-        session: "Session",
+        session: Session,
         scope: Scope,
         chat_history_id: str,
         before: int | None,
@@ -81,7 +77,7 @@ class Reading(RedisOperations):
 
 
 async def read_part(
-    session: "Session",
+    session: Session,
     keys: Keys,
     chat_history_id: str,
     limit: int,
@@ -106,7 +102,7 @@ async def read_part(
 
 
 async def read_positions(
-    session: "Session", keys: Keys, chat_history_id: str, message_ids: Sequence[str]
+    session: Session, keys: Keys, chat_history_id: str, message_ids: Sequence[str]
 ) -> list[int | None]:
     """
     Return the position of each message, or `None` for those that the history does not have.
@@ -115,7 +111,7 @@ async def read_positions(
     return [None if position is None else number(position) for position in found]
 
 
-async def read_ids(session: "Session", keys: Keys, chat_history_id: str) -> dict[str, int]:
+async def read_ids(session: Session, keys: Keys, chat_history_id: str) -> dict[str, int]:
     """
     Return the index of a history: the position of each message id.
     """

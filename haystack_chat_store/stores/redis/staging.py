@@ -5,18 +5,16 @@ Messages that are copied or imported: they wait in the target's bucket until all
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from haystack_chat_store.errors import ChatMessageStoreError, MessageDecodingError
 from haystack_chat_store.stores.conflicts import duplicate, history_not_found, message_not_found
+from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.keys import Keys, bucket_of
 from haystack_chat_store.stores.redis.reading import read_part, read_positions
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, TIME_LENGTH, letters_of, new_name
 from haystack_chat_store.stores.redis.scripts import staging as scripts
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
-
-if TYPE_CHECKING:
-    from haystack_chat_store.stores.redis.connections import Session
 
 # How long messages wait for those that follow, in milliseconds. After a crash, they are gone after this time.
 _WAITING_TIME = 600_000
@@ -27,7 +25,7 @@ class Stage:
     Messages that wait to become part of a history. At the end of the `async with` they are discarded, unless they have.
     """
 
-    def __init__(self, session: "Session", keys: Keys, chat_history_id: str) -> None:
+    def __init__(self, session: Session, keys: Keys, chat_history_id: str) -> None:
         """
         Begin without any messages.
 

@@ -4,7 +4,7 @@ The operations that change what was said.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from haystack.document_stores.types import DuplicatePolicy
 
@@ -14,9 +14,9 @@ from haystack_chat_store.stores.conflicts import (
     duplicate,
     history_exists,
     history_has_messages,
-    history_not_found,
     message_not_found,
 )
+from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.directory import delete_histories, read_histories
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
@@ -24,12 +24,8 @@ from haystack_chat_store.stores.redis.reading import read_ids, read_part, read_p
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, letters_of, new_name
 from haystack_chat_store.stores.redis.scripts import directory as of_directory
 from haystack_chat_store.stores.redis.scripts import messages as scripts
-from haystack_chat_store.stores.redis.scripts import staging as of_staging
 from haystack_chat_store.stores.redis.staging import Stage
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope
-
-if TYPE_CHECKING:
-    from haystack_chat_store.stores.redis.connections import Session
 
 # How many histories `delete_all` deletes by one script.
 _DELETED_HISTORIES_PER_STEP = 100
@@ -44,7 +40,7 @@ class Writing(RedisOperations):
 
     async def append(
         self,
-        session: "Session",
+        session: Session,
         scope: Scope,
         chat_history_id: str,
         messages: Sequence[EncodedMessage],
@@ -68,17 +64,15 @@ class Writing(RedisOperations):
                 *(message.content for message in messages),
             ],
         )
-        if not isinstance(answer, int):
-            raise_refusal(answer, expected_count)
-        return answer
+        return written(answer, expected_count)
 
-    async def delete(self, session: "Session", scope: Scope, chat_history_id: str) -> None:
+    async def delete(self, session: Session, scope: Scope, chat_history_id: str) -> None:
         """
         Delete the keys of a history, and its entries in the lists of its bucket.
         """
         await delete_histories(session, self.keys(scope), bucket_of(chat_history_id), [chat_history_id])
 
-    async def delete_all(self, session: "Session", scope: Scope) -> None:
+    async def delete_all(self, session: Session, scope: Scope) -> None:
         """
         Go through the buckets. Histories that others write to meanwhile do not keep this from ending.
         """
@@ -95,7 +89,7 @@ class Writing(RedisOperations):
 
     async def delete_messages(
         self,
-        session: "Session",
+        session: Session,
         scope: Scope,
         chat_history_id: str,
         message_ids: Sequence[str] | None,
@@ -118,11 +112,13 @@ class Writing(RedisOperations):
             ids += [row.message_id for row in part.rows]
             first = part.rows[-1].position + 1 if part.rows else part.next_position
             if first >= part.next_position:
-                answer = await remove_ids(session, keys, chat_history_id, ids, from_message_id, part.next_position)
+                answer = await remove_ids(
+                    session, keys, chat_history_id, ids, required=from_message_id, next_position=part.next_position
+                )
                 if answer == ["MISSING"]:
                     raise message_not_found(from_message_id)
 
-    async def remove(self, session: "Session", scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
+    async def remove(self, session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
         """
         Delete the messages that the index has at these positions.
         """
@@ -136,16 +132,12 @@ class Writing(RedisOperations):
     # ------------------------------------------------------------------ copying and importing
 
     async def copy(
-        self, session: "Session", scope: Scope, source_id: str, target_id: str, until_message_id: str | None
+        self, session: Session, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
     ) -> int:
         """
-        Copy inside the server if source and target lie in one bucket. Otherwise read the source and stage its messages.
+        Read the source and stage its messages, again if the source is edited meanwhile.
         """
         keys = self.keys(scope)
-        if until_message_id is None and bucket_of(source_id) == bucket_of(target_id):
-            copied = await self._copy_in_bucket(session, keys, source_id, target_id)
-            if copied is not None:
-                return copied
         for _ in range(_COPY_ATTEMPTS):
             async with Stage(session, keys, target_id) as stage:
                 if await stage.add_history(source_id, until_message_id):
@@ -159,7 +151,7 @@ class Writing(RedisOperations):
 
     async def import_history(
         self,
-        session: "Session",
+        session: Session,
         scope: Scope,
         history: HistoryRow,
         batches: Iterable[Sequence[MessageRow]],
@@ -175,12 +167,10 @@ class Writing(RedisOperations):
             while (rows := await session.to_thread(next, remaining, None)) is not None:
                 await stage.add(rows)
             answer = await stage.finish(expected_count, self.lifetime(), history)
-            if not isinstance(answer, int):
-                raise_refusal(answer, expected_count)
-            return answer
+            return written(answer, expected_count)
 
     async def import_histories(
-        self, session: "Session", scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
+        self, session: Session, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
     ) -> int:
         """
         Import one after the other, if none of them exists.
@@ -190,26 +180,13 @@ class Writing(RedisOperations):
             raise history_exists(existing_id)
         return sum([await self.import_history(session, scope, history, [rows], 0) for history, rows in histories])
 
-    async def _copy_in_bucket(self, session: "Session", keys: Keys, source_id: str, target_id: str) -> int | None:
-        """
-        Copy a whole history inside the server. Return `None` if its messages would get other positions.
-        """
-        names = [*keys.to_write(target_id), *keys.of_history(source_id)]
-        answer = await session.run(of_staging.FORK, names, [target_id, self.lifetime(), new_name()])
-        if answer == ["NONE"]:
-            raise history_not_found(source_id)
-        if isinstance(answer, int):
-            return answer
-        if answer[0] == "CHANGED":
-            raise history_has_messages(target_id)
-        return None
-
 
 async def remove_ids(
-    session: "Session",
+    session: Session,
     keys: Keys,
     chat_history_id: str,
     message_ids: Sequence[str],
+    *,
     required: str = "",
     next_position: int | None = None,
 ) -> Any:
@@ -224,11 +201,13 @@ async def remove_ids(
     return await session.run(scripts.REMOVE, keys.to_write(chat_history_id), arguments)
 
 
-def raise_refusal(answer: Sequence[Any], expected_count: int | None) -> None:
+def written(answer: Any, expected_count: int | None) -> int:
     """
-    Raise the error for the reason that a script gives for writing nothing.
+    Return how many messages a script has written, or raise the error for the reason why it has written nothing.
     """
+    if isinstance(answer, int):
+        return answer
     reason, found = answer
-    if reason == "DUPLICATE":
-        raise duplicate(found)
-    check_count(expected_count, found)
+    if reason == "CHANGED":
+        check_count(expected_count, found)
+    raise duplicate(found)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The Lua scripts that the server runs, so that each call is atomic and takes one round trip. This module has their shared
-parts.
+The Lua scripts that the server runs, so that each call is atomic and takes one round trip. Here are their shared parts.
 
 Redis does not undo what a script has done before it fails. So everything that can fail comes before the first write:
 the script looks at all keys, which shows those that hold something else. The first write is a command that Redis
@@ -43,25 +42,17 @@ local _, directory, expiries, names = unpack(KEYS)
 """
 
 _READ_COUNTERS = f"""
--- Returns nothing if another program has changed or evicted a part of the history.
-local function counters_of(history, contents, roles, message_ids, times)
-    local fields = redis.call('HMGET', history, 'next_position', 'message_count', 'round_count', 'expires_at',
-        'created_at', 'updated_at')
-    local counters = {{
-        next_position = tonumber(fields[1] or 0), message_count = tonumber(fields[2] or 0),
-        round_count = tonumber(fields[3] or 0), expires_at = fields[4], created_at = fields[5], updated_at = fields[6],
-    }}
-    if redis.call('LLEN', contents) == counters.next_position
-            and redis.call('STRLEN', roles) == counters.next_position
-            and redis.call('STRLEN', times) == {TIME_LENGTH} * (counters.next_position or 0)
-            and redis.call('HLEN', message_ids) == counters.message_count and counters.round_count then
-        return counters
-    end
+local fields = redis.call('HMGET', history, 'next_position', 'message_count', 'round_count', 'expires_at',
+    'created_at', 'updated_at')
+local position, message_count = tonumber(fields[1] or 0), tonumber(fields[2] or 0)
+local round_count = tonumber(fields[3] or 0)
+local expires_at, created_at, last_updated_at, is_new = fields[4], fields[5], fields[6], not fields[5]
+-- Another program may have changed a part of the history, or the server may have evicted it.
+if not round_count or redis.call('LLEN', contents) ~= position or redis.call('STRLEN', roles) ~= position
+        or redis.call('STRLEN', times) ~= {TIME_LENGTH} * (position or 0)
+        or redis.call('HLEN', message_ids) ~= message_count then
+    return redis.error_reply('DAMAGED ' .. history)
 end
-
-local counters = counters_of(history, contents, roles, message_ids, times)
-if not counters then return redis.error_reply('DAMAGED ' .. history) end
-local position, message_count, is_new = counters.next_position, counters.message_count, not counters.created_at
 """
 
 #: Names the keys of a bucket and of one of its histories. Refuses a damaged history.
@@ -89,9 +80,9 @@ local microseconds = string.format('%.0f', time[1] * 1000000 + time[2])
 #: The time of a change: never before that of the last change, even if the server's clock was set back.
 CHANGED_AT: Final = f"""
 local function changed_at(time)
-    local last = string.find(counters.updated_at or '', '^%-?%d+$') and tonumber(counters.updated_at)
+    local last = string.find(last_updated_at or '', '^%-?%d+$') and tonumber(last_updated_at)
     local is_valid = last and last >= {VALID_TIMES.start} and last < {VALID_TIMES.stop}
-    return is_valid and last > tonumber(time) and counters.updated_at or time
+    return is_valid and last > tonumber(time) and last_updated_at or time
 end
 """
 
@@ -136,13 +127,13 @@ end
 #: What comes last in a write: the time until the history expires starts anew.
 EXPIRE: Final = f"""
 if ttl > 0 then
-    local expires_at = string.format('%.0f', milliseconds + ttl)
+    expires_at = string.format('%.0f', milliseconds + ttl)
     redis.call('HSET', history, 'expires_at', expires_at)
     for _, key in ipairs({{history, contents, roles, message_ids, times}}) do
         redis.call('PEXPIREAT', key, expires_at)
     end
     redis.call('ZADD', expiries, expires_at, chat_history_id)
-elseif counters.expires_at or is_new then
+elseif expires_at or is_new then
     redis.call('HDEL', history, 'expires_at')
     redis.call('ZREM', expiries, chat_history_id)
     for _, key in ipairs({{history, contents, roles, message_ids, times}}) do redis.call('PERSIST', key) end

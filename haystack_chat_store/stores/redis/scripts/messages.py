@@ -63,7 +63,7 @@ if result > 0 then
         redis.call('APPEND', times, string.rep(string.format('%0{TIME_LENGTH}.0f', microseconds), #new))
         redis.call('APPEND', roles, table.concat(new_roles))
     end
-    for first = 1, #new, 1000 do  -- more arguments than that may not fit on Lua's stack
+    for first = 1, #new, 1000 do  -- Lua's stack may not hold more arguments
         local last = math.min(first + 999, #new)
         redis.call('RPUSH', contents, unpack(new, first, last))
         redis.call('HSET', message_ids, unpack(new_ids, 2 * first - 1, 2 * last))
@@ -73,7 +73,7 @@ if result > 0 then
         redis.call('SETRANGE', roles, each[1], each[2])
     end
     redis.call('HSET', history, 'next_position', position + #new, 'message_count', message_count + #new,
-        'round_count', counters.round_count + rounds, 'updated_at', updated_at)
+        'round_count', round_count + rounds, 'updated_at', updated_at)
     if is_new then redis.call('HSET', history, 'chat_history_id', chat_history_id, 'created_at', microseconds) end
     if #replaced > 0 then redis.call('HINCRBY', history, 'edits', 1) end
     {LIST_HISTORY}
@@ -84,7 +84,7 @@ end
     "return result",
 )
 
-# Returns the position of the last but `wanted` of the messages for which a condition holds, or 0 if there are fewer.
+# Returns the position at which the last `wanted` messages begin for which a condition holds, or 0 if there are fewer.
 _WALK_BACK = """
 local function walk_back(unseen, wanted)
     while unseen > 0 and wanted > 0 do
@@ -104,8 +104,8 @@ end
 _TO_USER_MESSAGE = _WALK_BACK.format(condition="== 117")  # u
 _TO_MESSAGE = _WALK_BACK.format(condition="~= 120")  # x, which stands for a message that was deleted
 
-# What lies between two positions, without long stretches of deleted messages: for each piece, its first position, the
-# letters of its roles, its contents.
+# Returns the messages between two positions in pieces, without long runs of deleted messages: of each piece, its first
+# position, the letters of its roles, and its contents.
 _PIECES = """
 local function pieces(first, last)
     local found, letters, start = {}, redis.call('GETRANGE', roles, first, last), 1
@@ -143,13 +143,13 @@ end
 if redis.REDIS_VERSION_NUM or start < length / 2 or length - start > 1000 then
     return {{size, redis.call('LRANGE', contents, start, -1)}}
 end
-local window = {{}}  -- Redis 6 finds the end of a long list slowly, but not for LINDEX
+local window = {{}}  -- Redis 6 finds the end of a long list slowly with LRANGE, and fast with LINDEX
 for index = start - length, -1 do window[#window + 1] = redis.call('LINDEX', contents, index) end
 return {{size, window}}
 """
 
-# Keys of the three: the bucket's schema version, those of the history. Arguments: the window's count and step. They
-# return the window's size and the contents.
+# The keys of the three scripts that follow: the bucket's schema version, those of the history. Arguments: the window's
+# count and step. They return the window's size and the contents.
 
 #: Return the whole history.
 READ_ALL = Script(OF_HISTORY, _BEGIN_READING, _READ)
@@ -160,13 +160,13 @@ READ_ROUNDS = Script(
     _BEGIN_READING,
     _TO_USER_MESSAGE,
     """
-size = size_of(counters.round_count)
+size = size_of(round_count)
 start = walk_back(length, size)
 """,
     _READ,
 )
 
-#: Return the last messages, and where these begin with tool messages, what comes before up to one that is none.
+#: Return the last messages. If they begin with tool messages, go back to the message that made the calls.
 READ_MESSAGES = Script(
     OF_HISTORY,
     _BEGIN_READING,
@@ -182,10 +182,10 @@ while start > 0 and string.find(redis.call('GETRANGE', roles, start, start), '[t
 #: Return the number of messages. Keys: the bucket's schema version, those of the history.
 COUNT = Script(OF_HISTORY, "return message_count")
 
-#: Return a page. Keys: the bucket's schema version, those of the history. Arguments: a position, after which the page
-#: begins, or nothing; one before which it ends; how many messages it has at most. Returns what tells this history, as
-#: it was last edited, from every other: when it was created and how often it was edited; its next position; and pieces,
-#: each with a position, letters for the roles, contents, times, and empty contents where messages were deleted.
+#: Return a page. Keys: the bucket's schema version, those of the history. Arguments: a position after which the page
+#: begins, or nothing; a position before which it ends; the most messages of the page. Returns the state of the history,
+#: which each edit changes: its time of creation and its number of edits; its next position; and pieces, each with a
+#: position, letters for the roles, contents and times. The contents of deleted messages are empty.
 PAGE = Script(
     OF_HISTORY,
     _TO_MESSAGE,
@@ -220,7 +220,7 @@ for _, piece in ipairs(found) do
     piece[4] = redis.call('GETRANGE', times, {TIME_LENGTH} * from, {TIME_LENGTH} * (from + count) - 1)
 end
 local edits = redis.call('HGET', history, 'edits') or '0'
-return {{is_new and '' or counters.created_at .. ' ' .. edits, position, found}}
+return {{is_new and '' or created_at .. ' ' .. edits, position, found}}
 """,
 )
 
@@ -233,9 +233,9 @@ POSITIONS = Script(OF_HISTORY, "return redis.call('HMGET', message_ids, unpack(A
 SCAN_IDS = Script("return redis.call('HSCAN', KEYS[2], ARGV[1], 'COUNT', 1000)")
 
 #: Delete single messages. Keys: those of the bucket, those of the history. Arguments: the history's id; the id of a
-#: message that must be there, with which all that follows it is deleted, or nothing; the history's next position, if
-#: it must be that; a name for this call; the ids, separated by NUL. Returns how many were deleted, or why none were:
-#: MISSING or MORE.
+#: message that must exist and is deleted with all that follow it, or nothing; the next position that the history must
+#: have, or nothing; a name for this call; the ids, separated by NUL. Returns how many were deleted, or the reason why
+#: none were: MISSING or MORE.
 REMOVE = Script(
     "local call = ARGV[4]",
     ONCE,
@@ -263,7 +263,7 @@ if #gone_ids == 0 then return 0 end
 for first = 1, #gone_ids, 1000 do  -- a command that Redis takes when it is out of memory
     redis.call('HDEL', message_ids, unpack(gone_ids, first, math.min(first + 999, #gone_ids)))
 end
-if required ~= '' then  -- in one piece, 200,000 in about a second: to find each in a long list takes ten times as long
+if required ~= '' then  -- all at once: ten times as fast as finding each of them in a long list
     redis.call('LTRIM', contents, 0, start)
     redis.call('LSET', contents, start, '')
     local gaps = {{}}
@@ -280,7 +280,7 @@ else
 end
 local updated_at, result = changed_at(microseconds), #gone_ids
 redis.call('HSET', history, 'message_count', message_count - #gone_ids,
-    'round_count', counters.round_count - rounds, 'updated_at', updated_at)
+    'round_count', round_count - rounds, 'updated_at', updated_at)
 redis.call('HINCRBY', history, 'edits', 1)
 {LIST_HISTORY}
 {REMEMBER_CALL}
