@@ -41,6 +41,7 @@ class RedisChatMessageStore(BaseChatMessageStore):
         last_k_unit: LastKUnit = "round",
         namespace: str = "default",
         search: bool = False,
+        strict: bool = False,
         cluster: bool = False,
         key_prefix: str = "haystack_chat",
         ttl: float | None = None,
@@ -57,6 +58,8 @@ class RedisChatMessageStore(BaseChatMessageStore):
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
         :param namespace: Separates tenants, applications or test runs in one database. Defaults to `"default"`.
         :param search: Must be False: see `docs/redis.md`.
+        :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
+            the value's `repr` is stored.
         :param cluster: Whether the URL leads to a node of a Redis Cluster, which is then asked for the others.
             Defaults to False.
         :param key_prefix: What the names of all keys begin with, after a brace. Defaults to `"haystack_chat"`. Without
@@ -89,6 +92,7 @@ class RedisChatMessageStore(BaseChatMessageStore):
             last_k_unit=last_k_unit,
             namespace=namespace,
             search=search,
+            strict=strict,
         )
         if search:
             raise UnsupportedOperationError(
