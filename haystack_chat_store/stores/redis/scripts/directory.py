@@ -6,23 +6,15 @@ The scripts that find, describe and delete whole histories.
 from haystack_chat_store.stores.redis.schema import TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, NOW, OF_BUCKET, Script
 
-# Tells expired histories from others among the ids that a bucket lists, and removes them from the lists. A server that
-# accepts no writes keeps them listed.
+# Tells expired histories from others among the ids that a bucket lists. Reading changes nothing: they stay listed until
+# a write, a deletion or a purge removes them.
 _STILL_THERE = (
     NOW
     + """
-local is_expiring, expired = redis.call('ZCARD', expiries) > 0, {}
+local is_expiring = redis.call('ZCARD', expiries) > 0
 local function is_still_there(chat_history_id)
     local expires_at = is_expiring and redis.call('ZSCORE', expiries, chat_history_id)
-    if not expires_at or tonumber(expires_at) >= milliseconds then return true end
-    expired[#expired + 1] = chat_history_id
-end
-local function forget_expired()  -- returns how many stay listed because this server accepts no writes
-    if #expired == 0 then return 0 end
-    local some = {unpack(expired, 1, math.min(#expired, 1000))}  -- Lua's stack may not hold more
-    local answer
-    for _, key in ipairs({expiries, directory, names}) do answer = redis.pcall('ZREM', key, unpack(some)) end
-    return type(answer) == 'number' and 0 or #expired
+    return not expires_at or tonumber(expires_at) >= milliseconds
 end
 """
 )
@@ -85,7 +77,6 @@ while rank < stop and #found < 2 * wanted do
 end
 if rank == total or #found == 2 * wanted or matching > {_LOOKED_UP} then
     local last_time = rank < total and redis.call('ZSCORE', directory, last)
-    forget_expired()
     return {{last_time or '', last_time and last or '', found}}
 end
 
@@ -106,7 +97,6 @@ found = {{}}
 for index = 1, math.min(wanted, #all) do
     found[2 * index - 1], found[2 * index] = all[index][3], all[index][2]
 end
-forget_expired()
 if #all <= wanted then return {{'', '', found}} end
 return {{found[#found - 1], found[#found], found}}
 """,
@@ -128,24 +118,30 @@ for _, chat_history_id in ipairs(seen) do
         found[#found + 1] = chat_history_id
     end
 end
-forget_expired()
 return {#seen < wanted and '' or seen[#seen], found}
 """,
 )
 
 #: Return the ids of the histories of a bucket that have not changed for longest. Keys: those of the bucket. Arguments:
 #: how many ids are looked at; only of those that have not changed since this time; how many of these are passed over.
-#: Returns whether there may be more; how many have expired but stay listed, to be passed over next time; then the ids.
+#: Removes expired histories from the lists. Returns whether there may be more; how many have expired but stay listed,
+#: since this server accepts no writes, and are to be passed over next time; then the ids.
 OLDEST = Script(
     OF_BUCKET,
     _STILL_THERE,
     """
 local seen = redis.call('ZRANGEBYSCORE', directory, '-inf', '(' .. ARGV[2], 'LIMIT', ARGV[3], ARGV[1])
-local found = {}
+local found, expired, unremovable = {}, {}, 0
 for _, chat_history_id in ipairs(seen) do
-    if is_still_there(chat_history_id) then found[#found + 1] = chat_history_id end
+    local list = is_still_there(chat_history_id) and found or expired
+    list[#list + 1] = chat_history_id
 end
-return {#seen == tonumber(ARGV[1]) and 1 or 0, forget_expired(), found}
+if #expired > 0 then
+    for _, key in ipairs({expiries, directory, names}) do
+        if type(redis.pcall('ZREM', key, unpack(expired))) ~= 'number' then unremovable = #expired end
+    end
+end
+return {#seen == tonumber(ARGV[1]) and 1 or 0, unremovable, found}
 """,
 )
 
