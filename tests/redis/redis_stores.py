@@ -160,7 +160,7 @@ class LosesAnswers:
     def __init__(self, server):
         self.to_lose = 0
         self.meanwhile = lambda: None  # what happens before the client can try again
-        self._server = server
+        self.server = server  # where new connections lead
         self._listener = socket.create_server((HOST, unused_port()))
         self.url = f"redis://:{PASSWORD}@{HOST}:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -178,7 +178,7 @@ class LosesAnswers:
 
     def _pass_on(self, client):
         request = b""
-        with client, socket.create_connection((HOST, self._server.port)) as server:
+        with client, socket.create_connection((HOST, self.server.port)) as server:
             while True:
                 for ready in select.select([client, server], [], [])[0]:
                     if not (data := ready.recv(1 << 20)):

@@ -234,6 +234,24 @@ def test_a_replica_is_not_written_to_and_its_master_takes_over_again(make_store,
     assert write(store, "Hi again!") == 1
 
 
+@on_one_server
+def test_a_store_leaves_a_master_that_has_become_a_replica(make_store, client, server, monkeypatch, write):
+    with closing(LosesAnswers(server)) as name, RedisServer(server.binary, requirepass=PASSWORD) as successor:
+        monkeypatch.setenv("CHAT_STORE_URL", name.url)
+        store = make_store()
+        write(store, "Hi!")
+        client.config_set("masterauth", PASSWORD)
+        client.replicaof(HOST, successor.port)
+        name.server = successor
+        try:
+            assert write(store, "Are you there?") == 1
+            assert write(store, "Hello?") == 1
+        finally:
+            client.replicaof("NO", "ONE")
+        assert said(store)[-2:] == ["Are you there?", "Hello?"]
+        store.close()
+
+
 @on_every_server
 def test_a_store_that_takes_a_server_for_a_cluster_is_told(make_store, write):
     with pytest.raises(StoreConfigurationError, match="not a cluster"):
