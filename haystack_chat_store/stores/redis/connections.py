@@ -2,21 +2,22 @@
 """
 Connections to a server or a cluster: opened when needed, lent to one call at a time, shared by the stores of a process.
 
-These are redis-py's connections, in a pool of our own, with the redirections of a cluster followed here. redis-py's
-clients (as of 8.1) are not used, because they cannot do what the tests in tests/redis ask for:
+These are redis-py's connections in a pool of our own, which also follows the redirections of a cluster. What redis-py's
+clients (as of 8.1) cannot do, and tests/redis asks for:
 
 - While a slot moves to another node, `redis.asyncio.RedisCluster` sends ASKING on one connection and the command on
   another. Of 40 calls at once, 35 fail (test_redis_cluster.py: the slot that moves).
-- A call has one timeout, over all its attempts: waiting for a connection, for a server that is starting, for a cluster
-  to replace a master that hangs (test_redis_cluster.py, test_redis_settings.py).
-- Connections are closed when their event loop has ended without cleaning up, and are left to the parent in a forked
-  child (test_redis_loops.py). The asynchronous clients do neither, and their pools do not hand out their connections.
-- A call is written once, for synchronous and asynchronous use. redis-py has four clients for this.
+- A call has one timeout for all its attempts: for a connection to become free, for a server that is starting, for a
+  cluster to replace a master that hangs (test_redis_cluster.py, test_redis_settings.py).
+- Connections are closed when their event loop has ended without cleaning up. In a forked child they are left to the
+  parent (test_redis_loops.py). Both need the connections themselves, which the clients do not hand out.
 
-They are slower, too: a script that returns a number takes 59 µs of processor time through `redis.Redis` and 120 µs
-through `redis.asyncio.Redis`, and 36 µs and 67 µs through the sessions here.
+So the asynchronous cluster needs a pool here, and the other three cases (synchronous, one server) share its code. They
+are faster, too: a script that returns a number takes 59 µs of processor time through `redis.Redis` and 120 µs through
+`redis.asyncio.Redis`, and 36 µs and 67 µs through the sessions here.
 
-Some attributes that are not public in redis-py and asyncio serve to close connections of event loops that have ended.
+Attributes that are not public in redis-py and asyncio serve to close connections of event loops that have ended. This
+is why redis-py has an upper bound in pyproject.toml.
 """
 
 import asyncio
