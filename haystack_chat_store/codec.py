@@ -25,7 +25,15 @@ from haystack.dataclasses import (
 
 from haystack_chat_store.errors import MessageDecodingError, MessageEncodingError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
-from haystack_chat_store.json_values import encode_plain, has_long_number, is_plain, json_value, parse_json, refuse, repr_of
+from haystack_chat_store.json_values import (
+    encode_plain,
+    has_long_number,
+    is_plain,
+    json_value,
+    parse_json,
+    refuse,
+    repr_of,
+)
 
 _ROLES = {role.value: role for role in ChatRole}
 _PART_KEYS: dict[type, str] = {

@@ -38,7 +38,7 @@ from haystack_chat_store.errors import MessageEncodingError
 #: How deep lists and dicts may be nested. Well below the recursion limit, so that decoding succeeds even deep in a call
 #: stack.
 MAX_DEPTH = 200
-#: The longest integer, in digits. Longer ones take minutes to read (CVE-2020-10735), and Python refuses them by default.
+#: The longest integer, in digits. Longer ones may take minutes to read (CVE-2020-10735); Python refuses them, too.
 MAX_DIGITS = 4_300
 
 _SMALLEST_TOO_LONG = 10**MAX_DIGITS

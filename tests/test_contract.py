@@ -49,8 +49,31 @@ class OurContract(ChatMessageStoreContract, ManagementContract):
     def test_a_clock_that_was_set_back_moves_no_history_back(self, new_store, change):
         store = new_store()
         in_an_hour = time.time_ns() // 1_000 + 3_600_000_000
-        rows = [MessageRow(0, in_an_hour, name, "user", json.dumps(with_id(name).to_dict())) for name in "ab"]
-        store.engine.run(store.engine.import_history, store.scope, HistoryRow("history", 0, 0, 5, in_an_hour, None, None), [rows], 0)
+        rows = [
+            MessageRow(
+                position=0,
+                created_at=in_an_hour,
+                message_id=name,
+                role="user",
+                content=json.dumps(with_id(name).to_dict()),
+            )
+            for name in "ab"
+        ]
+        store.engine.run(
+            store.engine.import_history,
+            store.scope,
+            HistoryRow(
+                chat_history_id="history",
+                message_count=0,
+                round_count=0,
+                created_at=5,
+                updated_at=in_an_hour,
+                title=None,
+                meta=None,
+            ),
+            [rows],
+            0,
+        )
         store.write_messages("b", [with_id("b")])
         change(store)
         assert store.get_chat_history("history").updated_at.timestamp() == in_an_hour / 10**6

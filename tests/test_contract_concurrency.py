@@ -44,7 +44,9 @@ class TestSQLite(ConcurrencyTest, ProcessesTest):
     def assert_sound(self, store):
         with closing(sqlite3.connect(store.path)) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-            counters = "SELECT next_position, message_count, round_count FROM haystack_chat_histories ORDER BY history_key"
+            counters = (
+                "SELECT next_position, message_count, round_count FROM haystack_chat_histories ORDER BY history_key"
+            )
             counted = """
                 SELECT max(message_key & 0xffffffff) + 1, count(*), sum(role = 'user') FROM haystack_chat_messages
                 GROUP BY message_key >> 32 ORDER BY message_key >> 32

@@ -10,6 +10,7 @@ import sqlite3
 import stat
 import uuid
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import pytest
@@ -106,7 +107,7 @@ def odd_store():
         class OddStore(InMemoryChatMessageStore):
             def _page(self, *arguments):
                 rows = super()._page(*arguments)
-                return [row._replace(**changed) if row.position == 1 else row for row in rows]
+                return [replace(row, **changed) if row.position == 1 else row for row in rows]
 
         store = OddStore(namespace=uuid.uuid4().hex)
         store.write_messages("chat", conversation("uau"))
@@ -160,7 +161,7 @@ def test_what_stood_where_text_should_is_saved_too(odd_store, tmp_path):
 
 def test_what_the_engine_has_reported_is_not_reported_again(odd_store):
     store = odd_store(created_at=None)
-    fault = Fault("chat", 1, "Its time of creation is none.", False)
+    fault = Fault(chat_history_id="chat", position=1, description="Its time of creation is none.", is_repaired=False)
     store._faults = lambda *_: [fault]
     assert list(check(store)) == [fault]
 
@@ -283,7 +284,12 @@ def test_a_history_that_the_engine_cannot_read_hides_no_other():
         faults = list(check(store))
         assert [place for place in places(faults) if place[0] == "eve"][-1] == ("eve", 1)
         for name in ("ada", "bob"):
-            assert Fault(name, None, "Its messages cannot be read.", False) in faults
+            assert (
+                Fault(
+                    chat_history_id=name, position=None, description="Its messages cannot be read.", is_repaired=False
+                )
+                in faults
+            )
 
         list(check(store, repair=True))
         assert places(check(store)) == [("eve", 1)]

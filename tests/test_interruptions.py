@@ -237,7 +237,9 @@ def test_interrupted_calls_leave_no_half_batch_and_hold_up_neither_writes_nor_fo
     until = time.monotonic() + seconds
     number = 0
     with closing(sqlite3.connect(store.path)) as other:
-        other.execute("SELECT count(*) FROM haystack_chat_messages").fetchone()  # the last to close a file tidies it up, slowly
+        other.execute(
+            "SELECT count(*) FROM haystack_chat_messages"
+        ).fetchone()  # the last to close a file tidies it up, slowly
         while number < 300 or (number < MAX_ATTEMPTS and time.monotonic() < until):
             call_with_alarm(lambda: write_and_read(number), moments.uniform(0.02, 1.2) * one_call)  # noqa: B023
             number += 1

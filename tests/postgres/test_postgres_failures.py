@@ -10,6 +10,7 @@ import time
 import traceback
 import uuid
 from contextlib import ExitStack
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -141,7 +142,7 @@ def test_a_call_that_waits_too_long_is_given_up_and_leaves_nothing_waiting(serve
 @pytest.mark.parametrize("way", ["sync", "async"])
 def test_a_call_that_fails_in_the_middle_of_a_transaction_leaves_none_to_the_next(make_store, way):
     store = make_store(min_pool_size=1, max_pool_size=1)
-    broken = [row._replace(content="no JSON") for row in rows(0, 1)]
+    broken = [replace(row, content="no JSON") for row in rows(0, 1)]
 
     async def fail_and_write():
         with pytest.raises(ChatMessageStoreError):

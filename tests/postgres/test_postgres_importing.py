@@ -75,7 +75,9 @@ def test_reading_what_is_imported_does_not_hold_up_the_event_loop(make_store):
         yield rows(0, 10)
 
     async def main():
-        importing = asyncio.create_task(store.engine.run_async(store.engine.import_history, store.scope, NEW, batches(), 0))
+        importing = asyncio.create_task(
+            store.engine.run_async(store.engine.import_history, store.scope, NEW, batches(), 0)
+        )
         while not (is_read.is_set() or importing.done()):
             await asyncio.sleep(0.001)
         loop_goes_on.set()

@@ -82,7 +82,7 @@ def test_messages_that_come_to_a_history_without_any_last_as_long_as_it_does(mak
     say(passing, "Hi!", history="passing")
     copy = next(neighbours("passing"))
     for history in ("imported", copy):
-        import_(store, [], history=HISTORY._replace(chat_history_id=history))
+        import_(store, [], history=replace(HISTORY, chat_history_id=history))
     assert import_(store, some_batches(1, 10)) == 10
     assert store.copy_messages("passing", copy) == 1
     lasting = [key for key in keys_of(store, client) if ":passing:" not in key]

@@ -60,8 +60,22 @@ def test_a_file_that_another_program_wrote_is_imported(store, file):
 
 def test_the_stored_text_is_moved_as_it_is(store, target, file):
     spaced = content("m0", "Hi").replace(":", " :\n ")  # as somebody's own tool may have formatted it
-    row = MessageRow(0, MOMENT, "m0", "user", spaced)
-    store.engine.run(store.engine.import_history, store.scope, HistoryRow("a", 0, 0, MOMENT, MOMENT, None, None), [[row]], 0)
+    row = MessageRow(position=0, created_at=MOMENT, message_id="m0", role="user", content=spaced)
+    store.engine.run(
+        store.engine.import_history,
+        store.scope,
+        HistoryRow(
+            chat_history_id="a",
+            message_count=0,
+            round_count=0,
+            created_at=MOMENT,
+            updated_at=MOMENT,
+            title=None,
+            meta=None,
+        ),
+        [[row]],
+        0,
+    )
 
     export_histories(store, file)
     import_histories(target, file)

@@ -344,9 +344,21 @@ def test_the_size_of_an_attachment_is_that_of_its_bytes(store, size, shown):
 
 def test_times_are_those_of_the_messages(store):
     content = '{"role":"user","meta":{"chat_message_id":"m"},"name":null,"content":[{"text":"Hi"}]}'
-    row = MessageRow(0, 1_767_225_601_500_000, "m", "user", content)
+    row = MessageRow(position=0, created_at=1_767_225_601_500_000, message_id="m", role="user", content=content)
     store.engine.run(
-        store.engine.import_history, store.scope, HistoryRow("a", 0, 0, 1_767_225_600_000_000, 1_767_225_602_000_000, None, None), [[row]], 0
+        store.engine.import_history,
+        store.scope,
+        HistoryRow(
+            chat_history_id="a",
+            message_count=0,
+            round_count=0,
+            created_at=1_767_225_600_000_000,
+            updated_at=1_767_225_602_000_000,
+            title=None,
+            meta=None,
+        ),
+        [[row]],
+        0,
     )
     for name in ("markdown", "html"):
         text = exported(store, name)
@@ -448,7 +460,10 @@ def test_what_the_format_has_no_form_for_is_reported(store):
     store.write_messages("a", [user(), ChatMessage.from_assistant(tool_calls=[call]), image, *conversation("a")])
     store.write_messages("b", conversation("ua"))
     fault = Fault(
-        "a", None, "It was left out: OpenAI's format has no form for one of its tool calls or results.", False
+        chat_history_id="a",
+        position=None,
+        description="It was left out: OpenAI's format has no form for one of its tool calls or results.",
+        is_repaired=False,
     )
     assert examples(store)[0] == (1, 2, 4, (fault,))
 
