@@ -330,7 +330,8 @@ def _sqlite(folder: Path, plan: Plan, running: ExitStack) -> Place:
         wanted = " ".join(f'"{" ".join(each.terms)}"' + ("*" if each.is_prefix else "") for each in phrases)
         return bare.execute(
             "SELECT score, content FROM (SELECT rowid AS found, rank AS score FROM haystack_chat_terms "
-            "WHERE haystack_chat_terms MATCH ? ORDER BY rank LIMIT 20) CROSS JOIN haystack_chat_messages ON message_key = found",
+            "WHERE haystack_chat_terms MATCH ? ORDER BY rank LIMIT 20) "
+            "CROSS JOIN haystack_chat_messages ON message_key = found",
             (wanted,),
         ).fetchall()
 

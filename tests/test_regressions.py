@@ -281,13 +281,14 @@ def test_a_child_forked_during_a_long_write_is_told_that_it_cannot_use_the_file(
 
 @forks
 def test_a_child_that_frees_a_connection_of_its_parent_does_not_damage_the_file(new_sqlite_store, monkeypatch):
-    monkeypatch.setattr(database, "_MIN_FORK_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "_MIN_FORK_WAIT_SECONDS", 0.1)
     store = new_sqlite_store(timeout=0.05)
     store.write_messages("history", [ChatMessage.from_user("Hi!")])
-    lost = [database.databases.get(store._settings)._borrow()]  # as a call does that is interrupted just then
+    lost = [connections.databases.get(store.engine.settings)._borrow()]  # as a call does that is interrupted just then
     lost[0].execute("BEGIN IMMEDIATE")
     rows = [(1_000 + number, str(number), "x" * 10_000) for number in range(400)]  # more than SQLite's cache holds
-    lost[0].executemany("INSERT INTO chat_messages VALUES ((1 << 32) + ?, ?, 'user', 0, ?)", rows)
+    lost[0].executemany("INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, content)"
+        " VALUES ((1 << 32) + ?, ?, 'user', 0, ?)", rows)
 
     def free():
         lost.clear()
@@ -298,7 +299,7 @@ def test_a_child_that_frees_a_connection_of_its_parent_does_not_damage_the_file(
     lost[0].execute("COMMIT")
     with closing(sqlite3.connect(store.path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert connection.execute("SELECT count(*) FROM chat_messages").fetchone() == (401,)
+        assert connection.execute("SELECT count(*) FROM haystack_chat_messages").fetchone() == (401,)
 
 
 @forks
