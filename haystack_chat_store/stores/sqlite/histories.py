@@ -147,9 +147,7 @@ class Histories:
             self.index.remove(key, key)
             self.index.add([(key, message.content)])
             rounds += (message.role == ChatRole.USER.value) - (role == ChatRole.USER.value)
-        self._insert(
-            [(key, m.message_id, m.role, now, m.content) for key, m in enumerate(plan.new, history.next_key)]
-        )
+        self._insert([(key, m.message_id, m.role, now, m.content) for key, m in enumerate(plan.new, history.next_key)])
         self.connection.execute(_UPDATE_HISTORY, (count, count, rounds, now, history.history_key))
 
     def import_batches(self, row: HistoryRow, batches: Iterable[Sequence[MessageRow]], expected_count: int) -> int:
