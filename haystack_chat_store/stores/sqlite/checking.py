@@ -4,10 +4,11 @@ The operation that checks a file. A repair counts and indexes again; what else i
 """
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
+from typing import Any
 
 from haystack import logging
 
@@ -45,14 +46,16 @@ _MESSAGES_WITHOUT_TIME = f"""
     SELECT CAST(chat_history_id AS TEXT), message_key & 0xffffffff FROM haystack_chat_histories
         CROSS JOIN haystack_chat_messages ON message_key BETWEEN history_key << 32 AND (history_key + 1 << 32) - 1
     WHERE namespace = ? AND NOT ({_IS_TIME.format("haystack_chat_messages.created_at")})
-"""
+"""  # noqa: S608  (made of constants of this module)
 _HISTORIES = f"""
     SELECT history_key, CAST(chat_history_id AS BLOB), typeof(chat_history_id) = 'text',
         CAST(title AS BLOB), typeof(title) IN ('text', 'null'), CAST(meta AS BLOB),
         {_IS_TIME.format("created_at")}, {_IS_TIME.format("updated_at")}, message_count, round_count, next_position,
         (SELECT count(*) FROM haystack_chat_messages WHERE message_key BETWEEN first_key AND last_key),
-        (SELECT count(*) FROM haystack_chat_messages WHERE role = 'user' AND message_key BETWEEN first_key AND last_key),
-        (SELECT max(message_key) - first_key FROM haystack_chat_messages WHERE message_key BETWEEN first_key AND last_key)
+        (SELECT count(*) FROM haystack_chat_messages
+            WHERE role = 'user' AND message_key BETWEEN first_key AND last_key),
+        (SELECT max(message_key) - first_key FROM haystack_chat_messages
+            WHERE message_key BETWEEN first_key AND last_key)
     FROM (SELECT *, history_key << 32 AS first_key, (history_key + 1 << 32) - 1 AS last_key
         FROM haystack_chat_histories)
     WHERE namespace = ?
@@ -157,9 +160,8 @@ def _orphaned_messages(session: Database, repair: bool) -> list[Fault]:
         description = f"{count} messages have no history. Repaired, they are {name!r} of the namespace {RECOVERED!r}."
         if repair:
             with session.transaction() as connection:
-                histories = Histories(connection, Scope(RECOVERED), session.settings.search)
                 connection.execute(_ADOPT_MESSAGES, (history_key, RECOVERED, name, now, now))
-                histories.recount(history_key)
+                Histories(connection, Scope(RECOVERED), session.settings.search).recount(history_key)
         faults.append(Fault(description=description, is_repaired=repair))
     return faults
 
@@ -180,41 +182,25 @@ def _faults_of_histories(session: Database, scope: Scope, repair: bool) -> list[
     """
     Find histories whose rows are damaged or count wrongly, and count again.
     """
+    faults, miscounted = [], []
     with session.snapshot() as connection:
-        rows = connection.execute(_HISTORIES, (scope.namespace,)).fetchall()
-    faults = []
-    for history_key, raw_name, *columns, count, rounds, next_position, messages, user_messages, last in rows:
-        name = raw_name.decode(errors="backslashreplace")
-        faults += [
-            Fault(chat_history_id=name, description=description) for description in _damages(raw_name, name, *columns)
-        ]
-        checks = {
-            f"It counts {count} messages, and has {messages}.": count == messages,
-            f"It counts {rounds} rounds, and has {user_messages}.": rounds == user_messages,
-            f"Its next position is {next_position}, its last message at {last}.": last is None or next_position > last,
-        }
-        wrong = [description for description, is_right in checks.items() if not is_right]
-        if wrong and repair:
-            with session.transaction() as connection:
-                histories = Histories(connection, scope, session.settings.search)
-                histories.recount(history_key)
-        faults += [Fault(chat_history_id=name, description=each, is_repaired=repair) for each in wrong]
+        for history_key, raw_name, *columns in connection.execute(_HISTORIES, (scope.namespace,)):
+            name = raw_name.decode(errors="backslashreplace")
+            wrong_counts = _wrong_counts(columns)
+            miscounted += [history_key] if wrong_counts else []
+            faults += [Fault(chat_history_id=name, description=each) for each in _damages(raw_name, name, columns)]
+            faults += [Fault(chat_history_id=name, description=each, is_repaired=repair) for each in wrong_counts]
+    for history_key in miscounted if repair else ():
+        with session.transaction() as connection:
+            Histories(connection, scope, session.settings.search).recount(history_key)
     return faults
 
 
-def _damages(
-    raw_name: bytes,
-    name: str,
-    is_text_id: bool,
-    title: bytes | None,
-    is_text_title: bool,
-    meta: bytes | None,
-    is_created: bool,
-    is_updated: bool,
-) -> Iterator[str]:
+def _damages(raw_name: bytes, name: str, columns: Sequence[Any]) -> list[str]:
     """
-    Yield what is wrong with the columns of a history. Users can set another title and meta.
+    Return what is wrong with the columns of a history. Users can set another title and meta.
     """
+    is_text_id, title, is_text_title, meta, is_created, is_updated = columns[:6]
     checks = {
         "Its id is no text.": is_text_id and is_utf8(raw_name),
         "Its id is empty, too long or has NUL.": _is_valid(validated_id, name, "id"),
@@ -224,7 +210,17 @@ def _damages(
         "Its time of creation is none.": is_created,
         "Its time of change is none.": is_updated,
     }
-    return (description for description, is_right in checks.items() if not is_right)
+    return [description for description, is_right in checks.items() if not is_right]
+
+
+def _wrong_counts(columns: Sequence[Any]) -> list[str]:
+    count, rounds, next_position, messages, user_messages, last = columns[6:]
+    checks = {
+        f"It counts {count} messages, and has {messages}.": count == messages,
+        f"It counts {rounds} rounds, and has {user_messages}.": rounds == user_messages,
+        f"Its next position is {next_position}, its last message at {last}.": last is None or next_position > last,
+    }
+    return [description for description, is_right in checks.items() if not is_right]
 
 
 def _faults_of_index(session: Database, scope: Scope, repair: bool) -> list[Fault]:

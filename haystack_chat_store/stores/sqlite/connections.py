@@ -222,7 +222,7 @@ class Database:
             self._idle.pop().close()
 
 
-# Files that a connection of the parent process was using at the fork. SQLite's bookkeeping of their locks is wrong here.
+# Files that the parent process was using at the fork. In this process, SQLite's record of their locks is wrong.
 _locked_by_parent: set[tuple[int, int] | None] = set()
 
 #: The databases of this process.

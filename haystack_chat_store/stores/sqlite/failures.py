@@ -71,6 +71,6 @@ def timed_out(path: str, timeout: float, holder: str) -> StoreTimeoutError:
     Return the error of a call that waited for a lock in vain.
     """
     return StoreTimeoutError(
-        f"{path} stayed locked by {holder} for more than {timeout} seconds. Nothing was changed. Try again, or give the "
-        "store a longer timeout."
+        f"{path} stayed locked by {holder} for more than {timeout} seconds. Nothing was changed. "
+        "Try again, or give the store a longer timeout."
     )

@@ -23,7 +23,8 @@ _READ = """
     ORDER BY message_key
 """
 _START_OF_ROUNDS = """coalesce(
-        (SELECT message_key FROM haystack_chat_messages WHERE role = 'user' AND message_key BETWEEN first_key AND last_key
+        (SELECT message_key FROM haystack_chat_messages
+            WHERE role = 'user' AND message_key BETWEEN first_key AND last_key
             ORDER BY message_key DESC LIMIT 1 OFFSET {before}),
         first_key)"""
 _START_OF_MESSAGES = """coalesce(

@@ -65,7 +65,10 @@ MIGRATIONS: list[list[str]] = [
             indexed_up_to INTEGER NOT NULL  -- a message_key
         )
         """,
-        "CREATE INDEX haystack_chat_histories_by_time ON haystack_chat_histories (namespace, updated_at, chat_history_id)",
+        """
+        CREATE INDEX haystack_chat_histories_by_time
+        ON haystack_chat_histories (namespace, updated_at, chat_history_id)
+        """,
         """
         CREATE INDEX haystack_chat_histories_by_user
         ON haystack_chat_histories (namespace, user_id, updated_at, chat_history_id) WHERE user_id IS NOT NULL
