@@ -196,7 +196,7 @@ def test_terms_hold_nothing_but_letters_digits_and_marks(text):
 def test_every_character_is_folded_once_and_for_all():
     for codepoint in range(sys.maxunicode + 1):
         once = search_text._folded(chr(codepoint))
-        assert once.translate(search_text._folds) == once, hex(codepoint)
+        assert once.translate(search_text._folding_table) == once, hex(codepoint)
 
 
 @untimed
@@ -207,7 +207,7 @@ def test_canonically_equivalent_texts_have_the_same_terms(text):
 
 def test_memory_of_characters_is_not_filled_by_those_that_nobody_writes():
     terms("".join(map(chr, range(0xF0000, 0x110000))))
-    assert not any(codepoint >= 0xF0000 for codepoint in search_text._folds)
+    assert not any(codepoint >= 0xF0000 for codepoint in search_text._folding_table)
 
 
 # ---------------------------------------------------------------------- limits
