@@ -287,8 +287,11 @@ def test_a_child_that_frees_a_connection_of_its_parent_does_not_damage_the_file(
     lost = [connections.databases.get(store.engine.settings)._borrow()]  # as a call does that is interrupted just then
     lost[0].execute("BEGIN IMMEDIATE")
     rows = [(1_000 + number, str(number), "x" * 10_000) for number in range(400)]  # more than SQLite's cache holds
-    lost[0].executemany("INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, content)"
-        " VALUES ((1 << 32) + ?, ?, 'user', 0, ?)", rows)
+    lost[0].executemany(
+        "INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, content)"
+        " VALUES ((1 << 32) + ?, ?, 'user', 0, ?)",
+        rows,
+    )
 
     def free():
         lost.clear()

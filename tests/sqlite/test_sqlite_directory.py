@@ -126,7 +126,9 @@ def test_a_walk_by_id_costs_the_same_everywhere(store, path):
         counts.append(
             steps(
                 path,
-                lambda: found.extend(store.engine.run(store.engine.histories_by_id, store.scope, "user", after, 50)),
+                lambda after=after, found=found: found.extend(
+                    store.engine.run(store.engine.histories_by_id, store.scope, "user", after, 50)
+                ),
             )
         )
         assert [row.chat_history_id for row in found] == names[start : start + 50]
