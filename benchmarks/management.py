@@ -161,11 +161,18 @@ def fill(store: BaseChatMessageStore, plan: Plan, texts: Texts) -> int:
         first = 2 * texts.random.randrange(len(said) // 2 - plan.messages_each)
         at = _BEGINNING + texts.random.randrange(_YEAR)
         rows = [
-            MessageRow(position, at, message_id, role, content.replace('"ID"', f'"{message_id}"'))
+            MessageRow(
+                position=position,
+                created_at=at,
+                message_id=message_id,
+                role=role,
+                content=content.replace('"ID"', f'"{message_id}"'),
+            )
             for position, (role, content) in enumerate(said[first : first + plan.messages_each])
             for message_id in (new_message_id(),)
         ]
-        count += store.engine.run(store.engine.import_history, store.scope, HistoryRow(chat_history_id=_name(number), created_at=at, updated_at=at), [rows], 0)
+        history = HistoryRow(chat_history_id=_name(number), created_at=at, updated_at=at)
+        count += store.engine.run(store.engine.import_history, store.scope, history, [rows], 0)
     return count
 
 

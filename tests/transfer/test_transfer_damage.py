@@ -18,6 +18,7 @@ from haystack_chat_store import (
     StoreUnavailableError,
     store_from_url,
 )
+from haystack_chat_store.iteration import walk_histories
 from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.testing.messages import user
 from haystack_chat_store.transfer import (
@@ -26,7 +27,6 @@ from haystack_chat_store.transfer import (
     export_histories,
     import_histories,
 )
-from haystack_chat_store.iteration import walk_histories
 
 
 @pytest.mark.parametrize(

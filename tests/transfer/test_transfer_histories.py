@@ -232,13 +232,31 @@ def test_histories_that_differ_are_named_and_left_alone_while_all_others_come(se
     before = [target.retrieve_messages(name) for name in ("a/1", "b/1")]
     export_histories(several, file)
 
-    with pytest.raises(ChatHistoryExistsError, match=r"^2 histories have other .*: 'a/1', 'b/1'\. .*Added: 2 messages"):
+    with pytest.raises(
+        ChatHistoryExistsError, match=r"^2 histories have other .* to 'a/1', 'b/1'\. .* Added messages: 2,"
+    ):
         import_histories(target, file)
 
     assert [target.retrieve_messages(name) for name in ("a/1", "b/1")] == before
     assert target.retrieve_messages("a/2") == several.retrieve_messages("a/2")
-    with pytest.raises(ChatHistoryExistsError, match=r"^1 history has other messages there already.*: 'b/1'\."):
+    with pytest.raises(
+        ChatHistoryExistsError, match=r"^1 history has other messages in the store already\..* to 'b/1'\."
+    ):
         copy_histories(several, target, prefix="b/")
+
+
+@pytest.mark.parametrize(
+    ("count", "ending"), [(10, "'chat 09'. "), (11, "'chat 09' and 1 more. "), (1_234, " and 1,224 more. ")]
+)
+def test_an_error_names_ten_of_the_histories_that_differ(store, target, count, ending):
+    for number in range(count):
+        store.write_messages(f"chat {number:02}", [user()])
+        target.write_messages(f"chat {number:02}", [user("mine")])
+    with pytest.raises(ChatHistoryExistsError) as raised:
+        copy_histories(store, target)
+    assert ending in str(raised.value)
+    assert str(raised.value).count("'chat ") == 10
+    assert len(str(raised.value)) < 500
 
 
 def test_a_long_history_that_differs_hides_none_that_comes_after_it(store, target, file):

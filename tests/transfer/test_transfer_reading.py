@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from haystack_chat_store import Fault, InMemoryChatMessageStore
+from haystack_chat_store.display import harmless, shown_parts, shown_time
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.messages import conversation, sample_messages, texts, user
 from haystack_chat_store.testing.messages import messages as any_messages
 from haystack_chat_store.transfer import export_to
-from haystack_chat_store.transfer.readable import harmless, shown_parts, shown_time
 
 ATTACKS = [
     "# heading",
