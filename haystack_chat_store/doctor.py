@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Finds what in a store does not fit together, and mends it.
+Checks a store for faults, and repairs them.
 """
 
 import asyncio
@@ -32,10 +32,10 @@ def check(
     progress: Callable[[int, int | None], None] | None = None,
 ) -> list[Fault]:
     """
-    Check a store's namespace, and return all that is wrong with it.
+    Check all histories in a store's namespace, and return the faults.
 
-    First the engine checks, and mends, what it keeps of histories: counts, positions, rows that belong to nothing, the
-    search index. Then every message is read back. One that is damaged hides no other.
+    First the engine checks, and repairs, its own data: counts, positions, rows without a history, the search index.
+    Then every message is read back. A damaged message does not hide the faults of other messages.
 
     ```python
     from haystack_chat_store import InMemoryChatMessageStore
@@ -46,15 +46,16 @@ def check(
     ```
 
     :param store: The store to check.
-    :param repair: Whether to mend what is wrong. Defaults to False.
-    :param salvage: A file that messages which cannot be read back are appended to before they are removed, as JSON
-        lines with what was stored of them. Without it, they are only reported: no text is destroyed that is not saved.
-        If it is new, only its owner may read it.
+    :param repair: Whether to repair the faults. Defaults to False.
+    :param salvage: The path of a file for messages that cannot be read back. Their stored data is appended to it as
+        JSON lines before they are removed from the store. Only the owner may read a new file. Defaults to `None`: such
+        messages are reported and not removed.
     :param progress: Called now and then with the number of messages checked so far, and `None`.
-    :raises ValueError: If `salvage` is a database, perhaps that of the store itself, or no file. Nothing was changed.
-    :raises UnsupportedOperationError: If the store cannot be checked, or not repaired.
+    :returns: The faults, each with its history and position, and whether it was repaired.
+    :raises ValueError: If `salvage` is not a file, or belongs to a database. Nothing was changed.
+    :raises UnsupportedOperationError: If the store cannot be checked or repaired.
     :raises ChatMessageStoreError: If the engine fails.
-    :raises OSError: If `salvage` cannot be written. The messages that were to be saved there are still in the store.
+    :raises OSError: If `salvage` cannot be written. The messages to be saved there are still in the store.
     """
     if salvage is not None:
         checked_target(salvage)
@@ -63,7 +64,7 @@ def check(
     for history in walk_histories(store):
         try:
             for rows in walk_readable_pages(store, history.chat_history_id):
-                # The engine may have found some of these faults.
+                # A dict, because the engine may have found some of these faults already.
                 found |= dict.fromkeys(_faults_of(store, history.chat_history_id, rows, salvage if repair else None))
                 checked += len(rows)
                 if progress is not None:
@@ -93,9 +94,9 @@ def _faults_of(
     salvage: "str | os.PathLike[str] | None",
 ) -> Iterator[Fault]:
     """
-    Yield what is wrong with messages.
+    Yield the faults of messages.
 
-    :param salvage: Where those that cannot be read back are saved before they are removed; `None` to leave them.
+    :param salvage: Where messages that cannot be read back are saved before they are removed. `None` keeps them.
     """
     examined = list(map(examine, rows))
     removed = set() if salvage is None else {message.position for message in examined if message.message is None}
@@ -116,11 +117,13 @@ def _faults_of(
 @dataclass(frozen=True, kw_only=True)
 class ExaminedMessage:
     """
-    A stored message, or what is wrong with it.
+    A stored message and its faults.
 
-    :param created_at: When it was stored; the beginning of 1970 if what is stored is no time.
+    :param position: Its position in the history.
+    :param created_at: The time it was stored, or the beginning of 1970 if the stored time is not valid.
+    :param role: The stored role.
     :param message: The message, or `None` if its stored text cannot be read back.
-    :param faults: What is wrong with what is stored. They never say what the message says.
+    :param faults: Descriptions of the faults. They never quote the message.
     """
 
     position: int
@@ -132,20 +135,20 @@ class ExaminedMessage:
     @property
     def fault(self) -> str | None:
         """
-        All that is wrong with what is stored, or `None`.
+        All faults as one text, or `None`.
         """
         return " ".join(self.faults) or None
 
 
 def examine(row: MessageRow) -> ExaminedMessage:
     """
-    Read a message back, and say what is wrong with it rather than raise.
+    Read a message back, and return its faults instead of raising an error.
     """
     created_at = readable_time(row.created_at)
     try:
         (message,) = decode_messages([row.content])
         other_id, other_role = message.meta.get(MESSAGE_ID_KEY) != row.message_id, message.role.value != row.role
-    except (MessageDecodingError, AttributeError):  # its meta may be anything
+    except (MessageDecodingError, AttributeError):  # a damaged message may have a meta of any type
         message, other_id, other_role = None, False, False
     faults = {
         "Its stored text is not that of a message.": message is None,
@@ -166,7 +169,14 @@ def examined_messages(
     limit: int = 100,
 ) -> list[ExaminedMessage]:
     """
-    Return a page of a history as `list_messages` does, with damaged messages among it rather than an error.
+    Return a page of a history like `list_messages`, but with damaged messages instead of an error.
+
+    :param chat_history_id: The id of the history.
+    :param before: Return messages before this position. Defaults to the end of the history.
+    :param after: Return messages after this position. Cannot be combined with `before`.
+    :param limit: The greatest number of messages. Defaults to 100.
+    :raises ValueError: If an argument is wrong.
+    :raises ChatMessageStoreError: If the engine fails.
     """
     page = validation.validated_page(chat_history_id, before, after, limit)
     return [examine(row) for row in store.engine.run(store.engine.page, store.scope, *page)]
@@ -179,7 +189,7 @@ def _save(
     damaged: Sequence[tuple[MessageRow, ExaminedMessage]],
 ) -> None:
     """
-    Append damaged messages to a file, and return when they are on the disk.
+    Append damaged messages to a file. They are on the disk when this returns.
     """
     with appended_file(salvage) as file:
         for row, message in damaged:
@@ -189,4 +199,4 @@ def _save(
                 **asdict(row),
                 "fault": message.fault,
             }
-            file.write(f"{json.dumps(saved, default=repr)}\n".encode("ascii"))  # bytes may stand where text should
+            file.write(f"{json.dumps(saved, default=repr)}\n".encode("ascii"))  # a damaged row may hold bytes

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The command line: look into a store of chat histories, move it, mend it.
+The command line: list, show, search, move and repair chat histories.
 """
 
 import os
 import sys
 from collections.abc import Sequence
 
-# What a shell sets when it asks how a word can be completed.
+# A shell sets this variable to request completions.
 COMPLETION_VARIABLE = "_HAYSTACK_CHAT_STORE_COMPLETE"
 
 INTERRUPTED = 130
@@ -17,11 +17,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     Run the command line, and exit with its status.
 
-    :param arguments: What stands behind the command's name. Defaults to what the process was started with.
+    :param arguments: The arguments after the command's name. Defaults to those of the process.
+    :raises SystemExit: Always, with the exit status.
     """
     try:
         status = _run(arguments)
-    except KeyboardInterrupt:  # while that is imported which would have known what to do
+    except KeyboardInterrupt:  # Ctrl-C during the imports, before `run` can handle it
         if COMPLETION_VARIABLE not in os.environ:
             print(file=sys.stderr)  # noqa: T201  (rich may not be imported yet)
         status = INTERRUPTED
@@ -30,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        import rich  # noqa: F401  (only to see whether it is there)
-        import typer  # noqa: F401  (only to see whether it is there)
+        import rich  # noqa: F401  (only to check that it is installed)
+        import typer  # noqa: F401  (only to check that it is installed)
     except ImportError:
-        print(  # noqa: T201  (what prints otherwise needs what is missing)
+        print(  # noqa: T201  (the usual output needs rich, which may be missing)
             "The command line needs typer and rich. Install them: pip install 'haystack-chat-store[cli]'",
             file=sys.stderr,
         )

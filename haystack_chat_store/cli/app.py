@@ -27,13 +27,13 @@ from haystack_chat_store.cli.options import (
     Store,
     Vacuum,
     Yes,
-    chosen,
-    opened,
-    readable,
+    chosen_ids,
+    open_store,
+    readable_file,
     time_from,
 )
 from haystack_chat_store.cli.printing import (
-    Directory,
+    DirectoryPrinter,
     amount,
     fault_line,
     history_fields,
@@ -43,24 +43,23 @@ from haystack_chat_store.cli.printing import (
     print_statistics,
     sizes_of,
 )
+from haystack_chat_store.display import harmless_line
 from haystack_chat_store.doctor import ExaminedMessage, examine, examined_messages
 from haystack_chat_store.iteration import walk_pages
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.conflicts import history_not_found
-from haystack_chat_store.transfer.readable import harmless_line
 from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage
 from haystack_chat_store.validation import MAX_LIMIT
 
-# So many histories and messages are shown without being asked for a number.
-_LISTED = 50
-_SHOWN = 20
-# So many histories are named when asking whether to delete them.
-_NAMED_AT_ONCE = 10
+_DEFAULT_HISTORIES = 50
+_DEFAULT_MESSAGES = 20
+# The question whether to delete histories names up to this many.
+_MAX_NAMED = 10
 
 EXPORTED = "Exported"
 
 app = typer.Typer(
-    help="Look into a store of chat histories, search it, move it, mend it.",
+    help="List, show, search, move and repair chat histories.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -72,22 +71,22 @@ def ls(
     *,
     prefix: Prefix = "",
     limit: Annotated[
-        int | None, typer.Option("--limit", "-n", metavar="COUNT", min=1, help="How many at most, rather than 50.")
+        int | None, typer.Option("--limit", "-n", metavar="COUNT", min=1, help="The most to list. Defaults to 50.")
     ] = None,
-    show_all: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="List all.")] = False,
     store: Store = None,
     namespace: Namespace = "default",
     as_json: AsJson = False,
 ) -> None:
     """
-    List histories, the one that changed last first.
+    List histories, the latest change first.
     """
     if show_all and limit is not None:
         raise typer.BadParameter("Give --limit or --all, not both.")
-    directory = Directory(terminal.output())
+    directory = DirectoryPrinter(terminal.output())
     listed = 0
-    with opened(store, namespace) as chat_store:
-        for page in _pages(chat_store, prefix, None if show_all else limit or _LISTED):
+    with open_store(store, namespace) as chat_store:
+        for page in _pages(chat_store, prefix, None if show_all else limit or _DEFAULT_HISTORIES):
             listed += len(page.items)
             if as_json:
                 for history in page.items:
@@ -112,17 +111,17 @@ def show(
             metavar="COUNT",
             min=1,
             max=MAX_LIMIT,
-            help="How many messages, rather than 20: the newest, or the nearest.",
+            help="How many messages: the newest, or those nearest to the position. Defaults to 20.",
         ),
     ] = None,
     before: Annotated[
-        int | None, typer.Option("--before", metavar="POSITION", min=0, help="Those just before a position.")
+        int | None, typer.Option("--before", metavar="POSITION", min=0, help="The messages just before a position.")
     ] = None,
     after: Annotated[
-        int | None, typer.Option("--after", metavar="POSITION", min=0, help="Those just after a position.")
+        int | None, typer.Option("--after", metavar="POSITION", min=0, help="The messages just after a position.")
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="All messages.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Long texts whole.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Do not shorten long texts.")] = False,
     store: Store = None,
     namespace: Namespace = "default",
     as_json: AsJson = False,
@@ -134,9 +133,9 @@ def show(
         raise typer.BadParameter("Give one of --before, --after and --all.")
     if show_all and last is not None:
         raise typer.BadParameter("Give --last or --all, not both.")
-    limit = last or _SHOWN
+    limit = last or _DEFAULT_MESSAGES
     console = terminal.output()
-    with opened(store, namespace) as chat_store:
+    with open_store(store, namespace) as chat_store:
         info = _existing(chat_store, history)
         messages: Iterator[ExaminedMessage]
         if show_all:
@@ -166,15 +165,15 @@ def search(
         str | None, typer.Option("--in", metavar="ID", help="Only in this history.", show_default=False)
     ] = None,
     prefix: Prefix = "",
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=MAX_LIMIT, help="How many hits at most.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=MAX_LIMIT, help="The most hits to show.")] = 20,
     store: Store = None,
     namespace: Namespace = "default",
     as_json: AsJson = False,
 ) -> None:
     """
-    Find messages by their words, the best first.
+    Find messages by their words, the best match first.
     """
-    with opened(store, namespace, search=True) as chat_store:
+    with open_store(store, namespace, search=True) as chat_store:
         with terminal.progress("Making the search index, once") as shown:
             chat_store.index_messages(shown)
         hits = chat_store.search_messages(query, chat_history_id=history, prefix=prefix, limit=limit)
@@ -191,15 +190,15 @@ def search(
 def stats(
     *,
     prefix: Prefix = "",
-    days: Annotated[int, typer.Option("--days", min=1, max=10_000, help="How many days to draw at most.")] = 30,
+    days: Annotated[int, typer.Option("--days", min=1, max=10_000, help="The most days to show.")] = 30,
     store: Store = None,
     namespace: Namespace = "default",
     as_json: AsJson = False,
 ) -> None:
     """
-    Show how much there is, and draw it by day and size.
+    Show totals, messages by day, and histories by size.
     """
-    with opened(store, namespace) as chat_store, terminal.progress("Counting") as shown:
+    with open_store(store, namespace) as chat_store, terminal.progress("Counting") as shown:
         shown(0, None)
         statistics = chat_store.statistics(prefix=prefix)
         sizes = sizes_of(_histories(chat_store, prefix))
@@ -215,7 +214,7 @@ def title(
     *,
     history: HistoryId,
     text: Annotated[str | None, typer.Argument(metavar="TITLE", help="The new title.", show_default=False)] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="Have no title any more.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove the title.")] = False,
     store: Store = None,
     namespace: Namespace = "default",
     as_json: AsJson = False,
@@ -226,8 +225,8 @@ def title(
     if clear and text is not None:
         raise typer.BadParameter("Give a title or --clear, not both.")
     if text is not None and not text.strip():
-        raise typer.BadParameter("A title is not empty. To have none any more: --clear")
-    with opened(store, namespace) as chat_store:
+        raise typer.BadParameter("A title must not be empty. To remove it, use --clear.")
+    with open_store(store, namespace) as chat_store:
         if clear or text is not None:
             info = chat_store.update_chat_history(history, title=text)
         else:
@@ -253,10 +252,10 @@ def export_(
             metavar="FILE",
             dir_okay=False,
             show_default=False,
-            help="The file to write, whole or not at all. Defaults to the standard output.",
+            help="The file to write. Defaults to the standard output.",
         ),
     ] = None,
-    format_: Annotated[transfer.ExportFormat, typer.Option("--format", help="What to write.")] = "jsonl",
+    format_: Annotated[transfer.ExportFormat, typer.Option("--format", help="The format to write.")] = "jsonl",
     store: Store = None,
     namespace: Namespace = "default",
     as_json: AsJson = False,
@@ -264,14 +263,15 @@ def export_(
     """
     Write histories to a file.
 
-    Those named, those with a prefix, or all. What cannot be read is left out and reported, and the status is 1.
+    Exports the named histories, those with a prefix, or all. Data that cannot be read is left out and reported, and the
+    status is 1.
     """
-    chat_history_ids = chosen(histories, prefix, or_all=True)
+    chat_history_ids = chosen_ids(histories, prefix, or_all=True)
     if output is None and as_json:
-        raise typer.BadParameter("--json describes the file that --output names.")
+        raise typer.BadParameter("--json needs --output FILE, because it prints the result of writing that file.")
     if output is None and sys.stdout.isatty():
-        raise typer.BadParameter("Give --output FILE, or send the standard output to a file or a program.")
-    with opened(store, namespace) as chat_store, terminal.progress("Exporting") as shown:
+        raise typer.BadParameter("Give --output FILE, or redirect the standard output to a file or a program.")
+    with open_store(store, namespace) as chat_store, terminal.progress("Exporting") as shown:
         what: dict[str, Any] = {"chat_history_ids": chat_history_ids, "prefix": prefix, "format": format_}
         if output is None:
             moved = transfer.export_to(chat_store, sys.stdout.buffer, **what, progress=shown)
@@ -284,7 +284,7 @@ def export_(
 def import_(
     *,
     file: InputFile,
-    format_: Annotated[transfer.ImportFormat, typer.Option("--format", help="What the file is.")] = "jsonl",
+    format_: Annotated[transfer.ImportFormat, typer.Option("--format", help="The format of the file.")] = "jsonl",
     store: Store = None,
     namespace: Namespace = "default",
     as_json: AsJson = False,
@@ -292,11 +292,12 @@ def import_(
     """
     Read histories from a file.
 
-    Of a damaged file, nothing is imported. What is there already is skipped, so it can be run again.
+    Nothing of a damaged file is imported. Messages that the store has already are skipped, so an import can be
+    repeated.
     """
     with (
-        opened(store, namespace, to_fill=True) as chat_store,
-        readable(file) as source,
+        open_store(store, namespace, to_fill=True) as chat_store,
+        readable_file(file) as source,
         terminal.progress("Importing") as shown,
     ):
         moved = transfer.import_histories(chat_store, source, format=format_, progress=shown)
@@ -313,7 +314,10 @@ def copy(
     to_namespace: Annotated[
         str | None,
         typer.Option(
-            "--to-namespace", metavar="NAME", help="The namespace there. Defaults to the same name.", show_default=False
+            "--to-namespace",
+            metavar="NAME",
+            help="The namespace to copy to. Defaults to the same name.",
+            show_default=False,
         ),
     ] = None,
     prefix: Prefix = "",
@@ -324,17 +328,18 @@ def copy(
     """
     Copy histories to another store or namespace.
 
-    Those named, those with a prefix, or all. What is there already is skipped, so it can be run again.
+    Copies the named histories, those with a prefix, or all. Messages that the target has already are skipped, so a copy
+    can be repeated.
     """
-    chat_history_ids = chosen(histories, prefix, or_all=True)
+    chat_history_ids = chosen_ids(histories, prefix, or_all=True)
     if to is None and to_namespace is None:
-        raise typer.BadParameter("Say where to: with --to URL, or --to-namespace NAME in the same store.")
+        raise typer.BadParameter("Give --to URL, or --to-namespace NAME for the same store.")
     with (
-        opened(store, namespace) as source,
-        opened(to or store, to_namespace or namespace, to_fill=True) as target,
+        open_store(store, namespace) as source,
+        open_store(to or store, to_namespace or namespace, to_fill=True) as target,
     ):
         if source == target:
-            raise typer.BadParameter("That is the store to copy from.")
+            raise typer.BadParameter("The source and the target are the same. Choose another --to or --to-namespace.")
         with terminal.progress("Copying") as shown:
             moved = transfer.copy_histories(
                 source, target, chat_history_ids=chat_history_ids, prefix=prefix, progress=shown
@@ -354,12 +359,10 @@ def delete(
     as_json: AsJson = False,
 ) -> None:
     """
-    Delete histories for good.
-
-    Those named, or those with a prefix.
+    Delete the named histories, or those with a prefix.
     """
-    chat_history_ids = chosen(histories, prefix, or_all=False)
-    with opened(store, namespace) as chat_store:
+    chat_history_ids = chosen_ids(histories, prefix, or_all=False)
+    with open_store(store, namespace) as chat_store:
         if chat_history_ids is None:
             found = _histories(chat_store, prefix)
         else:
@@ -394,10 +397,10 @@ def purge(
     as_json: AsJson = False,
 ) -> None:
     """
-    Delete histories that have not changed for long.
+    Delete histories that have not changed for a long time.
     """
     time = time_from(older_than)
-    with opened(store, namespace) as chat_store:
+    with open_store(store, namespace) as chat_store:
         if not yes:
             _confirm(history for history in _histories(chat_store) if history.updated_at < time)
         with terminal.progress("Deleting") as shown:
@@ -409,7 +412,7 @@ def purge(
 @app.command()
 def doctor(
     *,
-    repair: Annotated[bool, typer.Option("--repair", help="Mend what is wrong.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Repair the faults.")] = False,
     salvage: Annotated[
         Path | None,
         typer.Option(
@@ -417,7 +420,7 @@ def doctor(
             metavar="FILE",
             dir_okay=False,
             show_default=False,
-            help="Where messages that cannot be read are saved before they are removed. With --repair.",
+            help="With --repair: save messages that cannot be read to this file, and remove them from the store.",
         ),
     ] = None,
     store: Store = None,
@@ -427,13 +430,13 @@ def doctor(
     """
     Check a store, and report each fault.
 
-    The status is 1 if there are any that are not repaired.
+    The status is 1 if any fault is not repaired.
     """
     if salvage is not None and not repair:
-        raise typer.BadParameter("--salvage goes with --repair.")
+        raise typer.BadParameter("--salvage needs --repair.")
     console = terminal.output()
     found = unrepaired = 0
-    with opened(store, namespace) as chat_store, terminal.progress("Checking") as shown:
+    with open_store(store, namespace) as chat_store, terminal.progress("Checking") as shown:
         shown(0, None)
         for fault in diagnosis.check(chat_store, repair=repair, salvage=salvage, progress=shown):
             found += 1
@@ -447,7 +450,7 @@ def doctor(
         console.print(f"{plural(found, 'fault', 'faults')}{left}." if found else "No faults.")
     if unrepaired:
         if not repair:
-            terminal.note("To mend them: --repair")
+            terminal.note("To repair them: --repair")
         elif salvage is None:
             terminal.note("To remove messages that cannot be read: --repair --salvage FILE")
         raise typer.Exit(1)
@@ -455,7 +458,9 @@ def doctor(
 
 def _pages(store: BaseChatMessageStore, prefix: str, limit: int | None = None) -> Iterator[ChatHistoryPage]:
     """
-    Yield the pages of the directory, up to so many histories in all.
+    Yield the pages of the directory.
+
+    :param limit: The greatest number of histories in all. `None` for no limit.
     """
     cursor, left = None, limit
     while True:
@@ -476,9 +481,9 @@ def _histories(store: BaseChatMessageStore, prefix: str = "") -> Iterator[ChatHi
 
 def _existing(store: BaseChatMessageStore, chat_history_id: str) -> ChatHistoryInfo:
     """
-    Return what is known of a history.
+    Return the directory's entry of a history.
 
-    :raises ChatHistoryNotFoundError: If there is none with this id.
+    :raises ChatHistoryNotFoundError: If there is no history with this id.
     """
     info = store.get_chat_history(chat_history_id)
     if info is None:
@@ -488,27 +493,27 @@ def _existing(store: BaseChatMessageStore, chat_history_id: str) -> ChatHistoryI
 
 def _confirm(found: Iterator[ChatHistoryInfo]) -> None:
     """
-    Ask whether these histories are to be deleted, if there are any.
+    Ask whether to delete these histories, if there are any.
 
-    :raises typer.BadParameter: If there is nobody to ask.
+    :raises typer.BadParameter: If the command does not run on a terminal.
     :raises typer.Exit: If the answer is not yes.
     """
     histories = list(found)
     if not histories:
         return
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise typer.BadParameter("There is no terminal to ask on whether to delete. Say so with --yes.")
+        raise typer.BadParameter("Confirming the deletion needs a terminal. Without one, use --yes.")
     console = terminal.messages()
-    for history in histories[:_NAMED_AT_ONCE]:
+    for history in histories[:_MAX_NAMED]:
         console.print(Text(f"  {harmless_line(history.chat_history_id)}", "dim"))
-    if len(histories) > _NAMED_AT_ONCE:
-        console.print(Text(f"  … and {len(histories) - _NAMED_AT_ONCE:,} more", "dim"))
+    if len(histories) > _MAX_NAMED:
+        console.print(Text(f"  … and {len(histories) - _MAX_NAMED:,} more", "dim"))
     messages = sum(history.message_count for history in histories)
     answer = ""
     try:
         console.print(f"Delete {amount(len(histories), messages)} for good? [y/N] ", end="")
         answer = sys.stdin.readline()
-    finally:  # interrupted or not, what is printed next begins a line
+    finally:  # after an interrupt too, the next output begins on a new line
         if not answer.endswith("\n"):
             console.print()
     if answer.strip().lower() not in ("y", "yes"):
@@ -518,12 +523,14 @@ def _confirm(found: Iterator[ChatHistoryInfo]) -> None:
 
 def _report(done: str, moved: transfer.TransferResult, as_json: bool, console: Console) -> None:
     """
-    Say what was moved and what could not be, which makes the command fail.
+    Print the result of a move and its faults. Faults make the command fail.
+
+    :raises typer.Exit: If there are faults.
     """
     if as_json:
         terminal.print_json(moved.to_dict())
     else:
-        # An export in OpenAI's format skips what no model can be trained on, the others what is there already.
+        # An export (in OpenAI's format) skips what a model cannot be trained on; an import skips what the store has.
         why = "cannot be trained on" if done == EXPORTED else "were there already"
         skipped = f", {moved.skipped:,} {why}" if moved.skipped else ""
         console.print(f"{done} {amount(moved.chat_histories, moved.messages)}{skipped}.", soft_wrap=True)
@@ -535,7 +542,7 @@ def _report(done: str, moved: transfer.TransferResult, as_json: bool, console: C
 
 def _report_deleted(chat_histories: int, as_json: bool) -> None:
     """
-    Say how many histories were deleted, which others may have changed since the question.
+    Print how many histories were deleted. Other writers may have changed the number since the question.
     """
     if as_json:
         terminal.print_json({"chat_histories": chat_histories})

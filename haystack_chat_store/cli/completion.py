@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Completes words for a shell: offers what is harmless and right there, and says nothing else.
+Shell completion: offers words that need no quotation marks, and prints nothing else.
 """
 
 import io
@@ -13,54 +13,55 @@ from typing import Any
 
 from haystack_chat_store.cli import COMPLETION_VARIABLE
 
-# Shells expand what they are offered like what was typed, and each quotes in its own way. To none of them do these
-# characters mean anything but themselves.
-_plain_word = re.compile(r"[\w./][\w./:=@%+-]*")
-# Where bash cuts words, whatever is quoted or not.
-_bash_cut = re.compile("[:=@]+")
+# Shells expand an offered word like a typed one, and each shell quotes in its own way. These characters have no special
+# meaning in any of them.
+_PLAIN_WORD = re.compile(r"[\w./][\w./:=@%+-]*")
+# Bash splits words at these characters, even inside quotation marks.
+_BASH_WORD_BREAK = re.compile("[:=@]+")
 
 
 def is_plain(word: str) -> bool:
     """
-    Return whether a word means itself in every shell, so that it needs no quotation marks.
+    Whether a word needs no quotation marks in any shell.
     """
-    return _plain_word.fullmatch(word) is not None
+    return _PLAIN_WORD.fullmatch(word) is not None
 
 
 def complete(answer: Callable[[], Any]) -> int:
     """
-    Answer a shell; rather nothing than an error, for it has nowhere to show one. Returns the exit status.
+    Print completions for a shell. Errors are swallowed, because a shell cannot show them while it completes a word.
 
-    :param answer: Prints what a shell is offered, and exits.
+    :param answer: Prints the completions, and exits.
+    :returns: The exit status.
     """
-    status, offered, cut = 0, io.StringIO(), ""
+    status, offered, kept = 0, io.StringIO(), ""
     try:
         if os.environ[COMPLETION_VARIABLE] == "complete_bash":
-            cut = _whole_words()
+            kept = _rejoin_words()
         with redirect_stdout(offered), redirect_stderr(io.StringIO()):
             answer()
     except SystemExit as exit_:
         status = exit_.code if isinstance(exit_.code, int) else 0
-    except Exception:  # whatever it is, a prompt is no place for it
+    except Exception:  # errors must not appear at the prompt
         return 1
     for line in offered.getvalue().splitlines():
-        sys.stdout.write(f"{line.removeprefix(cut)}\n")
+        sys.stdout.write(f"{line.removeprefix(kept)}\n")
     return status
 
 
-def _whole_words() -> str:
+def _rejoin_words() -> str:
     """
-    Put together what bash has cut: `sqlite`, `:` and `///chat.db`, or `ada@example`, typed as `ada`, `@` and `example`.
+    Rejoin words that bash has split, such as `sqlite`, `:` and `///chat.db`, or `ada`, `@` and `example`.
 
-    :returns: What stands before the part of the last word that bash replaces.
+    :returns: The beginning of the last word, which bash keeps. It replaces only the rest.
     """
     words: list[str] = []
     given = os.environ["COMP_WORDS"].split("\n")[: int(os.environ["COMP_CWORD"]) + 1]
     for before, word in zip(["", *given], given, strict=False):
-        if word and len(words) > 1 and (_bash_cut.fullmatch(before) or _bash_cut.fullmatch(word)):
+        if word and len(words) > 1 and (_BASH_WORD_BREAK.fullmatch(before) or _BASH_WORD_BREAK.fullmatch(word)):
             words[-1] += word
         else:
             words.append(word)
     os.environ.update(COMP_WORDS="\n".join(words), COMP_CWORD=str(len(words) - 1))
-    replaced = "" if _bash_cut.fullmatch(given[-1]) else given[-1]
-    return words[-1].removesuffix(replaced).removesuffix("@")  # bash replaces an @, too: it may begin a host's name
+    replaced = "" if _BASH_WORD_BREAK.fullmatch(given[-1]) else given[-1]
+    return words[-1].removesuffix(replaced).removesuffix("@")  # bash replaces an @ too: it may begin a host name

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-How the messages of a history look.
+Prints the messages of a history.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from haystack_chat_store.cli.terminal import is_terminal, print_plain
+from haystack_chat_store.display import Part, harmless, harmless_line, shown_parts
 from haystack_chat_store.doctor import ExaminedMessage
-from haystack_chat_store.transfer.readable import Part, harmless, harmless_line, shown_parts
 
-# On a terminal, no more of a text is shown than somebody reads there, unless they ask for it.
+# Longer texts are shortened on a terminal, unless --full is given.
 _MAX_CHARACTERS = 4_000
 _MAX_LINES = 40
 
@@ -32,9 +32,11 @@ _PLAIN_INDENT = " " * 4
 
 def print_messages(console: Console, examined: Iterable[ExaminedMessage], *, full: bool) -> None:
     """
-    Print messages: rendered on a terminal, else word for word, indented so that none can pass for another's heading.
+    Print messages: rendered on a terminal, else as plain text.
 
-    :param full: Whether long texts are shown whole on a terminal.
+    Plain text is indented, so that the text of a message cannot look like the heading of another message.
+
+    :param full: Whether to show long texts on a terminal without shortening them.
     """
     for message in examined:
         if is_terminal(console):
@@ -50,9 +52,9 @@ def print_messages(console: Console, examined: Iterable[ExaminedMessage], *, ful
 
 def local_time(time: datetime) -> str:
     """
-    Return a time as somebody reads it where they are.
+    Return a time in the local time zone, to the minute.
     """
-    with suppress(OverflowError, ValueError):  # the calendar begins and ends in UTC
+    with suppress(OverflowError, ValueError):  # the first and last days of the calendar have no local time
         time = time.astimezone()
     return time.replace(tzinfo=None).isoformat(" ", "minutes")
 
@@ -103,7 +105,7 @@ def _text(part: Part) -> Text:
 
 def _shortened(text: Text) -> Text:
     """
-    Return the beginning of a text, and how much is left out.
+    Return the beginning of a long text, and the number of characters left out.
     """
     end = min(_MAX_CHARACTERS, _end_of_line(text.plain, _MAX_LINES))
     left_out = len(text.plain) - end
@@ -123,7 +125,7 @@ def _end_of_line(text: str, count: int) -> int:
 
 class _PlainHeading(Heading):
     """
-    A heading in bold, at the left: in a conversation, nothing is a title page.
+    A heading in bold, aligned left. Rich would centre it.
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -133,14 +135,14 @@ class _PlainHeading(Heading):
 
 class _SafeMarkdown(Markdown):
     """
-    Markdown with nothing hidden: targets of links, images and HTML are shown as they are written, and lines stay lines.
+    Markdown that hides nothing: link targets, images and HTML are shown as written, and line breaks are kept.
     """
 
     elements = {**Markdown.elements, "heading_open": _PlainHeading}  # noqa: RUF012  (as in the base class)
 
     def __init__(self, text: str) -> None:
         """
-        Parse a text.
+        Parse Markdown text.
         """
         super().__init__("", hyperlinks=False, code_theme="ansi_dark")
         parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("image")
@@ -151,7 +153,7 @@ class _SafeMarkdown(Markdown):
 
 def _make_safe(tokens: Iterable[Token]) -> None:
     """
-    Have line breaks stay, and make harmless what was written as entities, such as `&#8238;`.
+    Keep line breaks, and escape characters that were written as entities, such as `&#8238;`.
     """
     for token in tokens:
         if token.type == "softbreak":

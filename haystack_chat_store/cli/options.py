@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The options and arguments of the commands, and the store that they name.
+The options and arguments of the commands, and opening the store that they name.
 """
 
 import os
@@ -21,13 +21,13 @@ from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.urls import store_from_url
 
 _URL_VARIABLE = "HAYSTACK_CHAT_STORE_URL"
-# Whoever presses the tabulator key does not wait longer for a server, in seconds.
+# Seconds that a completion waits for a server.
 _COMPLETION_TIMEOUT = 2
-_COMPLETED_AT_ONCE = 100
+_MAX_COMPLETIONS = 100
 
-_age = re.compile("([0-9]{1,6})([hdw])")
-# Python's own idea of ISO 8601 grows from version to version.
-_date = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2})?(Z|[+-][0-9]{2}:[0-9]{2})?)?")
+_AGE = re.compile("([0-9]{1,6})([hdw])")
+# `datetime.fromisoformat` accepts different formats in each version of Python.
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ][0-9]{2}:[0-9]{2}(:[0-9]{2})?(Z|[+-][0-9]{2}:[0-9]{2})?)?")
 
 _STANDARD_INPUT = "-"
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -35,16 +35,16 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 def completed_ids(context: typer.Context, incomplete: str) -> list[str]:
     """
-    Return the ids of histories that begin as what was typed, and need no quotation marks in any shell.
+    Return the ids of histories that begin with the typed text and need no quotation marks in any shell.
 
-    None rather than an error, whatever the reason.
+    After an error, there are no completions.
     """
     url = context.params.get("store") or os.environ.get(_URL_VARIABLE)
     namespace = context.params.get("namespace") or "default"
     try:
-        with opened(url, namespace, timeout=_COMPLETION_TIMEOUT) as store:
-            page = store.list_chat_histories(prefix=incomplete, limit=_COMPLETED_AT_ONCE)
-    except Exception:  # a shell that completes a word has nowhere to show an error
+        with open_store(url, namespace, timeout=_COMPLETION_TIMEOUT) as store:
+            page = store.list_chat_histories(prefix=incomplete, limit=_MAX_COMPLETIONS)
+    except Exception:  # a shell cannot show an error while it completes a word
         return []
     return [history.chat_history_id for history in page.items if is_plain(history.chat_history_id)]
 
@@ -63,10 +63,11 @@ Namespace = Annotated[str, typer.Option("--namespace", metavar="NAME", help="The
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, one object a line.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Vacuum = Annotated[
-    bool, typer.Option("--vacuum", help="Have what was deleted leave the engine's files too. Takes long.")
+    bool, typer.Option("--vacuum", help="Also remove the deleted data from the engine's files. This takes long.")
 ]
 Prefix = Annotated[
-    str, typer.Option("--prefix", metavar="TEXT", help="Only histories whose ids begin so.", show_default=False)
+    str,
+    typer.Option("--prefix", metavar="TEXT", help="Only histories whose ids begin with this text.", show_default=False),
 ]
 HistoryId = Annotated[
     str,
@@ -79,20 +80,21 @@ HistoryIds = Annotated[
 
 
 @contextmanager
-def opened(
+def open_store(
     url: str | None, namespace: str, *, to_fill: bool = False, **settings: Any
 ) -> "Iterator[BaseChatMessageStore]":
     """
-    Lend the store that a URL names, and close it at the end.
+    Open the store that a URL names, and close it at the end of the block.
 
-    :param to_fill: Whether histories are moved there. A database file that is not there is then made, rather than taken
-        for a mistake.
-    :raises typer.BadParameter: If there is no URL, or it is none of a store, or the one to fill would not outlive us.
-    :raises StoreConfigurationError: If there is no such database.
+    :param to_fill: Whether the command moves histories to the store. If so, a missing database is created. Otherwise it
+        is an error.
+    :param settings: More settings of the store.
+    :raises typer.BadParameter: If the URL is missing or wrong, or the store to fill is not durable.
+    :raises StoreConfigurationError: If the database does not exist.
     """
     if not url:
         raise typer.BadParameter(
-            f"Say which store: with --store URL, or in the environment variable {_URL_VARIABLE}. "
+            f"Give the store with --store URL, or in the environment variable {_URL_VARIABLE}. "
             "For example: --store sqlite:///chat_history.db"
         )
     try:
@@ -112,38 +114,39 @@ def opened(
 
 def time_from(text: str) -> datetime:
     """
-    Return the time that is so long ago, such as `90d`, `36h` or `2w`, or that a date in ISO 8601 names.
+    Return the time that a text means: an age, such as `90d`, `36h` or `2w`, or a date in ISO 8601.
 
-    :raises typer.BadParameter: If it is neither, or not in the past.
+    :raises typer.BadParameter: If the text is neither, or the time is not in the past.
     """
     now = datetime.now(timezone.utc)
-    age = _age.fullmatch(text)
+    age = _AGE.fullmatch(text)
     try:
         if age is not None:
             unit = {"h": "hours", "d": "days", "w": "weeks"}[age[2]]
             time = now - timedelta(**{unit: int(age[1])})
-        elif _date.fullmatch(text):
-            time = datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone()  # Python 3.10 knows no Z
+        elif _DATE.fullmatch(text):
+            time = datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone()  # Python 3.10 does not accept Z
         else:
             raise ValueError
     except OverflowError:
-        raise typer.BadParameter(f"{text} is longer ago than the calendar goes back.") from None
+        raise typer.BadParameter(f"{text} is before the first day of the calendar. Give a shorter age.") from None
     except ValueError:
         raise typer.BadParameter(
             f"{text} is neither an age, such as 90d, 36h or 2w, nor a date, such as 2026-01-31."
         ) from None
     if time >= now:
         raise typer.BadParameter(
-            f"{text} would leave nothing: it is not in the past. To delete histories whatever their age, use delete."
+            f"{text} is not in the past, so every history would be deleted. To delete histories of any age, use delete."
         )
     return time
 
 
-def chosen(chat_history_ids: list[str] | None, prefix: str, *, or_all: bool) -> list[str] | None:
+def chosen_ids(chat_history_ids: list[str] | None, prefix: str, *, or_all: bool) -> list[str] | None:
     """
-    Return the ids of the histories that were named, or `None` for those with the prefix.
+    Return the ids of the named histories, or `None` to choose by the prefix.
 
-    :raises typer.BadParameter: If both were given, or neither though that does not mean all.
+    :param or_all: Whether neither ids nor a prefix mean all histories.
+    :raises typer.BadParameter: If both ids and a prefix are given, or neither and `or_all` is False.
     """
     if chat_history_ids and prefix:
         raise typer.BadParameter("Give ids or --prefix, not both.")
@@ -163,11 +166,11 @@ InputFile = Annotated[
 
 
 @contextmanager
-def readable(file: Path) -> Iterator[Path]:
+def readable_file(file: Path) -> Iterator[Path]:
     """
-    Lend the file that was named or, of a stream such as the standard input, a copy: imports read what they read twice.
+    Return the named file or, for a stream such as the standard input, a temporary copy. Imports read a file twice.
 
-    :raises typer.BadParameter: If there is none, or it is compressed.
+    :raises typer.BadParameter: If the file does not exist, or is compressed.
     """
     if file.is_file():
         _refuse_compressed(file)
@@ -175,7 +178,7 @@ def readable(file: Path) -> Iterator[Path]:
         return
     is_standard_input = str(file) == _STANDARD_INPUT
     if is_standard_input and sys.stdin.isatty():
-        raise typer.BadParameter("Name a file, or send one to the standard input.")
+        raise typer.BadParameter("Give a file, or redirect one to the standard input.")
     if not is_standard_input and (file.is_dir() or not file.exists()):
         raise typer.BadParameter(f"{file} is a folder." if file.is_dir() else f"There is no file {file}.")
     with TemporaryDirectory(prefix="haystack-chat-store-") as folder:
@@ -194,5 +197,5 @@ def _refuse_compressed(file: Path) -> None:
     with file.open("rb") as stream:
         if stream.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC:
             raise typer.BadParameter(
-                f"{file} is compressed. Import it so: gunzip -c FILE | haystack-chat-store import -"
+                f"{file} is compressed. Uncompress it first: gunzip -c FILE | haystack-chat-store import -"
             )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-How everything but messages looks: the directory, search hits, statistics, faults.
+Prints the directory, search hits, statistics and faults.
 """
 
 import re
@@ -15,30 +15,30 @@ from rich.text import Text
 
 from haystack_chat_store.cli.conversation import local_time
 from haystack_chat_store.cli.terminal import is_terminal, print_plain
+from haystack_chat_store.display import harmless_line, shown_size
 from haystack_chat_store.doctor import ExaminedMessage
 from haystack_chat_store.search_text import parsed_query, terms
-from haystack_chat_store.transfer.readable import harmless_line, shown_size
 from haystack_chat_store.types import ChatHistoryInfo, Fault, SearchHit, StoreStatistics
 
-# Below it, a history takes several lines rather than a row of a table.
-_TABLE_WIDTH = 76
+# On a narrower terminal, a history takes several lines instead of a row of a table.
+_MIN_TABLE_WIDTH = 76
 _WIDTH_OF_COUNTS_AND_TIME = 16 + 8 + 6 + 4 * 2
 _MIN_TITLE_WIDTH = 16
 _MAX_BAR_WIDTH = 40
 
-_word = re.compile(r"[^\W_]+")
+_WORD = re.compile(r"[^\W_]+")
 
 
 def plural(number: int, singular: str, plural: str) -> str:
     """
-    Return a number and what it counts.
+    Return a number and its noun.
     """
     return f"{number:,} {singular if number == 1 else plural}"
 
 
 def amount(chat_histories: int, messages: int) -> str:
     """
-    Return how much a command has worked on, in words.
+    Return the numbers of histories and messages in words.
     """
     histories = plural(chat_histories, "chat history", "chat histories")
     return f"{histories} with {plural(messages, 'message', 'messages')}"
@@ -46,14 +46,14 @@ def amount(chat_histories: int, messages: int) -> str:
 
 def history_fields(history: ChatHistoryInfo) -> dict[str, Any]:
     """
-    Return a history as it is in JSON.
+    Return the JSON object of a history.
     """
     return history.to_dict()
 
 
 def message_fields(message: ExaminedMessage) -> dict[str, Any]:
     """
-    Return a message as it is in JSON.
+    Return the JSON object of a message.
     """
     return {
         "position": message.position,
@@ -63,14 +63,14 @@ def message_fields(message: ExaminedMessage) -> dict[str, Any]:
     }
 
 
-class Directory:
+class DirectoryPrinter:
     """
-    Prints histories page by page, all in the same columns.
+    Prints histories page by page. All pages have the same columns.
     """
 
     def __init__(self, console: Console) -> None:
         """
-        Begin a list.
+        Start an empty list.
         """
         self._console = console
         self._widths: tuple[int, int] | None = None
@@ -81,7 +81,7 @@ class Directory:
         """
         if not is_terminal(self._console):
             self._add_plain(histories)
-        elif self._console.width < _TABLE_WIDTH:
+        elif self._console.width < _MIN_TABLE_WIDTH:
             self._add_items(histories)
         else:
             self._add_rows(histories)
@@ -131,7 +131,7 @@ class Directory:
 
 def print_hits(console: Console, hits: Iterable[SearchHit], query: str) -> None:
     """
-    Print what a search has found, with what matches in bold.
+    Print search hits. On a terminal, the matching words are highlighted.
     """
     for hit in hits:
         place = Text.assemble((harmless_line(hit.chat_history_id), "bold"), (f" {hit.position}", "dim"))
@@ -146,11 +146,11 @@ def print_hits(console: Console, hits: Iterable[SearchHit], query: str) -> None:
 
 def _highlighted(snippet: str, query: str) -> Text:
     """
-    Mark the words of a query in a snippet; in scripts without spaces, every pair of characters that stands in it.
+    Highlight the words of a query in a snippet. In scripts without spaces, highlight matching pairs of characters.
     """
     wanted = {term for phrase in parsed_query(query) for term in phrase.terms}
     text = Text(snippet)
-    for word in _word.finditer(snippet):
+    for word in _WORD.finditer(snippet):
         if len(terms(word[0])) == 1:
             spans = [word.span()]
         else:
@@ -163,10 +163,10 @@ def _highlighted(snippet: str, query: str) -> Text:
 
 def print_statistics(console: Console, statistics: StoreStatistics, sizes: Mapping[int, int], days: int) -> None:
     """
-    Print totals, and how messages spread over days and histories.
+    Print totals, messages by day, and histories by size.
 
-    :param sizes: How many histories there are by their `size_class`.
-    :param days: How many days to show at most, up to the last one with messages.
+    :param sizes: The number of histories by their `size_class`.
+    :param days: The greatest number of days to show, up to the last day with messages.
     """
     totals = Table.grid(padding=(0, 2, 0, 0))
     totals.add_column(style="dim")
@@ -185,14 +185,14 @@ def print_statistics(console: Console, statistics: StoreStatistics, sizes: Mappi
 
 def size_class(message_count: int) -> int:
     """
-    Return the least number of messages that counts as of the same order: 0, 1, 10, 100 …
+    Return the smallest number of messages with as many digits: 0, 1, 10, 100 …
     """
     return 10 ** (len(str(message_count)) - 1) if message_count else 0
 
 
 def sizes_of(histories: Iterable[ChatHistoryInfo]) -> Mapping[int, int]:
     """
-    Return how many histories there are by their `size_class`.
+    Return the number of histories by their `size_class`.
     """
     return Counter(size_class(history.message_count) for history in histories)
 
@@ -203,7 +203,7 @@ def _size_name(size: int) -> str:
 
 def _last_days(messages_per_day: Mapping[date, int], count: int) -> dict[str, int]:
     """
-    Return the last days of those with messages, and those without between them.
+    Return the number of messages of each day, for up to `count` days before and including the last day with messages.
     """
     last = max(messages_per_day)
     first = min(day for day in messages_per_day if (last - day).days < count)

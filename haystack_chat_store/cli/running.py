@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Runs a command, and turns what goes wrong into a line of text and an exit status.
+Runs a command, and reports errors as a line of text and an exit status.
 
 | status | means |
 |---|---|
 | 0 | done |
-| 1 | it failed, or the doctor found what is not repaired |
+| 1 | it failed, or the doctor found faults that are not repaired |
 | 2 | wrong use |
 | 130 | interrupted with Ctrl-C |
 """
@@ -27,26 +27,27 @@ _NAME = "haystack-chat-store"
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 
-# Set it to have unexpected errors end with a traceback.
+# If this variable is set, unexpected errors show a traceback.
 _DEBUG_VARIABLE = "HAYSTACK_CHAT_STORE_DEBUG"
 
-# What typer raises for wrong arguments of any kind. The class has no public name of its own.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+# The base of all errors about arguments. typer contains a private copy of click, so click may not be installed, and its
+# `click.UsageError` would be another class. typer exports only this subclass.
+_UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """
     Run a command, and return its exit status.
 
-    :param arguments: What stands behind the command's name. Defaults to what the process was started with.
+    :param arguments: The arguments after the command's name. Defaults to those of the process.
     """
     if COMPLETION_VARIABLE in os.environ:
         return complete(lambda: app(prog_name=_NAME))
-    _accept_any_text()
+    _escape_unencodable_output()
     try:
         status = _run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has read enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     return status
@@ -61,14 +62,14 @@ def _run(arguments: Sequence[str] | None) -> int:
         return INTERRUPTED
     except ChatMessageStoreError as failure:  # some of these are ValueErrors too
         error(failure)
-    except ImportError as failure:  # the driver of an engine
+    except ImportError as failure:  # the driver of an engine is not installed
         error(failure)
     except BrokenPipeError:
         raise
     except OSError as failure:
-        _explain_file(failure)
+        _print_file_error(failure)
     except _UsageError as failure:
-        _explain(failure)
+        _print_usage_error(failure)
         return WRONG_USE
     except ValueError as failure:
         error(failure)
@@ -76,11 +77,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     except Exception as failure:
         if os.environ.get(_DEBUG_VARIABLE):
             raise
-        error(f"{type(failure).__name__}: {failure}\nThis was not expected. For a traceback, set {_DEBUG_VARIABLE}=1.")
+        error(f"{type(failure).__name__}: {failure}\nUnexpected error. For a traceback, set {_DEBUG_VARIABLE}=1.")
     return FAILED
 
 
-def _explain_file(failure: OSError) -> None:
+def _print_file_error(failure: OSError) -> None:
     folder = os.path.dirname(os.path.abspath(os.fsdecode(failure.filename or "")))
     if isinstance(failure, FileNotFoundError) and failure.filename and not os.path.isdir(folder):
         error(f"The folder {folder} does not exist. Create it, or choose another path.")
@@ -88,9 +89,9 @@ def _explain_file(failure: OSError) -> None:
         error(f"{failure.filename}: {failure.strerror}" if failure.filename else failure)
 
 
-def _explain(failure: Exception) -> None:
+def _print_usage_error(failure: Exception) -> None:
     """
-    Say what is wrong with the arguments, and where they are explained.
+    Print what is wrong with the arguments, and how to get help.
     """
     context = getattr(failure, "ctx", None)
     command = context.command_path if context is not None else _NAME
@@ -98,12 +99,10 @@ def _explain(failure: Exception) -> None:
     error(f"{message.removeprefix('Invalid value: ')}\nHelp: {command} --help")
 
 
-def _accept_any_text() -> None:
+def _escape_unencodable_output() -> None:
     """
-    Have the process print characters that the terminal's encoding has not, and integers of any length.
+    Print characters that the output's encoding lacks as escape sequences, instead of raising an error.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if hasattr(sys, "set_int_max_str_digits"):
-        sys.set_int_max_str_digits(0)

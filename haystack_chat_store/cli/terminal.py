@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What reaches the terminal: nothing that it would obey.
+Output that cannot control the terminal.
 
-All text that comes from a store, an argument or an error passes `harmless` or `harmless_line` before it is printed, and
-all JSON `print_json`.
+All text from a store, an argument or an error passes through `harmless` or `harmless_line` before it is printed. All
+JSON passes through `print_json`.
 """
 
 import json
@@ -17,17 +17,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
-from haystack_chat_store.transfer.readable import harmless
+from haystack_chat_store.display import harmless
 
 # Longer lines are hard to read.
 _MAX_WIDTH = 110
 
-# What an error that shows how URLs are written has in the place of a password.
+# Errors that show the form of a URL have this in the place of a password.
 _PLACEHOLDER = ":password@host:port"
-_password = re.compile(
+_PASSWORD = re.compile(
     rf"""
     (\w://) (?: (?!{_PLACEHOLDER}) . )* (?=@)                # a URL, up to its last @
-    | (\w://) (?!\S*{_PLACEHOLDER}) [^\s/@]* : (?!\d) .*     # a URL that breaks off before it
+    | (\w://) (?!\S*{_PLACEHOLDER}) [^\s/@]* : (?!\d) .*     # an incomplete URL, without its @
     | (\w*password\s*=\s*) (?: \\?['"].* | [^\s&]*? (?=['")]*\.?(?:[\s&]|$)) )
     """,
     re.IGNORECASE | re.VERBOSE,
@@ -36,21 +36,21 @@ _password = re.compile(
 
 def without_passwords(text: str) -> str:
     """
-    Return a text without what is, or may be, the password in a URL or another way to name a database.
+    Remove possible passwords from a text: in URLs, and after `password=`.
     """
-    return _password.sub(r"\1\2\3***", text)
+    return _PASSWORD.sub(r"\1\2\3***", text)
 
 
 def output() -> Console:
     """
-    Return the console of the standard output. What is printed there is never taken for markup.
+    Return the console of the standard output. It does not interpret markup.
     """
     return _console(stderr=False)
 
 
 def messages() -> Console:
     """
-    Return the console of the standard error output, for all that is not the command's result.
+    Return the console of the standard error output, for everything except the command's result.
     """
     return _console(stderr=True)
 
@@ -63,14 +63,14 @@ def _console(stderr: bool) -> Console:
 
 def is_terminal(console: Console) -> bool:
     """
-    Return whether somebody sits before a console. Rich's own answer is also yes where colours are wanted in a file.
+    Whether a console is a terminal. Rich's own property is also true for a file if FORCE_COLOR is set.
     """
     return console.file.isatty()
 
 
 def print_plain(text: str) -> None:
     """
-    Print harmless text for programs: as it is, lines and tabs included.
+    Print escaped text for programs, without wrapping or colours.
     """
     sys.stdout.write(f"{text}\n")
 
@@ -84,7 +84,7 @@ def print_json(data: dict[str, Any]) -> None:
 
 def error(message: object) -> None:
     """
-    Say what went wrong.
+    Print an error, without passwords.
     """
     console = messages()
     text = Text.assemble(("Error: ", "bold red"), harmless(without_passwords(str(message))))
@@ -93,7 +93,7 @@ def error(message: object) -> None:
 
 def note(message: str) -> None:
     """
-    Say something that is not part of the result, to whoever sits before the terminal.
+    Print a hint that is not part of the result. It is shown on a terminal only.
     """
     console = messages()
     if is_terminal(console):
@@ -103,9 +103,9 @@ def note(message: str) -> None:
 @contextmanager
 def progress(description: str) -> "Iterator[Callable[[int, int | None], None]]":
     """
-    Lend a function that is told how far something has come, and shows it: what is done, and the total, if known.
+    Return a function that shows progress: it takes the number done, and the total or `None` if it is not known.
 
-    It is shown on a terminal only, from the first call on, and gone at the end.
+    Progress is shown on a terminal only, from the first call until the end of the block.
     """
     columns = (
         SpinnerColumn(),
@@ -117,7 +117,7 @@ def progress(description: str) -> "Iterator[Callable[[int, int | None], None]]":
     if not (is_terminal(console) and console.is_interactive):
         yield lambda _done, _total: None
         return
-    # Where results go to a program, they must not be led to the terminal, and where both go there, not into the bar.
+    # Rich must redirect the results only if they go to the terminal too, where they would be printed into the bar.
     redirect = sys.stdout.isatty()
     with Progress(*columns, console=console, transient=True, redirect_stdout=redirect, redirect_stderr=False) as shown:
         task = shown.add_task(description, total=None, visible=False, amount="")

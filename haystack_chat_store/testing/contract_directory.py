@@ -40,6 +40,9 @@ def now() -> datetime:
     return datetime.now(timezone.utc)
 
 
+from haystack_chat_store.types import ChatHistoryPage
+
+
 class Rule17DirectoryTest(ContractTest):
     """
     Rule 17: a directory of histories, the one that changed last first.
@@ -57,11 +60,11 @@ class Rule17DirectoryTest(ContractTest):
 
     def test_history_that_does_not_exist_is_none(self, store: ClosableStore, calls: Calls) -> None:
         assert calls.call(store, "get_chat_history", "chat") is None
-        assert calls.call(store, "list_chat_histories") == ([], None)
+        assert calls.call(store, "list_chat_histories") == ChatHistoryPage(items=[], cursor=None)
         calls.write(store, "chat", [user()])
         calls.delete(store, "chat")
         assert calls.call(store, "get_chat_history", "chat") is None
-        assert calls.call(store, "list_chat_histories") == ([], None)
+        assert calls.call(store, "list_chat_histories") == ChatHistoryPage(items=[], cursor=None)
 
     def test_the_one_that_changed_last_comes_first(self, store: ClosableStore, calls: Calls) -> None:
         for name in "abcdbac":

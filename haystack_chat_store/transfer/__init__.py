@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Exporting, importing and copying chat histories, from any engine to any engine.
+Export, import and copy chat histories, from any engine to any engine.
 
 | format | export | import | |
 |---|---|---|---|
-| `jsonl` | yes | yes | everything, without loss: to keep, and to move (see the module `jsonl`) |
-| `markdown`, `html` | yes | | to read |
-| `openai` | yes | | examples to fine-tune OpenAI's models with, as JSON lines |
+| `jsonl` | yes | yes | everything, without loss: for backups and for moving (see the module `jsonl`) |
+| `markdown`, `html` | yes | | for people to read |
+| `openai` | yes | | examples for fine-tuning OpenAI's models, as JSON lines |
 | `openai-agents` | | yes | the OpenAI Agents SDK's `SQLiteSession` |
 | `langchain` | | yes | LangChain's `SQLChatMessageHistory`, on SQLite |
 | `llama-index` | | yes | LlamaIndex's `SQLiteChatStore` |
@@ -22,9 +22,9 @@ from typing import BinaryIO, Literal, TypeAlias, TypeVar, get_args
 from haystack_chat_store.errors import DamagedFileError
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.transfer import html, importers, jsonl, markdown, openai_format
-from haystack_chat_store.transfer.files import whole_file
-from haystack_chat_store.transfer.histories import Faults, Histories, Progress, TransferResult, watched
-from haystack_chat_store.transfer.stored import StoredHistories, imported
+from haystack_chat_store.transfer.files import atomic_file
+from haystack_chat_store.transfer.histories import Faults, Histories, Progress, TransferResult, with_progress
+from haystack_chat_store.transfer.stored import StoredHistories, import_into
 
 __all__ = [
     "EXPORT_FORMATS",
@@ -70,15 +70,18 @@ def export_histories(
     progress: Progress | None = None,
 ) -> TransferResult:
     """
-    Write chat histories to a file, in memory that does not grow with their number nor (but for OpenAI) their length.
+    Write chat histories to a file.
 
-    The file appears when it is complete and safe on the disk; if anything fails, what was there before stays. Only its
-    owner may read it.
+    The memory it needs does not grow with the number of histories. It does not grow with their length either, except
+    in the format `"openai"`, which holds one history at a time.
 
-    Each history that is there throughout is exported once. Others may go on writing: what they write meanwhile is in
-    the file or not. What cannot be read is left out and reported in `faults`, whatever it is: a message, a title, or
-    all messages of a history. An export of all histories also compares how many it has met with how many there are,
-    unless others write all the time.
+    The new file replaces an old one only when it is complete and on the disk. If anything fails, the old file stays.
+    Only the file's owner may read it.
+
+    Every history that exists during the whole export is exported once. Other writers may go on: the file may or may not
+    hold what they write meanwhile. Data that cannot be read is left out and reported in `faults`: a message, a title,
+    or all messages of a history. An export of all histories also compares the number it has read with the number that
+    the store counts, unless histories come and go all the time.
 
     ```python
     from haystack.dataclasses import ChatMessage
@@ -91,22 +94,25 @@ def export_histories(
     print(import_histories(InMemoryChatMessageStore(namespace="copy"), "chat_histories.jsonl"))
     ```
 
-    :param store: Where the histories are.
-    :param file: The file to write.
-    :param format: `"jsonl"`, the default, without loss; `"markdown"` or `"html"`, to read; or `"openai"`, to fine-tune
-        a model: one conversation a line, up to its last assistant message, without what the model provider rejects.
-    :param chat_history_ids: Which histories, in this order. Defaults to all.
-    :param prefix: Only histories whose ids begin with this text, taken literally. Not both.
-    :param progress: Called now and then with the number of messages done, and that of all. Must not call the stores.
-    :returns: How many histories and messages were written, and what could not be read.
+    :param store: The store to export from.
+    :param file: The path of the file to write.
+    :param format: `"jsonl"`, without loss; `"markdown"` or `"html"`, for reading; or `"openai"`, for fine-tuning: one
+        conversation a line, up to its last assistant message, without messages that the model provider rejects.
+        Defaults to `"jsonl"`.
+    :param chat_history_ids: The ids of the histories to export, in this order. Defaults to all histories.
+    :param prefix: Export only histories whose ids begin with this literal text. Cannot be combined with
+        `chat_history_ids`. Defaults to all histories.
+    :param progress: Called now and then with the number of messages done and the total number. It must not call the
+        store.
+    :returns: The numbers of histories and messages written, and the faults.
     :raises ValueError: If an argument is wrong.
-    :raises ChatHistoryNotFoundError: If there is no history with one of the ids. Nothing was written.
+    :raises ChatHistoryNotFoundError: If one of the ids has no history. Nothing was written.
     :raises UnsupportedOperationError: If the store has no directory of histories.
     :raises ChatMessageStoreError: If the engine fails.
     :raises OSError: If the file cannot be written.
     """
-    _checked(format, EXPORT_FORMATS)
-    with whole_file(file) as stream:
+    _checked_format(format, EXPORT_FORMATS)
+    with atomic_file(file) as stream:
         return export_to(
             store, stream, format=format, chat_history_ids=chat_history_ids, prefix=prefix, progress=progress
         )
@@ -122,13 +128,13 @@ def export_to(
     progress: Progress | None = None,
 ) -> TransferResult:
     """
-    Do what `export_histories` does, to a stream that is open, such as `sys.stdout.buffer`.
+    Do what `export_histories` does, but write to an open stream, such as `sys.stdout.buffer`.
 
-    :param stream: A binary stream. It is neither flushed nor closed.
+    :param stream: A binary stream. This function does not flush or close it.
     """
-    write = _WRITERS[_checked(format, EXPORT_FORMATS)]
+    write = _WRITERS[_checked_format(format, EXPORT_FORMATS)]
     faults: Faults = {}
-    histories = _leaving(store, chat_history_ids, prefix, progress, faults)
+    histories = _exported(store, chat_history_ids, prefix, progress, faults)
     written = write(histories, stream)
     return replace(written, faults=(*faults, *written.faults))
 
@@ -141,45 +147,47 @@ def import_histories(
     progress: Progress | None = None,
 ) -> TransferResult:
     """
-    Bring chat histories from a file into a store, in memory that does not grow with their number nor their length.
+    Read chat histories from a file into a store.
 
-    First the whole file is read and checked; if anything is wrong with it, nothing is imported. Then each history
-    becomes visible whole or not at all, with its title, meta and times, its messages with their ids, in the same order.
-    System messages are imported too, whatever the store's settings.
+    The memory it needs grows neither with the number of histories nor with their length.
 
-    It can be run again: what is there already is not imported again. A history that was continued in the file gets what
-    is new; one that was continued in the store stays as it is.
+    A file in the format `"jsonl"` is first read and checked as a whole. If anything is wrong with it, nothing is
+    imported. Each history becomes visible whole or not at all, with its title, meta, times, and its messages with their
+    ids, in the same order. System messages are imported whatever the store's settings.
 
-    :param store: Where the histories go.
-    :param file: What `export_histories` wrote in the format `"jsonl"`, or another library's database, which is only
-        read.
-    :param format: `"jsonl"`, the default; or `"openai-agents"`, `"langchain"` or `"llama-index"`: their SQLite files.
-        What they hold that cannot be a message here is reported in `faults`.
-    :param progress: Called now and then with the number of messages done, and that of all, once it is known. Must not
-        call the store.
-    :returns: How many histories and messages were added, how many messages were there already, and what was left out.
+    An import can be repeated: it skips messages that the store has already. If the file continues a history of the
+    store, the new messages are added. If the store continues a history of the file, the history stays as it is.
+
+    :param store: The store to import into.
+    :param file: The path of a file that `export_histories` wrote in the format `"jsonl"`, or of another library's
+        database, which is only read.
+    :param format: `"jsonl"`; or `"openai-agents"`, `"langchain"` or `"llama-index"` for an SQLite file of these
+        libraries. Rows that cannot become messages are reported in `faults`. Defaults to `"jsonl"`.
+    :param progress: Called now and then with the number of messages done, and the total number or `None` while it is
+        not known. It must not call the store.
+    :returns: The numbers of histories and messages added, the number of messages skipped, and the faults.
     :raises ValueError: If an argument is wrong.
-    :raises DamagedFileError: If the file is damaged or of another format. Nothing was imported; only if the file
-        changes while it is imported, what came before.
-    :raises ChatHistoryExistsError: If the store has other messages under the ids of some of the histories. It names
-        them. All others were imported.
+    :raises DamagedFileError: If the file is damaged or has another format. Nothing was imported, unless the file
+        changed during the import: then the histories before the damage were imported.
+    :raises ChatHistoryExistsError: If the store has other messages under the ids of some histories. The error names up
+        to ten of these ids. All other histories were imported.
     :raises UnsupportedOperationError: If the store cannot import.
     :raises ChatMessageStoreError: If the engine fails. Each history was imported whole or not at all.
     :raises OSError: If the file cannot be read.
     """
-    _checked(format, IMPORT_FORMATS)
+    _checked_format(format, IMPORT_FORMATS)
     faults: Faults = {}
     if format == "jsonl":
         with open(file, "rb") as stream:
             name = os.fspath(file)
-            total = jsonl.verify(stream, name, progress or _silent)
+            total = jsonl.verify(stream, name, progress or _no_progress)
             try:
-                return imported(_checked_store(store), _watched(jsonl.read(stream, name), progress, total), faults)
+                return import_into(_checked_store(store), _reporting(jsonl.read(stream, name), progress, total), faults)
             except DamagedFileError as error:
-                raise DamagedFileError(f"{error} It was not so before: it was changed while it was imported.") from None
-    with importers.opened(format, file) as source:
-        histories = _watched(source.histories(faults), progress, source.message_count())
-        return imported(_checked_store(store), histories, faults)
+                raise DamagedFileError(f"{error} The file was changed while it was imported.") from None
+    with importers.open_database(format, file) as source:
+        histories = _reporting(source.histories(faults), progress, source.message_count())
+        return import_into(_checked_store(store), histories, faults)
 
 
 def copy_histories(
@@ -191,27 +199,28 @@ def copy_histories(
     progress: Progress | None = None,
 ) -> TransferResult:
     """
-    Copy chat histories from one store to another: of any engine, or in another namespace.
+    Copy chat histories to another store, on any engine, or to another namespace.
 
-    It is an export and an import without the file between them, and keeps the same promises. Stores on the same server
-    must be able to open two connections.
+    A copy is an export and an import without a file, and keeps the same promises. Stores on the same server must be
+    able to open two connections.
 
-    :param source: Where the histories are.
-    :param target: Where they go.
-    :param chat_history_ids: Which histories. Defaults to all.
-    :param prefix: Only histories whose ids begin with this text, taken literally. Not both.
-    :param progress: Called now and then with the number of messages done, and that of all. Must not call the stores.
-    :returns: How many histories and messages were added, how many messages were there already, and what could not be
-        read.
+    :param source: The store to copy from.
+    :param target: The store to copy to.
+    :param chat_history_ids: The ids of the histories to copy. Defaults to all histories.
+    :param prefix: Copy only histories whose ids begin with this literal text. Cannot be combined with
+        `chat_history_ids`. Defaults to all histories.
+    :param progress: Called now and then with the number of messages done and the total number. It must not call the
+        stores.
+    :returns: The numbers of histories and messages added, the number of messages skipped, and the faults.
     :raises ValueError: If an argument is wrong.
-    :raises ChatHistoryNotFoundError: If there is no history with one of the ids. Nothing was copied.
-    :raises ChatHistoryExistsError: If the target has other messages under the ids of some of the histories. It names
-        them. All others were copied.
+    :raises ChatHistoryNotFoundError: If one of the ids has no history. Nothing was copied.
+    :raises ChatHistoryExistsError: If the target has other messages under the ids of some histories. The error names up
+        to ten of these ids. All other histories were copied.
     :raises UnsupportedOperationError: If the source has no directory of histories, or the target cannot import.
     :raises ChatMessageStoreError: If an engine fails. Each history was copied whole or not at all.
     """
     faults: Faults = {}
-    return imported(_checked_store(target), _leaving(source, chat_history_ids, prefix, progress, faults), faults)
+    return import_into(_checked_store(target), _exported(source, chat_history_ids, prefix, progress, faults), faults)
 
 
 async def export_histories_async(
@@ -224,9 +233,11 @@ async def export_histories_async(
     progress: Progress | None = None,
 ) -> TransferResult:
     """
-    Do what `export_histories` does, on a thread, which also calls `progress`. If cancelled, there is no file.
+    Do what `export_histories` does, without blocking the event loop.
+
+    A thread does the work and calls `progress`. If the call is cancelled, no file is written.
     """
-    return await _on_a_thread(
+    return await _on_thread(
         lambda step: export_histories(
             store, file, format=format, chat_history_ids=chat_history_ids, prefix=prefix, progress=step
         ),
@@ -242,11 +253,12 @@ async def import_histories_async(
     progress: Progress | None = None,
 ) -> TransferResult:
     """
-    Do what `import_histories` does, on a thread, which also calls `progress`.
+    Do what `import_histories` does, without blocking the event loop.
 
-    If cancelled, it stops at the next batch. Of the history under way nothing is stored.
+    A thread does the work and calls `progress`. If the call is cancelled, the import stops at the next batch, and the
+    store has nothing of the unfinished history.
     """
-    return await _on_a_thread(lambda step: import_histories(store, file, format=format, progress=step), progress)
+    return await _on_thread(lambda step: import_histories(store, file, format=format, progress=step), progress)
 
 
 async def copy_histories_async(
@@ -258,32 +270,33 @@ async def copy_histories_async(
     progress: Progress | None = None,
 ) -> TransferResult:
     """
-    Do what `copy_histories` does, on a thread, which also calls `progress`.
+    Do what `copy_histories` does, without blocking the event loop.
 
-    If cancelled, it stops at the next batch. Of the history under way nothing is stored.
+    A thread does the work and calls `progress`. If the call is cancelled, the copy stops at the next batch, and the
+    target has nothing of the unfinished history.
     """
-    return await _on_a_thread(
+    return await _on_thread(
         lambda step: copy_histories(source, target, chat_history_ids=chat_history_ids, prefix=prefix, progress=step),
         progress,
     )
 
 
-def _leaving(
+def _exported(
     store: Store, chat_history_ids: Iterable[str] | None, prefix: str, progress: Progress | None, faults: Faults
 ) -> Histories:
     histories = StoredHistories(_checked_store(store), chat_history_ids, prefix, faults)
-    return _watched(iter(histories), progress, None if progress is None else histories.message_count())
+    return _reporting(iter(histories), progress, None if progress is None else histories.message_count())
 
 
-def _watched(histories: Histories, progress: Progress | None, total: int | None) -> Histories:
-    return histories if progress is None else watched(histories, progress, total)
+def _reporting(histories: Histories, progress: Progress | None, total: int | None) -> Histories:
+    return histories if progress is None else with_progress(histories, progress, total)
 
 
-def _silent(_done: int, _total: int | None) -> None:
+def _no_progress(_done: int, _total: int | None) -> None:
     pass
 
 
-def _checked(format: str, formats: tuple[str, ...]) -> str:  # noqa: A002
+def _checked_format(format: str, formats: tuple[str, ...]) -> str:  # noqa: A002
     if format not in formats:
         raise ValueError(f"format must be one of {', '.join(map(repr, formats))}, got {format!r}.")
     return format
@@ -291,19 +304,21 @@ def _checked(format: str, formats: tuple[str, ...]) -> str:  # noqa: A002
 
 def _checked_store(store: Store) -> Store:
     if not isinstance(store, BaseChatMessageStore):
-        raise ValueError(f"This needs a store that is a BaseChatMessageStore, got {type(store).__name__}.")
+        raise ValueError(f"The store must be a BaseChatMessageStore, got {type(store).__name__}.")
     return store
 
 
 class _CancelledError(Exception):
     """
-    Ends the work on the thread. Nobody sees it.
+    Stops the work on the thread. It never leaves this module.
     """
 
 
-async def _on_a_thread(work: Callable[[Progress], ResultT], progress: Progress | None) -> ResultT:
+async def _on_thread(work: Callable[[Progress], ResultT], progress: Progress | None) -> ResultT:
     """
-    Do work on a thread. If cancelled, have it stop where it next reports, and wait until it has.
+    Run work on a thread.
+
+    If the call is cancelled, the work stops when it next reports progress. The call returns after that.
     """
     is_cancelled = threading.Event()
 
@@ -319,5 +334,5 @@ async def _on_a_thread(work: Callable[[Progress], ResultT], progress: Progress |
     except asyncio.CancelledError:
         is_cancelled.set()
         await asyncio.wait([working])
-        working.exception()  # nobody else will ask for it
+        working.exception()  # marks the exception as retrieved, so that asyncio does not log it
         raise

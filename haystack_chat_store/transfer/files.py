@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Files that are there whole or not at all, and files that are added to. Neither is ever a database.
+Files that are written whole or not at all, and files that are appended to. A database file is never overwritten.
 """
 
 import os
@@ -9,34 +9,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
-# How every SQLite database begins, and what the names of the files end with that SQLite lays beside it.
+# The first bytes of every SQLite database, and the endings of the files that SQLite keeps beside it.
 _SQLITE_MAGIC = b"SQLite format 3\0"
-_BESIDE_DATABASE = ("-wal", "-shm", "-journal")
+_COMPANION_ENDINGS = ("-wal", "-shm", "-journal")
 
 
 @contextmanager
-def whole_file(path: "str | os.PathLike[str]") -> Iterator[BinaryIO]:
+def atomic_file(path: "str | os.PathLike[str]") -> Iterator[BinaryIO]:
     """
-    Open a file for writing that takes its place only when it is complete and on the disk.
+    Open a file for writing, and move it to its path only when it is complete and on the disk.
 
-    Until then, and if anything is raised, what was there stays. The file can be read by its owner alone.
+    Until then, and if anything is raised, the old file stays. Only the owner of the new file may read it.
 
-    :param path: Where the file goes. What is there must be a file. A link stays, and its target is written.
-    :raises ValueError: If something else is there, or a database, perhaps that of the store itself.
+    :param path: The path to write to. If it exists, it must be a file. If it is a link, its target is replaced.
+    :raises ValueError: If the path is not a file, or is a database, which may be that of the store itself.
     :raises OSError: If the file cannot be written.
     """
     target = checked_target(path)
     folder = os.path.dirname(target)
-    with _named(path):
+    with _errors_name(path):
         descriptor, temporary = tempfile.mkstemp(prefix=".haystack-chat-store.", dir=folder)
     try:
         with open(descriptor, "wb") as file:
             yield file
             _sync(file)
-        with _named(path):
+        with _errors_name(path):
             os.replace(temporary, target)
     except BaseException:
-        with suppress(FileNotFoundError):  # interrupted just after it had taken its place
+        with suppress(FileNotFoundError):  # an interrupt may come just after the replacement
             os.unlink(temporary)
         raise
     _sync_folder(folder)
@@ -45,13 +45,16 @@ def whole_file(path: "str | os.PathLike[str]") -> Iterator[BinaryIO]:
 @contextmanager
 def appended_file(path: "str | os.PathLike[str]") -> Iterator[BinaryIO]:
     """
-    Open a file to append to. At the end, it is on the disk. If it is new, it can be read by its owner alone.
+    Open a file to append to. At the end of the block, everything is on the disk.
 
-    :raises ValueError: As in `whole_file`.
+    Only the owner of a new file may read it.
+
+    :param path: The path of the file. It is created if it does not exist.
+    :raises ValueError: If the path is not a file, or belongs to a database.
     :raises OSError: If the file cannot be written.
     """
     target = checked_target(path)
-    with _named(path):
+    with _errors_name(path):
         file = open(target, "ab", opener=lambda name, flags: os.open(name, flags, 0o600))
     with file:
         yield file
@@ -61,21 +64,21 @@ def appended_file(path: "str | os.PathLike[str]") -> Iterator[BinaryIO]:
 
 def checked_target(path: "str | os.PathLike[str]") -> str:
     """
-    Return where a path leads to, if it is nothing, or a file that may be written.
+    Return the path with all links resolved, if it can be written: it does not exist, or is an ordinary file.
 
-    :raises ValueError: If something else is there, or a part of a database.
-    :raises OSError: If that cannot be told.
+    :raises ValueError: If the path is not a file, or belongs to a database.
+    :raises OSError: If the file cannot be examined.
     """
     target = os.path.realpath(path)
     if os.path.lexists(target) and not os.path.isfile(target):
-        raise ValueError(f"{os.fspath(path)} is there already and is not a file.")
-    with _named(path):
+        raise ValueError(f"{os.fspath(path)} exists and is not a file. Choose another path.")
+    with _errors_name(path):
         if _is_database(target):
-            raise ValueError(f"{os.fspath(path)} is an SQLite database, which nothing else may be written to.")
-        for ending in _BESIDE_DATABASE:
+            raise ValueError(f"{os.fspath(path)} is an SQLite database and is not overwritten. Choose another path.")
+        for ending in _COMPANION_ENDINGS:
             if target.endswith(ending) and _is_database(target.removesuffix(ending)):
                 raise ValueError(
-                    f"{os.fspath(path)} is a part of an SQLite database, which nothing else may be written to."
+                    f"{os.fspath(path)} is a part of an SQLite database and is not overwritten. Choose another path."
                 )
     return target
 
@@ -89,9 +92,9 @@ def _is_database(path: str) -> bool:
 
 
 @contextmanager
-def _named(path: "str | os.PathLike[str]") -> Iterator[None]:
+def _errors_name(path: "str | os.PathLike[str]") -> Iterator[None]:
     """
-    Have errors name the file as the caller has, not another that is only a means to write it.
+    Make errors name the path that the caller gave, not the temporary file or the target of a link.
     """
     try:
         yield
@@ -105,7 +108,7 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _sync_folder(folder: str) -> None:
-    if os.name != "posix":  # elsewhere, a folder cannot be opened
+    if os.name != "posix":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

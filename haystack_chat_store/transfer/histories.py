@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Chat histories on their way: what every source yields and every target takes.
+The form in which histories are moved: every source yields it, and every target takes it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,29 +16,30 @@ from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.types import Fault, Result
 from haystack_chat_store.validation import microseconds, parsed_meta, validated_id, validated_meta, validated_title
 
-#: The messages of a history, in batches. They can be read again, from the first one, as often as need be.
+#: The messages of a history, in batches. They can be iterated several times, each time from the first message.
 Rows: TypeAlias = Iterable[Sequence[MessageRow]]
 
-#: Histories, one after the other, each with its messages. Those of one are read before the next one is asked for.
+#: Histories, each with its messages. The messages of a history must be read before the next history is requested.
 Histories: TypeAlias = Iterator[tuple[HistoryRow, Rows]]
 
-#: What a source could not read, each once, in the order in which it was met.
+#: What a source could not read: an ordered set.
 Faults: TypeAlias = dict[Fault, None]
 
-#: Is told how many messages are done, and how many there are in all, if that is known.
+#: Called with the number of messages done, and the total number, or `None` if it is not known.
 Progress: TypeAlias = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransferResult(Result):
     """
-    What an export, an import or a copy has done.
+    The result of an export, an import or a copy.
 
-    :param chat_histories: How many histories it wrote, or added messages to.
-    :param messages: How many messages it wrote.
-    :param skipped: How many messages it had no need to write: they were there already, or (in OpenAI's format) a model
-        cannot be trained on them.
-    :param faults: What could not be read and was left out, each with its history and, in a store, its position.
+    :param chat_histories: The number of histories that were written, or that messages were added to.
+    :param messages: The number of messages written.
+    :param skipped: The number of messages skipped, because the store had them already or (in OpenAI's format) because a
+        model cannot be trained on them.
+    :param faults: The data that could not be read and was left out, each with its history and, in a store, its
+        position.
     """
 
     chat_histories: int
@@ -47,21 +48,21 @@ class TransferResult(Result):
     faults: tuple[Fault, ...] = ()
 
 
-def unnamed(chat_history_id: Any, error: ValueError) -> Fault:
+def invalid_id_fault(chat_history_id: Any, error: ValueError) -> Fault:
     """
-    Return the fault of a history that is left out because of its id.
+    Return the fault for a history that is left out because its id is not valid.
     """
     return Fault(description=f"{ascii(chat_history_id)[:600]} was left out: {error}")
 
 
-def arrived_row(created_at: int, content: str) -> MessageRow:
+def row_from_json(created_at: int, content: str) -> MessageRow:
     """
-    Return a message that comes from elsewhere as a row. Its id and role are those that its content states.
+    Return the row of a message that comes from outside the store, with the id and role from its content.
 
     :param created_at: Microseconds since 1970.
-    :param content: What should be the JSON text of a message.
-    :raises ValueError: If it states no id that can be one.
-    :raises MessageDecodingError: If it is not the JSON text of a message.
+    :param content: The JSON text of the message.
+    :raises ValueError: If the message has no valid id.
+    :raises MessageDecodingError: If the content is not the JSON text of a message.
     """
     (message,) = decode_messages([content])
     message_id = validated_id(message.meta.get(MESSAGE_ID_KEY), "its id")
@@ -72,20 +73,21 @@ def arrived_row(created_at: int, content: str) -> MessageRow:
 
 def is_sound(row: MessageRow) -> bool:
     """
-    Whether a stored message can be read back, and is what its row says.
+    Whether a stored message can be read, and agrees with the columns of its row.
     """
     try:
-        row.content.encode()  # which a lone surrogate prevents
+        row.content.encode()  # fails on a lone surrogate
         return (
-            is_time(row.created_at) and replace(arrived_row(row.created_at, row.content), position=row.position) == row
+            is_time(row.created_at)
+            and replace(row_from_json(row.created_at, row.content), position=row.position) == row
         )
-    except (MessageDecodingError, ValueError, AttributeError, TypeError):  # it may hold anything
+    except (MessageDecodingError, ValueError, AttributeError, TypeError):  # a damaged row may hold values of any type
         return False
 
 
 def is_title(value: Any) -> bool:
     """
-    Whether what is stored is a title, or none.
+    Whether a stored value is a valid title or `None`.
     """
     try:
         validated_title(value)
@@ -96,14 +98,14 @@ def is_title(value: Any) -> bool:
 
 def is_meta(value: Any) -> bool:
     """
-    Whether what is stored is the meta of a history, or none.
+    Whether a stored value is the valid meta of a history or `None`.
     """
     meta = parsed_meta(value)
     if meta is None:
         return False
     try:
         validated_meta(meta)
-        (value or "").encode()  # which a lone surrogate prevents
+        (value or "").encode()  # fails on a lone surrogate
     except (ValueError, AttributeError):
         return False
     return True
@@ -111,14 +113,14 @@ def is_meta(value: Any) -> bool:
 
 def is_time(value: Any) -> bool:
     """
-    Whether what is stored is a time in microseconds since 1970.
+    Whether a stored value is a time in microseconds since 1970.
     """
     return bool(microseconds(readable_time(value), "time") == value)
 
 
 def batched(rows: Iterable[MessageRow]) -> Iterator[list[MessageRow]]:
     """
-    Put rows together in batches that are worth a step and fit into memory.
+    Group rows into batches of limited number and size.
     """
     batch: list[MessageRow] = []
     characters = 0
@@ -132,20 +134,20 @@ def batched(rows: Iterable[MessageRow]) -> Iterator[list[MessageRow]]:
         yield batch
 
 
-def watched(histories: Histories, progress: Progress, total: int | None) -> Histories:
+def with_progress(histories: Histories, progress: Progress, total: int | None) -> Histories:
     """
-    Yield the same histories, and report as their messages are read.
+    Yield the same histories, and report progress while their messages are read.
 
-    :param total: How many messages there are.
+    :param total: The total number of messages, or `None` if it is not known.
     """
     done = 0
     for history, rows in histories:
-        watched_rows = _WatchedRows(rows, progress, done, total)
-        yield history, watched_rows
-        done = watched_rows.done
+        reporting_rows = _RowsWithProgress(rows, progress, done, total)
+        yield history, reporting_rows
+        done = reporting_rows.done
 
 
-class _WatchedRows:
+class _RowsWithProgress:
     def __init__(self, rows: Rows, progress: Progress, before: int, total: int | None) -> None:
         self._rows, self._progress, self._before, self._total = rows, progress, before, total
         self.done = before

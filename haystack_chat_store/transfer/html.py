@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Chat histories as one HTML page, to read: it needs nothing else, and nothing in a message is taken for HTML.
+Chat histories as one HTML page. It loads nothing from elsewhere, and all text of messages is escaped.
 """
 
 from collections.abc import Iterable
 from html import escape
 from typing import BinaryIO
 
+from haystack_chat_store.display import Part, harmless_line, shown_messages, shown_time, title_of
 from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.transfer.histories import Rows, TransferResult
-from haystack_chat_store.transfer.readable import Part, harmless_line, shown_messages, shown_time, title_of
 
 _BEGINNING = """<!DOCTYPE html>
 <html lang="en">
@@ -40,9 +40,9 @@ _END = "</body>\n</html>\n"
 
 def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> TransferResult:
     """
-    Write histories.
+    Write histories as an HTML page.
 
-    :returns: What was written.
+    :returns: The numbers of histories and messages written.
     """
     chat_histories = messages = 0
     stream.write(_BEGINNING.encode())
@@ -71,5 +71,5 @@ def _element(part: Part) -> str:
         return f"<p>{text}</p>\n"
     if part.kind == "reasoning":
         return f"<details><summary>{label}</summary><p>{text}</p></details>\n"
-    body = f"<pre>\n{text}</pre>" if text else ""  # a line feed right after the tag is not part of the text
+    body = f"<pre>\n{text}</pre>" if text else ""  # HTML ignores a line feed right after <pre>
     return f"<figure><figcaption>{label}</figcaption>{body}</figure>\n"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Chat histories as JSON lines: the format to keep and to move them, without loss.
+Chat histories as JSON lines: the format for backups and for moving, without loss.
 
-UTF-8, one line for each thing, each ended by a line feed, in exactly this form, without blanks between tokens:
+The file is UTF-8 text. Each line ends with a line feed and has exactly this form, without blanks between tokens:
 
 ```
 {"format":"haystack-chat-store","version":1}
@@ -12,9 +12,9 @@ UTF-8, one line for each thing, each ended by a line feed, in exactly this form,
 {"end_of_file":{"chat_histories":1,"messages":1,"sha256":"…"}}
 ```
 
-The second to fourth line stand there for each history, the third for each of its messages. A message is what
-`ChatMessage.to_dict()` returns. Each SHA-256 is that of all bytes before its line. No two histories have the same id,
-and no two messages of one.
+Lines two to four are repeated for each history, line three for each of its messages. A message is what
+`ChatMessage.to_dict()` returns. Each SHA-256 is that of all bytes before its line. The ids of histories are unique in
+the file, and the ids of messages are unique in their history.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from haystack_chat_store.errors import DamagedFileError, MessageDecodingError
 from haystack_chat_store.json_values import encode_plain, parse_json
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.stores.times import datetime_of
-from haystack_chat_store.transfer.histories import Histories, Progress, Rows, TransferResult, arrived_row, batched
+from haystack_chat_store.transfer.histories import Histories, Progress, Rows, TransferResult, batched, row_from_json
 from haystack_chat_store.transfer.seen_ids import SeenIds
 from haystack_chat_store.transfer.times import parsed_time
 
@@ -39,9 +39,9 @@ _MESSAGE_LINE = re.compile(r'\{"created_at":"([^"]*)","message":(\{.*\})\}\n')
 
 def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> TransferResult:
     """
-    Write histories.
+    Write histories as JSON lines.
 
-    :returns: What was written.
+    :returns: The numbers of histories and messages written.
     """
     output = _HashedOutput(stream)
     output.write(f'{{"format":"{_FORMAT}","version":{_VERSION}}}\n')
@@ -86,11 +86,11 @@ def _message_line(row: MessageRow) -> str:
 
 
 def _on_one_line(text: str) -> str:
-    # Inside of JSON's strings there are no line feeds, but something else may have formatted what is stored.
+    # A JSON string has no line feeds, but another program may have stored indented JSON.
     return text.replace("\n", " ") if "\n" in text else text
 
 
-# The messages of a turn have one time.
+# All messages of a write have the same time.
 @lru_cache(maxsize=100)
 def _time_text(microseconds: int) -> str:
     return datetime_of(microseconds).isoformat(timespec="microseconds")
@@ -99,9 +99,9 @@ def _time_text(microseconds: int) -> str:
 @lru_cache(maxsize=100)
 def _microseconds(text: str) -> int:
     """
-    Return a time in microseconds since 1970.
+    Return the time of a text, in microseconds since 1970.
 
-    :raises ValueError, TypeError, OverflowError: If it is none, or in UTC none that Python has.
+    :raises ValueError, TypeError, OverflowError: If the text is not a time, or `datetime` cannot hold it in UTC.
     """
     microseconds = validation.microseconds(parsed_time(text), "a time")
     datetime_of(microseconds)
@@ -110,12 +110,12 @@ def _microseconds(text: str) -> int:
 
 def verify(file: BinaryIO, name: str, progress: Progress) -> int:
     """
-    Read a whole file, and check everything that importing relies on.
+    Read a whole file, and check everything that an import relies on.
 
-    :param name: What errors call it.
-    :param progress: Is told that it goes on.
+    :param name: The file's name in errors.
+    :param progress: Called after each batch. The numbers are not known yet.
     :returns: The number of messages.
-    :raises DamagedFileError: If the file is not what it was written as.
+    :raises DamagedFileError: If the file is damaged or has another format.
     """
     messages = 0
     for _, rows in read(file, name):
@@ -127,11 +127,11 @@ def verify(file: BinaryIO, name: str, progress: Progress) -> int:
 
 def read(file: BinaryIO, name: str) -> Histories:
     """
-    Yield the histories of a file. What has been read of one when its last batch comes is as it was written.
+    Yield the histories of a file. The checksum of a history is verified before its last batch is yielded.
 
-    :param file: Must be seekable.
-    :param name: What errors call it.
-    :raises DamagedFileError: If the file is not what it was written as.
+    :param file: A seekable binary file.
+    :param name: The file's name in errors.
+    :raises DamagedFileError: If the file is damaged or has another format.
     """
     lines = _Lines(file, name)
     _check_header(lines)
@@ -140,19 +140,19 @@ def read(file: BinaryIO, name: str) -> Histories:
         while (entry := lines.parsed()).keys() != {"end_of_file"}:
             history = _history(lines, entry)
             if not ids.add(history.chat_history_id):
-                raise lines.damaged("there is a chat history that the file has already")
+                raise lines.damaged("there is a second chat history with the same id")
             rows = _HistoryRows(lines)
             yield history, rows
             messages += rows.read_to_end()
             chat_histories += 1
     lines.check_end(entry["end_of_file"], chat_histories=chat_histories, messages=messages)
     if file.readline():
-        raise lines.damaged("there is more after its end")
+        raise lines.damaged("there is more text after the end of the file")
 
 
 class _Place(NamedTuple):
     """
-    A place in a file: after so many bytes and lines, which have this digest.
+    A place in a file: its offset in bytes, the number of lines before it, and their digest.
     """
 
     offset: int
@@ -171,7 +171,7 @@ class _Lines:
 
     def place(self) -> _Place:
         """
-        Return the place after the line that was read last.
+        Return the place after the last line read.
         """
         digest = self._before.copy()
         digest.update(self._line)
@@ -188,15 +188,15 @@ class _Lines:
         self._offset += len(self._line)
         self._number += 1
         if not self._line.endswith(b"\n"):
-            raise self.damaged("it ends here, before its end: it was cut off")
+            raise self.damaged("the file ends too early: it was cut off")
         try:
             return self._line.decode()
         except UnicodeDecodeError:
-            raise self.damaged("it is not UTF-8") from None
+            raise self.damaged("the text is not UTF-8") from None
 
     def parsed(self) -> dict[str, Any]:
         """
-        Return the object in the next line.
+        Read the next line, and return the JSON object in it.
         """
         return self.object_in(self.next())
 
@@ -206,21 +206,21 @@ class _Lines:
         except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict):
-            raise self.damaged("it is not what belongs there")
+            raise self.damaged("there should be a JSON object")
         return entry
 
     def check_end(self, stated: Any, **counts: int) -> None:
         """
-        Compare what the line that was read last states with what has been read before it.
+        Compare the counts and the checksum of the last line with the lines before it.
         """
         if stated != {**counts, "sha256": self._before.hexdigest()}:
-            raise self.damaged("counts or checksum do not agree with what comes before")
+            raise self.damaged("the counts or the checksum do not agree with the lines before it")
 
-    def damaged(self, what: str) -> DamagedFileError:
-        return DamagedFileError(f"{self._name} was damaged or changed. In line {self._number}, {what}.")
+    def damaged(self, description: str) -> DamagedFileError:
+        return DamagedFileError(f"{self._name} was damaged or changed. In line {self._number}, {description}.")
 
-    def refused(self, why: str) -> DamagedFileError:
-        return DamagedFileError(f"{self._name} {why}.")
+    def refused(self, description: str) -> DamagedFileError:
+        return DamagedFileError(f"{self._name} {description}.")
 
 
 def _check_header(lines: _Lines) -> None:
@@ -271,7 +271,7 @@ class _HistoryRows:
 
     def read_to_end(self) -> int:
         """
-        Stand behind the last message, wherever the reader stopped, and return the number of messages.
+        Skip to the end of this history, and return the number of its messages.
         """
         if self._read is None:
             for _ in self:
@@ -283,11 +283,11 @@ class _HistoryRows:
         with SeenIds() as ids:
             while (message := _MESSAGE_LINE.fullmatch(line := self._lines.next())) is not None:
                 try:
-                    row = arrived_row(_microseconds(message[1]), message[2])
+                    row = row_from_json(_microseconds(message[1]), message[2])
                 except (ValueError, OverflowError, MessageDecodingError):
                     raise self._lines.damaged("there should be a message with an id") from None
                 if not ids.add(row.message_id):
-                    raise self._lines.damaged("there is an id that the history has already")
+                    raise self._lines.damaged("there is a second message with the same id")
                 messages += 1
                 yield row
         end = self._lines.object_in(line)

@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Chat histories as Markdown, to read. Nothing in a message is taken for Markdown or HTML.
+Chat histories as Markdown. All Markdown and HTML in messages is escaped.
 """
 
 import re
 from collections.abc import Iterable
 from typing import BinaryIO
 
+from haystack_chat_store.display import Part, harmless_line, shown_messages, shown_time, title_of
 from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.transfer.histories import Rows, TransferResult
-from haystack_chat_store.transfer.readable import Part, harmless_line, shown_messages, shown_time, title_of
 
 _SPECIAL = re.compile(r"[\\`*_\[\]<>#|~&$]|(?<=[A-Za-z]):(?=//)|(?<=www)\.", re.IGNORECASE)
-# What would begin an address or somebody's name. GitHub looks for them after all escapes have been resolved, so only
-# something between the parts keeps them apart.
+# GitHub turns e-mail addresses and @names into links after it has resolved all escapes. Only an HTML comment after the @
+# prevents that.
 _ADDRESS = re.compile(r"@(?=\S)")
-_NOTHING = "<!-- -->"
-# What is special only where a line begins: lists, underlines of headings.
+_EMPTY_COMMENT = "<!-- -->"
+# Special only at the beginning of a line: lists and underlines of headings.
 _LINE_START = re.compile(r"^(\d*)([-+=.):])")
 
 
 def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> TransferResult:
     """
-    Write histories.
+    Write histories as Markdown.
 
-    :returns: What was written.
+    :returns: The numbers of histories and messages written.
     """
     chat_histories = messages = 0
     for history, rows in histories:
@@ -59,16 +59,16 @@ def _fenced(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """
-    Return Markdown that shows this text, with its line breaks and indentation.
+    Return Markdown that renders as this text, with its line breaks and indentation.
     """
     escaped = "\n".join(map(_escaped_line, text.split("\n")))
     return re.sub(r"(?<=[^\n])\n(?=[^\n])", "\\\\\n", escaped)
 
 
 def _escaped_line(line: str) -> str:
-    said = line.lstrip(" \t")
-    if not said:
+    stripped = line.lstrip(" \t")
+    if not stripped:
         return ""
-    indentation = "&nbsp;" * len(line[: len(line) - len(said)].expandtabs(4))
-    escaped = _LINE_START.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", said))
-    return indentation + _ADDRESS.sub(f"@{_NOTHING}", escaped)
+    indentation = "&nbsp;" * len(line[: len(line) - len(stripped)].expandtabs(4))
+    escaped = _LINE_START.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", stripped))
+    return indentation + _ADDRESS.sub(f"@{_EMPTY_COMMENT}", escaped)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Chat histories as examples for fine-tuning, in OpenAI's chat format: a JSON object a line, `{"messages": [...]}`.
+Chat histories as examples for fine-tuning, in OpenAI's chat format: one JSON object a line, `{"messages": [...]}`.
 """
 
 from collections.abc import Iterable
@@ -20,36 +20,36 @@ from haystack_chat_store.types import Fault
 
 def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> TransferResult:
     """
-    Write histories, each as the model would see it, up to the last message of the assistant.
+    Write each history as a model would see it, up to the last message of the assistant.
 
-    One whole history at a time is in memory: which of its calls were answered shows only at its end.
+    Each history is held in memory as a whole, because the result of a tool call may come at its end.
 
-    :returns: What was written.
+    :returns: The numbers of histories and messages written, and the histories that could not be.
     """
     chat_histories = messages = total = 0
     faults = []
     for history, rows in histories:
         stored = [message for batch in rows for message in decode_messages([row.content for row in batch])]
         total += len(stored)
-        to_learn_from = _to_learn_from(stored)
+        training_messages = _training_messages(stored)
         try:
-            example = list(chain.from_iterable(map(_as_openai, to_learn_from)))
-        except ValueError:  # Haystack's own, which quotes the message
+            example = list(chain.from_iterable(map(_as_openai, training_messages)))
+        except ValueError:  # Haystack's error quotes the message, so it is not shown
             description = "It was left out: OpenAI's format has no form for one of its tool calls or results."
             faults.append(Fault(chat_history_id=history.chat_history_id, description=description))
             continue
         if example:
             stream.write(encode_values({"messages": example}, "example").encode() + b"\n")
             chat_histories += 1
-            messages += len(to_learn_from)
+            messages += len(training_messages)
     return TransferResult(
         chat_histories=chat_histories, messages=messages, skipped=total - messages, faults=tuple(faults)
     )
 
 
-def _to_learn_from(history: list[ChatMessage]) -> list[ChatMessage]:
+def _training_messages(history: list[ChatMessage]) -> list[ChatMessage]:
     """
-    Return what is valid for a model, up to the last message of the assistant; nothing if there is none.
+    Return the messages that are valid for a model, up to the last message of the assistant.
     """
     valid = rounds.valid_for_model(rounds.in_question_order(history))
     while valid and valid[-1].role is not ChatRole.ASSISTANT:
@@ -59,7 +59,9 @@ def _to_learn_from(history: list[ChatMessage]) -> list[ChatMessage]:
 
 def _as_openai(message: ChatMessage) -> list[dict[str, Any]]:
     """
-    Return a message in OpenAI's format, which has a message for each result, and one text in what a model has said.
+    Return a message in OpenAI's format.
+
+    This format has one message for each tool result, and one text in a message of the assistant.
     """
     if message.role is ChatRole.TOOL:
         return [replace(message, _content=[result]).to_openai_dict_format() for result in message.tool_call_results]

@@ -1,55 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Which ids have been met, in memory that does not grow with their number.
+A set of ids that needs little memory, however many there are.
 """
 
 import sqlite3
 
 from typing_extensions import Self
 
-# So many are held in memory.
-_MOST_IN_MEMORY = 10_000
+_MAX_IN_MEMORY = 10_000
 
 
 class SeenIds:
     """
-    A set of ids that lies on the disk once they are many, in a file that nobody else sees and that leaves nothing.
+    A set of ids that moves to a private temporary file when it grows large. SQLite removes the file on `close`.
     """
 
     def __init__(self) -> None:
         """
-        Begin without any.
+        Make an empty set.
         """
-        self._few: set[str] = set()
-        self._many: sqlite3.Connection | None = None
+        self._in_memory: set[str] = set()
+        self._on_disk: sqlite3.Connection | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._many is not None:
-            self._many.close()
+        if self._on_disk is not None:
+            self._on_disk.close()
 
     def add(self, new: str) -> bool:
         """
-        Add an id, and return whether it was not there.
+        Add an id. Return False if the set has it already.
         """
-        if new in self._few:
+        if new in self._in_memory:
             return False
-        if self._many is not None and self._many.execute("SELECT 1 FROM ids WHERE id = ?", (new,)).fetchone():
+        if self._on_disk is not None and self._on_disk.execute("SELECT 1 FROM ids WHERE id = ?", (new,)).fetchone():
             return False
-        self._few.add(new)
-        if len(self._few) >= _MOST_IN_MEMORY:
+        self._in_memory.add(new)
+        if len(self._in_memory) >= _MAX_IN_MEMORY:
             self._move_to_disk()
         return True
 
     def _move_to_disk(self) -> None:
-        if self._many is None:
-            # Engines read on any thread, but one after the other.
-            self._many = sqlite3.connect("", check_same_thread=False, isolation_level=None)
-            self._many.execute("PRAGMA journal_mode = OFF")
-            self._many.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
-        self._many.execute("BEGIN")
-        self._many.executemany("INSERT INTO ids VALUES (?)", ((each,) for each in sorted(self._few)))
-        self._many.execute("COMMIT")
-        self._few.clear()
+        if self._on_disk is None:
+            # Engines may use any thread, but never two at the same time.
+            self._on_disk = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+            self._on_disk.execute("PRAGMA journal_mode = OFF")
+            self._on_disk.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        self._on_disk.execute("BEGIN")
+        self._on_disk.executemany("INSERT INTO ids VALUES (?)", ((each,) for each in sorted(self._in_memory)))
+        self._on_disk.execute("COMMIT")
+        self._in_memory.clear()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Chat histories as they leave a store, and as they arrive in one.
+Reads chat histories from a store, and imports them into a store.
 """
 
 import pickle
@@ -27,23 +27,25 @@ from haystack_chat_store.transfer.histories import (
     Histories,
     Rows,
     TransferResult,
+    invalid_id_fault,
     is_meta,
     is_sound,
     is_time,
     is_title,
-    unnamed,
 )
 from haystack_chat_store.transfer.seen_ids import SeenIds
 from haystack_chat_store.types import Fault
 from haystack_chat_store.validation import validated_id, validated_text
 
-# So often a history may change while it is read, or imported to, before that is given up.
-_ATTEMPTS = 10
-# So often histories are counted, in the hope that nobody writes meanwhile.
-_COUNTS = 3
+# Reading a history, and importing into one, are repeated when it changes meanwhile.
+_MAX_ATTEMPTS = 10
+# Counting the histories is repeated when one of them changes meanwhile.
+_MAX_COUNTS = 3
+# An error names up to this many conflicting histories.
+_MAX_NAMED = 10
 _ADVICE = "To find out: haystack-chat-store doctor"
-# What a history has beside its id, how it is checked, and what is said if it is damaged.
-_PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+# The fields of a history: how each is checked, and the fault that is reported if it is damaged.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "title": (is_title, "Its title cannot be read, and was left out."),
     "meta": (is_meta, "Its meta cannot be read, and was left out."),
     "created_at": (is_time, "Its time of creation cannot be read, and was replaced."),
@@ -53,77 +55,77 @@ _PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 class StoredHistories:
     """
-    Histories of a store, each once, whatever is written meanwhile.
+    Histories of a store. Each is yielded once, even while other writers change the store.
     """
 
     def __init__(
         self, store: BaseChatMessageStore, chat_history_ids: Iterable[str] | None, prefix: str, faults: Faults
     ) -> None:
         """
-        Check which histories are meant.
+        Check the arguments.
 
-        :param faults: Gets what cannot be read, and is left out.
+        :param faults: Receives the faults of data that is left out.
         :raises ValueError: If an argument is wrong.
-        :raises ChatHistoryNotFoundError: If there is no history with one of these ids.
+        :raises ChatHistoryNotFoundError: If one of the ids has no history.
         """
         self._store, self._faults = store, faults
         self._prefix = validated_text(prefix, "prefix")
         self._ids: list[str] | None = None
         if chat_history_ids is not None:
             if isinstance(chat_history_ids, str):
-                raise ValueError("chat_history_ids must be a list of ids, got one text.")
+                raise ValueError("chat_history_ids must be a list of ids, got str.")
             if prefix:
                 raise ValueError("Give chat_history_ids or a prefix, not both.")
             ids = [validated_id(each, f"chat_history_ids[{index}]") for index, each in enumerate(chat_history_ids)]
             self._ids = list(dict.fromkeys(ids))
             for each in self._ids:
-                if self._looked_up(each) is None:
+                if self._history(each) is None:
                     raise history_not_found(each)
 
     def message_count(self) -> int:
         """
-        Return how many messages they have now, by their counters.
+        Return the number of messages now, by the counters of the histories.
         """
         return sum(row.message_count for row in self._rows())
 
     def __iter__(self) -> Histories:
         for row in self._rows():
-            history = self._readable(row)
+            history = self._without_damage(row)
             if history is not None:
                 yield history, _StoredRows(self._store, row, self._faults)
         if self._ids is None and not self._prefix:
-            self._report_unnamed()
+            self._report_unreadable_ids()
 
     def _rows(self) -> Iterator[HistoryRow]:
         if self._ids is not None:
-            return filter(None, map(self._looked_up, self._ids))
+            return filter(None, map(self._history, self._ids))
         return walk_histories(self._store, self._prefix)
 
-    def _looked_up(self, chat_history_id: str) -> HistoryRow | None:
+    def _history(self, chat_history_id: str) -> HistoryRow | None:
         return self._store.engine.run(self._store.engine.history, self._store.scope, chat_history_id)
 
-    def _readable(self, row: HistoryRow) -> HistoryRow | None:
+    def _without_damage(self, row: HistoryRow) -> HistoryRow | None:
         """
-        Return the history as every store would take it, without what is damaged of it; `None` if its id is.
+        Return a history with its damaged fields replaced, or `None` if its id is damaged.
         """
         try:
             validated_id(row.chat_history_id, "its id")
         except ValueError as error:
-            self._faults[unnamed(row.chat_history_id, error)] = None
+            self._faults[invalid_id_fault(row.chat_history_id, error)] = None
             return None
         times = [time for time in (row.created_at, row.updated_at) if is_time(time)] or [0]
-        instead: dict[str, Any] = {"title": None, "meta": None, "created_at": times[0], "updated_at": times[-1]}
-        damaged = [name for name, (is_right, _) in _PARTS.items() if not is_right(getattr(row, name))]
+        defaults: dict[str, Any] = {"title": None, "meta": None, "created_at": times[0], "updated_at": times[-1]}
+        damaged = [name for name, (is_right, _) in _FIELDS.items() if not is_right(getattr(row, name))]
         for name in damaged:
-            self._faults[Fault(chat_history_id=row.chat_history_id, description=_PARTS[name][1])] = None
-        return replace(row, **{name: instead[name] for name in damaged})
+            self._faults[Fault(chat_history_id=row.chat_history_id, description=_FIELDS[name][1])] = None
+        return replace(row, **{name: defaults[name] for name in damaged})
 
-    def _report_unnamed(self) -> None:
+    def _report_unreadable_ids(self) -> None:
         """
-        Report how many histories the store has that no walk comes to.
+        Report the number of histories with ids that cannot be read.
         """
         try:
-            left = self._number_of_unnamed()
+            left = self._number_of_unreadable_ids()
         except UnsupportedOperationError:
             return
         except ChatMessageStoreError:
@@ -135,24 +137,24 @@ class StoredHistories:
             fault = f"{which} that cannot be read, and {'was' if left == 1 else 'were'} left out. {_ADVICE}"
         self._faults[Fault(description=fault)] = None
 
-    def _number_of_unnamed(self) -> int:
+    def _number_of_unreadable_ids(self) -> int:
         """
-        Return how many histories are counted that no walk comes to.
+        Return the number of histories that the store counts and a walk does not find.
 
-        Where others write all the time, that cannot be told from histories that have come or gone just now: then none.
+        While histories are created and deleted, the two numbers differ without a fault. If that goes on, return 0.
         """
-        for _ in range(_COUNTS):
-            before = self._counted()
+        for _ in range(_MAX_COUNTS):
+            before = self._count()
             left = before[0] - sum(1 for _ in walk_histories(self._store))
             if left <= 0:
                 return 0
-            if self._counted() == before:
+            if self._count() == before:
                 return left
         return 0
 
-    def _counted(self) -> tuple[int, Any]:
+    def _count(self) -> tuple[int, Any]:
         """
-        Return how many histories there are, and which changed last: a new one takes its place.
+        Return the number of histories, and the history that changed last, which shows whether the store changed.
         """
         count = self._store.engine.run(self._store.engine.statistics, self._store.scope, "").chat_histories
         return count, self._store.engine.run(self._store.engine.histories, self._store.scope, "", None, 1)
@@ -160,10 +162,10 @@ class StoredHistories:
 
 class _StoredRows:
     """
-    The messages of a stored history that can be read, as of one moment.
+    A consistent snapshot of the readable messages of a stored history.
 
-    A page is of one moment by itself. Of a longer history, all pages are read before any is passed on, and read again
-    if it was changed meanwhile.
+    One page is always consistent. Of a longer history, all pages are read before the first is yielded. They are read
+    again if the history changed meanwhile.
     """
 
     def __init__(self, store: BaseChatMessageStore, history: HistoryRow, faults: Faults) -> None:
@@ -171,26 +173,24 @@ class _StoredRows:
         self._updated_at: int | None = history.updated_at
 
     def __iter__(self) -> Iterator[Sequence[MessageRow]]:
-        for attempt in range(1, _ATTEMPTS + 1):
-            with SpooledTemporaryFile(PAGE_CHARACTERS) as kept:  # on the disk if it is much
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            with SpooledTemporaryFile(PAGE_CHARACTERS) as file:  # moves to the disk when it grows large
                 count = rows = 0
                 try:
                     for page in walk_readable_pages(self._store, self._id):
-                        pickle.dump(page, kept)
+                        pickle.dump(page, file)
                         count, rows = count + 1, rows + len(page)
                 except MessageDecodingError:
                     self._report("Its messages cannot be read, and were left out.")
                     return
                 is_changed = rows >= FIRST_PAGE and self._is_changed()
-                if is_changed and attempt == _ATTEMPTS:
-                    self._report(
-                        "It was changed all the time, and parts of it may have been read before others were changed."
-                    )
-                if not is_changed or attempt == _ATTEMPTS:
-                    kept.seek(0)
+                if is_changed and attempt == _MAX_ATTEMPTS:
+                    self._report("It changed all the time, so its messages may not be those of one moment.")
+                if not is_changed or attempt == _MAX_ATTEMPTS:
+                    file.seek(0)
                     with SeenIds() as ids:
                         for _ in range(count):
-                            yield self._sound(pickle.load(kept), ids)  # noqa: S301  (we wrote it)
+                            yield self._sound_rows(pickle.load(file), ids)  # noqa: S301  (this process wrote it)
                     return
 
     def _is_changed(self) -> bool:
@@ -199,7 +199,7 @@ class _StoredRows:
         self._updated_at = None if history is None else history.updated_at
         return self._updated_at != before
 
-    def _sound(self, page: Sequence[MessageRow], ids: SeenIds) -> Sequence[MessageRow]:
+    def _sound_rows(self, page: Sequence[MessageRow], ids: SeenIds) -> Sequence[MessageRow]:
         sound = []
         for row in page:
             if not is_sound(row):
@@ -214,59 +214,62 @@ class _StoredRows:
         self._faults[Fault(chat_history_id=self._id, position=position, description=description)] = None
 
 
-def imported(store: BaseChatMessageStore, histories: Histories, faults: Faults) -> TransferResult:
+def import_into(store: BaseChatMessageStore, histories: Histories, faults: Faults) -> TransferResult:
     """
-    Bring histories into a store, each whole or not at all. What is there already is not brought again.
+    Import histories into a store, each whole or not at all. Messages that the store has already are skipped.
 
-    :param faults: What the source cannot read. It fills while the histories are read.
-    :raises ChatHistoryExistsError: At the end, if the store has other messages under the ids of some of them.
+    :param faults: The faults of the source. They are complete when all histories have been read.
+    :raises ChatHistoryExistsError: At the end, if the store has other messages under the ids of some histories.
     """
-    chat_histories = messages = skipped = 0
-    conflicting: list[str] = []
-    for history, arrived in _all_arrived(store, histories):
-        if arrived is None:
-            conflicting.append(history.chat_history_id)
+    chat_histories = messages = skipped = conflicts = 0
+    named: list[str] = []
+    for history, done in _import_all(store, histories):
+        if done is None:
+            conflicts += 1
+            if len(named) < _MAX_NAMED:
+                named.append(history.chat_history_id)
         else:
-            chat_histories += arrived.is_changed
-            messages += arrived.messages
-            skipped += arrived.skipped
-    if conflicting:
-        which = "1 history has" if len(conflicting) == 1 else f"{len(conflicting)} histories have"
+            chat_histories += done.is_changed
+            messages += done.messages
+            skipped += done.skipped
+    if conflicts:
+        which = "1 history has" if conflicts == 1 else f"{conflicts:,} histories have"
+        more = f" and {conflicts - len(named):,} more" if conflicts > len(named) else ""
         raise ChatHistoryExistsError(
-            f"{which} other messages there already, to which nothing was added: {', '.join(map(repr, conflicting))}. "
-            f"All others have arrived. Added: {messages} messages, of chat histories: {chat_histories}. Messages that "
-            f"were there already: {skipped}."
+            f"{which} other messages in the store already. Nothing was added to {', '.join(map(repr, named))}{more}. "
+            f"All other histories were imported. Added messages: {messages}, in chat histories: {chat_histories}. "
+            f"Skipped messages: {skipped}."
         )
     return TransferResult(chat_histories=chat_histories, messages=messages, skipped=skipped, faults=tuple(faults))
 
 
-class _Arrived(NamedTuple):
+class _Imported(NamedTuple):
     messages: int
     skipped: int
     is_changed: bool
 
 
-def _all_arrived(store: BaseChatMessageStore, histories: Histories) -> Iterator[tuple[HistoryRow, _Arrived | None]]:
+def _import_all(store: BaseChatMessageStore, histories: Histories) -> Iterator[tuple[HistoryRow, _Imported | None]]:
     """
-    Bring histories into the store: short ones several at once, for each commit takes as long as many messages.
+    Import short histories several at a time, and long ones alone, because a commit takes as long as many messages.
     """
     waiting: list[tuple[HistoryRow, list[MessageRow]]] = []
-    room = _Room()
+    space = _Space()
     for history, rows in histories:
-        short = room.rows_that_fit(rows)
+        short = space.rows_that_fit(rows)
         if short is not None:
             waiting.append((history, short))
-        if short is None or room.is_full():
-            yield from _together_arrived(store, waiting)
-            waiting, room = [], _Room()
+        if short is None or space.is_full():
+            yield from _import_together(store, waiting)
+            waiting, space = [], _Space()
         if short is None:
-            yield history, _arrived(store, history, rows)
-    yield from _together_arrived(store, waiting)
+            yield history, _import_one(store, history, rows)
+    yield from _import_together(store, waiting)
 
 
-class _Room:
+class _Space:
     """
-    How much still fits into a batch.
+    The space that is left in a batch of short histories.
     """
 
     def __init__(self) -> None:
@@ -274,7 +277,7 @@ class _Room:
 
     def rows_that_fit(self, rows: Rows) -> list[MessageRow] | None:
         """
-        Take the messages of a history, or return `None` if they are more than a batch has.
+        Return the messages of a history, or `None` if they are too many for any batch.
         """
         taken: list[MessageRow] = []
         characters = 0
@@ -291,75 +294,75 @@ class _Room:
         return self._rows <= 0 or self._characters <= 0
 
 
-def _together_arrived(
+def _import_together(
     store: BaseChatMessageStore, histories: list[tuple[HistoryRow, list[MessageRow]]]
-) -> Iterator[tuple[HistoryRow, _Arrived | None]]:
+) -> Iterator[tuple[HistoryRow, _Imported | None]]:
     try:
         if len(histories) > 1:
             store.engine.run(store.engine.import_histories, store.scope, histories)
-            yield from [(history, _Arrived(len(rows), 0, True)) for history, rows in histories]
+            yield from [(history, _Imported(len(rows), 0, True)) for history, rows in histories]
             return
     except ChatHistoryChangedError:
-        pass  # one of them is there: one by one, then
+        pass  # the store has one of them: import them one by one
     for history, rows in histories:
-        yield history, _arrived(store, history, [rows])
+        yield history, _import_one(store, history, [rows])
 
 
-def _arrived(store: BaseChatMessageStore, history: HistoryRow, rows: Rows) -> _Arrived | None:
+def _import_one(store: BaseChatMessageStore, history: HistoryRow, rows: Rows) -> _Imported | None:
     """
-    Bring one history into the store, or what it has more than the stored one. `None` if the two differ before that.
+    Import one history, or the messages by which it continues the stored one. Return `None` if the two differ.
     """
     changed: ChatHistoryChangedError | None = None
-    for _ in range(_ATTEMPTS):
-        is_there = store.engine.run(store.engine.history, store.scope, history.chat_history_id) is not None
-        common = _common(walk_pages(store, history.chat_history_id), rows) if is_there else _Common(0, True)
-        if common is None:
+    for _ in range(_MAX_ATTEMPTS):
+        exists = store.engine.run(store.engine.history, store.scope, history.chat_history_id) is not None
+        overlap = _overlap(walk_pages(store, history.chat_history_id), rows) if exists else _Overlap(0, True)
+        if overlap is None:
             return None
-        if is_there and not common.has_more:
-            return _Arrived(0, common.messages, False)
+        if exists and not overlap.has_more:
+            return _Imported(0, overlap.messages, False)
         try:
-            rest = _Rest(rows, common.messages)
-            number = store.engine.run(store.engine.import_history, store.scope, history, rest, common.messages)
-            return _Arrived(number, common.messages, True)
-        except ChatHistoryChangedError as error:  # somebody else wrote to it, perhaps the same messages: look again
+            rest = _RowsFrom(rows, overlap.messages)
+            number = store.engine.run(store.engine.import_history, store.scope, history, rest, overlap.messages)
+            return _Imported(number, overlap.messages, True)
+        except ChatHistoryChangedError as error:  # another writer may have added the same messages: compare again
             changed = error
     raise ChatHistoryChangedError(
-        f"The chat history {history.chat_history_id!r} was written to all the time, and nothing was added to it. "
-        "The histories before it have arrived. Try again when nobody writes to it."
+        f"The chat history {history.chat_history_id!r} was written to all the time, so nothing was added to it. "
+        "The histories before it were imported. Try again when it does not change."
     ) from changed
 
 
-class _Common(NamedTuple):
+class _Overlap(NamedTuple):
     """
-    How far a stored and an arriving history are the same.
+    How much of an arriving history the store has.
 
-    :param messages: How many messages of the arriving one are there.
-    :param has_more: Whether it has more than that.
+    :param messages: The number of messages that both have.
+    :param has_more: Whether the arriving history continues the stored one.
     """
 
     messages: int
     has_more: bool
 
 
-def _common(stored: Iterable[Sequence[MessageRow]], arriving: Rows) -> _Common | None:
+def _overlap(stored: Iterable[Sequence[MessageRow]], arriving: Rows) -> _Overlap | None:
     """
-    Compare two histories by the ids of their messages. Neither is held in memory.
+    Compare two histories by the ids of their messages, without holding either in memory.
 
     :returns: `None` if they differ before one of them ends.
     """
-    common = 0
-    for there, new in zip_longest(chain.from_iterable(stored), chain.from_iterable(arriving)):
-        if there is None or new is None:
-            return _Common(common, new is not None)
-        if there.message_id != new.message_id:
+    messages = 0
+    for old, new in zip_longest(chain.from_iterable(stored), chain.from_iterable(arriving)):
+        if old is None or new is None:
+            return _Overlap(messages, new is not None)
+        if old.message_id != new.message_id:
             return None
-        common += 1
-    return _Common(common, False)
+        messages += 1
+    return _Overlap(messages, False)
 
 
-class _Rest:
+class _RowsFrom:
     """
-    The messages of a history from one on.
+    The messages of a history without the first ones.
     """
 
     def __init__(self, rows: Rows, start: int) -> None:

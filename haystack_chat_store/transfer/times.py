@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Times that other programs have written.
+Parses times that other programs have written.
 """
 
 import re
@@ -11,15 +11,15 @@ _TIME = re.compile(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6}))?(Z|[+-
 
 def parsed_time(text: str) -> datetime:
     """
-    Return a time such as `2026-01-31T08:30:00.5Z`. Without a zone, it is naive.
+    Parse a time such as `2026-01-31T08:30:00.5Z`. Without a time zone, the result is naive.
 
-    What `datetime.fromisoformat` takes for a time is another thing in each version of Python.
+    `datetime.fromisoformat` accepts different formats in each version of Python. This function accepts one.
 
-    :raises ValueError: If it is none.
-    :raises TypeError: If it is no text.
+    :raises ValueError: If the text is not a time.
+    :raises TypeError: If the value is not text.
     """
     found = _TIME.fullmatch(text)
     if found is None:
-        raise ValueError("It is not a time.")
+        raise ValueError("The text is not a time in ISO 8601 format.")
     day, clock, fraction, zone = found.groups("")
     return datetime.fromisoformat(f"{day}T{clock}.{fraction:0<6}{zone.replace('Z', '+00:00')}")

@@ -4,7 +4,6 @@ What the tests of this folder take: a way to run commands, and databases of ever
 """
 
 import json
-import sys
 
 import pytest
 
@@ -15,13 +14,10 @@ from haystack_chat_store.cli import main
 @pytest.fixture(autouse=True)
 def as_started_anew(monkeypatch):
     """
-    The environment of a new shell, and afterwards the interpreter's settings as they were.
+    The environment of a new shell.
     """
     for name in ("HAYSTACK_CHAT_STORE_URL", "FORCE_COLOR", "NO_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
-    digits = sys.get_int_max_str_digits()
-    yield
-    sys.set_int_max_str_digits(digits)
 
 
 @pytest.fixture

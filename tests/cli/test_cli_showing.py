@@ -7,6 +7,7 @@ from filled_stores import damage, filled
 from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store import store_from_url
+from haystack_chat_store.json_values import MAX_DIGITS
 from haystack_chat_store.testing.messages import conversation, sample_messages
 
 
@@ -56,7 +57,7 @@ def test_show_as_json(url, run_json):
 
 def test_json_holds_what_no_terminal_could(url, run_json):
     text = "\x00\x1b\x7f\x9b\u2028\u202e \ud800 \U0001f600"
-    number = 10**6000
+    number = 10**MAX_DIGITS - 1
     store_from_url(url).write_messages("chat", [ChatMessage.from_user(text, meta={"n": number})])
     (line,) = run_json("show", "chat", "--store", url)
     assert line["message"]["content"] == [{"text": text}]

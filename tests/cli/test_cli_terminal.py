@@ -22,10 +22,10 @@ from terminals import Terminal
 from haystack_chat_store import store_from_url
 from haystack_chat_store.cli import main
 from haystack_chat_store.cli.conversation import print_messages
+from haystack_chat_store.display import harmless, harmless_line
 from haystack_chat_store.doctor import ExaminedMessage
 from haystack_chat_store.testing.kit import number_of_examples
 from haystack_chat_store.testing.messages import conversation, messages
-from haystack_chat_store.transfer.readable import harmless, harmless_line
 
 # What a terminal obeys: every control character, and what a hostile message would do with them.
 CONTROLS = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0)]))

@@ -8,7 +8,7 @@ import os
 import stat
 
 import pytest
-from transferred import MOMENT, content, digest, everything, in_progress, joined, put
+from transferred import MOMENT, content, digest, everything, in_progress, joined, moved, put
 
 from haystack_chat_store import (
     DamagedFileError,
@@ -31,7 +31,7 @@ def test_a_file_is_what_the_documentation_says(store, file):
     time = "2026-01-01T00:00:00.000001+00:00"
     times = f'"created_at":"{time}","updated_at":"{time}"'
 
-    assert export_histories(store, file) == (2, 1, 0, ())
+    assert export_histories(store, file) == moved(2, 1, 0, ())
 
     lines = ['{"format":"haystack-chat-store","version":1}']
     lines.append(f'{{"chat_history":{{"id":"one","title":"Ein “Titel”","meta":{{"a":[1,2]}},{times}}}}}')
@@ -52,9 +52,10 @@ def test_a_file_that_another_program_wrote_is_imported(store, file):
     lines.append(json.dumps({"end_of_file": {"chat_histories": 1, "messages": 1, "sha256": digest(lines)}}))
     file.write_bytes(joined(lines))
 
-    assert import_histories(store, file) == (1, 1, 0, ())
+    assert import_histories(store, file) == moved(1, 1, 0, ())
     ((row, messages),) = everything(store)
-    assert row == ("a", 1, 1, MOMENT - 1, MOMENT + 499_999, "T", '{"x":1}')
+    assert (row.created_at, row.updated_at) == (MOMENT - 1, MOMENT + 499_999)
+    assert (row.message_count, row.round_count, row.title, row.meta) == (1, 1, "T", '{"x":1}')
     assert messages == [(MOMENT - 1, "m0", "user", content("m0", "Hi"))]
 
 
@@ -237,10 +238,10 @@ def test_a_file_with_lines_missing_doubled_or_in_another_order_is_refused(export
         (lambda data: b'{"role":"user"}\n', "is not an export of haystack-chat-store"),
         (lambda data: data.replace(b'"version":1', b'"version":2'), "has version 2 of the format.*Upgrade"),
         (lambda data: data[:-1], "line 9.*cut off"),
-        (lambda data: data + b"\n", "more after its end"),
-        (lambda data: data.replace(b"one", b"eno"), "line 5, counts or checksum do not agree"),
+        (lambda data: data + b"\n", "more text after the end of the file"),
+        (lambda data: data.replace(b"one", b"eno"), "line 5, the counts or the checksum do not agree"),
         (lambda data: data.replace(b"\n", b"\r\n"), "is damaged|was damaged"),
-        (lambda data: data.replace(b"zero", b"z\xffro"), "line 3, it is not UTF-8"),
+        (lambda data: data.replace(b"zero", b"z\xffro"), "line 3, the text is not UTF-8"),
         (lambda data: data.replace(b'"id":"b"', b'"id":""'), "line 6, there should be a chat history"),
     ],
 )
@@ -314,7 +315,7 @@ def test_a_history_that_is_there_twice_is_refused(store, target, file):
     lines += lines[1:3]
     lines.append(json.dumps({"end_of_chat_history": {"messages": 1, "sha256": digest(lines)}}))
     lines.append(json.dumps({"end_of_file": {"chat_histories": 2, "messages": 2, "sha256": digest(lines)}}))
-    assert_refused(target, file, joined(lines), "line 5, there is a chat history that the file has already")
+    assert_refused(target, file, joined(lines), "line 5, there is a second chat history with the same id")
 
 
 @pytest.mark.parametrize("first", [0, 9_999, 15_000])
@@ -322,9 +323,9 @@ def test_an_id_that_comes_again_after_thousands_of_others_is_found(target, file,
     header = ['{"format":"haystack-chat-store","version":1}', history_line(id="a")]
     ids = [*range(20_100), first]
     lines = [f'{{"created_at":"{TIME}","message":{content(f"m{each}", "x")}}}' for each in ids]
-    assert_refused(target, file, with_right_checksums(header + lines), "an id that the history has already")
+    assert_refused(target, file, with_right_checksums(header + lines), "a second message with the same id")
     file.write_bytes(with_right_checksums(header + lines[:-1]))
-    assert import_histories(target, file) == (1, 20_100, 0, ())
+    assert import_histories(target, file) == moved(1, 20_100, 0, ())
 
 
 @pytest.mark.parametrize(
@@ -365,6 +366,6 @@ def test_a_file_that_changes_while_it_is_imported_adds_no_part_of_a_history(stor
             stream.seek(place)
             stream.write(b"y")
 
-    with pytest.raises(DamagedFileError, match=r"counts or checksum.*changed while it was imported"):
+    with pytest.raises(DamagedFileError, match=r"the counts or the checksum.*changed while it was imported"):
         import_histories(target, file, progress=in_progress(change))
     assert [row.chat_history_id for row, _ in everything(target)] == ["a"]

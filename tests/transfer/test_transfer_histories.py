@@ -14,7 +14,7 @@ import pytest
 from haystack.dataclasses import ChatMessage, FileContent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transferred import everything, put
+from transferred import everything, moved, put
 
 from haystack_chat_store import (
     ChatHistoryChangedError,
@@ -101,7 +101,7 @@ def test_a_move_through_every_engine_ends_as_it_began(store, target, sqlite, pos
             for url in (postgres.create_database(), redis_server.url, redis_cluster.url)
         ]
         for here, there in pairwise([store, sqlite, *on_servers, target]):
-            assert copy_histories(here, there) == (2, 2_500 + len(sample_messages()), 0, ())
+            assert copy_histories(here, there) == moved(2, 2_500 + len(sample_messages()), 0, ())
 
     assert everything(target) == everything(store)
 
@@ -112,7 +112,7 @@ def test_namespaces_of_one_database_copy_to_each_other(tmp_path):
 
     assert copy_histories(here, there).messages == 1_500
     assert everything(there) == everything(here)
-    assert copy_histories(here, here) == (0, 0, 1_500, ())
+    assert copy_histories(here, here) == moved(0, 0, 1_500, ())
 
 
 # ---------------------------------------------------------------------- which histories
@@ -128,7 +128,7 @@ def test_histories_are_chosen_by_id_or_prefix(several, memory):
         ({"prefix": "A"}, []),
     ):
         target = memory()
-        assert copy_histories(several, target, **chosen) == (len(expected), 2 * len(expected), 0, ())
+        assert copy_histories(several, target, **chosen) == moved(len(expected), 2 * len(expected), 0, ())
         assert [row.chat_history_id for row, _ in everything(target)] == expected
 
 
@@ -188,7 +188,7 @@ def test_importing_again_adds_nothing(several, target, file):
     import_histories(target, file)
     before = everything(target)
 
-    assert import_histories(target, file) == (0, 0, 6, ())
+    assert import_histories(target, file) == moved(0, 0, 6, ())
     assert everything(target) == before
 
 
@@ -198,7 +198,7 @@ def test_a_history_that_was_continued_in_the_file_gets_what_is_new(store, target
     store.write_messages("a", [user(str(number)) for number in range(1_200)])
     export_histories(store, file)
 
-    assert import_histories(target, file) == (1, 1_200, 1_500, ())
+    assert import_histories(target, file) == moved(1, 1_200, 1_500, ())
     assert everything(target) == everything(store)
 
 
@@ -208,7 +208,7 @@ def test_a_history_that_was_continued_in_the_store_stays(store, target, file):
     copy_histories(store, target)
     target.write_messages("a", conversation("ua"))
 
-    assert import_histories(target, file) == (0, 0, 2, ())
+    assert import_histories(target, file) == moved(0, 0, 2, ())
     assert target.count_messages("a") == 4
 
 
@@ -217,14 +217,15 @@ def test_title_and_meta_of_a_history_that_is_there_stay(store, target):
     put(target, "a", "zero", title="mine")
 
     assert copy_histories(store, target).messages == 1
-    assert target.get_chat_history("a")[-2:] == ("mine", {})
+    assert target.get_chat_history("a").title == "mine"
+    assert target.get_chat_history("a").meta == {}
 
 
 def test_a_history_without_messages_is_filled(store, target):
     put(store, "a", "zero", title="theirs")
     put(target, "a", title="mine")
 
-    assert copy_histories(store, target) == (1, 1, 0, ())
+    assert copy_histories(store, target) == moved(1, 1, 0, ())
     assert target.get_chat_history("a").title == "mine"
 
 
@@ -234,13 +235,31 @@ def test_histories_that_differ_are_named_and_left_alone_while_all_others_come(se
     before = [target.retrieve_messages(name) for name in ("a/1", "b/1")]
     export_histories(several, file)
 
-    with pytest.raises(ChatHistoryExistsError, match=r"^2 histories have other .*: 'a/1', 'b/1'\. .*Added: 2 messages"):
+    with pytest.raises(
+        ChatHistoryExistsError, match=r"^2 histories have other .* to 'a/1', 'b/1'\. .* Added messages: 2,"
+    ):
         import_histories(target, file)
 
     assert [target.retrieve_messages(name) for name in ("a/1", "b/1")] == before
     assert target.retrieve_messages("a/2") == several.retrieve_messages("a/2")
-    with pytest.raises(ChatHistoryExistsError, match=r"^1 history has other messages there already.*: 'b/1'\."):
+    with pytest.raises(
+        ChatHistoryExistsError, match=r"^1 history has other messages in the store already\..* to 'b/1'\."
+    ):
         copy_histories(several, target, prefix="b/")
+
+
+@pytest.mark.parametrize(
+    ("count", "ending"), [(10, "'chat 09'. "), (11, "'chat 09' and 1 more. "), (1_234, " and 1,224 more. ")]
+)
+def test_an_error_names_ten_of_the_histories_that_differ(store, target, count, ending):
+    for number in range(count):
+        store.write_messages(f"chat {number:02}", [user()])
+        target.write_messages(f"chat {number:02}", [user("mine")])
+    with pytest.raises(ChatHistoryExistsError) as raised:
+        copy_histories(store, target)
+    assert ending in str(raised.value)
+    assert str(raised.value).count("'chat ") == 10
+    assert len(str(raised.value)) < 500
 
 
 def test_a_long_history_that_differs_hides_none_that_comes_after_it(store, target, file):
@@ -308,7 +327,7 @@ def test_what_is_written_to_a_history_just_before_it_is_imported_is_not_mixed_wi
 
     target.delete_all_messages()
     target.meanwhile = lambda: target.write_messages("a", [with_id("m0")])
-    assert import_histories(target, file) == (1, 2, 1, ())
+    assert import_histories(target, file) == moved(1, 2, 1, ())
     target.delete_all_messages()
 
     def write_each_time(number=0):
@@ -316,8 +335,8 @@ def test_what_is_written_to_a_history_just_before_it_is_imported_is_not_mixed_wi
         target.meanwhile = lambda: write_each_time(number + 1)
 
     target.meanwhile = write_each_time
-    assert import_histories(target, file) == (0, 0, 3, ())
+    assert import_histories(target, file) == moved(0, 0, 3, ())
 
     target.delete_all_messages()
     target.meanwhile = lambda: import_histories(target, file)
-    assert import_histories(target, file) == (0, 0, 3, ())
+    assert import_histories(target, file) == moved(0, 0, 3, ())

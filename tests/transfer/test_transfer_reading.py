@@ -24,14 +24,15 @@ from haystack.dataclasses import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from transferred import moved
 
 from haystack_chat_store import Fault, InMemoryChatMessageStore
+from haystack_chat_store.display import harmless, shown_parts, shown_time
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.kit import number_of_examples
 from haystack_chat_store.testing.messages import conversation, sample_messages, texts, user
 from haystack_chat_store.testing.messages import messages as any_messages
 from haystack_chat_store.transfer import export_to
-from haystack_chat_store.transfer.readable import harmless, shown_parts, shown_time
 
 ATTACKS = [
     "# heading",
@@ -406,7 +407,7 @@ def examples(store):
 def test_an_example_is_what_haystack_would_send(store):
     store.write_messages("a", conversation("s ua ucta udtta"))
     transferred, (example,) = examples(store)
-    assert transferred == (1, 12, 0, ())
+    assert transferred == moved(1, 12, 0, ())
     roles = "system user assistant user assistant tool assistant user assistant tool tool assistant"
     assert " ".join(message["role"] for message in example) == roles
     assert example == [message.to_openai_dict_format() for message in store.retrieve_messages("a")]
@@ -419,21 +420,21 @@ def test_an_example_ends_with_what_the_assistant_said(store):
     assert [message["role"] for message in first] == ["user", "assistant"]
     assert [message["role"] for message in second] == ["user", "assistant", "user", "assistant"]
     assert second[-1]["tool_calls"][0]["function"]["name"] == "search"
-    assert transferred == (2, 6, 2, ())
+    assert transferred == moved(2, 6, 2, ())
 
 
 def test_what_a_model_provider_rejects_is_left_out(store):
     store.write_messages("a", conversation("a uca ut a e"))
     transferred, (example,) = examples(store)
     assert [message["role"] for message in example] == ["user", "assistant", "user", "assistant"]
-    assert transferred == (1, 4, 4, ())
+    assert transferred == moved(1, 4, 4, ())
 
 
 def test_histories_in_which_nobody_answered_are_left_out(store):
     store.write_messages("a", conversation("u"))
     store.write_messages("b", conversation("us"))
     store.write_messages("c", conversation("ua"))
-    assert examples(store)[0] == (1, 2, 3, ())
+    assert examples(store)[0] == moved(1, 2, 3, ())
 
 
 def test_answers_of_interleaved_questions_come_together(store):
@@ -465,7 +466,7 @@ def test_what_the_format_has_no_form_for_is_reported(store):
         description="It was left out: OpenAI's format has no form for one of its tool calls or results.",
         is_repaired=False,
     )
-    assert examples(store)[0] == (1, 2, 4, (fault,))
+    assert examples(store)[0] == moved(1, 2, 4, (fault,))
 
 
 @settings(max_examples=number_of_examples(20), deadline=None, suppress_health_check=list(HealthCheck))

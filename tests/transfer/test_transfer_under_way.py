@@ -10,7 +10,7 @@ import uuid
 
 import pytest
 from haystack.document_stores.types import DuplicatePolicy
-from transferred import everything
+from transferred import everything, moved
 
 from haystack_chat_store import (
     InMemoryChatMessageStore,
@@ -60,7 +60,7 @@ def test_an_import_that_is_interrupted_leaves_whole_histories(store, sqlite, fil
     with pytest.raises(KeyboardInterrupt):
         import_histories(sqlite, file, progress=step)
     assert [(row.chat_history_id, row.message_count) for row, _ in everything(sqlite)] == [("a", 2)]
-    assert import_histories(sqlite, file) == (1, 2_500, 2, ())
+    assert import_histories(sqlite, file) == moved(1, 2_500, 2, ())
     assert everything(sqlite) == everything(store)
 
 
@@ -69,7 +69,7 @@ def test_the_asynchronous_calls_do_the_same(several, target, sqlite, file):
         exported = await export_histories_async(several, file, prefix="a")
         return exported, await import_histories_async(target, file), await copy_histories_async(target, sqlite)
 
-    assert asyncio.run(move()) == ((2, 4, 0, ()),) * 3
+    assert asyncio.run(move()) == (moved(2, 4, 0, ()),) * 3
     assert everything(sqlite) == everything(target)
 
 
@@ -157,10 +157,10 @@ def test_messages_larger_than_a_page_may_be_are_read_one_by_one_and_none_is_miss
     source.write_messages("a", [user(f"{number} {'x' * 1_000}") for number in range(105)])
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(contents, "PAGE_CHARACTERS", 900)
-        assert export_histories(source, file) == (1, 105, 0, ())
+        assert export_histories(source, file) == moved(1, 105, 0, ())
         assert len(list(source.iterate_messages("a"))) == 105
         assert list(check(source)) == []
-    assert import_histories(target, file) == (1, 105, 0, ())
+    assert import_histories(target, file) == moved(1, 105, 0, ())
 
 
 class ChangesWhileItIsRead(InMemoryChatMessageStore):

@@ -6,6 +6,7 @@ What the tests of this folder look at: histories whose every part is known, and 
 import hashlib
 
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
+from haystack_chat_store.transfer import TransferResult
 
 MOMENT = 1_767_225_600_000_001  # 2026-01-01, and a microsecond
 
@@ -16,9 +17,23 @@ def everything(store):
     """
     rows = store.engine.run(store.engine.histories_by_id, store.scope, "", "", 10_000)
     return [
-        (row, [m[1:] for m in store.engine.run(store.engine.page, store.scope, row.chat_history_id, None, -1, 100_000)])
+        (
+            row,
+            [
+                (message.created_at, message.message_id, message.role, message.content)
+                for message in store.engine.run(store.engine.page, store.scope, row.chat_history_id, None, -1, 100_000)
+            ],
+        )
         for row in rows
     ]
+
+
+def moved(chat_histories, messages, skipped, faults):
+    return TransferResult(chat_histories=chat_histories, messages=messages, skipped=skipped, faults=faults)
+
+
+def counts(result):
+    return result.chat_histories, result.messages, result.skipped
 
 
 def put(store, chat_history_id, *texts, title=None, meta=None):

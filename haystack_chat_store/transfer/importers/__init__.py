@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Chat histories out of the databases of other libraries.
+Import chat histories from the databases of other libraries.
 
-Each library has a module that says where its messages are and what becomes of them. The ids of messages are made of the
-library's name and the key of their row, so that importing again adds nothing.
+A module for each library states where its messages are and how they are converted. A message's id consists of the
+library's name and the key of its row, so a repeated import adds nothing.
 """
 
 import os
@@ -14,12 +14,13 @@ from haystack_chat_store.transfer.importers.database import ForeignDatabase
 _LAYOUTS = {layout.library: layout for layout in (openai_agents.LAYOUT, langchain.LAYOUT, llama_index.LAYOUT)}
 
 
-def opened(library: str, file: "str | os.PathLike[str]") -> ForeignDatabase:
+def open_database(library: str, file: "str | os.PathLike[str]") -> ForeignDatabase:
     """
-    Open a library's database, for reading only.
+    Open a library's database for reading only.
 
-    :param library: Its name as a format.
-    :raises DamagedFileError: If it is not one.
-    :raises OSError: If it cannot be read.
+    :param library: The library's name, such as `"langchain"`.
+    :param file: The path of the database.
+    :raises DamagedFileError: If the file is not a database of this library.
+    :raises OSError: If the file cannot be read.
     """
     return ForeignDatabase(file, _LAYOUTS[library])

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the databases of other libraries have in common: a table with a row for each message, and a column for its session.
+Reads SQLite databases of other libraries: a table has a row for each message, and a column for its session.
 """
 
 import os
@@ -19,12 +19,12 @@ from haystack_chat_store.codec import encode_message
 from haystack_chat_store.errors import DamagedFileError, MessageEncodingError
 from haystack_chat_store.json_values import MAX_DEPTH, encode_meta, parse_json
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
-from haystack_chat_store.transfer.histories import Faults, Histories, arrived_row, batched, unnamed
+from haystack_chat_store.transfer.histories import Faults, Histories, batched, invalid_id_fault, row_from_json
 from haystack_chat_store.transfer.seen_ids import SeenIds
 from haystack_chat_store.transfer.times import parsed_time
 from haystack_chat_store.types import Fault
 
-#: Is told what of a session cannot be a message here.
+#: Called with a description of each row or part that cannot become a message.
 Report: TypeAlias = Callable[[str], None]
 
 
@@ -32,9 +32,9 @@ class ForeignRow(NamedTuple):
     """
     A row of a library's table.
 
-    :param key: Its primary key.
-    :param created_at: When it was written, in microseconds since 1970.
-    :param data: What the library keeps in it as JSON.
+    :param key: The primary key.
+    :param created_at: The time it was written, in microseconds since 1970.
+    :param data: The JSON object that the library keeps in it.
     """
 
     key: int
@@ -44,7 +44,7 @@ class ForeignRow(NamedTuple):
 
 class ForeignMessage(NamedTuple):
     """
-    A message made of one row or several, of which `row` is the last.
+    A message made of one or several rows. `row` is the last of them.
     """
 
     row: ForeignRow
@@ -53,14 +53,14 @@ class ForeignMessage(NamedTuple):
 
 class Layout(NamedTuple):
     """
-    Where a library keeps its messages, and what becomes of them.
+    Where a library keeps its messages, and how they are converted.
 
-    :param library: Its name, which message ids begin with.
-    :param table: The table, by the name that the library gives it unless told another.
+    :param library: The library's name. Message ids begin with it.
+    :param table: The library's default name for the table.
     :param session: The column with the id of the session.
     :param data: The column with the message as JSON.
     :param time: The column with the time, or `None`.
-    :param messages: Turns the rows of a session into messages.
+    :param messages: Converts the rows of a session to messages.
     """
 
     library: str
@@ -73,18 +73,18 @@ class Layout(NamedTuple):
 
 class ForeignDatabase:
     """
-    A library's database, as of one moment.
+    A library's database, read in one transaction.
     """
 
     def __init__(self, file: "str | os.PathLike[str]", layout: Layout) -> None:
         """
-        Open it for reading only.
+        Open the database for reading only.
 
-        :raises DamagedFileError: If it does not have the library's table.
-        :raises OSError: If it cannot be read.
+        :raises DamagedFileError: If the file does not have the library's table.
+        :raises OSError: If the file cannot be read.
         """
         path = Path(file).resolve()
-        with path.open("rb"):  # says better than SQLite why that is not possible
+        with path.open("rb"):  # its error is clearer than SQLite's
             pass
         self._name, self._layout = os.fspath(file), layout
         self._opened_at = time.time_ns() // 1000
@@ -105,7 +105,7 @@ class ForeignDatabase:
 
     def message_count(self) -> int:
         """
-        Return how many rows there are, of which messages are made.
+        Return the number of rows in the table.
         """
         ((count,),) = self._query(f"SELECT count(*) FROM {self._table}")  # noqa: S608  (quoted)
         return int(count)
@@ -114,7 +114,7 @@ class ForeignDatabase:
         """
         Yield each session as a history.
 
-        :param faults: Gets what cannot be one, or cannot be a message.
+        :param faults: Receives the faults of sessions and rows that are left out.
         """
         session, moment = self._layout.session, self._layout.time or "NULL"
         for chat_history_id, first, last in self._query(
@@ -124,7 +124,7 @@ class ForeignDatabase:
             try:
                 validation.validated_id(chat_history_id, "the id of a session")
             except ValueError as error:
-                faults[unnamed(chat_history_id, error)] = None
+                faults[invalid_id_fault(chat_history_id, error)] = None
                 continue
             times = self._microseconds(first), self._microseconds(last)
             yield (
@@ -134,19 +134,19 @@ class ForeignDatabase:
 
     def rows(self, chat_history_id: str, faults: Faults) -> Iterator[MessageRow]:
         """
-        Yield the messages of a session.
+        Yield the messages of a session as rows.
         """
 
-        def report(what: str) -> None:
-            faults[Fault(chat_history_id=chat_history_id, description=what)] = None
+        def report(description: str) -> None:
+            faults[Fault(chat_history_id=chat_history_id, description=description)] = None
 
         library = self._layout.library
         with SeenIds() as ids:
             for row, message in self._layout.messages(self._parsed(chat_history_id, report), report):
                 message_id = f"{library}:{row.key}"
                 try:
-                    arrived = arrived_row(row.created_at, encode_message(message, message_id, f"row {row.key}"))
-                except ValueError as error:  # which a MessageEncodingError is
+                    arrived = row_from_json(row.created_at, encode_message(message, message_id, f"row {row.key}"))
+                except ValueError as error:  # also a MessageEncodingError
                     report(f"{error} The message was left out.")
                     continue
                 if ids.add(message_id):
@@ -163,7 +163,7 @@ class ForeignDatabase:
             try:
                 parsed = parse_json(text)
                 if str(text).count("[") + str(text).count("{") > MAX_DEPTH:
-                    encode_meta(parsed)  # refuses what is so deep that one step further it could not be worked with
+                    encode_meta(parsed)  # refuses data that is nested too deeply
             except MessageEncodingError as error:
                 report(f"Row {key} was left out: {error}")
                 continue
@@ -176,7 +176,7 @@ class ForeignDatabase:
 
     def _microseconds(self, text: Any) -> int:
         """
-        Return a time as SQLite writes it, in UTC unless it says otherwise; without one, the time of the import.
+        Parse a time as SQLite writes it, in UTC by default. Without a valid time, return the time of the import.
         """
         try:
             time = parsed_time(text)
@@ -186,7 +186,9 @@ class ForeignDatabase:
 
     def _table_name(self) -> str:
         """
-        Return the library's table, quoted: that with its usual name, or the only one that looks like it.
+        Return the quoted name of the library's table.
+
+        It is the table with the default name, or else the only table with the same columns.
         """
         wanted = {"id", self._layout.session, self._layout.data, *filter(None, [self._layout.time])}
         tables = [name for (name,) in self._query("SELECT name FROM sqlite_master WHERE type = 'table'")]
@@ -207,7 +209,7 @@ class ForeignDatabase:
 
     def _query(self, sql: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """
-        Run a query, here, and return an iterator over its rows.
+        Run a query at once, and return an iterator over its rows.
         """
         return self._fetched(self._run(lambda: self._connection.execute(sql, values)))
 
@@ -218,7 +220,7 @@ class ForeignDatabase:
     def _run(self, work: Callable[[], Any]) -> Any:
         try:
             return work()
-        except sqlite3.Error as error:  # not to be taken for one of the store's
+        except sqlite3.Error as error:  # distinguishes it from an error of the store
             raise DamagedFileError(f"{self._name} cannot be read as an SQLite database: {error}.") from error
 
 

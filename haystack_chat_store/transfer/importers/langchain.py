@@ -21,7 +21,7 @@ _ROLES = {
     "tool": ChatRole.TOOL,
     "function": ChatRole.TOOL,
 }
-# What has a place of its own in a message here, or says nothing beside that. All else goes into its meta.
+# These fields are converted, or carry nothing more. All other fields go into the message's meta.
 _USED = ("content", "type", "role", "name", "tool_calls", "tool_call_chunks", "tool_call_id", "status", "example")
 
 
@@ -36,7 +36,7 @@ def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMes
         role_name = parts.text_in(data, "role") if kind == "chat" else kind
         role = _ROLES.get(role_name)
         if role is None:
-            report(f"Row {row.key} was left out: there is no role for {parts.in_words(role_name)}.")
+            report(f"Row {row.key} was left out: there is no role for {parts.shown_kind(role_name)}.")
             continue
         own_calls = _calls(data) if role is ChatRole.ASSISTANT else []
         content = [
@@ -50,7 +50,7 @@ def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMes
             result = parts.one_text_or_parts(content)
             content, name = [ToolCallResult(result, origin, error=data.get("status") == "error")], None
         if content or not data.get("content"):
-            yield ForeignMessage(row, ChatMessage(role, content, name, parts.rest_of(data, _USED)))
+            yield ForeignMessage(row, ChatMessage(role, content, name, parts.unused_fields(data, _USED)))
 
 
 def _calls(data: dict[str, Any]) -> list[ToolCall]:
@@ -59,7 +59,9 @@ def _calls(data: dict[str, Any]) -> list[ToolCall]:
         for call in parts.objects_in(data, "tool_calls")
         if "name" in call
     ]
-    return calls or parts.calls_from_functions(parts.object_in(data, "additional_kwargs"))  # of early versions
+    return calls or parts.calls_from_functions(
+        parts.object_in(data, "additional_kwargs")
+    )  # early versions have them here
 
 
 def _parts(key: int, content: Any, call_ids: set[str], report: Report) -> list[Any]:
@@ -72,7 +74,7 @@ def _parts(key: int, content: Any, call_ids: set[str], report: Report) -> list[A
         elif isinstance(part, dict) and (found := _part(part)) is not None:
             made.append(found)
         elif not isinstance(part, dict) or parts.text_in(part, "id") not in call_ids:
-            kind = parts.in_words(part.get("type") if isinstance(part, dict) else part)
+            kind = parts.shown_kind(part.get("type") if isinstance(part, dict) else part)
             report(f"Row {key} has a part of the type {kind} without content of its own. It was left out.")
     return made
 

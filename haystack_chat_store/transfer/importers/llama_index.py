@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Chats of LlamaIndex (`SQLiteChatStore` of llama-index-storage-chat-store-sqlite): its chat messages, block by block.
+Chats of LlamaIndex (`SQLiteChatStore` of llama-index-storage-chat-store-sqlite): each message is a list of blocks.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -37,7 +37,7 @@ def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMes
     for row in rows:
         role = _ROLES.get(parts.text_in(row.data, "role"))
         if role is None:
-            report(f"Row {row.key} was left out: there is no role for {parts.in_words(row.data.get('role'))}.")
+            report(f"Row {row.key} was left out: there is no role for {parts.shown_kind(row.data.get('role'))}.")
             continue
         extra = parts.object_in(row.data, "additional_kwargs")
         blocks = parts.objects_in(row.data, "blocks") or _blocks_of_early_versions(row.data)
@@ -46,7 +46,7 @@ def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMes
             read = _PARTS.get(parts.text_in(block, "block_type"))
             found = None if read is None else read(block)
             if found is None:
-                kind = parts.in_words(block.get("block_type"))
+                kind = parts.shown_kind(block.get("block_type"))
                 report(f"Row {row.key} has a block of the type {kind} without content of its own. It was left out.")
             else:
                 content.append(found)
@@ -55,11 +55,11 @@ def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMes
             used += ["tool_call_id", "name"]
             origin = parts.answered_call(calls, extra.get("tool_call_id"), extra.get("name"))
             content = [ToolCallResult(parts.one_text_or_parts(content), origin, error=False)]
-        elif not any(isinstance(part, ToolCall) for part in content):  # where early versions left them
+        elif not any(isinstance(part, ToolCall) for part in content):  # early versions have the calls here
             content += parts.calls_from_functions(extra)
         calls.update((part.id, part) for part in content if isinstance(part, ToolCall) and part.id)
         if content or not blocks:
-            yield ForeignMessage(row, ChatMessage(role, content, None, parts.rest_of(extra, used)))
+            yield ForeignMessage(row, ChatMessage(role, content, None, parts.unused_fields(extra, used)))
 
 
 def _blocks_of_early_versions(data: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Sessions of the OpenAI Agents SDK (`SQLiteSession`): items of OpenAI's Responses API, one a row.
+Sessions of the OpenAI Agents SDK (`SQLiteSession`): each row is an item of OpenAI's Responses API.
 
-What a model says in one response (reasoning, text, tool calls) is one message here, in the form that Haystack's
-`OpenAIResponsesChatGenerator` gives it.
+The items of one response (reasoning, text, tool calls) become one message, in the form of Haystack's
+`OpenAIResponsesChatGenerator`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -37,28 +37,28 @@ def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMes
         elif kind == "message" and role is ChatRole.ASSISTANT:
             added = _content(row, report)
         elif kind == "message" and role is not None:
-            yield from response.ended()
+            yield from response.finish()
             content = _content(row, report)
             if content:
-                meta = parts.rest_of(row.data, ("type", "role", "content"))
+                meta = parts.unused_fields(row.data, ("type", "role", "content"))
                 yield ForeignMessage(row, ChatMessage(role, content, None, meta))
             continue
         elif kind == "function_call_output":
-            yield from response.ended()
+            yield from response.finish()
             yield ForeignMessage(row, ChatMessage(ChatRole.TOOL, [_result(row, calls, report)]))
             continue
         else:
-            report(f"Row {row.key} was left out: there is no message for an item of the type {parts.in_words(kind)}.")
+            report(f"Row {row.key} was left out: there is no message for an item of the type {parts.shown_kind(kind)}.")
             continue
-        if kind != "function_call" and response.is_said:
-            yield from response.ended()
+        if kind != "function_call" and response.is_complete:
+            yield from response.finish()
         response.add(row, added)
-    yield from response.ended()
+    yield from response.finish()
 
 
 class _Response:
     """
-    What a model has said in one go.
+    The items of one response of the model.
     """
 
     def __init__(self) -> None:
@@ -66,9 +66,9 @@ class _Response:
         self._content: list[Any] = []
 
     @property
-    def is_said(self) -> bool:
+    def is_complete(self) -> bool:
         """
-        Whether it has a text, and no calls: then what comes next is another response.
+        Whether it has text and no tool calls. The next item then belongs to another response.
         """
         kinds = {type(part) for part in self._content}
         return TextContent in kinds and ToolCall not in kinds
@@ -77,15 +77,15 @@ class _Response:
         self._rows.append(row)
         self._content += content
 
-    def ended(self) -> Iterator[ForeignMessage]:
+    def finish(self) -> Iterator[ForeignMessage]:
         """
-        Yield it, if there is one, and begin the next.
+        Yield the response as a message, unless it is empty, and begin the next response.
         """
         if self._content:
             meta: dict[str, Any] = {}
             for row in self._rows:
                 if row.data.get("role") == "assistant":
-                    meta.update(parts.rest_of(row.data, ("type", "role", "content")))
+                    meta.update(parts.unused_fields(row.data, ("type", "role", "content")))
                     if any(part.get("type") == "refusal" for part in parts.objects_in(row.data, "content")):
                         meta["refusal"] = True
             yield ForeignMessage(self._rows[-1], ChatMessage(ChatRole.ASSISTANT, self._content, None, meta))
@@ -143,7 +143,7 @@ def _parts(content: list[Any], key: int, report: Report) -> list[Any]:
             audio = parts.object_in(part, "input_audio")
             found = parts.file_from_base64(audio.get("data"), f"audio/{parts.text_in(audio, 'format') or 'mpeg'}")
         if found is None:
-            name = parts.in_words(kind)
+            name = parts.shown_kind(kind)
             report(f"Row {key} has a part of the type {name} without content of its own. It was left out.")
         else:
             made.append(found)

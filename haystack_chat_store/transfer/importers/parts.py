@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Parts of messages, made of what model providers and libraries have for them.
+Converts parts of messages from the formats of model providers and libraries.
 """
 
 import json
@@ -17,7 +17,7 @@ _DATA_URL = re.compile(r"data:([^;,]*)[^,]*;base64,(.*)", re.DOTALL)
 
 def image_from_url(url: Any, detail: Any = None) -> ImageContent | None:
     """
-    Return the image in a `data:` URL. Of any other URL there is no image here.
+    Return the image in a `data:` URL, or `None` for any other URL.
     """
     match = _DATA_URL.fullmatch(url) if isinstance(url, str) else None
     return None if match is None else image_from_base64(match[2], match[1] or None, detail)
@@ -25,7 +25,7 @@ def image_from_url(url: Any, detail: Any = None) -> ImageContent | None:
 
 def image_from_base64(data: Any, mime_type: Any, detail: Any = None) -> ImageContent | None:
     """
-    Return an image of base64 text.
+    Return an image made from base64 text.
     """
     if not isinstance(data, str) or not data:
         return None
@@ -34,7 +34,7 @@ def image_from_base64(data: Any, mime_type: Any, detail: Any = None) -> ImageCon
 
 def file_from_base64(data: Any, mime_type: Any, filename: Any = None) -> FileContent | None:
     """
-    Return a file of base64 text, or of a `data:` URL, whose type then counts.
+    Return a file made from base64 text or a `data:` URL. The type in a URL takes precedence.
     """
     if not isinstance(data, str) or not data:
         return None
@@ -46,28 +46,28 @@ def file_from_base64(data: Any, mime_type: Any, filename: Any = None) -> FileCon
 
 def text_or_none(value: Any) -> str | None:
     """
-    Return what is a text. Anything may stand where a library writes one.
+    Return the value if it is text, else `None`.
     """
     return value if isinstance(value, str) else None
 
 
 def text_in(data: Mapping[str, Any], name: str) -> str:
     """
-    Return the text under a name, an empty one if there is none.
+    Return the text under a name, or an empty text.
     """
     return text_or_none(data.get(name)) or ""
 
 
-def in_words(value: Any) -> str:
+def shown_kind(value: Any) -> str:
     """
-    Return what a report calls a type or a role that is not known.
+    Return an unknown type or role in the form that a report shows.
     """
     return repr(value[:100] if isinstance(value, str) else type(value).__name__)
 
 
 def object_in(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
-    Return the object under a name, an empty one if there is none.
+    Return the object under a name, or an empty one.
     """
     found = data.get(name)
     return found if isinstance(found, dict) else {}
@@ -83,14 +83,16 @@ def objects_in(data: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 
 def texts_of(items: Iterable[dict[str, Any]]) -> str:
     """
-    Return the texts of objects that have one, each on lines of its own.
+    Return the texts of the objects, joined by line feeds.
     """
     return "\n".join(item["text"] for item in items if isinstance(item.get("text"), str))
 
 
 def arguments_of(value: Any) -> dict[str, Any]:
     """
-    Return the arguments of a tool call, which may be JSON text. What is not an object is one argument without a name.
+    Return the arguments of a tool call, which may be JSON text.
+
+    A value that is not an object becomes one argument with an empty name.
     """
     if isinstance(value, str):
         try:
@@ -102,7 +104,7 @@ def arguments_of(value: Any) -> dict[str, Any]:
 
 def calls_from_functions(data: Mapping[str, Any]) -> list[ToolCall]:
     """
-    Return the `tool_calls` that are in the form of OpenAI's chat completions.
+    Return the `tool_calls` of an object, from the format of OpenAI's chat completions.
     """
     calls = ((text_or_none(call.get("id")), object_in(call, "function")) for call in objects_in(data, "tool_calls"))
     return [
@@ -114,33 +116,33 @@ def calls_from_functions(data: Mapping[str, Any]) -> list[ToolCall]:
 
 def answered_call(calls: Mapping[str, ToolCall], call_id: Any, name: Any) -> ToolCall:
     """
-    Return the call that a result belongs to: one of those met before, or what is known of it.
+    Return the call that a result answers: an earlier call, or a new one made from its id and name.
     """
     known_id = text_or_none(call_id)
     known = calls.get(known_id) if known_id else None
     return known or ToolCall(text_or_none(name) or "", {}, known_id)
 
 
-def rest_of(data: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
+def unused_fields(data: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
     """
-    Return what else is in an object, without what is empty: it goes into the meta.
+    Return the fields of an object that are neither used nor empty. They go into the message's meta.
     """
     return {key: value for key, value in data.items() if key not in used and value not in (None, "", [], {})}
 
 
 def as_text(value: Any) -> str:
     """
-    Return a result as text, as JSON if it is something else.
+    Return the result of a tool as text: a text as it is, any other value as JSON.
     """
     try:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except ValueError:  # an integer of thousands of digits
+    except ValueError:  # Python may be set to convert fewer digits than a stored integer has
         return encode_meta(value)
 
 
 def one_text_or_parts(parts: list[Any]) -> Any:
     """
-    Return the result of a tool: its text if it consists of one or is empty, else its parts.
+    Return the result of a tool: a single text or an empty result as text, anything else as a list of parts.
     """
     if not parts:
         return ""

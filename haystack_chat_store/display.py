@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What somebody reads of a history: which parts a message has, in words and in text that can do no harm.
+Text for people to read: the parts of messages, times and sizes, with all control characters escaped.
 """
 
 import json
@@ -22,8 +22,8 @@ from haystack_chat_store.json_values import encode_meta
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.stores.times import readable_time
 
-# Controls, what changes the direction of writing or is invisible, surrogates. Scripts and emoji need U+200C and U+200D,
-# which join letters or do not, and emoji U+FE0E and U+FE0F, which choose their style.
+# Control characters, characters that are invisible or change the direction of writing, and surrogates. U+200C, U+200D,
+# U+FE0E and U+FE0F are not among them: scripts and emoji need them.
 _HARMFUL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e"
     "\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
@@ -39,17 +39,18 @@ _LABELS = {
     "image": "Image: ",
     "file": "File: ",
 }
-# Arguments of calls are shown on one line if it is not longer.
-_MAX_LINE = 80
+# Longer arguments of a tool call are shown on several lines.
+_MAX_LINE_LENGTH = 80
 
 
 class Part(NamedTuple):
     """
-    A part of a message, as it is shown. All of it is harmless, and all but `text` on one line.
+    A part of a message, as it is shown. All fields are escaped. Only `text` may have several lines.
 
-    :param name: The name of the tool that is called or has answered; what an image or file is.
-    :param text: What it says, or is called with; of an image or file, nothing.
-    :param call_id: The id of the call, if it has one.
+    :param kind: The kind of the part.
+    :param name: The name of the tool, or the description of the image or file.
+    :param text: The text, the arguments of a call, or its result. Empty for an image or file.
+    :param call_id: The id of the call, or an empty text.
     """
 
     kind: Literal["text", "reasoning", "call", "result", "error", "image", "file"]
@@ -60,16 +61,16 @@ class Part(NamedTuple):
     @property
     def label(self) -> str:
         """
-        What it is, in words; nothing for a text.
+        A heading for the part. Empty for text.
         """
         return f"{_LABELS[self.kind]}{self.name}" + (f" ({self.call_id})" if self.call_id else "")
 
 
 def harmless(text: object) -> str:
     """
-    Return text with what a reader cannot see, or a program might obey, as escape sequences, such as `\\x1b`.
+    Escape invisible characters and those that control a terminal, such as `\\x1b`.
 
-    Line feeds and tabs stay; other ends of lines become line feeds.
+    Line feeds and tabs stay. Other line endings become line feeds.
     """
     plain = str(text).replace("\r\n", "\n").replace("\r", "\n")
     return _HARMFUL.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), plain)
@@ -77,28 +78,28 @@ def harmless(text: object) -> str:
 
 def harmless_line(text: object) -> str:
     """
-    Do what `harmless` does, on one line.
+    Escape a text like `harmless`, with line feeds and tabs escaped too.
     """
     return harmless(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def title_of(history: HistoryRow) -> str:
     """
-    Return what a history is called: its title or, without one, its id.
+    Return the title of a history or, without one, its id.
     """
     return harmless_line(history.title or history.chat_history_id)
 
 
 def shown_time(microseconds: int) -> str:
     """
-    Return a time as people write it.
+    Return a time in the form `2026-01-31 08:30:00 UTC`.
     """
     return f"{readable_time(microseconds):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def shown_size(size: float) -> str:
     """
-    Return a number of bytes as people write it.
+    Return a number of bytes in the largest unit that fits, such as `1.5 MB`.
     """
     unit = 0
     while size >= 1000 and unit < len(_UNITS) - 1:
@@ -108,7 +109,7 @@ def shown_size(size: float) -> str:
 
 def shown_messages(rows: Sequence[MessageRow]) -> Iterator[tuple[str, str, list[Part]]]:
     """
-    Yield who speaks, when, and the parts of what they say.
+    Yield the speaker, the time and the parts of each message.
     """
     for row, message in zip(rows, decode_messages([row.content for row in rows]), strict=True):
         speaker = message.role.value.capitalize()
@@ -119,7 +120,7 @@ def shown_messages(rows: Sequence[MessageRow]) -> Iterator[tuple[str, str, list[
 
 def shown_parts(content: Sequence[Any]) -> Iterator[Part]:
     """
-    Yield the parts of a message; after a tool's result, the images and files in it.
+    Yield the parts of a message. The images and files in a tool's result follow the result.
     """
     for part in content:
         if isinstance(part, TextContent):
@@ -148,13 +149,13 @@ def _id_of(call: ToolCall) -> str:
 
 def _arguments(arguments: Any) -> str:
     """
-    Return the arguments of a tool call, on one line if it is short and nothing in it has several.
+    Return the arguments of a tool call as JSON, on one line if it is short and has no line feeds.
     """
     try:
         line = json.dumps(arguments, ensure_ascii=False)
-        is_short = len(line) <= _MAX_LINE and "\\n" not in line
+        is_short = len(line) <= _MAX_LINE_LENGTH and "\\n" not in line
         return line if is_short else json.dumps(arguments, ensure_ascii=False, indent=2)
-    except ValueError:  # an integer of thousands of digits
+    except ValueError:  # Python may be set to convert fewer digits than a stored integer has
         return encode_meta(arguments)
 
 
