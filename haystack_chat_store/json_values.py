@@ -31,7 +31,7 @@ from fractions import Fraction
 from pathlib import PurePath
 from typing import Any, TypeAlias
 
-from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
+from pydantic_core import from_json, to_json, to_jsonable_python
 
 from haystack_chat_store.errors import MessageEncodingError
 
@@ -77,16 +77,25 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
 
 
-def encode_plain(data: Any) -> str:
+def to_text(data: Any) -> str:
     """
     Return plain data as compact JSON text.
 
     :param data: Data for which `is_plain` is true.
+    :raises ValueError: If a text has a lone surrogate.
+    """
+    return to_json(data, inf_nan_mode="strings").decode()
+
+
+def encode_plain(data: Any) -> str:
+    """
+    Return plain data as compact JSON text. Lone surrogates become escape sequences.
+
+    :param data: A result of `json_value`.
     """
     try:
-        return to_json(data, inf_nan_mode="strings").decode()
-    except (PydanticSerializationError, ValueError):
-        # pydantic_core refuses lone surrogates. json writes them as escape sequences.
+        return to_text(data)
+    except ValueError:
         return json.dumps(data, separators=(",", ":"), allow_nan=False)
 
 

@@ -6,15 +6,11 @@ Messages to JSON text and back: lossless, readable by anyone, and refused by nam
 import base64
 import copy
 import enum
-import gc
 import json
-import os
-import sys
-import threading
 import uuid
 from collections import OrderedDict, deque, namedtuple
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import date, datetime, time, timezone
 from decimal import Decimal
 from pathlib import PurePosixPath
 from types import MappingProxyType
@@ -75,8 +71,8 @@ class Weather(BaseModel):
 Point = namedtuple("Point", "x y")
 
 
-def encoded(message, message_id="id-1", where="message"):
-    return encode_message(message, message_id, where)
+def encoded(message, message_id="id-1", where="message", **options):
+    return encode_message(message, message_id, where, **options)
 
 
 def round_trip(message):
@@ -177,16 +173,23 @@ def test_text_stays_readable_in_the_store():
     assert '"text":"Grüß Gott, 世界 😀"' in encoded(ChatMessage.from_user("Grüß Gott, 世界 😀"))
 
 
-@pytest.mark.parametrize("digits", [4299, 4300, 4301, 5000])
+@pytest.mark.parametrize("digits", [4299, 4300])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_integers_have_no_longest(digits, sign):
+def test_integers_have_up_to_4300_digits(digits, sign):
     number = sign * 10 ** (digits - 1)
     meta = round_trip(ChatMessage.from_user("Hi!", meta={"x": [number, {"y": number}]})).meta
     assert (meta["x"][0] == number, meta["x"][1]["y"] == number) == (True, True)
 
 
+def test_many_digits_in_a_text_are_no_integer():
+    text = "1" * 5000
+    assert round_trip(ChatMessage.from_user(text, meta={"x": text})) == with_id(
+        ChatMessage.from_user(text, meta={"x": text})
+    )
+
+
 def test_one_long_integer_does_not_change_how_its_neighbours_are_read():
-    numbers = [1, 10**5000, 2**70]
+    numbers = [1, 10**4299, 2**70]
     decoded = decode_messages([encoded(ChatMessage.from_user("Hi!", meta={"x": number})) for number in numbers])
     assert all(message.meta["x"] == number for message, number in zip(decoded, numbers, strict=True))
 
@@ -223,7 +226,7 @@ CONVERSIONS = {
     "set": ({200, 30, 1}, [1, 30, 200]),
     "frozenset": (frozenset("ba"), ["a", "b"]),
     "deque": (deque([1, 2]), [1, 2]),
-    "datetime": (datetime(2026, 1, 2, 3, 4, 5, 6, timezone.utc), "2026-01-02T03:04:05.000006+00:00"),
+    "datetime": (datetime(2026, 1, 2, 3, 4, 5, 6, timezone.utc), "2026-01-02T03:04:05.000006Z"),
     "date": (date(2026, 1, 2), "2026-01-02"),
     "time": (time(3, 4), "03:04:00"),
     "enum": (Colour.RED, "red"),
@@ -355,31 +358,41 @@ def test_a_set_that_cannot_be_sorted_is_stored_in_any_order():
     assert stored in ([1, "a"], ["a", 1])
 
 
-def test_a_very_long_integer_may_be_a_key():
-    stored = round_trip(ChatMessage.from_user("Hi!", meta={"x": {10**5000: "a"}})).meta["x"]
-    assert stored == {"1" + "0" * 5000: "a"}
-
-
 # ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("digits", [4301, 5000])
+@pytest.mark.parametrize("sign", [1, -1])
+@in_every_place
+def test_longer_integers_are_refused(digits, sign, put, get, path):
+    number = sign * 10 ** (digits - 1)
+    for wrapped, where in (
+        (number, path),
+        ([1, {"y": number}], f"{path}[1]['y']"),
+        ({"y": (1, number)}, f"{path}['y'][1]"),
+    ):
+        with pytest.raises(MessageEncodingError) as refusal:
+            encoded(put(wrapped), where="messages[2]")
+        assert str(refusal.value).startswith(f"messages[2].{path}{where} is an integer of more than 4,300 digits")
 
 
 @in_every_place
 @pytest.mark.parametrize(
     "value",
-    [object(), 1j, timedelta(1), len, Place, (number for number in ())],
-    ids=["object", "complex", "timedelta", "function", "class", "generator"],
+    [object(), len, Place, (number for number in ())],
+    ids=["object", "function", "class", "generator"],
 )
-def test_what_has_no_form_is_refused_with_its_path(put, get, path, value):
+def test_a_strict_codec_refuses_what_has_no_form_with_its_path(put, get, path, value):
     for wrapped, where in ((value, path), ([1, {"y": value}], f"{path}[1]['y']")):
         with pytest.raises(MessageEncodingError) as refusal:
-            encoded(put(wrapped), where="messages[2]")
+            encoded(put(wrapped), where="messages[2]", strict=True)
         assert str(refusal.value).startswith(f"messages[2].{where} is a {type(value).__name__}, ")
 
 
 def test_the_path_names_the_message_and_every_key_on_the_way():
     message = ChatMessage.from_user("Hi!", meta={"usage": {"x": object()}})
     with pytest.raises(MessageEncodingError) as refusal:
-        encoded(message, where="messages[2]")
+        encoded(message, where="messages[2]", strict=True)
     assert str(refusal.value).startswith("messages[2].meta['usage']['x'] is a object")
 
 
@@ -467,9 +480,11 @@ def test_what_numpy_has_for_no_time_does_not_become_null():
     assert json.loads(encoded(message))["meta"]["y"] == "NaT"
 
 
-def test_a_duration_of_numpy_is_refused():
+def test_a_duration_of_numpy_has_no_form():
+    message = ChatMessage.from_user("Hi!", meta={"x": np.timedelta64(5, "D")})
     with pytest.raises(MessageEncodingError, match=r"meta\['x'\]"):
-        encoded(ChatMessage.from_user("Hi!", meta={"x": np.timedelta64(5, "D")}))
+        encoded(message, strict=True)
+    assert json.loads(encoded(message))["meta"]["x"] == repr(np.timedelta64(5, "D"))
 
 
 @dataclass
@@ -567,121 +582,3 @@ def test_a_damaged_text_among_many_is_named_by_its_index_and_not_quoted(damaged)
 
 def test_of_nothing_nothing_is_made():
     assert decode_messages([]) == []
-
-
-# ---------------------------------------------------------------------- the garbage collector
-
-MANY = [GOOD] * 20_000
-
-
-@pytest.fixture
-def collector():
-    """
-    Leave the garbage collector enabled, whatever a test does to it.
-    """
-    gc.enable()
-    yield
-    gc.enable()
-
-
-@pytest.mark.usefixtures("collector")
-class TestGarbageCollector:
-    def test_does_not_run_during_a_bulk_decode_and_is_enabled_again_after_it(self):
-        collections = []
-        gc.callbacks.append(lambda phase, info: collections.append(phase))
-        try:
-            decode_messages(MANY)
-            during = len(collections)
-            assert gc.isenabled()
-        finally:
-            gc.callbacks.pop()
-        assert during <= 4  # one may begin as soon as it is enabled again; without the pause there are hundreds
-
-    def test_gets_its_turn_while_several_threads_decode_over_and_over(self):
-        collections = []
-        gc.callbacks.append(lambda phase, info: collections.append(phase))
-        try:
-            threads = [
-                threading.Thread(target=lambda: [decode_messages(MANY[:3000]) for _ in range(20)]) for _ in "1234"
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            gc.callbacks.pop()
-        assert len(collections) > 4
-
-    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork on this platform")
-    def test_is_enabled_in_a_child_that_is_forked_during_a_bulk_decode(self):
-        is_decoding, may_go_on = threading.Event(), threading.Event()
-
-        class Slow(list):
-            def __iter__(self):
-                is_decoding.set()
-                may_go_on.wait(60)
-                return super().__iter__()
-
-        thread = threading.Thread(target=lambda: decode_messages(Slow(MANY[:2000])))
-        thread.start()
-        assert is_decoding.wait(60)
-        threading.Timer(0.1, may_go_on.set).start()
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if gc.isenabled() else 1)
-        may_go_on.set()
-        thread.join()
-        assert os.waitpid(child, 0)[1] == 0
-        assert gc.isenabled()
-
-    def test_stays_disabled_if_the_user_disabled_it(self):
-        gc.disable()
-        decode_messages(MANY)
-        assert not gc.isenabled()
-
-    def test_is_enabled_again_after_a_failure(self):
-        with pytest.raises(MessageDecodingError, match="essage 20000 "):
-            decode_messages([*MANY, "damaged"])
-        assert gc.isenabled()
-
-    def test_is_enabled_again_only_when_the_last_of_several_threads_is_done(self):
-        class Held(list):
-            def __iter__(self):
-                reading.set()
-                go_on.wait(60)
-                return super().__iter__()
-
-        reading, go_on = threading.Event(), threading.Event()
-        other = threading.Thread(target=decode_messages, args=(Held(MANY[:1000]),))
-        other.start()
-        assert reading.wait(60)
-        decode_messages(MANY[:1000])
-        enabled_between = gc.isenabled()
-        go_on.set()
-        other.join()
-        assert (enabled_between, gc.isenabled()) == (False, True)
-
-    @pytest.mark.parametrize("enabled", [True, False], ids=["enabled before", "disabled before"])
-    def test_is_as_it_was_after_several_threads_decoded_at_once(self, enabled):
-        if not enabled:
-            gc.disable()
-        interval, start = sys.getswitchinterval(), threading.Barrier(4)
-        decoded = []
-
-        def decode():
-            start.wait(60)
-            for size in (1000, 3000, 2000):
-                decoded.append(len(decode_messages(MANY[:size])))
-
-        threads = [threading.Thread(target=decode) for _ in range(4)]
-        sys.setswitchinterval(1e-5)
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(interval)
-        assert sorted(decoded) == [1000] * 4 + [2000] * 4 + [3000] * 4
-        assert gc.isenabled() is enabled

@@ -8,16 +8,17 @@ import json
 import os
 import sqlite3
 import stat
-import uuid
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timezone
 
 import pytest
+from engine_stores import store_on
 from haystack.dataclasses import ChatMessage
 from servers import RedisServer
 
 from haystack_chat_store import (
+    Engine,
     Fault,
     InMemoryChatMessageStore,
     SQLiteChatMessageStore,
@@ -26,7 +27,7 @@ from haystack_chat_store import (
     store_from_url,
 )
 from haystack_chat_store.doctor import check, check_async, examined_messages
-from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
 from haystack_chat_store.testing.messages import conversation, sample_messages
 
 NO_MESSAGE = "Its stored text is not that of a message."
@@ -68,7 +69,7 @@ def places(faults):
 
 def test_a_sound_store_has_no_faults(store):
     store.write_messages("every kind", list(sample_messages().values()))
-    assert list(check(store)) == []
+    assert check(store) == []
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_each_damaged_message_is_found_by_history_and_position_and_hides_no_othe
     for name, position in (("ada", 1), ("ada", 2), ("eve", 0)):
         damage(path, name, position, content=text)
 
-    faults = list(check(store))
+    faults = check(store)
 
     assert places(faults) == [("ada", 1), ("ada", 2), ("eve", 0)]
     assert {fault.description for fault in faults} == {NO_MESSAGE}
@@ -104,12 +105,12 @@ def odd_store():
     """
 
     def odd_store(**changed):
-        class OddStore(InMemoryChatMessageStore):
-            def _page(self, *arguments):
-                rows = super()._page(*arguments)
+        class OddEngine(InMemoryEngine):
+            def page(self, *arguments):
+                rows = super().page(*arguments)
                 return [replace(row, **changed) if row.position == 1 else row for row in rows]
 
-        store = OddStore(namespace=uuid.uuid4().hex)
+        store = store_on(OddEngine())
         store.write_messages("chat", conversation("uau"))
         return store
 
@@ -133,7 +134,9 @@ def test_a_message_that_can_be_read_is_never_removed_whatever_its_row_says(odd_s
     store = odd_store(**changed)
 
     for repair, salvage in ((False, None), (True, None), (True, tmp_path / "salvage.jsonl")):
-        assert list(check(store, repair=repair, salvage=salvage)) == [("chat", 1, description, False)]
+        assert check(store, repair=repair, salvage=salvage) == [
+            Fault(chat_history_id="chat", position=1, description=description)
+        ]
 
     assert store.count_messages("chat") == 3
     assert not (tmp_path / "salvage.jsonl").exists()
@@ -162,8 +165,8 @@ def test_what_stood_where_text_should_is_saved_too(odd_store, tmp_path):
 def test_what_the_engine_has_reported_is_not_reported_again(odd_store):
     store = odd_store(created_at=None)
     fault = Fault(chat_history_id="chat", position=1, description="Its time of creation is none.", is_repaired=False)
-    store._faults = lambda *_: [fault]
-    assert list(check(store)) == [fault]
+    store.engine.check = lambda *_: [fault]
+    assert check(store) == [fault]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +197,7 @@ def test_repairing_saves_damaged_messages_before_it_removes_them(store, path, tm
     salvage = tmp_path / "salvage.jsonl"
     salvage.write_text('{"an earlier": "run"}\n')
 
-    faults = list(check(store, repair=True, salvage=salvage))
+    faults = check(store, repair=True, salvage=salvage)
 
     assert places(faults) == [("ada", 1), ("eve", 3)]
     assert all(fault.is_repaired for fault in faults)
@@ -204,7 +207,7 @@ def test_repairing_saves_damaged_messages_before_it_removes_them(store, path, tm
     assert (first["role"], first["content"], first["fault"]) == ("assistant", "no JSON \x9b", NO_MESSAGE)
     assert {"message_id", "created_at"} < first.keys()
     assert (second["chat_history_id"], second["content"]) == ("eve", "neither")
-    assert list(check(store)) == []
+    assert check(store) == []
     assert [message.position for message in examined_messages(store, "ada")] == [0, 2, 3]
     assert store.count_messages("ada") == 3
     assert [message.meta["position"] for message in store.retrieve_messages("eve")] == [0, 1, 2]
@@ -220,7 +223,7 @@ def test_without_a_file_to_save_them_in_damaged_messages_stay(store, path):
 def test_what_cannot_be_saved_is_not_removed(store, path, tmp_path):
     damage(path, "ada", 1, content="no JSON")
     with pytest.raises(OSError, match="No such file"):
-        list(check(store, repair=True, salvage=tmp_path / "no folder" / "salvage.jsonl"))
+        check(store, repair=True, salvage=tmp_path / "no folder" / "salvage.jsonl")
     assert len(examined_messages(store, "ada")) == 4
 
 
@@ -235,19 +238,19 @@ def test_what_is_a_database_or_no_file_is_never_appended_to(store, path, tmp_pat
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE haystack_chat_histories SET message_count = 99 WHERE chat_history_id = 'eve'")
     connection.close()
-    faults = list(check(store))
+    faults = check(store)
 
     with pytest.raises(ValueError, match=r"is (a part of )?an SQLite database|is not a file"):
         next(check(store, repair=True, salvage=tmp_path / file))
 
-    assert list(check(store)) == faults
+    assert check(store) == faults
     assert len(examined_messages(store, "ada")) == 4
 
 
 def test_saved_messages_can_be_read_by_their_owner_alone(store, path, tmp_path):
     salvage = tmp_path / "salvage.jsonl"
     damage(path, "ada", 1, content="no JSON")
-    list(check(store, repair=True, salvage=salvage))
+    check(store, repair=True, salvage=salvage)
     assert stat.S_IMODE(salvage.stat().st_mode) == 0o600
 
 
@@ -262,7 +265,7 @@ def test_damaged_messages_are_saved_on_the_disk_before_they_are_removed(store, p
         on_disk.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size, left))
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
-    list(check(store, repair=True, salvage=salvage))
+    check(store, repair=True, salvage=salvage)
 
     (name, size, left), (folder, _, left_then) = on_disk
     assert (name, size) == (str(salvage), salvage.stat().st_size)
@@ -281,7 +284,7 @@ def test_a_history_that_the_engine_cannot_read_hides_no_other():
         (contents,) = client.keys("*eve:contents")
         client.lset(contents, 1, "junk")
 
-        faults = list(check(store))
+        faults = check(store)
         assert [place for place in places(faults) if place[0] == "eve"][-1] == ("eve", 1)
         for name in ("ada", "bob"):
             assert (
@@ -291,26 +294,26 @@ def test_a_history_that_the_engine_cannot_read_hides_no_other():
                 in faults
             )
 
-        list(check(store, repair=True))
+        check(store, repair=True)
         assert places(check(store)) == [("eve", 1)]
 
 
 def test_an_engine_that_does_not_answer_is_an_error_and_no_fault():
-    class Gone(InMemoryChatMessageStore):
-        def _page(self, *_):
+    class Gone(InMemoryEngine):
+        def page(self, *_):
             raise StoreUnavailableError("gone")
 
-        _history = _page
+        history = page
 
-    store = Gone(namespace=uuid.uuid4().hex)
+    store = store_on(Gone())
     store.write_messages("chat", conversation("ua"))
     with pytest.raises(StoreUnavailableError, match="gone"):
-        list(check(store))
+        check(store)
 
 
 def test_without_repair_nothing_is_changed_or_saved(store, path, tmp_path):
     damage(path, "ada", 1, content="no JSON")
-    list(check(store, salvage=tmp_path / "salvage.jsonl"))
+    check(store, salvage=tmp_path / "salvage.jsonl")
     assert not (tmp_path / "salvage.jsonl").exists()
     assert len(examined_messages(store, "ada")) == 4
 
@@ -330,7 +333,7 @@ def test_only_the_stores_own_namespace_is_checked(store, path):
     other = SQLiteChatMessageStore(path, namespace="other")
     other.write_messages("chat", conversation("ua"))
     damage(path, "ada", 1, content="no JSON")
-    assert list(check(other)) == []
+    assert check(other) == []
 
 
 def test_more_histories_and_messages_than_are_read_at_once_are_all_checked(path):
@@ -351,22 +354,22 @@ def test_more_histories_and_messages_than_are_read_at_once_are_all_checked(path)
 
 def test_the_asynchronous_call_finds_the_same(store, path, tmp_path):
     damage(path, "ada", 1, content="no JSON")
-    assert asyncio.run(check_async(store)) == list(check(store))
+    assert asyncio.run(check_async(store)) == check(store)
     assert all(fault.is_repaired for fault in asyncio.run(check_async(store, repair=True, salvage=tmp_path / "s")))
 
 
 def test_a_store_in_memory_can_be_checked():
     store = InMemoryChatMessageStore(namespace="doctor")
     store.write_messages("chat", conversation("ua"))
-    assert list(check(store)) == []
+    assert check(store) == []
 
 
 def test_a_store_that_cannot_be_checked_says_so():
-    class OwnStore(BaseChatMessageStore):
-        to_dict = _write = _read = _count = _delete = _delete_all = _run_async = None
+    class OwnEngine(Engine):
+        append = read = count = delete = delete_all = run_async = None
 
-        def _run(self, operation, *arguments):
+        def run(self, operation, *arguments):
             return operation(None, *arguments)
 
-    with pytest.raises(UnsupportedOperationError, match="OwnStore does not support checking"):
-        list(check(OwnStore()))
+    with pytest.raises(UnsupportedOperationError, match="OwnEngine does not support checking"):
+        check(store_on(OwnEngine()))

@@ -107,7 +107,7 @@ def test_a_path_in_place_of_a_url_is_recognized(url, path, run):
 )
 def test_a_mistyped_file_is_an_error_and_not_a_new_database(arguments, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run(*arguments, "--store", "sqlite:///chta.db") == (1, "", "Error: There is no file chta.db.\n")
+    assert run(*arguments, "--store", "sqlite:///chta.db") == (1, "", f"Error: There is no file {tmp_path}/chta.db.\n")
     assert list(tmp_path.iterdir()) == []
 
 

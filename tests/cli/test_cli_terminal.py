@@ -212,7 +212,11 @@ class Screen(io.StringIO):
 def rendered(message, width=80):
     console = Console(file=Screen(), force_terminal=True, width=width, markup=False, emoji=False, highlight=False)
     time_ = datetime(2026, 1, 1, tzinfo=timezone.utc)
-    print_messages(console, [ExaminedMessage(7, time_, message.role.value, message, ())], full=True)
+    print_messages(
+        console,
+        [ExaminedMessage(position=7, created_at=time_, role=message.role.value, message=message, faults=())],
+        full=True,
+    )
     return console.file.getvalue()
 
 

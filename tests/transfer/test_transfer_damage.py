@@ -4,22 +4,22 @@ What is damaged in a store is left out and reported, and hides nothing else.
 """
 
 import sqlite3
-import uuid
 from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import islice
 
 import pytest
+from engine_stores import store_on
 from servers import RedisServer
 from transferred import MOMENT, content, counts, everything, moved, put
 
 from haystack_chat_store import (
     Fault,
-    InMemoryChatMessageStore,
     StoreUnavailableError,
     store_from_url,
 )
 from haystack_chat_store.iteration import walk_histories
+from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
 from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.testing.messages import user
 from haystack_chat_store.transfer import (
@@ -172,8 +172,8 @@ def test_histories_without_an_id_that_can_be_read_are_counted_and_reported(sqlit
 
 
 def test_a_walk_ends_at_an_engine_that_goes_on_with_an_empty_id():
-    class Nameless(InMemoryChatMessageStore):
-        def _histories_by_id(self, *_):
+    class Nameless(InMemoryEngine):
+        def histories_by_id(self, *_):
             return [
                 HistoryRow(
                     chat_history_id="",
@@ -186,20 +186,20 @@ def test_a_walk_ends_at_an_engine_that_goes_on_with_an_empty_id():
                 )
             ]
 
-    assert len(list(islice(walk_histories(Nameless()), 3))) == 1
+    assert len(list(islice(walk_histories(store_on(Nameless())), 3))) == 1
 
 
 def test_histories_that_come_and_go_meanwhile_are_not_taken_for_damaged_ones(file):
-    class Busy(InMemoryChatMessageStore):
-        def _histories_by_id(self, session, prefix, after, limit):
+    class Busy(InMemoryEngine):
+        def histories_by_id(self, session, scope, prefix, after, limit):
             if not after:
-                self.delete_messages("z")
-            rows = super()._histories_by_id(session, prefix, after, limit)
+                store.delete_messages("z")
+            rows = super().histories_by_id(session, scope, prefix, after, limit)
             if not rows:
-                self.write_messages("z", [user()])
+                store.write_messages("z", [user()])
             return rows
 
-    store = Busy(namespace=uuid.uuid4().hex)
+    store = store_on(Busy())
     store.write_messages("a", [user()])
     store.write_messages("z", [user()])
     assert export_histories(store, file) == moved(1, 1, 0, ())
@@ -207,11 +207,11 @@ def test_histories_that_come_and_go_meanwhile_are_not_taken_for_damaged_ones(fil
 
 
 def test_of_two_messages_with_one_id_the_second_is_left_out_and_reported(target, file):
-    class Doubling(InMemoryChatMessageStore):
-        def _page(self, *arguments):
-            return [replace(row, message_id="m0", content=content("m0", "x")) for row in super()._page(*arguments)]
+    class Doubling(InMemoryEngine):
+        def page(self, *arguments):
+            return [replace(row, message_id="m0", content=content("m0", "x")) for row in super().page(*arguments)]
 
-    store = Doubling(namespace=uuid.uuid4().hex)
+    store = store_on(Doubling())
     put(store, "a", "zero", "one")
 
     fault = Fault(
@@ -255,13 +255,13 @@ def test_a_history_that_the_engine_cannot_read_hides_no_other(target, file):
 
 
 def test_an_engine_that_does_not_answer_is_an_error_and_no_fault(file):
-    class Gone(InMemoryChatMessageStore):
-        def _page(self, *_):
+    class Gone(InMemoryEngine):
+        def page(self, *_):
             raise StoreUnavailableError("gone")
 
-        _history = _page
+        history = page
 
-    store = Gone(namespace=uuid.uuid4().hex)
+    store = store_on(Gone())
     store.write_messages("a", [user()])
     with pytest.raises(StoreUnavailableError, match="gone"):
         export_histories(store, file)

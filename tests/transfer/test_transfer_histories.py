@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from itertools import pairwise
 
 import pytest
+from engine_stores import store_on
 from haystack.dataclasses import ChatMessage, FileContent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,12 +21,12 @@ from haystack_chat_store import (
     ChatHistoryChangedError,
     ChatHistoryExistsError,
     ChatHistoryNotFoundError,
-    InMemoryChatMessageStore,
     SQLiteChatMessageStore,
     UnsupportedOperationError,
     store_from_url,
 )
 from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
 from haystack_chat_store.testing.contract_isolation import HOSTILE_IDS
 from haystack_chat_store.testing.kit import number_of_examples
 from haystack_chat_store.testing.messages import conversation, json_objects, sample_messages, user, with_id
@@ -167,11 +168,12 @@ def test_what_is_no_store_of_ours_is_refused(store, file):
 
 
 def test_a_store_that_cannot_import_says_so(several, file):
-    class Bare(InMemoryChatMessageStore):
-        _import = Engine._import
-        _histories_by_id = Engine._histories_by_id
+    class Bare(InMemoryEngine):
+        import_history = Engine.import_history
+        import_histories = Engine.import_histories
+        histories_by_id = Engine.histories_by_id
 
-    bare = Bare(namespace=uuid.uuid4().hex)
+    bare = store_on(Bare())
     export_histories(several, file)
     with pytest.raises(UnsupportedOperationError, match="Bare does not support importing"):
         import_histories(bare, file)
@@ -291,35 +293,35 @@ def test_two_imports_at_once_bring_everything_once(store, sqlite, file):
 
 
 def test_an_import_gives_up_on_a_history_that_changes_all_the_time(store, file):
-    class Busy(InMemoryChatMessageStore):
-        def _import(self, *arguments):
+    class Busy(InMemoryEngine):
+        def import_history(self, *arguments):
             raise ChatHistoryChangedError("changed")
 
     put(store, "a", "zero")
     export_histories(store, file)
     with pytest.raises(ChatHistoryChangedError, match="'a' was written to all the time"):
-        import_histories(Busy(namespace=uuid.uuid4().hex), file)
+        import_histories(store_on(Busy()), file)
 
 
-class WrittenToMeanwhile(InMemoryChatMessageStore):
+class WrittenToMeanwhile(InMemoryEngine):
     """
-    Somebody else writes to it just before an import does.
+    Another writer comes just before an import.
     """
 
     meanwhile = None
 
-    def _import(self, *arguments):
+    def import_history(self, *arguments):
         if self.meanwhile is not None:
             work, self.meanwhile = self.meanwhile, None
             work()
-        return super()._import(*arguments)
+        return super().import_history(*arguments)
 
 
 def test_what_is_written_to_a_history_just_before_it_is_imported_is_not_mixed_with_it(store, file):
     put(store, "a", "zero", "one", "two")
     export_histories(store, file)
-    target = WrittenToMeanwhile(namespace=uuid.uuid4().hex)
-    target.meanwhile = lambda: target.write_messages("a", [with_id("m0"), with_id("mine")])
+    target = store_on(WrittenToMeanwhile())
+    target.engine.meanwhile = lambda: target.write_messages("a", [with_id("m0"), with_id("mine")])
 
     with pytest.raises(ChatHistoryExistsError, match="'a'"):
         import_histories(target, file)

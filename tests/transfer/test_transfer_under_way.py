@@ -6,18 +6,18 @@ What is seen and held of an export, import or copy while it is under way, and wh
 import asyncio
 import threading
 import tracemalloc
-import uuid
 
 import pytest
+from engine_stores import store_on
 from haystack.document_stores.types import DuplicatePolicy
 from transferred import everything, moved
 
 from haystack_chat_store import (
-    InMemoryChatMessageStore,
     SQLiteChatMessageStore,
 )
 from haystack_chat_store.doctor import check
-from haystack_chat_store.stores import contents
+from haystack_chat_store.stores import reading
+from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import conversation, user
 from haystack_chat_store.transfer import (
@@ -156,28 +156,33 @@ def test_messages_larger_than_a_page_may_be_are_read_one_by_one_and_none_is_miss
     source = request.getfixturevalue(kind)
     source.write_messages("a", [user(f"{number} {'x' * 1_000}") for number in range(105)])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(contents, "PAGE_CHARACTERS", 900)
+        patched.setattr(reading, "PAGE_CHARACTERS", 900)
         assert export_histories(source, file) == moved(1, 105, 0, ())
         assert len(list(source.iterate_messages("a"))) == 105
         assert list(check(source)) == []
     assert import_histories(target, file) == moved(1, 105, 0, ())
 
 
-class ChangesWhileItIsRead(InMemoryChatMessageStore):
+class ChangesWhileItIsRead(InMemoryEngine):
     """
-    Somebody else changes a history after its first page was read, so many times.
+    Another writer changes a history after its first page was read, for a number of times.
     """
 
-    def __init__(self, change, times=1):
-        super().__init__(namespace=uuid.uuid4().hex, last_k=None)
-        self.change, self.times = change, times
+    times = 0
 
-    def _page(self, session, chat_history_id, before, after, limit):
-        page = super()._page(session, chat_history_id, before, after, limit)
+    def page(self, session, scope, chat_history_id, before, after, limit):
+        page = super().page(session, scope, chat_history_id, before, after, limit)
         if after == -1 and self.times:
             self.times -= 1
-            self.change(self)
+            self.change()
         return page
+
+
+def changes_while_it_is_read(change, times=1):
+    store = store_on(ChangesWhileItIsRead(), last_k=None)
+    store.engine.change = lambda: change(store)
+    store.engine.times = times
+    return store
 
 
 def edit_both_ends(store):
@@ -194,7 +199,7 @@ def erase_the_rest(store):
 
 @pytest.mark.parametrize("change", [edit_both_ends, erase_the_rest])
 def test_a_history_that_changes_while_it_is_read_is_exported_as_of_one_moment(target, file, change):
-    store = ChangesWhileItIsRead(change)
+    store = changes_while_it_is_read(change)
     store.write_messages("a", [user(str(number)) for number in range(2_000)])
 
     assert export_histories(store, file).faults == ()
@@ -204,7 +209,7 @@ def test_a_history_that_changes_while_it_is_read_is_exported_as_of_one_moment(ta
 
 
 def test_a_history_that_changes_all_the_time_is_exported_and_reported(file):
-    store = ChangesWhileItIsRead(edit_both_ends, times=1_000)
+    store = changes_while_it_is_read(edit_both_ends, times=1_000)
     store.write_messages("a", [user(str(number)) for number in range(2_000)])
 
     exported = export_histories(store, file)
