@@ -182,10 +182,8 @@ def test_integers_have_up_to_4300_digits(digits, sign):
 
 
 def test_many_digits_in_a_text_are_no_integer():
-    text = "1" * 5000
-    assert round_trip(ChatMessage.from_user(text, meta={"x": text})) == with_id(
-        ChatMessage.from_user(text, meta={"x": text})
-    )
+    message = ChatMessage.from_user("1" * 5000, meta={"x": "1" * 5000})
+    assert round_trip(message) == with_id(message)
 
 
 def test_one_long_integer_does_not_change_how_its_neighbours_are_read():
@@ -373,7 +371,7 @@ def test_longer_integers_are_refused(digits, sign, put, get, path):
     ):
         with pytest.raises(MessageEncodingError) as refusal:
             encoded(put(wrapped), where="messages[2]")
-        assert str(refusal.value).startswith(f"messages[2].{path}{where} is an integer of more than 4,300 digits")
+        assert str(refusal.value).startswith(f"messages[2].{where} is an integer of more than 4,300 digits")
 
 
 @in_every_place

@@ -160,7 +160,7 @@ def test_histories_and_databases_of_the_chatbot_are_apart(run):
     [
         (["--db", "missing/chat.db", "--say", "Hello."], 1, "does not exist"),
         (["--history", "", "--say", "Hello."], 1, "chat_history_id must have 1 to 512 characters"),
-        (["--store", "redis//host", "--say", "Hello."], 2, "The URL must have one of these forms"),
+        (["--store", "redis//host", "--say", "Hello."], 2, "The URL must begin with one of"),
         (["--store", "sqlite:///missing/chat.db"], 1, "does not exist"),
     ],
 )

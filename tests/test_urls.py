@@ -79,6 +79,6 @@ def test_an_engines_own_settings_go_to_it_too():
     ],
 )
 def test_other_forms_are_refused_and_not_repeated(url):
-    with pytest.raises(ValueError, match="The URL must have one of these forms") as caught:
+    with pytest.raises(ValueError, match="URL") as caught:
         store_from_url(url)
     assert "s3cret" not in str(caught.value)

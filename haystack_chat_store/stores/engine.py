@@ -70,8 +70,10 @@ class Engine(ABC, Generic[SessionT]):
     sees the database as of one moment.
 
     ```python
-    engine.run(engine.count, scope, "user_456")
-    await engine.run_async(engine.count, scope, "user_456")
+    from haystack_chat_store import InMemoryChatMessageStore
+
+    store = InMemoryChatMessageStore()
+    print(store.engine.run(store.engine.count, store.scope, "user_456"))
     ```
 
     An engine holds settings only. Its connections belong to a registry of the process, so that engines with equal

@@ -54,7 +54,7 @@ def test_a_run_can_go_on_though_saving_fails_and_saves_later(failing_store, run,
 def test_what_cannot_be_stored_is_left_out_if_the_run_shall_go_on(store, run, caplog):
     replies = [reply(None, call("a")), reply("Done.")]
     agent = agent_with(store, *replies, hook_options={"raise_on_failure": False})
-    unclear = [user("Look!"), reply("At what?", clock=object()), user("At a. Secret!")]
+    unclear = [user("Look!"), reply("At what?", clock=10**4300), user("At a. Secret!")]
     with caplog.at_level(logging.ERROR):
         run(agent, unclear)
     expected = [unclear[0], unclear[2], reply(None, call("a")), result("a"), reply("Done.")]
