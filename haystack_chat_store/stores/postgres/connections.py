@@ -25,10 +25,15 @@ from psycopg.pq import Conninfo, TransactionStatus
 from psycopg.types.string import TextLoader
 
 from haystack_chat_store.errors import SchemaVersionError, StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.stores.connection_registry import (
+    ServerConnectionRegistry,
+    ServerConnections,
+    keep_alive_forever,
+    resolved,
+)
 from haystack_chat_store.stores.postgres.base import BEGINNING
 from haystack_chat_store.stores.postgres.schema import HAS_SCHEMA, MIGRATIONS, Tables
 from haystack_chat_store.stores.postgres.statements import BEGIN
-from haystack_chat_store.stores.shared import ServerConnections, SharedByServer, never_free, resolved
 from haystack_chat_store.stores.sync_async import run_sync
 
 ResultT = TypeVar("ResultT")
@@ -459,7 +464,7 @@ class Pool(ServerConnections):
         from the selector that parent and child share.
         """
         for connection in self._open:
-            never_free(connection)
+            keep_alive_forever(connection)
 
     def _connect_options(self, attempts: Sequence[Any], deadline: float) -> dict[str, Any]:
         # psycopg gives each address of the server so many whole seconds, at least two.
@@ -595,7 +600,7 @@ class Pool(ServerConnections):
 
 
 #: The pools of this process.
-pools: SharedByServer[Settings, Pool] = SharedByServer(Pool)
+pools: ServerConnectionRegistry[Settings, Pool] = ServerConnectionRegistry(Pool)
 
 
 def _parsed(connection_string: str) -> dict[str, Any]:

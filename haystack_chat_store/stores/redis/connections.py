@@ -27,6 +27,12 @@ from redis import exceptions
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.stores.connection_registry import (
+    ServerConnectionRegistry,
+    ServerConnections,
+    keep_alive_forever,
+    resolved,
+)
 from haystack_chat_store.stores.redis.failures import (
     Address,
     explained,
@@ -35,7 +41,6 @@ from haystack_chat_store.stores.redis.failures import (
     redirection,
 )
 from haystack_chat_store.stores.redis.scripts import Script
-from haystack_chat_store.stores.shared import ServerConnections, SharedByServer, never_free, resolved
 from haystack_chat_store.stores.sync_async import run_sync
 
 # Types are checked for Python 3.10 and on any Python: one of these two is always unknown there, or always known.
@@ -170,9 +175,9 @@ class Session(ABC):
         """
         Neither use nor close, in a forked child, what the parent opened. Its event loops would take it away from it.
         """
-        never_free(self)
+        keep_alive_forever(self)
         for connection in self._open:
-            never_free(connection)
+            keep_alive_forever(connection)
 
     # ------------------------------------------------------------------ where synchronous and asynchronous differ
 
@@ -680,7 +685,7 @@ class Server(ServerConnections):
 
 
 #: The servers that this process uses.
-servers: SharedByServer[Settings, Server] = SharedByServer(Server)
+servers: ServerConnectionRegistry[Settings, Server] = ServerConnectionRegistry(Server)
 
 
 def _runs(loop: asyncio.AbstractEventLoop) -> bool:
