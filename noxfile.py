@@ -3,6 +3,8 @@
 Everything one can run: `nox -l` lists it, `nox -s NAME` runs it.
 """
 
+import os
+
 import nox
 
 nox.needs_version = ">=2025.2.9"
@@ -13,6 +15,7 @@ nox.options.sessions = ["lint", "types", "tests"]
 # Tests start hundreds of processes: without bytecode, each of them would compile all that it imports.
 ENVIRONMENT = {"HAYSTACK_TELEMETRY_ENABLED": "False", "PYTHONDONTWRITEBYTECODE": None}
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+PYTHON_OF_COVERAGE = "3.11"
 
 
 def install(session: nox.Session, *groups: str) -> None:
@@ -21,36 +24,34 @@ def install(session: nox.Session, *groups: str) -> None:
     )
 
 
-# These interrupt code at any moment, that of a tracer too, which then waits for itself for ever.
+# Half of the time of a test is waiting: for a server, a process, a lock.
+ON_ALL_CORES = [f"--numprocesses={2 * (os.cpu_count() or 1)}", "--dist=worksteal"]
+COVERAGE = ["--cov", "--cov-report=term", "--cov-fail-under=95"]
+# These tests interrupt code at any moment. If that is the code that measures coverage, it waits for itself for ever.
 INTERRUPTIONS = "tests/test_interruptions.py"
-ON_ALL_CORES = ["--numprocesses=auto", "--dist=loadfile"]
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests, on all cores. They start the servers that they need."""
+    """Run each test once, where it can fail: every rule, fault, crash and command. Starts the servers that it needs."""
     install(session, "test")
     session.run("pytest", *ON_ALL_CORES, *session.posargs, env=ENVIRONMENT)
-
-
-@nox.session
-def coverage(session: nox.Session) -> None:
-    """Run all tests with branch coverage, which takes half as long again. Fails below 95 %."""
-    install(session, "test")
-    measured = ["--cov", "--cov-report=term", "--cov-fail-under=95", f"--ignore={INTERRUPTIONS}"]
-    session.run("pytest", *ON_ALL_CORES, *measured, *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session(python=PYTHONS)
-def versions(session: nox.Session) -> None:
-    """Run all tests on each supported version of Python."""
+def full(session: nox.Session) -> None:
+    """Run all variants, with many examples, on each supported Python. On one of them, coverage must be 95 %."""
     install(session, "test")
-    session.run("pytest", *ON_ALL_CORES, *session.posargs, env=ENVIRONMENT)
+    if session.python == PYTHON_OF_COVERAGE and not session.posargs:
+        session.run("pytest", *ON_ALL_CORES, "--full", *COVERAGE, f"--ignore={INTERRUPTIONS}", env=ENVIRONMENT)
+        session.run("pytest", "--full", INTERRUPTIONS, env=ENVIRONMENT)
+    else:
+        session.run("pytest", *ON_ALL_CORES, "--full", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session(python="3.10", reuse_venv=False)  # a newer version that is there already would stay
 def lowest(session: nox.Session) -> None:
-    """Run all tests with the lowest dependencies that pyproject.toml allows."""
+    """Run the tests with the lowest dependencies that pyproject.toml allows."""
     session.install("uv")
     everything = ["-e", ".[postgres,redis,cli,testing]", "--group", "test"]
     session.run("uv", "pip", "install", "--resolution=lowest-direct", *everything)

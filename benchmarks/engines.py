@@ -17,6 +17,7 @@ import psycopg
 import redis
 from floors import PostgresFloor, RedisFloor, SQLiteFloor
 from haystack.utils import Secret
+from haystack_chat_store.stores.sqlite.database import Durability
 from haystack_experimental.chat_message_stores.in_memory import InMemoryChatMessageStore as ExperimentalStore
 from measuring import LOOP
 from psycopg import sql
@@ -24,7 +25,6 @@ from psycopg import sql
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
 from haystack_chat_store.stores.redis import RedisChatMessageStore
-from haystack_chat_store.stores.sqlite.database import Durability
 
 # The tests know how to start private servers.
 sys.path.append(str(Path(__file__).parent.parent / "tests"))

@@ -34,6 +34,7 @@ from haystack_chat_store.ids import new_message_id
 from haystack_chat_store.search_text import parsed_query
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
+from haystack_chat_store.stores.postgres.schema import history_key
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.transfer import export_histories, import_histories
 
@@ -161,11 +162,23 @@ def fill(store: BaseChatMessageStore, plan: Plan, texts: Texts) -> int:
         first = 2 * texts.random.randrange(len(said) // 2 - plan.messages_each)
         at = _BEGINNING + texts.random.randrange(_YEAR)
         rows = [
-            MessageRow(position, at, message_id, role, content.replace('"ID"', f'"{message_id}"'))
+            MessageRow(
+                position=position,
+                created_at=at,
+                message_id=message_id,
+                role=role,
+                content=content.replace('"ID"', f'"{message_id}"'),
+            )
             for position, (role, content) in enumerate(said[first : first + plan.messages_each])
             for message_id in (new_message_id(),)
         ]
-        count += store.engine.run(store.engine.import_history, store.scope, HistoryRow(chat_history_id=_name(number), created_at=at, updated_at=at), [rows], 0)
+        count += store.engine.run(
+            store.engine.import_history,
+            store.scope,
+            HistoryRow(chat_history_id=_name(number), created_at=at, updated_at=at),
+            [rows],
+            0,
+        )
     return count
 
 
@@ -317,7 +330,8 @@ def _sqlite(folder: Path, plan: Plan, running: ExitStack) -> Place:
         wanted = " ".join(f'"{" ".join(each.terms)}"' + ("*" if each.is_prefix else "") for each in phrases)
         return bare.execute(
             "SELECT score, content FROM (SELECT rowid AS found, rank AS score FROM haystack_chat_terms "
-            "WHERE haystack_chat_terms MATCH ? ORDER BY rank LIMIT 20) CROSS JOIN haystack_chat_messages ON message_key = found",
+            "WHERE haystack_chat_terms MATCH ? ORDER BY rank LIMIT 20) "
+            "CROSS JOIN haystack_chat_messages ON message_key = found",
             (wanted,),
         ).fetchall()
 
@@ -343,8 +357,9 @@ def _postgres(_folder: Path, plan: Plan, running: ExitStack) -> Place:
     keys = _keys(plan)
 
     def key_read() -> Any:
-        key = stores[0]._history_key(next(keys))
-        return bare.execute("SELECT * FROM large.chat_histories WHERE history_key = %s", [key], prepare=True).fetchone()
+        key = history_key(stores[0].scope, next(keys))
+        statement = "SELECT * FROM large.haystack_chat_histories WHERE history_key = %s"
+        return bare.execute(statement, [key], prepare=True).fetchone()
 
     def full_text(phrases: Sequence[Any]) -> Any:
         wanted = " & ".join(
@@ -352,7 +367,7 @@ def _postgres(_folder: Path, plan: Plan, running: ExitStack) -> Place:
             for each in phrases
         )
         return bare.execute(
-            "SELECT ts_rank(search_terms, %s::tsquery) AS rank, content FROM large.chat_messages "
+            "SELECT ts_rank(search_terms, %s::tsquery) AS rank, content FROM large.haystack_chat_messages "
             "WHERE search_terms @@ %s::tsquery ORDER BY rank DESC LIMIT 20",
             [wanted, wanted],
             prepare=True,
@@ -360,10 +375,10 @@ def _postgres(_folder: Path, plan: Plan, running: ExitStack) -> Place:
 
     def fork() -> None:
         # Within the same table: where a large one has room for a row, pages are less full than in a small one.
-        source = stores[0]._history_key("long")
+        source = history_key(stores[0].scope, "long")
         bare.execute(
-            "INSERT INTO large.chat_messages SELECT %s, position, created_at, message_id, role, content "
-            "FROM large.chat_messages WHERE history_key = %s",
+            "INSERT INTO large.haystack_chat_messages SELECT %s, position, created_at, message_id, role, content "
+            "FROM large.haystack_chat_messages WHERE history_key = %s",
             [uuid.uuid4(), source],
         )
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Durable chat history for Haystack: what was said in each conversation, kept in order and whole.
+Durable chat histories for Haystack: the messages of each conversation, complete and in order.
 """
 
 from importlib import import_module
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from haystack_chat_store.stores.redis import RedisChatMessageStore
     from haystack_chat_store.stores.sqlite import SQLiteChatMessageStore
 
-# A plain Pipeline.loads then loads pipelines with these stores. Haystack trusts the namespace of the components, which
-# import this package.
+# Pipeline.loads then loads pipelines with these stores. Haystack already trusts the namespace of the components, and
+# these import this package.
 allow_deserialization_module("haystack_chat_store.stores")
 
 __version__ = version("haystack-chat-store")
@@ -95,7 +95,7 @@ __all__ = [
 ]
 
 
-# Imported when they are used: each of them needs a driver, which takes time to import or may not be installed.
+# Stores that are imported on first use, because their drivers take time to import or may not be installed.
 _STORES = {
     "PostgresChatMessageStore": "haystack_chat_store.stores.postgres",
     "RedisChatMessageStore": "haystack_chat_store.stores.redis",
@@ -105,7 +105,7 @@ _STORES = {
 
 def __getattr__(name: str) -> Any:
     """
-    Import a store when it is used.
+    Import a store on first use.
     """
     if name in _STORES:
         return getattr(import_module(_STORES[name]), name)

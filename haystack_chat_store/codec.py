@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-ChatMessage to JSON text and back, fast and lossless.
+Encodes ChatMessages as JSON text and decodes them, fast and lossless.
 
-The stored form is that of `ChatMessage.to_dict()`, so any program can read it. `json_values` documents the form of
-values that JSON does not have.
+The stored form is that of `ChatMessage.to_dict()`, so any program can read it. `json_values` defines the form of values
+that JSON does not know.
 """
 
 import re
@@ -25,7 +25,15 @@ from haystack.dataclasses import (
 
 from haystack_chat_store.errors import MessageDecodingError, MessageEncodingError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
-from haystack_chat_store.json_values import encode_plain, has_long_number, is_plain, json_value, parse_json, refuse, repr_of
+from haystack_chat_store.json_values import (
+    encode_plain,
+    has_long_number,
+    is_plain,
+    json_value,
+    parse_json,
+    refuse,
+    repr_of,
+)
 
 _ROLES = {role.value: role for role in ChatRole}
 _PART_KEYS: dict[type, str] = {
@@ -38,7 +46,7 @@ _PART_KEYS: dict[type, str] = {
 _PARTS = frozenset({TextContent, *_PART_KEYS})
 _PART_KINDS = {key: kind for kind, key in _PART_KEYS.items()}
 _FIELDS = {kind: frozenset(field.name for field in fields(kind)) for kind in _PART_KEYS}
-# The paths, after the name of the message, at which a value without a JSON form is stored as its repr.
+# The paths, without the message's name, at which a value without a JSON form is stored as its repr.
 _IN_META_OR_EXTRA = re.compile(
     r"\.meta\b|\.content\[\d+\]\['\w+'\](?:\['origin'\]|\['result'\]\[\d+\]\['\w+'\])?\['(?:meta|extra)'\]"
 )
@@ -48,14 +56,14 @@ logger = logging.getLogger(__name__)
 
 def encode_message(message: ChatMessage, message_id: str, where: str = "message", *, strict: bool = False) -> str:
     """
-    Turn a message into the JSON text that is stored. The message is not changed.
+    Encode a message as the JSON text that is stored.
 
-    :param message: The message.
-    :param message_id: The id that the message is stored under; it is put into the stored `meta`.
-    :param where: What an error calls the message, such as `messages[2]`.
-    :param strict: Whether values in `meta` and `extra` that have no JSON form are refused. Defaults to False: their
-        `repr` is stored, and the log says so.
-    :raises MessageEncodingError: If the message holds something that cannot be stored.
+    :param message: The message. It is not changed.
+    :param message_id: The message's id, which is added to the stored `meta`.
+    :param where: The name of the message in errors, such as `messages[2]`. Defaults to "message".
+    :param strict: Whether values without a JSON form in `meta` and `extra` are refused. Defaults to False: their `repr`
+        is stored, and the log says so.
+    :raises MessageEncodingError: If the message contains a value that cannot be stored. The error names its path.
     """
     text = _plain_text(message, message_id)
     if text is not None:
@@ -75,7 +83,7 @@ def encode_message(message: ChatMessage, message_id: str, where: str = "message"
 
 def _plain_text(message: ChatMessage, message_id: str) -> str | None:
     """
-    Encode a message that holds nothing but plain data, as nearly all do, or return `None`.
+    Encode a message that contains only plain data, as nearly all do. Return `None` for any other message.
     """
     meta, name = message._meta, message._name
     if type(message) is not ChatMessage or not (name is None or type(name) is str) or not is_plain(meta):
@@ -93,16 +101,16 @@ def _plain_text(message: ChatMessage, message_id: str) -> str | None:
 
 def decode_messages(texts: Sequence[str]) -> list[ChatMessage]:
     """
-    Turn stored texts back into messages. All of them are parsed at once, which is faster.
+    Decode stored texts. They are parsed together, which is faster than one by one.
 
-    :param texts: What `encode_message` returned, oldest first.
-    :raises MessageDecodingError: If one of them cannot be read back. It names the text's index, not its content.
+    :param texts: Results of `encode_message`, oldest first.
+    :raises MessageDecodingError: If a text cannot be decoded. The error names the text's index, not its content.
     """
     try:
         rows = parse_json(f"[{','.join(texts)}]")
         if len(rows) == len(texts):
             return [_message_from_dict(row) for row in rows]
-    except Exception:  # noqa: S110  (damaged, or written by another version of Haystack: one by one, then)
+    except Exception:  # noqa: S110  (a damaged text, or one of another version of Haystack: decode one by one)
         pass
     return [_decoded_alone(text, index) for index, text in enumerate(texts)]
 
@@ -115,16 +123,16 @@ def _decoded_alone(text: str, index: int) -> ChatMessage:
         return message
     except Exception as error:
         raise MessageDecodingError(
-            f"Message {index} of those read cannot be turned back into a ChatMessage ({type(error).__name__}). "
-            "Its stored text was damaged, or written by something else."
-        ) from None  # the parser's own errors quote the text
+            f"Message {index} of those read cannot be decoded as a ChatMessage ({type(error).__name__}). Its stored "
+            "text is damaged, or another program wrote it."
+        ) from None  # the parser's errors quote the text
 
 
 def _message_to_dict(message: ChatMessage, where: str) -> dict[str, Any]:
     """
-    Do what `ChatMessage.to_dict()` does, without the deep copies that take most of its time.
+    Return the result of `ChatMessage.to_dict()`, without the deep copies that take most of its time.
 
-    A message with parts that this version does not know goes through `to_dict()`, so that a newer Haystack works.
+    A message with unknown kinds of parts is encoded by its own `to_dict()`, so that a newer Haystack works.
     """
     kind = type(message)
     if kind is ChatMessage and _PARTS.issuperset(map(type, message._content)):
@@ -133,10 +141,10 @@ def _message_to_dict(message: ChatMessage, where: str) -> dict[str, Any]:
     try:
         data = message.to_dict()
         is_same = kind.from_dict(data) == message
-    except Exception as error:  # Haystack's own errors quote the message
-        raise MessageEncodingError(f"{where} cannot be made JSON by its to_dict() ({type(error).__name__}).") from None
+    except Exception as error:  # Haystack's errors quote the message
+        raise MessageEncodingError(f"{where} cannot be encoded by its to_dict() ({type(error).__name__}).") from None
     if not is_same or kind is not ChatMessage:
-        raise MessageEncodingError(f"{where} is a {kind.__name__} that does not come back equal from its to_dict().")
+        raise MessageEncodingError(f"{where} is a {kind.__name__} that its to_dict() and from_dict() do not preserve.")
     return data
 
 
@@ -159,7 +167,7 @@ def _part_to_dict(part: Any, where: str) -> dict[str, Any]:
 
 def _fields(part: Any) -> dict[str, Any]:
     """
-    Return the values of a dataclass's fields. Not to be changed: it may be the very dict that the object lives in.
+    Return the values of a dataclass's fields. Callers must not change it: it may be the object's own `__dict__`.
     """
     names, values = _FIELDS[type(part)], vars(part)
     return values if len(values) == len(names) else {name: values[name] for name in values if name in names}
@@ -167,21 +175,21 @@ def _fields(part: Any) -> dict[str, Any]:
 
 def _message_from_dict(data: dict[str, Any]) -> ChatMessage:
     """
-    Do what `ChatMessage.from_dict()` does, past the constructors of the messages and their parts.
+    Return the result of `ChatMessage.from_dict()`, without calling the constructors.
 
-    These would validate and guess again what was settled when the message was first made.
+    The constructors would repeat validation that was done when the message was created.
     """
     content = [_part_from_dict(part) for part in data["content"]]
     state = {"_role": _ROLES[data["role"]], "_content": content, "_name": data["name"], "_meta": data["meta"] or {}}
     if len(data) != len(state) or type(data["content"]) is not list or type(state["_meta"]) is not dict:
         raise ValueError("Not what this version of Haystack writes.")
-    message: ChatMessage = _made(ChatMessage, state)
+    message: ChatMessage = _instance(ChatMessage, state)
     return message
 
 
 def _part_from_dict(data: dict[str, Any]) -> Any:
     if "text" in data and len(data) == 1:
-        return _made(TextContent, data)
+        return _instance(TextContent, data)
     ((key, value),) = data.items()
     kind = _PART_KINDS[key]
     if kind is ToolCallResult:
@@ -194,23 +202,23 @@ def _part_from_dict(data: dict[str, Any]) -> Any:
 def _dataclass_from_dict(kind: type, data: dict[str, Any]) -> Any:
     if data.keys() != _FIELDS[kind]:
         raise ValueError("Not what this version of Haystack writes.")
-    return _made(kind, data)
+    return _instance(kind, data)
 
 
-def _made(kind: type, state: dict[str, Any]) -> Any:
+def _instance(kind: type, state: dict[str, Any]) -> Any:
     """
-    Return an object of a dataclass that has `state` as its fields, without copying them.
+    Return an instance of a dataclass whose `__dict__` is `state` itself.
     """
-    made: Any = object.__new__(kind)
-    object.__setattr__(made, "__dict__", state)
-    return made
+    instance: Any = object.__new__(kind)
+    object.__setattr__(instance, "__dict__", state)
+    return instance
 
 
 def _plain_part(part: Any) -> dict[str, Any] | None:
     """
-    Return a part of a message as it is stored, or `None` if it holds anything but plain data.
+    Return the stored form of a part of a message, or `None` if the part contains anything but plain data.
 
-    The most frequent parts are looked at only where they can hold something else.
+    Of the most frequent kinds of parts, only fields that can contain other data are checked.
     """
     kind = type(part)
     if kind is TextContent:
@@ -219,9 +227,10 @@ def _plain_part(part: Any) -> dict[str, Any] | None:
         return None
     data = _part_to_dict(part, "")
     if kind is ToolCall:
-        is_ours = is_plain(part.arguments) and (part.extra is None or is_plain(part.extra))
+        has_plain_fields = is_plain(part.arguments) and (part.extra is None or is_plain(part.extra))
     elif kind is ToolCallResult and type(part.result) is str:
-        is_ours = is_plain(part.origin.arguments) and (part.origin.extra is None or is_plain(part.origin.extra))
+        origin = part.origin
+        has_plain_fields = is_plain(origin.arguments) and (origin.extra is None or is_plain(origin.extra))
     else:
-        is_ours = is_plain(data)
-    return data if is_ours else None
+        has_plain_fields = is_plain(data)
+    return data if has_plain_fields else None

@@ -3,123 +3,123 @@
 The errors of haystack-chat-store.
 
 ```
-ChatMessageStoreError            everything below; catch this one to catch all
+ChatMessageStoreError            the base of all errors below
 ├── StoreUnavailableError        the engine cannot be reached, read or written now (also a ConnectionError)
 │   └── StoreTimeoutError        the engine did not become free, or did not answer, in time (also a TimeoutError)
-├── StoreConfigurationError      the store is set up wrongly: trying again does not help
-├── SchemaVersionError           a newer version of this package wrote the database; it was left untouched
-├── MessageEncodingError         a message holds something that cannot be stored (also a ValueError)
+├── StoreConfigurationError      the store is set up wrongly; a retry does not help
+├── SchemaVersionError           a newer version of this package wrote the database; the database was not touched
+├── MessageEncodingError         a message contains a value that cannot be stored (also a ValueError)
 ├── MessageDecodingError         a stored message cannot be read back
-├── ConflictError                what is stored is not what the call expects; nothing was changed
-│   ├── DuplicateMessageError    an id is there already, and the policy is FAIL
+├── ConflictError                the stored data is not what the call expects; nothing was changed
+│   ├── DuplicateMessageError    the history already has a message's id, and the policy is FAIL
 │   ├── ChatHistoryChangedError  the history has another number of messages than expected
-│   └── ChatHistoryExistsError   the history to copy or import to has other messages already
-├── ChatHistoryNotFoundError     there is no such history (also a LookupError)
-├── MessageNotFoundError         the history has no such message (also a LookupError)
-├── UnsupportedOperationError    this store, or its engine, cannot do that
-└── DamagedFileError             a file to import was changed or cut off (also a ValueError); nothing was imported
+│   └── ChatHistoryExistsError   the target of a copy or import already has other messages
+├── ChatHistoryNotFoundError     the history does not exist (also a LookupError)
+├── MessageNotFoundError         the message does not exist in the history (also a LookupError)
+├── UnsupportedOperationError    the store or its engine does not support the operation
+└── DamagedFileError             an import file was changed or cut off (also a ValueError); nothing was imported
 ```
 
-Arguments that are wrong in themselves (an empty `chat_history_id`, a negative `last_k`, a list item that is not a
-`ChatMessage`) raise a plain `ValueError`, as everywhere in Haystack.
+An argument that is wrong in itself (an empty `chat_history_id`, a negative `last_k`, a list item that is not a
+`ChatMessage`) raises a plain `ValueError`, as everywhere in Haystack.
 
-A driver's exception is the `__cause__` of ours. No message says what a chat message contained, and none shows a
-password.
+If a driver raised an exception, it is the `__cause__` of the error. The text of an error contains neither the text of
+chat messages nor passwords.
 """
 
 
 class ChatMessageStoreError(Exception):
     """
-    Something went wrong in a chat message store.
+    The base class of all errors of chat message stores.
     """
 
 
 class StoreUnavailableError(ChatMessageStoreError, ConnectionError):
     """
-    The engine behind the store cannot be reached, read or written now. This may pass by itself.
+    The engine cannot be reached, read or written now. The cause may go away by itself.
 
-    A failed write stored nothing, or all of its batch if only the engine's confirmation was lost. Messages that carry
-    ids can safely be written again.
+    A failed write stored nothing, or the whole batch if only the engine's confirmation was lost. Messages that have ids
+    can safely be written again.
     """
 
 
 class StoreTimeoutError(StoreUnavailableError, TimeoutError):
     """
-    The engine did not become free, or did not answer, within the store's `timeout`.
+    The engine did not become free, or did not answer, within the store's `timeout` (in seconds).
     """
 
 
 class StoreConfigurationError(ChatMessageStoreError):
     """
-    The store is set up wrongly: trying again does not help.
+    The store is set up wrongly. A retry does not help.
 
-    Examples are a file that is no database, a folder that does not exist, and a table of another program.
+    Examples are a file that is not a database, a folder that does not exist, and a table of another program.
     """
 
 
 class SchemaVersionError(ChatMessageStoreError):
     """
-    The database was written by a newer version of this package. It was left untouched.
+    A newer version of this package wrote the database. The database was not touched.
     """
 
 
 class MessageEncodingError(ChatMessageStoreError, ValueError):
     """
-    A message holds a value that has no form in JSON, at the path the error names. Nothing of its batch was stored.
+    A message contains a value that cannot be stored. The error names the value's path. Nothing of the batch was stored.
     """
 
 
 class MessageDecodingError(ChatMessageStoreError):
     """
-    A stored message cannot be read back, or parts of its history are missing: something else has changed or damaged it.
+    A stored message cannot be read back, or parts of its history are missing: another program changed or damaged it.
     """
 
 
 class ConflictError(ChatMessageStoreError):
     """
-    What is stored is not what the call took it for. Nothing was changed.
+    The stored data is not what the call expects. Nothing was changed.
     """
 
 
 class DuplicateMessageError(ConflictError):
     """
-    A message's id is there already, and the policy of the write is `DuplicatePolicy.FAIL`. Nothing was written.
+    The history already has a message's id, and the policy is `DuplicatePolicy.FAIL`. Nothing was written.
     """
 
 
 class ChatHistoryChangedError(ConflictError):
     """
-    The history does not have the number of messages that the call expects: another writer changed it.
+    The history has another number of messages than the call expects: another writer changed it.
 
-    Nothing was written. Read what is new, then decide again.
+    Nothing was written. Read the new messages, then decide again.
     """
 
 
 class ChatHistoryExistsError(ConflictError):
     """
-    The history to copy or import to has messages already that are not those. Nothing was changed.
+    The target of a copy or import already has other messages. Nothing was changed.
     """
 
 
 class ChatHistoryNotFoundError(ChatMessageStoreError, LookupError):
     """
-    There is no history with this id.
+    No history has this id.
     """
 
 
 class MessageNotFoundError(ChatMessageStoreError, LookupError):
     """
-    The history has no message with this id. Nothing was changed.
+    No message of the history has this id. Nothing was changed.
     """
 
 
 class UnsupportedOperationError(ChatMessageStoreError):
     """
-    This store cannot do what was asked: its engine has no means for it, or it was opened without.
+    The store does not support the operation: its engine does not have it, or a setting does not allow it.
     """
 
 
 class DamagedFileError(ChatMessageStoreError, ValueError):
     """
-    A file to import was changed or cut off, or is of another format. Nothing of it was imported.
+    An import file was changed or cut off, or has another format. Nothing of it was imported.
     """

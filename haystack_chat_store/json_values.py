@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-JSON text by `pydantic_core`, and the form that other values have in it.
+Encodes values as JSON text with `pydantic_core`, and defines the JSON form of values that JSON does not know.
 
 | in a message | in the store |
 |---|---|
-| tuple, set, frozenset, deque | list (a set sorted, where its items can be) |
+| tuple, set, frozenset, deque | list (of a set: sorted, if its items can be sorted) |
 | datetime, date, time, timedelta | ISO 8601 text, as pydantic writes it |
 | Enum | its value |
 | pydantic model, dataclass instance, other mapping | dict, as pydantic's JSON mode makes it |
@@ -13,9 +13,9 @@ JSON text by `pydantic_core`, and the form that other values have in it.
 | NaN, Infinity, -Infinity | the text `"NaN"`, `"Infinity"`, `"-Infinity"` |
 | numpy scalar, numpy array | number (a datetime64: ISO 8601 text), list |
 | a high and a low surrogate side by side | the character they encode |
-| a dict key that is not text | text, as JSON writes it; refused if two keys become the same |
+| a dict key that is not text | its JSON text; refused if two keys become the same text |
 | an integer of more than 4,300 digits, a cycle, more than 200 levels | refused with a `MessageEncodingError` |
-| anything else, such as a function or an iterator | in a message's `meta` and `extra`: its `repr`; elsewhere refused |
+| anything else, such as a function or an iterator | in a message's `meta` and `extra` its `repr`, elsewhere refused |
 """
 
 import base64
@@ -35,22 +35,22 @@ from pydantic_core import PydanticSerializationError, from_json, to_json, to_jso
 
 from haystack_chat_store.errors import MessageEncodingError
 
-#: How deep lists and dicts may be nested. Well below the recursion limit, so that decoding succeeds even deep in a call
+#: The deepest nesting of lists and dicts. Well below the recursion limit, so that decoding succeeds even deep in a call
 #: stack.
 MAX_DEPTH = 200
-#: The longest integer, in digits. Longer ones take minutes to read (CVE-2020-10735), and Python refuses them by default.
+#: The longest integer, in digits. Python refuses longer ones by default, because they take minutes to parse
+#: (CVE-2020-10735).
 MAX_DIGITS = 4_300
 
-_SMALLEST_TOO_LONG = 10**MAX_DIGITS
+_SMALLEST_REFUSED_INTEGER = 10**MAX_DIGITS
 _LONG_NUMBER = re.compile(f"[0-9]{{{MAX_DIGITS + 1}}}")
-# Longer texts of a value without a form are cut.
 _MAX_REPR_LENGTH = 1_000
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _TEXT = frozenset({str})
 
-# Where a value stands: the name of the data, or another path and a step from there.
+# The path to a value: the name of the data or, below it, the path of the container and a key or index.
 _Path: TypeAlias = "tuple[str] | tuple[_Path, str | int]"
-#: Returns a replacement for a value without a form, given its path and the value; or raises.
+#: Returns the replacement for a value without a JSON form, given the value's path and the value, or raises.
 Replace: TypeAlias = Callable[[str, Any], Any]
 
 
@@ -58,7 +58,7 @@ def refuse(path: str, value: Any) -> Any:
     """
     Refuse a value without a JSON form.
 
-    :raises MessageEncodingError: Always. It names the path.
+    :raises MessageEncodingError: Always. The error names the path.
     """
     raise MessageEncodingError(
         f"{path} is a {type(value).__name__}, which has no JSON form. Turn it into text, numbers, lists or dicts."
@@ -73,29 +73,31 @@ def parse_json(text: str) -> Any:
     """
     try:
         return from_json(text)
-    except ValueError:  # it may only have a lone surrogate, or be nested deeply
+    except ValueError:  # pydantic_core refuses lone surrogates and deep nesting, json accepts them
         return json.loads(text)
 
 
 def encode_plain(data: Any) -> str:
     """
-    Return plain data, of which `is_plain` is true, as compact JSON text.
+    Return plain data as compact JSON text.
+
+    :param data: Data for which `is_plain` is true.
     """
     try:
         return to_json(data, inf_nan_mode="strings").decode()
     except (PydanticSerializationError, ValueError):
-        # A lone surrogate can only be written as an escape sequence.
+        # pydantic_core refuses lone surrogates. json writes them as escape sequences.
         return json.dumps(data, separators=(",", ":"), allow_nan=False)
 
 
 def encode_values(data: Any, name: str, replace: Replace = refuse) -> str:
     """
-    Return any data as compact JSON text, with each value in the form of the table above.
+    Return data as compact JSON text, with each value in the JSON form of the table above.
 
-    :param data: A dict, list or value.
-    :param name: What errors call the data.
-    :param replace: What becomes of a value without a form. Defaults to refusing it.
-    :raises MessageEncodingError: If a value is refused. It names the value's path.
+    :param data: Any value.
+    :param name: The name of the data in errors.
+    :param replace: Replaces a value without a JSON form. Defaults to refusing it.
+    :raises MessageEncodingError: If a value is refused. The error names the value's path.
     """
     return encode_plain(json_value(data, (name,), replace))
 
@@ -104,16 +106,16 @@ def encode_meta(meta: dict[Any, Any]) -> str:
     """
     Return the meta of a chat history as JSON text.
 
-    :raises MessageEncodingError: If a value has no form. It names the value's path.
+    :raises MessageEncodingError: If a value has no JSON form. The error names the value's path.
     """
     return encode_values(meta, "meta")
 
 
 def is_plain(data: Any, depth: int = MAX_DEPTH - 10) -> bool:
     """
-    Whether a dict or list consists of nothing but dicts with text as keys, lists, text, numbers, True, False and None.
+    Whether a dict or list contains only dicts with text keys, lists, text, numbers, True, False and None.
 
-    Keys and scalars cost no Python code each.
+    Keys and scalars are checked in C code, without a Python step for each.
     """
     if type(data) is dict:
         if not _TEXT.issuperset(map(type, data)):
@@ -134,7 +136,7 @@ def is_plain(data: Any, depth: int = MAX_DEPTH - 10) -> bool:
 
 def has_long_number(text: str) -> bool:
     """
-    Whether JSON text may have an integer of more than 4,300 digits, or has as many digits in one of its texts.
+    Whether JSON text contains more than 4,300 digits in a row, in an integer or inside a text.
     """
     return len(text) > MAX_DIGITS and _LONG_NUMBER.search(text) is not None
 
@@ -143,10 +145,11 @@ def json_value(value: Any, path: _Path, replace: Replace, depth: int = MAX_DEPTH
     """
     Return a copy of a value in its JSON form, as plain data.
 
-    :param path: Where the value stands.
-    :param replace: What becomes of a value without a form.
-    :param depth: How many more levels may follow.
-    :raises MessageEncodingError: If a value is refused. It names the value's path.
+    :param value: Any value. It is not changed.
+    :param path: The path to the value.
+    :param replace: Replaces a value without a JSON form.
+    :param depth: The number of further levels that are allowed. Defaults to 200.
+    :raises MessageEncodingError: If a value is refused. The error names the value's path.
     """
     if depth == 0:
         raise MessageEncodingError(f"{shown(path)}… is nested more than {MAX_DEPTH} levels deep, or contains itself.")
@@ -180,7 +183,7 @@ def shown(path: _Path) -> str:
 
 def repr_of(value: Any) -> str:
     """
-    Return the text that is stored in the place of a value without a form.
+    Return the `repr` of a value, cut to 1,000 characters. A `repr` that fails is replaced by the default one.
     """
     try:
         return repr(value)[:_MAX_REPR_LENGTH]
@@ -190,8 +193,8 @@ def repr_of(value: Any) -> str:
 
 def _scalar_form(value: Any, path: _Path) -> Any:
     if isinstance(value, str):
-        value = str.__str__(value)  # plain, whatever a subclass makes of its methods
-        # A pair of surrogates becomes the character it encodes, as it would when it is read back.
+        value = str.__str__(value)  # a subclass may override other methods
+        # A pair of surrogates becomes the character that it encodes, as JSON parsers read it.
         return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
     if isinstance(value, bool):
         return value
@@ -200,7 +203,7 @@ def _scalar_form(value: Any, path: _Path) -> Any:
             return float(value)
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, int):
-        if not -_SMALLEST_TOO_LONG < value < _SMALLEST_TOO_LONG:
+        if not -_SMALLEST_REFUSED_INTEGER < value < _SMALLEST_REFUSED_INTEGER:
             raise MessageEncodingError(f"{shown(path)} is an integer of more than {MAX_DIGITS:,} digits.")
         return int(value)
     return value
@@ -226,10 +229,10 @@ def _sorted_if_possible(values: AbstractSet[Any]) -> list[Any]:
 
 def _form(value: Any, replace_inner: Callable[[Any], Any]) -> Any:
     """
-    Return a value that is neither a scalar nor a container as data that is closer to JSON.
+    Return data that is closer to JSON, for a value that is neither a scalar nor a container.
 
-    :param replace_inner: What becomes of values inside of it that have no form.
-    :raises Exception: If the value itself has no form.
+    :param replace_inner: Replaces values without a JSON form inside the value.
+    :raises Exception: If the value itself has no JSON form.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields(value)}
@@ -238,9 +241,10 @@ def _form(value: Any, replace_inner: Callable[[Any], Any]) -> Any:
     if isinstance(value, (Fraction, PurePath)):
         return str(value)
     if type(value).__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind != "m":
-        # numpy gives a time that is none ("NaT") as None, and a duration ("m") as a bare number in some unit.
+        # numpy returns a duration ("m") as a number without its unit, so it has no JSON form here. A datetime ("M") is
+        # turned into text first, because numpy returns "NaT" as None.
         return (value.astype(str) if value.dtype.kind == "M" else value).tolist()
-    if isinstance(value, (Iterator, type)):  # pydantic would run an iterator, and take a class for its instance
+    if isinstance(value, (Iterator, type)):  # pydantic would run an iterator, and encode a class like an instance
         raise TypeError
     return to_jsonable_python(
         value, by_alias=False, bytes_mode="base64", inf_nan_mode="constants", fallback=replace_inner

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What components do with a store that may be anybody's: make it from YAML, call it, close it.
+Calls of components to any store that follows the protocol, also to stores of other packages.
 
-The protocol does not ask for asynchronous methods, nor for `close`, `window_step`, `policy` or `expected_count`.
+The protocol requires no asynchronous methods, and no `close`, `window_step`, `policy` or `expected_count`.
 """
 
 import asyncio
@@ -19,17 +19,17 @@ from haystack_chat_store.validation import validated_policy
 
 ComponentT = TypeVar("ComponentT")
 
-# More rounds than a history has, and a number that anybody's database takes.
-_ALL = 2**31 - 1
+# A `last_k` that is larger than any history, and small enough for any database.
+_LARGE_LAST_K = 2**31 - 1
 
 
 def component_from_dict(kind: type[ComponentT], data: dict[str, Any]) -> ComponentT:
     """
-    Make a component, and the store it was serialized with.
+    Create a component with its store from the result of `to_dict`.
 
     :param kind: The component's class.
     :param data: The serialized component. It is not changed.
-    :raises DeserializationError: If there is no store in it, or the store's class is not trusted or not there.
+    :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
     """
     store = (data.get("init_parameters") or {}).get("chat_message_store")
     if not isinstance(store, dict) or "type" not in store:
@@ -42,9 +42,9 @@ def component_from_dict(kind: type[ComponentT], data: dict[str, Any]) -> Compone
 
 def validated_store(store: Any) -> ChatMessageStore:
     """
-    Return a store.
+    Return the store if it follows the protocol.
 
-    :raises ValueError: If the object does not follow the protocol.
+    :raises ValueError: If it does not, or if it is a class.
     """
     if isinstance(store, type) or not isinstance(store, ChatMessageStore):
         got = f"the class {store.__name__}" if isinstance(store, type) else type(store).__name__
@@ -54,14 +54,14 @@ def validated_store(store: Any) -> ChatMessageStore:
 
 def last_k_unit(store: ChatMessageStore) -> LastKUnit:
     """
-    Return what a store's `last_k` counts. Of a store that does not say, not more is expected than single messages.
+    Return the unit of a store's `last_k`. A store without `last_k_unit` is treated as one that counts messages.
     """
     return "round" if getattr(store, "last_k_unit", None) == "round" else "message"
 
 
 def default_last_k(store: ChatMessageStore) -> int | None:
     """
-    Return how much a store returns when it is not told. Of a store that does not say, everything is expected.
+    Return a store's own `last_k`. A store without `last_k` is treated as one that returns whole histories.
     """
     last_k: int | None = getattr(store, "last_k", None)
     return last_k
@@ -73,7 +73,7 @@ def retrieve(
     """
     Call a store's `retrieve_messages`.
 
-    Of a store that does not take `window_step`, the whole history is read and the window cut out of it, in rounds.
+    If the store does not take `window_step`, read the whole history and cut out the window, in rounds.
     """
     last_k, options, window = _read_of(store, last_k, window_step)
     messages = store.retrieve_messages(chat_history_id, last_k, **options)
@@ -84,9 +84,9 @@ async def retrieve_async(
     store: ChatMessageStore, chat_history_id: str, last_k: int | None, window_step: int = 1
 ) -> list[ChatMessage]:
     """
-    Await a store's `retrieve_messages_async` or, where it has none, run `retrieve_messages` in a thread.
+    Await a store's `retrieve_messages_async`. If the store has none, run `retrieve_messages` in a thread.
 
-    Of a store that does not take `window_step`, the whole history is read and the window cut out of it, in rounds.
+    If the store does not take `window_step`, read the whole history and cut out the window, in rounds.
     """
     last_k, options, window = _read_of(store, last_k, window_step)
     if isinstance(store, AsyncChatMessageStore):
@@ -98,7 +98,7 @@ async def retrieve_async(
 
 class _Read(NamedTuple):
     """
-    How to call a store's `retrieve_messages`, and the window to cut out of what it returns.
+    The arguments of a store's `retrieve_messages`, and the window to cut out of its result, or `None` for all of it.
     """
 
     last_k: int | None
@@ -112,14 +112,14 @@ def _read_of(store: ChatMessageStore, last_k: int | None, window_step: int) -> _
     if "window_step" in inspect.signature(store.retrieve_messages).parameters:
         return _Read(last_k, {"window_step": window_step}, None)
     count = default_last_k(store) if last_k is None else last_k
-    return _Read(_ALL, {}, Window("round", count, window_step))
+    return _Read(_LARGE_LAST_K, {}, Window("round", count, window_step))
 
 
 def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_count: int | None) -> dict[str, Any]:
     """
-    Return what to give a store's `write_messages` beyond the protocol: nothing, where that would be the default.
+    Return the keyword arguments of a store's `write_messages` that differ from their defaults.
 
-    :raises ValueError: If the store does not take it.
+    :raises ValueError: If `policy` is wrong, or the store does not take one of these arguments.
     """
     options: dict[str, Any] = {}
     if validated_policy(policy) is not DuplicatePolicy.SKIP:
@@ -136,7 +136,7 @@ async def write_async(
     store: ChatMessageStore, chat_history_id: str, messages: list[ChatMessage], **options: Any
 ) -> int:
     """
-    Await a store's `write_messages_async` or, where it has none, run `write_messages` in a thread.
+    Await a store's `write_messages_async`. If the store has none, run `write_messages` in a thread.
     """
     if isinstance(store, AsyncChatMessageStore):
         return await store.write_messages_async(chat_history_id, messages, **options)
@@ -145,7 +145,7 @@ async def write_async(
 
 def close(store: ChatMessageStore) -> None:
     """
-    Close a store that can be closed.
+    Close a store, if it has `close`.
     """
     if hasattr(store, "close"):
         store.close()
@@ -153,7 +153,7 @@ def close(store: ChatMessageStore) -> None:
 
 async def close_async(store: ChatMessageStore) -> None:
     """
-    Close a store that can be closed, without blocking the event loop.
+    Close a store, if it has `close` or `close_async`, without blocking the event loop.
     """
     if hasattr(store, "close_async"):
         await store.close_async()

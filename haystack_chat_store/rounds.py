@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rules of conversations, as pure functions over lists of messages. They know no database.
+The rules of conversations, as pure functions over lists of messages, without any database.
 
-A **round** begins at each user message and lasts until the next one, whatever comes in between: tool calls, their
-results, replies with or without text. This is what Haystack's own compaction calls a turn. Messages before the first
-user message (a greeting, a system message) are the **preamble**.
+A **round** begins at each user message and lasts until the next one. It may contain tool calls, their results, and
+replies with or without text. (Haystack's compaction calls a round a turn.) The messages before the first user message,
+such as a greeting or a system message, are the **preamble**.
 
-What a model is shown of a history is a window of it (`last_rounds`), with the messages of each question together
-(`in_question_order`), around it the messages of this turn (`parted`), without what a model would reject
-(`valid_for_model`).
+A model is shown a window of a history (`last_rounds`). In it, the messages of each question stand together
+(`in_question_order`). The messages of this turn go around it (`split_system_history_current`). Messages that a model
+would reject are left out (`valid_for_model`).
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple
 
 from haystack.dataclasses import ChatMessage, ChatRole
 
-from haystack_chat_store.exchanges import answers_of, pairs_of, says_something, without_rejected_parts
 from haystack_chat_store.ids import message_id_of, question_id_of
+from haystack_chat_store.tool_calls import answers_of, pairs_of, says_something, without_rejected_parts
 
 #: What `last_k` counts.
 LastKUnit = Literal["round", "message"]
@@ -27,11 +27,12 @@ LastKUnit = Literal["round", "message"]
 @dataclass(frozen=True)
 class Window:
     """
-    The end of a history that a call wants to read.
+    The part at the end of a history that a call reads.
 
-    :param unit: What `count` and `step` count: rounds or single messages.
-    :param count: How many of them, newest last; at least 1. `None` for the whole history.
-    :param step: The window's start moves only when so many have come, so that it holds up to `step - 1` more of them.
+    :param unit: The unit of `count` and `step`: `"round"` or `"message"`.
+    :param count: The number of rounds or messages, at least 1. `None` for the whole history.
+    :param step: The start of the window moves only in steps of this many rounds or messages, so the window holds up to
+        `step - 1` more than `count`. Defaults to 1.
     """
 
     unit: LastKUnit
@@ -40,9 +41,10 @@ class Window:
 
     def size(self, total: int) -> int:
         """
-        Return how many of the newest rounds or messages the window holds. If that is more than there are, everything.
+        Return how many of the newest rounds or messages the window holds.
 
-        :param total: How many there are in the history.
+        :param total: The number of rounds or messages in the history.
+        :returns: A number. If it is greater than `total`, the window holds the whole history.
         """
         if self.count is None:
             return total + 1
@@ -53,15 +55,16 @@ def window_start(roles: Sequence[str], window: Window) -> tuple[int, int]:
     """
     Return where a window of a history begins, and the window's size.
 
-    With the unit `"round"`, the window begins at the `size`-th last user message, or holds everything if there are
-    fewer. With the unit `"message"`, it holds the last `size` messages; if the first of these is a tool message, they
-    are preceded by what comes before it, up to and including the nearest message that is not one.
+    With the unit `"round"`, the window begins at the `size`-th last user message. If the history has fewer user
+    messages, the window holds the whole history. With the unit `"message"`, the window holds the last `size` messages.
+    If the first of these is a tool message, the window begins at the nearest message before it that is not a tool
+    message.
 
-    This is the rule that every engine follows, in its own language.
+    Every engine follows this rule, in its own language.
 
     :param roles: The roles of all messages of the history, oldest first.
-    :param window: What is wanted.
-    :returns: An index into `roles`, and how many rounds or messages the window holds (see `Window.size`).
+    :param window: The window to read.
+    :returns: An index into `roles`, and the number of rounds or messages in the window (see `Window.size`).
     """
     if window.count is None:
         return 0, len(roles)
@@ -78,14 +81,14 @@ def window_start(roles: Sequence[str], window: Window) -> tuple[int, int]:
 
 def round_starts(messages: Sequence[ChatMessage]) -> list[int]:
     """
-    Return where the rounds begin.
+    Return the indexes of the messages at which rounds begin.
     """
     return [index for index, message in enumerate(messages) if message.role is ChatRole.USER]
 
 
 def last_rounds(messages: Sequence[ChatMessage], window: Window) -> list[ChatMessage]:
     """
-    Return the rounds in the window, with the preamble if there are fewer of them than the window holds.
+    Return the rounds in the window. If the history has fewer rounds than the window holds, include the preamble.
 
     :param messages: A whole history, oldest first.
     :param window: A window that counts rounds.
@@ -97,10 +100,10 @@ def last_rounds(messages: Sequence[ChatMessage], window: Window) -> list[ChatMes
 
 def last_messages(messages: Sequence[ChatMessage], count: int) -> list[ChatMessage]:
     """
-    Return the last `count` messages, and as many before them as it takes for no tool result to come without its call.
+    Return the last `count` messages, and more if a tool result would otherwise come without its call.
 
-    :param messages: A history, oldest first, or any end of it that begins at or before the exchange in which the last
-        `count` messages begin.
+    :param messages: A history, oldest first. Its end is enough, if it begins no later than the exchange in which the
+        last `count` messages begin.
     :param count: The number of messages, 0 or more.
     """
     if count == 0:
@@ -116,17 +119,17 @@ def last_messages(messages: Sequence[ChatMessage], count: int) -> list[ChatMessa
 
 def question_groups(history: Sequence[ChatMessage]) -> list[list[ChatMessage]]:
     """
-    Put the messages that were produced for a question together behind it.
+    Group the messages of each question together, behind their question.
 
     Agents that run at the same time on one history store their messages interleaved. Each message that a run produced
-    names its question in `meta["chat_question_id"]`: it joins the group of that question. A message without such a mark
-    stays where it is: a user message begins a group, any other joins the group of the message before it. A marked
-    message whose question does not stand before it is left out, unless it is a user message (which a hook added): that
-    one begins the group.
+    names its question in `meta["chat_question_id"]`, and joins the group of that question. If its question does not
+    come before it, the message is left out; but if it is a user message (which a hook added), it begins the group.
+    A message that names no question stays where it is: a user message begins a group, any other message joins the group
+    of the message before it.
 
     :param history: A window of a history, oldest first.
-    :returns: The preamble, which may be empty, and the groups in the order of their first messages. Each is a round, as
-        the model sees it.
+    :returns: The preamble, which may be empty, and then the groups in the order of their first messages. Each group is
+        a round, as the model sees it.
     """
     group: list[ChatMessage] = []
     groups = [group]
@@ -150,9 +153,9 @@ def question_groups(history: Sequence[ChatMessage]) -> list[list[ChatMessage]]:
 
 def in_question_order(history: Sequence[ChatMessage]) -> list[ChatMessage]:
     """
-    Return the messages of each question together, one question after the other, as `question_groups` puts them.
+    Return the messages of each question together, one question after the other, as `question_groups` groups them.
 
-    A history without marks stays as it is.
+    A history in which no message names its question stays as it is.
 
     :param history: A window of a history, oldest first.
     """
@@ -161,26 +164,28 @@ def in_question_order(history: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 def question_of(messages: Sequence[ChatMessage], index: int) -> int | None:
     """
-    Return where the question stands that a message belongs to, by its mark or, without one, by its place.
+    Return the index of the question that a message belongs to.
+
+    A message belongs to the question that it names. If it names none, or one that is not among the messages, it belongs
+    to the nearest question before it. Blank user messages are not questions.
 
     :param messages: The messages of a history, oldest first.
     :param index: The message's index.
-    :returns: An index that is not greater. Of a marked message whose question is not among the messages, it is the
-        nearest question before it; `None` if there is none either. Who says nothing asks nothing.
+    :returns: The question's index, at most `index`, or `None` if no question is found.
     """
-    mark = question_id_of(messages[index])
-    questions = [at for at in range(index + 1) if _asks(messages[at]) and question_id_of(messages[at]) is None]
-    own = [at for at in questions if mark is not None and message_id_of(messages[at]) == mark]
-    return max(own or questions, default=None)
+    question_id = question_id_of(messages[index])
+    questions = [at for at in range(index + 1) if _is_question(messages[at]) and question_id_of(messages[at]) is None]
+    named = [at for at in questions if question_id is not None and message_id_of(messages[at]) == question_id]
+    return max(named or questions, default=None)
 
 
 class Parts(NamedTuple):
     """
-    What a model is shown: `system` first, then `history`, then `current`.
+    The messages that a model is shown: first `system`, then `history`, then `current`.
 
     :param system: The system messages of this turn.
-    :param history: The window of the history.
-    :param current: All other messages of this turn that are not in the history.
+    :param history: The window of the history, without the messages in `system`.
+    :param current: The other messages of this turn that are not in the history.
     """
 
     system: list[ChatMessage]
@@ -188,21 +193,22 @@ class Parts(NamedTuple):
     current: list[ChatMessage]
 
 
-def parted(history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> Parts:
+def split_system_history_current(history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> Parts:
     """
-    Tell what is shown from where: the messages of this turn go around the history, and what it has is not repeated.
+    Split what a model is shown into system messages, history and current messages, without repetitions.
 
-    Not repeated is a message with the id of one in the history, nor, since `current_messages` may be a transcript that
-    is longer than the window, one that has an id and stands before such a message. A system message is taken from
-    `current_messages` even if the history has it too. All messages are the objects passed in.
+    A message of this turn is left out if the history has its id. `current_messages` may be a transcript that is longer
+    than the window, so a message that has an id and stands before such a message is left out, too. A system message
+    that stands in both is taken from `current_messages`.
 
     :param history: The window, oldest first.
     :param current_messages: The messages of this turn.
+    :returns: The objects that were passed in, not copies.
     """
     system = [message for message in current_messages if message.role is ChatRole.SYSTEM]
     others = [message for message in current_messages if message.role is not ChatRole.SYSTEM]
-    brought = {message_id_of(message) for message in system} - {None}
-    shown = [message for message in history if not brought or message_id_of(message) not in brought]
+    system_ids = {message_id_of(message) for message in system} - {None}
+    shown = [message for message in history if not system_ids or message_id_of(message) not in system_ids]
     ends = {message_id_of(message): end for end, message in enumerate(others, 1)}
     ends.pop(None, None)
     known = max((ends.get(message_id_of(message), 0) for message in shown), default=0) if ends else 0
@@ -214,16 +220,19 @@ def valid_for_model(history: Sequence[ChatMessage], current_messages: Sequence[C
     """
     Put the messages of this turn around a window of history, and leave out what model providers reject.
 
-    That is: tool calls without a result, and results that answer no call, paired within one exchange (of a message with
-    text and several calls only the unanswered calls go, with what the provider wants only together with them); messages
-    that say nothing, such as blank texts; and, of the history, assistant and tool messages before its first user
-    message, for the user has to speak first. All other messages are returned as they are. Results in `current_messages`
-    count as answers to calls in the history.
+    Left out are:
 
-    :param history: A window of a conversation, oldest first. Neither the list nor its messages are changed.
-    :param current_messages: The messages of this turn, to go around it as `parted` says.
+    - tool calls without a result, and results without a call, paired within one exchange. Only the unanswered calls of
+      a message are left out, with what the provider accepts only together with them; its text stays;
+    - messages that say nothing, such as blank texts;
+    - assistant and tool messages before the first user message of the history, because the user must speak first.
+
+    All other messages are returned as they are. Results in `current_messages` answer calls in the history.
+
+    :param history: A window of a history, oldest first. Neither the list nor its messages are changed.
+    :param current_messages: The messages of this turn. See `split_system_history_current` for where they go.
     """
-    system, shown, current = parted(history, current_messages)
+    system, shown, current = split_system_history_current(history, current_messages)
     messages = [*system, *_from_first_user(shown), *current]
     valid: list[ChatMessage] = []
     index = 0
@@ -241,13 +250,16 @@ def valid_for_model(history: Sequence[ChatMessage], current_messages: Sequence[C
 
 def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
     """
-    Leave out the assistant and tool messages that come before the first user message that says something.
+    Leave out the assistant and tool messages before the first question.
     """
     for index, message in enumerate(history):
-        if _asks(message):
+        if _is_question(message):
             return [*(message for message in history[:index] if message.role is ChatRole.SYSTEM), *history[index:]]
     return [message for message in history if message.role is ChatRole.SYSTEM]
 
 
-def _asks(message: ChatMessage) -> bool:
+def _is_question(message: ChatMessage) -> bool:
+    """
+    Whether this is a user message that is not blank.
+    """
     return message.role is ChatRole.USER and says_something(without_rejected_parts(message, ()))

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: RUF001, RUF002  (letters that look like others are what this is about)
+# ruff: noqa: RUF001, RUF002  (this module is about letters that look alike)
 """
-What search means, the same on every engine: which terms a text has, and which texts a query matches.
+The rules of search, the same on every engine: which terms a text has, and which texts a query matches.
 
-Engines only store terms and intersect them. A text's terms are its words, folded:
+Engines only store terms and intersect them. The terms of a text are its folded words:
 
 | in a text | in its terms |
 |---|---|
 | `Straße`, `ＡＢＣ`, `ﬁt`, `x²` | `strasse`, `abc`, `fit`, `x2`: compatibility forms (NFKC) and case are the same |
 | `Élan`, `Łódź`, `Ёж`, `שָׁלוֹם`, `كَتَبَ` | `elan`, `lodz`, `еж`, `שלום`, `كتب`: accents and vowel points are left out |
-| `が`, `हिन्दी`, `น้ำ` | the same: marks that make another letter of it, vowel signs and tones stay |
+| `が`, `हिन्दी`, `น้ำ` | the same: marks that make a different letter, vowel signs and tones stay |
 | `don't`, `e-mail`, `snake_case` | `don` `t`, `e` `mail`, `snake` `case`: only letters, digits and their marks |
-| `東京都` | `東京` `京都` `都`: scripts without spaces, and Hangul, become overlapping pairs and the last character |
-| `iPhone15を買う` | `iphone15` `を買` `買う` `う`: a word ends where such a script begins |
+| `東京都` | `東京` `京都` `都`: text without spaces, and Hangul, becomes overlapping pairs and the last character |
+| `iPhone15を買う` | `iphone15` `を買` `買う` `う`: a word ends where a script without spaces begins |
 | a soft hyphen, a joiner, a variation selector | nothing |
 
-So a term holds nothing that the syntax of an engine could take for an operator. Pairs that follow each other are found
-wherever the characters do, and a single character is found as the beginning of a term.
+A term contains no character that is an operator in an engine's query syntax. In a script without spaces, a sequence of
+characters is found as a sequence of pairs, and a single character is found as the beginning of a term.
 """
 
 import re
@@ -29,25 +29,27 @@ from haystack.dataclasses import ChatMessage, TextContent, ToolCallResult
 
 from haystack_chat_store.json_values import parse_json
 
-#: How many terms a message has at most; the rest of it is not found. PostgreSQL keeps positions up to 16,383.
+#: The largest number of terms of a message. Further terms are not indexed. PostgreSQL keeps positions up to 16,383.
 MAX_TERMS = 16_000
 
-#: How many bytes of UTF-8 a message's terms have at most, in all. A tsvector holds 1 MB, positions included.
+#: The largest size of all terms of a message, in bytes of UTF-8. A tsvector holds 1 MB, positions included.
 MAX_BYTES = 900_000
 
-#: How many characters a message is searched for terms in.
+#: The largest number of characters of a message that are split into terms.
 MAX_CHARACTERS = 1_000_000
 
-#: What a longer term is cut to, in a text and in a query alike.
+#: The largest length of a term, in characters. Longer terms are cut, in texts and in queries.
 MAX_TERM_LENGTH = 64
 
-#: How many terms of a query count, and in how many characters of it they are looked for.
+#: The largest number of terms of a query. Further terms are ignored.
 MAX_QUERY_TERMS = 64
+
+#: The largest number of characters of a query that are split into terms.
 MAX_QUERY_CHARACTERS = 10_000
 
-_UTF8_LENGTH = 4  # of one character, at most
+_MAX_UTF8_BYTES_PER_CHARACTER = 4
 
-# Thai, Lao, Myanmar, Hangul, Khmer, kana and bopomofo, Han, and the supplements of these. As they are after folding.
+# Scripts without spaces, after folding: Thai, Lao, Myanmar, Hangul, Khmer, kana and bopomofo, Han, and supplements.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u3007\u3031-\u3035\u303b\u3041-\u318f\u31a0-\u31bf"
     "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua960-\ua97f\ua9e0-\ua9ff\uaa60-\uaa7f\uac00-\ud7ff\uf900-\ufaff"
@@ -56,10 +58,10 @@ _UNSPACED = (
 _unspaced_character = re.compile(f"[{_UNSPACED}]")
 _run = re.compile(rf"([{_UNSPACED}]+)|[^{_UNSPACED}\s]+")
 
-# Symbols that are written for the words and characters they consist of, such as ㍿, ㎏ and, in text from PDFs, ⽇.
+# Symbols that stand for several characters, or for another character, such as ㍿, ㎏ and, in text from PDFs, ⽇.
 _written_out = re.compile("[\u2e80-\u2fdf\u3200-\u33ff]")
 
-# Letters that Unicode does not decompose, and the Arabic tatweel, which only makes a word longer.
+# Letters that Unicode does not decompose, and the Arabic tatweel, which only stretches a word.
 _UNDECOMPOSED = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "ـ": ""})
 
 _quotation_mark = re.compile('["«»“”„‟「」『』\uff02\uff62\uff63]')
@@ -68,10 +70,10 @@ _blanks = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 class Phrase(NamedTuple):
     """
-    Terms that follow each other.
+    A sequence of terms.
 
     :param terms: The terms, at least one.
-    :param is_prefix: Whether any term that begins with the only one will do.
+    :param is_prefix: Whether any term matches that begins with the phrase's term. Such a phrase has exactly one term.
     """
 
     terms: tuple[str, ...]
@@ -80,9 +82,9 @@ class Phrase(NamedTuple):
 
 def searchable_text(message: ChatMessage) -> str:
     """
-    Return what of a message is searched: its texts and those of tool results, a line each.
+    Return the searchable text of a message: its texts and the texts of its tool results, one per line.
 
-    :param message: The message. Its reasoning, images, files, calls of tools and `meta` are not searched.
+    :param message: The message. Its reasoning, images, files, tool calls and `meta` are not searchable.
     """
     return "\n".join(text for text in _texts(message._content) if isinstance(text, str))
 
@@ -97,9 +99,9 @@ def _texts(parts: Sequence[Any]) -> Iterator[Any]:
 
 def searchable_text_of_content(content: str) -> str:
     """
-    Return the `searchable_text` of a message as it is stored, without making a message of it.
+    Return the `searchable_text` of a stored message, without decoding the message.
 
-    :param content: The JSON text of `ChatMessage.to_dict()`. If it is damaged, there is nothing to find in it.
+    :param content: The JSON text of `ChatMessage.to_dict()`. If it is damaged, the searchable text is empty.
     """
     try:
         return "\n".join(text for text in _texts_of_dicts(parse_json(content)["content"]) if isinstance(text, str))
@@ -116,39 +118,41 @@ def _texts_of_dicts(parts: list[dict[str, Any]]) -> Iterator[Any]:
             yield from [result] if isinstance(result, str) else _texts_of_dicts(result)
 
 
-class _Folds(dict[int, str]):
+class _FoldingTable(dict[int, str]):
     """
-    What becomes of each character, for `str.translate`, which keeps to C code once a character is known.
+    A table for `str.translate`, filled as characters occur. Known characters are translated in C code.
     """
 
     def __missing__(self, codepoint: int) -> str:
         character = chr(codepoint)
         folded = _folded(character)
-        if category(character) not in ("Cn", "Co", "Cs"):  # a million of these could be made to fill the memory
+        # Unassigned and private characters and surrogates are not kept: a text with a million of them would fill the
+        # memory.
+        if category(character) not in ("Cn", "Co", "Cs"):
             self[codepoint] = folded
         return folded
 
 
 def _folded(character: str) -> str:
     """
-    Return what a character adds to a word, or a blank if it ends one.
+    Return the folded form of a character: letters and digits of a word, a blank if it separates words, or nothing.
     """
-    if _written_out.match(character) or _stands_in_words(character):
+    if _written_out.match(character) or _is_word_character(character):
         character = normalize("NFKD", character)
-    parts = [part if _stands_in_words(part) else " " for part in character if not _is_ignored(part)]
+    parts = [part if _is_word_character(part) else " " for part in character if not _is_ignored(part)]
     return normalize("NFC", "".join(parts).casefold().translate(_UNDECOMPOSED))
 
 
-def _stands_in_words(character: str) -> bool:
+def _is_word_character(character: str) -> bool:
     return character.isalnum() or category(character).startswith("M")
 
 
 def _is_ignored(character: str) -> bool:
     """
-    Whether a character makes no difference: an accent, a vowel point, an invisible one.
+    Whether search ignores a character: an accent, a vowel point or an invisible character.
 
-    The combining classes of Unicode tell accents (200 and above, 1 for strokes) and the points of Hebrew, Arabic and
-    Syriac (10 to 36) from the signs of Indic, Japanese, Thai and Tibetan writing.
+    Accents have a combining class in Unicode of 200 and above, strokes 1, and the points of Hebrew, Arabic and Syriac
+    10 to 36. The signs of Indic, Japanese, Thai and Tibetan scripts have other classes.
     """
     mark = combining(character)
     return (
@@ -156,12 +160,12 @@ def _is_ignored(character: str) -> bool:
         or 10 <= mark <= 36
         or mark >= 200
         or category(character) == "Me"
-        or (category(character) == "Cf" and character != "\u200b")  # a space, if one of no width
+        or (category(character) == "Cf" and character != "\u200b")  # the zero-width space separates words
         or "VARIATION SELECTOR" in name(character, "")
     )
 
 
-_folds = _Folds()
+_folding_table = _FoldingTable()
 
 
 def terms(text: str) -> list[str]:
@@ -170,14 +174,14 @@ def terms(text: str) -> list[str]:
 
     :param text: Any text.
     """
-    # Of each character first, then NFC for what two of them make together, which comes to NFKC.
-    folded = normalize("NFC", text[:MAX_CHARACTERS].translate(_folds))
+    # NFKD of each character, and then NFC of the whole text, are together NFKC.
+    folded = normalize("NFC", text[:MAX_CHARACTERS].translate(_folding_table))
     if folded.isascii() or not _unspaced_character.search(folded):
         words = folded.split(None, MAX_TERMS)[:MAX_TERMS]
         found = [word[:MAX_TERM_LENGTH] for word in words]
     else:
         found = list(islice(_terms_of_runs(folded), MAX_TERMS))
-    if len(found) * MAX_TERM_LENGTH * _UTF8_LENGTH > MAX_BYTES:
+    if len(found) * MAX_TERM_LENGTH * _MAX_UTF8_BYTES_PER_CHARACTER > MAX_BYTES:
         sizes = accumulate(len(term.encode()) for term in found)
         found = found[: sum(size <= MAX_BYTES for size in sizes)]
     return found
@@ -195,10 +199,10 @@ def _terms_of_runs(folded: str) -> Iterator[str]:
 
 def parsed_query(query: str) -> list[Phrase]:
     """
-    Return the phrases that a text must all have to match a query. Any text is a query.
+    Return the phrases of a query. A text matches the query if it has all of them. Any text is a valid query.
 
-    :param query: Words, and phrases in quotation marks of any kind. A phrase that is not closed goes to the end.
-    :returns: A phrase for each. None if there is nothing in the query that can be found.
+    :param query: Words, and phrases in quotation marks of any kind. A phrase without a closing mark goes to the end.
+    :returns: The phrases; a single word is a phrase, too. The list is empty if the query contains no word.
     """
     phrases: list[Phrase] = []
     room = MAX_QUERY_TERMS
@@ -213,27 +217,28 @@ def parsed_query(query: str) -> list[Phrase]:
 
 def _phrases(found: list[str]) -> Iterator[Phrase]:
     """
-    Make a phrase of a query's terms. What it ends with may go on in a text, if its script has no spaces.
+    Make phrases of a query's terms. In a script without spaces, the last term is a prefix: the text may continue it.
     """
-    goes_on = bool(found and _unspaced_character.match(found[-1]))
-    exact = found[:-1] if goes_on else found
+    is_continuable = bool(found and _unspaced_character.match(found[-1]))
+    exact = found[:-1] if is_continuable else found
     if exact:
         yield Phrase(tuple(exact), is_prefix=False)
-    if goes_on and not (exact and exact[-1][1:] == found[-1]):  # else the pair before it has said it
+    # The pair before it may already end with the last character.
+    if is_continuable and not (exact and exact[-1][1:] == found[-1]):
         yield Phrase((found[-1],), is_prefix=True)
 
 
 def matches(phrases: Sequence[Phrase], text_terms: Sequence[str]) -> bool:
     """
-    Whether a text matches a query: it has all phrases, anywhere and in any order.
+    Whether a text has all phrases of a query, anywhere and in any order.
 
-    :param phrases: What `parsed_query` returned. Nothing matches a query without any.
+    :param phrases: The result of `parsed_query`. A query without phrases matches no text.
     :param text_terms: The `terms` of the text.
     """
-    return bool(phrases) and all(_found_at(phrase, text_terms) is not None for phrase in phrases)
+    return bool(phrases) and all(_index_of(phrase, text_terms) is not None for phrase in phrases)
 
 
-def _found_at(phrase: Phrase, text_terms: Sequence[str]) -> int | None:
+def _index_of(phrase: Phrase, text_terms: Sequence[str]) -> int | None:
     first, count = phrase.terms[0], len(phrase.terms)
     for index, term in enumerate(text_terms):
         if phrase.is_prefix:
@@ -246,15 +251,15 @@ def _found_at(phrase: Phrase, text_terms: Sequence[str]) -> int | None:
 
 def snippet(text: str, phrases: Sequence[Phrase], length: int = 160) -> str:
     """
-    Return the part of a text around the first phrase that is found in it, on one line.
+    Return the part of a text around the first match of any phrase, on one line.
 
     :param text: The text as it was written.
-    :param phrases: What `parsed_query` returned.
-    :param length: How many characters to return at most, not counting a `…` where something was cut. If what was
-        found is longer than that, its beginning is returned.
+    :param phrases: The result of `parsed_query`.
+    :param length: The largest number of characters to return, not counting a `…` where the text was cut. Defaults to
+        160. If the match itself is longer, its beginning is returned.
     """
-    text = text[:MAX_CHARACTERS]  # there are no terms in the rest
-    reach = 4 * length  # so much is looked at on each side, for much of it may be blanks
+    text = text[:MAX_CHARACTERS]  # the rest is not indexed
+    reach = 4 * length  # more than the length, because blanks are joined
     start, end = _first_match(text, phrases, reach)
     match = _one_line(text[start:end])
     all_before = _one_line(text[max(start - reach, 0) : start]).lstrip()
@@ -270,7 +275,7 @@ def snippet(text: str, phrases: Sequence[Phrase], length: int = 160) -> str:
 def _last_words(text: str, room: int) -> str:
     if len(text) <= room:
         return text
-    rest = text[len(text) - room - 1 :]  # with the blank, if it is one, before the first word that fits
+    rest = text[len(text) - room - 1 :]  # one more character: it may be the blank before the first word that fits
     return rest.partition(" ")[2] if " " in rest else rest[1:]
 
 
@@ -287,12 +292,12 @@ def _one_line(text: str) -> str:
 
 def _first_match(text: str, phrases: Sequence[Phrase], reach: int) -> tuple[int, int]:
     """
-    Return where in a text the first phrase that is found begins, and where the next term does.
+    Return the index of the character at which the first match begins, and that at which the next term begins.
 
-    :param reach: How far to look for the end.
+    :param reach: The largest number of characters to search for the end of the match.
     """
     text_terms = terms(text)
-    found = [(index, phrase) for phrase in phrases if (index := _found_at(phrase, text_terms)) is not None]
+    found = [(index, phrase) for phrase in phrases if (index := _index_of(phrase, text_terms)) is not None]
     if not found:
         return 0, 0
     index, phrase = min(found)
@@ -303,9 +308,10 @@ def _first_match(text: str, phrases: Sequence[Phrase], reach: int) -> tuple[int,
 
 def _start_of_term(text: str, index: int) -> int:
     """
-    Return where in a text its term of that index begins, or the text's length if it has none.
+    Return the index of the character at which a term begins, or the text's length if the text has no such term.
 
-    Halves the text until one character is left, so it takes about as long as to make the terms twice.
+    Terms do not keep their places in the text. Bisection finds the place, in about the time that it takes to make the
+    terms of the text twice.
     """
     start, end = 0, len(text)
     while start < end:
@@ -314,13 +320,13 @@ def _start_of_term(text: str, index: int) -> int:
         if index < count:
             end = middle - 1
         else:
-            index -= count - _words_cut(text[max(start, middle - 32) : middle], text[middle : middle + 32])
+            index -= count - _extra_terms(text[max(start, middle - 32) : middle], text[middle : middle + 32])
             start = middle
     return start
 
 
-def _words_cut(left: str, right: str) -> int:
+def _extra_terms(left: str, right: str) -> int:
     """
-    Return how many terms two parts of a text have more than the whole.
+    Return how many more terms two parts of a text have than the whole, because the cut splits a word.
     """
     return len(terms(left)) + len(terms(right)) - len(terms(left + right))

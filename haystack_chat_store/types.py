@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The protocols that components and hooks hang on, and what stores return.
+The protocols that components and hooks use, and the results that stores return.
 
-Anything that follows the protocols is a chat message store.
+Any object that follows the protocols is a chat message store.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,62 +18,72 @@ class ChatMessageStore(Protocol):
     """
     Keeps the messages of many chat histories, each under its `chat_history_id`.
 
-    These are the methods of haystack-experimental's `ChatMessageStore`, so its store is one too. What our own stores
-    promise beyond the signatures is this contract. `haystack_chat_store.testing` checks it, by these numbers.
+    The methods are those of haystack-experimental's `ChatMessageStore`, so that package's store follows this protocol,
+    too. The stores of this package promise more than the signatures: they keep the rules below. The test kit
+    `haystack_chat_store.testing` checks each rule by its number.
 
-    1. **Signatures.** Those below. Each call but `to_dict` and `from_dict` has a twin that ends in `_async` and takes
-       the same arguments. Constructors take `skip_system_messages=True` and `last_k=10`.
-    2. **Validation comes before any I/O.** Wrong arguments raise a `ValueError` that says which, and write nothing. An
-       iterable of messages is written whole or refused. `last_k=0` returns nothing; `last_k=None` stands for the
-       store's own `last_k`, and there `None` for everything. Ids are non-empty text of a stated length, without NUL
-       and without lone surrogates.
-    3. **A write is one atomic batch.** All of it becomes visible at once, or none. What a call has acknowledged stays,
-       on a durable engine.
-    4. **One order.** Positions 0, 1, 2 … without gaps, given at commit. Concurrent writers never lose, double, split
-       or reorder a batch. Clocks decide nothing.
-    5. **Every message has an id**, in `meta["chat_message_id"]` of what is returned. A message that brings one keeps
-       it; else it gets one that is unique everywhere. The caller's objects are never changed.
-    6. **Writing is idempotent by id.** A message whose id the history has already is skipped; the number returned
-       counts those really written.
-    7. **`last_k` counts rounds.** A round begins at each user message. What comes before the first belongs to no round
-       and is returned when the history has fewer than `last_k` rounds. With `last_k_unit="message"` it counts single
-       messages, and returns as many more as it takes for no tool result to come without its call. Our own stores also
-       take `window_step`: the window's start moves only by so many rounds (or messages) at a time, and the window holds
-       `last_k` to `last_k + window_step - 1` of them. All others are read whole where a component is given a step.
+    1. **Signatures.** A store has the methods of this protocol. Each method except `to_dict` and `from_dict` has a twin
+       that ends in `_async` and takes the same arguments. Constructors take `skip_system_messages=True` and
+       `last_k=10`.
+    2. **Validation comes before any I/O.** A wrong argument raises a `ValueError` that names the argument, and nothing
+       is written. An iterable of messages is written whole or refused. `last_k=0` returns nothing. `last_k=None` means
+       the store's own `last_k`; if that is `None`, too, everything is returned. Ids are non-empty text of a stated
+       length, without NUL and without lone surrogates.
+    3. **A write is one atomic batch.** The whole batch becomes visible at once, or nothing of it. On a durable engine,
+       a batch that a call has acknowledged stays.
+    4. **One order.** Messages get the positions 0, 1, 2 … without gaps, at commit. Concurrent writers never lose,
+       duplicate, split or reorder a batch. The order does not depend on clocks.
+    5. **Every message has an id**, in `meta["chat_message_id"]` of the returned message. A message that already has an
+       id keeps it. Any other message gets an id that is unique everywhere. The caller's objects are never changed.
+    6. **Writing is idempotent by id.** A message whose id the history already has is skipped. The returned number
+       counts only the messages that were written.
+    7. **`last_k` counts rounds.** A round begins at each user message. Messages before the first user message belong to
+       no round; they are returned if the history has fewer than `last_k` rounds. With `last_k_unit="message"`, `last_k`
+       counts single messages, and more are returned if a tool result would otherwise come without its call. The stores
+       of this package also take `window_step`: the start of the window moves only in steps of that many rounds (or
+       messages), and the window holds `last_k` to `last_k + window_step - 1` of them. If a component with a step uses
+       any other store, it reads the whole history.
     8. **Cost follows the window**, not the length of the history.
-    9. **Isolation.** Histories never mix, whatever their ids contain; neither do namespaces.
-    10. **No aliasing.** Changing what was written or returned changes nothing stored.
-    11. **Lossless.** Every part of a message comes back equal. What JSON has no form for is stored in a documented
-        form or refused with a `MessageEncodingError`, never dropped.
-    12. **Threads, event loops, processes.** One object serves them all, a forked child included. Asynchronous calls
-        never block the loop; cancelling one leaves neither half a batch nor a leaked connection.
-    13. **Lifecycle.** The constructor opens nothing, the first use does, `close()` releases, the next use reopens.
-        Stores with equal connection settings share their connections.
-    14. **Serialization.** `from_dict(to_dict(store))` equals the store; no secret is ever written out.
-    15. **Errors** are `ChatMessageStoreError`s, and contain neither message text nor credentials.
-    16. **Schema versions.** A durable store records its version, upgrades in place, and leaves alone what a newer
-        version wrote.
+    9. **Isolation.** Histories never mix, whatever their ids contain. Namespaces never mix, either.
+    10. **No aliasing.** A change to a message that was written or returned changes nothing in the store.
+    11. **Lossless.** No value in a message's `meta` or in a part's `extra` costs the message. A value that has a
+        documented JSON form is stored in this form. Any other value is stored as its `repr`, and the log says so; a
+        store with `strict=True` refuses it with a `MessageEncodingError`. The parts of a message (text, calls, results,
+        images, files, reasoning, and kinds that a newer Haystack adds) come back equal or are refused. An integer has
+        at most 4,300 digits. Keys that become the same text are refused by name. Iterators are not run.
+    12. **Threads, event loops, processes.** One store object serves all of them, a forked child included. Asynchronous
+        calls never block the event loop. A cancelled call leaves neither half a batch nor a leaked connection.
+    13. **Lifecycle.** The constructor opens nothing. The first use opens connections, `close()` releases them, and the
+        next use opens them again. Stores with equal connection settings share their connections.
+    14. **Serialization.** `from_dict(to_dict(store))` equals the store. No secret is ever written out.
+    15. **Errors** are `ChatMessageStoreError`s. An error's text names the cause in words, and contains neither message
+        text nor credentials. The cause of a `StoreUnavailableError` (also a `ConnectionError`) may go away by itself; a
+        `StoreTimeoutError` (also a `TimeoutError`) is one of these. The cause of a `StoreConfigurationError` does not.
+    16. **Schema versions.** A durable store records its schema version, upgrades an older database in place, and does
+        not touch a database that a newer version wrote.
 
-    What our own stores can do beyond this protocol has rules too:
+    The stores of this package can do more than this protocol asks for. These rules hold for it:
 
-    17. **Directory.** `list_chat_histories` returns pages of the histories whose ids begin with a literal prefix, the
-        one whose messages changed last first. A walk along its cursors sees each history once that is there throughout
-        and not changed meanwhile; one that is changed moves to the front, and is seen once at most. What a page
-        costs does not grow with the messages. `get_chat_history` and `update_chat_history` read and set
-        title and meta; setting them is not a change of messages. Times are aware, in UTC.
+    17. **Directory.** `list_chat_histories` returns pages of the histories whose ids begin with a literal prefix. The
+        history whose messages changed last comes first. A walk along the cursors sees each history exactly once if it
+        exists during the whole walk and does not change. A history that changes moves to the front, and is seen at most
+        once. The cost of a page does not grow with the number of messages. `get_chat_history` and `update_chat_history`
+        read and set title and meta; a new title or meta is not a change of messages. Times are aware, in UTC.
     18. **Pages.** `list_messages` returns messages by position, in order: the newest, those just before a position, or
-        those just after one. Positions rise and are never used again. `iterate_messages` walks a whole history, in
-        memory that does not grow with it.
-    19. **Changing what was said.** A write takes a `DuplicatePolicy`: OVERWRITE puts a message in the place of the one
-        with its id, FAIL refuses the batch. With `expected_count` a write is refused if the history has another number
-        of messages. Single messages, or all from one on, can be deleted. Rounds, counts and windows are right after it.
-    20. **Forking.** `copy_messages` copies a history, or its beginning, whole or not at all, to one without messages.
-    21. **Search.** `search_messages` finds the messages that have all words and phrases, whatever is asked, in any
-        language, and nothing else. What is written can be found at once; what is deleted cannot.
+        those just after one. Positions rise, and are not used again as long as the history lives. `iterate_messages`
+        walks through a whole history, in memory that does not grow with the history.
+    19. **Changing what was said.** A write takes a `DuplicatePolicy`: OVERWRITE puts a message in the place of the
+        stored message with the same id, FAIL refuses the batch. With `expected_count`, a write is refused if the
+        history has another number of messages. Single messages, or a message and all after it, can be deleted. Rounds,
+        counts and windows are right afterwards.
+    20. **Forking.** `copy_messages` copies a history, or its beginning, to a history without messages. The copy appears
+        whole or not at all.
+    21. **Search.** `search_messages` finds exactly the messages that have all words and phrases of the query, for any
+        query and in any language. A message can be found as soon as it is written, and no longer once it is deleted.
     22. **Erasing.** `delete_chat_histories` deletes the histories with a prefix, `purge` those that have not changed
-        for long: in batches, each history whole.
-    23. **Moving.** What is exported and imported has equal messages, ids, order, titles and meta, on any engine.
-        Importing again adds nothing; a damaged file is refused; of no history is there ever a part.
+        for a long time. Both work in batches, and delete each history whole.
+    23. **Moving.** Export and import preserve messages, ids, order, titles and meta, on any engine. A second import
+        adds nothing. A damaged file is refused. A history is never imported in part.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +95,7 @@ class ChatMessageStore(Protocol):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ChatMessageStore":
         """
-        Make a store from what `to_dict` returned.
+        Create a store from the result of `to_dict`.
         """
         ...
 
@@ -123,7 +133,7 @@ class ChatMessageStore(Protocol):
 @runtime_checkable
 class AsyncChatMessageStore(ChatMessageStore, Protocol):
     """
-    A `ChatMessageStore` that also has the asynchronous twins. All stores of this package do.
+    A `ChatMessageStore` that also has the asynchronous methods. All stores of this package have them.
     """
 
     async def count_messages_async(self, chat_history_id: str) -> int:
@@ -159,14 +169,14 @@ class AsyncChatMessageStore(ChatMessageStore, Protocol):
 
 class Result:
     """
-    The base of what stores return: frozen dataclasses that are ready for JSON.
+    The base of the results of stores: frozen dataclasses that can be turned into JSON.
     """
 
     __slots__ = ()
 
     def to_dict(self) -> dict[str, Any]:
         """
-        Return the fields as a dictionary that JSON has a form for. Times are in ISO 8601.
+        Return the fields as a dictionary of JSON values. Times are ISO 8601 text.
         """
         return {field.name: _json_ready(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]  # all subclasses are dataclasses
 
@@ -174,15 +184,15 @@ class Result:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatHistoryInfo(Result):
     """
-    What a store knows of a chat history beside its messages.
+    A chat history without its messages.
 
-    :param chat_history_id: Which conversation.
-    :param message_count: How many messages it has.
-    :param round_count: How many rounds: user messages, each with what follows it.
-    :param created_at: When its first message was stored. Aware, in UTC.
-    :param updated_at: When its messages last changed. A new title or meta does not count.
-    :param title: What `update_chat_history` set, or `None`.
-    :param meta: Likewise, or an empty dict.
+    :param chat_history_id: The history's id.
+    :param message_count: The number of its messages.
+    :param round_count: The number of its rounds. A round is a user message and everything up to the next one.
+    :param created_at: The time when its first message was stored. Aware, in UTC.
+    :param updated_at: The time when its messages last changed. Aware, in UTC. A new title or meta does not count.
+    :param title: The title that `update_chat_history` set, or `None`.
+    :param meta: The meta that `update_chat_history` set, or an empty dict.
     """
 
     chat_history_id: str
@@ -197,10 +207,11 @@ class ChatHistoryInfo(Result):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatHistoryPage(Result):
     """
-    A part of the directory.
+    A page of the directory.
 
-    :param items: The histories, the one that changed last first.
-    :param cursor: What to give `list_chat_histories` for the next page; `None` if this is the last one.
+    :param items: The histories. The one whose messages changed last comes first.
+    :param cursor: The `cursor` for the call of `list_chat_histories` that returns the next page, or `None` if this is
+        the last page.
     """
 
     items: list[ChatHistoryInfo]
@@ -210,10 +221,11 @@ class ChatHistoryPage(Result):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredMessage(Result):
     """
-    A message and its place in its history.
+    A message with its position in its history.
 
-    :param position: Its position. Positions rise from 0 and are never used again, so after deletions there are gaps.
-    :param created_at: When it was stored. Aware, in UTC.
+    :param position: Its position. Positions rise from 0 and are not used again as long as the history lives, so
+        deletions leave gaps.
+    :param created_at: The time when the message was stored. Aware, in UTC.
     :param message: The message, with its id in `meta["chat_message_id"]`.
     """
 
@@ -227,11 +239,11 @@ class SearchHit(Result):
     """
     A message that a search has found.
 
-    :param chat_history_id: Its history.
-    :param message_id: Its id.
-    :param position: Its position in its history.
-    :param snippet: The part of its text around the first match, on one line.
-    :param score: How well it matches; more is better. Comparable within one search only.
+    :param chat_history_id: The id of the message's history.
+    :param message_id: The message's id.
+    :param position: The message's position in its history.
+    :param snippet: The part of the message's text around the first match, on one line.
+    :param score: The quality of the match. A higher score is better. Scores of different searches cannot be compared.
     """
 
     chat_history_id: str
@@ -244,14 +256,15 @@ class SearchHit(Result):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreStatistics(Result):
     """
-    How much there is in a store's namespace.
+    The amount of data in a store's namespace.
 
     :param chat_histories: The number of chat histories.
     :param messages: The number of their messages.
     :param rounds: The number of their rounds.
-    :param size: How many bytes the engine holds, of everything in the same file, tables or keys, or `None` if it does
-        not say.
-    :param messages_per_day: How many messages were stored on each day (UTC) on which there were any, in order.
+    :param size: The number of bytes that the engine holds, for everything in the same file, tables or keys. `None` if
+        the engine does not know it.
+    :param messages_per_day: The number of messages stored on each day (UTC), in order. Days without messages are left
+        out.
     """
 
     chat_histories: int
@@ -264,12 +277,12 @@ class StoreStatistics(Result):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault(Result):
     """
-    Something in a store that does not fit together.
+    An inconsistency in a store.
 
-    :param chat_history_id: The history that it is about, or `None`.
-    :param position: The position of the message that it is about, or `None`.
-    :param description: What is wrong. Never says what a message says.
-    :param is_repaired: Whether it has been mended.
+    :param chat_history_id: The id of the history that has the fault, or `None`.
+    :param position: The position of the message that has the fault, or `None`.
+    :param description: What is wrong. It contains no message text.
+    :param is_repaired: Whether the fault has been repaired. Defaults to False.
     """
 
     chat_history_id: str | None = None
@@ -281,7 +294,7 @@ class Fault(Result):
 def _json_ready(value: Any) -> Any:
     if isinstance(value, (Result, ChatMessage)):
         return value.to_dict()
-    if isinstance(value, date):  # a datetime, too
+    if isinstance(value, date):  # a datetime is a date, too
         return value.isoformat()
     if isinstance(value, Mapping):
         return {str(_json_ready(key)): _json_ready(item) for key, item in value.items()}

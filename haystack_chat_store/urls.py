@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-From one line of configuration to a store.
+Creates the store that a URL names.
 
-Which store a URL stands for is looked up by its scheme, in the entry points of the group `haystack_chat_store.engines`.
-A package that brings a store of its own registers it there:
+The scheme of the URL selects the store's class, from the entry points of the group `haystack_chat_store.engines`. A
+package with its own store registers its class there:
 
 ```toml
 [project.entry-points."haystack_chat_store.engines"]
@@ -21,7 +21,7 @@ _ENTRY_POINTS = "haystack_chat_store.engines"
 
 def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore:
     """
-    Make the store that a URL names. It connects on first use.
+    Create the store that a URL names. It connects on first use.
 
     | URL | store |
     |---|---|
@@ -31,7 +31,7 @@ def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore:
     | `redis+cluster://:password@host:6379`, `rediss+cluster://…` | `RedisChatMessageStore` on a Redis Cluster |
     | `memory://` | `InMemoryChatMessageStore` |
 
-    Other packages can register stores for further schemes.
+    Other packages can register stores for more schemes.
 
     ```python
     from haystack_chat_store import store_from_url
@@ -39,13 +39,15 @@ def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore:
     store = store_from_url("sqlite:///chat_history.db", last_k=20)
     ```
 
-    A store on a server that is made from a URL holds it as a token secret, which cannot be serialized. For YAML, make
-    the store by its class, which names an environment variable. Settings are arguments, not part of an SQLite URL;
-    `?` and `#` in a file's name are `%3F` and `%23`.
+    A store on a server keeps the URL as a token secret, which cannot be serialized. For YAML, create the store from its
+    class, with a secret from an environment variable. An SQLite URL contains no settings: pass them as arguments, and
+    write `?` and `#` in a file's name as `%3F` and `%23`.
 
-    :param url: One of these forms.
-    :param settings: Further settings of the store's constructor, such as `last_k` and `namespace`.
-    :raises ValueError: If the URL has none of these forms. The error does not repeat it, for it may hold a password.
+    :param url: A URL in one of these forms.
+    :param settings: Further arguments of the store's constructor, such as `last_k` and `namespace`.
+    :returns: The store.
+    :raises ValueError: If the URL has none of these forms. The error does not repeat the URL, because it may contain a
+        password.
     :raises ImportError: If the engine's driver is not installed.
     """
     scheme, separator, _ = url.partition("://") if isinstance(url, str) else ("", "", "")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What may be passed to a store: each function returns the argument in the form that is used, or raises a `ValueError`.
+Validates arguments: each function returns an argument in the form that stores use, or raises a `ValueError`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from haystack_chat_store.json_values import encode_meta, parse_json
 from haystack_chat_store.stores.rows import UNCHANGED, Unchanged
 from haystack_chat_store.stores.times import EPOCH, MICROSECOND
 
-#: The longest `chat_history_id` and message id, in characters. Keys of every engine hold as much.
+#: The longest `chat_history_id` and message id, in characters. Every engine can use them as keys.
 MAX_ID_LENGTH = 512
 #: The longest `namespace`, in characters.
 MAX_NAMESPACE_LENGTH = 128
@@ -22,18 +22,18 @@ MAX_NAMESPACE_LENGTH = 128
 MAX_TITLE_LENGTH = 1_000
 #: The longest query of a search, in characters.
 MAX_QUERY_LENGTH = 1_000
-#: The most histories, messages or hits that one call returns.
+#: The largest number of histories, messages or hits that one call returns.
 MAX_LIMIT = 1_000
 
-#: No history has a message as far along.
+#: Greater than the position of any message.
 MAX_POSITION = 2**32
 
 
 def validated_id(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str:
     """
-    Return an id as plain text.
+    Return an id as a plain `str`.
 
-    :raises ValueError: If it is not non-empty text within `max_length`, without NUL and without lone surrogates.
+    :raises ValueError: If it is not text, is empty or longer than `max_length`, or contains NUL or lone surrogates.
     """
     text = validated_text(value, name, max_length)
     if not text:
@@ -43,13 +43,13 @@ def validated_id(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str:
 
 def validated_text(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str:
     """
-    Return plain text, which may be empty.
+    Return text as a plain `str`. It may be empty.
 
-    :raises ValueError: If it is not text within `max_length`, without NUL and without lone surrogates.
+    :raises ValueError: If it is not text, is longer than `max_length`, or contains NUL or lone surrogates.
     """
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, got {type(value).__name__}.")
-    text = str.__str__(value)  # plain, whatever a subclass makes of its methods
+    text = str.__str__(value)  # a subclass may override other methods
     if len(text) > max_length:
         raise ValueError(f"{name} must have at most {max_length} characters, got {len(text)}.")
     if "\x00" in text:
@@ -66,7 +66,7 @@ def validated_number(value: Any, name: str, least: int, most: int | None = None)
     """
     Return an integer.
 
-    :raises ValueError: If it is none, or not from `least` to `most`.
+    :raises ValueError: If the value is not an integer, or not from `least` to `most`.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name} must be an integer, got {type(value).__name__}.")
@@ -79,7 +79,7 @@ def validated_flag(value: Any, name: str) -> bool:
     """
     Return True or False.
 
-    :raises ValueError: If it is something else, which may only look like one of them, such as "false".
+    :raises ValueError: If the value is anything else, such as the text "false".
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}.")
@@ -90,7 +90,7 @@ def validated_seconds(value: Any, name: str, minimum: float = 0.001, maximum: fl
     """
     Return a number of seconds.
 
-    :raises ValueError: If it is none, or not from `minimum` to `maximum`.
+    :raises ValueError: If the value is not a number, or not from `minimum` to `maximum`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a number of seconds from {minimum:g} to {maximum:,}, got {value!r}.")
@@ -99,7 +99,7 @@ def validated_seconds(value: Any, name: str, minimum: float = 0.001, maximum: fl
 
 def validated_position(value: Any, name: str, least: int) -> int | None:
     """
-    Return a position, or `None`. One beyond the end of every history will do.
+    Return a position, or `None`. Positions beyond the end of every history become `MAX_POSITION`.
     """
     return None if value is None else min(validated_number(value, name, least), MAX_POSITION)
 
@@ -108,21 +108,23 @@ def validated_page(
     chat_history_id: Any, before: Any, after: Any, limit: Any
 ) -> tuple[str, int | None, int | None, int]:
     """
-    Return which page of a history to read: its id, the positions before or after the page, and the limit.
+    Return the arguments of a page: the history's id, the position after or before the page, and the limit.
 
-    :raises ValueError: If one of them is not of its kind, or both positions are given.
+    :raises ValueError: If one of them is wrong, or both positions are given.
     """
     history = validated_id(chat_history_id, "chat_history_id")
     before = validated_position(before, "before", 0)
     after = validated_position(after, "after", -1)
     if before is not None and after is not None:
-        raise ValueError("A page is either before or after a position. Give one of the two.")
+        raise ValueError("Only one of before and after can be given. Leave one of them out.")
     return history, before, after, validated_number(limit, "limit", 1, MAX_LIMIT)
 
 
 def validated_query(query: Any) -> str:
     """
-    Return the query of a search, which may be any text.
+    Return the query of a search. It may be any text of up to 1,000 characters.
+
+    :raises ValueError: If it is not text, or is longer.
     """
     if not isinstance(query, str):
         raise ValueError(f"query must be text, got {type(query).__name__}.")
@@ -133,13 +135,13 @@ def validated_query(query: Any) -> str:
 
 def validated_choice(message_ids: Any, from_message_id: Any) -> tuple[list[str] | None, str | None]:
     """
-    Return which messages of a history to delete: a list of ids, or the id of the first of them.
+    Return the messages to delete: a list of their ids, or the id of the first of them. The other value is `None`.
 
-    :raises ValueError: If both are given, or one is not of its kind.
+    :raises ValueError: If both are given, or one is wrong.
     """
     if from_message_id is not None:
         if message_ids is not None:
-            raise ValueError("Give message_ids or from_message_id, not both.")
+            raise ValueError("Only one of message_ids and from_message_id can be given. Leave one of them out.")
         return None, validated_id(from_message_id, "from_message_id")
     if isinstance(message_ids, (str, bytes)) or not isinstance(message_ids, Iterable):
         raise ValueError(f"message_ids must be a list of ids, got {type(message_ids).__name__}.")
@@ -148,7 +150,9 @@ def validated_choice(message_ids: Any, from_message_id: Any) -> tuple[list[str] 
 
 def validated_policy(policy: Any) -> DuplicatePolicy:
     """
-    Return a `DuplicatePolicy`, with SKIP for NONE.
+    Return a `DuplicatePolicy`. NONE becomes SKIP.
+
+    :raises ValueError: If the value is not a `DuplicatePolicy`.
     """
     if not isinstance(policy, DuplicatePolicy):
         raise ValueError(f"policy must be a DuplicatePolicy, got {type(policy).__name__}.")
@@ -157,7 +161,9 @@ def validated_policy(policy: Any) -> DuplicatePolicy:
 
 def validated_title(title: Any) -> str | Unchanged | None:
     """
-    Return a title, `None` for none, or UNCHANGED.
+    Return a title, `None` to remove the title, or UNCHANGED.
+
+    :raises ValueError: If the value is not text of up to 1,000 characters, or contains NUL or lone surrogates.
     """
     if title is None or title is UNCHANGED:
         return None if title is None else UNCHANGED
@@ -166,9 +172,9 @@ def validated_title(title: Any) -> str | Unchanged | None:
 
 def parsed_meta(meta: str | None) -> dict[str, Any] | None:
     """
-    Return the meta of a history, or `None` if its text is not that of a JSON object: something else has damaged it.
+    Return the meta of a history, or `None` if the text is damaged: it is not the text of a JSON object.
 
-    :param meta: JSON text; `None` for an empty meta.
+    :param meta: JSON text, or `None` for an empty meta.
     """
     try:
         parsed = {} if meta is None else parse_json(meta)
@@ -179,7 +185,10 @@ def parsed_meta(meta: str | None) -> dict[str, Any] | None:
 
 def validated_meta(meta: Any) -> str | Unchanged | None:
     """
-    Return the meta of a history as JSON text, `None` for none, or UNCHANGED.
+    Return the meta of a history as JSON text, `None` for an empty meta, or UNCHANGED.
+
+    :raises ValueError: If the value is not a dictionary. If it contains a value without a JSON form, the error is a
+        `MessageEncodingError`.
     """
     if meta is None or meta is UNCHANGED:
         return None if meta is None else UNCHANGED
@@ -192,7 +201,7 @@ def microseconds(time: Any, name: str) -> int:
     """
     Return a time in microseconds since 1970, UTC.
 
-    :raises ValueError: If it is no aware datetime: without a time zone, nobody knows which moment it means.
+    :raises ValueError: If it is not an aware datetime. Without a time zone, a datetime does not name a moment.
     """
     if not isinstance(time, datetime) or time.utcoffset() is None:
         raise ValueError(f"{name} must be a datetime with a time zone, such as datetime.now(timezone.utc).")
@@ -201,7 +210,7 @@ def microseconds(time: Any, name: str) -> int:
 
 def validate_last_k(last_k: Any) -> None:
     """
-    Refuse what cannot be a `last_k`.
+    Check a `last_k`.
 
     :param last_k: A number of rounds or messages, or `None`.
     :raises ValueError: If `last_k` is neither `None` nor an integer of 0 or more.
@@ -216,7 +225,7 @@ def validate_last_k(last_k: Any) -> None:
 
 def validate_window_step(window_step: Any) -> None:
     """
-    Refuse what cannot be a `window_step`.
+    Check a `window_step`.
 
     :param window_step: A number of rounds or messages.
     :raises ValueError: If `window_step` is not an integer of 1 or more.
@@ -229,11 +238,11 @@ def validate_window_step(window_step: Any) -> None:
 
 def validated_messages(messages: Any, name: str = "messages") -> list[ChatMessage]:
     """
-    Return an iterable of messages as a list, whole.
+    Return an iterable of messages as a list.
 
-    :param messages: A list or other iterable.
-    :param name: What errors call it.
-    :raises ValueError: If it is nothing of the kind, or one of its items is no `ChatMessage`. It names the item.
+    :param messages: A list or other iterable of `ChatMessage`s.
+    :param name: The name of the argument in errors. Defaults to "messages".
+    :raises ValueError: If the value is not an iterable, or an item is not a `ChatMessage`. The error names the item.
     """
     if isinstance(messages, (str, bytes, bytearray, dict)) or not isinstance(messages, Iterable):
         raise ValueError(f"{name} must be a list of ChatMessages, got {type(messages).__name__}.")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Reading as much of a history as a model is to be shown.
+Reads the part of a history that a model is shown.
 """
 
 import asyncio
@@ -18,20 +18,22 @@ from haystack_chat_store.rounds import in_question_order, question_groups, quest
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validate_last_k, validate_window_step
 
-# How many rounds are read first when only the budget says how many, and how many times as many next.
-_FIRST_PAGE = 8
+# If only the token budget limits the window, the first page has this many rounds, and each next page is larger by this
+# factor.
+_FIRST_PAGE_SIZE = 8
 _PAGE_GROWTH = 4
 
-# Yields the `last_k` of each read that it wants, is sent what was read, and returns the window.
+# Yields the `last_k` of each read, receives the messages that were read, and returns the window.
 _Reads: TypeAlias = Generator[int | None, list[ChatMessage], list[ChatMessage]]
 
 
 class WindowReader:
     """
-    Reads the part of a history that a model is to be shown: so many rounds, or as many as fit a number of tokens.
+    Reads the part of a history that a model is shown: a number of rounds, or as many as fit a number of tokens.
 
-    The messages of each question stand together, one question after the other. What a model would reject is still among
-    them, for only together with the messages of this turn can it be told: give both to `rounds.valid_for_model`.
+    The messages of each question stand together, one question after the other. Messages that a model would reject are
+    still among them. Which ones these are depends on the messages of this turn, so pass both to
+    `rounds.valid_for_model`.
     """
 
     def __init__(
@@ -45,20 +47,20 @@ class WindowReader:
         """
         Check and keep the settings.
 
-        :param last_k: How many rounds to read when a read does not say. Defaults to 10. `None` for as many as fit
-            `max_tokens` or, without `max_tokens`, for the store's own `last_k`. (If the store has
-            `last_k_unit="message"`, these are messages, and as many before them as belong to the round in which they
-            begin.)
-        :param max_tokens: How many tokens all that the model is shown may have, the messages of this turn included.
-            Defaults to `None`: any number. Of a history with more, the newest whole rounds that fit are read; if not
-            even the newest round fits, its question and the newest of its steps (a step is an assistant message and
-            the tool messages after it); if not even the question fits, nothing.
-        :param token_counter: What counts the tokens. Defaults to Haystack's `ApproximateTokenCounter`.
-        :param window_step: How many rounds have to come before the window's start moves on. Defaults to 1. A window
-            with a step holds up to `window_step - 1` rounds more than `last_k`, and with `max_tokens` it may hold as
-            many fewer than would fit; in return prompts share their beginning for several turns, as a provider's
-            prompt cache wants it.
-        :raises ValueError: If a setting is not one of these.
+        :param last_k: The number of rounds that a read without `last_k` reads. Defaults to 10. `None` for as many as
+            fit `max_tokens` or, without `max_tokens`, for the store's own `last_k`. (If the store has
+            `last_k_unit="message"`, this is a number of messages, and the read goes back to the beginning of the round
+            in which they begin.)
+        :param max_tokens: The largest number of tokens that the model is shown, the messages of this turn included.
+            Defaults to `None`: any number. If the history has more, the newest whole rounds that fit are read. If the
+            newest round alone does not fit, its question and the newest of its steps are read (a step is an assistant
+            message and the tool messages after it). If the question alone does not fit, nothing is read.
+        :param token_counter: The Haystack `TokenCounter` that counts the tokens. Defaults to `ApproximateTokenCounter`.
+        :param window_step: The start of the window moves only in steps of this many rounds, so that the prompts of
+            several turns begin with the same messages and a provider's prompt cache can be used. Defaults to 1. The
+            window then holds up to `window_step - 1` rounds more than `last_k` or, with `max_tokens`, up to that many
+            fewer than would fit.
+        :raises ValueError: If a setting is wrong.
         """
         validate_last_k(last_k)
         validate_window_step(window_step)
@@ -66,7 +68,7 @@ class WindowReader:
             raise ValueError(f"max_tokens must be an integer or None, got {type(max_tokens).__name__}.")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be 1 or greater, got {max_tokens}.")
-        # Texts, lists and classes have a `count` too, of something else.
+        # Texts, lists and classes have a `count`, too, which does not count tokens.
         is_counter = callable(getattr(token_counter, "count", None)) and not isinstance(token_counter, (type, Sequence))
         if token_counter is not None and not is_counter:
             raise ValueError(f"token_counter must be a TokenCounter or None, got {type(token_counter).__name__}.")
@@ -77,7 +79,7 @@ class WindowReader:
 
     def warm_up(self) -> None:
         """
-        Warm up the token counter, if there is something to.
+        Warm up the token counter, if it can be warmed up.
         """
         counter: Any = self.token_counter
         if hasattr(counter, "warm_up"):
@@ -91,21 +93,22 @@ class WindowReader:
         last_k: int | None = None,
     ) -> list[ChatMessage]:
         """
-        Read the part of a history to show.
+        Read the part of a history that the model is shown.
 
-        :param store: Where the history is kept.
-        :param chat_history_id: Which conversation.
-        :param current_messages: The messages of this turn, which the model is shown around the history. They are not
-            returned; they count towards `max_tokens`.
-        :param last_k: How many rounds; 0 for none. Defaults to this reader's `last_k`.
+        :param store: The store that keeps the history.
+        :param chat_history_id: The history's id.
+        :param current_messages: The messages of this turn, which the model is shown around the history. They count
+            towards `max_tokens`, and are not returned. Defaults to none.
+        :param last_k: The number of rounds; 0 for none. Defaults to this reader's `last_k`.
+        :returns: The messages of the window, in question order.
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the store fails.
         """
         reads = self._reads(store, current_messages, last_k)
-        wanted, window = _advanced(reads)
+        next_last_k, window = _advance(reads)
         while window is None:
-            page = protocol_calls.retrieve(store, chat_history_id, wanted, self.window_step)
-            wanted, window = _advanced(reads, page)
+            page = protocol_calls.retrieve(store, chat_history_id, next_last_k, self.window_step)
+            next_last_k, window = _advance(reads, page)
         return window
 
     async def read_async(
@@ -119,33 +122,34 @@ class WindowReader:
         Do what `read` does, without blocking the event loop: neither for the store nor for the token counter.
         """
         reads = self._reads(store, current_messages, last_k)
-        wanted, window = _advanced(reads)
+        next_last_k, window = _advance(reads)
         while window is None:
-            page = await protocol_calls.retrieve_async(store, chat_history_id, wanted, self.window_step)
-            # A counter may take its time, or ask a server.
-            is_counted = self.max_tokens is not None
-            wanted, window = await asyncio.to_thread(_advanced, reads, page) if is_counted else _advanced(reads, page)
+            page = await protocol_calls.retrieve_async(store, chat_history_id, next_last_k, self.window_step)
+            if self.max_tokens is None:
+                next_last_k, window = _advance(reads, page)
+            else:  # a token counter may be slow, or call a server
+                next_last_k, window = await asyncio.to_thread(_advance, reads, page)
         return window
 
     def _reads(self, store: ChatMessageStore, current_messages: Sequence[ChatMessage], last_k: int | None) -> _Reads:
         validate_last_k(last_k)
         last_k = self.last_k if last_k is None else last_k
         if last_k == 0:
-            return []  # Not left to the store: to anybody's slice of the last 0 messages, 0 may mean all.
+            return []  # A store of another package may slice with `messages[-0:]`, which is the whole history.
         if last_k is not None or self.max_tokens is None:
-            page = yield from _whole_turns(store, last_k)
-            return self._fitting(page, current_messages)
-        count = _FIRST_PAGE
+            page = yield from _whole_rounds(store, last_k)
+            return self._newest_that_fit(page, current_messages)
+        count = _FIRST_PAGE_SIZE
         while True:
-            page = yield from _whole_turns(store, count)
-            fitting = self._fitting(page, current_messages)
+            page = yield from _whole_rounds(store, count)
+            fitting = self._newest_that_fit(page, current_messages)
             if len(fitting) < len(in_question_order(page)) or _size(page, store) < count:
                 return fitting
             count *= _PAGE_GROWTH
 
-    def _fitting(self, page: list[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    def _newest_that_fit(self, page: list[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """
-        Return the newest part of a page that fits, in question order.
+        Return the newest part of a page that fits `max_tokens`, in question order.
         """
         history = in_question_order(page)
         counter, max_tokens = self.token_counter, self.max_tokens
@@ -184,9 +188,9 @@ class WindowReader:
         )
 
 
-def _advanced(reads: _Reads, page: list[ChatMessage] | None = None) -> tuple[int | None, list[ChatMessage] | None]:
+def _advance(reads: _Reads, page: list[ChatMessage] | None = None) -> tuple[int | None, list[ChatMessage] | None]:
     """
-    Hand over what was read, and return the `last_k` of the next read or, when there is none, the window.
+    Pass on the page that was read, and return the `last_k` of the next read or, after the last read, the window.
     """
     try:
         return (next(reads) if page is None else reads.send(page)), None
@@ -194,28 +198,28 @@ def _advanced(reads: _Reads, page: list[ChatMessage] | None = None) -> tuple[int
         return None, done.value
 
 
-def _whole_turns(store: ChatMessageStore, last_k: int | None) -> _Reads:
+def _whole_rounds(store: ChatMessageStore, last_k: int | None) -> _Reads:
     """
-    Read a window, and if it begins in the middle of a turn, more pages, back to the turn's question.
+    Read a window. If it begins in the middle of a round, read more pages, back to the round's question.
 
-    A store that counts messages begins a window anywhere, and one that counts rounds also at a user message that a hook
-    added to a turn.
+    In a store that counts messages, a window can begin anywhere. In a store that counts rounds, it can begin at a user
+    message that a hook added to a round.
     """
     window = page = yield last_k
     limit = protocol_calls.default_last_k(store) if last_k is None else last_k
     if not window or limit is None or _size(window, store) < limit:
         return window
-    more = _FIRST_PAGE
+    more = _FIRST_PAGE_SIZE
     while (question := question_of(page, len(page) - len(window))) is None:
         longer = yield _size(window, store) + more
         if len(longer) <= len(page):
-            return window  # It is all there is.
+            return window  # the page is the whole history
         page, more = longer, more * _PAGE_GROWTH
     return page[question:]
 
 
 def _size(messages: Sequence[ChatMessage], store: ChatMessageStore) -> int:
     """
-    Return how many rounds or messages these are, as the store counts them.
+    Return the number of rounds or messages, in the store's unit of `last_k`.
     """
     return len(round_starts(messages)) if protocol_calls.last_k_unit(store) == "round" else len(messages)

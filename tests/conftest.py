@@ -1,10 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
+"""
+What all tests take: how many of them run, and servers that they share.
+"""
+
 import os
 import signal
+from contextlib import ExitStack
 
 # Before anything imports Haystack: tests send nothing anywhere.
 os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
 
+import pytest
+from hypothesis import HealthCheck, settings
+from servers import PostgresServer, RedisCluster, RedisServer, postgres_binaries, redis_binaries, require
+
 # What a shell runs in the background ignores Ctrl-C, and so do its children. Some tests press it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# ---------------------------------------------------------------------- how many tests run
+
+# No deadline: the machine may be busy. The same goes for how long it takes to make an example.
+settings.register_profile("dev", max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("nightly", max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+LEFT_OUT = pytest.StashKey[dict[str, int]]()
+#: The fixtures that need a server, in every test that takes them.
+NEED_SERVERS = {"shared_server", "server", "pooler", "postgres", "redis_server", "redis_cluster", "cluster"}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run all variants, with many examples (see tests/breadth.py)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: a further variant, which runs in the full suite only (pytest --full)")
+    config.addinivalue_line("markers", "servers: needs a server of PostgreSQL or Redis, which it starts")
+    config.stash[LEFT_OUT] = {}
+    if not config.getoption("--hypothesis-profile", None):
+        settings.load_profile("nightly" if config.getoption("--full") else "dev")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    from breadth import is_left_to_full
+
+    for item in items:
+        if NEED_SERVERS.intersection(item.fixturenames):
+            item.add_marker("servers")
+        if is_left_to_full(item):
+            item.add_marker("full")
+    if not (config.getoption("--full") or "full" in config.option.markexpr):
+        left = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left)
+        config.stash[LEFT_OUT]["full"] = len(left)
+    chosen_from = len(items)
+    yield  # here the options -m and -k choose
+    config.stash[LEFT_OUT]["chosen"] = chosen_from - len(items)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    node.config.stash[LEFT_OUT].update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left_out = config.stash[LEFT_OUT]
+    if left_out.get("full"):
+        terminalreporter.write_line(f"{left_out['full']} tests are left to `nox -s full`, or `pytest --full`.")
+    if left_out.get("chosen"):
+        terminalreporter.write_line(f"{left_out['chosen']} tests were left out by the options -m and -k.")
+
+
+# ---------------------------------------------------------------------- servers
+
+
+@pytest.fixture(scope="session")
+def shared_server():
+    """
+    A function that returns a running server of a kind with its settings: the same one to all who ask in this process.
+
+    It starts when the first asks, and ends with the process. Each process of pytest-xdist has its own: to start one
+    takes about a second, and no test meets what another one does at the same moment. A test that stops its server,
+    or leaves it changed, starts a private one instead. None of these tests looks at what a power cut would lose, so the
+    shared servers wait for no disk.
+    """
+    with ExitStack() as stack:
+        running = {}
+
+        def shared(kind, *what, **settings):
+            asked_for = (kind, what, tuple(settings.items()))
+            if asked_for not in running:
+                running[asked_for] = stack.enter_context(kind(*what, **settings))
+            return running[asked_for]
+
+        yield shared
+
+
+@pytest.fixture(scope="session")
+def postgres(shared_server):
+    return shared_server(PostgresServer, require(postgres_binaries(), "PostgreSQL"), fsync="off", autovacuum="off")
+
+
+@pytest.fixture(scope="session")
+def redis_server(shared_server):
+    return shared_server(RedisServer, require(redis_binaries(), "Redis"), appendfsync="no")
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(shared_server):
+    return shared_server(RedisCluster, require(redis_binaries(), "Redis"), appendfsync="no")

@@ -8,6 +8,7 @@ import copy
 import enum
 import gc
 import json
+import os
 import sys
 import threading
 import uuid
@@ -610,6 +611,29 @@ class TestGarbageCollector:
         finally:
             gc.callbacks.pop()
         assert len(collections) > 4
+
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork on this platform")
+    def test_is_enabled_in_a_child_that_is_forked_during_a_bulk_decode(self):
+        is_decoding, may_go_on = threading.Event(), threading.Event()
+
+        class Slow(list):
+            def __iter__(self):
+                is_decoding.set()
+                may_go_on.wait(60)
+                return super().__iter__()
+
+        thread = threading.Thread(target=lambda: decode_messages(Slow(MANY[:2000])))
+        thread.start()
+        assert is_decoding.wait(60)
+        threading.Timer(0.1, may_go_on.set).start()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        may_go_on.set()
+        thread.join()
+        assert os.waitpid(child, 0)[1] == 0
+        assert gc.isenabled()
 
     def test_stays_disabled_if_the_user_disabled_it(self):
         gc.disable()

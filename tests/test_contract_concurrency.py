@@ -4,6 +4,7 @@ import uuid
 from contextlib import closing, contextmanager
 
 import pytest
+from breadth import ENGINE, WHOLE
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.testing.concurrency import ConcurrencyTest
@@ -11,6 +12,7 @@ from haystack_chat_store.testing.processes import ProcessesTest
 
 
 class TestInMemory(ConcurrencyTest):
+    breadth = WHOLE
     durable = False
 
     @pytest.fixture
@@ -24,6 +26,8 @@ class TestInMemory(ConcurrencyTest):
 
 
 class TestSQLite(ConcurrencyTest, ProcessesTest):
+    breadth = ENGINE
+
     @pytest.fixture
     def make_store(self, tmp_path):
         def make(**settings):
@@ -40,7 +44,9 @@ class TestSQLite(ConcurrencyTest, ProcessesTest):
     def assert_sound(self, store):
         with closing(sqlite3.connect(store.path)) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-            counters = "SELECT next_position, message_count, round_count FROM haystack_chat_histories ORDER BY history_key"
+            counters = (
+                "SELECT next_position, message_count, round_count FROM haystack_chat_histories ORDER BY history_key"
+            )
             counted = """
                 SELECT max(message_key & 0xffffffff) + 1, count(*), sum(role = 'user') FROM haystack_chat_messages
                 GROUP BY message_key >> 32 ORDER BY message_key >> 32

@@ -5,10 +5,12 @@ The doctor finds what is damaged in a store, and removes nothing that it has not
 
 import asyncio
 import json
+import os
 import sqlite3
 import stat
 import uuid
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import pytest
@@ -105,7 +107,7 @@ def odd_store():
         class OddStore(InMemoryChatMessageStore):
             def _page(self, *arguments):
                 rows = super()._page(*arguments)
-                return [row._replace(**changed) if row.position == 1 else row for row in rows]
+                return [replace(row, **changed) if row.position == 1 else row for row in rows]
 
         store = OddStore(namespace=uuid.uuid4().hex)
         store.write_messages("chat", conversation("uau"))
@@ -159,7 +161,7 @@ def test_what_stood_where_text_should_is_saved_too(odd_store, tmp_path):
 
 def test_what_the_engine_has_reported_is_not_reported_again(odd_store):
     store = odd_store(created_at=None)
-    fault = Fault("chat", 1, "Its time of creation is none.", False)
+    fault = Fault(chat_history_id="chat", position=1, description="Its time of creation is none.", is_repaired=False)
     store._faults = lambda *_: [fault]
     assert list(check(store)) == [fault]
 
@@ -249,6 +251,27 @@ def test_saved_messages_can_be_read_by_their_owner_alone(store, path, tmp_path):
     assert stat.S_IMODE(salvage.stat().st_mode) == 0o600
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux tells which file a descriptor is of")
+def test_damaged_messages_are_saved_on_the_disk_before_they_are_removed(store, path, tmp_path, monkeypatch):
+    salvage, fsync, on_disk = tmp_path / "salvage.jsonl", os.fsync, []
+    damage(path, "ada", 1, content="no JSON")
+
+    def recorded_fsync(descriptor):
+        fsync(descriptor)
+        left = len(examined_messages(store, "ada"))
+        on_disk.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size, left))
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    list(check(store, repair=True, salvage=salvage))
+
+    (name, size, left), (folder, _, left_then) = on_disk
+    assert (name, size) == (str(salvage), salvage.stat().st_size)
+    assert folder == str(tmp_path)  # or the new file could be lost with its name
+    assert (left, left_then) == (4, 4)
+    assert len(examined_messages(store, "ada")) == 3
+
+
+@pytest.mark.servers
 def test_a_history_that_the_engine_cannot_read_hides_no_other():
     with RedisServer() as server, closing(store_from_url(server.url)) as store, server.client() as client:
         for name in ("ada", "bob", "eve"):
@@ -261,7 +284,12 @@ def test_a_history_that_the_engine_cannot_read_hides_no_other():
         faults = list(check(store))
         assert [place for place in places(faults) if place[0] == "eve"][-1] == ("eve", 1)
         for name in ("ada", "bob"):
-            assert Fault(name, None, "Its messages cannot be read.", False) in faults
+            assert (
+                Fault(
+                    chat_history_id=name, position=None, description="Its messages cannot be read.", is_repaired=False
+                )
+                in faults
+            )
 
         list(check(store, repair=True))
         assert places(check(store)) == [("eve", 1)]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Every Python example in the documentation runs: those of a page together, in order, in a process of their own.
+Every Python example in the documentation runs: those of a page together, in order, in a process of their own; those of
+the README in one that has imported nothing before.
 
 What a page shows below an example is what it prints, all of it but for lines of three dots, which stand for any others.
 """
@@ -22,6 +23,7 @@ from haystack_integrations.components.retrievers.chat_store import ChatMessageRe
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
 
 from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store.testing.fork_server import run_python
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,11 +52,13 @@ def sources_with_examples():
                 yield path
 
 
-def run(code, folder):
+def run(code, folder, is_fresh=False):
     environment = {**os.environ, "HAYSTACK_TELEMETRY_ENABLED": "False", "PYTHONPATH": str(ROOT / "examples")}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
+    if is_fresh:
+        result = subprocess.run([sys.executable, "-c", code], **options, check=False)
+    else:
+        result = run_python(["-c", code], **options)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -72,7 +76,7 @@ def test_the_examples_of_a_page_run(page, tmp_path):
             assert shown.pop() is None, "An output stands below the example that prints it."
             shown.append(block)
 
-    printed = run("\n".join(code), tmp_path).split(f"{END}\n")
+    printed = run("\n".join(code), tmp_path, is_fresh=page.name == "README.md").split(f"{END}\n")
     assert printed.pop() == ""
     for output, text in zip(shown, printed, strict=True):
         if output is not None:

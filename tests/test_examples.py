@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The examples run as they are: each here in a process of its own, as a user would start it.
+The examples run as they are: each here in a process of its own, as a user would start it. Some of these processes are
+forked from one that has imported Haystack; those that restart or that run YAML are fresh.
 """
 
 import os
@@ -11,28 +12,35 @@ from pathlib import Path
 
 import pytest
 
+from haystack_chat_store.testing.fork_server import run_python
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run_python(folder, *arguments, text_in="", **environment):
+def options(folder, text_in, **environment):
     inherited = {key: value for key, value in os.environ.items() if key != "OPENAI_API_KEY"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        input=text_in,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**inherited, "PYTHONIOENCODING": "utf-8", **environment},
-        timeout=120,
-        check=False,
-    )
+    return {
+        "cwd": folder,
+        "input": text_in,
+        "capture_output": True,
+        "encoding": "utf-8",
+        "env": {**inherited, "PYTHONIOENCODING": "utf-8", **environment},
+        "timeout": 120,
+    }
 
 
 @pytest.fixture
 def run(tmp_path):
     def run_example(name, *arguments, text_in=""):
-        return run_python(tmp_path, EXAMPLES / name, *arguments, text_in=text_in)
+        return run_python([EXAMPLES / name, *arguments], **options(tmp_path, text_in))
+
+    return run_example
+
+
+@pytest.fixture
+def run_fresh(tmp_path):
+    def run_example(name, *arguments):
+        return subprocess.run([sys.executable, EXAMPLES / name, *arguments], **options(tmp_path, ""), check=False)
 
     return run_example
 
@@ -40,15 +48,15 @@ def run(tmp_path):
 @pytest.fixture
 def run_script(tmp_path):
     def run_beside_the_examples(script, *arguments, text_in=""):
-        return run_python(tmp_path, "-c", script, *arguments, text_in=text_in, PYTHONPATH=str(EXAMPLES))
+        return run_python(["-c", script, *arguments], **options(tmp_path, text_in, PYTHONPATH=str(EXAMPLES)))
 
     return run_beside_the_examples
 
 
-def test_the_chatbot_remembers_across_restarts(run):
-    first = run("terminal_chatbot.py", "--say", "I like tea.")
-    second = run("terminal_chatbot.py", "--say", "My name is Ada.")
-    third = run("terminal_chatbot.py", "--say", "What is my name?")
+def test_the_chatbot_remembers_across_restarts(run_fresh):
+    first = run_fresh("terminal_chatbot.py", "--say", "I like tea.")
+    second = run_fresh("terminal_chatbot.py", "--say", "My name is Ada.")
+    third = run_fresh("terminal_chatbot.py", "--say", "What is my name?")
 
     assert "Nice to meet you!" in first.stdout
     assert 'you have told me 1 thing. The first was: "I like tea."' in second.stdout
@@ -179,9 +187,9 @@ def test_the_chatbot_says_which_arguments_are_wrong(run, arguments, message):
     assert "Traceback" not in result.stderr
 
 
-def test_the_yaml_pipeline_continues_in_the_next_process(run):
-    first = run("run_yaml_pipeline.py", "I am Ada.")
-    second = run("run_yaml_pipeline.py", "Who am I?")
+def test_the_yaml_pipeline_continues_in_the_next_process(run_fresh):
+    first = run_fresh("run_yaml_pipeline.py", "I am Ada.")
+    second = run_fresh("run_yaml_pipeline.py", "Who am I?")
 
     assert first.stdout.count("user:") == 1
     assert [line.split() for line in second.stdout.splitlines()[1:5]] == [

@@ -30,8 +30,6 @@ pytestmark = [
 ]
 
 HANG_LIMIT = 50.0
-# So many interruptions must have met a write where it changes the history, which is a small part of a call.
-ENOUGH_HITS = 20
 MAX_ATTEMPTS = 20_000
 
 
@@ -52,6 +50,22 @@ def hang_guard():
     guard.cancel()
     guard.join()
     signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.fixture
+def enough_hits(request):
+    """
+    How many interruptions must have met a write where it changes the history, which is a small part of a call.
+    """
+    return 20 if request.config.getoption("--full") else 5
+
+
+@pytest.fixture
+def seconds(request):
+    """
+    How long to interrupt calls.
+    """
+    return 3 if request.config.getoption("--full") else 1
 
 
 @pytest.fixture
@@ -120,7 +134,7 @@ def in_memory(request):
 # ---------------------------------------------------------------------- in memory
 
 
-def test_an_interrupted_write_that_is_made_again_leaves_each_message_once(in_memory, on_alarm):
+def test_an_interrupted_write_that_is_made_again_leaves_each_message_once(in_memory, on_alarm, enough_hits):
     hits = 0
 
     def interrupt(signum, frame):
@@ -132,7 +146,7 @@ def test_an_interrupted_write_that_is_made_again_leaves_each_message_once(in_mem
     moments = random.Random(1)
     one_call = duration(lambda: in_memory.write_messages("measured", batch_of(40, "measured")))
     batches = []
-    while hits < ENOUGH_HITS:
+    while hits < enough_hits:
         assert len(batches) < MAX_ATTEMPTS
         batch = batch_of(40, len(batches))
         batches.append(batch)
@@ -145,7 +159,7 @@ def test_an_interrupted_write_that_is_made_again_leaves_each_message_once(in_mem
         assert texts(in_memory.retrieve_messages("history", last_k)) == texts(expected_rounds(expected, last_k))
 
 
-def test_a_signal_handler_writes_in_the_middle_of_a_write(in_memory, on_alarm):
+def test_a_signal_handler_writes_in_the_middle_of_a_write(in_memory, on_alarm, enough_hits):
     hits, sent = 0, []
 
     def write(signum, frame):
@@ -158,7 +172,7 @@ def test_a_signal_handler_writes_in_the_middle_of_a_write(in_memory, on_alarm):
     moments = random.Random(2)
     one_call = duration(lambda: in_memory.write_messages("measured", batch_of(40, "measured")))
     batches = []
-    while hits < ENOUGH_HITS:
+    while hits < enough_hits:
         assert len(batches) < MAX_ATTEMPTS
         batch = batch_of(40, len(batches))
         batches.append(batch)
@@ -207,7 +221,7 @@ def test_a_finalizer_writes_in_the_middle_of_a_write(in_memory):
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_interrupted_calls_leave_no_half_batch_and_hold_up_neither_writes_nor_forks(tmp_path, on_alarm):
+def test_interrupted_calls_leave_no_half_batch_and_hold_up_neither_writes_nor_forks(tmp_path, on_alarm, seconds):
     def interrupt(signum, frame):
         raise KeyboardInterrupt
 
@@ -220,10 +234,12 @@ def test_interrupted_calls_leave_no_half_batch_and_hold_up_neither_writes_nor_fo
         store.retrieve_messages("history", 2)
 
     one_call = duration(lambda: write_and_read("measured"))
-    until = time.monotonic() + 3
+    until = time.monotonic() + seconds
     number = 0
     with closing(sqlite3.connect(store.path)) as other:
-        other.execute("SELECT count(*) FROM haystack_chat_messages").fetchone()  # the last to close a file tidies it up, slowly
+        other.execute(
+            "SELECT count(*) FROM haystack_chat_messages"
+        ).fetchone()  # the last to close a file tidies it up, slowly
         while number < 300 or (number < MAX_ATTEMPTS and time.monotonic() < until):
             call_with_alarm(lambda: write_and_read(number), moments.uniform(0.02, 1.2) * one_call)  # noqa: B023
             number += 1

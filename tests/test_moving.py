@@ -5,8 +5,6 @@ From SQLite to a server: one line of code or one block of YAML, as the documenta
 
 import os
 import re
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from haystack import Pipeline
 from servers import PostgresServer, RedisCluster, RedisServer
 
 from haystack_chat_store import store_from_url
+from haystack_chat_store.testing.fork_server import run_python
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,9 +43,7 @@ def server(request):
 
 def run(code, folder):
     environment = {**os.environ, "HAYSTACK_TELEMETRY_ENABLED": "False"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    result = run_python(["-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -64,9 +61,9 @@ def test_the_quick_start_moves_to_a_server_by_one_line(server, tmp_path):
 
 
 def test_the_chatbot_remembers_on_a_server(server, tmp_path):
-    command = [sys.executable, ROOT / "examples" / "terminal_chatbot.py", "--store", server.url, "--say"]
+    command = [ROOT / "examples" / "terminal_chatbot.py", "--store", server.url, "--say"]
     for said, answer in (("My name is Ada.", "Nice to meet you!"), ("What is my name?", "Your name is Ada.")):
-        result = subprocess.run([*command, said], cwd=tmp_path, capture_output=True, text=True, check=True)
+        result = run_python([*command, said], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert answer in result.stdout
 
 

@@ -6,6 +6,7 @@ The example of a store of one's own keeps the contract, apart from what it says 
 from pathlib import Path
 
 import pytest
+from breadth import ONCE
 
 from haystack_chat_store import store_from_url
 from haystack_chat_store.cli import main
@@ -35,6 +36,8 @@ def _registered(monkeypatch, tmp_path):
 
 
 class TestFolderChatMessageStore(ChatMessageStoreContract):
+    breadth = ONCE
+
     @pytest.fixture
     def make_store(self, tmp_path):
         from own_store import FolderChatMessageStore
@@ -65,5 +68,5 @@ def test_command_line_works_on_a_registered_store(tmp_path, capsys):
 
 
 def test_unknown_scheme_names_the_known_ones():
-    with pytest.raises(ValueError, match="memory://.*postgresql://.*redis://.*sqlite://"):
+    with pytest.raises(ValueError, match=r"memory://.*postgresql://.*redis://.*sqlite://"):
         store_from_url("folder:///chats")

@@ -5,8 +5,6 @@ The components in pipelines: connected in Python, dumped and loaded, and as YAML
 
 import asyncio
 import json
-import subprocess
-import sys
 import uuid
 
 import pytest
@@ -19,6 +17,7 @@ from haystack_integrations.components.writers.chat_store import ChatMessageWrite
 from strict_model import StrictChatGenerator
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
+from haystack_chat_store.testing.fork_server import run_python
 
 YAML = """
 components:
@@ -82,13 +81,13 @@ def in_memory_yaml(namespace):
 
 
 def asked_in_another_process(yaml_text, *questions):
-    finished = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SCRIPT, *questions],
+    finished = run_python(
+        ["-W", "error", "-c", SCRIPT, *questions],
         input=yaml_text,
         capture_output=True,
         text=True,
-        check=False,
         timeout=300,
+        preload=["haystack"],
     )
     assert finished.returncode == 0, finished.stderr
     return [json.loads(line) for line in finished.stdout.splitlines()]

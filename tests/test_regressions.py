@@ -5,6 +5,7 @@ Behaviour that has been wrong once and is easily broken again.
 
 import asyncio
 import base64
+import gc
 import json
 import os
 import signal
@@ -276,6 +277,48 @@ def test_a_child_forked_during_a_long_write_is_told_that_it_cannot_use_the_file(
     store.write_messages("history", [ChatMessage.from_user("Still there?")])
     assert texts(store.retrieve_messages("history")) == ["Hi!", "Still there?"]
     assert in_child(lambda: store.count_messages("history")) == 2
+
+
+@forks
+def test_a_child_that_frees_a_connection_of_its_parent_does_not_damage_the_file(new_sqlite_store, monkeypatch):
+    monkeypatch.setattr(connections, "_MIN_FORK_WAIT_SECONDS", 0.1)
+    store = new_sqlite_store(timeout=0.05)
+    store.write_messages("history", [ChatMessage.from_user("Hi!")])
+    lost = [connections.databases.get(store.engine.settings)._borrow()]  # as a call does that is interrupted just then
+    lost[0].execute("BEGIN IMMEDIATE")
+    rows = [(1_000 + number, str(number), "x" * 10_000) for number in range(400)]  # more than SQLite's cache holds
+    lost[0].executemany("INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, content)"
+        " VALUES ((1 << 32) + ?, ?, 'user', 0, ?)", rows)
+
+    def free():
+        lost.clear()
+        gc.collect()  # closing it here would take back what the parent has written so far
+        return "freed"
+
+    assert in_child(free) == "freed"
+    lost[0].execute("COMMIT")
+    with closing(sqlite3.connect(store.path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("SELECT count(*) FROM haystack_chat_messages").fetchone() == (401,)
+
+
+@forks
+def test_a_child_forked_during_a_long_call_in_memory_waits_for_nothing_and_has_the_histories(store):
+    store.write_messages("history", [ChatMessage.from_user("Hi!")])
+    is_under_way, may_end = threading.Event(), threading.Event()
+
+    def operation(_session):
+        is_under_way.set()
+        may_end.wait(3 * HANG_LIMIT)
+
+    thread = threading.Thread(target=store._run, args=(operation,))
+    thread.start()
+    assert is_under_way.wait(HANG_LIMIT)
+    threading.Timer(0.1, may_end.set).start()
+    assert in_child(lambda: [store.write_messages("history", [user()]), store.count_messages("history")]) == [1, 2]
+    may_end.set()
+    thread.join()
+    assert store.count_messages("history") == 1
 
 
 @forks

@@ -20,9 +20,9 @@ from haystack_chat_store.rounds import (
     in_question_order,
     last_messages,
     last_rounds,
-    parted,
     question_groups,
     question_of,
+    split_system_history_current,
     valid_for_model,
 )
 from haystack_chat_store.validation import validate_last_k, validate_window_step
@@ -121,34 +121,38 @@ class TestParted:
     def test_system_messages_come_first_then_the_history_then_the_rest(self):
         current = [QUESTION, SYSTEM, ANSWER]
         history = [SYSTEM, GREETING]
-        parts = parted(history, current)
+        parts = split_system_history_current(history, current)
         assert parts == ([SYSTEM], history, [QUESTION, ANSWER])
         assert same_objects(parts.history + parts.current, [*history, QUESTION, ANSWER])
 
     def test_what_the_history_has_is_not_repeated_after_it(self):
         history = [with_id(QUESTION, "1"), with_id(ANSWER, "2")]
-        assert parted(history, [with_id(QUESTION, "1")]) == ([], history, [])
-        assert parted(history, [*history, QUESTION]) == ([], history, [QUESTION])
+        assert split_system_history_current(history, [with_id(QUESTION, "1")]) == ([], history, [])
+        assert split_system_history_current(history, [*history, QUESTION]) == ([], history, [QUESTION])
 
     def test_of_a_transcript_that_is_longer_than_the_history_only_what_is_new_comes(self):
         transcript = [with_id(QUESTION, str(number)) for number in range(6)]
         new = [*transcript[5:], ANSWER]
-        assert parted(transcript[2:5], [*transcript, ANSWER]) == ([], transcript[2:5], new)
+        assert split_system_history_current(transcript[2:5], [*transcript, ANSWER]) == ([], transcript[2:5], new)
 
     def test_messages_without_an_id_are_new_wherever_they_stand(self):
         history = [with_id(QUESTION, "1"), with_id(ANSWER, "2")]
-        assert parted(history, [GREETING, *history]).current == [GREETING]
+        assert split_system_history_current(history, [GREETING, *history]).current == [GREETING]
 
     def test_a_system_message_comes_first_even_if_the_history_has_it(self):
         history = [with_id(QUESTION, "1"), with_id(SYSTEM, "2"), with_id(ANSWER, "3")]
-        assert parted(history, [with_id(SYSTEM, "2")]) == ([history[1]], [history[0], history[2]], [])
+        assert split_system_history_current(history, [with_id(SYSTEM, "2")]) == (
+            [history[1]],
+            [history[0], history[2]],
+            [],
+        )
 
     @pytest.mark.parametrize("no_id", [None, ""])
     def test_messages_without_an_id_are_all_different(self, no_id):
-        assert len(parted([with_id(QUESTION, no_id)], [with_id(QUESTION, no_id)]).current) == 1
+        assert len(split_system_history_current([with_id(QUESTION, no_id)], [with_id(QUESTION, no_id)]).current) == 1
 
     def test_an_id_that_could_be_none_of_ours_does_no_harm(self):
-        assert len(parted([with_id(QUESTION, "1")], [with_id(ANSWER, ["1"])]).current) == 1
+        assert len(split_system_history_current([with_id(QUESTION, "1")], [with_id(ANSWER, ["1"])]).current) == 1
 
 
 class TestValidForModel:
@@ -640,7 +644,7 @@ def test_in_question_order_runs_at_the_same_time_look_like_runs_in_turn(events):
 @given(marked_histories(), marked_histories())
 def test_whatever_comes_with_the_history_is_valid_and_no_new_message_is_lost(history, current):
     current = [QUESTION, *current]
-    system, shown, new = parted(history, current)
+    system, shown, new = split_system_history_current(history, current)
     merged = [*system, *shown, *new]
     assert problems(valid_for_model(history, current)) == []
     kept = {*map(id, merged)}

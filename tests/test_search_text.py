@@ -32,6 +32,7 @@ from haystack_chat_store.search_text import (
     snippet,
     terms,
 )
+from haystack_chat_store.testing.kit import number_of_examples
 from haystack_chat_store.testing.messages import messages, sample_messages
 
 CALL = ToolCall("weather", {"city": "Rome"}, id="call_1")
@@ -195,7 +196,7 @@ def test_terms_hold_nothing_but_letters_digits_and_marks(text):
 def test_every_character_is_folded_once_and_for_all():
     for codepoint in range(sys.maxunicode + 1):
         once = search_text._folded(chr(codepoint))
-        assert once.translate(search_text._folds) == once, hex(codepoint)
+        assert once.translate(search_text._folding_table) == once, hex(codepoint)
 
 
 @untimed
@@ -206,7 +207,7 @@ def test_canonically_equivalent_texts_have_the_same_terms(text):
 
 def test_memory_of_characters_is_not_filled_by_those_that_nobody_writes():
     terms("".join(map(chr, range(0xF0000, 0x110000))))
-    assert not any(codepoint >= 0xF0000 for codepoint in search_text._folds)
+    assert not any(codepoint >= 0xF0000 for codepoint in search_text._folding_table)
 
 
 # ---------------------------------------------------------------------- limits
@@ -367,7 +368,7 @@ def found_by_fts5(connection, query, text):
     return connection.execute("SELECT count(*) FROM search (?)", [expression]).fetchone() == (1,)
 
 
-@settings(untimed, max_examples=1000)
+@settings(untimed, max_examples=number_of_examples(1000))
 @given(texts, texts)
 @example("a AND b", "b a")
 @example('NEAR("a b")', "near a b")
@@ -377,7 +378,7 @@ def test_fts5_agrees_on_any_query_and_text(fts5, query, text):
     assert found_by_fts5(fts5, query, text) == found(query, text)
 
 
-@settings(untimed, max_examples=1000)
+@settings(untimed, max_examples=number_of_examples(1000))
 @given(texts, st.integers(0, 20), st.integers(1, 8), st.sampled_from(["", '"', "“"]))
 def test_fts5_agrees_on_any_part_of_a_text(fts5, text, start, length, quote):
     query = quote + text[start : start + length]
@@ -443,7 +444,7 @@ def test_snippet_contains_the_match_wherever_it_is(filling, count):
     assert "大" in snippet(text, parsed_query("大"), 40)
 
 
-@settings(untimed, max_examples=500)
+@settings(untimed, max_examples=number_of_examples(500))
 @given(st.lists(texts, max_size=8).map(" ".join), st.integers(0, 40), st.integers(1, 6), st.integers(1, 60))
 def test_snippet_has_the_terms_of_the_match(text, start, count, length):
     """

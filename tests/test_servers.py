@@ -28,7 +28,10 @@ from servers import (
 def each_of(binaries):
     """A fixture's parameters: every program found here; without any, the server itself says what is missing."""
     found = binaries or {"none": None}
-    return {"scope": "module", "params": found.values(), "ids": found.keys()}
+    programs = [
+        pytest.param(each, marks=[pytest.mark.full] * (number > 0)) for number, each in enumerate(found.values())
+    ]
+    return {"scope": "module", "params": programs, "ids": found.keys()}
 
 
 @pytest.fixture(**each_of(postgres_binaries()))
@@ -83,6 +86,7 @@ def test_postgresql_takes_settings_and_tells_its_version(postgres):
     assert f"PostgreSQL {postgres.version}" in postgres.execute("SELECT version()")[0][0]
 
 
+@pytest.mark.servers
 def test_pgbouncer_gives_two_clients_one_connection_by_turns():
     with PostgresServer() as postgres, PgBouncer(postgres, pool_size=1) as server:
         database = server.create_database()
@@ -113,6 +117,7 @@ def test_redis_tells_what_it_is(redis_server):
     assert printed.startswith(f"{'Valkey' if redis_server.is_valkey else 'Redis'} server v={redis_server.version} ")
 
 
+@pytest.mark.servers
 def test_redis_forgets_on_restart_when_told_so():
     with RedisServer(appendonly="no") as server, server.client() as client:
         client.set("number", 42)
@@ -139,6 +144,7 @@ def test_a_redis_cluster_spreads_its_keys_and_survives_a_failover_and_a_crash(re
             assert [fresh.get(name).decode() for name in names] == names
 
 
+@pytest.mark.servers
 def test_a_redis_cluster_is_whole_again_when_a_stopped_node_starts():
     with RedisCluster() as cluster:
         cluster.stop_node(0)
@@ -149,6 +155,7 @@ def test_a_redis_cluster_is_whole_again_when_a_stopped_node_starts():
 
 
 @pytest.mark.parametrize("kind", [PostgresServer, RedisServer])
+@pytest.mark.servers
 def test_a_server_that_does_not_start_says_why_and_leaves_nothing(kind):
     server = kind(no_such_setting="1")
     with pytest.raises(RuntimeError, match=r"no.such.setting"), server:
@@ -157,6 +164,7 @@ def test_a_server_that_does_not_start_says_why_and_leaves_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", [PostgresServer, RedisServer])
+@pytest.mark.servers
 def test_an_error_in_a_test_leaves_nothing(kind):
     with pytest.raises(ZeroDivisionError), kind() as server:
         raise ZeroDivisionError
@@ -173,6 +181,7 @@ def test_an_error_in_a_test_leaves_nothing(kind):
         ("PostgresServer", signal.SIGKILL),
     ],
 )
+@pytest.mark.servers
 def test_the_end_of_the_test_process_leaves_nothing(kind, by):
     script = f"""
 import servers, time

@@ -9,7 +9,7 @@ from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.rounds import parted, round_starts, valid_for_model
+from haystack_chat_store.rounds import round_starts, split_system_history_current, valid_for_model
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.window_reader import WindowReader
 
@@ -157,7 +157,7 @@ class ChatHistoryLoader:
         window = _Read(self._window_reader(self.last_k), current)
         if any(map(is_said, current)):
             yield window
-        system, history, new = parted(run.know(window.messages), current)
+        system, history, new = split_system_history_current(run.know(window.messages), current)
         new = yield from self._without_last_question(run, new)
         new = run.give(new)
         new_ids = {None, *map(message_id, new)}
@@ -182,7 +182,7 @@ class ChatHistoryLoader:
             return new
         last_round = _Read(WindowReader(1))
         yield last_round
-        return parted(run.know(last_round.messages), new).current
+        return split_system_history_current(run.know(last_round.messages), new).current
 
     def _resumed(
         self, run: AgentRun, system: list[ChatMessage], current: list[ChatMessage]

@@ -23,7 +23,7 @@ from haystack_chat_store.stores.reading import ReadingMethods
 from haystack_chat_store.stores.rows import EncodedMessage, Scope
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP, to_thread_if_large
 
-# Encoding a value takes as long as encoding this many characters of text.
+# The cost of encoding one value, in characters of text that take as long to encode.
 _CHARACTERS_PER_VALUE = 100
 
 
@@ -32,7 +32,7 @@ class _Write:
     """
     The checked arguments of `write_messages`.
 
-    :param named: The messages to store, each under the name that errors give it.
+    :param named: The messages to store, each with its name in errors, such as `messages[2]`.
     """
 
     chat_history_id: str
@@ -46,9 +46,9 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
     """
     The base of all stores: everything that does not depend on the engine.
 
-    To write a store, subclass `Engine`, which says what an engine has to do, and this class: pass the engine to
-    `__init__`, and add the store's own settings to `settings`. Later versions may know more operations of engines; an
-    engine will not have to implement them.
+    To write a store, subclass `Engine`, whose docstrings define the operations of an engine. Then subclass this class:
+    pass the engine to `__init__`, and add the store's own settings to `settings`. Later versions may add operations to
+    `Engine`; an engine will not have to implement them.
     """
 
     def __init__(
@@ -65,16 +65,17 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         """
         Check and keep the settings that all stores have.
 
-        :param engine: What stores the messages.
+        :param engine: The engine that stores the messages.
         :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
-        :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
-        :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
-        :param namespace: What separates tenants, applications or test runs that share one database: a store sees only
-            its own namespace. Defaults to `"default"`. 1 to 128 characters.
+        :param last_k: The number of rounds that `retrieve_messages` returns if it is called without `last_k`. Defaults
+            to 10. `None` for all.
+        :param last_k_unit: The unit of `last_k`: `"round"`, the default, or `"message"`.
+        :param namespace: The namespace of the store's histories, 1 to 128 characters. A store sees only its own
+            namespace, so tenants, applications or test runs can share one database. Defaults to `"default"`.
         :param search: Whether messages can be searched. Defaults to False.
-        :param strict: Whether a message is refused if its `meta` holds a value without a JSON form, such as a function.
-            Defaults to False: the `repr` of such a value is stored, and the log says so.
-        :raises ValueError: If a setting is not one of these.
+        :param strict: Whether a message is refused if its `meta` contains a value without a JSON form, such as a
+            function. Defaults to False: the `repr` of such a value is stored, and the log says so.
+        :raises ValueError: If a setting is wrong.
         """
         validation.validate_last_k(last_k)
         if last_k_unit not in ("round", "message"):
@@ -90,7 +91,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
 
     def settings(self) -> dict[str, Any]:
         """
-        Return the arguments that make an equal store. A subclass adds those of its own constructor.
+        Return the constructor's arguments for an equal store. A subclass adds its own arguments.
         """
         return {
             "skip_system_messages": self.skip_system_messages,
@@ -105,12 +106,12 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         """
         Serialize the store's settings.
 
-        :returns: A dictionary for `from_dict`, YAML and JSON. Secrets are named in it, never written out.
+        :returns: A dictionary for `from_dict`, YAML and JSON. It contains the names of secrets, never their values.
         :raises ValueError: If a secret does not come from an environment variable.
         """
         return default_to_dict(self, **self.settings())
 
-    # ------------------------------------------------------------------ what users call
+    # ------------------------------------------------------------------ public methods
 
     def write_messages(
         self,
@@ -123,22 +124,25 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         """
         Append messages to a history, as one batch that becomes visible and durable whole or not at all.
 
-        A message that carries an id in `meta["chat_message_id"]` which the history already has is skipped, so it is
-        safe to write again what was retrieved. Others get an id of their own, a new one at each call: to be able to
-        repeat a call that may have failed, give its messages ids first. The objects passed in are not changed.
+        A message is skipped if the history already has its id (in `meta["chat_message_id"]`), so retrieved messages can
+        safely be written again. A message without an id gets a new one at each call. To repeat a call that may have
+        failed, give its messages ids before the first call. The objects passed in are not changed.
 
-        :param chat_history_id: Which conversation: 1 to 512 characters, anything but NUL and lone surrogates.
+        :param chat_history_id: The history's id: 1 to 512 characters, without NUL and lone surrogates. A history that
+            does not exist is created.
         :param messages: A list or other iterable of `ChatMessage`s, oldest first.
-        :param policy: What becomes of a message whose id is there already. With SKIP, the default, and NONE it is
-            skipped. With OVERWRITE it takes the place of the one that is there, at the same position; of several in the
-            batch, the last one. With FAIL nothing is written.
-        :param expected_count: How many messages the history must have; if it has another number, nothing is written.
-            So of two who answer the same message, the second one hears of the first. Defaults to `None`: any number.
-        :returns: The number of messages that this call wrote, those that took another's place included.
-        :raises ValueError: If an argument is wrong, or a message holds something that cannot be stored (then it is a
-            `MessageEncodingError`). Nothing was written.
-        :raises DuplicateMessageError: If an id is there already, or twice in the batch, and the policy is FAIL.
-        :raises ChatHistoryChangedError: If the history does not have `expected_count` messages.
+        :param policy: Decides about a message whose id the history already has. With SKIP, the default, and NONE, the
+            message is skipped. With OVERWRITE, it replaces the stored message, at the same position. (Of several
+            messages in the batch with the same id, the last one counts.) With FAIL, nothing is written.
+        :param expected_count: The number of messages that the history must have; if it has another number, nothing is
+            written. If two writers answer the same message, the second one gets an error. Defaults to `None`: any
+            number.
+        :returns: The number of messages that this call wrote, including replacements.
+        :raises ValueError: If an argument is wrong. If a message contains a value that cannot be stored, the error is a
+            `MessageEncodingError`. Nothing was written.
+        :raises DuplicateMessageError: If the policy is FAIL, and the history already has an id, or the batch has an id
+            twice. Nothing was written.
+        :raises ChatHistoryChangedError: If the history does not have `expected_count` messages. Nothing was written.
         :raises ChatMessageStoreError: If the engine fails. None or all of the batch was written.
         """
         write = self._checked_write(chat_history_id, messages, policy, expected_count)
@@ -174,17 +178,17 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         """
         Return the last rounds of a history, oldest message first.
 
-        A round begins at each user message and lasts until the next one, so that a window never starts in the middle
-        of an exchange. When the history has fewer than `last_k` rounds, what came before its first user message is
-        returned too. (With `last_k_unit="message"`, `last_k` counts single messages; as many more are returned as it
-        takes for no tool result to come without its call.)
+        A round begins at each user message and lasts until the next one, so a window never begins in the middle of an
+        exchange. If the history has fewer than `last_k` rounds, the messages before its first user message are
+        returned, too. (With `last_k_unit="message"`, `last_k` counts single messages, and more are returned if a tool
+        result would otherwise come without its call.)
 
-        :param chat_history_id: Which conversation. One that does not exist is empty.
-        :param last_k: How many rounds. 0 for none; `None`, the default, for the store's own `last_k`.
-        :param window_step: How many rounds have to come before the window's start moves on: it then stands at the first
-            round, or so many after it, or twice as many, and the window holds up to `window_step - 1` rounds more than
+        :param chat_history_id: The history's id. A history that does not exist is empty.
+        :param last_k: The number of rounds, 0 for none. Defaults to `None`: the store's own `last_k`.
+        :param window_step: The start of the window moves only in steps of this many rounds: it is the first round, or
+            a multiple of `window_step` after it. The window then holds up to `window_step - 1` rounds more than
             `last_k`. Defaults to 1. (With `last_k_unit="message"`, it counts messages.)
-        :returns: Messages that are the caller's own, each with its id in `meta["chat_message_id"]`.
+        :returns: New message objects, each with its id in `meta["chat_message_id"]`.
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
         """
@@ -212,8 +216,8 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         """
         Return the number of messages in a history. It is read from a counter, at the same cost for any length.
 
-        :param chat_history_id: Which conversation. One that does not exist has 0.
-        :raises ValueError: If `chat_history_id` cannot be one.
+        :param chat_history_id: The history's id. A history that does not exist has 0 messages.
+        :raises ValueError: If `chat_history_id` is not a valid id.
         :raises ChatMessageStoreError: If the engine fails.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
@@ -230,16 +234,16 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         self, chat_history_id: str, *, message_ids: Iterable[str] | None = None, from_message_id: str | None = None
     ) -> None:
         """
-        Delete a history, or some of its messages, for good. Deleting what does not exist does nothing.
+        Delete a history, or some of its messages, for good. Histories and ids that do not exist are ignored.
 
-        :param chat_history_id: Which conversation.
-        :param message_ids: The ids of the messages to delete. The history stays, with its title and meta, even when
-            none are left. Defaults to `None`: the whole history.
-        :param from_message_id: The id of a message to delete, with all that come after it, to go on from before it.
-            Not both.
+        :param chat_history_id: The history's id.
+        :param message_ids: The ids of the messages to delete. The history stays, with its title and meta, even if it
+            has no messages any more. Defaults to `None`: the whole history is deleted.
+        :param from_message_id: The id of a message. It is deleted with all messages after it, so that the conversation
+            can go on from before it. Cannot be given together with `message_ids`.
         :raises ValueError: If an argument is wrong.
         :raises MessageNotFoundError: If the history does not have `from_message_id`. Nothing was deleted.
-        :raises ChatMessageStoreError: If the engine fails. None or all of it was deleted.
+        :raises ChatMessageStoreError: If the engine fails. All of the messages were deleted, or none.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
         if message_ids is None and from_message_id is None:
@@ -265,9 +269,9 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
 
     def delete_all_messages(self) -> None:
         """
-        Delete every history of this store's namespace, for good. Other namespaces keep theirs.
+        Delete every history of this store's namespace, for good. Other namespaces are not changed.
 
-        Each history goes whole, but servers delete some at a time: if this fails, some may be gone and others not.
+        Servers delete in batches, and each history whole. After an error, some histories may be deleted.
 
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
@@ -281,9 +285,9 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
 
     def close(self) -> None:
         """
-        Release connections and threads. The next use opens them again; closing twice does nothing.
+        Release connections and threads. The next use opens them again. Closing twice does nothing.
 
-        Stores with equal settings share their connections: this closes them for all of these stores.
+        Stores with equal settings share their connections, so this closes them for all of these stores.
         """
         self.engine.close()
 
@@ -296,24 +300,24 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """
-        Make a store from what `to_dict` returned. Connects to nothing, and does not change `data`.
+        Create a store from the result of `to_dict`. It connects on first use.
 
-        :param data: The serialized store.
+        :param data: The serialized store. It is not changed.
         :raises DeserializationError: If `data` is not of this class.
         """
         return default_from_dict(cls, data)
 
     @classmethod
-    def from_url(cls, url: str, **settings: Any) -> Self:
+    def from_url(cls, url: str, **settings: Any) -> Self:  # noqa: ARG003  (subclasses use them)
         """
-        Make a store from a URL whose scheme is registered for this class: see `store_from_url`.
+        Create a store from a URL whose scheme is registered for this class: see `store_from_url`.
 
         :param url: The URL, with its scheme.
-        :param settings: Further settings of the constructor.
-        :raises ValueError: If the URL is not one of this store's. The error does not repeat it, for it may hold a
-            password.
+        :param settings: Further arguments of the constructor.
+        :raises ValueError: If this class does not accept the URL. The error does not repeat the URL, because it may
+            contain a password.
         """
-        raise ValueError(f"{cls.__name__} cannot be made from a URL.")
+        raise ValueError(f"{cls.__name__} cannot be created from a URL. Call its constructor.")
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -354,9 +358,9 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
 
 def _encoded(write: _Write) -> list[EncodedMessage]:
     """
-    Give each message its id and encode it.
+    Give each message its id, and encode it.
 
-    Of messages with the same id the first counts. Under the policy OVERWRITE it is the last, and FAIL refuses them.
+    Of several messages with the same id, the first counts or, with the policy OVERWRITE, the last. FAIL refuses them.
     """
     encoded: dict[str, EncodedMessage] = {}
     for name, message in write.named:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What becomes of a write to a history that has some of its messages already, and how refusals are worded.
+Plans a write to a history that already has some of the messages, and creates the errors of refused calls.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,10 @@ from haystack_chat_store.stores.rows import EncodedMessage
 @dataclass(frozen=True)
 class Plan:
     """
-    What a write does to a history.
+    The changes that a write makes to a history.
 
     :param new: The messages to append.
-    :param replaced: The messages that take the place of stored ones, each under the stored one's key.
+    :param replaced: The messages that replace stored messages, each under the stored message's key.
     """
 
     new: list[EncodedMessage]
@@ -34,12 +34,13 @@ class Plan:
 
 def planned(messages: Sequence[EncodedMessage], known: Mapping[str, Any], policy: DuplicatePolicy) -> Plan:
     """
-    Return what to write of a batch.
+    Plan the write of a batch.
 
-    :param messages: The batch, no id twice.
-    :param known: Those of its ids that the history has, each with a key of the engine's choice for the stored message.
-    :param policy: What becomes of messages whose ids are known.
-    :raises DuplicateMessageError: If there are any, and the policy is FAIL.
+    :param messages: The batch. All ids are different.
+    :param known: The ids of the batch that the history already has. Each maps to the stored message's key, which the
+        engine chooses.
+    :param policy: Decides about messages whose ids are known: SKIP, OVERWRITE or FAIL.
+    :raises DuplicateMessageError: If an id is known, and the policy is FAIL.
     """
     if known and policy is DuplicatePolicy.FAIL:
         raise duplicate(next(iter(known)))
@@ -51,49 +52,51 @@ def planned(messages: Sequence[EncodedMessage], known: Mapping[str, Any], policy
 
 def check_count(expected_count: int | None, count: int) -> None:
     """
-    Check that a history has as many messages as a call expects.
+    Check that a history has the number of messages that a call expects.
 
-    :param expected_count: The expected number, or `None` for any.
-    :param count: How many messages the history has.
+    :param expected_count: The expected number, or `None` for any number.
+    :param count: The number of messages that the history has.
     :raises ChatHistoryChangedError: If the numbers differ.
     """
     if expected_count not in (None, count):
         raise ChatHistoryChangedError(
-            f"The history has {count} messages now, and not {expected_count} as expected. Nothing was written. Read "
-            "what is new, then write again with the new count."
+            f"The history has {count} messages, not {expected_count} as expected. Nothing was written. Read the new "
+            "messages, then write again with the new expected_count."
         )
 
 
 def duplicate(message_id: str) -> DuplicateMessageError:
     """
-    Return the error of a write under the policy FAIL whose id is there already.
+    Return the error of a write with the policy FAIL and an id that the history already has.
     """
     return DuplicateMessageError(f"The history already has a message with the id {message_id!r}. Nothing was written.")
 
 
 def message_not_found(message_id: str) -> MessageNotFoundError:
     """
-    Return the error of a call that names a message which the history does not have.
+    Return the error of a call with the id of a message that the history does not have.
     """
     return MessageNotFoundError(f"The history has no message with the id {message_id!r}. Nothing was changed.")
 
 
 def history_not_found(chat_history_id: str) -> ChatHistoryNotFoundError:
     """
-    Return the error of a call that needs a history which does not exist.
+    Return the error of a call that requires an existing history.
     """
     return ChatHistoryNotFoundError(f"There is no chat history {chat_history_id!r}.")
 
 
 def history_exists(chat_history_id: str) -> ChatHistoryChangedError:
     """
-    Return the error of an import of a new history that exists by now.
+    Return the error of an import that expected a new history.
     """
     return ChatHistoryChangedError(f"The chat history {chat_history_id!r} exists by now. Nothing was imported.")
 
 
 def history_has_messages(chat_history_id: str) -> ChatHistoryExistsError:
     """
-    Return the error of a copy to a history that is not empty.
+    Return the error of a copy to a history that has messages.
     """
-    return ChatHistoryExistsError(f"The chat history {chat_history_id!r} has messages already. Nothing was copied.")
+    return ChatHistoryExistsError(
+        f"The chat history {chat_history_id!r} already has messages. Nothing was copied. Copy to another history."
+    )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What users call for whole chat histories: listing, titles, forks, erasing.
+The public methods of stores for whole chat histories: lists, titles, forks, erasing.
 """
 
 import base64
@@ -17,15 +17,15 @@ from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchan
 from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, StoreStatistics
 
-# How many histories are erased in one step. Other writers wait for no longer than that.
+# The number of histories that one step erases. Other writers wait no longer than for one step.
 _ERASE_BATCH_SIZE = 100
-# Cursors begin with it. Other numbers are for other ways to order the directory.
+# The first element of a cursor. A later version with another order of the directory gets another number.
 _CURSOR_VERSION = 1
 
 
 class DirectoryMethods:
     """
-    The public methods for whole histories.
+    The public methods of stores for whole histories.
     """
 
     engine: Engine[Any]
@@ -33,15 +33,15 @@ class DirectoryMethods:
 
     def list_chat_histories(self, *, prefix: str = "", limit: int = 50, cursor: str | None = None) -> ChatHistoryPage:
         """
-        Return a page of the histories of this namespace, the one whose messages changed last first.
+        Return a page of the histories of this namespace. The history whose messages changed last comes first.
 
-        To see all, call it again with the page's cursor until that is `None`. Each history that is there throughout,
-        and is not changed meanwhile, is then seen exactly once, whatever happens to others; one that is changed moves
-        to the front, and is seen once if its turn had come, else not.
+        To walk through all histories, call this method again with the page's cursor until the cursor is `None`. The
+        walk then sees each history exactly once that exists during the whole walk and does not change. A history that
+        changes moves to the front: it is seen once if the walk had already reached it, otherwise not at all.
 
         :param prefix: Only histories whose ids begin with this text, taken literally. Defaults to all.
-        :param limit: How many a page has at most: 1 to 1,000. Defaults to 50.
-        :param cursor: The cursor of the page before.
+        :param limit: The largest number of histories on the page, 1 to 1,000. Defaults to 50.
+        :param cursor: The cursor of the page before. Defaults to `None`: the first page.
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails.
         """
@@ -61,10 +61,10 @@ class DirectoryMethods:
 
     def get_chat_history(self, chat_history_id: str) -> ChatHistoryInfo | None:
         """
-        Return what is known of one history, or `None` if there is none with this id.
+        Return the counts, times, title and meta of a history, or `None` if the history does not exist.
 
-        :param chat_history_id: Which conversation.
-        :raises ValueError: If `chat_history_id` cannot be one.
+        :param chat_history_id: The history's id.
+        :raises ValueError: If `chat_history_id` is not a valid id.
         :raises ChatMessageStoreError: If the engine fails.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
@@ -87,14 +87,16 @@ class DirectoryMethods:
         meta: dict[str, Any] | Unchanged | None = UNCHANGED,
     ) -> ChatHistoryInfo:
         """
-        Set the title or the meta of a history, and return what is then known of it. Its `updated_at` stays.
+        Set the title or the meta of a history, and return the history. Its `updated_at` does not change.
 
-        :param chat_history_id: Which conversation. It must have been written to.
-        :param title: The new title, up to 1,000 characters without NUL; `None` for none. Stays as it is if left out.
-        :param meta: The new meta, in place of all of the old one; `None` for none. Stays as it is if left out. What
-            JSON has no form for is stored in the form it has in messages.
+        :param chat_history_id: The history's id. The history must exist.
+        :param title: The new title, up to 1,000 characters without NUL. `None` removes the title. Defaults to
+            `UNCHANGED`.
+        :param meta: The new meta, which replaces the whole old meta. `None` removes the meta. Defaults to `UNCHANGED`.
+            Values that JSON does not know are stored in the same form as in messages.
+        :returns: The history after the change.
         :raises ValueError: If an argument is wrong. Nothing was changed.
-        :raises ChatHistoryNotFoundError: If there is no such history.
+        :raises ChatHistoryNotFoundError: If the history does not exist.
         :raises ChatMessageStoreError: If the engine fails.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
@@ -123,19 +125,19 @@ class DirectoryMethods:
 
     def copy_messages(self, source_id: str, target_id: str, *, until_message_id: str | None = None) -> int:
         """
-        Copy the messages of a history, or its beginning, to another: to go on from there in a different way.
+        Fork a conversation: copy the messages of a history, or its beginning, to another history.
 
-        It appears whole or not at all, and happens inside the engine; only on Redis do most copies travel through the
+        The copy appears whole or not at all. The engine copies by itself; only on Redis, most copies travel through the
         client (see `docs/redis.md`). The copies keep their ids and times. Title and meta are not copied.
 
-        :param source_id: The history to copy from.
-        :param target_id: The history to copy to. It may exist, but must have no messages.
-        :param until_message_id: The id of the last message to copy. Defaults to `None`: all.
-        :returns: How many messages were copied.
+        :param source_id: The id of the history to copy from.
+        :param target_id: The id of the history to copy to. It may exist, but must have no messages.
+        :param until_message_id: The id of the last message to copy. Defaults to `None`: all messages.
+        :returns: The number of messages copied.
         :raises ValueError: If an argument is wrong.
-        :raises ChatHistoryNotFoundError: If there is no history `source_id`.
-        :raises MessageNotFoundError: If it does not have `until_message_id`.
-        :raises ChatHistoryExistsError: If the target has messages.
+        :raises ChatHistoryNotFoundError: If the source does not exist.
+        :raises MessageNotFoundError: If the source does not have `until_message_id`.
+        :raises ChatHistoryExistsError: If the target already has messages.
         :raises ChatMessageStoreError: If the engine fails.
         """
         copy = _checked_copy(source_id, target_id, until_message_id)
@@ -150,11 +152,11 @@ class DirectoryMethods:
 
     def delete_chat_history(self, chat_history_id: str) -> None:
         """
-        Delete a history with all that belongs to it, for good. Deleting one that does not exist does nothing.
+        Delete a history with its messages, title and meta, for good. A history that does not exist is ignored.
 
-        :param chat_history_id: Which conversation.
-        :raises ValueError: If `chat_history_id` cannot be one.
-        :raises ChatMessageStoreError: If the engine fails. None or all of it was deleted.
+        :param chat_history_id: The history's id.
+        :raises ValueError: If `chat_history_id` is not a valid id.
+        :raises ChatMessageStoreError: If the engine fails. The whole history was deleted, or nothing of it.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
         self.engine.run(self.engine.delete, self.scope, history)
@@ -168,16 +170,17 @@ class DirectoryMethods:
 
     def delete_chat_histories(self, *, prefix: str, vacuum: bool = False) -> int:
         """
-        Delete all histories whose ids begin with a text, for good: all of a user, if ids begin with the user's.
+        Delete all histories whose ids begin with a text, for good. If ids begin with a user's name, this erases a user.
 
-        They go some at a time, each whole: if this fails, some may be gone. Call it again to delete the rest.
+        The engine deletes in batches, and each history whole. After an error, some histories may be deleted.
 
-        :param prefix: What the ids begin with, taken literally. Must not be empty: see `delete_all_messages`.
-        :param vacuum: Whether to have what was deleted leave the engine's files too, where the bytes may stay until
-            they are overwritten. Takes long on a large database. Defaults to False.
-        :returns: How many histories were deleted.
+        :param prefix: The text that the ids begin with, taken literally. It must not be empty; to delete everything,
+            call `delete_all_messages`.
+        :param vacuum: Whether to remove the deleted bytes from the engine's files, too, where they may stay until they
+            are overwritten. This takes long on a large database. Defaults to False.
+        :returns: The number of histories deleted.
         :raises ValueError: If an argument is wrong.
-        :raises ChatMessageStoreError: If the engine fails.
+        :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
         return self._erase(validation.validated_id(prefix, "prefix"), None, vacuum)
 
@@ -191,13 +194,14 @@ class DirectoryMethods:
         """
         Delete all histories whose messages have not changed since a time, for good.
 
-        They go some at a time, each whole: if this fails, some may be gone. Call it again to delete the rest.
+        The engine deletes in batches, and each history whole. After an error, some histories may be deleted.
 
-        :param older_than: An aware datetime. What changed at this time or later stays.
-        :param vacuum: As in `delete_chat_histories`.
-        :returns: How many histories were deleted.
+        :param older_than: An aware datetime. Histories that changed at this time or later stay.
+        :param vacuum: Whether to remove the deleted bytes from the engine's files, as in `delete_chat_histories`.
+            Defaults to False.
+        :returns: The number of histories deleted.
         :raises ValueError: If an argument is wrong.
-        :raises ChatMessageStoreError: If the engine fails.
+        :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
         return self._erase("", validation.microseconds(older_than, "older_than"), vacuum)
 
@@ -209,10 +213,10 @@ class DirectoryMethods:
 
     def statistics(self, *, prefix: str = "") -> StoreStatistics:
         """
-        Return how much there is. It counts every message, so it takes the longer the more there are.
+        Return the numbers of histories, messages and rounds. The call reads every message, so its cost grows with them.
 
-        :param prefix: Only of histories whose ids begin with this text. Defaults to all of this namespace.
-        :raises ValueError: If `prefix` cannot be one.
+        :param prefix: Only histories whose ids begin with this text. Defaults to all histories of this namespace.
+        :raises ValueError: If `prefix` is wrong.
         :raises ChatMessageStoreError: If the engine fails.
         """
         return self.engine.run(self.engine.statistics, self.scope, validation.validated_text(prefix, "prefix"))
@@ -247,7 +251,7 @@ class DirectoryMethods:
 def _checked_listing(prefix: str, limit: int, cursor: str | None) -> tuple[str, int, tuple[int, str] | None]:
     prefix = validation.validated_text(prefix, "prefix")
     limit = validation.validated_number(limit, "limit", 1, validation.MAX_LIMIT)
-    return prefix, limit, None if cursor is None else _place_of(cursor)
+    return prefix, limit, None if cursor is None else _decoded_cursor(cursor)
 
 
 def _checked_copy(source_id: str, target_id: str, until_message_id: str | None) -> tuple[str, str, str | None]:
@@ -262,9 +266,9 @@ def _page(rows: Sequence[HistoryRow], limit: int) -> ChatHistoryPage:
     """
     Return a page of the directory.
 
-    :param rows: Up to `limit + 1` histories. The one beyond the limit only tells that another page follows.
+    :param rows: Up to `limit + 1` histories. The last one is not on the page: it shows that another page follows.
     """
-    cursor = None if len(rows) <= limit else _cursor_after(rows[limit - 1])
+    cursor = None if len(rows) <= limit else _encoded_cursor(rows[limit - 1])
     return ChatHistoryPage(items=list(map(_info, rows[:limit])), cursor=cursor)
 
 
@@ -276,21 +280,21 @@ def _info(row: HistoryRow) -> ChatHistoryInfo:
         created_at=readable_time(row.created_at),
         updated_at=readable_time(row.updated_at),
         title=row.title,
-        meta=validation.parsed_meta(row.meta) or {},  # damaged meta hides no history
+        meta=validation.parsed_meta(row.meta) or {},  # a history with damaged meta is still listed
     )
 
 
-def _cursor_after(row: HistoryRow) -> str:
+def _encoded_cursor(row: HistoryRow) -> str:
     """
-    Return the place after a history as a cursor.
+    Return the cursor of a page that ends with a history.
     """
     place = [_CURSOR_VERSION, row.updated_at, row.chat_history_id]
     return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
 
 
-def _place_of(cursor: Any) -> tuple[int, str]:
+def _decoded_cursor(cursor: Any) -> tuple[int, str]:
     """
-    Return the place that a cursor stands for: time of change and id of the last history before it.
+    Return `updated_at` and id of the last history on the cursor's page.
 
     :raises ValueError: If it is not a cursor of this version.
     """

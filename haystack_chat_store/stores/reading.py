@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What users call to look into chat histories: pages of messages, and search.
+The public methods of stores for reading chat histories: pages of messages, and search.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -16,18 +16,18 @@ from haystack_chat_store.stores.sync_async import to_thread_if_large
 from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.types import SearchHit, StoredMessage
 
-#: How many messages a walk through a history reads first, before it knows how large they are.
+#: The number of messages on the first page of a walk through a history, whose message sizes are unknown.
 FIRST_PAGE = 100
 #: The largest page of a walk through a history, in messages and in characters.
 PAGE_ROWS = 1_000
 PAGE_CHARACTERS = 4_000_000
-# How many messages are indexed in one step. Other writers wait for no longer than that.
+# The number of messages that one step indexes. Other writers wait no longer than for one step.
 _INDEX_BATCH_SIZE = 2_000
 
 
 class ReadingMethods:
     """
-    The public methods that look into histories.
+    The public methods of stores that read and search messages.
     """
 
     engine: Engine[Any]
@@ -40,11 +40,12 @@ class ReadingMethods:
         """
         Return a page of a history, in order: the newest messages, or those just before or after a position.
 
-        :param chat_history_id: Which conversation. One that does not exist is empty.
-        :param before: A position: the page ends just before it.
-        :param after: A position: the page begins just after it, or with the first message if it is -1. Not both.
-        :param limit: How many messages a page has at most: 1 to 1,000. Defaults to 100.
-        :returns: Messages that are the caller's own, with their positions and times.
+        :param chat_history_id: The history's id. A history that does not exist is empty.
+        :param before: A position. The page ends just before it. Defaults to `None`.
+        :param after: A position. The page begins just after it, or with the first message if it is -1. Defaults to
+            `None`. Cannot be given together with `before`.
+        :param limit: The largest number of messages on the page, 1 to 1,000. Defaults to 100.
+        :returns: New message objects, with their positions and times.
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
         """
@@ -63,12 +64,12 @@ class ReadingMethods:
 
     def iterate_messages(self, chat_history_id: str) -> Iterator[StoredMessage]:
         """
-        Walk through a whole history from its beginning, reading a page at a time, in memory that does not grow with it.
+        Walk through a whole history from its beginning, page by page, in memory that does not grow with the history.
 
-        Messages that are written meanwhile are seen as well.
+        Messages that are written during the walk are seen, too.
 
-        :param chat_history_id: Which conversation. One that does not exist is empty.
-        :raises ValueError: If `chat_history_id` cannot be one.
+        :param chat_history_id: The history's id. A history that does not exist is empty.
+        :raises ValueError: If `chat_history_id` is not a valid id.
         :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
@@ -82,7 +83,7 @@ class ReadingMethods:
 
     def iterate_messages_async(self, chat_history_id: str) -> AsyncIterator[StoredMessage]:
         """
-        Do what `iterate_messages` does, for `async for`, without blocking the event loop.
+        Do what `iterate_messages` does, for `async for`, without blocking the event loop. The call is not awaited.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
         return self._iterated_async(history)
@@ -98,21 +99,21 @@ class ReadingMethods:
         self, query: str, *, chat_history_id: str | None = None, prefix: str = "", limit: int = 20
     ) -> list[SearchHit]:
         """
-        Find messages by their words, in what was said and in results of tools.
+        Find messages by their words. Texts and tool results are searched.
 
-        All words have to be there, in any order; what stands in quotes has to be there as a phrase. Case, accents and
-        punctuation do not count. In scripts without blanks between words, such as Chinese and Japanese, any part of a
-        text is found. Nothing in a query is an operator. Of one message, the first 16,000 words are searched.
+        A message is found if it has all words of the query, in any order, and all phrases in quotation marks. Case,
+        accents and punctuation are ignored. In scripts without spaces, such as Chinese and Japanese, any part of a text
+        is found. A query has no operators. The first 16,000 words of a message are searched.
 
-        The first search on a database that has not been searched before indexes what is there: see `index_messages`.
+        The first search on a database indexes the messages that it already has: see `index_messages`.
 
-        :param query: What to look for: up to 1,000 characters. Without any word, nothing is found.
-        :param chat_history_id: Only in this conversation. Defaults to `None`: in all.
-        :param prefix: Only in histories whose ids begin with this text, taken literally. Defaults to all.
-        :param limit: How many hits at most: 1 to 1,000. Defaults to 20.
-        :returns: Hits, the best first.
+        :param query: The words and phrases to find, up to 1,000 characters. A query without words finds nothing.
+        :param chat_history_id: Only messages of this history. Defaults to `None`: all histories.
+        :param prefix: Only messages of histories whose ids begin with this text, taken literally. Defaults to all.
+        :param limit: The largest number of hits, 1 to 1,000. Defaults to 20.
+        :returns: The hits, the best first.
         :raises ValueError: If an argument is wrong.
-        :raises UnsupportedOperationError: If the store was made without `search=True`, or its engine has no search.
+        :raises UnsupportedOperationError: If the store was created without `search=True`, or its engine has no search.
         :raises ChatMessageStoreError: If the engine fails.
         """
         search = self._checked_search(query, chat_history_id, prefix, limit)
@@ -137,11 +138,12 @@ class ReadingMethods:
 
     def index_messages(self, progress: Callable[[int, int | None], None] | None = None) -> None:
         """
-        Index the messages that were stored before the database was searched, in batches. Other writers go on meanwhile.
+        Index the messages that are not indexed yet, in batches, so that other writers can go on between two batches.
 
-        :param progress: Called before each batch with the number of messages indexed so far, and `None`.
-        :raises UnsupportedOperationError: If the store was made without `search=True`, or its engine has no search.
-        :raises ChatMessageStoreError: If the engine fails. What was indexed stays so.
+        :param progress: Called after each batch but the last, with the number of messages indexed so far, and `None`.
+            Defaults to `None`: no calls.
+        :raises UnsupportedOperationError: If the store was created without `search=True`, or its engine has no search.
+        :raises ChatMessageStoreError: If the engine fails. Messages that were indexed stay indexed.
         """
         self._check_searchable()
         indexed = 0
@@ -165,7 +167,7 @@ class ReadingMethods:
         self, query: str, chat_history_id: str | None, prefix: str, limit: int
     ) -> tuple[list[Phrase], str | None, str, int] | None:
         """
-        Return the arguments of the engine's search, or `None` if nothing can be found.
+        Return the arguments of the engine's search, or `None` if the query cannot match any message.
         """
         phrases = search_text.parsed_query(validation.validated_query(query))
         if chat_history_id is not None:
@@ -179,12 +181,12 @@ class ReadingMethods:
 
     def _check_searchable(self) -> None:
         if not self.search:
-            raise UnsupportedOperationError("This store cannot search messages: it was not made with search=True.")
+            raise UnsupportedOperationError("This store cannot search messages. Create it with search=True.")
 
 
 def next_limit(rows: Sequence[MessageRow]) -> int:
     """
-    Return how many messages the next page of a walk may have: the fewer, the larger those of this page are.
+    Return the number of messages for the next page of a walk. The larger the messages of this page, the fewer.
     """
     characters = sum(len(row.content) for row in rows)
     return max(1, min(PAGE_ROWS, PAGE_CHARACTERS * len(rows) // max(characters, 1)))

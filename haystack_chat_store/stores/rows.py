@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What a store and its engine hand to each other: rows of histories and messages, and the scope that they belong to.
+The data that a store and its engine exchange: rows of histories and messages, and their scope.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from haystack.dataclasses import ChatRole
 @dataclass(frozen=True)
 class Scope:
     """
-    What an operation may see and change.
+    The part of a database that an operation may see and change.
 
     :param namespace: Only histories of this namespace.
     :param user_id: Only histories of this user, or `None` for all histories of the namespace.
@@ -27,12 +27,13 @@ class Scope:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedMessage:
     """
-    A message that an engine is to store.
+    A message for an engine to store.
 
-    :param message_id: Its id, unique in its history.
+    :param message_id: The message's id, unique in its history.
     :param role: `"user"`, `"assistant"`, `"tool"` or `"system"`.
     :param content: The whole message as JSON text, id included.
-    :param has_caller_id: Whether the id came with the message. If not, no history can have it yet.
+    :param has_caller_id: Whether the caller gave the id. A new id is unique, so no history has it yet. Defaults to
+        True.
     """
 
     message_id: str
@@ -44,13 +45,13 @@ class EncodedMessage:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MessageRow:
     """
-    A stored message, as it is stored.
+    A message as it is stored.
 
-    :param position: Its place in its history. Positions rise, and none is used again while the history lives.
-    :param created_at: When it was stored, in microseconds since 1970, UTC.
-    :param message_id: Its id, unique in its history.
+    :param position: Its position in its history. Positions rise, and are not used again as long as the history lives.
+    :param created_at: The time when it was stored, in microseconds since 1970, UTC.
+    :param message_id: The message's id, unique in its history.
     :param role: `"user"`, `"assistant"`, `"tool"` or `"system"`.
-    :param content: The whole message as JSON text, unless something has damaged it.
+    :param content: The whole message as JSON text, or any text if it is damaged.
     """
 
     position: int
@@ -63,15 +64,16 @@ class MessageRow:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HistoryRow:
     """
-    What an engine keeps of a chat history beside its messages.
+    A chat history as it is stored, without its messages.
 
     :param chat_history_id: Its id, unique in its namespace.
     :param message_count: The number of its messages.
     :param round_count: The number of its user messages.
-    :param created_at: When its first message was stored, in microseconds since 1970, UTC.
-    :param updated_at: When its messages last changed, likewise. It never goes back. A new title or meta does not count.
+    :param created_at: The time when its first message was stored, in microseconds since 1970, UTC.
+    :param updated_at: The time when its messages last changed, in the same unit. It never goes back. A new title or
+        meta does not count.
     :param title: Its title, or `None`.
-    :param meta: A JSON object as text, or `None` for an empty one.
+    :param meta: Its meta, as the text of a JSON object, or `None` for an empty meta.
     """
 
     chat_history_id: str
@@ -88,11 +90,11 @@ class FoundRow:
     """
     A message that a search has found.
 
-    :param chat_history_id: Its history.
-    :param position: Its place in its history.
-    :param message_id: Its id.
+    :param chat_history_id: The id of the message's history.
+    :param position: The message's position in its history.
+    :param message_id: The message's id.
     :param content: The whole message as JSON text.
-    :param score: How well it matches by the engine's own measure; more is better.
+    :param score: The quality of the match, in the engine's own measure. A higher score is better.
     """
 
     chat_history_id: str
@@ -104,7 +106,7 @@ class FoundRow:
 
 class Unchanged(Enum):
     """
-    Says that a value stays as it is, where `None` says that there is to be none.
+    The type of `UNCHANGED`, which keeps a value as it is, while `None` removes it.
     """
 
     UNCHANGED = "unchanged"
@@ -118,14 +120,17 @@ UNCHANGED: Final = Unchanged.UNCHANGED
 
 def round_count(messages: Sequence[EncodedMessage] | Sequence[MessageRow]) -> int:
     """
-    Return how many rounds begin in these messages: one at each user message.
+    Return the number of rounds that begin in these messages: one at each user message.
     """
     return sum(message.role == ChatRole.USER.value for message in messages)
 
 
 def end_of_prefix(prefix: str) -> str | None:
     """
-    Return the least text that is greater, by code points, than all that begin with `prefix`; `None` if there is none.
+    Return the least text that is greater, by code points, than all texts that begin with `prefix`.
+
+    :param prefix: A text without surrogates.
+    :returns: The text, or `None` if no text is greater than all of them.
     """
     stem = prefix.rstrip("\U0010ffff")
     if not stem:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What lets synchronous and asynchronous calls share their code.
+Functions with which synchronous and asynchronous calls share their code.
 """
 
 import asyncio
@@ -10,18 +10,18 @@ from typing import Any, ParamSpec, TypeVar
 ArgumentsT = ParamSpec("ArgumentsT")
 ResultT = TypeVar("ResultT")
 
-#: The event loop itself encodes or decodes up to this many characters, which takes a few milliseconds. More goes to a
-#: thread.
+#: The largest number of characters that are encoded or decoded on the event loop itself, which takes a few
+#: milliseconds. Larger texts go to a thread.
 MAX_CHARACTERS_ON_LOOP = 100_000
 
 
 def run_sync(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
     """
-    Run a coroutine that never waits, because all that it awaits is done synchronously. No event loop is involved.
+    Run a coroutine that never suspends, because its session works synchronously. No event loop is involved.
 
     :param coroutine: An operation whose session does its input and output synchronously.
-    :returns: What the coroutine returns.
-    :raises RuntimeError: If the coroutine waits after all.
+    :returns: The result of the coroutine.
+    :raises RuntimeError: If the coroutine suspends.
     """
     try:
         coroutine.send(None)
@@ -29,7 +29,7 @@ def run_sync(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
         result: ResultT = stop.value
         return result
     coroutine.close()
-    raise RuntimeError("An operation of a synchronous call waited for an event loop.")
+    raise RuntimeError("An operation of a synchronous call must not wait for an event loop, but it did.")
 
 
 async def to_thread_if_large(
@@ -39,10 +39,13 @@ async def to_thread_if_large(
     **options: ArgumentsT.kwargs,
 ) -> ResultT:
     """
-    Call a function on the event loop, or in a thread if it has much text to work on.
+    Call a function on the event loop or, if it works on a large text, in a thread.
 
-    :param characters: How many characters of text the function works on.
+    :param characters: The number of characters of text that the function works on.
     :param function: A function that does no input or output.
+    :param arguments: The function's positional arguments.
+    :param options: The function's keyword arguments.
+    :returns: The function's result.
     """
     if characters > MAX_CHARACTERS_ON_LOOP:
         return await asyncio.to_thread(function, *arguments, **options)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Times as engines store them: microseconds since 1970, in UTC.
+Conversions of times as engines store them: microseconds since 1970, in UTC.
 """
 
 import time
@@ -22,7 +22,7 @@ def datetime_of(microseconds: int) -> datetime:
     """
     Return microseconds since 1970 as an aware datetime in UTC.
     """
-    return EPOCH + microseconds * MICROSECOND  # exact, and in half the time of a timedelta made anew
+    return EPOCH + microseconds * MICROSECOND  # exact, and twice as fast as timedelta(microseconds=…)
 
 
 def readable_time(microseconds: Any) -> datetime:

@@ -24,6 +24,9 @@ rule. What goes beyond the published protocol, the directory, pages, search and 
 `ManagementContract`. Tests with the parameter `sync` call the store's methods, those with `async` their asynchronous
 twins.
 
+Hypothesis makes the cases of some tests. Their number follows the profile that is loaded: one with `max_examples=20`
+tries a fifth of what the default profile tries.
+
 Samples and hypothesis strategies for tests of your own are in `haystack_chat_store.testing.messages`.
 """
 

@@ -29,7 +29,15 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, HttpUrl
 
 from haystack_chat_store.errors import MessageEncodingError
-from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, exactly, without_ids
+from haystack_chat_store.testing.kit import (
+    Calls,
+    ClosableStore,
+    ContractTest,
+    StoreFactory,
+    exactly,
+    number_of_examples,
+    without_ids,
+)
 from haystack_chat_store.testing.messages import messages, sample_messages, user
 
 _SURROGATES = range(0xD800, 0xE000)
@@ -278,7 +286,7 @@ class Rule11LosslessTest(ContractTest):
         store = new_store(last_k=None)
 
         # Making such messages takes hypothesis a while on a busy machine, which is no fault of the store's.
-        @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        @settings(max_examples=number_of_examples(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
         @given(st.lists(messages(), max_size=3))
         def holds(written: list[ChatMessage]) -> None:
             _assert_comes_back_equal(store, calls, written)

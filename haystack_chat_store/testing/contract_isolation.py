@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from haystack_chat_store.ids import MESSAGE_ID_KEY
-from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, exactly, ids, texts
+from haystack_chat_store.testing.kit import (
+    Calls,
+    ClosableStore,
+    ContractTest,
+    StoreFactory,
+    exactly,
+    ids,
+    number_of_examples,
+    texts,
+)
 from haystack_chat_store.testing.messages import (
     conversation,
     expected_rounds,
@@ -153,7 +162,7 @@ class Rule09IsolationTest(ContractTest):
         stores = [new_store(namespace="mine"), new_store(namespace="yours")]
         run_state_machine_as_test(
             lambda: _Histories(stores, calls),  # type: ignore[arg-type]  # hypothesis calls it, class or not
-            settings=settings(max_examples=25, stateful_step_count=25, deadline=None),
+            settings=settings(max_examples=number_of_examples(25), stateful_step_count=25, deadline=None),
         )
 
 

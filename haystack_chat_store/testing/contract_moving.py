@@ -16,7 +16,15 @@ from haystack_chat_store import transfer
 from haystack_chat_store.errors import ChatHistoryExistsError, DamagedFileError
 from haystack_chat_store.stores.in_memory import InMemoryChatMessageStore
 from haystack_chat_store.testing.contract_isolation import HOSTILE_IDS
-from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, exactly, ids
+from haystack_chat_store.testing.kit import (
+    Calls,
+    ClosableStore,
+    ContractTest,
+    StoreFactory,
+    exactly,
+    ids,
+    number_of_examples,
+)
 from haystack_chat_store.testing.messages import conversation, sample_messages, user, with_id
 from haystack_chat_store.testing.messages import messages as any_messages
 
@@ -82,7 +90,11 @@ class Rule23MovingTest(ContractTest):
         written = 0
 
         @settings(
-            max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+            max_examples=number_of_examples(25),
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
         )
         @given(st.lists(any_messages(), min_size=1, max_size=4))
         def move(batch: list[Any]) -> None:

@@ -26,7 +26,7 @@ from haystack_chat_store.errors import (
 )
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.search_text import matches, parsed_query, terms
-from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory
+from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, number_of_examples
 from haystack_chat_store.testing.messages import expected_rounds
 
 _HISTORIES = st.sampled_from(["a", "a/1", "a/2", "b\n%", "東京"])
@@ -75,7 +75,7 @@ class RandomWalkTest(ContractTest):
     A walk through all operations, thousands of steps, the same each time, beside a plain Python model.
     """
 
-    #: How many walks there are, of 50 steps each.
+    #: How many walks there are, of 50 steps each, with the default profile of hypothesis.
     walks = 40
 
     def test_random_walk_does_what_it_does_to_lists(
@@ -90,7 +90,7 @@ class RandomWalkTest(ContractTest):
         run_state_machine_as_test(
             lambda: _Walk(stores, ways, searches=self.searches),  # type: ignore[arg-type]  # hypothesis calls it
             settings=settings(
-                max_examples=self.walks,
+                max_examples=number_of_examples(self.walks),
                 stateful_step_count=50,
                 deadline=None,
                 derandomize=True,

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.search_text import matches, parsed_query, terms
 from haystack_chat_store.testing.contract_isolation import HOSTILE_IDS
-from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, only_where
+from haystack_chat_store.testing.kit import (
+    Calls,
+    ClosableStore,
+    ContractTest,
+    StoreFactory,
+    number_of_examples,
+    only_where,
+)
 from haystack_chat_store.testing.messages import texts as any_texts
 from haystack_chat_store.testing.messages import user, with_id
 
@@ -151,7 +158,11 @@ class Rule21SearchTest(ContractTest):
         written = 0
 
         @settings(
-            max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+            max_examples=number_of_examples(40),
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
         )
         @example(said=["fox"], query="fox")
         @given(

@@ -11,7 +11,15 @@ from haystack.dataclasses import ChatMessage, ToolCall
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, only_where, texts
+from haystack_chat_store.testing.kit import (
+    Calls,
+    ClosableStore,
+    ContractTest,
+    StoreFactory,
+    number_of_examples,
+    only_where,
+    texts,
+)
 from haystack_chat_store.testing.messages import (
     conversation,
     conversations,
@@ -127,7 +135,7 @@ class Rule07WindowsTest(ContractTest):
     ) -> None:
         store = new_store(skip_system_messages=False, last_k=None, last_k_unit=unit)
 
-        @settings(max_examples=60, deadline=None)
+        @settings(max_examples=number_of_examples(60), deadline=None)
         @given(conversations(), st.none() | st.integers(0, 12))
         def holds(roles: str, last_k: int | None) -> None:
             chat_history_id, written = uuid.uuid4().hex, conversation(roles)
@@ -191,7 +199,7 @@ class Rule07WindowsTest(ContractTest):
     ) -> None:
         store = new_store(skip_system_messages=False, last_k=None, last_k_unit=unit)
 
-        @settings(max_examples=100, deadline=None)
+        @settings(max_examples=number_of_examples(100), deadline=None)
         @given(conversations(), st.none() | st.integers(0, 12), st.integers(1, 9))
         def holds(roles: str, last_k: int | None, window_step: int) -> None:
             chat_history_id, written = uuid.uuid4().hex, conversation(roles)

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 from haystack.dataclasses import ChatMessage
+from hypothesis import settings
 
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.types import AsyncChatMessageStore
@@ -143,6 +144,15 @@ def only_where(stated: str) -> Callable[[TestT], TestT]:
         return test
 
     return mark
+
+
+def number_of_examples(usual: int) -> int:
+    """
+    Return how many examples a hypothesis test tries: in proportion to the `max_examples` of the loaded profile.
+
+    :param usual: The number with hypothesis' default profile, which has 100.
+    """
+    return max(1, usual * settings().max_examples // 100)
 
 
 class ContractTest:

@@ -29,6 +29,7 @@ from haystack_chat_store.testing.concurrency import (
     in_threads,
     planned_batches,
 )
+from haystack_chat_store.testing.fork_server import start_python
 from haystack_chat_store.testing.kit import Calls, ClosableStore, only_where, texts
 
 Report = Callable[[Any], None]
@@ -52,7 +53,9 @@ class Program:
     A function that runs in a process of its own, on a store that is rebuilt there from what `to_dict` returned.
 
     The process gets the source of the function and nothing else, so the function imports what it needs, and no pytest
-    comes along. It is called as `function(store, report, *arguments)`; `report(value)` sends a value back at once.
+    comes along. Where processes can be forked, it is one of a fork server's, in which Haystack and this package are
+    imported already. The function is called as `function(store, report, *arguments)`; `report(value)` sends a value
+    back at once.
 
     ```python
     from haystack_chat_store import SQLiteChatMessageStore
@@ -75,8 +78,8 @@ class Program:
         """
         call = f"{function.__name__}(store, report, *arguments)"
         source = "\n".join([_PRELUDE, textwrap.dedent(inspect.getsource(function)), call])
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", source, json.dumps([store.to_dict(), *arguments])],
+        self._process = start_python(
+            ["-c", source, json.dumps([store.to_dict(), *arguments])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",

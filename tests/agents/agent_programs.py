@@ -24,7 +24,7 @@ from haystack_chat_store import PostgresChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 
 HISTORY = {"chat_history_id": "h"}
-ENGINES = ["sqlite", "postgres"]
+ENGINES = ["sqlite", pytest.param("postgres", marks=pytest.mark.servers)]
 
 
 # ---------------------------------------------------------------------- stores

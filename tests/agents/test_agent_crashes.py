@@ -9,7 +9,7 @@ random moments; these crashes are exceptions that nothing handles, and all objec
 import random
 
 import pytest
-from agent_programs import ENGINES, WAYS, Moments, completed, databases, ids, planned_agent, run_sync, said
+from agent_programs import WAYS, Moments, completed, databases, ids, planned_agent, run_sync, said
 from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store.ids import MESSAGE_ID_KEY
@@ -22,7 +22,7 @@ def make_store():
         yield make
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture
 def new_store(request, make_store, tmp_path):
     return lambda: make_store(request.param, tmp_path)
 
@@ -93,7 +93,16 @@ def killed_everywhere(store, report, way, plan, number_of_moments):
         report([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), told])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("new_store", "way"),
+    [
+        ("sqlite", "sync"),
+        pytest.param("postgres", "async", marks=pytest.mark.servers),
+        pytest.param("sqlite", "async", marks=pytest.mark.full),
+        pytest.param("postgres", "sync", marks=[pytest.mark.servers, pytest.mark.full]),
+    ],
+    indirect=["new_store"],
+)
 def test_a_process_killed_at_any_moment_loses_and_doubles_nothing(new_store, way):
     plan, moments, undisturbed = "plan 2 3 check", Moments(), new_store()
     result = WAYS[way](planned_agent(copy_of(undisturbed), moments), [ChatMessage.from_user(plan)])
@@ -163,7 +172,11 @@ def chat_that_crashes(store, turns, seed):
     return crashes, acknowledged
 
 
-@pytest.mark.parametrize("seed", [6])
+@pytest.mark.parametrize(
+    ("new_store", "seed"),
+    [("sqlite", 6), pytest.param("postgres", 6, marks=[pytest.mark.servers, pytest.mark.full])],
+    indirect=["new_store"],
+)
 def test_fifty_turns_with_five_hundred_crashes_say_the_same_as_without(new_store, seed):
     turns, undisturbed, store = fifty_turns(seed), new_store(), new_store()
     for turn in turns:

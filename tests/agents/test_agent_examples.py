@@ -4,12 +4,8 @@ The examples with agents run as they are: each in a process of its own, as a use
 """
 
 import importlib
-import io
-import multiprocessing
 import os
-import runpy
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,38 +13,24 @@ import pytest
 from agent_programs import completed, ids, said
 
 from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store.testing.fork_server import run_python
 
 ROOT = Path(__file__).parents[2]
 CHATBOT = ROOT / "examples" / "agent_chatbot.py"
 HANG_LIMIT = 300
 needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL to be killed by")
 
-# Importing Haystack takes longer than most examples: where there is fork, all processes come from one that has done it.
-processes = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-processes.set_forkserver_preload(["haystack.components.agents", "haystack.components.generators.chat.openai"])
-
-
-def run_script(folder, script, arguments, text_in):
-    """
-    Be the process that runs a script.
-    """
-    os.chdir(folder)
-    os.environ.pop("OPENAI_API_KEY", None)
-    sys.stdin = io.StringIO(text_in)
-    sys.stdout, sys.stderr = (open(name, "w", encoding="utf-8") for name in ("stdout.txt", "stderr.txt"))
-    sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(str(script), run_name="__main__")
-
 
 def run(folder, script, *arguments, text_in=""):
-    process = processes.Process(target=run_script, args=(folder, script, arguments, text_in))
-    process.start()
-    process.join(HANG_LIMIT)
-    process.kill()
-    process.join()
-    output = [(folder / name).read_text(encoding="utf-8") for name in ("stdout.txt", "stderr.txt")]
-    return subprocess.CompletedProcess([script, *arguments], process.exitcode, *output)
+    return run_python(
+        [script, *arguments],
+        cwd=folder,
+        input=text_in,
+        capture_output=True,
+        encoding="utf-8",
+        env={name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"},
+        timeout=HANG_LIMIT,
+    )
 
 
 def say(folder, text, *arguments):

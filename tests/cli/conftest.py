@@ -7,7 +7,6 @@ import json
 import sys
 
 import pytest
-from servers import PostgresServer, RedisCluster, RedisServer
 
 from haystack_chat_store import store_from_url
 from haystack_chat_store.cli import main
@@ -55,24 +54,6 @@ def run_json(run):
     return run_json
 
 
-@pytest.fixture(scope="module")
-def postgres():
-    with PostgresServer(fsync="off") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def redis_server():
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def redis_cluster():
-    with RedisCluster() as cluster:
-        yield cluster
-
-
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "chat.db"
@@ -83,7 +64,10 @@ def url(path):
     return f"sqlite:///{path}"
 
 
-@pytest.fixture(params=["sqlite", "postgres", "redis_server", "redis_cluster"])
+SERVERS = ["postgres", "redis_server", "redis_cluster"]
+
+
+@pytest.fixture(params=["sqlite", *(pytest.param(server, marks=pytest.mark.servers) for server in SERVERS)])
 def any_url(request):
     """
     The URL of an empty database of each engine.

@@ -4,7 +4,6 @@ What the tests of this folder put into a store, and look for there.
 """
 
 import sqlite3
-import sys
 from contextlib import closing
 
 from haystack.dataclasses import ChatMessage
@@ -59,4 +58,7 @@ def moved(chat_histories, messages, skipped=0):
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "haystack_chat_store", *map(str, arguments)]
+    """
+    What stands behind `python` to run a command.
+    """
+    return ["-m", "haystack_chat_store", *map(str, arguments)]

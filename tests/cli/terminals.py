@@ -4,32 +4,41 @@ Real terminals, for commands to run in.
 """
 
 import fcntl
+import json
 import os
 import pty
 import select
+import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
+import threading
 import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-COMMAND_LINE = (sys.executable, "-m", "haystack_chat_store")
+from filled_stores import command
+
+from haystack_chat_store.testing.fork_server import start_python
 
 
 class Terminal:
     """
-    A command in a terminal of its own, ours unless another is given.
+    A command of ours, or another program, in a terminal of its own.
     """
 
-    def __init__(self, *arguments, program=COMMAND_LINE, columns=80, stdout=None, **environment):
+    def __init__(self, *arguments, program=None, columns=80, stdout=None, **environment):
         self.screen = b""
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
         clean_environment = {
             name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")
         }
-        self.process = subprocess.Popen(
-            [*program, *arguments],
+        start, line = (subprocess.Popen, program) if program else (start_python, command(*arguments))
+        self.process = start(
+            line,
             stdin=slave,
             stdout=stdout or slave,
             stderr=slave,
@@ -64,3 +73,53 @@ class Terminal:
         self.read_until()
         os.close(self._master)
         return self.process.wait(60), self.screen.decode().replace("\r\n", "\n")
+
+
+# ---------------------------------------------------------------------- in a shell
+
+# What a shell runs as `haystack-chat-store`: it hands everything to the test process, and waits for the status.
+_SHIM = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({address!r})
+    socket.send_fds(connection, [b"."], [0, 1, 2])
+    connection.sendall(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode())
+    connection.shutdown(socket.SHUT_WR)
+    status = int(connection.makefile().read())
+os._exit(status)
+"""
+
+
+@contextmanager
+def forked_commands():
+    """
+    A folder for PATH whose `haystack-chat-store` is forked, so that a shell need not wait for imports.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        program, address = Path(folder, "haystack-chat-store"), os.path.join(folder, "requests")
+        program.write_text(_SHIM.format(python=sys.executable, address=address))
+        program.chmod(0o755)
+        listener.bind(address)
+        listener.listen()
+        threading.Thread(target=_fork_for_all, args=(listener,), daemon=True).start()
+        yield folder
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def _fork_for_all(listener):
+    with suppress(OSError):  # the listener is closed
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=_fork_for, args=(connection,), daemon=True).start()
+
+
+def _fork_for(connection):
+    with connection:
+        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        arguments, folder, environment = json.loads(connection.makefile("rb").read())
+        command = ["-m", "haystack_chat_store", *arguments]
+        stdin, stdout, stderr = streams
+        with start_python(command, cwd=folder, env=environment, stdin=stdin, stdout=stdout, stderr=stderr) as process:
+            for stream in streams:
+                os.close(stream)
+            connection.sendall(str(process.wait() % 256).encode())

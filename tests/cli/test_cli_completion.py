@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from filled_stores import filled
-from terminals import Terminal
+from terminals import Terminal, forked_commands
 
 from haystack_chat_store import store_from_url
 from haystack_chat_store.testing.messages import conversation
@@ -54,11 +54,23 @@ def test_completion_is_quiet_about_errors(url, completed, tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def bash(url):
+def commands(request):
+    """
+    The folder of the command: where it is installed, if that is the fixture's parameter, or of one that starts at once.
+    """
+    if getattr(request, "param", None) == "installed":
+        yield os.path.dirname(sys.executable)
+    else:
+        with forked_commands() as folder:
+            yield folder
+
+
+@pytest.fixture
+def bash(url, commands):
     """
     Bash in a terminal, with our completion. Returns a function that types lines, and waits until they are obeyed.
     """
-    path = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))
+    path = os.pathsep.join((commands, os.environ["PATH"]))
     terminal = Terminal(program=("bash", "--norc", "-i"), PATH=path, HAYSTACK_CHAT_STORE_URL=url)
     typed = 0
 
@@ -129,6 +141,7 @@ def test_what_is_completed_is_the_id(url, bash, chat_history_id, typed):
     assert store.get_chat_history(chat_history_id).title == "Done"
 
 
+@pytest.mark.parametrize("commands", ["installed"], indirect=True)
 def test_the_store_that_was_typed_is_asked(url, bash):
     store = store_from_url(url, namespace="elsewhere")
     store.write_messages("bob", conversation("u"))

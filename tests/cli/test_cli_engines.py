@@ -13,8 +13,25 @@ from haystack_chat_store.testing.messages import sample_messages, user
 
 
 def import_of_long_ago(store, chat_history_id, *contents):
-    rows = [MessageRow(position, 1, "ab"[position], "user", text) for position, text in enumerate(contents)]
-    store.engine.run(store.engine.import_history, store.scope, HistoryRow(chat_history_id, len(rows), len(rows), 1, 1, None, None), [rows], 0)
+    rows = [
+        MessageRow(position=position, created_at=1, message_id="ab"[position], role="user", content=text)
+        for position, text in enumerate(contents)
+    ]
+    store.engine.run(
+        store.engine.import_history,
+        store.scope,
+        HistoryRow(
+            chat_history_id=chat_history_id,
+            message_count=len(rows),
+            round_count=len(rows),
+            created_at=1,
+            updated_at=1,
+            title=None,
+            meta=None,
+        ),
+        [rows],
+        0,
+    )
 
 
 def test_every_command_works_on_every_engine(any_url, run, run_json, tmp_path, request):

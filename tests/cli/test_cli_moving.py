@@ -4,23 +4,21 @@
 """
 
 import gzip
-import subprocess
 
 import pytest
 from filled_stores import command, damage, filled, names
 
 from haystack_chat_store import store_from_url
+from haystack_chat_store.testing.fork_server import run_python
 
 
 def test_an_export_to_the_standard_output_can_be_imported(url, tmp_path):
     filled(url)
-    exported = subprocess.run(command("export", "--prefix", "ada:", "--store", url), capture_output=True, check=True)
+    exported = run_python(command("export", "--prefix", "ada:", "--store", url), capture_output=True, check=True)
     assert exported.stderr == b"Exported 2 chat histories with 6 messages.\n"
     (tmp_path / "ada.jsonl").write_bytes(exported.stdout)
     target = f"sqlite:///{tmp_path / 'target.db'}"
-    imported = subprocess.run(
-        command("import", tmp_path / "ada.jsonl", "--store", target), capture_output=True, check=True
-    )
+    imported = run_python(command("import", tmp_path / "ada.jsonl", "--store", target), capture_output=True, check=True)
     assert imported.stdout == b"Imported 2 chat histories with 6 messages.\n"
     assert names(store_from_url(target)) == {"ada:1", "ada:2"}
 
@@ -83,14 +81,14 @@ def test_an_import_reads_the_standard_input(url, run, tmp_path):
     for number, name in enumerate(("-", "/dev/stdin")):
         target = f"sqlite:///{tmp_path / f'{number}.db'}"
         arguments = command("import", name, "--store", target)
-        imported = subprocess.run(arguments, input=exported, capture_output=True, check=True)
+        imported = run_python(arguments, input=exported, capture_output=True, check=True)
         assert imported.stdout == b"Imported 3 chat histories with 7 messages.\n"
         assert names(store_from_url(target)) == {"ada:1", "ada:2", "bob:1"}
 
 
 def test_a_damaged_standard_input_is_not_imported(url, tmp_path):
     arguments = command("import", "-", "--store", url)
-    imported = subprocess.run(arguments, input=b"no export", capture_output=True, check=False)
+    imported = run_python(arguments, input=b"no export", capture_output=True, check=False)
     assert imported.returncode == 1
     assert b"stdin is not an export of haystack-chat-store" in imported.stderr
 

@@ -12,12 +12,13 @@ from filled_stores import command
 from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store import store_from_url
+from haystack_chat_store.testing.fork_server import start_python
 from haystack_chat_store.testing.messages import conversation
 
 
 def test_it_is_installed_as_a_command_of_its_own():
     program = os.path.join(os.path.dirname(sys.executable), "haystack-chat-store")
-    for start in ([program], command()):
+    for start in ([program], [sys.executable, *command()]):
         result = subprocess.run([*start, "--help"], capture_output=True, text=True, check=True)
         assert "Usage: haystack-chat-store" in result.stdout
 
@@ -55,7 +56,7 @@ def test_whoever_reads_may_stop_reading(url, arguments):
     store.write_messages("long", [ChatMessage.from_user("word " * 1000) for _ in range(200)])
     for number in range(200):
         store.write_messages("x" * 400 + str(number), conversation("u"))
-    process = subprocess.Popen(
+    process = start_python(
         command(*arguments, "--store", url), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline()
@@ -69,9 +70,8 @@ def test_text_that_the_encoding_does_not_have_is_printed_all_the_same(url):
     store_from_url(url).write_messages("chat", [ChatMessage.from_user("Zürich 京都 \ud800")])
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     for arguments in (("show", "chat"), ("ls",), ("stats",)):
-        subprocess.run(
-            command(*arguments, "--store", url), check=True, capture_output=True, env=environment, encoding="ascii"
-        )
+        line = [sys.executable, *command(*arguments, "--store", url)]
+        subprocess.run(line, check=True, capture_output=True, env=environment, encoding="ascii")
 
 
 @pytest.mark.parametrize(("completing", "said"), [(False, "\n"), (True, "")])

@@ -23,6 +23,7 @@ from haystack_chat_store import store_from_url
 from haystack_chat_store.cli import main
 from haystack_chat_store.cli.conversation import print_messages
 from haystack_chat_store.doctor import ExaminedMessage
+from haystack_chat_store.testing.kit import number_of_examples
 from haystack_chat_store.testing.messages import conversation, messages
 from haystack_chat_store.transfer.readable import harmless, harmless_line
 
@@ -215,13 +216,13 @@ def rendered(message, width=80):
     return console.file.getvalue()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=number_of_examples(300), deadline=None)
 @given(message=messages(), width=st.sampled_from([1, 20, 40, 110]))
 def test_every_message_can_be_shown_and_is_harmless(message, width):
     assert_harmless(rendered(message, width))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=number_of_examples(500), deadline=None)
 @given(
     text=st.lists(
         st.sampled_from(

@@ -20,16 +20,15 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="module")
-def server(request):
+def server(request, shared_server):
     # What the machine's own crash would lose, these tests do not look at.
-    with PostgresServer(ENGINES.get(getattr(request, "param", NEWEST)), fsync="off", autovacuum="off") as server:
-        yield server
+    engine = getattr(request, "param", NEWEST)
+    return shared_server(PostgresServer, ENGINES.get(engine), fsync="off", autovacuum="off")
 
 
 @pytest.fixture(scope="module")
-def pooler(server):
-    with PgBouncer(server) as pooler:
-        yield pooler
+def pooler(server, shared_server):
+    return shared_server(PgBouncer, server)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from psycopg import sql
 from servers import HOST, PASSWORD, USER, postgres_binaries, unused_port, wait_until
 
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
+from haystack_chat_store.stores.postgres.schema import Tables
 from haystack_chat_store.testing.kit import texts
 
 
@@ -26,8 +27,11 @@ def _version(engine):
 # Without any, the fixture says what to install.
 ENGINES = dict(sorted(postgres_binaries().items(), key=lambda item: _version(item[0]), reverse=True))
 NEWEST, *OLDER = list(ENGINES) or ["any server"]
-NEWEST_AND_OLDEST = [NEWEST, *OLDER[-1:]]
 BEHIND_PGBOUNCER = "behind PgBouncer"
+
+# The fast suite shows in one place what is the same in all; the contract shows in each what could differ.
+NEWEST_AND_OLDEST = [NEWEST, *(pytest.param(engine, marks=pytest.mark.full) for engine in OLDER[-1:])]
+DIRECTLY_OR_POOLED = ["directly", pytest.param(BEHIND_PGBOUNCER, marks=pytest.mark.full)]
 
 on_the_newest = pytest.mark.parametrize("server", [NEWEST], indirect=True)
 on_the_oldest = pytest.mark.parametrize("server", OLDER[-1:], indirect=True)
@@ -68,6 +72,10 @@ def say(store, *said, history="history"):
 
 def said(store, history="history"):
     return texts(store.retrieve_messages(history, last_k=10**6))
+
+
+def statements_of(store):
+    return Tables(store.schema_name, store.table_prefix).statements
 
 
 def store_at(url, **settings):

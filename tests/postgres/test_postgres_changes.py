@@ -10,7 +10,7 @@ import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 from imported import assert_sound
-from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, say, stores_on
+from postgres_stores import DIRECTLY_OR_POOLED, NEWEST_AND_OLDEST, say, stores_on
 
 from haystack_chat_store.errors import (
     ChatHistoryChangedError,
@@ -23,7 +23,7 @@ from haystack_chat_store.testing.messages import with_id
 from haystack_chat_store.testing.processes import Program
 
 VERSIONS = NEWEST_AND_OLDEST
-WAYS = ["directly", BEHIND_PGBOUNCER]
+WAYS = DIRECTLY_OR_POOLED
 
 
 # ---------------------------------------------------------------------- beside each other
@@ -168,7 +168,7 @@ def test_what_is_refused_costs_no_connection(server):
     with stores_on(server.url, last_k=None) as make:
         store = make()
         store.write_messages("history", [with_id("a")])
-        before = store._run(process_of)
+        before = store.engine.run(process_of)
         for _ in range(3):
             with pytest.raises(DuplicateMessageError):
                 store.write_messages("history", [with_id("a")], policy=DuplicatePolicy.FAIL)
@@ -176,7 +176,7 @@ def test_what_is_refused_costs_no_connection(server):
                 store.write_messages("other", [with_id("a")], expected_count=5)
             with pytest.raises(MessageNotFoundError):
                 store.delete_messages("history", from_message_id="none")
-        assert store._run(process_of) == before
+        assert store.engine.run(process_of) == before
         assert store.get_chat_history("other") is None
 
 

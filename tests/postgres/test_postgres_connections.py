@@ -56,7 +56,7 @@ def test_connections_that_were_idle_for_long_are_closed_by_the_next_call(make_st
 
     with closing(asyncio.new_event_loop()) as loop, ThreadPoolExecutor(6) as executor:
         with psycopg.connect(server.url) as connection:
-            connection.execute(f"LOCK TABLE {store.schema_name}.chat_histories")
+            connection.execute(f"LOCK TABLE {store.schema_name}.haystack_chat_histories")
             in_loop = executor.submit(loop.run_until_complete, count_at_once())
             in_threads = [executor.submit(store.count_messages, "history") for _ in range(5)]
             waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
@@ -127,7 +127,7 @@ def test_a_fork_does_not_disturb_calls_under_way_in_a_loop(store, server):
         reports = program.reports()
         assert next(reports) == "is connected"
         with psycopg.connect(server.url) as connection:
-            connection.execute(f"LOCK TABLE {store.schema_name}.chat_histories")
+            connection.execute(f"LOCK TABLE {store.schema_name}.haystack_chat_histories")
             program.tell("write")
             waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
             wait_until(lambda: server.execute(waiting)[0][0] == 5, "five calls to wait")
@@ -144,7 +144,7 @@ def fork_while_threads_connect(store, report, times):
     In a process that has never connected: begin to connect in threads, and fork children that connect, too. Again and
     again, each time in a process of its own. Report how each ended.
 
-    No thread ends meanwhile: OpenSSL then frees what it keeps for it, under a lock that nobody else can take.
+    No thread ends meanwhile: OpenSSL would free what it keeps for it, under a lock that no other code can take.
     """
     import os
     import signal

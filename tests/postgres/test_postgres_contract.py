@@ -4,6 +4,7 @@ PostgreSQL keeps the contract, also behind PgBouncer and in partitions.
 """
 
 import pytest
+from breadth import ENGINE, VARIANT
 from postgres_stores import OnPostgres, execute, on_the_newest, on_the_oldest, stores_on
 
 from haystack_chat_store.testing import (
@@ -20,7 +21,7 @@ from haystack_chat_store.testing import (
 
 @on_the_newest
 class TestNewest(OnPostgres, ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
-    pass
+    breadth = ENGINE
 
 
 class Writing(
@@ -34,6 +35,8 @@ class Writing(
     """
     What could depend on the tables.
     """
+
+    breadth = VARIANT
 
 
 class PartOfTheContract(Writing, ConcurrencyTest):

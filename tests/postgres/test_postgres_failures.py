@@ -10,6 +10,7 @@ import time
 import traceback
 import uuid
 from contextlib import ExitStack
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -129,13 +130,33 @@ def test_a_call_that_waits_too_long_is_given_up_and_leaves_nothing_waiting(serve
     patient, store = make_store(), make_store(timeout=0.5)
     say(patient, "before")
     with psycopg.connect(server.url) as connection:
-        connection.execute(f"LOCK TABLE {store.schema_name}.chat_histories")
+        connection.execute(f"LOCK TABLE {store.schema_name}.haystack_chat_histories")
         with pytest.raises(StoreTimeoutError, match=r"0\.5 seconds") as raised:
             calls.write(store, "history", conversation("ua"))
         assert_tells_where_and_no_secret(raised.value, server.port)
         waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
         wait_until(lambda: server.execute(waiting) == [(0,)], "the server to give up too")
     assert said(patient) == ["before"]
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_a_call_that_fails_in_the_middle_of_a_transaction_leaves_none_to_the_next(make_store, way):
+    store = make_store(min_pool_size=1, max_pool_size=1)
+    broken = [replace(row, content="no JSON") for row in rows(0, 1)]
+
+    async def fail_and_write():
+        with pytest.raises(ChatMessageStoreError):
+            await store.engine.run_async(store.engine.import_history, store.scope, NEW, [rows(0, 1), broken], 0)
+        return await store.write_messages_async("history", [ChatMessage.from_user("after")])
+
+    if way == "sync":
+        with pytest.raises(ChatMessageStoreError):
+            store.engine.run(store.engine.import_history, store.scope, NEW, [rows(0, 1), broken], 0)
+        assert say(store, "after") == 1
+    else:
+        assert asyncio.run(fail_and_write()) == 1
+    assert said(make_store(timeout=10)) == ["after"]  # another connection sees it: it has been committed
+    assert store.get_chat_history("imported") is None
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])
@@ -151,7 +172,9 @@ def test_a_call_waits_for_a_free_connection_no_longer_than_the_timeout(server, m
         yield rows(0, 1)
 
     async def import_and_count():
-        importing = asyncio.create_task(store.engine.run_async(store.engine.import_history, store.scope, NEW, batches(), 0))
+        importing = asyncio.create_task(
+            store.engine.run_async(store.engine.import_history, store.scope, NEW, batches(), 0)
+        )
         await asyncio.to_thread(in_use.wait)
         with pytest.raises(StoreTimeoutError, match="max_pool_size"):
             await store.count_messages_async("history")
@@ -183,8 +206,16 @@ def test_connections_that_were_ended_are_replaced(server, make_store, calls):
     assert texts(calls.retrieve(store, "history")) == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("ending", ["stop", "kill"])
-@pytest.mark.parametrize("way", ["sync", "async"])
+@pytest.mark.servers
+@pytest.mark.parametrize(
+    ("way", "ending"),
+    [
+        ("sync", "stop"),
+        ("async", "kill"),
+        pytest.param("sync", "kill", marks=pytest.mark.full),
+        pytest.param("async", "stop", marks=pytest.mark.full),
+    ],
+)
 def test_nothing_acknowledged_is_lost_when_the_server_restarts(ending, way):
     """
     Calls fail with a clear error or succeed; the same store works again by itself.

@@ -4,6 +4,7 @@ Managing conversations on PostgreSQL: what every store does.
 """
 
 import pytest
+from breadth import ENGINE
 from postgres_stores import OnPostgres, execute, on_the_newest, on_the_oldest, stores_on
 
 from haystack_chat_store.testing import ManagementContract, RandomWalkTest
@@ -11,7 +12,7 @@ from haystack_chat_store.testing import ManagementContract, RandomWalkTest
 
 @on_the_newest
 class TestNewest(OnPostgres, ManagementContract):
-    pass
+    breadth = ENGINE
 
 
 class Walking(OnPostgres, RandomWalkTest):

@@ -4,85 +4,113 @@ Every statement walks along an index, whatever the server knows about its tables
 """
 
 import re
+import uuid
 from contextlib import ExitStack
+from hashlib import md5
 
 import pytest
-from postgres_stores import ENGINES, NEWEST, connections_of, execute, said, say, store_at, stores_on
+from postgres_stores import ENGINES, NEWEST, connections_of, execute, said, say, statements_of, stores_on
 from servers import PgBouncer, PostgresServer, wait_until
 
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore, schema
+from haystack_chat_store.stores.postgres.schema import BEGINNING, MAX_POSITION, history_key
+from haystack_chat_store.stores.postgres.statements import prefix_parameters
 from haystack_chat_store.testing.messages import conversation, with_id
+
+HISTORIES = 20_000
+LENGTH = 50_000
 
 
 @pytest.fixture(scope="module")
-def long_history(server):
+def large_store(server):
     """
-    A store, one history of which has 100,000 messages.
+    A store of many histories of five messages, and one of 50,000. Never analysed.
     """
     with stores_on(server.url) as make:
         store = make(last_k=None, search=True)
-        for _ in range(20):
-            store.write_messages("history", conversation("ua" * 2500))
+        say(store, "Hello", history="user/long")
+        key = history_key(store.scope, "user/long")
+        execute(
+            server.url,
+            f"INSERT INTO {store.schema_name}.haystack_chat_histories (history_key, namespace, chat_history_id, "
+            "next_position, message_count, round_count, updated_at) "
+            "SELECT md5(n::text)::uuid, 'default', 'user' || n % 200 || '/' || n, 0, 0, 0, "
+            f"'2020-01-01Z'::timestamptz + n * interval '1s' FROM generate_series(1, {HISTORIES}) n",
+            f"INSERT INTO {store.schema_name}.haystack_chat_messages "
+            "SELECT key, n, now(), n, CASE n % 2 WHEN 0 THEN 'user' ELSE 'assistant' END, "
+            "json_build_object('text', repeat('x', 200)), to_tsvector('simple', 'common word' || n) "
+            f"FROM (SELECT '{key}'::uuid AS key, n FROM generate_series(1, {LENGTH}) n "
+            "UNION ALL SELECT md5(h::text)::uuid, n "
+            f"FROM generate_series(1, {HISTORIES}) h, generate_series(0, 4) n) AS m",
+        )
         yield store
 
 
-ON_MESSAGES = ["append_all", "append_rest", "known_ids", "read_all", "read_rounds", "read_messages"]
-ON_MESSAGES += ["page_before", "page_after", "search", "more_match"]
-ON_MESSAGES += ["an_unindexed", "unindexed", "unindexed_contents"]
+@pytest.fixture(scope="module")
+def analysed_store(server, large_store):
+    execute(server.url, "ANALYZE")
+    return large_store
+
+
+READ_MUCH = {"version", "per_day", "size_on_disk", "orphans", "miscounted", "keys", "rows", "mismatched"}
+READ_MUCH |= {"unreadable_times", "totals", "vacuum_messages", "vacuum_histories"}
 # These sort what they have found along an index.
-SORTS = {"histories_of_few", "search", "search_few", "search_for_few", "unindexed_contents"}
-READ_MUCH = {"per_day", "orphans", "miscounted", "keys", "rows", "mismatched"}
-READ_MUCH |= {"unreadable_times", "unreadable_message_times"}
-ON_BOTH_TABLES = [
-    name
-    for name in schema.Statements._fields
-    if name not in {"version", "vacuum_messages", "vacuum_histories", "size_on_disk", *READ_MUCH}
-]
+SORTS = {"copy_messages", "histories_of_few", "search", "search_few", "search_for_few", "unindexed_contents"}
+SORTS |= {name for name in schema.Statements._fields if name.startswith("read_")}
+# These look at whole histories. A third of the table had better be read from end to end.
+OF_WHOLE_HISTORIES = {"delete_messages", "recount", "search_few", "copy_messages"}
 
 
-@pytest.mark.parametrize("analysed", [False, True], ids=["never analysed", "analysed"])
-@pytest.mark.parametrize(
-    ("way", "name"),
-    [
-        *(("directly", name) for name in ON_BOTH_TABLES),
-        # Here each statement is planned for itself; and a table of few histories is better read whole.
-        *(("behind PgBouncer", name) for name in ON_MESSAGES),
-    ],
-)
-def test_every_statement_walks_along_an_index(server, pooler, long_history, way, name, analysed):
+def parameters_of(store, name, statement):
+    key = uuid.UUID(md5(b"1").hexdigest()) if name in OF_WHOLE_HISTORIES else history_key(store.scope, "user/long")
+    positional = {
+        "known_ids": [key, ["a", "b"]],
+        "next_histories": ["default", "user/l", 100],
+        "page_before": [key, 1000, 20],
+        "page_after": [key, 1000, 20],
+        "make_history": [key, "default", "user/long"],
+        "position_of": [key, "a"],
+        "delete_histories": [[key]],
+        "delete_messages": [[key]],
+        "forget_terms": [key, 5],
+        "unindexed": [*BEGINNING, 100],
+        "unindexed_contents": [key, 5, key, 105],
+        "set_terms": [[key] * 100, list(range(100)), "\n".join("abc")],
+    }
+    if name in positional:
+        return positional[name]
+    if "%s" in statement:
+        return [key]
+    sent = {"message_ids": '["a", "b"]', "roles": "user user", "contents": "{}\n{}", "terms": "a\nb", "numbers": "7 8"}
+    one = {"key": key, "source": key, "target": uuid.uuid4(), "id": "user/long", "ids": ["a"], "places": [5]}
+    numbers = {"count": 10, "step": 5, "rounds": 1, "version": "5", "start": LENGTH - 90}
+    numbers |= {"created_at": 0, "updated_at": 1_700_000_000_000_000}
+    numbers |= {"limit": 50, "few": 256, "near": 306, "messages": 5_000, "updated_before": 0}
+    other = {"title": None, "meta": None, "has_title": True, "has_meta": True, "after": "user/l"}
+    other |= {"query": "word77", "keys": [key], "namespace": "default"}
+    end = prefix_parameters(store.scope, "user7/") if "%(prefix)s" in statement else {"end": MAX_POSITION}
+    return {**sent, **one, **numbers, **other, **end}
+
+
+@pytest.mark.parametrize("known", ["large_store", "analysed_store"])
+@pytest.mark.parametrize("name", [name for name in schema.Statements._fields if name not in READ_MUCH])
+def test_every_statement_walks_along_an_index(request, known, name):
     """
-    As PostgreSQL plans it on the store's own connections for any parameters, which is how it soon runs when prepared.
+    As PostgreSQL plans it each time, whether it has statistics or not.
     """
-    numbers = {}
-    statement = re.sub(
-        r"%(?:\((\w+)\))?[sb]",
-        lambda found: f"${numbers.setdefault(found[1] or len(numbers), len(numbers) + 1)}",
-        getattr(long_history._statements, name),
-    )
-    prepared = [
-        "BEGIN",
-        *(f"ANALYZE {long_history.schema_name}.chat_{table}" for table in ("histories", "messages") if analysed),
-        "SET LOCAL plan_cache_mode = force_generic_plan",
-        f"PREPARE any_parameters AS {statement}",
-    ]
-    given = f"({', '.join(['NULL'] * len(numbers))})" if numbers else ""
-    explained = f"EXPLAIN (COSTS OFF) EXECUTE any_parameters {given}"
+    store = request.getfixturevalue(known)
+    statement = getattr(statements_of(store), name)
+    parameters = parameters_of(store, name, statement)
 
     async def plan_of(session):
-        for step in prepared:
-            session.connection.execute(step)
-        lines = session.connection.execute(explained).fetchall()
-        session.connection.execute("DEALLOCATE any_parameters")
-        return "\n".join(line for (line,) in lines)
+        return "\n".join(line for (line,) in await session.fetch(f"EXPLAIN (COSTS OFF) {statement}", parameters))
 
-    store = store_at(server.url if way == "directly" else pooler.url, schema_name=long_history.schema_name)
-    plan = store._run(plan_of)
-    store.close()
-    assert ("Seq Scan" if way == "directly" else "Seq Scan on chat_messages") not in plan, plan
+    plan = store.engine.run(plan_of)
+    assert "Seq Scan" not in plan, plan
     assert "Sort" not in plan or name in SORTS, plan
 
 
-@pytest.mark.parametrize("mode", ["auto", "force_generic_plan", "force_custom_plan"])
+@pytest.mark.parametrize("mode", ["auto", "force_custom_plan"])
 def test_no_call_reads_a_whole_table_while_a_history_grows(server, mode):
     """
     On a database that was never analysed, from the first message on.
@@ -94,7 +122,7 @@ def test_no_call_reads_a_whole_table_while_a_history_grows(server, mode):
             store.close()
             wait_until(lambda: not connections_of(server, store), "the statistics to be complete")
             statement = "SELECT sum(seq_scan) FROM pg_stat_user_tables WHERE schemaname = %s"
-            return server.execute(f"{statement} AND relname <> 'chat_version'", [store.schema_name])
+            return server.execute(f"{statement} AND relname <> 'haystack_chat_version'", [store.schema_name])
 
         store.count_messages("history")
         before = scans()  # some, to make the indexes
@@ -112,7 +140,7 @@ def test_no_function_that_changes_its_mind_sets_a_value_in_an_update():
     Databases that distribute their tables refuse these, such as the clock; and of an upsert every one that is not
     immutable.
     """
-    statements = PostgresChatMessageStore()._statements
+    statements = statements_of(PostgresChatMessageStore())
     assert not [statement for statement in statements if "clock_timestamp" in statement]
     upserts = [statement.partition("DO UPDATE SET")[2] for statement in statements]
     assert [re.findall(r"\w+(?=\()", upsert.partition("RETURNING")[0]) for upsert in upserts if upsert] == [
@@ -132,7 +160,7 @@ def test_a_call_looks_into_one_partition(server, make_store):
 
     statement = "SELECT relname FROM pg_stat_user_tables WHERE schemaname = %s AND idx_scan > 0"
     used = [name for (name,) in server.execute(statement, [store.schema_name])]
-    assert sorted(name.rstrip("01234") for name in used) == ["chat_histories_", "chat_messages_"]
+    assert sorted(name.rstrip("01234") for name in used) == ["haystack_chat_histories_", "haystack_chat_messages_"]
 
 
 @pytest.mark.parametrize("partitions", [0, -1, 1001, True, "4"])
@@ -141,16 +169,18 @@ def test_a_number_of_partitions_that_cannot_be_is_refused(partitions):
         PostgresChatMessageStore().create_schema_sql(partitions)
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize("way", ["directly", "behind PgBouncer"])
-def test_statements_are_prepared_unless_a_pooler_stands_between(way):
+def test_no_statement_is_prepared(way):
+    """
+    A prepared plan would stay as the tables grow, and a pooler would hand it to other clients.
+    """
     with PostgresServer(ENGINES.get(NEWEST), fsync="off", log_statement="all") as server, ExitStack() as stack:
         url = server.url if way == "directly" else stack.enter_context(PgBouncer(server)).url
         with stores_on(url) as make:
             store = make()
-            for _ in range(3):
+            for _ in range(10):
                 say(store, "Hello")
                 said(store)
         runs = re.findall(r"execute (\S+):\s+(?:WITH history|SELECT content)", server.log.read_text(errors="replace"))
-    assert len(runs) == 6
-    assert ("<unnamed>" in runs) == (way != "directly")
-    assert len(set(runs)) == (2 if way == "directly" else 1)
+    assert runs == ["<unnamed>"] * 20

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Search on PostgreSQL: turned on by whoever comes first, kept by everybody who writes, and found along the index.
+Search on PostgreSQL: the first store with search turns it on, all writers index, and searches use the index.
 """
 
 from contextlib import ExitStack
@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
-from postgres_stores import BEHIND_PGBOUNCER, NEWEST_AND_OLDEST, counted, execute, say, stores_on
+from postgres_stores import DIRECTLY_OR_POOLED, NEWEST_AND_OLDEST, counted, execute, say, statements_of, stores_on
 
 from haystack_chat_store import search_text
 from haystack_chat_store.stores.postgres import terms
@@ -16,7 +16,7 @@ from haystack_chat_store.testing.messages import with_id
 from haystack_chat_store.testing.processes import Program
 
 VERSIONS = NEWEST_AND_OLDEST
-WAYS = ["directly", BEHIND_PGBOUNCER]
+WAYS = DIRECTLY_OR_POOLED
 
 
 @pytest.fixture(params=[None, 3], ids=["whole", "partitioned"])
@@ -32,27 +32,27 @@ def found(store, query, **where):
 def indexes(server, store):
     statement = "SELECT relname FROM pg_class WHERE relnamespace = %s::regnamespace AND relkind IN ('i', 'I')"
     names = {name for (name,) in server.execute(statement, [store.schema_name])}
-    return names & {"chat_messages_by_terms", "chat_messages_unindexed"}
+    return names & {"haystack_chat_messages_by_terms", "haystack_chat_messages_unindexed"}
 
 
 def test_a_store_without_search_indexes_nothing(make_store, server):
     store = make_store()
     say(store, "Hello")
     assert indexes(server, store) == set()
-    assert server.execute(f"SELECT search_terms FROM {store.schema_name}.chat_messages") == [(None,)]
+    assert server.execute(f"SELECT search_terms FROM {store.schema_name}.haystack_chat_messages") == [(None,)]
 
 
 def test_what_was_written_before_search_was_turned_on_is_found(make_store_on_any_tables, server, monkeypatch):
-    monkeypatch.setattr("haystack_chat_store.stores.contents._INDEXED_AT_ONCE", 7)
-    monkeypatch.setattr("haystack_chat_store.stores.postgres.search._BYTES_AT_ONCE", 1000)
+    monkeypatch.setattr("haystack_chat_store.stores.reading._INDEX_BATCH_SIZE", 7)
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.search._INDEX_BATCH_BYTES", 1000)
     store, searching = make_store_on_any_tables(), make_store_on_any_tables(search=True)
     for history in range(4):
         say(store, *(f"message {number}" for number in range(10)), history=f"{history}")
     store.write_messages("long", [ChatMessage.from_user("long " * 1000, meta={"chat_message_id": "long"})])
     assert len(searching.search_messages("message", limit=100)) == 40
     assert found(searching, "long") == ["long"]
-    assert indexes(server, store) == {"chat_messages_by_terms", "chat_messages_unindexed"}
-    assert server.execute(f"SELECT FROM {store.schema_name}.chat_messages WHERE search_terms IS NULL") == []
+    assert indexes(server, store) == {"haystack_chat_messages_by_terms", "haystack_chat_messages_unindexed"}
+    assert server.execute(f"SELECT FROM {store.schema_name}.haystack_chat_messages WHERE search_terms IS NULL") == []
 
 
 def search_everything(store, report, query):
@@ -71,9 +71,11 @@ def test_many_processes_turn_search_on_at_once(make_store, server):
     assert len(indexes(server, store)) == 2
 
 
-def test_whoever_connected_before_search_was_turned_on_is_found_all_the_same(make_store_on_any_tables, monkeypatch):
+def test_what_a_process_writes_that_connected_before_search_was_turned_on_is_found(
+    make_store_on_any_tables, monkeypatch
+):
     """
-    Its connection does not know, and nobody tells it. (A pool of its own, as in another process.)
+    Its connections do not know. (A pool of its own, as in another process.)
     """
     unknowing, searching = make_store_on_any_tables(max_pool_size=3), make_store_on_any_tables(search=True)
     unknowing.write_messages("history", [ChatMessage.from_user("first", meta={"chat_message_id": "1"})])
@@ -94,7 +96,7 @@ def test_a_store_without_search_keeps_the_index_once_it_is_there(make_store, ser
     store = make_store(max_pool_size=3)
     store.write_messages("history", [with_id("a"), with_id("b")])
     store.copy_messages("history", "fork")
-    assert server.execute(f"SELECT FROM {store.schema_name}.chat_messages WHERE search_terms IS NULL") == []
+    assert server.execute(f"SELECT FROM {store.schema_name}.haystack_chat_messages WHERE search_terms IS NULL") == []
 
 
 def test_a_phrase_is_found_wherever_it_stands_in_a_text_of_few_words(make_store):
@@ -166,7 +168,7 @@ def test_a_search_in_few_messages_looks_at_no_others(server, monkeypatch, few_me
         say(other, *["common"] * 5000)
         expected = [f"{history} {number}" for history in ("a/1", "a/2", "b") for number in range(10)]
         for where in ({}, {"prefix": "a/"}, {"chat_history_id": "b"}):
-            with counted(server, store, "chat_messages") as looked_up:
+            with counted(server, store, "haystack_chat_messages") as looked_up:
                 hits = found(store, "common", limit=100, **where)
             start = where.get("prefix", where.get("chat_history_id", ""))
             assert hits == [message_id for message_id in expected if message_id.startswith(start)]
@@ -199,11 +201,11 @@ def test_a_search_reads_along_the_index(make_store, server):
     store.count_messages("history")
     execute(
         server.url,
-        f"INSERT INTO {store.schema_name}.chat_messages SELECT md5((n / 10)::text)::uuid, n, now(), n, 'user', "
-        f"json_build_object('text', repeat('x', 1000)), "
+        f"INSERT INTO {store.schema_name}.haystack_chat_messages "
+        f"SELECT md5((n / 10)::text)::uuid, n, now(), n, 'user', json_build_object('text', repeat('x', 1000)), "
         f"to_tsvector('simple', 'common word' || n) FROM generate_series(1, 20000) n",
     )
-    statement = store._statements.search % {
+    statement = statements_of(store).search % {
         "query": f"'{terms.tsquery(search_text.parsed_query('word77')).replace(chr(39), chr(39) * 2)}'",
         "namespace": "'default'",
         "prefix": "''",
@@ -214,4 +216,4 @@ def test_a_search_reads_along_the_index(make_store, server):
     async def plan(session):
         return "\n".join(line for (line,) in await session.fetch(f"EXPLAIN (COSTS OFF) {statement}".replace("%", "%%")))
 
-    assert "Bitmap Index Scan on chat_messages_by_terms" in store._run(plan)
+    assert "Bitmap Index Scan on haystack_chat_messages_by_terms" in store.engine.run(plan)

@@ -13,7 +13,7 @@ from haystack.utils import Secret
 from postgres_stores import DOCUMENTATION, connections_of, execute, say, store_at
 from servers import PASSWORD, USER, wait_until
 
-from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
 from haystack_chat_store.testing.kit import Calls
 from haystack_chat_store.testing.messages import conversation, with_id
@@ -102,7 +102,7 @@ def test_a_password_is_never_serialized():
     ],
 )
 def test_a_connection_string_that_is_none_is_refused_and_not_repeated(connection_string):
-    with pytest.raises(StoreUnavailableError, match="connection string") as raised:
+    with pytest.raises(StoreConfigurationError, match="connection string") as raised:
         store_at(connection_string).count_messages("history")
     assert "secret" not in "".join(traceback.format_exception(raised.value)).replace(connection_string, "")
 
@@ -119,7 +119,7 @@ def test_any_name_can_be_that_of_schema_and_tables(make_store, calls, server, na
     assert calls.count(store, "history") == 5
     names = "SELECT tablename FROM pg_tables WHERE schemaname = %s ORDER BY 1"
     found = [table for (table,) in server.execute(names, [store.schema_name])]
-    assert found == [f"{name}_histories", f"{name}_messages", f"{name}_version"]
+    assert found == [f"{name}_{table}" for table in ("histories", "messages", "namespaces", "version")]
     calls.delete_all(store)
 
 
@@ -179,7 +179,7 @@ def test_a_role_that_may_not_turn_search_on_is_told_what_to_do(restricted, datab
     rights = re.search(r"```sql\n(GRANT.*?)```", DOCUMENTATION, re.DOTALL)[1].replace("my_app", role)
     execute(database, administrator.create_schema_sql(), rights.replace("public", "chatbot"))
     store = store_at(restricted, schema_name="chatbot", search=True)
-    with pytest.raises(StoreUnavailableError, match=r"must be owner.*create_schema_sql\(from_version=2\)"):
+    with pytest.raises(StoreUnavailableError, match=r"must be owner.*create_schema_sql\(\)"):
         calls.count(store, "history")
     calls.close(store)
 
@@ -193,9 +193,10 @@ def test_a_role_without_rights_to_create_uses_what_an_administrator_has_made(res
     execute(database, store.create_schema_sql(), own_table, rights.replace("public", "chatbot"))
     changed = "INSERT", "UPDATE", "DELETE"
     for table, permitted in (
-        ("chat_histories", {"SELECT", *changed}),
-        ("chat_messages", {"SELECT", *changed}),
-        ("chat_version", {"SELECT"}),
+        ("haystack_chat_histories", {"SELECT", *changed}),
+        ("haystack_chat_messages", {"SELECT", *changed}),
+        ("haystack_chat_namespaces", {"SELECT", *changed}),
+        ("haystack_chat_version", {"SELECT"}),
         ("of_the_application", set()),
     ):
         may = "SELECT name FROM unnest(%s::text[]) AS name WHERE has_table_privilege(%s, %s, name)"

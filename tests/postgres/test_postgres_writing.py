@@ -90,7 +90,7 @@ def test_messages_without_their_history_are_an_error_and_not_waited_for(store, s
     Only by hand can they get so.
     """
     store.write_messages("history", [with_id("a")])
-    server.execute(f"DELETE FROM {store.schema_name}.chat_histories")
+    server.execute(f"DELETE FROM {store.schema_name}.haystack_chat_histories")
     with pytest.raises(StoreUnavailableError, match="UniqueViolation"):
         store.write_messages("history", [with_id("a"), with_id("b")])
 
@@ -100,17 +100,17 @@ def test_messages_without_their_history_are_an_error_and_not_waited_for(store, s
 
 def fill(server, store, histories, messages):
     """
-    Put histories into the store's tables, each with so many messages, faster than the store could.
+    Put histories with some messages each into the store's tables, faster than the store could.
     """
     key, schema_name = "md5('filler' || h)::uuid", store.schema_name
     store.count_messages("history")
     server.execute(
-        f"INSERT INTO {schema_name}.chat_histories "
+        f"INSERT INTO {schema_name}.haystack_chat_histories "
         f"SELECT {key}, 'default', 'filler ' || h, {messages}, {messages}, {messages} "
         f"FROM generate_series(1, {histories}) h"
     )
     server.execute(
-        f"INSERT INTO {schema_name}.chat_messages SELECT {key}, p, now(), p, 'user', '{{}}' "
+        f"INSERT INTO {schema_name}.haystack_chat_messages SELECT {key}, p, now(), p, 'user', '{{}}' "
         f"FROM generate_series(1, {histories}) h, generate_series(0, {messages - 1}) p"
     )
 
@@ -122,15 +122,15 @@ def test_everything_is_deleted_in_several_transactions(make_store, server, calls
     execute(server.url, store.create_schema_sql(partitions))
     say(other, "stays")
     fill(server, store, histories, messages)
-    statement = f"SELECT count(DISTINCT xmax::text) FROM {store.schema_name}.chat_messages"
+    statement = f"SELECT count(DISTINCT xmax::text) FROM {store.schema_name}.haystack_chat_messages"
     with psycopg.connect(server.url) as connection:
         connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        connection.execute(statement)  # sees from now on what is there now, with the marks of who has deleted it
+        connection.execute(statement)  # sees from now on what is there now, and which transaction has deleted it
         calls.delete_all(store)
         assert connection.execute(statement).fetchone() == (3 + 1,)
     assert said(other) == ["stays"]
     for table in ("histories", "messages"):
-        assert server.execute(f"SELECT count(*) FROM {store.schema_name}.chat_{table}") == [(1,)]
+        assert server.execute(f"SELECT count(*) FROM {store.schema_name}.haystack_chat_{table}") == [(1,)]
 
 
 def test_everything_is_deleted_however_long_it_takes(make_store, server):
@@ -144,11 +144,11 @@ def test_everything_is_deleted_however_long_it_takes(make_store, server):
         server.url,
         f"CREATE FUNCTION {slowly}() RETURNS trigger LANGUAGE plpgsql AS "
         "'BEGIN PERFORM pg_sleep(0.001); RETURN NULL; END'",
-        f"CREATE TRIGGER slowly AFTER DELETE ON {store.schema_name}.chat_messages "
+        f"CREATE TRIGGER slowly AFTER DELETE ON {store.schema_name}.haystack_chat_messages "
         f"FOR EACH ROW EXECUTE FUNCTION {slowly}()",
     )
     store.delete_all_messages()
-    assert server.execute(f"SELECT count(*) FROM {store.schema_name}.chat_messages") == [(0,)]
+    assert server.execute(f"SELECT count(*) FROM {store.schema_name}.haystack_chat_messages") == [(0,)]
 
 
 def test_deleting_everything_at_once_from_several_threads_disturbs_no_writer(make_store, server):
@@ -171,7 +171,7 @@ def test_deleting_everything_at_once_from_several_threads_disturbs_no_writer(mak
         assert stores[0].count_messages(f"{history}") == len(said(stores[0], f"{history}"))
     stores[0].delete_all_messages()
     for table in ("histories", "messages"):
-        assert server.execute(f"SELECT count(*) FROM {stores[0].schema_name}.chat_{table}") == [(0,)]
+        assert server.execute(f"SELECT count(*) FROM {stores[0].schema_name}.haystack_chat_{table}") == [(0,)]
 
 
 # ---------------------------------------------------------------------- SQL for people

@@ -12,9 +12,10 @@ from servers import RedisCluster, RedisServer
 
 
 @pytest.fixture(scope="module")
-def server(request):
-    with RedisCluster() if request.param == CLUSTER else RedisServer(ENGINES.get(request.param)) as server:
-        yield server
+def server(request, shared_server):
+    if request.param == CLUSTER:
+        return shared_server(RedisCluster, next(iter(ENGINES.values()), None), appendfsync="no")
+    return shared_server(RedisServer, ENGINES.get(request.param), appendfsync="no")
 
 
 @pytest.fixture

@@ -97,6 +97,11 @@ def test_a_slot_that_moves_to_another_node_is_followed(store, server, client):
         assert said(store) == ["Hi!"]
         assert asyncio.run(store.count_messages_async("history")) == 1
 
+        async def count_many():
+            return await asyncio.gather(*(store.count_messages_async("history") for _ in range(40)))
+
+        assert asyncio.run(count_many()) == 40 * [1]
+
         def finish():
             time.sleep(0.5)  # meanwhile a write, which may need keys that are not there yet, has to wait
             for at in (at_target, at_source):

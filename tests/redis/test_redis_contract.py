@@ -4,6 +4,7 @@ Redis, Valkey and Redis Cluster keep the contract.
 """
 
 import pytest
+from breadth import ENGINE, ONCE, VARIANT
 from haystack.utils import Secret
 from redis_stores import OnRedis, on_a_cluster, on_one_server, on_the_other_servers
 from servers import HOST, PASSWORD, unused_port
@@ -23,7 +24,7 @@ from haystack_chat_store.testing import (
 
 @on_one_server
 class TestServer(OnRedis, ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
-    pass
+    breadth = ENGINE
 
 
 @on_the_other_servers
@@ -39,9 +40,13 @@ class TestOtherServers(
     What could depend on the server's make and version.
     """
 
+    breadth = VARIANT
+
 
 @on_a_cluster
 class TestCluster(OnRedis, ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
+    breadth = ONCE
+
     @pytest.fixture
     def make_unreachable_store(self, monkeypatch):
         def make(**settings):

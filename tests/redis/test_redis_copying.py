@@ -5,6 +5,7 @@ Copies and imports in Redis: they wait under keys of their own, appear at once, 
 
 import asyncio
 import threading
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -12,18 +13,20 @@ from redis_stores import SECRET, everything, keys_of, neighbours, nodes_of, on_e
 
 from haystack_chat_store import ChatHistoryExistsError
 from haystack_chat_store.errors import ChatHistoryChangedError, DuplicateMessageError, StoreUnavailableError
+from haystack_chat_store.stores.redis import staging, writing
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.messages import with_id
 from haystack_chat_store.testing.processes import Program
 from haystack_chat_store.transfer import export_histories, import_histories
 
-HISTORY = HistoryRow("imported", 0, 0, 5, 7, "Weather", '{"a": 1}')
+HISTORY = HistoryRow(chat_history_id="imported", created_at=5, updated_at=7, title="Weather", meta='{"a": 1}')
 
 
 def row(message_id, text="Hi!", created_at=3):
     content = '{"role": "user", "meta": {"chat_message_id": "%s"}, "name": null, "content": [{"text": "%s"}]}'
-    return MessageRow(0, created_at, message_id, "user", content % (message_id, text))
+    content %= (message_id, text)
+    return MessageRow(position=0, created_at=created_at, message_id=message_id, role="user", content=content)
 
 
 def import_(store, batches, expected_count=0, history=HISTORY):
@@ -74,6 +77,20 @@ def test_an_import_goes_on_where_a_history_ends(store):
 
 
 @on_every_engine
+def test_messages_that_come_to_a_history_without_any_last_as_long_as_it_does(make_store, client):
+    store, passing = make_store(), make_store(ttl=60)
+    say(passing, "Hi!", history="passing")
+    copy = next(neighbours("passing"))
+    for history in ("imported", copy):
+        import_(store, [], history=replace(HISTORY, chat_history_id=history))
+    assert import_(store, some_batches(1, 10)) == 10
+    assert store.copy_messages("passing", copy) == 1
+    lasting = [key for key in keys_of(store, client) if ":passing:" not in key]
+    assert [client.ttl(key) for key in lasting] == [-1] * len(lasting)
+    assert (store.count_messages("imported"), said(store, copy)) == (10, ["Hi!"])
+
+
+@on_every_engine
 def test_an_import_without_messages_makes_a_history_where_there_is_none(store, client):
     assert import_(store, []) == 0
     info = store.get_chat_history("imported")
@@ -83,7 +100,7 @@ def test_an_import_without_messages_makes_a_history_where_there_is_none(store, c
     store.delete_messages("emptied", message_ids=["a"])
     before = everything(store, client)
     for history in ("imported", "emptied"):
-        assert import_(store, [[]], history=HISTORY._replace(chat_history_id=history, updated_at=9, title="New")) == 0
+        assert import_(store, [[]], history=replace(HISTORY, chat_history_id=history, updated_at=9, title="New")) == 0
     assert everything(store, client) == before
     assert store.engine.run(store.engine.check, store.scope, False) == []
 
@@ -103,11 +120,11 @@ def test_emptied_histories_can_be_imported_twice(make_store, tmp_path):
 
 @on_every_engine
 def test_several_histories_are_imported_only_if_none_of_them_is_there(store, client):
-    several = [(HISTORY._replace(chat_history_id=name), [row("a")]) for name in ("first", "second", "third")]
+    several = [(replace(HISTORY, chat_history_id=name), [row("a")]) for name in ("first", "second", "third")]
     store.write_messages("second", [with_id("a")])
     store.delete_messages("second", message_ids=["a"])
     before = everything(store, client)
-    with pytest.raises(ChatHistoryChangedError, match="0 messages"):
+    with pytest.raises(ChatHistoryChangedError, match=r"second.*exists by now"):
         store.engine.run(store.engine.import_histories, store.scope, several)
     assert everything(store, client) == before
     store.delete_messages("second")
@@ -140,7 +157,8 @@ def test_an_import_that_fails_leaves_nothing(store, client):
             while not was_cancelled.is_set():
                 yield []
 
-        task = asyncio.ensure_future(store.engine.run_async(store.engine.import_history, store.scope, HISTORY, slow(), 1))
+        importing = store.engine.run_async(store.engine.import_history, store.scope, HISTORY, slow(), 1)
+        task = asyncio.ensure_future(importing)
         await begun.wait()
         task.cancel()
         was_cancelled.set()
@@ -178,10 +196,12 @@ def import_for_ever(store, report):
         number = 0
         while True:
             number += 1
-            yield [MessageRow(0, 3, f"{number}-{index}", "user", "{}") for index in range(100)]
+            ids = [f"{number}-{index}" for index in range(100)]
+            yield [MessageRow(position=0, created_at=3, message_id=each, role="user", content="{}") for each in ids]
             report(number)
 
-    store.engine.run(store.engine.import_history, store.scope, HistoryRow("imported", 0, 0, 5, 7, None, None), batches(), 1)
+    history = HistoryRow(chat_history_id="imported", created_at=5, updated_at=7)
+    store.engine.run(store.engine.import_history, store.scope, history, batches(), 1)
 
 
 @on_every_engine
@@ -287,16 +307,16 @@ def test_a_copy_is_of_one_moment_whatever_others_write(store):
 def test_a_history_that_is_edited_while_it_is_copied_is_read_again(store, monkeypatch):
     say(store, *map(str, range(2500)))
     ids = [each.message.meta["chat_message_id"] for each in store.iterate_messages("history")]
-    part = type(store)._part
+    read_part = staging.read_part
     to_delete = iter([ids[0], ids[2400], None])
 
-    async def edit_and_read(self, session, chat_history_id, limit, **page):
-        found = await part(self, session, chat_history_id, limit, **page)
+    async def edit_and_read(session, keys, chat_history_id, limit, **page):
+        found = await read_part(session, keys, chat_history_id, limit, **page)
         if page["after"] > 0 and (message_id := next(to_delete, None)) is not None:
-            await self._remove_ids(session, chat_history_id, [message_id])
+            await writing.remove_ids(session, keys, chat_history_id, [message_id])
         return found
 
-    monkeypatch.setattr(type(store), "_part", edit_and_read)
+    monkeypatch.setattr(staging, "read_part", edit_and_read)
     assert store.copy_messages("history", "somewhere else") == 2498
     monkeypatch.undo()
     assert said(store, "somewhere else") == [str(each) for each in range(1, 2500) if each != 2400]
@@ -305,13 +325,13 @@ def test_a_history_that_is_edited_while_it_is_copied_is_read_again(store, monkey
 @on_one_server
 def test_a_copy_of_a_history_that_is_edited_all_the_time_is_given_up(store, client, monkeypatch):
     say(store, *map(str, range(1500)))
-    part = type(store)._part
+    read_part = staging.read_part
 
-    async def edit_and_read(self, session, chat_history_id, limit, **page):
-        client.hincrby(next(key for key in keys_of(self, client) if key.endswith(":history:history")), "edits")
-        return await part(self, session, chat_history_id, limit, **page)
+    async def edit_and_read(session, keys, chat_history_id, limit, **page):
+        client.hincrby(next(key for key in keys_of(store, client) if key.endswith(":history:history")), "edits")
+        return await read_part(session, keys, chat_history_id, limit, **page)
 
-    monkeypatch.setattr(type(store), "_part", edit_and_read)
+    monkeypatch.setattr(staging, "read_part", edit_and_read)
     with pytest.raises(StoreUnavailableError, match="edited each time"):
         store.copy_messages("history", "somewhere else")
     assert staged(store, client) == []
@@ -402,16 +422,16 @@ def test_a_rewind_deletes_all_that_follows(make_store, client):
 @on_every_engine
 def test_a_rewind_begins_where_its_message_is_by_then(store, monkeypatch):
     store.write_messages("history", [with_id(str(number), str(number)) for number in range(3)])
-    remove_ids = type(store)._remove_ids
+    remove_ids = writing.remove_ids
 
-    async def move_and_remove(self, session, chat_history_id, *arguments):
+    async def move_and_remove(*arguments, **conditions):
         monkeypatch.undo()
-        self.delete_messages("history", message_ids=["1"])
-        self.write_messages("history", [with_id("1"), with_id("3")])
-        return await remove_ids(self, session, chat_history_id, *arguments)
+        store.delete_messages("history", message_ids=["1"])
+        store.write_messages("history", [with_id("1"), with_id("3")])
+        return await remove_ids(*arguments, **conditions)
 
     with monkeypatch.context():
-        monkeypatch.setattr(type(store), "_remove_ids", move_and_remove)
+        monkeypatch.setattr(writing, "remove_ids", move_and_remove)
         store.delete_messages("history", from_message_id="1")
     assert said(store) == ["0", "2"]
     assert store.engine.run(store.engine.check, store.scope, False) == []
@@ -420,14 +440,14 @@ def test_a_rewind_begins_where_its_message_is_by_then(store, monkeypatch):
 @on_every_engine
 def test_a_rewind_deletes_what_comes_while_it_looks(store, monkeypatch):
     store.write_messages("history", [with_id(str(number)) for number in range(5)])
-    remove_ids = type(store)._remove_ids
+    remove_ids = writing.remove_ids
     comes = iter(["a", "b"])
 
-    async def write_and_remove(self, session, chat_history_id, *arguments):
+    async def write_and_remove(*arguments, **conditions):
         if (message_id := next(comes, None)) is not None:
-            self.write_messages(chat_history_id, [with_id(message_id)])
-        return await remove_ids(self, session, chat_history_id, *arguments)
+            store.write_messages("history", [with_id(message_id)])
+        return await remove_ids(*arguments, **conditions)
 
-    monkeypatch.setattr(type(store), "_remove_ids", write_and_remove)
+    monkeypatch.setattr(writing, "remove_ids", write_and_remove)
     store.delete_messages("history", from_message_id="3")
     assert [each.message.meta["chat_message_id"] for each in store.list_messages("history")] == ["0", "1", "2"]

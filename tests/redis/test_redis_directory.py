@@ -18,8 +18,8 @@ from haystack.utils import Secret
 from redis_stores import (
     DOCUMENTATION,
     ENGINES,
+    EVERY_SERVER,
     SECRET,
-    SERVERS,
     LosesAnswers,
     keys_of,
     neighbours,
@@ -35,7 +35,9 @@ from servers import HOST, RedisServer, wait_until
 
 from haystack_chat_store import ChatMessageStoreError, RedisChatMessageStore
 from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.stores.redis import directory
 from haystack_chat_store.stores.redis.keys import bucket_of
+from haystack_chat_store.stores.redis.writing import remove_ids
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.messages import with_id
 
@@ -75,7 +77,8 @@ def test_a_walk_sees_all_buckets_in_one_order(store):
 
 
 def import_empty(store, chat_history_id, updated_at):
-    store.engine.run(store.engine.import_history, store.scope, HistoryRow(chat_history_id, 0, 0, 0, updated_at, None, None), [], 0)
+    history = HistoryRow(chat_history_id=chat_history_id, created_at=0, updated_at=updated_at)
+    store.engine.run(store.engine.import_history, store.scope, history, [], 0)
 
 
 @on_every_engine
@@ -87,7 +90,8 @@ def test_histories_of_the_same_moment_are_in_the_order_of_their_code_points(stor
     import_empty(store, "after", 253_402_300_799_999_999)
     expected = ["after", *sorted(ids_, reverse=True), "before"]
     assert walked(store, limit=7) == expected
-    assert [row.chat_history_id for row in store.engine.run(store.engine.histories_by_id, store.scope, "", "", 1000)] == sorted(expected)
+    by_id = store.engine.run(store.engine.histories_by_id, store.scope, "", "", 1000)
+    assert [row.chat_history_id for row in by_id] == sorted(expected)
     with_prefix = [history for history in expected if history.startswith("user_1")]
     assert walked(store, limit=7, prefix="user_1") == with_prefix
     assert store.get_chat_history("after").updated_at.year == 9999
@@ -122,7 +126,8 @@ def test_what_has_expired_is_neither_listed_nor_counted_nor_erased_nor_copied(ma
     assert len(walked(immortal)) == 100
     assert walked(immortal, prefix="user") == []
     assert immortal.get_chat_history(MANY[0]) is None
-    assert immortal.statistics()[:3] == (100, 100, 100)
+    statistics = immortal.statistics()
+    assert (statistics.chat_histories, statistics.messages, statistics.rounds) == (100, 100, 100)
     assert immortal.delete_chat_histories(prefix="user") == 0
     assert immortal.purge(older_than=datetime.now(timezone.utc) - timedelta(seconds=0.3)) == 100
     with pytest.raises(ChatMessageStoreError, match="no chat history"):
@@ -137,9 +142,9 @@ def test_all_that_belongs_to_a_history_expires_with_it_however_it_came(make_stor
     say(store, "Hi!", "Are you there?", history="source")
     for target in MANY[:100]:  # of its own bucket and of others
         store.copy_messages("source", target)
-    store.engine.run(
-        store.engine.import_history, store.scope, HistoryRow("imported", 1, 1, 1, 1, None, None), [[MessageRow(0, 1, "a", "user", "{}")]], 0
-    )
+    history = HistoryRow(chat_history_id="imported", created_at=1, updated_at=1)
+    message = MessageRow(position=0, created_at=1, message_id="a", role="user", content="{}")
+    store.engine.run(store.engine.import_history, store.scope, history, [[message]], 0)
     store.update_chat_history("source", title="Weather")
     messages = [with_id("a"), with_id("b")]
     store.write_messages("edited", messages)
@@ -152,16 +157,16 @@ def test_all_that_belongs_to_a_history_expires_with_it_however_it_came(make_stor
 def test_a_history_that_changes_while_it_is_purged_stays(store, monkeypatch):
     for history in MANY[:20]:
         say(store, "Hi!", history=history)
-    delete_several = type(store)._delete_several
+    delete_histories = directory.delete_histories
 
-    async def write_and_delete(self, session, bucket, histories, *arguments):
+    async def write_and_delete(session, keys, bucket, histories, *arguments):
         for history in histories[:1]:
             if history == MANY[7]:
-                say(self, "Are you there?", history=history)
-        return await delete_several(self, session, bucket, histories, *arguments)
+                say(store, "Are you there?", history=history)
+        return await delete_histories(session, keys, bucket, histories, *arguments)
 
     now = datetime.now(timezone.utc)
-    monkeypatch.setattr(type(store), "_delete_several", write_and_delete)
+    monkeypatch.setattr(directory, "delete_histories", write_and_delete)
     assert store.purge(older_than=now) == 19
     assert walked(store) == [MANY[7]]
 
@@ -200,14 +205,15 @@ def list_in_a_bucket(store, client, **counts):
     for prefix, number in counts.items():
         names = (f"{prefix}/{name}" for name in itertools.count())
         listed += itertools.islice((name for name in names if bucket_of(name) == 7), number)
-    bucket = store._keys.of_bucket(7)
-    client.set(bucket.schema_version, 2)
+    keys = store.engine.keys(store.scope)
+    bucket = keys.of_bucket(7)
+    client.set(bucket.schema_version, 1)
     pipeline = client.pipeline(transaction=False)
     for time_, chat_history_id in enumerate(listed):
         pipeline.zadd(bucket.directory, {chat_history_id: time_})
         pipeline.zadd(bucket.names, {chat_history_id: 0})
         counters = {"chat_history_id": chat_history_id, "message_count": 0, "updated_at": time_}
-        pipeline.hset(store._keys.of_history(chat_history_id).counters, mapping=counters)
+        pipeline.hset(keys.of_history(chat_history_id).counters, mapping=counters)
     pipeline.execute()
     return listed
 
@@ -262,11 +268,12 @@ def test_a_prefix_that_more_histories_have_than_a_script_looks_up_is_walked_thro
 
 @on_one_server
 @pytest.mark.parametrize("prefix", ["", "old/"])
-def test_more_histories_that_have_expired_than_leave_at_once_are_passed(store, client, prefix):
+def test_histories_that_have_expired_are_passed_and_stay_listed(store, client, prefix):
     listed = list_in_a_bucket(store, client, new=10, old=9000)
-    client.zadd(store._keys.of_bucket(7).expiries, dict.fromkeys(listed[10:], 1))
+    bucket = store.engine.keys(store.scope).of_bucket(7)
+    client.zadd(bucket.expiries, dict.fromkeys(listed[10:], 1))
     assert walked(store, prefix=prefix) == ([] if prefix else listed[:10][::-1])
-    assert client.zcard(store._keys.of_bucket(7).directory) < len(listed)
+    assert client.zcard(bucket.directory) == len(listed)  # reading changes nothing
 
 
 @on_one_server
@@ -284,6 +291,21 @@ def test_a_listing_goes_on_where_the_server_accepts_no_writes(make_store, client
         client.config_set("min-replicas-to-write", 0)
 
 
+@on_one_server
+def test_a_purge_ends_where_the_server_accepts_no_writes(store, client):
+    listed = list_in_a_bucket(store, client, old=2500)
+    bucket = store.engine.keys(store.scope).of_bucket(7)
+    client.zadd(bucket.expiries, dict.fromkeys(listed, 1))
+    client.config_set("min-replicas-to-write", 1)
+    try:
+        assert store.purge(older_than=datetime.now(timezone.utc)) == 0
+        assert client.zcard(bucket.directory) == 2500
+    finally:
+        client.config_set("min-replicas-to-write", 0)
+    assert store.purge(older_than=datetime.now(timezone.utc)) == 0
+    assert client.zcard(bucket.directory) == 0
+
+
 # ---------------------------------------------------------------------- the server's files
 
 
@@ -291,7 +313,8 @@ def bytes_on_disk(server):
     return b"".join(path.read_bytes() for path in server.folder.rglob("*") if path.is_file() and path.name != "log")
 
 
-@pytest.mark.parametrize("engine", SERVERS)
+@pytest.mark.servers
+@pytest.mark.parametrize("engine", EVERY_SERVER)
 @pytest.mark.parametrize(
     "settings", [{}, {"appendonly": "no", "save": "3600 1"}, {"save": "3600 1"}], ids=["log", "snapshots", "both"]
 )
@@ -337,7 +360,7 @@ def test_a_user_with_the_documented_rights_can_vacuum(make_store, client, server
     (rights,) = re.findall(r"ACL SETUSER chatbot (.*?)\n", DOCUMENTATION)
     (more,) = re.findall(r"`(\+info .*?)`", DOCUMENTATION)
     store = make_store()
-    rights = rights.replace("{chat:", f"{{{store.key_prefix}:").replace(">password", ">guest-pw")
+    rights = rights.replace("{haystack_chat:", f"{{{store.key_prefix}:").replace(">password", ">guest-pw")
     client.execute_command("ACL SETUSER", "chatbot", "reset", *rights.split(), *more.split())
     monkeypatch.setenv("CHAT_STORE_URL", f"redis://chatbot:guest-pw@{HOST}:{server.port}")
     say(store, "Hi!")
@@ -358,18 +381,18 @@ def test_the_size_is_what_the_servers_say(store, server):
 # ---------------------------------------------------------------------- calls whose answer was lost
 
 
-def lose_answer_of(store, proxy, operation, monkeypatch):
+def lose_answer_of(proxy, operation, monkeypatch):
     """
     Have the proxy lose the first answer in an operation, whatever a call does before.
     """
-    original = getattr(type(store), operation)
+    original = getattr(directory, operation)
 
-    async def losing(self, *arguments):
-        monkeypatch.setattr(type(store), operation, original)
+    async def losing(*arguments):
+        monkeypatch.setattr(directory, operation, original)
         proxy.to_lose = 1
-        return await original(self, *arguments)
+        return await original(*arguments)
 
-    monkeypatch.setattr(type(store), operation, losing)
+    monkeypatch.setattr(directory, operation, losing)
 
 
 @on_every_server
@@ -392,7 +415,8 @@ def test_a_change_whose_answer_was_lost_is_not_taken_for_somebody_elses(make_sto
                 losing(lambda policy=policy: store.write_messages("history", batch, policy=policy, expected_count=0))
                 == 2
             )
-        assert losing(lambda: store.engine.run(store.engine.remove_ids, store.scope, "history", ["b"], "b", 2)) == 1
+        keys = store.engine.keys(store.scope)
+        assert losing(lambda: store.engine.run(remove_ids, keys, "history", ["b"], required="b", next_position=2)) == 1
         say(store, "three")
         same_bucket = next(neighbours("history"))
         assert losing(lambda: store.copy_messages("history", same_bucket)) == 2
@@ -411,7 +435,7 @@ def test_an_erasure_whose_answer_was_lost_does_not_count_what_was_gone_by_then(m
             lambda: store.purge(older_than=datetime.now(timezone.utc) + timedelta(days=1)),
         ):
             say(store, "Hi!")
-            lose_answer_of(store, proxy, "_delete_several", monkeypatch)
+            lose_answer_of(proxy, "delete_histories", monkeypatch)
             assert erase() == 0
             assert proxy.to_lose == 0
             assert walked(store) == []
@@ -456,8 +480,13 @@ def test_what_others_do_before_a_change_is_tried_again_does_not_hide_that_it_was
     ids=["write", "overwrite", "delete", "rewind", "copy"],
 )
 def test_a_clock_that_was_set_back_moves_no_history_back(store, change):
-    rows = [MessageRow(0, IN_AN_HOUR, name, "user", json.dumps(with_id(name).to_dict())) for name in "ab"]
-    store.engine.run(store.engine.import_history, store.scope, HistoryRow("history", 0, 0, 5, IN_AN_HOUR, None, None), [rows], 0)
+    contents = {name: json.dumps(with_id(name).to_dict()) for name in "ab"}
+    rows = [
+        MessageRow(position=0, created_at=IN_AN_HOUR, message_id=name, role="user", content=content)
+        for name, content in contents.items()
+    ]
+    history = HistoryRow(chat_history_id="history", created_at=5, updated_at=IN_AN_HOUR)
+    store.engine.run(store.engine.import_history, store.scope, history, [rows], 0)
     store.write_messages("newer", [with_id("a")])
     change(store)
     assert store.get_chat_history("history").updated_at.timestamp() == IN_AN_HOUR / 10**6

@@ -16,9 +16,9 @@ from haystack.utils import Secret
 from redis_stores import (
     DOCUMENTATION,
     ENGINES,
+    EVERY_SERVER,
     KINDS,
     SECRET,
-    SERVERS,
     LosesAnswers,
     everything,
     key_of,
@@ -35,7 +35,7 @@ from redis_stores import (
 from servers import HOST, PASSWORD, RedisCluster, RedisServer, silent_port, unused_port, wait_until
 
 from haystack_chat_store import ChatMessageStoreError
-from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.errors import StoreConfigurationError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.redis import RedisChatMessageStore
 from haystack_chat_store.testing.concurrency import assert_whole_and_in_order, in_threads
 from haystack_chat_store.testing.kit import texts
@@ -119,7 +119,8 @@ class WithoutAuth(RedisServer):
         return redis.Redis(host=HOST, port=self.port, retry=None)
 
 
-@pytest.mark.parametrize("engine", SERVERS)
+@pytest.mark.servers
+@pytest.mark.parametrize("engine", EVERY_SERVER)
 @pytest.mark.parametrize("user", ["", "bob"])
 @pytest.mark.parametrize("password", [PASSWORD, 100 * PASSWORD, "u"], ids=["password", "long", "short"])
 def test_a_password_that_the_server_quotes_is_not_repeated(engine, write, user, password):
@@ -147,7 +148,7 @@ for first = 0, ARGV[1] - 1000, 1000 do
 end
 redis.call('SETRANGE', KEYS[2], 0, string.rep('a', ARGV[1]))
 redis.call('SETRANGE', KEYS[5], 0, string.rep('0', 18 * ARGV[1]))
-redis.call('HSET', KEYS[4], 'next_position', ARGV[1], 'message_count', ARGV[1], 'version', 2, 'created_at', 0)
+redis.call('HSET', KEYS[4], 'next_position', ARGV[1], 'message_count', ARGV[1], 'created_at', 0)
 """
 
 
@@ -203,7 +204,7 @@ def test_a_user_that_may_too_little_is_told(make_store, client, server, monkeypa
 def test_a_user_with_only_the_documented_rights_can_do_everything(make_store, client, server, monkeypatch):
     (rights,) = re.findall(r"ACL SETUSER chatbot (.*?)\n", DOCUMENTATION)
     store = make_store(ttl=60)
-    rights = rights.replace("{chat:", f"{{{store.key_prefix}:").replace(">password", ">guest-pw")
+    rights = rights.replace("{haystack_chat:", f"{{{store.key_prefix}:").replace(">password", ">guest-pw")
     client.execute_command("ACL SETUSER", "chatbot", "reset", *rights.split())
     monkeypatch.setenv("CHAT_STORE_URL", f"redis://chatbot:guest-pw@{HOST}:{server.port}")
     say(store, "Hi!")
@@ -234,9 +235,60 @@ def test_a_replica_is_not_written_to_and_its_master_takes_over_again(make_store,
     assert write(store, "Hi again!") == 1
 
 
+@on_one_server
+def test_a_store_leaves_a_master_that_has_become_a_replica(make_store, client, server, monkeypatch, write):
+    with closing(LosesAnswers(server)) as name, RedisServer(server.binary, requirepass=PASSWORD) as successor:
+        monkeypatch.setenv("CHAT_STORE_URL", name.url)
+        store = make_store()
+        write(store, "Hi!")
+        client.config_set("masterauth", PASSWORD)
+        client.replicaof(HOST, successor.port)
+        name.server = successor
+        try:
+            assert write(store, "Are you there?") == 1
+            assert write(store, "Hello?") == 1
+        finally:
+            client.replicaof("NO", "ONE")
+        assert said(store)[-2:] == ["Are you there?", "Hello?"]
+        store.close()
+
+
+@on_every_server
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_a_store_leaves_a_demoted_master_for_the_one_that_has_its_address_now(
+    make_store, client, server, monkeypatch, at_once
+):
+    with RedisServer(server.binary, requirepass=PASSWORD) as promoted, closing(LosesAnswers(server)) as proxy:
+        monkeypatch.setenv("CHAT_STORE_URL", proxy.url)
+        store = make_store(last_k=None)
+        client.config_set("masterauth", PASSWORD)
+
+        async def write_all(what):
+            writes = (
+                store.write_messages_async("history", [ChatMessage.from_user(f"{what} {number}")])
+                for number in range(at_once)
+            )
+            return await asyncio.gather(*writes)
+
+        async def use():
+            await write_all("before")
+            in_threads(*(lambda: say(store, "before"),) * at_once)
+            proxy.server = promoted
+            client.replicaof(HOST, promoted.port)
+            assert [say(store, "sync") for _ in range(at_once)] == [1] * at_once
+            assert await write_all("async") == [1] * at_once
+
+        try:
+            asyncio.run(use())
+            assert len(said(store)) == 2 * at_once
+        finally:
+            client.replicaof("NO", "ONE")
+            store.close()
+
+
 @on_every_server
 def test_a_store_that_takes_a_server_for_a_cluster_is_told(make_store, write):
-    with pytest.raises(StoreUnavailableError, match="no cluster"):
+    with pytest.raises(StoreConfigurationError, match="not a cluster"):
         write(make_store(cluster=True), "Hi!")
 
 
@@ -294,7 +346,7 @@ def test_a_write_whose_answer_was_lost_is_done_once_and_counted(make_store, serv
             proxy.to_lose = 1
             return await store.write_messages_async("history", [with_id("a", "one"), ChatMessage.from_user("two")])
 
-        assert asyncio.run(use()) == 1  # of a message with an id of its own nobody can tell who wrote it
+        assert asyncio.run(use()) == 2
         say(store, "three")
         proxy.to_lose = 1
         assert say(store, "four", "five") == 2
@@ -307,7 +359,8 @@ def test_a_write_whose_answer_was_lost_is_done_once_and_counted(make_store, serv
         store.close()
 
 
-@pytest.mark.parametrize("engine", SERVERS)
+@pytest.mark.servers
+@pytest.mark.parametrize("engine", EVERY_SERVER)
 @pytest.mark.parametrize("ending", ["stop", "kill"])
 def test_a_server_that_restarts_while_others_write_loses_nothing_acknowledged(engine, ending):
     with RedisServer(ENGINES.get(engine)) as server, stores_on(server) as make_store:

@@ -17,6 +17,7 @@ from redis_stores import clients_of, nodes_of, on_every_engine, said
 from servers import wait_until
 
 from haystack_chat_store.stores.redis import RedisChatMessageStore
+from haystack_chat_store.stores.redis.connections import servers
 from haystack_chat_store.testing.processes import Program
 
 
@@ -63,7 +64,8 @@ def test_the_connections_of_a_loop_are_closed(store, server, way):
 
 def test_connections_that_keep_their_streams_elsewhere_do_no_harm():
     async def use():
-        session = await RedisChatMessageStore(Secret.from_token("redis://"))._server().session_async()
+        store = RedisChatMessageStore(Secret.from_token("redis://"))
+        session = await servers.get(store.engine.settings).session_async()
         session._abandon(object())  # of another version of redis-py
 
     asyncio.run(use())

@@ -3,6 +3,7 @@
 Managing conversations on Redis, Valkey and Redis Cluster: what every store does, but for search.
 """
 
+from breadth import ENGINE, ONCE
 from redis_stores import OnRedis, on_a_cluster, on_one_server, on_the_other_servers
 
 from haystack_chat_store.testing import ManagementContract, RandomWalkTest
@@ -10,6 +11,7 @@ from haystack_chat_store.testing import ManagementContract, RandomWalkTest
 
 @on_one_server
 class TestServer(OnRedis, ManagementContract):
+    breadth = ENGINE
     searches = False
 
 
@@ -21,4 +23,5 @@ class TestOtherServers(OnRedis, RandomWalkTest):
 
 @on_a_cluster
 class TestCluster(OnRedis, ManagementContract):
+    breadth = ONCE
     searches = False

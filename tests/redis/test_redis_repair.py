@@ -5,14 +5,15 @@ What something else has changed or evicted in Redis is found, and mended as far 
 
 import json
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import pytest
 from redis_stores import KINDS, everything, key_of, keys_of, neighbours, on_every_engine, on_one_server, said, say
 from test_redis_copying import HISTORY, row
-from test_redis_upgrade import UPDATED_AT, write_as_version_1
 
 from haystack_chat_store.errors import MessageDecodingError
+from haystack_chat_store.stores.redis import checking
 from haystack_chat_store.testing.messages import with_id
 
 WORDS = ["one", "two", "three", "four", "five"]
@@ -55,7 +56,7 @@ class Damaged:
         assert not any(fault.is_repaired for fault in found)
         for description in descriptions:
             assert any(description in fault.description for fault in found), found
-        assert self.faults(repair=True) == [fault._replace(is_repaired=True) for fault in found]
+        assert self.faults(repair=True) == [replace(fault, is_repaired=True) for fault in found]
         assert self.faults() == []
 
 
@@ -112,7 +113,8 @@ def test_a_history_that_the_bucket_does_not_list_is_listed_again(store, client, 
     assert [fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True)] == [True]
     assert store.engine.run(store.engine.check, store.scope, False) == []
     assert store.list_chat_histories().items == store.list_chat_histories(prefix="h").items == [info]
-    assert [row.chat_history_id for row in store.engine.run(store.engine.histories_by_id, store.scope, "", "", 9)] == ["history"]
+    by_id = store.engine.run(store.engine.histories_by_id, store.scope, "", "", 9)
+    assert [row.chat_history_id for row in by_id] == ["history"]
 
 
 @on_every_engine
@@ -207,7 +209,8 @@ def test_a_time_that_is_none_hides_no_history_and_stops_no_call(damaged, client,
     names = {info.chat_history_id for info in store.list_chat_histories().items}
     client.hset(damaged.key("history"), field, no_time)
     assert {info.chat_history_id for info in store.list_chat_histories().items} == names
-    assert {row.chat_history_id for row in store.engine.run(store.engine.histories_by_id, store.scope, "", "", 9)} == names
+    by_id = store.engine.run(store.engine.histories_by_id, store.scope, "", "", 9)
+    assert {row.chat_history_id for row in by_id} == names
     assert store.get_chat_history("history").message_count == 4
     assert store.update_chat_history("history", title="Rain").title == "Rain"
     assert len(store.list_messages("history")) == 4
@@ -215,7 +218,8 @@ def test_a_time_that_is_none_hides_no_history_and_stops_no_call(damaged, client,
     for target in (next(neighbours("history")) + " copy", "somewhere else"):
         assert store.copy_messages("history", target) == 4
     new = row("new", created_at=int(time.time()) * 10**6)
-    assert store.engine.run(store.engine.import_history, store.scope, HISTORY._replace(chat_history_id="history"), [[new]], 4) == 1
+    history = replace(HISTORY, chat_history_id="history")
+    assert store.engine.run(store.engine.import_history, store.scope, history, [[new]], 4) == 1
     if field == "updated_at":
         client.hset(damaged.key("history"), field, no_time)
     say(store, "Hi!")
@@ -259,22 +263,10 @@ def test_a_wrong_place_in_the_directory_hides_no_history(damaged, client, score)
 
 
 @on_every_engine
-def test_a_history_of_version_1_whose_time_of_creation_is_none_can_be_read_and_mended(store, client):
-    write_as_version_1(store, client, "history", "Hi!", "Are you there?")
-    client.hset(key_of(store, client, "history"), "created_at", "never")
-    assert [each.created_at.year for each in store.list_messages("history")] == [1970, 1970]
-    assert store.statistics().messages == 2
-    assert all(fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True))
-    assert store.engine.run(store.engine.check, store.scope, False) == []
-    info = store.get_chat_history("history")
-    assert info.created_at == info.updated_at == store.list_messages("history")[1].created_at
-    assert info.updated_at.timestamp() == UPDATED_AT / 10**6
-
-
-@on_every_engine
 def test_what_has_no_time_left_at_all_is_mended_to_be_of_now(store, client):
-    write_as_version_1(store, client, "history", "Hi!")
-    client.hset(key_of(store, client, "history"), mapping={"created_at": "never", "updated_at": "never"})
+    say(store, "Hi!")
+    client.hset(key_of(store, client, "history:history"), mapping={"created_at": "never", "updated_at": "never"})
+    client.set(key_of(store, client, "times"), 18 * "?")
     assert all(fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True))
     assert store.engine.run(store.engine.check, store.scope, False) == []
     (message,) = store.list_messages("history")
@@ -283,8 +275,9 @@ def test_what_has_no_time_left_at_all_is_mended_to_be_of_now(store, client):
 
 @on_every_engine
 def test_times_long_after_ours_are_no_fault(store):
-    last = HISTORY._replace(created_at=253402300799999997, updated_at=253402300799999999)
-    assert store.engine.run(store.engine.import_history, store.scope, last, [[row("a", created_at=253402300799999998)]], 0) == 1
+    last = replace(HISTORY, created_at=253402300799999997, updated_at=253402300799999999)
+    rows = [row("a", created_at=253402300799999998)]
+    assert store.engine.run(store.engine.import_history, store.scope, last, [rows], 0) == 1
     assert store.list_messages("imported")[0].created_at.microsecond == 999998
     assert store.engine.run(store.engine.check, store.scope, False) == []
 
@@ -318,11 +311,12 @@ def test_a_message_that_cannot_be_read_hides_no_other_and_can_be_removed(damaged
         client.delete(damaged.key(lost))
         assert all(fault.is_repaired for fault in damaged.faults(repair=True))
         assert damaged.faults() == []
-    rows = damaged.store.engine.run(damaged.store.engine.page, damaged.store.scope, "history", None, None, 10)
+    engine, scope = damaged.store.engine, damaged.store.scope
+    rows = engine.run(engine.page, scope, "history", None, None, 10)
     assert [row.position for row in rows] == [0, 1, 3, 4]
     assert all(row.message_id for row in rows)
     assert rows[1].content.encode(errors="surrogateescape") == junk
-    damaged.store.engine.run(damaged.store.engine.remove, damaged.store.scope, "history", [1, 4, 77])
+    engine.run(engine.remove, scope, "history", [1, 4, 77])
     assert said(damaged.store) == ["one", "four"]
     assert damaged.store.get_chat_history("history").round_count == 2
     assert damaged.faults() == []
@@ -352,29 +346,19 @@ def test_what_is_to_expire_is_mended_to_expire_together(make_store, client):
     assert all(50 < client.ttl(key) <= 60 for key in keys_of(damaged.store, client))
 
 
-@on_every_engine
-def test_a_history_of_version_1_is_mended_to_one_of_version_2(store, client):
-    write_as_version_1(store, client, "history", "Hi!", "Are you there?")
-    assert store.engine.run(store.engine.check, store.scope, False) == []
-    client.delete(key_of(store, client, "roles"))
-    assert all(fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True))
-    assert store.engine.run(store.engine.check, store.scope, False) == []
-    assert said(store) == ["Hi!", "Are you there?"]
-
-
 @on_one_server
 def test_a_write_during_the_repair_is_not_lost(damaged, client, monkeypatch):
     client.hset(damaged.key("history"), "round_count", 0)
-    examined = type(damaged.store)._examined
+    examine_history = checking.examine_history
     comes = iter(["a", "b"])
 
-    async def write_and_examine(self, session, chat_history_id, seen):
-        findings = await examined(self, session, chat_history_id, seen)
+    async def write_and_examine(session, keys, chat_history_id, inspected):
+        examination = await examine_history(session, keys, chat_history_id, inspected)
         if chat_history_id == "history" and (message_id := next(comes, None)) is not None:
-            self.write_messages("history", [with_id(message_id, message_id)])
-        return findings
+            damaged.store.write_messages("history", [with_id(message_id, message_id)])
+        return examination
 
-    monkeypatch.setattr(type(damaged.store), "_examined", write_and_examine)
+    monkeypatch.setattr(checking, "examine_history", write_and_examine)
     assert [fault.is_repaired for fault in damaged.faults(repair=True)] == [True]
     monkeypatch.undo()
     assert said(damaged.store) == [*LEFT, "a", "b"]
@@ -384,18 +368,18 @@ def test_a_write_during_the_repair_is_not_lost(damaged, client, monkeypatch):
 
 @on_one_server
 def test_a_write_during_the_check_is_not_taken_for_a_fault(damaged, monkeypatch):
-    raw = type(damaged.store)._raw
+    read_raw = checking.read_raw
     comes = iter("abcdefgh")
 
-    async def overwrite_and_read(self, session, chat_history_id, *places):
-        found = await raw(self, session, chat_history_id, *places)
+    async def overwrite_and_read(session, keys, chat_history_id, *places):
+        found = await read_raw(session, keys, chat_history_id, *places)
         if chat_history_id == "history" and (message_id := next(comes, None)) is not None:
-            self.write_messages("history", [with_id(message_id)])
-            self.delete_messages("history", message_ids=["two"])
-            self.write_messages("history", [with_id("two", "two")])
+            damaged.store.write_messages("history", [with_id(message_id)])
+            damaged.store.delete_messages("history", message_ids=["two"])
+            damaged.store.write_messages("history", [with_id("two", "two")])
         return found
 
-    monkeypatch.setattr(type(damaged.store), "_raw", overwrite_and_read)
+    monkeypatch.setattr(checking, "read_raw", overwrite_and_read)
     assert damaged.faults() == []
 
 

@@ -17,7 +17,12 @@ from haystack.utils import Secret
 from redis_stores import clients_of, on_one_server, say
 from servers import HOST, PASSWORD, RedisServer, wait_until
 
-from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.errors import (
+    StoreConfigurationError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+    UnsupportedOperationError,
+)
 from haystack_chat_store.stores.redis import RedisChatMessageStore
 from haystack_chat_store.testing.concurrency import in_threads
 
@@ -62,6 +67,11 @@ def test_a_store_loads_where_the_environment_variable_is_missing(monkeypatch):
         say(loaded, "Hi!")
 
 
+def test_a_store_that_is_to_search_is_refused():
+    with pytest.raises(UnsupportedOperationError, match="SQLiteChatMessageStore"):
+        RedisChatMessageStore(search=True)
+
+
 def test_a_url_that_is_no_environment_variable_is_never_written_out():
     store = RedisChatMessageStore(Secret.from_token(f"redis://:{PASSWORD}@{HOST}"))
     with pytest.raises(ValueError, match="token"):
@@ -83,7 +93,7 @@ def test_a_url_that_is_no_environment_variable_is_never_written_out():
     ],
 )
 def test_a_url_that_cannot_work_is_not_repeated(url, write):
-    with pytest.raises(StoreUnavailableError, match="url") as raised:
+    with pytest.raises(StoreConfigurationError, match="url") as raised:
         write(RedisChatMessageStore(Secret.from_token(url)), "Hi!")
     shown = "".join(traceback.format_exception(raised.value))
     assert PASSWORD not in shown

@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
+from sqlite_stores import connections_of_stores
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.errors import UnsupportedOperationError
@@ -319,6 +320,33 @@ def test_neither_way_to_search_sorts_or_scans_more_than_it_must(searching, path)
         scans = [step for step in plan if step.startswith("SCAN") and "SUBQUERY" not in step and "(" not in step]
         assert [step for step in scans if "VIRTUAL TABLE" not in step] == []
         assert not any("AUTOMATIC" in step for step in plan)
+
+
+def steps_of_search(store, path, *query, **where):
+    """
+    How much SQLite has to do for a search, in instructions of its virtual machine.
+    """
+    store.search_messages(*query, **where)  # FTS5 has to prepare itself first
+    (connection,) = connections_of_stores(path)
+    steps = 0
+
+    def count():
+        nonlocal steps
+        steps += 1
+
+    connection.set_progress_handler(count, 1)
+    store.search_messages(*query, **where)
+    connection.set_progress_handler(None, 0)
+    return steps
+
+
+@pytest.mark.parametrize("where", [{"chat_history_id": "chat 1"}, {"prefix": "chat "}], ids=str)
+def test_to_search_few_histories_takes_no_longer_the_more_others_have_the_word(searching, path, where):
+    for number in range(3):
+        searching.write_messages(f"chat {number}", [user(f"fox {number}") for number in range(5)])
+    alone = steps_of_search(searching, path, "fox", **where)
+    searching.write_messages("another", [user(f"fox {number}") for number in range(2_000)])
+    assert 0 < steps_of_search(searching, path, "fox", **where) < 2 * alone
 
 
 def test_a_build_of_sqlite_without_fts5_is_an_error_that_says_so(searching, path):

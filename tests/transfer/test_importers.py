@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from haystack_chat_store import ChatHistoryExistsError, DamagedFileError, Fault
 from haystack_chat_store.rounds import valid_for_model
-from haystack_chat_store.testing.kit import without_ids
+from haystack_chat_store.testing.kit import number_of_examples, without_ids
 from haystack_chat_store.testing.messages import user
 from haystack_chat_store.transfer import import_histories
 
@@ -117,16 +117,16 @@ def test_sessions_of_the_openai_agents_sdk(store, tmp_path):
         0,
         (
             Fault(
-                "user_456",
-                None,
-                "Row 10 was left out: there is no message for an item of the type 'web_search_call'.",
-                False,
+                chat_history_id="user_456",
+                position=None,
+                description="Row 10 was left out: there is no message for an item of the type 'web_search_call'.",
+                is_repaired=False,
             ),
             Fault(
-                "user_456",
-                None,
-                "Row 11 has a part of the type 'input_image' without content of its own. It was left out.",
-                False,
+                chat_history_id="user_456",
+                position=None,
+                description="Row 11 has a part of the type 'input_image' without content of its own. It was left out.",
+                is_repaired=False,
             ),
         ),
     )
@@ -380,7 +380,12 @@ def test_a_damaged_row_is_reported_and_hides_no_other(store, library, database, 
     table, _, data = TABLES[library]
     execute(database, [f"UPDATE {table} SET {data} = ? WHERE id = 2", damaged])
     imported = import_histories(store, database, format=library)
-    assert imported.faults[0] == Fault("user_456", None, "Row 2 is not a JSON object, and was left out.", False)
+    assert imported.faults[0] == Fault(
+        chat_history_id="user_456",
+        position=None,
+        description="Row 2 is not a JSON object, and was left out.",
+        is_repaired=False,
+    )
     assert store.retrieve_messages("user_456")[0].text == "Be kind."
     assert store.count_messages("another") == 2
 
@@ -455,7 +460,7 @@ def likely_rows(library):
     )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=number_of_examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_row_stops_an_import(store, library, database, data):
     table, session, column = TABLES[library]
@@ -515,7 +520,10 @@ def test_a_row_whose_id_another_has_is_reported_and_hides_no_other(store, librar
         [f"UPDATE {table} SET id = 1 WHERE id = 2"],
     )
     imported = import_histories(store, database, format=library)
-    assert Fault("user_456", None, "A second row 1 was left out.", False) in imported.faults
+    assert (
+        Fault(chat_history_id="user_456", position=None, description="A second row 1 was left out.", is_repaired=False)
+        in imported.faults
+    )
     assert store.count_messages("another") == 2
     assert import_histories(store, database, format=library)[:3] == (0, 0, imported.messages)
 

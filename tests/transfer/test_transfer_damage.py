@@ -6,6 +6,7 @@ What is damaged in a store is left out and reported, and hides nothing else.
 import sqlite3
 import uuid
 from contextlib import closing
+from dataclasses import asdict, replace
 from itertools import islice
 
 import pytest
@@ -18,6 +19,7 @@ from haystack_chat_store import (
     StoreUnavailableError,
     store_from_url,
 )
+from haystack_chat_store.iteration import walk_histories
 from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.testing.messages import user
 from haystack_chat_store.transfer import (
@@ -26,7 +28,6 @@ from haystack_chat_store.transfer import (
     export_histories,
     import_histories,
 )
-from haystack_chat_store.iteration import walk_histories
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,9 @@ def test_a_damaged_message_is_left_out_and_reported(sqlite, target, file, damage
         ).rowcount
     assert changed == 1
 
-    fault = Fault("a", 1, "The message cannot be read, and was left out.", False)
+    fault = Fault(
+        chat_history_id="a", position=1, description="The message cannot be read, and was left out.", is_repaired=False
+    )
     for name in EXPORT_FORMATS:
         exported = export_histories(sqlite, file.with_name(name), format=name)
         assert exported.faults[:1] == (fault,)
@@ -66,7 +69,9 @@ def test_a_damaged_message_is_left_out_and_reported(sqlite, target, file, damage
 def test_a_damaged_text_of_the_engine_is_left_out_and_reported(sqlite, target):
     put(sqlite, "a", "zero", "one", "two")
     with closing(sqlite3.connect(sqlite.path, isolation_level=None)) as connection:
-        connection.execute("UPDATE haystack_chat_messages SET content = CAST(x'7bff7d' AS TEXT) WHERE message_id = 'm1'")
+        connection.execute(
+            "UPDATE haystack_chat_messages SET content = CAST(x'7bff7d' AS TEXT) WHERE message_id = 'm1'"
+        )
     assert [fault.position for fault in copy_histories(sqlite, target).faults] == [1]
 
 
@@ -76,7 +81,14 @@ def test_damaged_meta_is_left_out_and_reported(sqlite, target):
         1,
         1,
         0,
-        (Fault("a", None, "Its meta cannot be read, and was left out.", False),),
+        (
+            Fault(
+                chat_history_id="a",
+                position=None,
+                description="Its meta cannot be read, and was left out.",
+                is_repaired=False,
+            ),
+        ),
     )
     assert target.get_chat_history("a")[-2:] == ("T", {})
 
@@ -116,7 +128,7 @@ def test_what_is_damaged_beside_the_messages_is_reported_and_the_history_comes(
     put(sqlite, "a", "zero", title="T", meta='{"a":1}')
     put(sqlite, "b", "zero")
     change(sqlite, f"UPDATE haystack_chat_histories SET {column} = ? WHERE chat_history_id = 'a'", damaged)
-    expected = (2, 2, 0, (Fault("a", None, description, False),))
+    expected = (2, 2, 0, (Fault(chat_history_id="a", position=None, description=description, is_repaired=False),))
 
     for name in EXPORT_FORMATS:
         assert export_histories(sqlite, file.with_name(name), format=name).faults[:1] == expected[-1]
@@ -128,7 +140,7 @@ def test_what_is_damaged_beside_the_messages_is_reported_and_the_history_comes(
     ((row, messages), _) = everything(copied)
     as_before = {"title": "T", "meta": '{"a":1}', "created_at": MOMENT, "updated_at": MOMENT}
     instead = {"title": None, "meta": None}
-    assert row._asdict().items() >= {**as_before, column: instead.get(column, MOMENT)}.items()
+    assert asdict(row).items() >= {**as_before, column: instead.get(column, MOMENT)}.items()
     assert len(messages) == 1
 
 
@@ -152,7 +164,7 @@ def test_histories_without_an_id_that_can_be_read_are_counted_and_reported(sqlit
     change(sqlite, f"UPDATE haystack_chat_histories SET chat_history_id = {damaged} WHERE chat_history_id = 'a'")
 
     description = "1 history has an id that cannot be read, and was left out. To find out: haystack-chat-store doctor"
-    expected = (2, 2, 0, (Fault(None, None, description, False),))
+    expected = (2, 2, 0, (Fault(chat_history_id=None, position=None, description=description, is_repaired=False),))
     assert export_histories(sqlite, file) == copy_histories(sqlite, target) == expected
     assert export_histories(sqlite, file, chat_history_ids=["b"]).faults == ()
     assert export_histories(sqlite, file, prefix="b").faults == ()
@@ -161,7 +173,17 @@ def test_histories_without_an_id_that_can_be_read_are_counted_and_reported(sqlit
 def test_a_walk_ends_at_an_engine_that_goes_on_with_an_empty_id():
     class Nameless(InMemoryChatMessageStore):
         def _histories_by_id(self, *_):
-            return [HistoryRow("", 0, 0, MOMENT, MOMENT, None, None)]
+            return [
+                HistoryRow(
+                    chat_history_id="",
+                    message_count=0,
+                    round_count=0,
+                    created_at=MOMENT,
+                    updated_at=MOMENT,
+                    title=None,
+                    meta=None,
+                )
+            ]
 
     assert len(list(islice(walk_histories(Nameless()), 3))) == 1
 
@@ -186,16 +208,22 @@ def test_histories_that_come_and_go_meanwhile_are_not_taken_for_damaged_ones(fil
 def test_of_two_messages_with_one_id_the_second_is_left_out_and_reported(target, file):
     class Doubling(InMemoryChatMessageStore):
         def _page(self, *arguments):
-            return [row._replace(message_id="m0", content=content("m0", "x")) for row in super()._page(*arguments)]
+            return [replace(row, message_id="m0", content=content("m0", "x")) for row in super()._page(*arguments)]
 
     store = Doubling(namespace=uuid.uuid4().hex)
     put(store, "a", "zero", "one")
 
-    fault = Fault("a", 1, "The message has the id of another one, and was left out.", False)
+    fault = Fault(
+        chat_history_id="a",
+        position=1,
+        description="The message has the id of another one, and was left out.",
+        is_repaired=False,
+    )
     assert export_histories(store, file) == copy_histories(store, target) == (1, 1, 0, (fault,))
     assert import_histories(target, file) == (0, 0, 1, ())
 
 
+@pytest.mark.servers
 def test_a_history_that_the_engine_cannot_read_hides_no_other(target, file):
     with RedisServer() as server, closing(store_from_url(server.url)) as store, server.client() as client:
         for name in ("ada", "bob", "eve"):
@@ -203,7 +231,12 @@ def test_a_history_that_the_engine_cannot_read_hides_no_other(target, file):
         (roles,) = client.keys("*bob:roles")
         client.set(roles, "u")
 
-        fault = Fault("bob", None, "Its messages cannot be read, and were left out.", False)
+        fault = Fault(
+            chat_history_id="bob",
+            position=None,
+            description="Its messages cannot be read, and were left out.",
+            is_repaired=False,
+        )
         for name in EXPORT_FORMATS:
             assert export_histories(store, file.with_name(name), format=name).faults[0] == fault
         assert copy_histories(store, target) == export_histories(store, file) == (3, 4, 0, (fault,))

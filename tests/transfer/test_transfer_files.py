@@ -60,8 +60,22 @@ def test_a_file_that_another_program_wrote_is_imported(store, file):
 
 def test_the_stored_text_is_moved_as_it_is(store, target, file):
     spaced = content("m0", "Hi").replace(":", " :\n ")  # as somebody's own tool may have formatted it
-    row = MessageRow(0, MOMENT, "m0", "user", spaced)
-    store.engine.run(store.engine.import_history, store.scope, HistoryRow("a", 0, 0, MOMENT, MOMENT, None, None), [[row]], 0)
+    row = MessageRow(position=0, created_at=MOMENT, message_id="m0", role="user", content=spaced)
+    store.engine.run(
+        store.engine.import_history,
+        store.scope,
+        HistoryRow(
+            chat_history_id="a",
+            message_count=0,
+            round_count=0,
+            created_at=MOMENT,
+            updated_at=MOMENT,
+            title=None,
+            meta=None,
+        ),
+        [[row]],
+        0,
+    )
 
     export_histories(store, file)
     import_histories(target, file)
@@ -84,6 +98,30 @@ def test_an_export_that_fails_leaves_what_was_there(several, file, name):
         export_histories(several, file, format=name, progress=fails)
     assert file.read_text() == "before"
     assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux tells which file a descriptor is of")
+@pytest.mark.parametrize("name", EXPORT_FORMATS)
+def test_an_export_is_on_the_disk_before_it_takes_its_place_and_its_place_is_then(several, file, monkeypatch, name):
+    fsync, replace, done = os.fsync, os.replace, []
+
+    def recorded_fsync(descriptor):
+        fsync(descriptor)
+        done.append(("on the disk", os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+
+    def recorded_replace(source, target):
+        replace(source, target)
+        done.append(("in its place", source, target))
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    export_histories(several, file, format=name)
+
+    (synced, temporary, size), placed, (synced_too, folder, _) = done
+    assert synced == synced_too == "on the disk"
+    assert size == file.stat().st_size  # nothing was left in a buffer
+    assert placed == ("in its place", temporary, str(file))
+    assert folder == str(file.parent)
 
 
 def test_an_export_takes_the_place_of_what_was_there_behind_a_link_too(several, tmp_path):

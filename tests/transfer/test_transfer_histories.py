@@ -14,7 +14,6 @@ import pytest
 from haystack.dataclasses import ChatMessage, FileContent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import PostgresServer, RedisCluster, RedisServer
 from transferred import everything, put
 
 from haystack_chat_store import (
@@ -28,6 +27,7 @@ from haystack_chat_store import (
 )
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.testing.contract_isolation import HOSTILE_IDS
+from haystack_chat_store.testing.kit import number_of_examples
 from haystack_chat_store.testing.messages import conversation, json_objects, sample_messages, user, with_id
 from haystack_chat_store.testing.messages import messages as any_messages
 from haystack_chat_store.transfer import (
@@ -54,7 +54,7 @@ def test_all_kinds_of_messages_and_ids_come_back_equal(store, target, sqlite, fi
     assert everything(target) == everything(sqlite) == everything(store)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=number_of_examples(25), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(any_messages(), max_size=5), json_objects(), st.text(max_size=20))
 def test_any_conversation_comes_back_equal(memory, file, messages, meta, title):
     store, target = memory(), memory()
@@ -89,17 +89,19 @@ def test_exporting_again_writes_the_same_file(store, sqlite, tmp_path):
     assert len({file.read_bytes() for file in files}) == 1
 
 
-def test_a_move_through_every_engine_ends_as_it_began(store, target, sqlite):
+def test_a_move_through_every_engine_ends_as_it_began(store, target, sqlite, postgres, redis_server, redis_cluster):
     store.write_messages("all", list(sample_messages().values()))
     store.write_messages("long", [user(str(number)) for number in range(2_500)])
     store.update_chat_history("long", title="T", meta={"a": 1})
 
-    with PostgresServer(fsync="off") as postgres, RedisServer() as redis, RedisCluster() as cluster:
-        servers = [closing(store_from_url(server.url, last_k=None)) for server in (postgres, redis, cluster)]
-        with ExitStack() as stack:
-            road = [store, sqlite, *map(stack.enter_context, servers), target]
-            for here, there in pairwise(road):
-                assert copy_histories(here, there) == (2, 2_500 + len(sample_messages()), 0, ())
+    namespace = uuid.uuid4().hex
+    with ExitStack() as stack:
+        on_servers = [
+            stack.enter_context(closing(store_from_url(url, last_k=None, namespace=namespace)))
+            for url in (postgres.create_database(), redis_server.url, redis_cluster.url)
+        ]
+        for here, there in pairwise([store, sqlite, *on_servers, target]):
+            assert copy_histories(here, there) == (2, 2_500 + len(sample_messages()), 0, ())
 
     assert everything(target) == everything(store)
 

@@ -27,6 +27,7 @@ from markdown_it import MarkdownIt
 
 from haystack_chat_store import Fault, InMemoryChatMessageStore
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
+from haystack_chat_store.testing.kit import number_of_examples
 from haystack_chat_store.testing.messages import conversation, sample_messages, texts, user
 from haystack_chat_store.testing.messages import messages as any_messages
 from haystack_chat_store.transfer import export_to
@@ -133,7 +134,7 @@ def test_no_text_is_taken_for_html(store, harmless_tags, attack):
     assert sum(attack.replace("\n", "\\n").replace("\t", "\\t") in shown for shown in page.shown) >= 6
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=number_of_examples(50), deadline=None, suppress_health_check=list(HealthCheck))
 @given(texts())
 def test_any_text_is_shown_in_html_as_it_is(store, harmless_tags, text):
     store.delete_all_messages()
@@ -246,7 +247,7 @@ def test_headings_are_the_titles_and_the_speakers_alone(store):
     assert len(headings) == 1 + len(ATTACKS)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=number_of_examples(100), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.text(st.sampled_from("ab \n\t#*_`~[]()<>!|\\-+=.:1&$>@"), max_size=30))
 def test_any_marks_are_shown_in_markdown_as_they_are(store, text):
     store.delete_all_messages()
@@ -322,7 +323,7 @@ def test_everything_that_was_said_can_be_read(store, name):
     assert "iVBOR" not in text
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=number_of_examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(any_messages(), max_size=4))
 def test_any_conversation_can_be_read(store, messages):
     store.delete_all_messages()
@@ -343,9 +344,21 @@ def test_the_size_of_an_attachment_is_that_of_its_bytes(store, size, shown):
 
 def test_times_are_those_of_the_messages(store):
     content = '{"role":"user","meta":{"chat_message_id":"m"},"name":null,"content":[{"text":"Hi"}]}'
-    row = MessageRow(0, 1_767_225_601_500_000, "m", "user", content)
+    row = MessageRow(position=0, created_at=1_767_225_601_500_000, message_id="m", role="user", content=content)
     store.engine.run(
-        store.engine.import_history, store.scope, HistoryRow("a", 0, 0, 1_767_225_600_000_000, 1_767_225_602_000_000, None, None), [[row]], 0
+        store.engine.import_history,
+        store.scope,
+        HistoryRow(
+            chat_history_id="a",
+            message_count=0,
+            round_count=0,
+            created_at=1_767_225_600_000_000,
+            updated_at=1_767_225_602_000_000,
+            title=None,
+            meta=None,
+        ),
+        [[row]],
+        0,
     )
     for name in ("markdown", "html"):
         text = exported(store, name)
@@ -447,12 +460,15 @@ def test_what_the_format_has_no_form_for_is_reported(store):
     store.write_messages("a", [user(), ChatMessage.from_assistant(tool_calls=[call]), image, *conversation("a")])
     store.write_messages("b", conversation("ua"))
     fault = Fault(
-        "a", None, "It was left out: OpenAI's format has no form for one of its tool calls or results.", False
+        chat_history_id="a",
+        position=None,
+        description="It was left out: OpenAI's format has no form for one of its tool calls or results.",
+        is_repaired=False,
     )
     assert examples(store)[0] == (1, 2, 4, (fault,))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=number_of_examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(any_messages(), max_size=6))
 def test_every_example_is_one_line_that_haystack_reads(store, messages):
     store.delete_all_messages()

@@ -16,6 +16,8 @@ from haystack_chat_store import (
     InMemoryChatMessageStore,
     SQLiteChatMessageStore,
 )
+from haystack_chat_store.doctor import check
+from haystack_chat_store.stores import contents
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import conversation, user
 from haystack_chat_store.transfer import (
@@ -102,10 +104,10 @@ def test_cancelling_stops_at_the_next_batch_and_leaves_no_part(store, sqlite, fi
         while not under_way.is_set():
             await asyncio.sleep(0.001)
         task.cancel()
-        await asyncio.sleep(0)
-        may_go_on.set()
+        asyncio.get_running_loop().call_later(0.1, may_go_on.set)
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert may_go_on.is_set()  # it has waited for its thread, which works on nothing any more
 
     asyncio.run(cancel())
     assert len(steps) == 1
@@ -147,6 +149,18 @@ def test_large_messages_are_read_a_few_at_a_time(sqlite, file):
     with file.open("wb") as stream:
         assert peak_memory(lambda: export_to(sqlite, stream)) < 120_000_000
     assert file.stat().st_size > 60_000_000
+
+
+@pytest.mark.parametrize("kind", ["store", "sqlite"])
+def test_messages_larger_than_a_page_may_be_are_read_one_by_one_and_none_is_missed(request, target, file, kind):
+    source = request.getfixturevalue(kind)
+    source.write_messages("a", [user(f"{number} {'x' * 1_000}") for number in range(105)])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(contents, "PAGE_CHARACTERS", 900)
+        assert export_histories(source, file) == (1, 105, 0, ())
+        assert len(list(source.iterate_messages("a"))) == 105
+        assert list(check(source)) == []
+    assert import_histories(target, file) == (1, 105, 0, ())
 
 
 class ChangesWhileItIsRead(InMemoryChatMessageStore):

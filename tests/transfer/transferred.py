@@ -15,7 +15,10 @@ def everything(store):
     All that a store holds, in the order of the ids.
     """
     rows = store.engine.run(store.engine.histories_by_id, store.scope, "", "", 10_000)
-    return [(row, [m[1:] for m in store.engine.run(store.engine.page, store.scope, row.chat_history_id, None, -1, 100_000)]) for row in rows]
+    return [
+        (row, [m[1:] for m in store.engine.run(store.engine.page, store.scope, row.chat_history_id, None, -1, 100_000)])
+        for row in rows
+    ]
 
 
 def put(store, chat_history_id, *texts, title=None, meta=None):
@@ -23,10 +26,30 @@ def put(store, chat_history_id, *texts, title=None, meta=None):
     Store messages whose ids, times and contents are known.
     """
     rows = [
-        MessageRow(index, MOMENT + index, f"m{index}", "user", content(f"m{index}", text))
+        MessageRow(
+            position=index,
+            created_at=MOMENT + index,
+            message_id=f"m{index}",
+            role="user",
+            content=content(f"m{index}", text),
+        )
         for index, text in enumerate(texts)
     ]
-    store.engine.run(store.engine.import_history, store.scope, HistoryRow(chat_history_id, 0, 0, MOMENT, MOMENT, title, meta), [rows], 0)
+    store.engine.run(
+        store.engine.import_history,
+        store.scope,
+        HistoryRow(
+            chat_history_id=chat_history_id,
+            message_count=0,
+            round_count=0,
+            created_at=MOMENT,
+            updated_at=MOMENT,
+            title=title,
+            meta=meta,
+        ),
+        [rows],
+        0,
+    )
 
 
 def content(message_id, text):

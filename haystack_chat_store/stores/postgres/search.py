@@ -2,85 +2,114 @@
 """
 Full-text search.
 
-Whether a database is searched shows in it: there is an index of the column `search_terms`. Whoever connects looks for
-it, and from then on writes terms with each message. Other rows have none: those that are older, which are walked
-through once, and those of a process that has connected before, which an index of their own finds.
+Search is on in a database if the index on `search_terms` exists. A process looks for it when it connects, and from then
+on writes terms with each message. Rows without terms are found by a partial index, which exists once all older messages
+have been indexed. A process that connected before search was turned on still writes such rows.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from haystack_chat_store.search_text import Phrase
-from haystack_chat_store.stores.postgres.base import BEGINNING, PostgresOperations
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.postgres import upgrading
+from haystack_chat_store.stores.postgres.schema import BEGINNING, history_key
+from haystack_chat_store.stores.postgres.session import Session
+from haystack_chat_store.stores.postgres.statements import prefix_parameters
 from haystack_chat_store.stores.postgres.terms import tsquery, tsvectors
-from haystack_chat_store.stores.rows import FoundRow
+from haystack_chat_store.stores.rows import FoundRow, Scope
 
-if TYPE_CHECKING:
-    from haystack_chat_store.stores.postgres.connections import Session
-
-# No more histories than these can be searched message by message, rather than along the index of terms, which has
-# everybody's. They are if they have so few messages, or fewer than match in the whole index.
+# Up to this many histories are searched by themselves. The index of terms holds those of all histories.
 _FEW_HISTORIES = 1_000
+# They are searched message by message if they have up to this many messages, or fewer than match in the whole index.
 _FEW_MESSAGES = 5_000
-# So many bytes of messages are indexed at once, as the server has them compressed, or one message.
-_BYTES_AT_ONCE = 8_000_000
+# How many bytes of messages are indexed in one step, as the server has them compressed; or one message.
+_INDEX_BATCH_BYTES = 8_000_000
 
 
-class Search(PostgresOperations):
+class Search(Engine[Session]):
     """
-    The operations that search, and make what is there searchable.
+    The operations on the index of words.
     """
 
-    async def _search(
-        self, session: "Session", phrases: Sequence[Phrase], chat_history_id: str | None, prefix: str, limit: int
+    async def search(
+        self,
+        session: Session,
+        scope: Scope,
+        phrases: Sequence[Phrase],
+        chat_history_id: str | None,
+        prefix: str,
+        limit: int,
     ) -> list[FoundRow] | None:
-        if not session.pool.is_indexed or await session.fetch(self._statements.an_unindexed):
+        """
+        Choose between the index of all terms and the messages of few histories, whichever looks at less.
+        """
+        statements = session.statements
+        if not session.database.is_indexed or await session.fetch(statements.an_unindexed):
             return None
-        parameters = {**self._with_prefix(prefix), "query": tsquery(phrases), "limit": limit}
+        parameters = {**prefix_parameters(scope, prefix), "query": tsquery(phrases), "limit": limit}
         if chat_history_id is None:
-            sizes = {**parameters, "few": _FEW_HISTORIES}
-            ((keys, messages),) = await session.fetch(self._statements.few_histories, sizes)
+            ((keys, messages),) = await session.fetch(statements.few_histories, {**parameters, "few": _FEW_HISTORIES})
         else:
-            keys, messages = [self._history_key(chat_history_id)], await self._count(session, chat_history_id)
+            keys = [history_key(scope, chat_history_id)]
+            counted = await session.fetch(statements.message_count, keys)
+            messages = counted[0][0] if counted else 0
         if keys is None:
-            statement = self._statements.search
+            statement = statements.search
         elif messages <= _FEW_MESSAGES or await session.fetch(
-            self._statements.more_match, {**parameters, "messages": messages}
+            statements.more_match, {**parameters, "messages": messages}
         ):
-            statement = self._statements.search_few
+            statement = statements.search_few
         else:
-            statement = self._statements.search_for_few
-        return [FoundRow(*row) for row in await session.fetch(statement, {**parameters, "keys": keys})]
+            statement = statements.search_for_few
+        return list(map(_found, await session.fetch(statement, {**parameters, "keys": keys})))
 
-    async def _index_some(self, session: "Session", limit: int) -> bool:
+    async def index_some(self, session: Session, scope: Scope, limit: int) -> bool:  # noqa: ARG002  (all namespaces)
         """
-        Go on where this process has got to. Whoever comes to the end first says so in the database.
+        Index the next messages of all namespaces.
         """
-        pool = session.pool
-        if not pool.is_indexed:
-            await pool.look(session)  # another process may have come first
-        last = await session.in_transaction(self._index_next, limit)
-        pool.indexed_up_to = last or BEGINNING
-        if last is None and not pool.is_indexed:
-            await pool.finish_index(session)
-        return last is not None
+        return await index_next(session, limit)
 
-    async def _index_next(self, session: "Session", limit: int) -> tuple[Any, int] | None:
-        """
-        Index the next messages, and return the place of the last one, or `None` if there are no more.
-        """
-        start = session.pool.indexed_up_to
-        found = await session.fetch(self._statements.unindexed, [*start, limit])
-        if not found:
-            return None
-        end, size = found[0][:2], 0
-        for key, position, length in found:
-            size += length
-            if size > _BYTES_AT_ONCE:
-                break
-            end = key, position
-        rows = await session.fetch(self._statements.unindexed_contents, [*start, *end])
-        keys, positions = [row[0] for row in rows], [row[1] for row in rows]
-        terms = await session.aside(tsvectors, [row[2] for row in rows])
-        await session.run(self._statements.set_terms, [keys, positions, "\n".join(terms)])
-        return end
+
+async def index_next(session: Session, limit: int) -> bool:
+    """
+    Index up to `limit` messages, from where this process has got to. Return whether there are more.
+
+    The process that comes to the end first creates the index that finds rows without terms.
+    """
+    database = session.database
+    if not database.is_indexed:
+        await upgrading.look(session)  # another process may have come first
+    last = await session.in_transaction(_index_batch, limit)
+    database.indexed_up_to = last or BEGINNING
+    if last is None and not database.is_indexed:
+        await upgrading.finish_index(session)
+    return last is not None
+
+
+async def _index_batch(session: Session, limit: int) -> tuple[Any, int] | None:
+    """
+    Index the next messages, and return the place of the last one, or `None` if there are no more.
+    """
+    start = session.database.indexed_up_to
+    found = await session.fetch(session.statements.unindexed, [*start, limit])
+    if not found:
+        return None
+    end, size = found[0][:2], 0
+    for key, position, length in found:
+        size += length
+        if size > _INDEX_BATCH_BYTES:
+            break
+        end = key, position
+    rows = await session.fetch(session.statements.unindexed_contents, [*start, *end])
+    keys, positions = [row[0] for row in rows], [row[1] for row in rows]
+    terms = await session.to_thread(tsvectors, [row[2] for row in rows])
+    await session.run(session.statements.set_terms, [keys, positions, "\n".join(terms)])
+    return end
+
+
+def _found(row: Sequence[Any]) -> FoundRow:
+    chat_history_id, position, message_id, content, score = row
+    return FoundRow(
+        chat_history_id=chat_history_id, position=position, message_id=message_id, content=content, score=score
+    )

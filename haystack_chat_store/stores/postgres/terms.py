@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Terms and phrases as PostgreSQL's types for full-text search have them.
+Terms and phrases as text for PostgreSQL's types `tsvector` and `tsquery`.
 
-A `tsvector` keeps 255 positions of a lexeme. What stands more often in a text, the 256th time and on, is there under
-names of its own: `the`, then `the+1`, `the+2`. No term holds a `+`.
+A `tsvector` keeps up to 255 positions of a lexeme. Further occurrences of a term become lexemes of their own: the 256th
+`the` is `the+1`, the 511th `the+2`. No term contains a `+`.
 """
 
 from collections import defaultdict
@@ -11,36 +11,38 @@ from collections.abc import Sequence
 
 from haystack_chat_store.search_text import Phrase, searchable_text_of_content, terms
 
-_POSITIONS = 255
+# How many positions of a lexeme a tsvector keeps.
+_MAX_POSITIONS = 255
 
 
 def tsvector(content: str) -> str:
     """
-    Return the terms of a stored message, with their positions, as text for the type `tsvector`. It is never empty.
+    Return the terms of a stored message with their positions, as text for the type `tsvector`.
 
     :param content: The message as JSON text. If it is damaged, it has no terms.
+    :returns: Text that is never empty.
     """
     found = terms(searchable_text_of_content(content))
-    if len(found) <= _POSITIONS:
+    if len(found) <= _MAX_POSITIONS:
         return " ".join([f"{term}:{position}" for position, term in enumerate(found, 1)]) or " "
     counts: defaultdict[str, int] = defaultdict(int)
     lexemes = []
     for position, term in enumerate(found, 1):
-        part, counts[term] = counts[term] // _POSITIONS, counts[term] + 1
+        part, counts[term] = counts[term] // _MAX_POSITIONS, counts[term] + 1
         lexemes.append(f"{term}+{part}:{position}" if part else f"{term}:{position}")
     return " ".join(lexemes)
 
 
 def tsvectors(contents: Sequence[str]) -> list[str]:
     """
-    Return the terms of each of these messages.
+    Return the terms of several messages.
     """
     return [tsvector(content) for content in contents]
 
 
 def tsquery(phrases: Sequence[Phrase]) -> str:
     """
-    Return what finds the messages that have all phrases, as text for the type `tsquery`.
+    Return text for the type `tsquery` that matches messages with all phrases.
     """
     return " & ".join(map(_operand, phrases))
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the answers mean that are no results, and which error of ours says so.
+Maps error replies of Redis, and exceptions of redis-py, to the exceptions of this package.
 """
 
 import re
@@ -12,10 +12,11 @@ from haystack_chat_store.errors import (
     ChatMessageStoreError,
     MessageDecodingError,
     SchemaVersionError,
+    StoreConfigurationError,
     StoreTimeoutError,
     StoreUnavailableError,
 )
-from haystack_chat_store.stores.redis.scripts import SCHEMA_VERSION
+from haystack_chat_store.stores.redis.schema import SCHEMA_VERSION
 
 
 class Address(NamedTuple):
@@ -30,20 +31,20 @@ class Address(NamedTuple):
         return self.host if self.port is None else f"{self.host}:{self.port}"
 
 
-# Redis 6 puts the answer to a command of a script behind a text of its own.
+# Redis 6 puts this before the error reply to a command of a script.
 _OF_SCRIPT = re.compile(r"Error running script .*?@user_script: ?\d+: -?")
 _REDIRECTION = re.compile(r"(MOVED|ASK) \d+ (\S*):(\d+)$")
 _PASSING = ("LOADING", "BUSYLOADING", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
-# By the beginnings of what `_said` returns.
+# What an error means, by how `_reply` begins.
 _REASONS = {
     ("NEWERSCHEMA",): (
         "has histories of a newer schema version; this version of haystack-chat-store knows only versions up to "
         f"{SCHEMA_VERSION}. They were left untouched. Upgrade haystack-chat-store to use them."
     ),
     ("DAMAGED",): (
-        "holds only parts of this chat history: something else has changed or evicted keys of it. They were left "
-        "untouched. haystack-chat-store doctor --repair rebuilds it from what there is of it; set maxmemory-policy to "
-        "noeviction."
+        "holds only parts of this chat history: another program has changed its keys, or the server has evicted "
+        "some. They were left untouched. haystack-chat-store doctor --repair rebuilds it from what is left; set "
+        "maxmemory-policy to noeviction."
     ),
     ("WRONGTYPE",): "has something else under a key of this history. Choose another key_prefix.",
     ("AUTHENTICATION", "AUTHORIZATION", "NOAUTH", "WRONGPASS", "Protocol error: unauthenticated"): (
@@ -62,67 +63,72 @@ _REASONS = {
     ("NOREPLICAS",): "accepts no writes, since too few replicas follow it (min-replicas-to-write).",
     ("LOADING", "BUSYLOADING"): "is still loading its data.",
     ("BUSY ",): "is busy with a script that takes long.",
-    ("CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN"): "is part of a cluster that is not whole.",
+    ("CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN"): "is part of a cluster that is not complete.",
     ("MOVED ", "ASK "): (
-        "does not have this history: it is part of a cluster that is just moving it, or the store lacks cluster=True."
+        "does not have this history: it is part of a cluster that is moving it now, or the store lacks cluster=True."
     ),
-    ("This instance has cluster support disabled",): "is no cluster. Leave out cluster=True.",
-    ("max number of clients", "CONNECTION max number of clients"): "has as many connections as it takes (maxclients).",
+    ("This instance has cluster support disabled",): "is not a cluster. Leave out cluster=True.",
+    ("max number of clients", "CONNECTION max number of clients"): "accepts no more connections (maxclients).",
 }
-# What is no matter of the server being unavailable.
-_KINDS = {"NEWERSCHEMA": SchemaVersionError, "DAMAGED": MessageDecodingError}
+# The exceptions for errors that are no `StoreUnavailableError`, by how `_reply` begins.
+_EXCEPTIONS = {
+    "NEWERSCHEMA": SchemaVersionError,
+    "DAMAGED": MessageDecodingError,
+    "WRONGTYPE": StoreConfigurationError,
+    "This instance has cluster support disabled": StoreConfigurationError,
+}
 
 
 def redirection(error: Exception, host: str) -> "tuple[Address, bool] | None":
     """
-    Return where a node of a cluster sends a call, and whether for this once only (ASK).
+    Return the node to which a node of a cluster redirects a call, and whether for this call only (ASK).
 
-    :param error: Its answer.
-    :param host: The host that answered. Redis leaves it out if it is the same.
+    :param error: The error reply.
+    :param host: The host that replied. Redis leaves it out of the reply if it stays the same.
     """
-    found = _REDIRECTION.match(_said(error))
+    found = _REDIRECTION.match(_reply(error))
     return (Address(found[2] or host, int(found[3])), found[1] == "ASK") if found else None
 
 
-def passes_by_itself(error: Exception, *, in_cluster: bool = False) -> bool:
+def may_pass(error: Exception, *, in_cluster: bool = False) -> bool:
     """
-    Whether the same call can be expected to succeed soon: the server is starting, or a cluster replaces a master.
+    Whether the same call may succeed soon: the server is starting, or the cluster replaces a master.
     """
     if in_cluster and isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError)):
         return not isinstance(error, (exceptions.AuthenticationError, exceptions.AuthorizationError))
-    return _said(error).startswith(_PASSING)
+    return _reply(error).startswith(_PASSING)
 
 
 def of_logging_in(error: exceptions.ResponseError, password: str | None) -> exceptions.ResponseError:
     """
-    Return what to raise instead of an unexpected answer to logging in, which may quote, and cut, the password.
+    Return the exception for an unexpected reply to logging in, without the password that the reply may quote in part.
 
-    :param error: The answer.
+    :param error: The error reply.
     :param password: The password.
     """
-    said = re.split("[\"'`]", str(error))[0]
-    is_shown = not password or password not in said
-    return exceptions.ResponseError(said if is_shown else "the answer to logging in cannot be shown.")
+    beginning = re.split("[\"'`]", str(error))[0]
+    is_shown = not password or password not in beginning
+    return exceptions.ResponseError(beginning if is_shown else "the answer to logging in cannot be shown.")
 
 
 def explained(error: Exception, address: Address, timeout: float) -> ChatMessageStoreError:
     """
-    Turn an exception of redis-py, or of a timeout, into one of ours that says what to do.
+    Return the exception of this package for an exception of redis-py, or for a timeout.
 
     :param error: The exception.
-    :param address: Of the server that was asked last.
-    :param timeout: The store's, in seconds.
+    :param address: The address of the server that was asked last.
+    :param timeout: The store's timeout, in seconds.
     """
     server = f"Redis at {address}"
     if not isinstance(error, exceptions.RedisError) or isinstance(error, exceptions.TimeoutError):
         return StoreTimeoutError(
-            f"{server} did not answer within {timeout} seconds. If this was a write, all or nothing of it was stored."
+            f"{server} did not answer within {timeout} seconds. A write was stored whole or not at all."
         )
-    said = _said(error)
+    reply = _reply(error)
     for beginnings, reason in _REASONS.items():
-        if said.startswith(beginnings):
-            kind = next((kind for word, kind in _KINDS.items() if said.startswith(word)), StoreUnavailableError)
-            return kind(f"{server} {reason}{_history(said)}")
+        if reply.startswith(beginnings):
+            exceptions_found = (kind for beginning, kind in _EXCEPTIONS.items() if reply.startswith(beginning))
+            return next(exceptions_found, StoreUnavailableError)(f"{server} {reason}{_history(reply)}")
     if isinstance(error, exceptions.ConnectionError):
         return StoreUnavailableError(
             f"{server} cannot be reached, or closed the connection. Check the url, and whether the server runs. {error}"
@@ -130,19 +136,19 @@ def explained(error: Exception, address: Address, timeout: float) -> ChatMessage
     return StoreUnavailableError(f"{server} failed: {error}")
 
 
-def _history(said: str) -> str:
+def _history(reply: str) -> str:
     """
-    Name the keys of a damaged history, if the answer does: they contain its id.
+    Name the keys of a damaged history, which contain its id, if the reply names them.
     """
-    word, _, key = said.partition(" ")
+    word, _, key = reply.partition(" ")
     return f" Its keys begin with {key.removesuffix('history')!r}." if word == "DAMAGED" and key else ""
 
 
-def _said(error: Exception) -> str:
+def _reply(error: Exception) -> str:
     """
-    Return what a server answered, or happened to a connection: first the word that says which error it is.
+    Return an error reply, or a description of a failed connection, with the word first that names the error.
 
-    Some versions of redis-py take it for the class of the exception, others leave it in the text.
+    Some versions of redis-py turn that word into the class of the exception, others leave it in the text.
     """
     if type(error) is exceptions.ResponseError:
         return _OF_SCRIPT.sub("", str(error), count=1)

@@ -9,13 +9,14 @@ from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
-#: Among so many groups the histories of a namespace are spread. All keys of a group lie on one node of a cluster.
+#: The number of buckets that the histories of a namespace are spread over. All keys of a bucket lie on one node of a
+#: cluster. `docs/redis.md` says why it never changes.
 BUCKETS = 64
 
 
 class BucketKeys(NamedTuple):
     """
-    The keys that the histories of a bucket have in common.
+    The keys of a bucket: its version, and the lists of its histories.
     """
 
     schema_version: str
@@ -38,7 +39,7 @@ class HistoryKeys(NamedTuple):
 
 class StagedKeys(NamedTuple):
     """
-    The keys under which messages wait until they become a history's, or are given up.
+    The keys of messages that wait to become part of a history.
     """
 
     contents: str
@@ -51,8 +52,8 @@ class Keys(NamedTuple):
     """
     The keys of a namespace.
 
-    A cluster places a key by what stands in its first braces. Names are percent-encoded but for letters, digits and
-    `-._~`, so nothing in an id can close the braces or be taken for a separator, and no two ids become the same key.
+    A cluster places a key by the text in its first braces. Names are percent-encoded, except letters, digits and
+    `-._~`. So no id can close the braces or look like a separator, and no two ids share a key.
     """
 
     key_prefix: str
@@ -60,7 +61,7 @@ class Keys(NamedTuple):
 
     def of_bucket(self, bucket: int) -> BucketKeys:
         """
-        Return the keys that the histories of a bucket have in common.
+        Return the keys of a bucket.
         """
         tag = self._tag(bucket)
         return BucketKeys(f"{tag}:schema_version", f"{tag}:histories", f"{tag}:expiries", f"{tag}:names")
@@ -74,23 +75,41 @@ class Keys(NamedTuple):
             f"{name}:history", f"{name}:contents", f"{name}:roles", f"{name}:message_ids", f"{name}:times"
         )
 
+    def of_bucket_of(self, chat_history_id: str) -> BucketKeys:
+        """
+        Return the keys of the bucket that a history belongs to.
+        """
+        return self.of_bucket(bucket_of(chat_history_id))
+
+    def to_read(self, chat_history_id: str) -> list[str]:
+        """
+        Return the keys of scripts that read a history.
+        """
+        return [self.of_bucket_of(chat_history_id).schema_version, *self.of_history(chat_history_id)]
+
+    def to_write(self, chat_history_id: str) -> list[str]:
+        """
+        Return the keys of scripts that write to a history.
+        """
+        return [*self.of_bucket_of(chat_history_id), *self.of_history(chat_history_id)]
+
     def of_staged(self, bucket: int, stage: str) -> StagedKeys:
         """
-        Return the keys of messages that wait. They have a part more than those of a history, and so are never the same.
+        Return the keys of waiting messages. They have one part more than those of a history, so they never coincide.
         """
         name = f"{self._tag(bucket)}:staged:{stage}"
         return StagedKeys(f"{name}:contents", f"{name}:roles", f"{name}:message_ids", f"{name}:times")
 
     def pattern(self) -> str:
         """
-        Return what Redis' SCAN takes for all keys of histories.
+        Return the pattern that matches all keys of histories, for SCAN.
         """
         literal = re.sub(r"([\\*?\[\]^])", r"\\\1", f"{{{self.key_prefix}:{_encoded(self.namespace)}:")
         return f"{literal}*}}:*:*"
 
     def history_of(self, key: str) -> str | None:
         """
-        Return the id of the history whose key this is, or `None` if it is no history's.
+        Return the id of the history that a key belongs to, or `None` if it belongs to none.
         """
         parts = key.rsplit(":", 2)
         chat_history_id = unquote(parts[1]) if len(parts) == 3 else ""
@@ -102,7 +121,7 @@ class Keys(NamedTuple):
 
 def bucket_of(chat_history_id: str) -> int:
     """
-    Return the bucket of a history. Never to be changed: what is stored would not be found again.
+    Return the bucket of a history. This must never change, or stored histories would not be found again.
     """
     return zlib.crc32(chat_history_id.encode()) % BUCKETS
 

@@ -1,18 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The scripts that look at histories which may be damaged, and mend them.
+The scripts that look at histories which may be damaged, and rebuild them.
 """
 
-from haystack_chat_store.stores.redis.scripts import (
-    AGE_BUCKET,
-    LIST_HISTORY,
-    NOW,
-    OF_BUCKET,
-    SCHEMA_VERSION,
-    TIME_LENGTH,
-    UPGRADE_BUCKET,
-    Script,
-)
+from haystack_chat_store.stores.redis.schema import TIME_LENGTH
+from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, LIST_HISTORY, NOW, OF_BUCKET, Script
 from haystack_chat_store.stores.redis.scripts.staging import TAKE_THE_PLACE
 
 _KEYS = """
@@ -30,29 +22,29 @@ local function inspected(chat_history_id)
         if kind ~= 'none' and kind ~= kinds[index] then return {{'foreign'}} end
     end
     local found = redis.call('HMGET', history, 'chat_history_id', 'next_position', 'message_count', 'round_count',
-        'created_at', 'updated_at', 'expires_at', 'version', 'edits')
-    for index = 1, 9 do found[index] = found[index] or '' end
-    found[10], found[11] = redis.call('LLEN', contents), redis.call('STRLEN', roles)
-    found[12], found[13] = redis.call('HLEN', message_ids), redis.call('STRLEN', times)
+        'created_at', 'updated_at', 'expires_at', 'edits')
+    for index = 1, 8 do found[index] = found[index] or '' end
+    found[9], found[10] = redis.call('LLEN', contents), redis.call('STRLEN', roles)
+    found[11], found[12] = redis.call('HLEN', message_ids), redis.call('STRLEN', times)
     for index, list in ipairs({{directory, names, expiries}}) do
-        found[13 + index] = redis.call('ZSCORE', list, chat_history_id) or ''
+        found[12 + index] = redis.call('ZSCORE', list, chat_history_id) or ''
     end
-    found[17] = 0
+    found[16] = 0
     for index = 1, 5 do
-        if redis.call('PTTL', KEYS[4 + index]) >= 0 then found[17] = found[17] + 1 end
+        if redis.call('PTTL', KEYS[4 + index]) >= 0 then found[16] = found[16] + 1 end
     end
-    found[18] = redis.call('EXISTS', unpack(KEYS, 5, 9))
-    found[19] = version or ''
+    found[17] = redis.call('EXISTS', unpack(KEYS, 5, 9))
+    found[18] = version or ''
     return found
 end
 """
 
-#: Return what there is to know of a history, however damaged, beside its messages. Keys: those of the bucket, those of
-#: the history. Argument: its id. Returns a list of texts and numbers, or 'foreign' if one of the keys is of some other
-#: type, or 'expired'.
+#: Return all that is kept of a history, however damaged, except its messages. Keys: those of the bucket, those of the
+#: history. Argument: its id. Returns a list of texts and numbers, or 'foreign' if one of the keys has another type, or
+#: 'expired'.
 INSPECT = Script(_KEYS, _INSPECT, "return inspected(ARGV[1])")
 
-#: Return what there is at some positions. Keys: the bucket's schema version, those of the history. Arguments: the first
+#: Return what stands at some positions. Keys: the bucket's schema version, those of the history. Arguments: the first
 #: position and the last. Returns contents, letters of roles, times.
 RAW = Script(f"""
 local _, history, contents, roles, message_ids, times = unpack(KEYS)
@@ -64,57 +56,48 @@ return {{
 }}
 """)
 
-#: Return which of these ids a bucket does not list. Keys: those of the bucket. Arguments: ids.
-UNLISTED = Script(
-    OF_BUCKET,
-    UPGRADE_BUCKET,
-    """
-local found = {}
-for _, chat_history_id in ipairs(ARGV) do
-    if not redis.call('ZSCORE', names, chat_history_id) then found[#found + 1] = chat_history_id end
+_UNNAMED = """
+local function unnamed(chat_history_ids)
+    local found = {}
+    for _, chat_history_id in ipairs(chat_history_ids) do
+        if not redis.call('ZSCORE', names, chat_history_id) then found[#found + 1] = chat_history_id end
+    end
+    return found
 end
-return found
-""",
-)
+"""
+
+#: Return those of some ids that the names of a bucket lack. Keys: those of the bucket. Arguments: ids.
+UNNAMED = Script(OF_BUCKET, _UNNAMED, "return unnamed(ARGV)")
 
 #: Return ids from the directory or the expiries of a bucket that its names lack. Keys: those of the bucket. Arguments:
-#: the number of the list, 2 or 3; the rank to begin at; how many are looked at. Returns whether there are more, then
-#: the ids.
-UNNAMED = Script(
+#: the number of the list's key, 2 or 3; the rank to begin at; how many are looked at. Returns whether there are more,
+#: then the ids.
+LISTED_UNNAMED = Script(
     OF_BUCKET,
-    UPGRADE_BUCKET,
+    _UNNAMED,
     """
 local seen = redis.call('ZRANGE', KEYS[tonumber(ARGV[1])], ARGV[2], ARGV[2] + ARGV[3] - 1)
-local found = {}
-for _, chat_history_id in ipairs(seen) do
-    if not redis.call('ZSCORE', names, chat_history_id) then found[#found + 1] = chat_history_id end
-end
-return {#seen == tonumber(ARGV[3]) and 1 or 0, found}
+return {#seen == tonumber(ARGV[3]) and 1 or 0, unnamed(seen)}
 """,
 )
 
-#: Mend a history, if it is still as it was inspected. Keys: those of the bucket, of the history, of what waits to take
-#: its place. Arguments: the history's id; what INSPECT returned, joined by blanks; `old` to leave its messages as they
-#: are, `new` for what waits to take their place, `none` to take it from all lists; when it expires, or nothing; when
-#: it changed last; then what its hash is to hold, in turn names of fields and values. Returns whether it was as it was
-#: inspected.
-MEND = Script(
-    "local call, result = '', 0",
+#: Rebuild a history, if it is still as it was inspected. Keys: those of the bucket, of the history, of the messages
+#: that wait to take the place of its own. Arguments: the history's id; what INSPECT returned, joined by blanks; when it
+#: expires, or nothing; when it last changed; then what its hash is to hold, in turn names of fields and values. Without
+#: fields, the history is only taken from all lists. Returns whether it was as it was inspected.
+REBUILD = Script(
     _KEYS,
     _INSPECT,
     f"""
-local chat_history_id, expires_at, updated_at, is_new = ARGV[1], ARGV[4], ARGV[5], true
+local chat_history_id, expires_at, updated_at, is_new = ARGV[1], ARGV[3], ARGV[4], true
 if table.concat(inspected(chat_history_id), ' ') ~= ARGV[2] then return 0 end
-if ARGV[3] == 'none' then
+if #ARGV == 4 then
     for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, chat_history_id) end
     return 1
 end
-{UPGRADE_BUCKET}
-redis.call('HSET', history, 'version', {SCHEMA_VERSION}, unpack(ARGV, 6))
-if ARGV[3] == 'new' then
-    redis.call('HINCRBY', history, 'edits', 1)
-    {TAKE_THE_PLACE}
-end
+redis.call('HSET', history, unpack(ARGV, 5))
+redis.call('HINCRBY', history, 'edits', 1)
+{TAKE_THE_PLACE}
 {LIST_HISTORY}
 for _, key in ipairs({{history, contents, roles, message_ids, times}}) do
     if expires_at == '' then redis.call('PERSIST', key) else redis.call('PEXPIREAT', key, expires_at) end

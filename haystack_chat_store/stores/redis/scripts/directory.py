@@ -3,44 +3,38 @@
 The scripts that find, describe and delete whole histories.
 """
 
-from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, NOW, OF_BUCKET, TIME_LENGTH, UPGRADE_BUCKET, Script
+from haystack_chat_store.stores.redis.schema import TIME_LENGTH
+from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, NOW, OF_BUCKET, Script
 
-# What is done with ids that a bucket lists: those of histories that have expired leave it. So they do in a server that
-# accepts no writes, which cannot take them out of the lists.
+# Tells expired histories from others among the ids that a bucket lists. Reading changes nothing: they stay listed until
+# a write, a deletion or a purge removes them.
 _STILL_THERE = (
     NOW
     + """
-local is_expiring, expired = redis.call('ZCARD', expiries) > 0, {}
+local is_expiring = redis.call('ZCARD', expiries) > 0
 local function is_still_there(chat_history_id)
     local expires_at = is_expiring and redis.call('ZSCORE', expiries, chat_history_id)
-    if not expires_at or tonumber(expires_at) >= milliseconds then return true end
-    expired[#expired + 1] = chat_history_id
-end
-local function forget_expired()
-    if #expired == 0 then return end
-    local some = {unpack(expired, 1, math.min(#expired, 1000))}  -- more may not fit on Lua's stack
-    for _, key in ipairs({expiries, directory, names}) do redis.pcall('ZREM', key, unpack(some)) end
+    return not expires_at or tonumber(expires_at) >= milliseconds
 end
 """
 )
 
-# While the server looks up one history by its id, it could pass so many in the directory, or more.
+# How many histories the server passes in the directory in the time in which it looks up one by its id, or more.
 _PASSED_MEANWHILE = 5
-# A script looks up no more histories than that, to keep nobody waiting for long.
+# The most histories that a script looks up, so that other clients do not wait for long.
 _LOOKED_UP = 5000
 
 #: Return the ids of histories of a bucket, the one that changed last first. Keys: those of the bucket. Arguments: a
-#: prefix; the ends of its range, as ZRANGEBYLEX takes them; how many ids; the time and the id of a history, after which
-#: they begin, or nothing. Returns the place to go on from, a time and an id, or nothing if that was all; then times and
-#: ids in turn.
+#: prefix; the ends of its range, as ZRANGEBYLEX takes them; how many ids; the time and the id of a history to begin
+#: after, or nothing. Returns the place to go on from, a time and an id, or nothing at the end; then times and ids in
+#: turn.
 NEWEST = Script(
     OF_BUCKET,
-    UPGRADE_BUCKET,
     _STILL_THERE,
     f"""
 local prefix, least, greatest, wanted = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local time, chat_history_id = tonumber(ARGV[5]), ARGV[6]
-local function is_greater(a, b)  -- by bytes; Lua compares by the rules of some language
+local function is_greater(a, b)  -- by bytes: Lua compares by the rules of the locale
     for index = 1, math.min(#a, #b) do
         local left, right = string.byte(a, index), string.byte(b, index)
         if left ~= right then return left > right end
@@ -67,8 +61,8 @@ if time then
     end
 end
 
--- Go through the directory for as long as it would take to look up all that match: with most prefixes, what is wanted
--- is there soon. Scores are asked for only where they are needed, since they take the server longer than the ids.
+-- Go through the directory for as long as looking up all matching histories would take. With most prefixes, the wanted
+-- ones come soon. Scores are asked for only where they are needed: they take the server longer than the ids.
 local stop = math.min(rank + {_PASSED_MEANWHILE} * math.min(matching, {_LOOKED_UP}), total)
 local step, last = wanted, nil
 while rank < stop and #found < 2 * wanted do
@@ -83,13 +77,12 @@ while rank < stop and #found < 2 * wanted do
 end
 if rank == total or #found == 2 * wanted or matching > {_LOOKED_UP} then
     local last_time = rank < total and redis.call('ZSCORE', directory, last)
-    forget_expired()
     return {{last_time or '', last_time and last or '', found}}
 end
 
--- They are old, or there are few: look all up, and sort them.
+-- The matching histories are old, or few: look all of them up, and sort them.
 local ids, all = redis.call('ZRANGEBYLEX', names, least, greatest), {{}}
-for first = 1, #ids, 1000 do  -- more arguments than that may not fit on Lua's stack
+for first = 1, #ids, 1000 do  -- Lua's stack may not hold more arguments
     local some = {{unpack(ids, first, math.min(first + 999, #ids))}}
     for index, score in ipairs(redis.call('ZMSCORE', directory, unpack(some))) do
         local score_number = tonumber(score or nil)
@@ -104,18 +97,16 @@ found = {{}}
 for index = 1, math.min(wanted, #all) do
     found[2 * index - 1], found[2 * index] = all[index][3], all[index][2]
 end
-forget_expired()
 if #all <= wanted then return {{'', '', found}} end
 return {{found[#found - 1], found[#found], found}}
 """,
 )
 
 #: Return the ids of histories of a bucket in their order, some at a time. Keys: those of the bucket. Arguments: the
-#: ends of the range, as ZRANGEBYLEX takes them; how many ids; a time, if only those that have not changed since then.
-#: Returns the id to go on from, nothing if that was all; then the ids.
+#: ends of the range, as ZRANGEBYLEX takes them; how many ids; a time, for those that have not changed since, or
+#: nothing. Returns the id to go on from, or nothing at the end; then the ids.
 BY_ID = Script(
     OF_BUCKET,
-    UPGRADE_BUCKET,
     _STILL_THERE,
     """
 local wanted, updated_before = tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -127,30 +118,36 @@ for _, chat_history_id in ipairs(seen) do
         found[#found + 1] = chat_history_id
     end
 end
-forget_expired()
 return {#seen < wanted and '' or seen[#seen], found}
 """,
 )
 
 #: Return the ids of the histories of a bucket that have not changed for longest. Keys: those of the bucket. Arguments:
-#: how many ids; only of those that have not changed since this time. Returns whether there may be more, then the ids.
+#: how many ids are looked at; only of those that have not changed since this time; how many of these are passed over.
+#: Removes expired histories from the lists. Returns whether there may be more; how many have expired but stay listed,
+#: since this server accepts no writes, and are to be passed over next time; then the ids.
 OLDEST = Script(
     OF_BUCKET,
     _STILL_THERE,
     """
-local seen = redis.call('ZRANGEBYSCORE', directory, '-inf', '(' .. ARGV[2], 'LIMIT', 0, ARGV[1])
-local found = {}
+local seen = redis.call('ZRANGEBYSCORE', directory, '-inf', '(' .. ARGV[2], 'LIMIT', ARGV[3], ARGV[1])
+local found, expired, unremovable = {}, {}, 0
 for _, chat_history_id in ipairs(seen) do
-    if is_still_there(chat_history_id) then found[#found + 1] = chat_history_id end
+    local list = is_still_there(chat_history_id) and found or expired
+    list[#list + 1] = chat_history_id
 end
-forget_expired()
-return {#seen == tonumber(ARGV[1]) and 1 or 0, found}
+if #expired > 0 then
+    for _, key in ipairs({expiries, directory, names}) do
+        if type(redis.pcall('ZREM', key, unpack(expired))) ~= 'number' then unremovable = #expired end
+    end
+end
+return {#seen == tonumber(ARGV[1]) and 1 or 0, unremovable, found}
 """,
 )
 
-_INFO = "'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position', 'version'"
+_INFO = "'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position'"
 
-#: Return what a directory shows of histories. Keys: the bucket's schema version, then each history's hash.
+#: Return fields of the hashes of histories. Keys: the bucket's schema version, then each history's hash.
 INFOS = Script(f"""
 local found = {{}}
 for key = 2, #KEYS do found[key - 1] = redis.call('HMGET', KEYS[key], {_INFO}) end
@@ -158,14 +155,12 @@ return found
 """)
 
 #: Set title and meta of a history. Keys: those of the bucket, the history's hash. Arguments: how many of the following
-#: are names of fields and values, in turn; these; then the names of fields that are to be none. Returns what INFOS
-#: returns, of the one history.
+#: are names of fields and values, in turn; these; then the names of fields to delete. Returns the fields of INFOS.
 UPDATE = Script(
     OF_BUCKET,
     f"""
 local history, set = KEYS[5], tonumber(ARGV[1])
 if redis.call('HEXISTS', history, 'message_count') == 1 then
-    {UPGRADE_BUCKET}
     if set > 0 then redis.call('HSET', history, unpack(ARGV, 2, 1 + set)) end
     if #ARGV > 1 + set then redis.call('HDEL', history, unpack(ARGV, 2 + set)) end
 end
@@ -185,8 +180,8 @@ end
 return found
 """)
 
-#: Delete histories of a bucket. Keys: those of the bucket, then those of the histories. Arguments: a time, if only
-#: those that have not changed since then; the histories' ids. Returns how many there were.
+#: Delete histories of a bucket. Keys: those of the bucket, then those of the histories. Arguments: a time, for those
+#: that have not changed since, or nothing; the histories' ids. Returns how many there were.
 DELETE = Script(
     OF_BUCKET,
     f"""
@@ -212,11 +207,10 @@ return deleted
 """,
 )
 
-#: Return ids of histories to delete, when all that a bucket has are to be deleted in steps: first those that were not
-#: written to for longest. The last step has all that are left, and with them those that a write has kept out of the
-#: earlier ones. Keys: those of the bucket. Arguments: the time up to which histories were last written to, as the first
-#: step returned it, and empty in the first step; how many ids a step has, but for the last. Returns that time, empty
-#: after the last step, and the ids.
+#: Return the next ids to delete, when all histories of a bucket are deleted in steps, the oldest first. The last step
+#: has all that are left, those included that were written to meanwhile. Keys: those of the bucket. Arguments: the time
+#: of the newest history, as the first step returned it, or nothing in the first step; how many ids a step has, except
+#: the last. Returns that time, or nothing after the last step, and the ids.
 LIST = Script(
     OF_BUCKET,
     """

@@ -3,6 +3,7 @@
 The scripts that write, read and remove messages.
 """
 
+from haystack_chat_store.stores.redis.schema import TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import (
     AGE_BUCKET,
     CHANGED_AT,
@@ -12,43 +13,36 @@ from haystack_chat_store.stores.redis.scripts import (
     OF_BUCKET_AND_HISTORY,
     OF_HISTORY,
     ONCE,
-    SCHEMA_VERSION,
-    STAMP,
-    TIME_LENGTH,
-    UPGRADE_BUCKET,
+    REMEMBER_CALL,
     Script,
 )
 
 #: Append messages, and replace some. Keys: those of the bucket, those of the history. Arguments: the history's id;
-#: milliseconds until it expires, 0 for never; the first letter of each message's role, as a capital if this call made
-#: up the message's id; the messages' ids, separated by NUL; the policy; how many messages the history has to have, or
-#: nothing; a name for this call, or nothing, if it may be done twice; then the messages' contents, each an argument.
-#: Returns how many this call has written, or why it has not: CHANGED and the number of messages, DUPLICATE and an id.
+#: milliseconds until it expires, 0 for never; the first letter of each message's role; the messages' ids, separated by
+#: NUL; the policy; how many messages the history must have, or nothing; a name for this call; then the messages'
+#: contents, each an argument. Returns how many this call has written, or the reason why it has not: CHANGED and the
+#: number of messages, or DUPLICATE and an id.
 WRITE = Script(
     "local call = ARGV[7]",
     ONCE,
     OF_BUCKET_AND_HISTORY,
     NOW,
-    STAMP,
     CHANGED_AT,
     """
 local chat_history_id, ttl, letters, policy, expected = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[5], ARGV[6]
 if expected ~= '' and tonumber(expected) ~= message_count then return {'CHANGED', message_count} end
 
-local written_before, rounds, new, new_roles, new_ids, replaced = 0, 0, {}, {}, {}, {}
+local rounds, new, new_roles, new_ids, replaced = 0, {}, {}, {}, {}
 local index = 0
 for message_id in string.gmatch(ARGV[4], '%Z+') do
     index = index + 1
-    local letter = string.sub(letters, index, index)
-    local role = string.lower(letter)
+    local role = string.sub(letters, index, index)
     local known = redis.call('HGET', message_ids, message_id)
     if not known then
         new[#new + 1] = ARGV[7 + index]
         new_roles[#new] = role
         new_ids[2 * #new - 1], new_ids[2 * #new] = message_id, position + #new - 1
         if role == 'u' then rounds = rounds + 1 end
-    elseif role ~= letter then
-        written_before = written_before + 1  -- by an earlier attempt of this same call, whose answer was lost
     elseif policy == 'fail' then
         return {'DUPLICATE', message_id}
     elseif policy == 'overwrite' then
@@ -60,17 +54,16 @@ for message_id in string.gmatch(ARGV[4], '%Z+') do
     end
 end
 
-local is_new, updated_at, result = not counters[5], changed_at(microseconds), written_before + #new + #replaced
+local updated_at, result = changed_at(microseconds), #new + #replaced
 if is_new and #new == 0 then return 0 end
-if #new + #replaced > 0 then
+if result > 0 then
 """,
-    UPGRADE_BUCKET,
     f"""
-    local stamps = string.rep(stamp(microseconds), #new)
-    if not counters[6] and position > 0 then stamps = string.rep(stamp(counters[5]), position) .. stamps end
-    if stamps ~= '' then redis.call('APPEND', times, stamps) end
-    if #new > 0 then redis.call('APPEND', roles, table.concat(new_roles)) end
-    for first = 1, #new, 1000 do  -- more arguments than that may not fit on Lua's stack
+    if #new > 0 then
+        redis.call('APPEND', times, string.rep(string.format('%0{TIME_LENGTH}.0f', microseconds), #new))
+        redis.call('APPEND', roles, table.concat(new_roles))
+    end
+    for first = 1, #new, 1000 do  -- Lua's stack may not hold more arguments
         local last = math.min(first + 999, #new)
         redis.call('RPUSH', contents, unpack(new, first, last))
         redis.call('HSET', message_ids, unpack(new_ids, 2 * first - 1, 2 * last))
@@ -80,18 +73,18 @@ if #new + #replaced > 0 then
         redis.call('SETRANGE', roles, each[1], each[2])
     end
     redis.call('HSET', history, 'next_position', position + #new, 'message_count', message_count + #new,
-        'round_count', tonumber(counters[3] or 0) + rounds, 'updated_at', updated_at)
+        'round_count', round_count + rounds, 'updated_at', updated_at)
     if is_new then redis.call('HSET', history, 'chat_history_id', chat_history_id, 'created_at', microseconds) end
-    if not counters[6] then redis.call('HSET', history, 'version', {SCHEMA_VERSION}) end
     if #replaced > 0 then redis.call('HINCRBY', history, 'edits', 1) end
     {LIST_HISTORY}
+    {REMEMBER_CALL}
 end
 """,
     EXPIRE,
     "return result",
 )
 
-# The places where the last `wanted` messages begin of which a condition holds; 0 if there are fewer.
+# Returns the position at which the last `wanted` messages begin for which a condition holds, or 0 if there are fewer.
 _WALK_BACK = """
 local function walk_back(unseen, wanted)
     while unseen > 0 and wanted > 0 do
@@ -111,8 +104,8 @@ end
 _TO_USER_MESSAGE = _WALK_BACK.format(condition="== 117")  # u
 _TO_MESSAGE = _WALK_BACK.format(condition="~= 120")  # x, which stands for a message that was deleted
 
-# What lies between two positions, without long stretches of deleted messages: for each piece, its first position, the
-# letters of its roles, its contents.
+# Returns the messages between two positions in pieces, without long runs of deleted messages: of each piece, its first
+# position, the letters of its roles, and its contents.
 _PIECES = """
 local function pieces(first, last)
     local found, letters, start = {}, redis.call('GETRANGE', roles, first, last), 1
@@ -150,13 +143,13 @@ end
 if redis.REDIS_VERSION_NUM or start < length / 2 or length - start > 1000 then
     return {{size, redis.call('LRANGE', contents, start, -1)}}
 end
-local window = {{}}  -- Redis 6 finds the end of a long list slowly, but not for LINDEX
+local window = {{}}  -- Redis 6 finds the end of a long list slowly with LRANGE, and fast with LINDEX
 for index = start - length, -1 do window[#window + 1] = redis.call('LINDEX', contents, index) end
 return {{size, window}}
 """
 
-# Keys of the three: the bucket's schema version, those of the history. Arguments: the window's count and step. They
-# return the window's size and the contents.
+# The keys of the three scripts that follow: the bucket's schema version, those of the history. Arguments: the window's
+# count and step. They return the window's size and the contents.
 
 #: Return the whole history.
 READ_ALL = Script(OF_HISTORY, _BEGIN_READING, _READ)
@@ -167,13 +160,13 @@ READ_ROUNDS = Script(
     _BEGIN_READING,
     _TO_USER_MESSAGE,
     """
-size = size_of(tonumber(counters[3] or 0))
+size = size_of(round_count)
 start = walk_back(length, size)
 """,
     _READ,
 )
 
-#: Return the last messages, and where these begin with tool messages, what comes before up to one that is none.
+#: Return the last messages. If they begin with tool messages, go back to the message that made the calls.
 READ_MESSAGES = Script(
     OF_HISTORY,
     _BEGIN_READING,
@@ -189,13 +182,12 @@ while start > 0 and string.find(redis.call('GETRANGE', roles, start, start), '[t
 #: Return the number of messages. Keys: the bucket's schema version, those of the history.
 COUNT = Script(OF_HISTORY, "return message_count")
 
-#: Return a page. Keys: the bucket's schema version, those of the history. Arguments: a position, after which the page
-#: begins, or nothing; one before which it ends; how many messages it has at most. Returns what tells this history, as
-#: it was last edited, from every other: when it was created and how often it was edited; its next position; and pieces,
-#: each with a position, letters for the roles, contents, times, and empty contents where messages were deleted.
+#: Return a page. Keys: the bucket's schema version, those of the history. Arguments: a position after which the page
+#: begins, or nothing; a position before which it ends; the most messages of the page. Returns the state of the history,
+#: which each edit changes: its time of creation and its number of edits; its next position; and pieces, each with a
+#: position, letters for the roles, contents and times. The contents of deleted messages are empty.
 PAGE = Script(
     OF_HISTORY,
-    STAMP,
     _TO_MESSAGE,
     _PIECES,
     f"""
@@ -225,12 +217,10 @@ end
 local found = first <= last and pieces(first, last) or {{}}
 for _, piece in ipairs(found) do
     local from, count = piece[1], #piece[2]
-    piece[4] = counters[6]
-        and redis.call('GETRANGE', times, {TIME_LENGTH} * from, {TIME_LENGTH} * (from + count) - 1)
-        or string.rep(stamp(counters[5]), count)
+    piece[4] = redis.call('GETRANGE', times, {TIME_LENGTH} * from, {TIME_LENGTH} * (from + count) - 1)
 end
 local edits = redis.call('HGET', history, 'edits') or '0'
-return {{counters[5] and counters[5] .. ' ' .. edits or '', position, found}}
+return {{is_new and '' or created_at .. ' ' .. edits, position, found}}
 """,
 )
 
@@ -243,9 +233,9 @@ POSITIONS = Script(OF_HISTORY, "return redis.call('HMGET', message_ids, unpack(A
 SCAN_IDS = Script("return redis.call('HSCAN', KEYS[2], ARGV[1], 'COUNT', 1000)")
 
 #: Delete single messages. Keys: those of the bucket, those of the history. Arguments: the history's id; the id of a
-#: message that must be there, with which all that follows it is deleted, or nothing; the history's next position, if
-#: it must be that; a name for this call; the ids, separated by NUL. Returns how many were deleted, or why none were:
-#: MISSING or MORE.
+#: message that must exist and is deleted with all that follow it, or nothing; the next position that the history must
+#: have, or nothing; a name for this call; the ids, separated by NUL. Returns how many were deleted, or the reason why
+#: none were: MISSING or MORE.
 REMOVE = Script(
     "local call = ARGV[4]",
     ONCE,
@@ -273,7 +263,7 @@ if #gone_ids == 0 then return 0 end
 for first = 1, #gone_ids, 1000 do  -- a command that Redis takes when it is out of memory
     redis.call('HDEL', message_ids, unpack(gone_ids, first, math.min(first + 999, #gone_ids)))
 end
-if required ~= '' then  -- in one piece, 200,000 in about a second: to find each in a long list takes ten times as long
+if required ~= '' then  -- all at once: ten times as fast as finding each of them in a long list
     redis.call('LTRIM', contents, 0, start)
     redis.call('LSET', contents, start, '')
     local gaps = {{}}
@@ -288,12 +278,12 @@ else
         redis.call('SETRANGE', roles, known, 'x')
     end
 end
-local is_new, updated_at, result = false, changed_at(microseconds), #gone_ids
-{UPGRADE_BUCKET}
+local updated_at, result = changed_at(microseconds), #gone_ids
 redis.call('HSET', history, 'message_count', message_count - #gone_ids,
-    'round_count', tonumber(counters[3] or 0) - rounds, 'updated_at', updated_at)
+    'round_count', round_count - rounds, 'updated_at', updated_at)
 redis.call('HINCRBY', history, 'edits', 1)
 {LIST_HISTORY}
+{REMEMBER_CALL}
 if expiring > 0 then
     {AGE_BUCKET}
 end

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The scripts that copy and import: messages wait under keys of their own until all are there, and then appear at once.
+The scripts that copy and import: messages wait under keys of their own until all have come, and then appear at once.
 """
 
 from haystack_chat_store.stores.redis.scripts import (
@@ -10,21 +10,19 @@ from haystack_chat_store.stores.redis.scripts import (
     NOW,
     OF_BUCKET_AND_HISTORY,
     ONCE,
-    SCHEMA_VERSION,
-    STAMP,
-    UPGRADE_BUCKET,
+    REMEMBER_CALL,
     Script,
 )
 
-#: Add messages to those that wait. Keys: the bucket's schema version, those of what waits. Arguments: how many wait
-#: already; how many milliseconds they wait; the first letter of each message's role, x for a place without one; the
-#: messages' ids, separated by NUL; their times; their contents, each an argument. Returns nothing, or an id that waits
-#: already; then nothing was added.
+#: Add messages to the waiting ones. Keys: the bucket's schema version, those of the waiting messages. Arguments: how
+#: many wait already; for how many milliseconds they wait; the first letter of each message's role, x for a gap; the
+#: messages' ids, separated by NUL; their times; their contents, each an argument. Returns an empty text, or an id that
+#: is there twice; then nothing was added.
 STAGE = Script(
     """
 local _, contents, roles, message_ids, times = unpack(KEYS)
 local waiting, letters, length = tonumber(ARGV[1]), ARGV[3], redis.call('LLEN', contents)
-if length == waiting + #letters then return '' end  -- an earlier attempt of this same call, whose answer was lost
+if length == waiting + #letters then return '' end  -- by an earlier attempt of this call
 if length ~= waiting then return redis.error_reply('STAGEDLOST') end
 local new_ids, is_new, index = {}, {}, 0
 for message_id in string.gmatch(ARGV[4], '%Z+') do
@@ -46,7 +44,7 @@ return ''
 """
 )
 
-#: Give up what waits. Keys: the bucket's schema version, those of what waits.
+#: Discard the waiting messages. Keys: the bucket's schema version, those of the waiting messages.
 DISCARD = Script("return redis.call('UNLINK', unpack(KEYS, 2))")
 
 _OF_STAGED = """
@@ -57,7 +55,7 @@ if redis.call('LLEN', staged_contents) ~= waiting or redis.call('STRLEN', staged
 end
 """
 
-#: What puts what waits into the place of what there was.
+#: Puts the waiting messages into the place of the history's own.
 TAKE_THE_PLACE = """
 for index, key in ipairs({contents, roles, message_ids, times}) do
     if redis.call('EXISTS', KEYS[9 + index]) == 1 then
@@ -69,18 +67,17 @@ for index, key in ipairs({contents, roles, message_ids, times}) do
 end
 """
 
-#: Append what waits to a history, all at once. Keys: those of the bucket, of the history, of what waits. Arguments: the
-#: history's id; milliseconds until it expires, 0 for never; how many messages wait; how many of them are user messages;
-#: how many messages the history has to have; a name for this call; the time at which it changes, or nothing for now;
-#: what its hash holds if it is new, in turn names of fields and values. If no messages wait, nothing is changed, but
-#: a new history made where a time is given. Returns how many messages waited, or CHANGED and how many the history has,
-#: or DUPLICATE and the id of a message that it has.
+#: Append the waiting messages to a history, all at once. Keys: those of the bucket, of the history, of the waiting
+#: messages. Arguments: the history's id; milliseconds until it expires, 0 for never; how many messages wait; how many
+#: of them are user messages; how many messages the history must have; a name for this call; the time of the change, or
+#: nothing for now; for a new history, names of fields and values of its hash, in turn. If no messages wait, nothing
+#: changes, except that a new history is made if a time is given. Returns how many messages waited, or CHANGED and how
+#: many the history has, or DUPLICATE and the id of a message that it has.
 FINISH = Script(
     "local call = ARGV[6]",
     ONCE,
     OF_BUCKET_AND_HISTORY,
     NOW,
-    STAMP,
     CHANGED_AT,
     """
 local chat_history_id, ttl = ARGV[1], tonumber(ARGV[2])
@@ -88,7 +85,7 @@ if tonumber(ARGV[5]) ~= message_count then return {'CHANGED', message_count} end
 """,
     _OF_STAGED,
     """
-if waiting == 0 and (counters[5] or ARGV[7] == '') then return 0 end
+if waiting == 0 and not (is_new and ARGV[7] ~= '') then return 0 end
 local moved = {}
 if position > 0 then
     local cursor = '0'
@@ -104,14 +101,11 @@ if position > 0 then
     until cursor == '0'
 end
 
-local is_new, result = not counters[5], waiting
-local updated_at = changed_at(ARGV[7] == '' and microseconds or ARGV[7])
+local result, updated_at = waiting, changed_at(ARGV[7] == '' and microseconds or ARGV[7])
 """,
-    UPGRADE_BUCKET,
     f"""
 if position > 0 then
-    local stamps = counters[6] and '' or string.rep(stamp(counters[5]), position)
-    redis.call('APPEND', times, stamps .. redis.call('GET', staged_times))
+    redis.call('APPEND', times, redis.call('GET', staged_times))
     redis.call('APPEND', roles, redis.call('GET', staged_roles))
     for first = 0, waiting - 1, 1000 do
         redis.call('RPUSH', contents, unpack(redis.call('LRANGE', staged_contents, first, first + 999)))
@@ -122,53 +116,13 @@ if position > 0 then
     redis.call('UNLINK', unpack(KEYS, 10))
 end
 redis.call('HSET', history, 'next_position', position + waiting, 'message_count', message_count + waiting,
-    'round_count', tonumber(counters[3] or 0) + tonumber(ARGV[4]), 'updated_at', updated_at,
-    'version', {SCHEMA_VERSION})
+    'round_count', round_count + tonumber(ARGV[4]), 'updated_at', updated_at)
 if is_new then redis.call('HSET', history, 'created_at', microseconds, unpack(ARGV, 8)) end
 if position == 0 then
     {TAKE_THE_PLACE}
 end
 {LIST_HISTORY}
-""",
-    EXPIRE,
-    "return result",
-)
-
-#: Copy a whole history inside its bucket to one that is new. Keys: those of the bucket, of the new history, of the
-#: source. Arguments: the new history's id; milliseconds until it expires, 0 for never; a name for this call. Returns
-#: how many messages it has, or why nothing was copied: NONE for no source, CHANGED and the number of messages that the
-#: target has, or PLACES if the copies would not have those of their source: the target had messages once, or the source
-#: has lost some.
-FORK = Script(
-    "local call = ARGV[3]",
-    ONCE,
-    OF_BUCKET_AND_HISTORY,
-    NOW,
-    STAMP,
-    CHANGED_AT,
-    """
-local chat_history_id, ttl = ARGV[1], tonumber(ARGV[2])
-local source = counters_of(unpack(KEYS, 10))
-if not source then return redis.error_reply('DAMAGED ' .. KEYS[10]) end
-if not source[5] then return {'NONE'} end
-if message_count > 0 then return {'CHANGED', message_count} end
-local result = tonumber(source[2])
-if result == 0 then return 0 end
-if position > 0 or result ~= tonumber(source[1]) then return {'PLACES'} end
-
-local is_new, updated_at = not counters[5], changed_at(microseconds)
-""",
-    UPGRADE_BUCKET,
-    f"""
-redis.call('HSET', history, 'next_position', source[1], 'message_count', source[2], 'round_count', source[3],
-    'updated_at', updated_at, 'version', {SCHEMA_VERSION})
-if is_new then redis.call('HSET', history, 'chat_history_id', chat_history_id, 'created_at', microseconds) end
-for index, key in ipairs({{contents, roles, message_ids, times}}) do
-    redis.call('COPY', KEYS[10 + index], key, 'REPLACE')
-    redis.call('PERSIST', key)
-end
-if not source[6] then redis.call('SET', times, string.rep(stamp(source[5]), tonumber(source[1]))) end
-{LIST_HISTORY}
+{REMEMBER_CALL}
 """,
     EXPIRE,
     "return result",

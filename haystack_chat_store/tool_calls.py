@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-How tool calls and their results find each other.
+Pairs tool calls with their results.
 
 An **exchange** is an assistant message with tool calls and the tool messages that directly follow it. Model providers
-accept a tool result nowhere else. Calls and results are paired within one exchange, by call id or, where there is none,
-by tool name and arguments: ids may be missing, and may repeat from one exchange to the next.
+accept a tool result nowhere else. Calls and results are paired within one exchange: by call id or, if the call has no
+id, by tool name and arguments. Some providers give no ids, and ids may repeat from one exchange to the next.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,13 +13,14 @@ from typing import Any
 
 from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
 
-# Where Haystack's Gemini generator keeps, in a message's meta, what Gemini wants back with the parts of the message.
+# In this key of a message's meta, Haystack's Gemini generator keeps the signatures that Gemini expects back with the
+# message's parts.
 _SIGNATURES_KEY = "thought_signatures"
 
 
 def answers_of(messages: Sequence[ChatMessage], index: int) -> Sequence[ChatMessage]:
     """
-    Return the tool messages that belong to the exchange which begins at `index`, if one begins there.
+    Return the tool messages of the exchange that begins at `index`. If none begins there, the result is empty.
     """
     if messages[index].role is not ChatRole.ASSISTANT or not messages[index].tool_calls:
         return ()
@@ -33,15 +34,17 @@ def pairs_of(message: ChatMessage, answers: Sequence[ChatMessage]) -> list[tuple
     """
     Pair the tool calls of a message with their results: each call with one result, each result with one call.
 
-    :returns: For each pair the call's place in the message's content, which of the answers holds the result, and the
-        result's place in that answer's content.
+    :param message: An assistant message.
+    :param answers: The tool messages of its exchange.
+    :returns: For each pair: the call's index in the message's content, the index of the answer that holds the result,
+        and the result's index in that answer's content.
     """
     by_id: dict[str, int] = {}
     without_id: list[tuple[int, ToolCall]] = []
     for place, part in enumerate(message._content):
         if isinstance(part, ToolCall):
             if part.id:
-                # A second call with the same id could not be told from the first: providers want them unique.
+                # Providers want unique call ids, so a second call with the same id is left unpaired.
                 by_id.setdefault(part.id, place)
             else:
                 without_id.append((place, part))
@@ -49,15 +52,15 @@ def pairs_of(message: ChatMessage, answers: Sequence[ChatMessage]) -> list[tuple
     for position, answer in enumerate(answers):
         for place, part in enumerate(answer._content):
             if isinstance(part, ToolCallResult):
-                call = by_id.pop(part.origin.id, None) if part.origin.id else _taken(without_id, part.origin)
+                call = by_id.pop(part.origin.id, None) if part.origin.id else _pop_equal(without_id, part.origin)
                 if call is not None:
                     pairs.append((call, position, place))
     return pairs
 
 
-def _taken(without_id: list[tuple[int, ToolCall]], origin: ToolCall) -> int | None:
+def _pop_equal(without_id: list[tuple[int, ToolCall]], origin: ToolCall) -> int | None:
     """
-    Take the first call that is the same out of the list, and return its place.
+    Remove the first call with the same tool name and arguments from the list, and return its index in the content.
     """
     for index, (place, call) in enumerate(without_id):
         if (origin.tool_name, origin.arguments) == (call.tool_name, call.arguments):
@@ -68,14 +71,15 @@ def _taken(without_id: list[tuple[int, ToolCall]], origin: ToolCall) -> int | No
 
 def without_rejected_parts(message: ChatMessage, paired: Collection[int]) -> ChatMessage:
     """
-    Return the message without blank texts, and with only those of its tool calls and results that are in a pair.
+    Return the message without blank texts and without unpaired tool calls and results.
 
-    What the provider needs only together with a call goes with it: Gemini's signatures, which name parts by their
-    place, and, when no call is left, the reasoning. (OpenAI refuses reasoning without the call that it led to, and a
-    call without the reasoning that led to it.)
+    If a call is removed, Gemini's signatures are removed, too, because they refer to parts by index. If no call is
+    left, the reasoning is removed: OpenAI refuses reasoning without the call that it led to, and a call without the
+    reasoning that led to it.
 
-    :param paired: The places of these calls and results in the message's content.
-    :returns: The message itself if nothing has to go.
+    :param message: The message. It is not changed.
+    :param paired: The indexes of the paired calls and results in the message's content.
+    :returns: A new message, or the message itself if nothing is removed.
     """
     content = [
         part
@@ -95,14 +99,14 @@ def without_rejected_parts(message: ChatMessage, paired: Collection[int]) -> Cha
 
 def says_something(message: ChatMessage) -> bool:
     """
-    Whether there is anything in the message for a model: of a tool a result, of all others more than reasoning.
+    Whether the message has content for a model: a result in a tool message, more than reasoning in any other message.
     """
     if message.role is ChatRole.TOOL:
         return bool(message.tool_call_results)
-    # Providers want reasoning followed by the text or call it led to.
+    # Providers refuse reasoning without the text or call that it led to.
     return not all(isinstance(part, ReasoningContent) for part in message._content)
 
 
 def _is_blank(part: Any) -> bool:
-    # Providers refuse blank texts, also beside other parts.
+    # Providers refuse blank texts, even beside other parts.
     return isinstance(part, TextContent) and not str(part.text or "").strip()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+How operations on PostgreSQL run: each on a connection of its own from a pool, until it ends or its time is up.
+"""
+
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, cast
+
+import psycopg
+
+from haystack_chat_store.errors import ChatMessageStoreError
+from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT
+from haystack_chat_store.stores.postgres.checking import Checking
+from haystack_chat_store.stores.postgres.connections import Pool, Settings, pools
+from haystack_chat_store.stores.postgres.directory import Directory
+from haystack_chat_store.stores.postgres.failures import store_error
+from haystack_chat_store.stores.postgres.reading import Reading
+from haystack_chat_store.stores.postgres.search import Search
+from haystack_chat_store.stores.postgres.session import Session
+from haystack_chat_store.stores.postgres.writing import Writing
+from haystack_chat_store.stores.sync_async import run_sync
+
+
+class PostgresEngine(Writing, Reading, Directory, Search, Checking):
+    """
+    Keeps chat histories in the tables of a PostgreSQL database.
+    """
+
+    def __init__(self, settings: Settings, *, search: bool) -> None:
+        """
+        Keep the settings. Nothing connects yet.
+
+        :param settings: What engines have in common that share their connections.
+        :param search: Whether to turn search on in the database, if it is off.
+        """
+        self.settings = settings
+        self.search_wanted = search
+
+    def run(
+        self,
+        operation: Callable[Concatenate[Session, ArgumentsT], Operation[ResultT]],
+        *arguments: ArgumentsT.args,
+        **options: ArgumentsT.kwargs,
+    ) -> ResultT:
+        """
+        Run an operation on a synchronous connection, with which it never waits for an event loop.
+        """
+        pool = pools.get(self.settings)
+        try:
+            with pool.session(search=self.search_wanted) as session:
+                return run_sync(_coroutine(operation(session, *arguments, **options)))
+        except psycopg.Error as error:
+            raise self._explained(error, pool) from error
+
+    async def run_async(
+        self,
+        operation: Callable[Concatenate[Session, ArgumentsT], Operation[ResultT]],
+        *arguments: ArgumentsT.args,
+        **options: ArgumentsT.kwargs,
+    ) -> ResultT:
+        """
+        Run an operation on a connection of the running event loop.
+        """
+        pool = pools.get(self.settings)
+        try:
+            async with pool.session_async(search=self.search_wanted) as session:
+                return await _coroutine(operation(session, *arguments, **options))
+        except psycopg.Error as error:
+            raise self._explained(error, pool) from error
+
+    def close(self) -> None:
+        """
+        Close the connections, for every engine with the same settings. The next use opens them again.
+        """
+        pools.close(self.settings)
+
+    def _explained(self, error: psycopg.Error, pool: Pool) -> ChatMessageStoreError:
+        if isinstance(error, (psycopg.errors.UndefinedTable, psycopg.errors.ReadOnlySqlTransaction)):
+            # The tables were dropped, or this server is no longer the primary: the next call connects anew.
+            pools.close(self.settings)
+        address, password = pool.address_and_password()
+        return store_error(error, address, password, self.settings.timeout)
+
+
+def _coroutine(result: Operation[ResultT]) -> Coroutine[Any, Any, ResultT]:
+    return cast(Coroutine[Any, Any, ResultT], result)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The operations that read messages.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from haystack_chat_store.rounds import Window
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key
+from haystack_chat_store.stores.postgres.session import Session
+from haystack_chat_store.stores.rows import MessageRow, Scope
+
+
+class Reading(Engine[Session]):
+    """
+    The operations that read messages.
+    """
+
+    async def read(self, session: Session, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
+        """
+        Find the window's start and read from there, in one statement.
+        """
+        statements, by_round = session.statements, window.unit == "round"
+        parameters: dict[str, Any] = {"key": history_key(scope, chat_history_id), "end": MAX_POSITION}
+        statement = statements.read_all
+        if window.count is not None:
+            parameters["count"] = min(window.count, MAX_POSITION)
+            statement = statements.read_rounds if by_round else statements.read_messages
+            if window.step > 1:
+                parameters["step"] = min(window.step, MAX_POSITION)
+                statement = statements.read_rounds_by_step if by_round else statements.read_messages_by_step
+        rows = await session.fetch(statement, parameters)
+        return [content for content, _ in rows], rows[-1][1] if rows else 0
+
+    async def count(self, session: Session, scope: Scope, chat_history_id: str) -> int:
+        """
+        Return the counter of the history's row.
+        """
+        rows = await session.fetch(session.statements.message_count, [history_key(scope, chat_history_id)])
+        return int(rows[0][0]) if rows else 0
+
+    async def page(
+        self, session: Session, scope: Scope, chat_history_id: str, before: int | None, after: int | None, limit: int
+    ) -> list[MessageRow]:
+        """
+        Return a page of messages.
+        """
+        key = history_key(scope, chat_history_id)
+        if after is not None:
+            rows = await session.fetch(session.statements.page_after, [key, min(after, MAX_POSITION), limit])
+        else:
+            end = MAX_POSITION if before is None else min(before, MAX_POSITION)
+            rows = (await session.fetch(session.statements.page_before, [key, end, limit]))[::-1]
+        return list(map(_message, rows))
+
+
+def _message(row: Sequence[Any]) -> MessageRow:
+    position, created_at, message_id, role, content = row
+    return MessageRow(position=position, created_at=created_at, message_id=message_id, role=role, content=content)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What an operation works with: a connection that it has for itself, and what the process knows of the database.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import psycopg
+from haystack import logging
+
+from haystack_chat_store.stores.postgres.schema import BEGINNING, Tables
+from haystack_chat_store.stores.postgres.statements import BEGIN
+
+logger = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+Parameters = Sequence[Any] | dict[str, Any]
+
+# How long the server is asked to cancel the statement of a call that has timed out. It would go on waiting for a lock.
+_CANCEL_SECONDS = 1.0
+_PAUSE_BEFORE_RETRY = "SELECT pg_sleep(0.05)"
+
+
+class Database:
+    """
+    What a process knows of the database that its connections lead to.
+    """
+
+    def __init__(self, schema_name: str, table_prefix: str) -> None:
+        """
+        Know nothing yet.
+
+        :param schema_name: The PostgreSQL schema that holds the tables.
+        :param table_prefix: What the tables' names begin with.
+        """
+        self.schema_name = schema_name
+        self.tables = Tables(schema_name, table_prefix)
+        #: Whether the tables exist and have this version.
+        self.is_current = False
+        #: Whether search is on, so that each message is written with its terms.
+        self.has_search = False
+        #: Whether all messages from before that have their terms.
+        self.is_indexed = False
+        #: The place of the last message that this process has indexed, while not all are.
+        self.indexed_up_to: tuple[Any, int] = BEGINNING
+
+
+class Session:
+    """
+    A connection that an operation has for itself, with the same methods for synchronous and asynchronous calls.
+    """
+
+    def __init__(self, connection: Any, database: Database, timeout: float) -> None:
+        """
+        Wrap a connection.
+
+        :param connection: A synchronous connection, with which nothing here ever waits, or an asynchronous one.
+        :param database: What the process knows of the database.
+        :param timeout: The timeout of a call, in seconds.
+        """
+        self.connection = connection
+        self.database = database
+        self.statements = database.tables.statements
+        self._timeout = timeout
+        self._is_async = isinstance(connection, psycopg.AsyncConnection)
+
+    async def run(self, statement: str, parameters: Parameters = ()) -> Any:
+        """
+        Execute a statement and return its cursor.
+        """
+        while True:
+            try:
+                cursor = self.connection.execute(statement, parameters)
+                return await cursor if self._is_async else cursor
+            except psycopg.errors.SerializationFailure:
+                # Only a statement outside of transactions can fail so, where the database's default isolation level is
+                # stricter than that of our transactions.
+                continue
+
+    async def fetch(self, statement: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
+        """
+        Execute a statement and return its rows.
+        """
+        cursor = await self.run(statement, parameters)
+        fetched = cursor.fetchall()
+        rows: list[tuple[Any, ...]] = await fetched if self._is_async else fetched
+        return rows
+
+    async def in_transaction(
+        self,
+        work: "Callable[..., Awaitable[ResultT]]",
+        *arguments: Any,
+        begin: str = BEGIN,
+        repeatable: bool = True,
+    ) -> ResultT:
+        """
+        Do work in a transaction, and again after a deadlock or a lock timeout.
+
+        :param work: Gets this session and the arguments. If it raises, the transaction is undone.
+        :param begin: The statement that begins the transaction.
+        :param repeatable: Whether the work can be done again.
+        """
+        while True:
+            try:
+                await self.run(begin)
+                result = await work(self, *arguments)
+                await self.run("COMMIT")
+                return result
+            except (psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable) as error:
+                if not repeatable:
+                    raise
+                logger.info("Repeating a transaction after {error}.", error=type(error).__name__)
+                await self.run("ROLLBACK")
+                await self.run(_PAUSE_BEFORE_RETRY)
+            except psycopg.Error:
+                raise  # the pool closes the connection
+            except Exception:  # the call was refused, or its source has failed: the connection is sound
+                await self.run("ROLLBACK")
+                raise
+
+    async def to_thread(self, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
+        """
+        Call a function that takes a while or waits: in a thread, if an event loop would have to wait for it.
+        """
+        return await asyncio.to_thread(function, *arguments) if self._is_async else function(*arguments)
+
+    async def try_append(self, statement: str, parameters: Parameters) -> bool:
+        """
+        Execute a statement that appends messages. Return False if the history has one of them already.
+        """
+        try:
+            return bool((await self.run(statement, parameters)).rowcount)
+        except psycopg.errors.UniqueViolation:
+            return False
+
+    async def vacuum(self, statement: str) -> bool:
+        """
+        Execute a VACUUM. Return whether the server did it: a role without the right only gets a warning.
+        """
+        warnings: list[Any] = []
+        self.connection.add_notice_handler(warnings.append)
+        try:
+            await self.run(statement)
+        finally:
+            self.connection.remove_notice_handler(warnings.append)
+        return not warnings
+
+    def renew_deadline(self, seconds: float | None = None) -> None:
+        """
+        Set the deadline as if the call began now.
+
+        :param seconds: How far away the deadline is. Defaults to the timeout of a call.
+        """
+        self.connection.deadline = time.monotonic() + (self._timeout if seconds is None else seconds)
+
+    async def cancel(self) -> None:
+        """
+        Ask the server to cancel the statement that it may still be executing for this connection.
+        """
+        if psycopg.capabilities.has_cancel_safe():  # what older libraries have instead could wait for ever
+            with suppress(psycopg.Error):
+                cancelling = self.connection.cancel_safe(timeout=_CANCEL_SECONDS)
+                if self._is_async:
+                    await cancelling

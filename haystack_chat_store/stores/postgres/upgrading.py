@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+How a process makes the tables, upgrades them, and turns search on.
+"""
+
+from collections.abc import Awaitable, Callable
+
+import psycopg
+from haystack import logging
+
+from haystack_chat_store.errors import SchemaVersionError
+from haystack_chat_store.stores.postgres.failures import SchemaPermissionError
+from haystack_chat_store.stores.postgres.schema import HAS_SCHEMA, MIGRATIONS
+from haystack_chat_store.stores.postgres.session import Session
+
+logger = logging.getLogger(__name__)
+
+# Processes that make or change the tables at the same time wait for each other here. The number is "chat" in ASCII.
+_UPGRADE_LOCK = "SELECT pg_advisory_xact_lock(1667785076)"
+# An upgrade that waits for a lock makes writers wait, too. It gives up and tries again, before the server looks for a
+# deadlock, which it does after a second.
+_LOCK_TIMEOUT = "SET LOCAL lock_timeout = 500"
+# Looked up in the catalog, because to_regclass may answer from a cache that another session's commit has outdated.
+_FIND_RELATIONS = """
+    SELECT array_agg(relname::text)
+    FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = %s AND relname = ANY (%s)
+"""
+
+
+async def prepare(session: Session) -> None:
+    """
+    Look at the database when a connection is new. Make or upgrade the tables, if the first one finds it necessary.
+    """
+    has_tables = await look(session)
+    if not session.database.is_current:
+        if not has_tables or await _version(session) < len(MIGRATIONS):
+            await _change_schema(session, _bring_up_to_date)
+        session.database.is_current = True
+
+
+async def look(session: Session) -> bool:
+    """
+    Find out whether search is on, and whether the tables exist. Return the latter.
+    """
+    database, tables = session.database, session.database.tables
+    names = [tables.version_table, tables.search_index, tables.unindexed]
+    ((found,),) = await session.fetch(_FIND_RELATIONS, [database.schema_name, names])
+    has_tables, has_search_index, has_unindexed = (name in (found or ()) for name in names)
+    database.has_search = database.has_search or has_search_index
+    database.is_indexed = database.is_indexed or has_unindexed
+    return has_tables
+
+
+async def turn_search_on(session: Session) -> None:
+    """
+    Create the index that turns search on, if it does not exist.
+    """
+    await look(session)
+    if not session.database.has_search:
+        await _change_schema(session, _create_search_index)
+        await look(session)
+        logger.info("Turned search on in the tables {name}.", name=session.database.tables.name)
+
+
+async def finish_index(session: Session) -> None:
+    """
+    Record that all messages have their terms, but for those of writers that do not know yet that search is on.
+    """
+    await _change_schema(session, _create_unindexed)
+    session.database.is_indexed = True
+    logger.info("Indexed all messages in the tables {name}.", name=session.database.tables.name)
+
+
+async def _change_schema(session: Session, change: Callable[[Session], Awaitable[None]]) -> None:
+    try:
+        await session.in_transaction(change)
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise SchemaPermissionError(error.diag.message_primary or "") from error
+
+
+async def _bring_up_to_date(session: Session) -> None:
+    tables = session.database.tables
+    await session.run(_UPGRADE_LOCK)
+    version = await _version(session) if await look(session) else 0
+    if version == len(MIGRATIONS):
+        return
+    if version == 0 and not await session.fetch(HAS_SCHEMA, [session.database.schema_name]):
+        await session.run(tables.create_schema())
+    if version > 0:
+        await session.run(_LOCK_TIMEOUT)
+        await session.run(tables.lock)
+    for statement in tables.upgrade(version):
+        session.renew_deadline()
+        await session.run(statement)
+    if version == 0:
+        logger.info("Made the tables {name}.", name=tables.name)
+    else:
+        logger.info("Upgraded the tables {name} to version {new}.", name=tables.name, new=len(MIGRATIONS))
+
+
+async def _create_search_index(session: Session) -> None:
+    await session.run(_UPGRADE_LOCK)
+    await session.run(_LOCK_TIMEOUT)
+    await session.run(session.database.tables.create_search_index)
+    if await session.fetch(session.database.tables.has_messages) == [(False,)]:
+        await session.run(session.database.tables.create_unindexed)
+
+
+async def _create_unindexed(session: Session) -> None:
+    await session.run(_UPGRADE_LOCK)
+    await session.run(_LOCK_TIMEOUT)
+    await session.run(session.database.tables.create_unindexed)
+
+
+async def _version(session: Session) -> int:
+    ((version,),) = await session.fetch(session.statements.version)
+    if version is not None and version > len(MIGRATIONS):
+        raise SchemaVersionError(
+            f"The database has schema version {version}, but this version of haystack-chat-store knows only "
+            f"versions up to {len(MIGRATIONS)}. It was left untouched. Upgrade haystack-chat-store to use it."
+        )
+    return int(version or 0)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What the operations of all rooms need: the settings of the engine, and the keys of a scope.
+"""
+
+from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.redis.connections import Session
+from haystack_chat_store.stores.redis.keys import Keys
+from haystack_chat_store.stores.rows import Scope
+
+
+class RedisOperations(Engine[Session]):
+    """
+    The settings that operations look at.
+    """
+
+    def __init__(self, *, key_prefix: str, ttl: float | None) -> None:
+        """
+        Keep the settings.
+
+        :param key_prefix: What the names of all keys begin with, after a brace.
+        :param ttl: After how many seconds without a write a history expires, or `None` for never.
+        """
+        self.key_prefix = key_prefix
+        self.ttl = ttl
+
+    def keys(self, scope: Scope) -> Keys:
+        """
+        Return the keys of a scope.
+        """
+        return Keys(self.key_prefix, scope.namespace)
+
+    def lifetime(self) -> int:
+        """
+        Return after how many milliseconds without a write a history expires, or 0 for never.
+        """
+        return round((self.ttl or 0) * 1000)

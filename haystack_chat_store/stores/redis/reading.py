@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The operations that read messages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from haystack_chat_store.rounds import Window
+from haystack_chat_store.stores.redis.connections import Session
+from haystack_chat_store.stores.redis.keys import Keys
+from haystack_chat_store.stores.redis.operations import RedisOperations
+from haystack_chat_store.stores.redis.schema import GAP, ROLES, TIME_LENGTH, id_and_role, number, valid_time
+from haystack_chat_store.stores.redis.scripts import messages as scripts
+from haystack_chat_store.stores.rows import MessageRow, Scope
+from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
+
+#: More messages than a history can have. Lua, whose numbers are doubles, still takes it exactly.
+MAX_COUNT = 2**53
+
+_WINDOW_SCRIPTS = {"round": scripts.READ_ROUNDS, "message": scripts.READ_MESSAGES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """
+    Some messages of a history, and the state that it was in.
+
+    :param exists: Whether the history exists.
+    :param state: Differs after each edit. Appending does not change it.
+    :param next_position: The position that the next message gets.
+    :param rows: The messages.
+    """
+
+    exists: bool
+    state: str
+    next_position: int
+    rows: list[MessageRow]
+
+
+class Reading(RedisOperations):
+    """
+    The operations that read messages.
+    """
+
+    async def read(self, session: Session, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
+        """
+        Find the window in the string of roles.
+        """
+        script = scripts.READ_ALL if window.count is None else _WINDOW_SCRIPTS[window.unit]
+        counts = [min(window.count or 0, MAX_COUNT), min(window.step, MAX_COUNT)]
+        size, contents = await session.run(script, self.keys(scope).to_read(chat_history_id), counts)
+        return contents, size
+
+    async def count(self, session: Session, scope: Scope, chat_history_id: str) -> int:
+        """
+        Return the counter of a history.
+        """
+        count: int = await session.run(scripts.COUNT, self.keys(scope).to_read(chat_history_id))
+        return count
+
+    async def page(
+        self,
+        session: Session,
+        scope: Scope,
+        chat_history_id: str,
+        before: int | None,
+        after: int | None,
+        limit: int,
+    ) -> list[MessageRow]:
+        """
+        Return a page of messages.
+        """
+        end = MAX_COUNT if before is None else before
+        return (await read_part(session, self.keys(scope), chat_history_id, limit, after=after, before=end)).rows
+
+
+async def read_part(
+    session: Session,
+    keys: Keys,
+    chat_history_id: str,
+    limit: int,
+    *,
+    after: int | None = None,
+    before: int = MAX_COUNT,
+) -> Part:
+    """
+    Return up to `limit` messages as of one moment: the last ones before a position, or the first ones after one.
+    """
+    page = ["" if after is None else after, min(before, MAX_COUNT), limit]
+    state, next_position, pieces = await session.run(scripts.PAGE, keys.to_read(chat_history_id), page)
+    characters = sum(len(content) for piece in pieces for content in piece[2])
+    is_large = characters > MAX_CHARACTERS_ON_LOOP
+    rows = await session.to_thread(_rows, pieces) if is_large else _rows(pieces)
+    if not all(row.message_id for row in rows):  # damaged messages, whose ids only the index knows
+        ids = {
+            position: message_id for message_id, position in (await read_ids(session, keys, chat_history_id)).items()
+        }
+        rows = [row if row.message_id else replace(row, message_id=ids.get(row.position, "")) for row in rows]
+    return Part(exists=bool(state), state=state, next_position=next_position, rows=rows)
+
+
+async def read_positions(
+    session: Session, keys: Keys, chat_history_id: str, message_ids: Sequence[str]
+) -> list[int | None]:
+    """
+    Return the position of each message, or `None` for those that the history does not have.
+    """
+    found = await session.run(scripts.POSITIONS, keys.to_read(chat_history_id), message_ids)
+    return [None if position is None else number(position) for position in found]
+
+
+async def read_ids(session: Session, keys: Keys, chat_history_id: str) -> dict[str, int]:
+    """
+    Return the index of a history: the position of each message id.
+    """
+    found: dict[str, int] = {}
+    of_index = [keys.of_bucket_of(chat_history_id).schema_version, keys.of_history(chat_history_id).message_ids]
+    cursor = "0"
+    while True:
+        cursor, items = await session.run(scripts.SCAN_IDS, of_index, [cursor])
+        found.update(zip(items[::2], map(number, items[1::2]), strict=True))
+        if cursor == "0":
+            return found
+
+
+def _rows(pieces: Sequence[Any]) -> list[MessageRow]:
+    rows = []
+    for first, letters, contents, times in pieces:
+        for index, (letter, content) in enumerate(zip(letters, contents, strict=True)):
+            if letter != GAP:
+                message_id, _ = id_and_role(content) or ("", "")
+                rows.append(
+                    MessageRow(
+                        position=first + index,
+                        created_at=valid_time(times[index * TIME_LENGTH : (index + 1) * TIME_LENGTH]) or 0,
+                        message_id=message_id,
+                        role=ROLES.get(letter, letter),
+                        content=content,
+                    )
+                )
+    return rows

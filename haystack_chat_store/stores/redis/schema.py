@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+How histories are kept: the version of the layout, and how roles, times and numbers are written down.
+
+`docs/redis.md` shows what each key holds.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from typing import Final
+
+from haystack_chat_store.ids import MESSAGE_ID_KEY
+from haystack_chat_store.validation import microseconds
+
+#: The version of this layout, which every bucket records.
+SCHEMA_VERSION: Final = 1
+#: The times that a `datetime` can hold, in microseconds since 1970, UTC.
+VALID_TIMES: Final = range(
+    microseconds(datetime.min.replace(tzinfo=timezone.utc), "min"),
+    microseconds(datetime.max.replace(tzinfo=timezone.utc), "max") + 1,
+)
+#: How many characters the time of a message takes in `times`: enough for each valid one.
+TIME_LENGTH: Final = 18
+#: The roles, by the letters that stand for them in `roles`.
+ROLES: Final = {"u": "user", "a": "assistant", "t": "tool", "s": "system"}
+#: The letter that stands in `roles` for a message that was deleted.
+GAP: Final = "x"
+#: How many messages, ids or histories one script works on, unless the caller says how many.
+BATCH_SIZE: Final = 1000
+
+_INTEGER = re.compile(f"-?[0-9]{{1,{TIME_LENGTH}}}")
+
+
+def letters_of(roles: Iterable[str]) -> str:
+    """
+    Return the letters that stand for roles.
+    """
+    return "".join(role[0] for role in roles)
+
+
+def id_and_role(content: str) -> tuple[str, str] | None:
+    """
+    Return the id and the role that a message's JSON states, or `None` if it cannot be read.
+    """
+    try:
+        message = json.loads(content)
+        message_id, role = message["meta"][MESSAGE_ID_KEY], message["role"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    is_id = isinstance(message_id, str) and message_id and "\x00" not in message_id
+    return (message_id, role) if is_id and role in ROLES.values() else None
+
+
+def number(text: str | None) -> int:
+    """
+    Return a number that is stored as text, or 0 if the text is not a number.
+    """
+    try:
+        return int(text or 0)
+    except ValueError:
+        return 0
+
+
+def valid_time(text: str | None) -> int | None:
+    """
+    Return a time that is stored as text, in microseconds since 1970, or `None` if the text is not a valid time.
+    """
+    if not text or not _INTEGER.fullmatch(text):
+        return None
+    return time if (time := int(text)) in VALID_TIMES else None
+
+
+def new_name() -> str:
+    """
+    Return a random name, for a call or for keys.
+    """
+    return secrets.token_hex(8)

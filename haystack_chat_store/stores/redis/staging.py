@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Messages that are copied or imported: they wait in the target's bucket until all are there, and then appear at once.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from haystack_chat_store.errors import ChatMessageStoreError, MessageDecodingError
+from haystack_chat_store.stores.conflicts import duplicate, history_not_found, message_not_found
+from haystack_chat_store.stores.redis.connections import Session
+from haystack_chat_store.stores.redis.keys import Keys, bucket_of
+from haystack_chat_store.stores.redis.reading import read_part, read_positions
+from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, TIME_LENGTH, letters_of, new_name
+from haystack_chat_store.stores.redis.scripts import staging as scripts
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
+
+# How long messages wait for those that follow, in milliseconds. After a crash, they are gone after this time.
+_WAITING_TIME = 600_000
+
+
+class Stage:
+    """
+    Messages that wait to become part of a history. At the end of the `async with` they are discarded, unless they have.
+    """
+
+    def __init__(self, session: Session, keys: Keys, chat_history_id: str) -> None:
+        """
+        Begin without any messages.
+
+        :param chat_history_id: The history that the messages are for.
+        """
+        bucket = bucket_of(chat_history_id)
+        self.keys = keys.of_staged(bucket, new_name())
+        self.length = 0
+        self.rounds = 0
+        self._session = session
+        self._keys = keys
+        self._target_id = chat_history_id
+        self._own_keys = [keys.of_bucket(bucket).schema_version, *self.keys]
+
+    async def __aenter__(self) -> "Stage":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.length:
+            with suppress(ChatMessageStoreError):  # then they expire
+                await self._session.run(scripts.DISCARD, self._own_keys)
+
+    async def add(self, rows: Sequence[MessageRow]) -> None:
+        """
+        Add messages. A row without a role is a gap.
+
+        :raises DuplicateMessageError: If two messages have the same id.
+        :raises MessageDecodingError: If a message has no id.
+        """
+        for first in range(0, len(rows), BATCH_SIZE):
+            batch = rows[first : first + BATCH_SIZE]
+            for row in batch:
+                if row.role and not row.message_id:
+                    raise MessageDecodingError(f"The message at position {row.position} is damaged and has no id.")
+            letters = letters_of(row.role or GAP for row in batch)
+            duplicate_id = await self._session.run(
+                scripts.STAGE,
+                self._own_keys,
+                [
+                    self.length,
+                    _WAITING_TIME,
+                    letters,
+                    "\x00".join(row.message_id for row in batch if row.role),
+                    "".join(f"{row.created_at:0{TIME_LENGTH}d}" for row in batch),
+                    *(row.content for row in batch),
+                ],
+            )
+            if duplicate_id:
+                raise duplicate(duplicate_id)
+            self.length += len(batch)
+            self.rounds += letters.count("u")
+
+    async def add_history(self, source_id: str, until_message_id: str | None) -> bool:
+        """
+        Add the messages of a history as of one moment. Return False if it was edited while it was read.
+
+        :raises ChatHistoryNotFoundError: If there is no such history.
+        :raises MessageNotFoundError: If it does not have `until_message_id`.
+        """
+        part = await read_part(self._session, self._keys, source_id, BATCH_SIZE, after=-1)
+        if not part.exists:
+            raise history_not_found(source_id)
+        end, state = part.next_position, part.state
+        if until_message_id is not None:
+            (position,) = await read_positions(self._session, self._keys, source_id, [until_message_id])
+            if position is None:
+                raise message_not_found(until_message_id)
+            end = position + 1
+        rows = part.rows
+        while rows and part.state == state:
+            await self.add([row for row in rows if row.position < end])
+            last = rows[-1].position
+            if last >= end - 1:
+                break
+            part = await read_part(self._session, self._keys, source_id, BATCH_SIZE, after=last, before=end)
+            rows = part.rows
+        return part.state == state
+
+    async def finish(self, expected_count: int, lifetime: int, history: HistoryRow | None = None) -> Any:
+        """
+        Append the waiting messages to the history, and return what the script returns.
+
+        :param expected_count: How many messages the history must have.
+        :param lifetime: After how many milliseconds the history expires, or 0 for never.
+        :param history: Title, meta and times for a new history.
+        """
+        fields, changed_at = ["chat_history_id", self._target_id], ""
+        if history is not None:
+            changed_at = str(history.updated_at)
+            values = ("created_at", str(history.created_at)), ("title", history.title), ("meta", history.meta)
+            fields += [each for name, value in values if value is not None for each in (name, value)]
+        counts = [self.length, self.rounds, expected_count]
+        arguments: list[str | int] = [self._target_id, lifetime, *counts, new_name(), changed_at, *fields]
+        answer = await self._session.run(scripts.FINISH, [*self._keys.to_write(self._target_id), *self.keys], arguments)
+        if isinstance(answer, int):
+            self.length = 0  # no messages wait any more
+        return answer
