@@ -126,7 +126,7 @@ def test_a_walk_by_id_costs_the_same_everywhere(store, path):
         counts.append(
             steps(
                 path,
-                lambda after=after, found=found: found.extend(
+                lambda found=found, after=after: found.extend(
                     store.engine.run(store.engine.histories_by_id, store.scope, "user", after, 50)
                 ),
             )

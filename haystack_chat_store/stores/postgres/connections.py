@@ -28,9 +28,14 @@ from psycopg.pq import Conninfo, TransactionStatus
 from psycopg.types.string import TextLoader
 
 from haystack_chat_store.errors import StoreConfigurationError, StoreTimeoutError
+from haystack_chat_store.stores.connection_registry import (
+    ServerConnectionRegistry,
+    ServerConnections,
+    keep_alive_forever,
+    resolved,
+)
 from haystack_chat_store.stores.postgres import upgrading
 from haystack_chat_store.stores.postgres.session import Database, Session
-from haystack_chat_store.stores.shared import ServerConnections, SharedByServer, never_free, resolved
 from haystack_chat_store.stores.sync_async import run_sync
 
 logger = logging.getLogger(__name__)
@@ -294,7 +299,7 @@ class Pool(ServerConnections):
         would remove their connections from the selector that parent and child share.
         """
         for connection in self._open:
-            never_free(connection)
+            keep_alive_forever(connection)
 
     def _connect_options(self, attempts: Sequence[Any], deadline: float) -> dict[str, Any]:
         # The timeout of each address of the server. psycopg takes whole seconds, at least two.
@@ -357,7 +362,7 @@ class Pool(ServerConnections):
 
 
 #: The pools of this process.
-pools: SharedByServer[Settings, Pool] = SharedByServer(Pool)
+pools: ServerConnectionRegistry[Settings, Pool] = ServerConnectionRegistry(Pool)
 
 
 def _parsed(connection_string: str) -> dict[str, Any]:

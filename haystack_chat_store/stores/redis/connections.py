@@ -42,6 +42,12 @@ from redis import exceptions
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from haystack_chat_store.errors import StoreConfigurationError, StoreTimeoutError
+from haystack_chat_store.stores.connection_registry import (
+    ServerConnectionRegistry,
+    ServerConnections,
+    keep_alive_forever,
+    resolved,
+)
 from haystack_chat_store.stores.redis.failures import (
     Address,
     explained,
@@ -50,7 +56,6 @@ from haystack_chat_store.stores.redis.failures import (
     redirection,
 )
 from haystack_chat_store.stores.redis.scripts import Script
-from haystack_chat_store.stores.shared import ServerConnections, SharedByServer, never_free, resolved
 from haystack_chat_store.stores.sync_async import run_sync
 
 # Types are checked for Python 3.10 and on any Python: one of these two is always unknown there, or always known.
@@ -190,9 +195,9 @@ class Session(ABC):
         """
         In a forked child, keep the parent's connections from being used, or freed, which would close them.
         """
-        never_free(self)
+        keep_alive_forever(self)
         for connection in self._open:
-            never_free(connection)
+            keep_alive_forever(connection)
 
     # ------------------------------------------------------------------ where synchronous and asynchronous differ
 
@@ -683,7 +688,7 @@ class Server(ServerConnections):
 
 
 #: The servers that this process uses.
-servers: SharedByServer[Settings, Server] = SharedByServer(Server)
+servers: ServerConnectionRegistry[Settings, Server] = ServerConnectionRegistry(Server)
 
 
 def _is_running(loop: asyncio.AbstractEventLoop) -> bool:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from haystack_chat_store.errors import ChatMessageStoreError, StoreConfigurationError, StoreUnavailableError
-from haystack_chat_store.stores.shared import Shared, never_free
+from haystack_chat_store.stores.connection_registry import ConnectionRegistry, keep_alive_forever
 from haystack_chat_store.stores.sqlite import failures, schema
 
 #: How much of what a call has acknowledged survives a power cut: everything, or everything but the last moments.
@@ -186,7 +186,7 @@ class Database:
         Neither use nor close the connections that were still lent, and open no others to their file.
         """
         for connection in self._lent:
-            never_free(connection)
+            keep_alive_forever(connection)
             _locked_by_parent.add(connection.file_identity or _file_identity(self.settings.path))
 
     def _borrow(self) -> _Connection:
@@ -226,7 +226,7 @@ class Database:
 _locked_by_parent: set[tuple[int, int] | None] = set()
 
 #: The databases of this process.
-databases = Shared(Database)
+databases = ConnectionRegistry(Database)
 
 
 def readable_rows(connection: sqlite3.Connection, statement: str, values: Sequence[Any] = ()) -> list[Any]:

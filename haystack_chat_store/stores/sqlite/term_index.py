@@ -18,7 +18,7 @@ from haystack_chat_store.stores.sqlite.connections import readable_rows
 
 logger = logging.getLogger(__name__)
 
-#: To be raised whenever the terms of any message change.
+#: Raise it whenever the terms of any message change.
 TERMS_VERSION = 1
 #: The mark of an index that has all messages, those to come included.
 ALL_KEYS = 2**63 - 1
@@ -33,6 +33,9 @@ _MESSAGES = """
     SELECT message_key, CAST(content AS TEXT) FROM haystack_chat_messages
     WHERE message_key BETWEEN ? AND ? ORDER BY message_key LIMIT ?
 """
+
+# How many messages of a range are in memory at once.
+_MESSAGES_PER_BATCH = 1_000
 
 _OF_NEWER = (
     "A newer version of haystack-chat-store made the search index of this file. Upgrade haystack-chat-store to search "
@@ -124,8 +127,11 @@ class TermIndex:
         """
         Do what `add` does for all messages with keys in a range.
         """
-        if self.exists:
-            self.add(readable_rows(self._connection, _MESSAGES, (first_key, last_key, -1)))
+        while self.exists and (
+            rows := readable_rows(self._connection, _MESSAGES, (first_key, last_key, _MESSAGES_PER_BATCH))
+        ):
+            self.add(rows)
+            first_key = rows[-1][0] + 1
 
     def add_next(self, limit: int) -> None:
         """

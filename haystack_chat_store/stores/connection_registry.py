@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What stores with equal connection settings share: one object of the process that holds their connections.
+The connections of this process. Stores with equal settings share them.
 """
 
 import atexit
@@ -28,7 +28,7 @@ class Connections(Protocol):
 
     def before_fork(self) -> None:
         """
-        Bring into order what a child must not inherit. Nothing, if it can do without all of it.
+        Close what a child must not inherit. Connections that a child can simply leave alone may stay.
         """
 
     def after_fork_in_parent(self) -> None:
@@ -38,7 +38,7 @@ class Connections(Protocol):
 
     def after_fork_in_child(self) -> None:
         """
-        Call `never_free` on all that is still open: it belongs to the parent.
+        Call `keep_alive_forever` for each connection that is still open: it belongs to the parent.
         """
 
 
@@ -46,18 +46,18 @@ SettingsT = TypeVar("SettingsT", bound=Hashable)
 ConnectionsT = TypeVar("ConnectionsT", bound=Connections)
 
 
-class Shared(Generic[SettingsT, ConnectionsT]):
+class ConnectionRegistry(Generic[SettingsT, ConnectionsT]):
     """
     The connections of this process, by their settings.
 
-    A forked child starts with none. What is open when the interpreter ends is closed.
+    A forked child starts without any. When the interpreter ends, all are closed.
     """
 
     def __init__(self, make: Callable[[SettingsT], ConnectionsT]) -> None:
         """
-        Start with none.
+        Start without any.
 
-        :param make: Makes the object that holds the connections. It opens nothing yet.
+        :param make: Makes the object that holds the connections for some settings. It opens nothing yet.
         """
         self._make = make
         self._made: dict[SettingsT, ConnectionsT] = {}
@@ -73,7 +73,7 @@ class Shared(Generic[SettingsT, ConnectionsT]):
 
     def get(self, settings: SettingsT) -> ConnectionsT:
         """
-        Return what all stores with these settings share.
+        Return the connections for these settings.
         """
         made = self._made.get(settings)
         if made is None:
@@ -86,7 +86,7 @@ class Shared(Generic[SettingsT, ConnectionsT]):
 
     def close(self, settings: SettingsT) -> None:
         """
-        Close what stores with these settings share. The next use makes a new one.
+        Close the connections for these settings. The next use opens new ones.
         """
         with self._lock:
             made = self._made.pop(settings, None)
@@ -98,7 +98,8 @@ class Shared(Generic[SettingsT, ConnectionsT]):
             self.close(settings)
 
     def _before_fork(self) -> None:
-        for made in list(self._alive):  # this may take a while, in which others still get what they ask for
+        # The first round may have to wait for calls. Meanwhile other threads can still open other connections.
+        for made in list(self._alive):
             made.before_fork()
         self._lock.acquire()
         for made in self._alive:
@@ -119,12 +120,12 @@ class Shared(Generic[SettingsT, ConnectionsT]):
 
 class ServerSettings(Hashable, Protocol):
     """
-    Settings of stores on a server. Where it is, a secret of them says, which may change.
+    Settings of stores on a server, whose location is a secret that may change.
     """
 
     def location(self) -> str:
         """
-        Return what the secret says now.
+        Return the secret's present value.
         """
 
 
@@ -134,36 +135,36 @@ class ServerConnections(Connections, Protocol):
     """
 
     location: str
-    """What the secret said when this was made."""
+    """The secret's value when this object was made."""
 
 
 ServerSettingsT = TypeVar("ServerSettingsT", bound=ServerSettings)
 ServerConnectionsT = TypeVar("ServerConnectionsT", bound=ServerConnections)
 
 
-class SharedByServer(Shared[ServerSettingsT, ServerConnectionsT]):
+class ServerConnectionRegistry(ConnectionRegistry[ServerSettingsT, ServerConnectionsT]):
     """
     The connections of this process to servers.
     """
 
     def get(self, settings: ServerSettingsT) -> ServerConnectionsT:
         """
-        Return what all stores with these settings share: a new one if the secret says something else by now.
+        Return the connections for these settings: new ones if the location has changed.
         """
         location = settings.location()
         made = super().get(settings)
         if made.location != location:
-            self.close(settings)  # or connections would stay open to wherever it has ever led
+            self.close(settings)  # else the connections to the old location would stay open
             made = super().get(settings)
         return made
 
 
 def resolved(secret: Secret, name: str) -> str:
     """
-    Return what a secret says.
+    Return the value of a secret.
 
-    :param name: What errors call it.
-    :raises StoreUnavailableError: If it cannot be had, such as from an environment variable that is not set.
+    :param name: The name of the setting, for errors.
+    :raises StoreUnavailableError: If it has no value, such as an environment variable that is not set.
     """
     try:
         return secret.resolve_value() or ""
@@ -171,12 +172,12 @@ def resolved(secret: Secret, name: str) -> str:
         raise StoreUnavailableError(f"The {name} cannot be used. {error}") from error
 
 
-def never_free(connection: object) -> None:
+def keep_alive_forever(connection: object) -> None:
     """
-    Keep an object for as long as the process lives, whoever lets go of it, even while the interpreter shuts down.
+    Never let a connection be garbage-collected, not even while the interpreter shuts down.
 
-    To free a connection is to close it, which in a forked child would say goodbye in the parent's name.
+    Garbage collection closes it, which in a forked child would disconnect the parent.
 
-    :param connection: An object that the parent opened.
+    :param connection: A connection that the parent opened.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
