@@ -57,6 +57,9 @@ READ_MUCH |= {"unreadable_times", "totals", "vacuum_messages", "vacuum_histories
 # These sort what they have found along an index.
 SORTS = {"copy_messages", "histories_of_few", "search", "search_few", "search_for_few", "unindexed_contents"}
 SORTS |= {name for name in schema.Statements._fields if name.startswith("read_")}
+# These may sort what they have found, too, while the server has no statistics and takes it for little.
+SORTS_WITHOUT_STATISTICS = {"next_histories", "histories", "histories_near", "histories_by_id", "have_more"}
+SORTS_WITHOUT_STATISTICS |= {"erasable_by_prefix", "erasable_by_age", "few_histories"}
 # These look at whole histories. A third of the table had better be read from end to end.
 OF_WHOLE_HISTORIES = {"delete_messages", "recount", "search_few", "copy_messages"}
 
@@ -107,7 +110,8 @@ def test_every_statement_walks_along_an_index(request, known, name):
 
     plan = store.engine.run(plan_of)
     assert "Seq Scan" not in plan, plan
-    assert "Sort" not in plan or name in SORTS, plan
+    may_sort = SORTS if known == "analysed_store" else SORTS | SORTS_WITHOUT_STATISTICS
+    assert "Sort" not in plan or name in may_sort, plan
 
 
 @pytest.mark.parametrize("mode", ["auto", "force_custom_plan"])

@@ -7,12 +7,7 @@ from typing import Any
 
 import psycopg
 
-from haystack_chat_store.errors import (
-    ChatMessageStoreError,
-    StoreConfigurationError,
-    StoreTimeoutError,
-    StoreUnavailableError,
-)
+from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
 
 
 class SchemaPermissionError(psycopg.errors.InsufficientPrivilege):
@@ -21,7 +16,7 @@ class SchemaPermissionError(psycopg.errors.InsufficientPrivilege):
     """
 
 
-def store_error(error: psycopg.Error, address: str, password: Any, timeout: float) -> ChatMessageStoreError:
+def store_error(error: psycopg.Error, address: str, password: Any, timeout: float) -> StoreUnavailableError:
     """
     Return the exception that says what has failed, where, and what to do.
 
@@ -38,11 +33,6 @@ def store_error(error: psycopg.Error, address: str, password: Any, timeout: floa
         text = (error.diag.message_primary if error.sqlstate else None) or str(error)
         # A mask in the password's place would show which word, or which letter, it is.
         said = said if password and password in text else text
-    if isinstance(error, psycopg.errors.UndefinedColumn):
-        return StoreConfigurationError(
-            f"{server}, has tables with these names that are not this package's: {said}. Choose another table_prefix "
-            "or schema_name."
-        )
     if isinstance(error, SchemaPermissionError):
         return StoreUnavailableError(
             f"{server}, refused: {said}. If this role may not create or change tables, let an "

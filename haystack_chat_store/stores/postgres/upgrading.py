@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import psycopg
 from haystack import logging
 
-from haystack_chat_store.errors import SchemaVersionError
+from haystack_chat_store.errors import SchemaVersionError, StoreConfigurationError
 from haystack_chat_store.stores.postgres.failures import SchemaPermissionError
 from haystack_chat_store.stores.postgres.schema import HAS_SCHEMA, MIGRATIONS
 from haystack_chat_store.stores.postgres.session import Session
@@ -113,7 +113,14 @@ async def _create_unindexed(session: Session) -> None:
 
 
 async def _version(session: Session) -> int:
-    ((version,),) = await session.fetch(session.statements.version)
+    try:
+        ((version,),) = await session.fetch(session.statements.version)
+    except psycopg.errors.UndefinedColumn as error:
+        name = session.database.tables.version_table
+        raise StoreConfigurationError(
+            f"The table {name!r} is not one of this package. It was left untouched. Choose another table_prefix or "
+            "schema_name."
+        ) from error
     if version is not None and version > len(MIGRATIONS):
         raise SchemaVersionError(
             f"The database has schema version {version}, but this version of haystack-chat-store knows only "
