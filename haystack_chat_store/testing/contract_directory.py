@@ -15,6 +15,7 @@ from haystack_chat_store.errors import ChatHistoryNotFoundError
 from haystack_chat_store.testing.contract_isolation import HOSTILE_IDS
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, texts
 from haystack_chat_store.testing.messages import conversation, user, with_id
+from haystack_chat_store.types import ChatHistoryPage
 
 _MINUTE = timedelta(minutes=1)
 
@@ -38,9 +39,6 @@ def now() -> datetime:
     Return the present time, as stores keep it.
     """
     return datetime.now(timezone.utc)
-
-
-from haystack_chat_store.types import ChatHistoryPage
 
 
 class Rule17DirectoryTest(ContractTest):

@@ -175,9 +175,9 @@ def test_a_number_of_partitions_that_cannot_be_is_refused(partitions):
 
 @pytest.mark.servers
 @pytest.mark.parametrize("way", ["directly", "behind PgBouncer"])
-def test_no_statement_is_prepared(way):
+def test_statements_of_every_turn_are_prepared_unless_a_pooler_stands_between(way):
     """
-    A prepared plan would stay as the tables grow, and a pooler would hand it to other clients.
+    A pooler would hand a prepared statement to other clients.
     """
     with PostgresServer(ENGINES.get(NEWEST), fsync="off", log_statement="all") as server, ExitStack() as stack:
         url = server.url if way == "directly" else stack.enter_context(PgBouncer(server)).url
@@ -187,4 +187,5 @@ def test_no_statement_is_prepared(way):
                 say(store, "Hello")
                 said(store)
         runs = re.findall(r"execute (\S+):\s+(?:WITH history|SELECT content)", server.log.read_text(errors="replace"))
-    assert runs == ["<unnamed>"] * 20
+    assert runs
+    assert (set(runs) == {"<unnamed>"}) == (way == "behind PgBouncer")

@@ -16,7 +16,7 @@ from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import BEGINNING, history_key
 from haystack_chat_store.stores.postgres.search import index_next
 from haystack_chat_store.stores.postgres.session import Session
-from haystack_chat_store.stores.postgres.statements import BEGIN_READING
+from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
 from haystack_chat_store.stores.postgres.terms import tsvectors
 from haystack_chat_store.stores.rows import Scope
 from haystack_chat_store.types import Fault
@@ -70,6 +70,7 @@ class Checking(Engine[Session]):
 
 
 async def _find_faults(session: Session, scope: Scope) -> list[_Found]:
+    await session.run(READ_WHOLE_TABLES)
     return [
         *await _wrong_counters(session, scope),
         *await _wrong_keys(session, scope),

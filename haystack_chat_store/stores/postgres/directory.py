@@ -17,6 +17,7 @@ from haystack_chat_store.stores.postgres.statements import (
     AFTER_ALL_IDS,
     AFTER_ALL_TIMES,
     BEGIN_READING,
+    READ_WHOLE_TABLES,
     prefix_parameters,
 )
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged
@@ -157,6 +158,7 @@ class Directory(Engine[Session]):
 
 
 async def _statistics(session: Session, parameters: dict[str, Any]) -> StoreStatistics:
+    await session.run(READ_WHOLE_TABLES)
     ((histories, messages, rounds),) = await session.fetch(session.statements.totals, parameters)
     ((size,),) = await session.fetch(session.statements.size_on_disk)
     per_day = await session.fetch(session.statements.per_day, parameters)

@@ -31,14 +31,16 @@ class Reading(Engine[Session]):
             if window.step > 1:
                 parameters["step"] = min(window.step, MAX_POSITION)
                 statement = statements.read_rounds_by_step if by_round else statements.read_messages_by_step
-        rows = await session.fetch(statement, parameters)
+        rows = await session.fetch(statement, parameters, prepare=True)
         return [content for content, _ in rows], rows[-1][1] if rows else 0
 
     async def count(self, session: Session, scope: Scope, chat_history_id: str) -> int:
         """
         Return the counter of the history's row.
         """
-        rows = await session.fetch(session.statements.message_count, [history_key(scope, chat_history_id)])
+        rows = await session.fetch(
+            session.statements.message_count, [history_key(scope, chat_history_id)], prepare=True
+        )
         return int(rows[0][0]) if rows else 0
 
     async def page(

@@ -68,24 +68,31 @@ class Session:
         self._timeout = timeout
         self._is_async = isinstance(connection, psycopg.AsyncConnection)
 
-    async def run(self, statement: str, parameters: Parameters = ()) -> Any:
+    async def run(self, statement: str, parameters: Parameters = (), *, prepare: bool = False) -> Any:
         """
         Execute a statement and return its cursor.
+
+        :param prepare: Whether the server may keep the statement's plan: for the few statements of every turn.
         """
+        prepare = prepare and self.connection.prepares
         while True:
             try:
-                cursor = self.connection.execute(statement, parameters)
+                cursor = self.connection.execute(statement, parameters, prepare=prepare)
                 return await cursor if self._is_async else cursor
             except psycopg.errors.SerializationFailure:
                 # Only a statement outside of transactions can fail so, where the database's default isolation level is
                 # stricter than that of our transactions.
                 continue
 
-    async def fetch(self, statement: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
+    async def fetch(
+        self, statement: str, parameters: Parameters = (), *, prepare: bool = False
+    ) -> list[tuple[Any, ...]]:
         """
         Execute a statement and return its rows.
+
+        :param prepare: See `run`.
         """
-        cursor = await self.run(statement, parameters)
+        cursor = await self.run(statement, parameters, prepare=prepare)
         fetched = cursor.fetchall()
         rows: list[tuple[Any, ...]] = await fetched if self._is_async else fetched
         return rows
@@ -133,7 +140,7 @@ class Session:
         Execute a statement that appends messages. Return False if the history has one of them already.
         """
         try:
-            return bool((await self.run(statement, parameters)).rowcount)
+            return bool((await self.run(statement, parameters, prepare=True)).rowcount)
         except psycopg.errors.UniqueViolation:
             return False
 

@@ -11,6 +11,8 @@ from haystack_chat_store.stores.rows import Scope, end_of_prefix
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # For operations that read with several statements, as of one moment.
 BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+# What reads most of a table may read it from end to end, whatever the connection's setting is.
+READ_WHOLE_TABLES = "SET LOCAL enable_seqscan = on"
 #: Greater than all ids, which have 512 characters at most.
 AFTER_ALL_IDS = "\U0010ffff" * 513
 

@@ -114,7 +114,7 @@ async def _append_new(
     """
     key = history_key(scope, chat_history_id)
     ids = _caller_ids(messages)
-    known = await session.fetch(session.statements.known_ids, [key, ids]) if ids else []
+    known = await session.fetch(session.statements.known_ids, [key, ids], prepare=True) if ids else []
     known_ids = {row[0] for row in known}
     new = [message for message in messages if message.message_id not in known_ids]
     if not new:
@@ -137,7 +137,7 @@ async def _append_locked(
     _, count = await _lock(session, scope, chat_history_id, make=bool(messages)) or (0, 0)
     check_count(expected_count, count)
     ids = _caller_ids(messages)
-    found = await session.fetch(session.statements.known_ids, [key, ids]) if ids else []
+    found = await session.fetch(session.statements.known_ids, [key, ids], prepare=True) if ids else []
     places = {message_id: (position, role) for message_id, position, role, _ in found}
     known = {message_id: places[message_id] for message_id in ids if message_id in places}
     plan = planned(messages, known, policy)
@@ -150,7 +150,7 @@ async def _append_locked(
         await session.run(session.statements.overwrite, {**sent, "key": key})
         parameters["rounds"] += round_count(list(plan.replaced.values()))
         parameters["rounds"] -= sum(role == "user" for _, role in plan.replaced)
-    await session.run(session.statements.append_all, parameters)
+    await session.run(session.statements.append_all, parameters, prepare=True)
     return len(plan.new) + len(plan.replaced)
 
 
