@@ -238,7 +238,7 @@ class Kind(NamedTuple):
     engine: Callable[[str], Engine]
 
 
-# Redis has its default settings: it answers before the data is on the disk, so the disk's time does not hide the store's.
+# Redis has its default settings: it answers before the data is on the disk, so the disk does not hide the store's cost.
 SERVERS = {
     "postgres": Kind(servers.postgres_binaries, servers.PostgresServer, _postgres),
     "redis": Kind(servers.redis_binaries, lambda binary: servers.RedisServer(binary, appendonly="no"), _redis),

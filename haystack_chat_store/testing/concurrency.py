@@ -516,7 +516,7 @@ class ConcurrencyTest(WholeHistoriesTest):
         self, whole_store: ClosableStore, noise: list[str]
     ) -> None:
         """
-        Rules 2 and 3. One of many tasks is refused for a message that is none.
+        Rules 2 and 3. One of many tasks is refused because of an object that is not a message.
         """
         writers = planned_batches(20, 1)
 
@@ -538,7 +538,7 @@ class ConcurrencyTest(WholeHistoriesTest):
         self, whole_store: ClosableStore, noise: list[str]
     ) -> None:
         """
-        Rules 3 and 12. When one task fails, the others are cancelled, as `asyncio.TaskGroup` does.
+        Rules 3 and 12. When one task fails, all other tasks are cancelled, as in `asyncio.TaskGroup`.
         """
         writers = planned_batches(20, 1)
 
