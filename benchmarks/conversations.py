@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What is written and read: made afresh at every call, for a store meets every message for the first time.
+The messages that are measured. They are made anew at every call, because a store sees each message for the first time.
 """
 
 import json
@@ -21,13 +21,13 @@ _ORDERS = [
 ]
 USER_TEXT = _PROSE[:120]
 ASSISTANT_TEXT = (_PROSE * 3)[:600]
-# What a tool returns, as Haystack turns it into text: JSON, full of quotes that are escaped when it is stored.
+# The result of a tool, as Haystack turns it into text: JSON with many quotes, which are escaped when it is stored.
 TOOL_RESULT = json.dumps(_ORDERS, ensure_ascii=False)[:2048]
 
 
 def conversation(messages: int) -> list[ChatMessage]:
     """
-    Questions and answers in turn.
+    Return alternating questions and answers.
     """
     return [
         ChatMessage.from_assistant(ASSISTANT_TEXT) if index % 2 else ChatMessage.from_user(USER_TEXT)
@@ -37,14 +37,14 @@ def conversation(messages: int) -> list[ChatMessage]:
 
 def encoded_conversation(messages: int) -> list[str]:
     """
-    The same as the texts that our stores keep, so that floors store and read as many bytes.
+    Return the same conversation as encoded texts, so that floors store and read as many bytes.
     """
     return [encode_message(message, new_message_id()) for message in conversation(messages)]
 
 
 def kinds_of_message() -> dict[str, ChatMessage]:
     """
-    One message of each kind in the codec's mix.
+    Return one message of each kind that the codec is measured with.
     """
     call = ToolCall("find_orders", {"customer": "c-1042", "status": ["shipped", "open"], "limit": 40}, id="call_9f31c7")
     return {
@@ -57,7 +57,7 @@ def kinds_of_message() -> dict[str, ChatMessage]:
 
 def reply_with_usage() -> ChatMessage:
     """
-    An assistant message with the meta that Haystack's OpenAI generator adds.
+    Return an assistant message with the meta that Haystack's OpenAI generator adds.
     """
     usage = {
         "completion_tokens": 131,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What is compared. To add an engine, write how its store and its floor are opened and emptied, and add it to `EMBEDDED`
-or, if it needs a server, to `SERVERS`.
+The engines that are compared. To add one, write how to open and empty its store and its floor, and add it to
+`EMBEDDED` or, if it needs a server, to `SERVERS`.
 """
 
 import os
@@ -26,7 +26,7 @@ from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
 from haystack_chat_store.stores.redis import RedisChatMessageStore
 
-# The tests know how to start private servers.
+# The tests have the code that starts private servers.
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import servers
 
@@ -35,15 +35,15 @@ SYNC, ASYNC = "", "_async"
 
 class Engine(NamedTuple):
     """
-    One store, the floor beside it, and what it has to reach.
+    A store, its floor, and its targets.
 
-    :param key: Its name for `--engines`.
-    :param open_store: Opens the store in a folder of its own, and leaves nothing behind when it is left.
-    :param open_floor: The same for its floor, which takes encoded texts in place of messages.
-    :param forms: The endings of the methods to measure.
-    :param stored_bytes: How large what a store holds is. Without it, Python's own memory is what holds it.
-    :param limits: How many times as long as its floor "append" and "read" may take. `None` if nothing is asked of it.
-    :param max_size: The longest history that it is tried with.
+    :param key: The name for `--engines`.
+    :param open_store: Opens the store in a separate folder, and removes its data at the end of the block.
+    :param open_floor: Opens the floor, which takes encoded texts instead of messages.
+    :param forms: The endings of the names of the methods to measure.
+    :param stored_bytes: Returns the size of the stored data. `None` measures the memory of Python.
+    :param limits: The longest time of "append" and "read", as a multiple of the floor's. `None` for no target.
+    :param max_size: The longest history to measure.
     :param server: The server's name and version.
     """
 
@@ -219,7 +219,7 @@ def _closing(store: Any) -> Iterator[Any]:
 
 
 IN_MEMORY = Engine("memory", "InMemoryChatMessageStore", _in_memory, limits={})
-# Each of its writes goes through the whole history: longer ones take too long to be worth waiting for.
+# Each write of haystack-experimental reads the whole history, so longer histories take too long.
 EXPERIMENTAL = Engine("experimental", "haystack-experimental, in memory", _experimental, max_size=10_000)
 EMBEDDED = [_sqlite("full", {"append": 1.6, "read": 8}), _sqlite("normal"), IN_MEMORY, EXPERIMENTAL]
 
@@ -228,9 +228,9 @@ class Kind(NamedTuple):
     """
     A kind of server.
 
-    :param binaries: Where its programs are.
-    :param start: Starts a private one of these.
-    :param engine: Makes the engine, given the server's URL.
+    :param binaries: The folder with its programs.
+    :param start: Starts a private server.
+    :param engine: Makes the engine from the server's URL.
     """
 
     binaries: Callable[[], dict[str, Path]]
@@ -238,7 +238,7 @@ class Kind(NamedTuple):
     engine: Callable[[str], Engine]
 
 
-# Redis is as it comes: it answers before anything is on the disk. So no waiting for the disk hides what a store adds.
+# Redis has its default settings: it answers before the data is on the disk, so the disk does not hide the store's cost.
 SERVERS = {
     "postgres": Kind(servers.postgres_binaries, servers.PostgresServer, _postgres),
     "redis": Kind(servers.redis_binaries, lambda binary: servers.RedisServer(binary, appendonly="no"), _redis),
@@ -248,7 +248,7 @@ KEYS = [*(engine.key for engine in EMBEDDED), *SERVERS]
 
 def chosen(keys: list[str], urls: dict[str, str | None], running: ExitStack) -> list[Engine]:
     """
-    Return the engines of these names. A server whose URL is not given is started, until `running` is left.
+    Return the engines with these names. A server without a URL is started, and runs until `running` is closed.
     """
     engines = [engine for engine in EMBEDDED if engine.key in keys]
     for key, kind in SERVERS.items():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The measurements. Each returns medians in microseconds, or bytes a message, as `{row: {column: median}}`.
+The measurements. Each returns `{row: {column: median}}`, in microseconds or in bytes per message.
 """
 
 import asyncio
@@ -28,13 +28,13 @@ from haystack_chat_store.ids import new_message_id
 Medians = dict[str, dict[str, float]]
 
 BATCH = 10_000  # messages per bulk write
-ROUNDS = 10  # read at once
-WINDOW = 2 * ROUNDS  # the messages in these
-MAX_TOKENS = 4000  # that the retriever shows: some 20 rounds
-ENOUGH = 100  # messages have more than so many tokens
+ROUNDS = 10  # per read
+WINDOW = 2 * ROUNDS  # messages per read
+MAX_TOKENS = 4000  # the retriever's limit: some 20 rounds
+ENOUGH = 100  # this many messages have more than MAX_TOKENS
 BULK_WRITE, BULK_READ = f"write {BATCH:,} messages in one call", f"read {BATCH:,} messages in one call"
-WRITERS = 8  # at the same time
-TURNS = 25  # that each of them writes in one go
+WRITERS = 8  # writers at the same time
+TURNS = 25  # turns of each writer per repetition
 SHARED, OWN = "one history", "each its own"
 ENCODED, ONE_HISTORY, MANY_HISTORIES = "encoded JSON", "one history", "many short histories"
 MIX = "mix: the four above alike"
@@ -55,11 +55,12 @@ class Plan(NamedTuple):
 
 class Case(NamedTuple):
     """
-    A state that stores are measured in.
+    A state in which stores are measured.
 
-    :param size: How many messages a history has.
-    :param appends_before: How many turns this process appended to it on top of these, one by one, in each form of call.
-    :param histories: How many such histories there are; they are appended to by turns.
+    :param size: The number of messages of each history.
+    :param appends_before: The number of turns that this process has appended after these, one by one, by each form of
+        call.
+    :param histories: The number of such histories. Appends alternate between them.
     """
 
     size: int
@@ -111,9 +112,9 @@ class Contestant(NamedTuple):
 
     def turns(self, case: Case) -> Iterator[tuple[str, list[Any]]]:
         """
-        Arguments for writing turn after turn. Histories that have grown by a fifth, or by 10 turns, are filled anew.
+        Yield arguments for writing turns. Histories that have grown by a fifth, or by 10 turns, are filled again.
         """
-        # Not more often, for calls directly after a filling find everything in the processor's cache.
+        # Filling more often would put the data of most calls into the processor's cache.
         turns_before_refilling = max(10, (case.size + 2 * case.appends_before) // 10)
         while True:
             for _ in range(turns_before_refilling):
@@ -124,14 +125,14 @@ class Contestant(NamedTuple):
 
 def cases(plan: Plan) -> list[Case]:
     """
-    One history of each size, one that this process has long been appending to, and many that grow side by side.
+    Return one history of each size, one with many appends by this process, and many histories that grow together.
     """
     return [*map(Case, plan.sizes), Case(1000, plan.appends_before), Case(10, histories=plan.repetitions)]
 
 
 def by_size(engine: Engine, plan: Plan, folder: Path) -> dict[str, Medians]:
     """
-    Read the last rounds of histories of every size, and what fits a budget, count their messages, then append turns.
+    Measure reading the last rounds, reading within a token limit, counting, and appending, by the size of the history.
     """
     groups: dict[str, list[list[Trial]]] = {"read": [], "retrieve": [], "count": [], "append": []}
     with ExitStack() as opened:
@@ -160,7 +161,7 @@ def by_size(engine: Engine, plan: Plan, folder: Path) -> dict[str, Medians]:
 
 def bulk(engine: Engine, plan: Plan, folder: Path) -> Medians:
     """
-    Write many messages in one call, into a new history each time, and read as many.
+    Measure writing many messages in one call to a new history, and reading them.
     """
     with ExitStack() as opened:
         contestants = _opened(engine, folder / "bulk", opened)
@@ -174,10 +175,10 @@ def bulk(engine: Engine, plan: Plan, folder: Path) -> Medians:
 
 def writers(engine: Engine, plan: Plan, folder: Path) -> Medians:
     """
-    Append turns by several writers at once. Per turn, of whichever writer.
+    Measure appending turns with several writers at the same time, per turn.
 
-    The store is one object. Of the floor, each writer has one of its own, and where they share a history, its way to
-    hand out positions.
+    The writers share one store object. Each writer has its own floor. When they share a history, the floor assigns the
+    positions in the engine.
     """
     with ExitStack() as opened, ThreadPoolExecutor(WRITERS) as threads:
         store, floor = _opened(engine, folder / "writers", opened)
@@ -226,7 +227,7 @@ async def _write_turns_async(write: Callable[..., Any], turns: list[tuple[str, l
 
 def stored_bytes(engine: Engine, plan: Plan, folder: Path) -> Medians:
     """
-    See how large what is stored becomes, turn by turn: in one long history, and in short ones that grow side by side.
+    Measure the size of the stored data, for one long history and for short histories that grow together.
     """
     texts = encoded_conversation(2)
     found = {ENCODED: sum(len(text.encode()) for text in texts) / len(texts)}
@@ -247,7 +248,7 @@ def stored_bytes(engine: Engine, plan: Plan, folder: Path) -> Medians:
 
 def codec(plan: Plan) -> Medians:
     """
-    Encode and decode 20 messages, ours and Haystack's way. Per message.
+    Measure encoding and decoding with this package and with Haystack, per message.
     """
     kinds = kinds_of_message()
     windows = {name: [kinds_of_message()[name] for _ in range(WINDOW)] for name in kinds}
@@ -290,7 +291,7 @@ def _batches(contestant: Contestant) -> Iterator[tuple[str, list[Any]]]:
 
 def _settle() -> None:
     """
-    Let the disk finish what filling left it to do.
+    Wait until the disk has finished its writes.
     """
     if hasattr(os, "sync"):
         os.sync()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The least that an engine can cost: its driver, a plain table, rows that were encoded beforehand and are not decoded.
+Floors: the lowest cost of an engine. They use its driver, a plain table, and rows that are already encoded.
 
-Floors are called as stores are, but take texts in place of messages. They know where each history ends without asking.
+Floors have the methods of stores, but take texts instead of messages. They remember the end of each history.
 """
 
 import sqlite3
@@ -23,7 +23,7 @@ _DELETE = "DELETE FROM messages WHERE history = {}"
 
 class SQLiteFloor:
     """
-    Raw `sqlite3` in WAL mode: one transaction a write, statements prepared once (the module caches them).
+    Plain `sqlite3` in WAL mode: one transaction per write. The module caches prepared statements.
     """
 
     _INSERT = "INSERT INTO messages VALUES (?, ?, ?)"
@@ -61,13 +61,16 @@ class SQLiteFloor:
 
 class PostgresFloor:
     """
-    Raw psycopg: one connection of each kind, autocommit, one prepared statement a call; COPY for more than a turn.
+    Plain psycopg: a synchronous and an asynchronous connection, autocommit, one prepared statement per call.
 
-    :param url: The server.
-    :param schema: An empty schema for its tables, or one that another floor has made them in.
+    More than one turn is written with COPY.
+
+    :param url: The server's URL.
+    :param schema: An empty schema, or the schema of another floor.
+    :param has_tables: Whether the schema has the tables already.
     """
 
-    # The row of the shared history is the lock that hands out its positions, to writers anywhere.
+    # The row of the shared history assigns positions, and its lock orders the writers of all processes.
     _CREATE_SHARED = "CREATE TABLE shared (next_position INTEGER)"
     _BEGIN_SHARED = "INSERT INTO shared VALUES (0)"
     _INSERT = "INSERT INTO messages VALUES (%s, %s, %s), (%s, %s, %s)"
@@ -81,7 +84,7 @@ class PostgresFloor:
 
     def __init__(self, url: str, schema: str, *, has_tables: bool = False) -> None:
         self._place = url, schema
-        # It is to walk along the primary key, whatever it expects of a table that was never analysed.
+        # Forces a scan by the primary key, although the planner has no statistics of the tables.
         where = make_conninfo(url, options=f"-c search_path={schema} -c enable_sort=off")
         self._connection = psycopg.connect(where, autocommit=True)
         self._connection_async = LOOP.run_until_complete(psycopg.AsyncConnection.connect(where, autocommit=True))
@@ -92,7 +95,7 @@ class PostgresFloor:
 
     def another(self) -> "PostgresFloor":
         """
-        Open a floor on the same tables, with connections of its own. It is for other histories, or the shared one.
+        Open a floor on the same tables with its own connections, for other histories or for the shared one.
         """
         return PostgresFloor(*self._place, has_tables=True)
 
@@ -145,10 +148,10 @@ class PostgresFloor:
 
 class RedisFloor:
     """
-    Raw redis-py: a client of each kind, a list for each history, a transaction pipeline a write.
+    Plain redis-py: a synchronous and an asynchronous client, a list per history, a transaction pipeline per write.
 
-    :param url: The server.
-    :param prefix: What the names of its keys begin with.
+    :param url: The server's URL.
+    :param prefix: The prefix of its keys.
     """
 
     def __init__(self, url: str, prefix: str) -> None:
@@ -159,7 +162,7 @@ class RedisFloor:
 
     def another(self) -> "RedisFloor":
         """
-        Open a floor on the same keys, with connections of its own.
+        Open a floor on the same keys with its own connections.
         """
         return RedisFloor(*self._place)
 
@@ -175,7 +178,7 @@ class RedisFloor:
             await pipeline.execute()
         return len(texts)
 
-    # The server appends for one client after the other, so it hands out positions as it is.
+    # The server runs one command at a time, so appending to a list assigns positions.
     write_shared = write_messages
     write_shared_async = write_messages_async
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Measure directory, search, forks, export and import on a large database, beside the engine's own means for the same.
+Measure the directory, search, forks, export and import on a large database, and compare them with the plain driver.
 
-By default 100,000 histories with 5,000,000 messages in all. Never fails on a time.
+The default is 100,000 histories with 5,000,000 messages in all. A missed target is not an error.
 """
 
 import argparse
@@ -49,7 +49,7 @@ _HISTORIES_OF_A_USER = 20
 
 class Plan(NamedTuple):
     """
-    How large and how often.
+    The sizes of the data, and the numbers of repetitions.
     """
 
     histories: int
@@ -60,11 +60,11 @@ class Plan(NamedTuple):
 
 class Place(NamedTuple):
     """
-    A store, another one on an empty database, and how the bare driver asks the same database.
+    A store, another store on an empty database, and the same operations with the plain driver.
 
     :param key_read: Reads the row of a history by its primary key.
-    :param full_text: The engine's own search: the best 20 rows for phrases, with their contents.
-    :param fork: Copies the rows of the long history to other keys with one INSERT … SELECT, into a plain table.
+    :param full_text: Searches with the engine: the best 20 rows for phrases, with their contents.
+    :param fork: Copies the rows of the long history with one INSERT … SELECT into a plain table.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Place(NamedTuple):
 
 class Texts:
     """
-    Made-up language: 20,000 words, of which few are frequent, and now and then a sentence in Chinese.
+    An invented language: 20,000 words, few of them frequent, and some sentences in Chinese.
     """
 
     _SYLLABLES = "ka lo mi ren tu sha ber no vi dal gos fen pri ut an el".split()
@@ -147,7 +147,7 @@ def measure(place: Place, plan: Plan, folder: Path) -> None:
 
 
 def fill(store: BaseChatMessageStore, plan: Plan, texts: Texts) -> int:
-    # So many different contents are enough, and making them afresh would take longer than storing them.
+    # Contents repeat, because making new ones would take longer than storing them.
     said = [
         (role, encode_message(message, "ID"))
         for _ in range(10_000)
@@ -222,7 +222,7 @@ def move(place: Place, folder: Path) -> None:
 
 def memory(place: Place, folder: Path) -> None:
     """
-    Show what Python holds at most while histories move: once few, once ten times as many.
+    Show the peak memory of Python while histories move: once a few, once ten times as many.
     """
     peaks: dict[str, list[str]] = {"export": [], "import": []}
     for prefix in ("user_000", "user_00"):
@@ -245,7 +245,7 @@ def search(place: Place, plan: Plan, texts: Texts) -> None:
     ours, raw, hits = [], [], 0
     for query in texts.queries(plan.queries):
         phrases = parsed_query(query)
-        for _ in range(2):  # the second time, both find the same in the cache
+        for _ in range(2):  # in the second run, both read from a warm cache
             floor = timed(lambda phrases=phrases: place.full_text(phrases), 1)
             taken = timed(lambda query=query: place.searching.search_messages(query), 1)
         hits += len(place.searching.search_messages(query))
@@ -271,7 +271,7 @@ def append(place: Place, plan: Plan) -> None:
 
 def timed(call: Callable[[], Any], repetitions: int) -> float:
     """
-    Return the median of what a call takes, in microseconds.
+    Return the median time of a call, in microseconds.
     """
     times = []
     for _ in range(repetitions):
@@ -297,7 +297,7 @@ def _name(number: int) -> str:
 
 def _sqlite(folder: Path, plan: Plan, running: ExitStack) -> Place:
     path = folder / "large.db"
-    # While it is filled, the disk need not keep up.
+    # Filling does not need durable writes.
     stores = [
         SQLiteChatMessageStore(path, durability="normal"),
         SQLiteChatMessageStore(path, search=True),
@@ -366,7 +366,7 @@ def _postgres(_folder: Path, plan: Plan, running: ExitStack) -> Place:
         ).fetchall()
 
     def fork() -> None:
-        # Within the same table: where a large one has room for a row, pages are less full than in a small one.
+        # Copies within the same table, because pages of a large table are less full than those of a small one.
         source = stores[0]._history_key("long")
         bare.execute(
             "INSERT INTO large.chat_messages SELECT %s, position, created_at, message_id, role, content "

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Timing on a machine that does other things too: what is compared takes turns, and medians are what counts.
+Timing on a machine with other work: compared calls alternate, and medians are reported.
 """
 
 import asyncio
@@ -10,17 +10,17 @@ from collections.abc import Callable, Hashable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-#: Where all asynchronous calls run, so that connections serve one after the other.
+#: All asynchronous calls run in this loop, so that they share connections.
 LOOP = asyncio.new_event_loop()
 
 
 class Trial(NamedTuple):
     """
-    One thing to time.
+    A call to time.
 
-    :param key: What its median is filed under.
-    :param call: What is timed. A coroutine function is timed inside the loop, without what starting the loop takes.
-    :param arguments: Makes the arguments of one call. Not timed.
+    :param key: The key of its median.
+    :param call: The function. A coroutine function is timed inside the loop, without the time to start the loop.
+    :param arguments: Makes the arguments of one call. It is not timed.
     """
 
     key: Hashable
@@ -30,10 +30,10 @@ class Trial(NamedTuple):
 
 def medians(groups: Sequence[Sequence[Trial]], repetitions: int) -> dict[Hashable, float]:
     """
-    Time every trial `repetitions` times and return the medians in microseconds.
+    Time every trial `repetitions` times, and return the medians in microseconds.
 
-    Each repetition runs all trials once. Those of a group, a floor and its store, run one directly after the other, and
-    another one of them goes first each time. Each time another group goes first, too.
+    Each repetition runs all trials once. The trials of a group, such as a floor and its store, run directly one after
+    another. The first group, and the first trial in each group, rotate.
     """
     times: dict[Hashable, list[int]] = {trial.key: [] for group in groups for trial in group}
     for repetition in range(repetitions):
@@ -49,7 +49,7 @@ def _timed(call: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
     started = time.perf_counter_ns()
     result = call(*arguments)
     ended = time.perf_counter_ns()
-    del result  # here, so that freeing it is not part of the time
+    del result  # freeing it is not part of the time
     return ended - started
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Simulate a conversation and show how much of its prompts a provider's prompt cache can use again, by `window_step`.
+Simulate a conversation, and show how much of its prompts a provider's prompt cache can reuse, by `window_step`.
 
-Nothing is timed, no model is asked: the figures are the same on every machine.
+Nothing is timed and no model is called, so the figures are the same on every machine.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from haystack_chat_store import SQLiteChatMessageStore
 
 COUNTER = ApproximateTokenCounter()
 INSTRUCTIONS = ChatMessage.from_system("You work at the help desk of a shop. " + USER_TEXT * 8)
-# The windows that are tried, and the steps in which each moves.
+# The sizes of windows, and the steps of each.
 WINDOWS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "everything": ({"last_k": None}, [1]),
     "`last_k=10`": ({"last_k": 10}, [1, 4, 8, 16]),
@@ -32,11 +32,11 @@ WINDOWS: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 class Prompts(NamedTuple):
     """
-    What a model was sent over a whole conversation.
+    Totals over all prompts of a conversation.
 
-    :param rounds: How many rounds, that of the question included, summed over all prompts.
-    :param tokens: How many tokens.
-    :param cached: How many of these stood where a prompt began as the one before it.
+    :param rounds: The number of rounds, including those of the questions.
+    :param tokens: The number of tokens.
+    :param cached: The number of tokens at the beginning of a prompt that the prompt before it had too.
     """
 
     rounds: int
@@ -46,7 +46,7 @@ class Prompts(NamedTuple):
 
 def turn(number: int, randomly: random.Random) -> list[ChatMessage]:
     """
-    A question and its answer, every third time with a call of a tool in between. No two turns are the same.
+    Return a question and its answer, every third time with a tool call in between. All turns differ.
     """
     question = ChatMessage.from_user(f"{number}. {USER_TEXT[: randomly.randint(40, 120)]}")
     answer = ChatMessage.from_assistant(f"{number}. {ASSISTANT_TEXT[: randomly.randint(100, 600)]}")
@@ -59,7 +59,7 @@ def turn(number: int, randomly: random.Random) -> list[ChatMessage]:
 
 def simulate(turns: int, settings: dict[str, Any], folder: Path) -> Prompts:
     """
-    Have a conversation and look at the first prompt of each turn. (Those after a tool begin with it as it is.)
+    Simulate a conversation, and count the first prompt of each turn. Prompts after a tool call begin with it unchanged.
     """
     randomly = random.Random(0)
     rounds = tokens = cached = 0
@@ -79,7 +79,7 @@ def simulate(turns: int, settings: dict[str, Any], folder: Path) -> Prompts:
 
 def common_beginning(one: Sequence[ChatMessage], other: Sequence[ChatMessage]) -> list[ChatMessage]:
     """
-    Return the messages with which both begin. (A message's meta is not sent to a model.)
+    Return the messages with which both begin, without their meta, which is not sent to a model.
     """
     length = 0
     while length < min(len(one), len(other)) and said(one[length]) == said(other[length]):

@@ -23,9 +23,9 @@ from experiments import (
     Plan,
 )
 
-#: How much longer than with the smallest history an operation may take for its cost to count as flat.
+#: The cost is flat if an operation takes at most this many times as long as with the smallest history.
 FLAT = 1.3
-#: How much longer than with a history just longer than its budget the retriever may take.
+#: The retriever may take at most this many times as long as with a history just longer than its token limit.
 BUDGET = 2
 #: The share of the floor's throughput that writers at the same time must reach.
 THROUGHPUT = 0.5
@@ -51,12 +51,12 @@ side by side.
 
 class BySize:
     """
-    What one operation took, by store and by number of messages stored before.
+    The times of one operation, by store and by the number of stored messages.
 
-    :param engines: Whose stores were measured.
-    :param medians: In microseconds.
+    :param engines: The engines that were measured.
+    :param medians: The medians in microseconds.
     :param columns: The numbers of stored messages, smallest first.
-    :param first: The one that those after it are compared with.
+    :param first: The column that later columns are compared with.
     """
 
     def __init__(self, engines: list[Engine], medians: Medians, columns: list[str], first: str) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Measure our stores beside haystack-experimental's and beside the least that an engine can cost. Never fails on a time.
+Measure the stores, haystack-experimental's store, and the floors of the engines. A missed target is not an error.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
     if arguments.sizes:
         plan = plan._replace(sizes=sorted({int(size) for size in arguments.sizes.split(",")}))
 
-    # Leave as Ctrl-C does, so that the temporary folder is removed.
+    # End like Ctrl-C, so that the temporary folder is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started = time.monotonic()
     with ExitStack() as running:
@@ -82,7 +82,7 @@ def measure(engines: list[Engine], plan: Plan) -> dict[str, Medians]:
             found = {
                 "bulk": experiments.bulk(engine, plan, folder),
                 "bytes": experiments.stored_bytes(engine, plan, folder),
-                # Before histories of every size, which leave the disk much to do.
+                # This runs before the histories of every size, which keep the disk busy afterwards.
                 "writers": experiments.writers(engine, plan, folder) if engine.server else {},
                 **experiments.by_size(engine, plan, folder),
             }

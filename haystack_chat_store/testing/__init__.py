@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A pytest kit that shows whether a chat message store keeps the contract. It needs `haystack-chat-store[testing]`.
+A pytest kit that checks whether a chat message store follows the contract. It needs `haystack-chat-store[testing]`.
 
-Write a store of your own, say how one is made, and run pytest:
+Write a store, provide a fixture that makes one, and run pytest:
 
 ```python
 import pytest
@@ -16,23 +16,22 @@ class TestMyStore(ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
         return lambda **settings: SQLiteChatMessageStore(tmp_path / "chat.db", **settings)
 ```
 
-`make_store` is called several times within a test. All stores it makes lead to one database, empty when the test
-begins. A store that does not outlive its process says so with the class attribute `durable = False`; what else an
-engine can state is described in `ContractTest` and `ConcurrencyTest`. Each rule of the contract (see
-`haystack_chat_store.types.ChatMessageStore`) is also a test class of its own, so that a store can be built up rule by
-rule. What goes beyond the published protocol, the directory, pages, search and so on (rules 17 to 23), is in
-`ManagementContract`. Tests with the parameter `sync` call the store's methods, those with `async` their asynchronous
-twins.
+A test may call `make_store` several times. All its stores use one database, which is empty when the test begins. For a
+store whose histories do not outlive the process, set the class attribute `durable = False`. `ContractTest` and
+`ConcurrencyTest` describe the other attributes. Each rule of the contract (see
+`haystack_chat_store.types.ChatMessageStore`) is also a separate test class, so a store can be built rule by rule.
+`ManagementContract` has the rules beyond the published protocol (17 to 23): the directory, pages, search and so on.
+Tests with the parameter `sync` call the store's methods, and tests with `async` call their asynchronous twins.
 
-Hypothesis makes the cases of some tests. Their number follows the profile that is loaded: one with `max_examples=20`
-tries a fifth of what the default profile tries.
+Hypothesis makes the cases of some tests. Their number follows the loaded profile: one with `max_examples=20` tries a
+fifth of what the default profile tries.
 
-Samples and hypothesis strategies for tests of your own are in `haystack_chat_store.testing.messages`.
+`haystack_chat_store.testing.messages` has sample messages and hypothesis strategies for your own tests.
 """
 
 import pytest
 
-# So that a failing assertion shows its values. Has to come before the modules are imported.
+# Makes failing assertions show their values. It must run before the modules are imported.
 _MODULES = (
     "concurrency",
     "contract_arguments",
@@ -53,7 +52,7 @@ _MODULES = (
 )
 pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
 
-# ruff: noqa: E402  (pytest rewrites only what is imported after it was registered)
+# ruff: noqa: E402  (pytest rewrites only modules that are imported after the registration)
 from haystack_chat_store.testing.concurrency import ConcurrencyTest
 from haystack_chat_store.testing.contract import ChatMessageStoreContract
 from haystack_chat_store.testing.contract_arguments import Rule01SignaturesTest, Rule02ValidationTest, Rule15ErrorsTest

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Threads, event loops and cancelled tasks: rules 3, 4, 12 and 13 of the contract, inside one process.
+Tests with threads, event loops and cancelled tasks in one process: rules 3, 4, 12 and 13 of the contract.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, only_where, texts
 
-#: What is taken for a hang, in seconds: far more than anything here takes.
+#: The time after which a test counts as hanging, in seconds. Every test takes far less.
 HANG_LIMIT = 120.0
 
-#: How long a stalled engine is held, in seconds.
+#: The time for which a test stalls the engine, in seconds.
 STALL = 1.0
 
 ResultT = TypeVar("ResultT")
@@ -36,10 +36,10 @@ Batch = list[str]
 
 def planned_batches(writers: int, batches: int) -> list[list[Batch]]:
     """
-    Return what each of several writers shall write: batches of one to fifty messages, the same at every call.
+    Return the batches that each writer writes: one to fifty messages each, the same at every call.
 
     :param writers: The number of writers.
-    :param batches: How many batches each writes, one after the other.
+    :param batches: The number of batches of each writer.
     """
     sizes = random.Random(writers * batches)
     return [
@@ -50,7 +50,7 @@ def planned_batches(writers: int, batches: int) -> list[list[Batch]]:
 
 def to_messages(batch: Batch) -> list[ChatMessage]:
     """
-    Return a batch as messages: questions and answers in turn.
+    Return a batch as messages: questions and answers alternate.
     """
     return [
         ChatMessage.from_assistant(text) if index % 2 else ChatMessage.from_user(text)
@@ -62,10 +62,10 @@ def assert_whole_and_in_order(
     found: Sequence[str | None], writers: Sequence[Sequence[Batch]], acknowledged: Iterable[str]
 ) -> None:
     """
-    Check that a history consists of whole batches, none split or doubled, those of each writer in their order.
+    Check that a history consists of whole batches, without duplicates, and keeps the order of each writer.
 
     :param found: The texts in the history.
-    :param writers: The batches that each writer wrote or may have written, in its order.
+    :param writers: The batches that each writer wrote or may have written, in order.
     :param acknowledged: Texts that must be in the history.
     """
     places = {
@@ -88,9 +88,9 @@ def assert_whole_and_in_order(
 
 def in_threads(*functions: Callable[[], ResultT]) -> list[ResultT]:
     """
-    Call functions at the same time, each on a thread of its own, and return what they return.
+    Call functions at the same time, each on its own thread, and return their results.
 
-    :raises TimeoutError: If one of them hangs. It is left behind, so that the test fails and does not hang as well.
+    :raises TimeoutError: If a function hangs. Its thread is abandoned, so that the test does not hang too.
     """
     start = threading.Barrier(len(functions))
     futures: list[Future[ResultT]] = [Future() for _ in functions]
@@ -104,7 +104,7 @@ def in_threads(*functions: Callable[[], ResultT]) -> list[ResultT]:
 
     threads = [threading.Thread(target=call, args=pair, daemon=True) for pair in zip(functions, futures, strict=True)]
     usual_interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # threads take turns far more often, which shows what is not safe with them
+    sys.setswitchinterval(1e-5)  # frequent switches between threads reveal code that is not thread-safe
     try:
         for thread in threads:
             thread.start()
@@ -118,13 +118,13 @@ def in_threads(*functions: Callable[[], ResultT]) -> list[ResultT]:
 
 def assert_piles_up_nothing(use: Callable[[], Any]) -> None:
     """
-    Check that using a store again and again holds no more threads and file descriptors after 20 times than after 5.
+    Check that a process has no more threads and file descriptors after 20 uses of a store than after 5.
 
-    :param use: Uses the store once. Each time on a new thread, which is gone again when it is counted.
+    :param use: Uses the store once. It runs on a new thread each time, and the thread has ended before the count.
     """
     for _ in range(5):
         in_threads(use)
-    time.sleep(0.3)  # what is being closed may take a moment
+    time.sleep(0.3)  # closing may take a moment
     held = _held()
     for _ in range(15):
         in_threads(use)
@@ -133,7 +133,7 @@ def assert_piles_up_nothing(use: Callable[[], Any]) -> None:
 
 def _assert_not_much_more_than(held: tuple[int, int]) -> None:
     """
-    Check that what is held has not grown by ten.
+    Check that the numbers of threads and file descriptors have grown by less than ten.
 
     A pool may still grow a little towards its limit. A leak would grow with each of many uses.
     """
@@ -154,13 +154,13 @@ def _held() -> tuple[int, int]:
 
 class WholeHistoriesTest(ContractTest):
     """
-    The base of tests that look at whole histories.
+    The base of tests that read whole histories.
     """
 
     @pytest.fixture
     def whole_store(self, new_store: StoreFactory) -> ClosableStore:
         """
-        Return a store that retrieves all there is.
+        Return a store that retrieves whole histories by default.
         """
         return new_store(last_k=None)
 
@@ -168,10 +168,10 @@ class WholeHistoriesTest(ContractTest):
 @dataclass(frozen=True)
 class _Stall:
     """
-    An engine is held.
+    A stalled engine.
 
-    :param calls_begin: To be set when the calls begin that are to wait for it: it is held for a second more.
-    :param ends: Is set just before it is let go.
+    :param calls_begin: The test sets it when its calls begin. The engine stays stalled for one more second.
+    :param ends: Set just before the stall ends.
     """
 
     calls_begin: threading.Event = field(default_factory=threading.Event)
@@ -180,7 +180,7 @@ class _Stall:
 
 class ConcurrencyTest(WholeHistoriesTest):
     """
-    Checks what a store promises about threads, event loops and cancelled tasks.
+    Checks a store's promises about threads, event loops and cancelled tasks.
 
     ```python
     import sqlite3
@@ -203,15 +203,15 @@ class ConcurrencyTest(WholeHistoriesTest):
     ```
     """
 
-    #: Override it with a context manager, called with a store, that holds the engine from outside so that writes wait
-    #: while it lasts: a lock taken on a connection of its own. It is entered and left on one thread, which is not the
-    #: one that uses the store, on an empty database too. Engines that cannot stall, such as one in memory, leave it.
+    #: Override it with a context manager that takes a store and makes all writes wait until its end, for example with a
+    #: lock on a separate connection. One thread enters and leaves it, and other threads use the store. The database may
+    #: be empty. Do not override it for an engine that cannot stall, such as one in memory.
     stalled: Any = None
 
     @pytest.fixture
     def noise(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         """
-        Collect what Python complains about when nobody catches it, and check at the end that there was nothing.
+        Collect errors that Python can only log, and check at the end of the test that there were none.
         """
         heard: list[str] = []
 
@@ -231,7 +231,7 @@ class ConcurrencyTest(WholeHistoriesTest):
     @contextmanager
     def _stalled_for_a_while(self, store: ClosableStore) -> Iterator[_Stall]:
         """
-        Stall the engine from another thread, until a second after the calls begin that are to wait for it.
+        Stall the engine from another thread, until a second after the test's calls have begun.
         """
         has_begun, stalled = threading.Event(), _Stall()
 
@@ -277,7 +277,7 @@ class ConcurrencyTest(WholeHistoriesTest):
 
     def test_readers_see_whole_batches_while_others_write(self, whole_store: ClosableStore, calls: Calls) -> None:
         """
-        Rule 3. What a reader has seen stays as it was, and grows at its end only.
+        Rule 3. For a reader, a history only grows at its end.
         """
         writers = planned_batches(4, 20)
         has_written = threading.Event()
@@ -297,7 +297,7 @@ class ConcurrencyTest(WholeHistoriesTest):
 
     def test_closing_disturbs_no_call_of_another_thread(self, whole_store: ClosableStore, calls: Calls) -> None:
         """
-        Rules 12 and 13. A call under way is finished, and the next one opens the store again. Nothing stays open.
+        Rules 12 and 13. A running call finishes, and the next call opens the store again. Nothing stays open.
         """
         writers = planned_batches(4, 30)
         held = _held()
@@ -333,7 +333,7 @@ class ConcurrencyTest(WholeHistoriesTest):
 
     def test_two_event_loops_use_one_store_at_once(self, whole_store: ClosableStore) -> None:
         """
-        Rule 12. Both loops run, on two threads, until both have written everything.
+        Rule 12. Both loops run on two threads until both have written everything.
         """
         writers = planned_batches(2, 20)
         both_loops_run = threading.Barrier(2)
@@ -354,7 +354,7 @@ class ConcurrencyTest(WholeHistoriesTest):
     @pytest.mark.parametrize("closes", [False, True], ids=["left open", "closed"])
     def test_event_loops_one_after_the_other_pile_up_nothing(self, store: ClosableStore, closes: bool) -> None:
         """
-        Rule 12. Twenty `asyncio.run` calls, whether the store is closed at the end of each or not.
+        Rule 12. Twenty `asyncio.run` calls, with and without closing the store at the end of each.
         """
 
         async def use() -> None:
@@ -370,7 +370,7 @@ class ConcurrencyTest(WholeHistoriesTest):
 
     def test_a_synchronous_call_inside_a_running_loop_does_not_deadlock(self, whole_store: ClosableStore) -> None:
         """
-        Rule 12. Neither when it is alone nor while asynchronous calls on the same store are under way.
+        Rule 12. The call works alone, and while asynchronous calls on the same store are running.
         """
         writers = planned_batches(30, 1)
 
@@ -392,7 +392,7 @@ class ConcurrencyTest(WholeHistoriesTest):
     @only_where("stalled")
     def test_a_synchronous_call_inside_a_running_loop_waits_for_a_stalled_engine(self, store: ClosableStore) -> None:
         """
-        Rule 12. It blocks the loop, as a synchronous call does, while asynchronous calls wait too; then all go on.
+        Rule 12. The call blocks the loop while asynchronous calls wait too. Afterwards, all of them continue.
         """
 
         async def main(stall: _Stall) -> None:
@@ -415,7 +415,7 @@ class ConcurrencyTest(WholeHistoriesTest):
     @pytest.mark.parametrize("opens", [True, False], ids=["first use", "open"])
     def test_a_stalled_engine_does_not_block_the_event_loop(self, store: ClosableStore, opens: bool) -> None:
         """
-        Rule 12. While a write waits for the engine, whether or not it is the first use, other tasks go on.
+        Rule 12. While a write waits for the engine, other tasks continue. The write may be the store's first use.
         """
         gaps: list[float] = []
         gaps_of_a_thread: list[float] = [0.0]
@@ -462,7 +462,7 @@ class ConcurrencyTest(WholeHistoriesTest):
             store.count_messages("history")
         with self._stalled_for_a_while(store) as stall:
             in_threads(lambda: run(stall), tick_beside)
-        # A loop that was blocked would show the whole second. On a busy machine, a thread waits for its turn, too.
+        # A blocked loop shows a gap of a whole second. On a busy machine, a thread beside it waits for its turn, too.
         assert max(gaps) < 0.8 * STALL + max(gaps_of_a_thread)
         assert texts(store.retrieve_messages("history")) == ["Hi!"]
 
@@ -472,7 +472,7 @@ class ConcurrencyTest(WholeHistoriesTest):
         self, whole_store: ClosableStore, noise: list[str]
     ) -> None:
         """
-        Rules 3 and 12. Tasks are cancelled at random moments: before they begin, under way, when they are done.
+        Rules 3 and 12. Tasks are cancelled at random moments: before they begin, while they run, and after they end.
         """
         moments = random.Random(0)
         writers = planned_batches(400, 1)
@@ -505,7 +505,7 @@ class ConcurrencyTest(WholeHistoriesTest):
         self, whole_store: ClosableStore, calls: Calls, noise: list[str]
     ) -> None:
         """
-        Rules 3 and 12. Some tasks are cancelled, others left when their event loop ends; both before the stall does.
+        Rules 3 and 12. Before the stall ends, some tasks are cancelled and others still run when their loop ends.
         """
         writers = planned_batches(40, 1)
 
@@ -531,7 +531,7 @@ class ConcurrencyTest(WholeHistoriesTest):
         self, whole_store: ClosableStore, noise: list[str]
     ) -> None:
         """
-        Rules 2 and 3. One of many tasks is refused for a message that is none.
+        Rules 2 and 3. One of many tasks is refused because of an object that is not a message.
         """
         writers = planned_batches(20, 1)
 
@@ -553,7 +553,7 @@ class ConcurrencyTest(WholeHistoriesTest):
         self, whole_store: ClosableStore, noise: list[str]
     ) -> None:
         """
-        Rules 3 and 12. When one task fails, the others are cancelled, as `asyncio.TaskGroup` does.
+        Rules 3 and 12. When one task fails, all other tasks are cancelled, as in `asyncio.TaskGroup`.
         """
         writers = planned_batches(20, 1)
 
@@ -576,7 +576,7 @@ class ConcurrencyTest(WholeHistoriesTest):
 
 def _write_all(calls: Calls, store: ClosableStore, writers: list[list[Batch]], has_written: threading.Event) -> None:
     """
-    Write to one history with a thread for each writer. Set the event at the end, whatever happens.
+    Write to one history with a thread for each writer. Set the event at the end, even after an error.
     """
 
     def write(batches: list[Batch]) -> None:

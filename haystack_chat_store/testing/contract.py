@@ -33,7 +33,7 @@ class ChatMessageStoreContract(
     Rule15ErrorsTest,
 ):
     """
-    What the contract promises, as far as one thread can see it. Subclass it and override the fixture `make_store`.
+    All rules of the contract that one thread can check. Subclass it and override the fixture `make_store`.
 
     ```python
     import pytest
@@ -46,5 +46,5 @@ class ChatMessageStoreContract(
             return lambda **settings: SQLiteChatMessageStore(tmp_path / "chat.db", **settings)
     ```
 
-    What several threads, event loops and processes see is checked by `ConcurrencyTest` and `ProcessesTest`.
+    `ConcurrencyTest` and `ProcessesTest` check the rules for several threads, event loops and processes.
     """

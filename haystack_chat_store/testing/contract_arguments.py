@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rules about what goes into a store's calls and what errors come out: 1, 2 and 15.
+Rules 1, 2 and 15: signatures, validation of arguments, and errors.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, 
 from haystack_chat_store.testing.messages import TOO_LONG, conversation, positions, user, with_id
 from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore
 
-#: What no store takes as a `chat_history_id`, a message's id or a namespace, whatever the length it allows.
+#: Values that every store refuses as a `chat_history_id`, a message's id or a namespace.
 BAD_IDS: dict[str, Any] = {
     "empty": "",
     "number": 7,
@@ -41,7 +41,7 @@ NOT_LISTS: dict[str, Any] = {
     "one message": user(),
 }
 
-# It must not be seen in any error.
+# No error may contain this text.
 _SECRET = "the patient's name is Zacharias"
 
 
@@ -95,7 +95,7 @@ class Rule01SignaturesTest(ContractTest):
     )
     def test_arguments_have_the_published_names(self, store: ClosableStore, method: str, arguments: list[str]) -> None:
         parameters = inspect.signature(getattr(store, method)).parameters.values()
-        # A store may take more, by name.
+        # A store may have more parameters, by name.
         assert [parameter.name for parameter in parameters if parameter.kind != parameter.KEYWORD_ONLY] == arguments
 
     @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ class Rule01SignaturesTest(ContractTest):
         self, store: ClosableStore, setting: str, default: Any
     ) -> None:
         parameters: dict[str, inspect.Parameter] = {}
-        for base in reversed(type(store).__mro__):  # a store may hand on what it takes as **settings
+        for base in reversed(type(store).__mro__):  # a store may pass **settings on to its base class
             parameters.update(inspect.signature(base.__init__).parameters)  # type: ignore[misc]  # of classes, not of an instance
         assert parameters[setting].default == default
 
@@ -145,7 +145,7 @@ class Rule01SignaturesTest(ContractTest):
 
 class Rule02ValidationTest(ContractTest):
     """
-    Rule 2: wrong arguments raise a `ValueError` that says which, before any I/O, and write nothing.
+    Rule 2: wrong arguments raise a `ValueError` that names them, before any I/O, and write nothing.
     """
 
     @_cases(NOT_LISTS)
@@ -275,7 +275,7 @@ class Rule02ValidationTest(ContractTest):
 
 class Rule15ErrorsTest(ContractTest):
     """
-    Rule 15: one tree of errors, none of which contains message text.
+    Rule 15: errors form one tree, and never contain the text of messages.
     """
 
     def test_errors_form_one_tree(self) -> None:
@@ -324,7 +324,7 @@ class Rule15ErrorsTest(ContractTest):
 
 def _everything_an_error_says(error: BaseException | None) -> str:
     """
-    Return the texts of an error and of all errors that led to it, as a log would show them.
+    Return the texts of an error and all its causes, as a log shows them.
     """
     said = ""
     while error is not None:

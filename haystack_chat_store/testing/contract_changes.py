@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rules about pages of messages (18), about changing what was said (19), and about forking (20).
+Rules 18, 19 and 20: pages of messages, changing messages, and forking.
 """
 
 import time
@@ -29,7 +29,7 @@ OVERWRITE, FAIL = DuplicatePolicy.OVERWRITE, DuplicatePolicy.FAIL
 
 def named(roles: str) -> list[ChatMessage]:
     """
-    Make a conversation whose messages bring their places as ids.
+    Make a conversation whose messages have their places as ids.
     """
     made = conversation(roles)
     for message in made:
@@ -46,7 +46,7 @@ def places(stored: list[Any]) -> list[tuple[int, str]]:
 
 class Rule18PagesTest(ContractTest):
     """
-    Rule 18: any page of a history, by position.
+    Rule 18: any page of a history can be read, by position.
     """
 
     def test_pages_are_the_newest_or_before_or_after_a_position(self, store: ClosableStore, calls: Calls) -> None:
@@ -119,7 +119,7 @@ class Rule18PagesTest(ContractTest):
 
 class Rule19ChangesTest(ContractTest):
     """
-    Rule 19: messages can be replaced and deleted, and a write can say what it expects.
+    Rule 19: messages can be replaced and deleted, and a write can state the expected number of messages.
     """
 
     def test_overwriting_puts_a_message_in_the_place_of_another(self, store: ClosableStore, calls: Calls) -> None:
@@ -289,7 +289,7 @@ class Rule19ChangesTest(ContractTest):
 
 class Rule20ForkingTest(ContractTest):
     """
-    Rule 20: a history, or its beginning, can be copied.
+    Rule 20: a history, or its first part, can be copied.
     """
 
     def test_fork_has_what_was_said_and_goes_its_own_way(self, store: ClosableStore, calls: Calls) -> None:
@@ -359,7 +359,7 @@ class Rule20ForkingTest(ContractTest):
         assert ids(calls.retrieve(store, "emptied")) == ["0", "1"]
         assert calls.call(store, "get_chat_history", "emptied").title == "kept"
         stored = calls.call(store, "list_messages", "emptied")
-        assert stored[0].position >= 1  # position 0 was used before
+        assert stored[0].position >= 1  # position 0 must not be used again
 
     def test_what_is_not_there_cannot_be_copied(self, store: ClosableStore, calls: Calls) -> None:
         calls.write(store, "chat", named("ua"))

@@ -42,7 +42,7 @@ from haystack_chat_store.testing.messages import messages, sample_messages, user
 
 _SURROGATES = range(0xD800, 0xE000)
 
-#: Text that some engine, driver or encoding stumbles over.
+#: Text that causes problems in some engines, drivers or encodings.
 HARD_TEXTS = {
     "NUL": "a\x00b\x00",
     "NUL escaped": "a\\u0000b",
@@ -64,7 +64,7 @@ def _nested(levels: int) -> Any:
     return value
 
 
-#: What JSON has a form for, but not every engine and driver keeps.
+#: JSON values that some engines and drivers change.
 HARD_VALUES = {
     "beyond 64 bits": [2**63, -(2**63) - 1, 2**64, 2**70, -(2**70)],
     "4,300 digits": [10**4300 - 1, 1 - 10**4300],
@@ -115,7 +115,7 @@ class _Usage:
 
 _UTC = dt.timezone.utc
 
-#: What JSON has no form for, and the form it is stored in: the table in the docstring of `haystack_chat_store.codec`.
+#: Values without a JSON form, and the form in which they are stored: the table in `haystack_chat_store.json_values`.
 STORED_FORMS: dict[str, tuple[Any, Any]] = {
     "tuple": ((1, (2,), ()), [1, [2], []]),
     "set": ({3, 1, 2}, [1, 2, 3]),
@@ -169,7 +169,7 @@ def _cycle() -> Any:
     return inner
 
 
-#: What is refused wherever it stands.
+#: Values that are refused anywhere in a message.
 REFUSED: dict[str, Callable[[], Any]] = {
     "dict that contains itself": _cycle,
     "1,000 levels": lambda: _nested(1000),
@@ -178,7 +178,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "4,301 digits": lambda: 10**4300,
 }
 
-#: What has no JSON form: its `repr` is stored in a message's meta and extra, and it is refused elsewhere.
+#: Values without a stored form. In meta and extra of a message their `repr` is stored. Elsewhere they are refused.
 WITHOUT_FORM: dict[str, Callable[[], Any]] = {
     "function": lambda: print,
     "lambda": lambda: lambda: None,
@@ -189,7 +189,7 @@ WITHOUT_FORM: dict[str, Callable[[], Any]] = {
     "key without a form": lambda: {object(): 1},
 }
 
-# The places in a message that can hold anything, each with how an error has to name it.
+# The places in a message that can hold any value, and the path that an error must name.
 _FREE_PLACES: dict[str, tuple[Callable[[Any], ChatMessage], str]] = {
     "meta": (lambda value: user(usage={"x": value}), r"messages\[2\]\.meta\['usage'\]\['x'\]"),
     "list in meta": (lambda value: user(usage=[0, value]), r"messages\[2\]\.meta\['usage'\]\[1\]"),
@@ -208,7 +208,7 @@ _FREE_PLACES: dict[str, tuple[Callable[[Any], ChatMessage], str]] = {
         r"messages\[2\]\.content\[0\].*result.*\[1\].*meta.*\['x'\]",
     ),
 }
-# The places that hold what the model and the tools said.
+# The places that hold the output of the model and the tools.
 _SAID_PLACES: dict[str, tuple[Callable[[Any], ChatMessage], str]] = {
     "arguments": (
         lambda value: ChatMessage.from_assistant(tool_calls=[ToolCall("search", {"x": value})]),
@@ -228,7 +228,7 @@ def _cases(values: dict[str, Any], *names: str) -> pytest.MarkDecorator:
 
 class Rule11LosslessTest(ContractTest):
     """
-    Rule 11: what is written comes back equal, in a documented form, or was refused; nothing is dropped.
+    Rule 11: every written value comes back equal or in a documented form, or is refused. Nothing is dropped.
     """
 
     @_cases(sample_messages(), "message")
@@ -285,7 +285,7 @@ class Rule11LosslessTest(ContractTest):
     def test_any_message_comes_back_equal(self, new_store: StoreFactory, calls: Calls) -> None:
         store = new_store(last_k=None)
 
-        # Making such messages takes hypothesis a while on a busy machine, which is no fault of the store's.
+        # On a busy machine, hypothesis needs long to make such messages.
         @settings(max_examples=number_of_examples(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
         @given(st.lists(messages(), max_size=3))
         def holds(written: list[ChatMessage]) -> None:
@@ -355,7 +355,7 @@ class Rule11LosslessTest(ContractTest):
         assert json.dumps(said)[1:-1] in json.dumps(calls.retrieve(store, "chat", last_k=None)[2].to_dict())
         assert re.search(path, caplog.text)
         if isinstance(value, Iterator):
-            assert next(value) == 0  # it was not run
+            assert next(value) == 0  # the iterator was not consumed
 
     @_cases(_FREE_PLACES, "make_message", "path")
     @_cases(WITHOUT_FORM, "make_value")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rules about histories as a whole: 17, the directory, and 22, erasing.
+Rules 17 and 22: the directory of histories, and erasing.
 """
 
 import base64
@@ -22,7 +22,7 @@ _MINUTE = timedelta(minutes=1)
 
 def listed(calls: Calls, store: ClosableStore, **options: Any) -> list[str]:
     """
-    Walk through the whole directory and return the ids.
+    Return the ids of the whole directory, page by page.
     """
     found: list[str] = []
     cursor = None
@@ -36,14 +36,14 @@ def listed(calls: Calls, store: ClosableStore, **options: Any) -> list[str]:
 
 def now() -> datetime:
     """
-    Return the present time, as stores keep it.
+    Return the current time in UTC.
     """
     return datetime.now(timezone.utc)
 
 
 class Rule17DirectoryTest(ContractTest):
     """
-    Rule 17: a directory of histories, the one that changed last first.
+    Rule 17: the directory lists histories, the latest change first.
     """
 
     def test_history_is_listed_with_its_counts_and_times(self, store: ClosableStore, calls: Calls) -> None:
@@ -82,7 +82,7 @@ class Rule17DirectoryTest(ContractTest):
         self, store: ClosableStore, calls: Calls, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         moment = time.time_ns()
-        monkeypatch.setattr(time, "time_ns", lambda: moment)  # for engines that take the time from this process
+        monkeypatch.setattr(time, "time_ns", lambda: moment)  # for engines that use the time of this process
         for name in HOSTILE_IDS:
             calls.write(store, name, [user()])
         monkeypatch.undo()
@@ -98,10 +98,10 @@ class Rule17DirectoryTest(ContractTest):
         step = 0
         while True:
             seen += [info.chat_history_id for info in page.items]
-            calls.write(store, f"new {step}", [user()])  # comes before all
-            calls.write(store, seen[step], [user()])  # was seen, and moves
+            calls.write(store, f"new {step}", [user()])  # comes first
+            calls.write(store, seen[step], [user()])  # was listed already, and moves
             if step == 2:
-                calls.delete(store, names[0])  # was not seen yet
+                calls.delete(store, names[0])  # was not listed yet
             step += 1
             if page.cursor is None:
                 break
@@ -249,7 +249,7 @@ class Rule17DirectoryTest(ContractTest):
 
 class Rule22ErasingTest(ContractTest):
     """
-    Rule 22: all of a user, or all that is old, can be deleted.
+    Rule 22: all histories of a user, and all old histories, can be deleted.
     """
 
     def test_everything_with_a_prefix_is_deleted(self, store: ClosableStore, calls: Calls) -> None:

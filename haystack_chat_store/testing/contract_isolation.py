@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rules about what must not touch each other: 9, histories and namespaces, and 10, what is stored and the caller's.
+Rules 9 and 10: isolation of histories and namespaces, and of stored and returned objects.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ class _Chat(str, enum.Enum):
 
 class Rule09IsolationTest(ContractTest):
     """
-    Rule 9: histories never mix, whatever their ids contain, and neither do namespaces.
+    Rule 9: histories and namespaces never mix, whatever characters their ids contain.
     """
 
     def test_histories_never_mix(self, store: ClosableStore, calls: Calls) -> None:
@@ -168,7 +168,7 @@ class Rule09IsolationTest(ContractTest):
 
 class Rule10NoAliasingTest(ContractTest):
     """
-    Rule 10: changing what was written or returned changes nothing stored.
+    Rule 10: changes of written or returned objects do not change the store.
     """
 
     def test_changing_what_was_returned_changes_nothing_stored(self, store: ClosableStore, calls: Calls) -> None:
@@ -199,7 +199,7 @@ class Rule10NoAliasingTest(ContractTest):
 
 class _Histories(RuleBasedStateMachine):
     """
-    Two namespaces with three histories each, and the same as plain lists.
+    Two namespaces with three histories each, and plain lists as the model.
     """
 
     _which = st.tuples(st.integers(0, 1), st.sampled_from(["a", "A", "b"]))
@@ -271,7 +271,7 @@ class _Histories(RuleBasedStateMachine):
 
 def _change(value: Any) -> None:
     """
-    Change everything that can be changed in place in a message, and in all it consists of.
+    Change every mutable part of a message in place.
     """
     if dataclasses.is_dataclass(value):
         for item in vars(value).values():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rules about a store's life: 13, opening and closing it, and 14, making it from a dict.
+Rules 13 and 14: opening and closing a store, and serialization.
 """
 
 import copy
@@ -23,7 +23,7 @@ from haystack_chat_store.testing.messages import conversation, user, with_id
 
 class Rule13LifecycleTest(ContractTest):
     """
-    Rule 13: the constructor opens nothing, `close` releases, the next use opens again.
+    Rule 13: the constructor opens nothing, `close` releases everything, and the next use opens the store again.
     """
 
     @only_where("make_unreachable_store")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rules about managing conversations in one class.
+All rules about managing conversations in one class.
 """
 
 from haystack_chat_store.testing.contract_changes import Rule18PagesTest, Rule19ChangesTest, Rule20ForkingTest
@@ -21,7 +21,7 @@ class ManagementContract(
     RandomWalkTest,
 ):
     """
-    What stores promise beyond the published protocol, for those that have all operations of `Operations`.
+    The rules beyond the published protocol, for stores whose engine has all operations.
 
-    Subclass it like `ChatMessageStoreContract`. Where an engine cannot search, say `searches = False`.
+    Subclass it like `ChatMessageStoreContract`. Set `searches = False` if the engine cannot search.
     """

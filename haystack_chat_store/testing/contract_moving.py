@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rule about moving: 23.
+Rule 23: moving histories.
 """
 
 import asyncio
@@ -33,13 +33,13 @@ from haystack_chat_store.types import ChatHistoryPage
 
 class Rule23MovingTest(ContractTest):
     """
-    Rule 23: what is exported and imported is the same, on any engine.
+    Rule 23: an export and import keeps histories equal, on any engine.
     """
 
     @pytest.fixture(params=["sync", "async"])
     def moving(self, request: pytest.FixtureRequest) -> Any:
         """
-        Return each of the two ways of calling a function of `transfer`, by its name.
+        Return a function that calls a function of `transfer` by its name, synchronously or asynchronously.
         """
 
         def call(name: str, *arguments: Any, **options: Any) -> Any:
@@ -52,7 +52,7 @@ class Rule23MovingTest(ContractTest):
     @pytest.fixture
     def elsewhere(self) -> Any:
         """
-        Return another engine: a store in memory.
+        Return a store on another engine: in memory.
         """
         store = InMemoryChatMessageStore(namespace=f"moving {datetime.now(timezone.utc)}")
         yield store
@@ -199,7 +199,7 @@ def _fill(calls: Calls, store: Any) -> None:
 
 def _contents(calls: Calls, store: Any) -> Any:
     """
-    Return everything there is, but for positions, which an import gives anew.
+    Return all histories with their messages, without positions, which an import assigns anew.
     """
     found = {}
     page = calls.call(store, "list_chat_histories", limit=1000)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-All rules together: any sequence of calls does to a store what it does to plain lists.
+All rules together: any sequence of calls changes a store exactly like a model made of plain lists.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ _ROLES: dict[str, Callable[..., ChatMessage]] = {
 @dataclass
 class _Kept:
     """
-    A message of the model.
+    A message in the model.
     """
 
     position: int
@@ -54,7 +54,7 @@ class _Kept:
 @dataclass
 class _Model:
     """
-    A history, as a plain list.
+    A history in the model: a plain list.
     """
 
     messages: list[_Kept] = field(default_factory=list)
@@ -72,10 +72,10 @@ class _Model:
 
 class RandomWalkTest(ContractTest):
     """
-    A walk through all operations, thousands of steps, the same each time, beside a plain Python model.
+    Thousands of calls of all operations, the same in each run, compared with a plain Python model.
     """
 
-    #: How many walks there are, of 50 steps each, with the default profile of hypothesis.
+    #: The number of walks, of 50 steps each, with hypothesis' default profile.
     walks = 40
 
     def test_random_walk_does_what_it_does_to_lists(
@@ -106,7 +106,7 @@ class _Walk(RuleBasedStateMachine):
         super().__init__()
         self._stores, self._ways, self._searches = stores, ways, searches
         self._model: dict[str, _Model] = {}
-        self._order: list[str] = []  # of changes, the last one at the end
+        self._order: list[str] = []  # the ids by their last change, the latest at the end
         self._steps = 0
         self._call("delete_all_messages")
 
@@ -118,7 +118,7 @@ class _Walk(RuleBasedStateMachine):
         if history in self._order:
             self._order.remove(history)
         self._order.append(history)
-        time.sleep(0.001)  # so that the order by time is the order of calls
+        time.sleep(0.001)  # makes the times differ, so that they give the order of the calls
 
     @rule(
         history=_HISTORIES,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rule about search: 21.
+Rule 21: search.
 """
 
 from typing import Any
@@ -81,13 +81,13 @@ HOSTILE_QUERIES = [
 
 class Rule21SearchTest(ContractTest):
     """
-    Rule 21: messages are found by their words, on stores made with `search=True`.
+    Rule 21: stores made with `search=True` find messages by their words.
     """
 
     @pytest.fixture
     def searching(self, new_store: StoreFactory) -> ClosableStore:
         """
-        Return a store that can search.
+        Return a store made with `search=True`.
         """
         return new_store(search=True)
 
@@ -211,7 +211,7 @@ class Rule21SearchTest(ContractTest):
         searching = new_store(search=True)
         assert len(search(calls, searching, "needle", limit=1000, chat_history_id="chat 1")) == 1_000
         assert len(search(calls, searching, "pin")) == 2
-        calls.write(plain, "chat 3", [user("pin")])  # it is indexed, although this store cannot search
+        calls.write(plain, "chat 3", [user("pin")])  # this store indexes it, although it cannot search
         calls.delete(plain, "chat 1")
         assert sorted(hit.chat_history_id for hit in search(calls, searching, "pin")) == ["chat 2", "chat 3"]
 
@@ -246,7 +246,7 @@ def search(calls: Calls, store: ClosableStore, query: str, **options: Any) -> li
 
 def places(hits: list[Any]) -> list[tuple[str, int]]:
     """
-    Return histories and positions, sorted.
+    Return the histories and positions of hits, sorted.
     """
     return sorted((hit.chat_history_id, hit.position) for hit in hits)
 

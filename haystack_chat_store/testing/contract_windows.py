@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rules about which end of a history is returned: 7, and 8 as far as results show it.
+Rules 7 and 8: which messages at the end of a history are returned.
 """
 
 import uuid
@@ -33,7 +33,7 @@ from haystack_chat_store.testing.messages import (
 
 class Rule07WindowsTest(ContractTest):
     """
-    Rule 7: `last_k` counts rounds, or messages if the store is told so.
+    Rule 7: `last_k` counts rounds, or messages with `last_k_unit="messages"`.
     """
 
     @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ class Rule07WindowsTest(ContractTest):
             ("a ua ua", 3, "a ua ua"),
             ("aca", 1, "aca"),
             ("aca", 0, ""),
-            ("ua ucta", 1, "ucta"),  # calls and results come along
+            ("ua ucta", 1, "ucta"),  # calls and results belong to the round
             ("ua ucta ua", 2, "ucta ua"),
             ("ua udttctae ua", 2, "udttctae ua"),
-            ("ua uct", 1, "uct"),  # a round ends neither with a result
-            ("ua ue ua", 2, "ue ua"),  # nor with an empty reply
+            ("ua uct", 1, "uct"),  # a result does not end a round
+            ("ua ue ua", 2, "ue ua"),  # an empty reply does not end a round
             ("ua uaa", 1, "uaa"),
             ("ua u", 1, "u"),
             ("ua u u u", 2, "u u"),  # each of several user messages in a row begins a round
@@ -95,15 +95,15 @@ class Rule07WindowsTest(ContractTest):
             ("ua ua", 1, 1),
             ("ua ua", 3, 3),
             ("ua ua", 10**30, 4),
-            ("ua ucta", 2, 3),  # the result brings its call
+            ("ua ucta", 2, 3),  # a result adds its call to the window
             ("ua ucta", 3, 3),
-            ("ua udtta", 2, 4),  # and so all results of that call
+            ("ua udtta", 2, 4),  # and all results of that call
             ("ua udtta", 3, 4),
-            ("ua uctcta", 2, 3),  # but not the call before
+            ("ua uctcta", 2, 3),  # but not an earlier call
             ("ua uct", 1, 2),
-            ("ua t", 1, 1),  # an orphan brings nothing
+            ("ua t", 1, 1),  # an orphan adds nothing
             ("uat ta", 2, 2),
-            ("uctta", 2, 2),  # nor does one after an answered call
+            ("uctta", 2, 2),  # nor does an orphan after an answered call
             ("uctta", 3, 4),
             ("t", 1, 1),
             ("ttt", 2, 2),
@@ -152,7 +152,7 @@ class Rule07WindowsTest(ContractTest):
             (2, 3, 4, 0),
             (3, 3, 4, 0),
             (6, 3, 4, 0),
-            (7, 3, 4, 4),  # a round more would be as many as last_k and a whole step
+            (7, 3, 4, 4),  # one more round would complete last_k and a whole step
             (10, 3, 4, 4),
             (11, 3, 4, 8),
             (11, 3, 1, 8),
@@ -212,7 +212,7 @@ class Rule07WindowsTest(ContractTest):
 
 class Rule08CostTest(ContractTest):
     """
-    Rule 8: windows and counts stay right in a long history. What they cost is for benchmarks to show.
+    Rule 8: windows and counts are correct in a long history. The benchmarks measure their cost.
     """
 
     def test_window_and_count_of_a_long_history(self, store: ClosableStore, calls: Calls) -> None:

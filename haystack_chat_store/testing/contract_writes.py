@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rules about what a write does: 3 to 6, as far as one thread can see them.
+Rules 3 to 6: writes, as far as one thread can check them.
 """
 
 import copy
@@ -41,7 +41,7 @@ class Rule03AtomicBatchesTest(ContractTest):
 
 class Rule04OrderTest(ContractTest):
     """
-    Rule 4: one order, that of the writes.
+    Rule 4: messages keep the order of the writes.
     """
 
     def test_messages_come_back_in_the_order_they_were_written(self, store: ClosableStore, calls: Calls) -> None:
@@ -122,7 +122,7 @@ class Rule05MessageIdsTest(ContractTest):
     def test_what_is_written_is_not_changed(self, store: ClosableStore, calls: Calls) -> None:
         written = [*sample_messages().values(), with_id("mine"), with_id(None), user(odd=(1, {2}), nan=float("inf"))]
         before = copy.deepcopy(written)
-        assert calls.write(store, "chat", written) == len(written) - 1  # but the system message
+        assert calls.write(store, "chat", written) == len(written) - 1  # the system message is skipped
         assert written == before
         assert all(MESSAGE_ID_KEY not in message.meta for message in written[:-3])
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What all tests of the contract stand on.
+The base of all tests of the contract.
 
-The fixtures, the two ways of calling a store, what an engine states about itself, and exact comparison of messages.
+It has the fixtures, the two ways of calling a store, the attributes that describe an engine, and the exact comparison
+of messages.
 """
 
 import asyncio
@@ -23,12 +24,12 @@ TestT = TypeVar("TestT", bound=Callable[..., Any])
 
 class ClosableStore(AsyncChatMessageStore, Protocol):
     """
-    What the contract is checked on: a store with all calls, both ways, that can be closed.
+    A store that the contract is checked on: it has all calls, both ways, and can be closed.
     """
 
     def close(self) -> None:
         """
-        Release what the store holds open.
+        Release the store's connections.
         """
         ...
 
@@ -39,7 +40,7 @@ class ClosableStore(AsyncChatMessageStore, Protocol):
         ...
 
 
-#: Makes a store. Takes the settings that all stores have: `skip_system_messages`, `last_k`, `last_k_unit`, `namespace`.
+#: Makes a store from the settings of all stores: `skip_system_messages`, `last_k`, `last_k_unit`, `namespace`.
 StoreFactory = Callable[..., ClosableStore]
 
 
@@ -47,12 +48,12 @@ class Calls:
     """
     One of the two ways of calling a store: its methods, or their asynchronous twins.
 
-    The test's own thread makes all asynchronous calls in one event loop, other threads each in a loop of its own.
+    The thread of the test makes all its asynchronous calls in one event loop. Every other thread has its own loop.
     """
 
     def __init__(self, *, is_async: bool) -> None:
         """
-        Choose the way.
+        Choose between the methods and their asynchronous twins.
 
         :param is_async: Whether to call the asynchronous twins.
         """
@@ -108,7 +109,7 @@ class Calls:
 
     def iterate(self, store: ClosableStore, chat_history_id: str) -> list[Any]:
         """
-        Walk through what `iterate_messages` yields.
+        Return all messages that `iterate_messages` yields.
         """
         if self._loop is None:
             return list(store.iterate_messages(chat_history_id))  # type: ignore[attr-defined]  # not in the protocol
@@ -134,7 +135,7 @@ class Calls:
 
 def only_where(stated: str) -> Callable[[TestT], TestT]:
     """
-    Mark a test that makes sense only for engines that state something about themselves; for others it does not exist.
+    Mark a test that exists only for engines with a certain attribute.
 
     :param stated: The name of a class attribute that must be true, such as `"durable"`.
     """
@@ -157,12 +158,12 @@ def number_of_examples(usual: int) -> int:
 
 class ContractTest:
     """
-    The base of all tests of the contract: what a store's author provides, and the fixtures built on it.
+    The base of all tests of the contract. It has the attributes that a store's author sets, and the fixtures.
 
-    Only `make_store` has to be provided. The other attributes have defaults that suit most engines.
+    Only `make_store` must be provided. The defaults of the other attributes suit most engines.
     """
 
-    #: Whether histories outlive the process, so that other processes see them. False for a store in memory.
+    #: Whether histories outlive the process, so that other processes can read them. False for a store in memory.
     durable = True
 
     #: The longest `chat_history_id` and message id that the store takes, in characters.
@@ -171,22 +172,23 @@ class ContractTest:
     #: The longest `namespace` that the store takes, in characters.
     max_namespace_length = 128
 
-    #: Whether the engine can search: whether stores may be made with `search=True`.
+    #: Whether the engine can search, so that stores can be made with `search=True`.
     searches = True
 
-    #: Whether `retrieve_messages` takes `window_step`, which the published protocol does not have.
+    #: Whether `retrieve_messages` accepts `window_step`, which is not part of the published protocol.
     takes_window_step = True
 
-    #: Override it with a fixture like `make_store`, whose stores lead to an engine that does not answer: a server that
-    #: is not there, a file in a folder that does not exist. Tests that need it exist only where it is overridden.
+    #: Override it with a fixture like `make_store` whose stores use an engine that does not answer: a server that does
+    #: not exist, or a file in a folder that does not exist. Tests that need it exist only where it is overridden.
     make_unreachable_store: Any = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         """
-        Leave out the tests marked with `only_where` that make no sense for this engine.
+        Remove the tests marked with `only_where` that do not apply to this engine.
         """
         super().__init_subclass__(**options)
-        for name in sorted(set(dir(cls)).difference(vars(cls))):  # pytest runs tests in the order they are set
+        # Sorted, because pytest runs tests in the order in which they are set.
+        for name in sorted(set(dir(cls)).difference(vars(cls))):
             definitions = [vars(base)[name] for base in cls.__mro__[1:] if vars(base).get(name) is not None]
             stated = getattr(definitions[0], "only_where", None) if definitions else None
             if stated is not None:
@@ -195,16 +197,16 @@ class ContractTest:
     @pytest.fixture
     def make_store(self) -> StoreFactory:
         """
-        Return a function that makes a store with the given settings. Every test class has to override this.
+        Return a function that makes a store with the given settings. Every test class must override this fixture.
 
-        All stores that it makes within one test lead to the same database, which is empty when the test begins.
+        All stores of one test use the same database, which is empty when the test begins.
         """
         raise NotImplementedError("Override the fixture make_store: it returns a function that makes a store.")
 
     @pytest.fixture
     def new_store(self, make_store: StoreFactory) -> Iterator[StoreFactory]:
         """
-        Return `make_store`, but close at the end of the test what it made.
+        Return a function like `make_store`. The stores it makes are closed at the end of the test.
         """
         made: list[ClosableStore] = []
 
@@ -226,7 +228,7 @@ class ContractTest:
     @pytest.fixture(params=["sync", "async"])
     def calls(self, request: pytest.FixtureRequest) -> Iterator[Calls]:
         """
-        Return each of the two ways of calling a store. A test that uses this fixture runs both ways.
+        Return one of the two ways of calling a store. A test that uses this fixture runs once for each.
         """
         calls = Calls(is_async=request.param == "async")
         yield calls
@@ -249,9 +251,9 @@ def texts(messages: list[ChatMessage]) -> list[str | None]:
 
 def exactly(value: Any) -> Any:
     """
-    Return what is equal for two values only if they are the same in type and sign, too: not for 1, 1.0 and True.
+    Return a form of a value that compares types and signs too: the forms of 1, 1.0 and True differ.
 
-    :param value: A message, a list of messages, or anything made of lists, dicts and scalars.
+    :param value: A message, a list of messages, or data of lists, dicts and scalars.
     """
     if isinstance(value, ChatMessage):
         return exactly(value.to_dict())
@@ -264,7 +266,7 @@ def exactly(value: Any) -> Any:
 
 def without_ids(messages: list[ChatMessage]) -> list[ChatMessage]:
     """
-    Return copies of retrieved messages without the ids that the store gave them, to compare with what was written.
+    Return copies of retrieved messages without ids, to compare them with the written messages.
     """
     return [
         replace(message, _meta={key: value for key, value in message.meta.items() if key != MESSAGE_ID_KEY})

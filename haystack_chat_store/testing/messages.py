@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Messages to test stores with: whole conversations from a line of letters, one sample of each kind, and strategies.
+Messages for tests: conversations made from a line of letters, a sample of each kind of message, and strategies.
 
-The functions that end in `s` at the bottom are hypothesis strategies, for property tests of your own.
+The functions in the last section are hypothesis strategies for property tests.
 """
 
 import base64
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 
-#: An integer that no store takes, wherever it stands: it has 4,301 digits.
+#: An integer of 4,301 digits. Every store refuses it, anywhere in a message.
 TOO_LONG = 10**4300
 
 # ------------------------------------------------------------------ conversations
@@ -31,13 +31,14 @@ TOO_LONG = 10**4300
 
 def conversation(roles: str) -> list[ChatMessage]:
     """
-    Make a conversation from a line of letters, one a message. Blanks are ignored.
+    Make a conversation from a line of letters, one for each message. Blanks are ignored.
 
-    `u` user, `a` assistant, `s` system, `c` a tool call, `d` two tool calls, `e` an assistant's empty reply, and `t` a
-    tool's result. A `t` answers the next call of the `c` or `d` that it follows; if there is none left it is an orphan,
-    whose call was never stored. `positions` tells where in the line retrieved messages stood.
+    `u` is a user message, `a` an assistant's, `s` a system message, `c` a tool call, `d` two tool calls, `e` an empty
+    reply of the assistant, and `t` a tool's result. A `t` answers the next call of the `c` or `d` before it. Without
+    such a call, it is an orphan: its call was never stored. `positions` returns the places of retrieved messages in the
+    line.
 
-    :param roles: Such as `"a uctta ua"`.
+    :param roles: The letters, such as `"a uctta ua"`.
     """
     made: list[ChatMessage] = []
     waiting: list[ToolCall] = []
@@ -62,18 +63,18 @@ _ROLES = {"u": ChatRole.USER, "a": ChatRole.ASSISTANT, "e": ChatRole.ASSISTANT, 
 
 def positions(messages: Sequence[ChatMessage]) -> list[int]:
     """
-    Return where each of the messages stood in its `conversation`.
+    Return the place of each message in its `conversation`.
     """
     return [message.meta["position"] for message in messages]
 
 
 def expected_rounds(messages: Sequence[ChatMessage], last_k: int | None, window_step: int = 1) -> list[ChatMessage]:
     """
-    Return what a store that counts rounds has to return from a history, worked out on a plain list.
+    Return the messages that a store must return if it counts rounds. This model works on a plain list.
 
     :param messages: The whole history, oldest first.
-    :param last_k: The number of rounds; `None` for all.
-    :param window_step: How many rounds have to come before the window's start moves on.
+    :param last_k: The number of rounds, or `None` for all.
+    :param window_step: The number of new rounds after which the window's start moves.
     """
     rounds: list[list[ChatMessage]] = []
     preamble: list[ChatMessage] = []
@@ -89,11 +90,11 @@ def expected_rounds(messages: Sequence[ChatMessage], last_k: int | None, window_
 
 def expected_messages(messages: Sequence[ChatMessage], last_k: int | None, window_step: int = 1) -> list[ChatMessage]:
     """
-    Return what a store that counts single messages has to return from a `conversation`, worked out on a plain list.
+    Return the messages that a store must return if it counts messages. This model works on a plain list.
 
-    :param messages: The whole history, oldest first.
-    :param last_k: The number of messages; `None` for all.
-    :param window_step: How many messages have to come before the window's start moves on.
+    :param messages: The whole history, oldest first: a `conversation`.
+    :param last_k: The number of messages, or `None` for all.
+    :param window_step: The number of new messages after which the window's start moves.
     """
     asked_at = {call.id: index for index, message in enumerate(messages) for call in message.tool_calls}
     start = 0 if last_k is None else _expected_start(len(messages), last_k, window_step)
@@ -119,7 +120,7 @@ def user(text: str = "Hello", **meta: Any) -> ChatMessage:
 
 def with_id(message_id: Any, text: str = "Hello") -> ChatMessage:
     """
-    Make a user message that brings an id, or what stands in its place.
+    Make a user message with an id, which may be invalid.
     """
     return user(text, **{MESSAGE_ID_KEY: message_id})
 
@@ -132,7 +133,7 @@ _PDF = base64.b64encode(b"%PDF-1.4\n%%EOF").decode()
 
 def sample_messages() -> dict[str, ChatMessage]:
     """
-    Return one message of every kind that Haystack knows, and the odd ones that models and tools produce, by name.
+    Return samples by name: each kind of message in Haystack, and unusual messages of models and tools.
     """
     call = ToolCall("weather", {"city": "Zürich", "days": [1, 2.5, None, True, {"unit": "°C"}]}, id="call_1")
     bare_call = ToolCall("now", {})
@@ -180,7 +181,7 @@ def texts() -> st.SearchStrategy[str]:
     """
     Text with any characters, NUL and lone surrogates included.
     """
-    # A high and a low surrogate side by side are not two characters but one, which is what a store returns.
+    # A store returns a high and a low surrogate side by side as the one character that they encode.
     return st.text(st.characters(), max_size=30).map(
         lambda text: text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
     )
@@ -188,7 +189,7 @@ def texts() -> st.SearchStrategy[str]:
 
 def json_values() -> st.SearchStrategy[Any]:
     """
-    What JSON has a form for: nested, with integers of any size and finite floats.
+    JSON values: nested, with integers of any size and finite floats.
     """
     scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts()
     return st.recursive(
@@ -198,7 +199,7 @@ def json_values() -> st.SearchStrategy[Any]:
 
 def json_objects() -> st.SearchStrategy[dict[str, Any]]:
     """
-    Dicts of what JSON has a form for, as in `meta`, `extra` and `arguments`.
+    Dicts of JSON values, as in `meta`, `extra` and `arguments`.
     """
     return st.dictionaries(texts(), json_values(), max_size=3)
 
@@ -214,7 +215,7 @@ def tool_calls() -> st.SearchStrategy[ToolCall]:
 
 def images() -> st.SearchStrategy[ImageContent]:
     """
-    Images, validated and not.
+    Images with and without validation.
     """
     return st.builds(
         ImageContent,
@@ -228,7 +229,7 @@ def images() -> st.SearchStrategy[ImageContent]:
 
 def files() -> st.SearchStrategy[FileContent]:
     """
-    Files, validated and not.
+    Files with and without validation.
     """
     return st.builds(
         FileContent,
@@ -242,7 +243,7 @@ def files() -> st.SearchStrategy[FileContent]:
 
 def tool_results() -> st.SearchStrategy[ToolCallResult]:
     """
-    Results of tool calls, as text and in parts.
+    Results of tool calls, as text or as parts.
     """
     parts = st.lists(st.builds(TextContent, texts()) | images() | files(), max_size=3)
     return st.builds(ToolCallResult, result=texts() | parts, origin=tool_calls(), error=st.booleans())
@@ -250,7 +251,7 @@ def tool_results() -> st.SearchStrategy[ToolCallResult]:
 
 def messages() -> st.SearchStrategy[ChatMessage]:
     """
-    Messages of every role but system, with parts of every kind that the role may have. They bring no id.
+    Messages of every role except system, without ids, with all kinds of parts that the role may have.
     """
     text = st.builds(TextContent, texts())
     reasoning = st.builds(ReasoningContent, texts(), json_objects())
@@ -272,7 +273,7 @@ def messages() -> st.SearchStrategy[ChatMessage]:
 
 def conversations() -> st.SearchStrategy[str]:
     """
-    Lines of letters for `conversation`: any sequence of roles, tool results in all places included.
+    Lines of letters for `conversation`: any sequence of roles, with tool results in any place.
     """
     return st.text("uuaacdtttse", max_size=25)
 

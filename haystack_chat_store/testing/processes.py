@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Processes that work together, are killed or forked: rules 3, 4, 12, 13 and 16 of the contract, for durable stores.
+Tests with several processes, killed processes and forks: rules 3, 4, 12, 13 and 16, for durable stores.
 """
 
 import inspect
@@ -34,7 +34,7 @@ from haystack_chat_store.testing.kit import Calls, ClosableStore, only_where, te
 
 Report = Callable[[Any], None]
 
-# What a process does before it comes to its function. It begins when told to, so that many can begin at once.
+# A process runs this before its function. It waits for a line of input, so that many processes can begin at once.
 _PRELUDE = """
 from __future__ import annotations
 import importlib, json, os, sys
@@ -50,12 +50,11 @@ if not sys.stdin.readline():
 
 class Program:
     """
-    A function that runs in a process of its own, on a store that is rebuilt there from what `to_dict` returned.
+    A function that runs in a separate process, on a store that is rebuilt there with `from_dict`.
 
-    The process gets the source of the function and nothing else, so the function imports what it needs, and no pytest
-    comes along. Where processes can be forked, it is one of a fork server's, in which Haystack and this package are
-    imported already. The function is called as `function(store, report, *arguments)`; `report(value)` sends a value
-    back at once.
+    The process gets only the source of the function, so the function must import what it needs, and pytest is not
+    loaded. Where processes can be forked, a fork server starts it, which has imported Haystack and this package. The
+    call is `function(store, report, *arguments)`. `report(value)` sends a value back at once.
 
     ```python
     from haystack_chat_store import SQLiteChatMessageStore
@@ -72,9 +71,9 @@ class Program:
         """
         Start the process. It waits for `begin`.
 
-        :param function: A function at the top of its module.
+        :param function: A function at the top level of its module.
         :param store: The store to rebuild.
-        :param arguments: More arguments, of what JSON has a form for.
+        :param arguments: More arguments, as JSON data.
         """
         call = f"{function.__name__}(store, report, *arguments)"
         source = "\n".join([_PRELUDE, textwrap.dedent(inspect.getsource(function)), call])
@@ -84,7 +83,7 @@ class Program:
             stdout=subprocess.PIPE,
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            start_new_session=True,  # so that what it forks can be ended with it
+            start_new_session=True,  # so that `kill` also ends its forked children
         )
         self._hang_guard = threading.Timer(HANG_LIMIT, self.kill)
         self._hang_guard.daemon = True
@@ -92,13 +91,13 @@ class Program:
 
     def __enter__(self) -> Self:
         """
-        Return the program.
+        Return this program.
         """
         return self
 
     def __exit__(self, *_: object) -> None:
         """
-        End the process, if it has not ended.
+        Kill the process if it still runs.
         """
         self.kill()
         self._hang_guard.cancel()
@@ -107,9 +106,9 @@ class Program:
 
     def begin(self, *others: "Program") -> None:
         """
-        Let the function begin as soon as the process is ready.
+        Wait until the process is ready, and let the function begin.
 
-        :param others: Programs to begin at the same time, as soon as all are ready.
+        :param others: Programs to begin at the same time. All begin when all are ready.
         """
         for program in (self, *others):
             assert next(program.reports()) == "ready"
@@ -126,7 +125,7 @@ class Program:
 
     def reports(self) -> Iterator[Any]:
         """
-        Yield what the function reports, as it comes, until the process has ended.
+        Yield each value that the function reports, until the process has ended.
         """
         assert self._process.stdout is not None
         while (line := self._process.stdout.readline()).endswith("\n"):
@@ -134,7 +133,7 @@ class Program:
 
     def reports_to_the_end(self) -> list[Any]:
         """
-        Wait until the process has ended, check that it ended well, and return what it reported.
+        Wait until the process has ended, check that it succeeded, and return the values it reported.
         """
         reported = list(self.reports())
         assert self.exit_code() == 0, "the process failed, or hung and was killed"
@@ -142,18 +141,18 @@ class Program:
 
     def exit_code(self) -> int:
         """
-        Wait until the process has ended. Return 0 if it ended well.
+        Wait until the process has ended, and return its exit code: 0 if it succeeded.
         """
         return self._process.wait(HANG_LIMIT)
 
     def kill(self) -> None:
         """
-        Kill the process, and what it forked, at once.
+        Kill the process and its forked children at once.
         """
         if self._process.returncode is not None:
-            return  # its id may be another's by now
+            return  # another process may have its id by now
         if hasattr(os, "killpg"):
-            with suppress(PermissionError):  # which macOS raises for what has ended
+            with suppress(PermissionError):  # macOS raises it for a process that has ended
                 os.killpg(self._process.pid, signal.SIGKILL)
         else:
             self._process.kill()
@@ -161,7 +160,7 @@ class Program:
 
 def run_program(function: Callable[..., None], store: ClosableStore, *arguments: Any) -> list[Any]:
     """
-    Run a function in a process of its own to its end, and return what it reported. See `Program`.
+    Run a function in a separate process, and return the values it reported. See `Program`.
     """
     with Program(function, store, *arguments) as program:
         program.begin()
@@ -190,7 +189,7 @@ def write_batches(store: ClosableStore, report: Report, history: str, writers: l
 
 def read_history(store: ClosableStore, report: Report, history: str) -> None:
     """
-    Report the texts of a history, read both ways.
+    Report the texts of a history, read with the synchronous and the asynchronous call.
     """
     import asyncio
 
@@ -213,7 +212,7 @@ def take_turns(store: ClosableStore, report: Report, history: str, name: str) ->
 
 def write_two_huge_batches(store: ClosableStore, report: Report, size: int) -> None:
     """
-    Report when each of two writes begins and when it is done.
+    Write two batches. Report when each write begins and when it is done.
     """
     from haystack.dataclasses import ChatMessage
 
@@ -226,7 +225,7 @@ def write_two_huge_batches(store: ClosableStore, report: Report, size: int) -> N
 
 def fork_and_write(store: ClosableStore, report: Report, exits_normally: bool) -> None:
     """
-    Write before and after a forked child has written and ended, then wait to be killed.
+    Write before and after a forked child writes and ends, then wait to be killed.
     """
     import asyncio
     import os
@@ -284,7 +283,7 @@ def fork_while_threads_write(
     store: ClosableStore, report: Report, history: str, threads: list[list[Batch]], children: list[list[Batch]]
 ) -> None:
     """
-    Write with threads and, meanwhile, with one forked child after the other. Report how each child ended.
+    Write with threads and, at the same time, with one forked child after another. Report the status of each child.
     """
     import os
     import traceback
@@ -318,14 +317,14 @@ _needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cann
 
 class ProcessesTest(WholeHistoriesTest):
     """
-    Checks what a durable store promises when several processes use it, are killed, or fork.
+    Checks the promises of a durable store when several processes use it, are killed, or fork.
 
-    The processes rebuild the store with the `from_dict` of its class, which they must be able to import.
+    The processes rebuild the store with the `from_dict` of its class, so they must be able to import the class.
     """
 
     def assert_sound(self, store: ClosableStore) -> None:
         """
-        Override it to check what an engine can say about the state of its own files.
+        Check the state of the engine's files. Override it for engines that can check it.
 
         :param store: A store on the database.
         """
@@ -343,7 +342,7 @@ class ProcessesTest(WholeHistoriesTest):
     @only_where("durable")
     def test_processes_that_take_turns_see_what_the_others_wrote(self, whole_store: ClosableStore) -> None:
         """
-        Rule 4. Nothing is kept from an earlier look that another process has made stale.
+        Rule 4. A store does not cache data that another process may change.
         """
         expected = []
         with (
@@ -415,7 +414,7 @@ class ProcessesTest(WholeHistoriesTest):
         self, whole_store: ClosableStore, moment: float
     ) -> None:
         """
-        Rule 3. It is killed after a part of the time that it took to write as much before.
+        Rule 3. The process is killed after a fraction of the time that the first of two equal writes took.
         """
         size = 10_000
         with Program(write_two_huge_batches, whole_store, size) as program:
@@ -431,7 +430,7 @@ class ProcessesTest(WholeHistoriesTest):
             is_done = list(reports) == ["done"]
         assert whole_store.count_messages("first") == size
         looks = [whole_store.count_messages("second")]
-        while len(looks) == 1 or looks[-1] != looks[-2]:  # a server may still be storing what it was sent
+        while len(looks) == 1 or looks[-1] != looks[-2]:  # a server may still be storing the batch
             time.sleep(0.4)
             looks.append(whole_store.count_messages("second"))
         found = texts(whole_store.retrieve_messages("second"))
@@ -448,7 +447,7 @@ class ProcessesTest(WholeHistoriesTest):
         self, whole_store: ClosableStore, exits_normally: bool
     ) -> None:
         """
-        Rule 12. Both have used it both ways. The parent is killed, so that nothing is put right when it ends.
+        Rule 12. Both use synchronous and asynchronous calls. The parent is killed, so that no exit handler runs.
         """
         writers = ("the parent", "its child", "the parent again")
         expected = [f"{writer} {way}" for writer in writers for way in ("waits", "awaits")]
@@ -467,7 +466,7 @@ class ProcessesTest(WholeHistoriesTest):
     @only_where("durable")
     def test_a_forked_child_goes_on_when_its_parent_has_closed_the_store(self, whole_store: ClosableStore) -> None:
         """
-        Rules 3 and 12. What the child's writes have acknowledged stays.
+        Rules 3 and 12. The child's acknowledged writes stay.
         """
         assert run_program(fork_and_close, whole_store) == [0]
         assert texts(whole_store.retrieve_messages("history")) == ["the parent", "its child", "its child again"]
@@ -477,7 +476,7 @@ class ProcessesTest(WholeHistoriesTest):
     @only_where("durable")
     def test_children_forked_while_threads_write_use_the_store(self, whole_store: ClosableStore) -> None:
         """
-        Rule 12. What a thread of the parent held at that moment does not stay held in the child for ever.
+        Rule 12. A lock that a thread of the parent holds at the fork does not stay locked in the child.
         """
         writers = planned_batches(14, 100)
         threads, children = writers[:4], [batches[:3] for batches in writers[4:]]

@@ -12,8 +12,8 @@ from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.transfer.histories import Rows, TransferResult
 
 _SPECIAL = re.compile(r"[\\`*_\[\]<>#|~&$]|(?<=[A-Za-z]):(?=//)|(?<=www)\.", re.IGNORECASE)
-# GitHub turns e-mail addresses and @names into links after it has resolved all escapes. Only an HTML comment after the
-# @ prevents that.
+# GitHub turns e-mail addresses and @names into links after it has resolved all escapes. Only an HTML comment after
+# the @ prevents that.
 _ADDRESS = re.compile(r"@(?=\S)")
 _EMPTY_COMMENT = "<!-- -->"
 # Special only at the beginning of a line: lists and underlines of headings.

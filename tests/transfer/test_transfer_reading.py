@@ -387,10 +387,10 @@ def test_a_result_and_what_a_tool_has_made_are_parts_of_their_own():
 
 
 def test_what_something_else_has_left_in_a_message_can_be_shown_too():
-    odd = ToolCall(5, [10**5000], [], None)
+    odd = ToolCall(5, [10**4000], [], None)
     call, result = parts_of(odd, ToolCallResult(7, odd, None), ReasoningContent(None))
     # The process decides whether it prints so long a number, and so whether it can be set out on lines.
-    assert (call.label, "".join(call.text.split())) == ("Tool call: 5", f"[1{'0' * 5000}]")
+    assert (call.label, "".join(call.text.split())) == ("Tool call: 5", f"[1{'0' * 4000}]")
     assert (result.label, result.text) == ("Result of 5", "7")
     assert shown_time(None) == shown_time(2**63) == "1970-01-01 00:00:00 UTC"
 
