@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Everything one can run: `nox -l` lists it, `nox -s NAME` runs it.
+All commands of the project: `nox -l` lists them, `nox -s NAME` runs one.
 """
 
 import os
@@ -12,7 +12,7 @@ nox.options.default_venv_backend = "uv|virtualenv"  # uv takes seconds where pip
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "tests"]
 
-# Tests start hundreds of processes: without bytecode, each of them would compile all that it imports.
+# Tests start hundreds of processes. Without bytecode files, each of them would compile every module that it imports.
 ENVIRONMENT = {"HAYSTACK_TELEMETRY_ENABLED": "False", "PYTHONDONTWRITEBYTECODE": None}
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 PYTHON_OF_COVERAGE = "3.11"
@@ -24,10 +24,10 @@ def install(session: nox.Session, *groups: str) -> None:
     )
 
 
-# Half of the time of a test is waiting: for a server, a process, a lock.
+# A test waits for half of its time: for a server, a process or a lock.
 ON_ALL_CORES = [f"--numprocesses={2 * (os.cpu_count() or 1)}", "--dist=worksteal"]
 COVERAGE = ["--cov", "--cov-report=term", "--cov-fail-under=95"]
-# These tests interrupt code at any moment. If that is the code that measures coverage, it waits for itself for ever.
+# Interrupting the coverage tracer deadlocks it.
 INTERRUPTIONS = "tests/test_interruptions.py"
 
 
@@ -49,7 +49,7 @@ def full(session: nox.Session) -> None:
         session.run("pytest", *ON_ALL_CORES, "--full", *session.posargs, env=ENVIRONMENT)
 
 
-@nox.session(python="3.10", reuse_venv=False)  # a newer version that is there already would stay
+@nox.session(python="3.10", reuse_venv=False)  # an old environment would keep newer versions
 def lowest(session: nox.Session) -> None:
     """Run the tests with the lowest dependencies that pyproject.toml allows."""
     session.install("uv")
@@ -68,7 +68,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(name="format")
 def format_code(session: nox.Session) -> None:
-    """Format all code and mend what can be mended."""
+    """Format all code, and fix what ruff can fix."""
     session.install("--group", "lint")
     session.run("ruff", "check", "--fix", ".")
     session.run("ruff", "format", ".")
@@ -76,7 +76,7 @@ def format_code(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check types, strictly."""
+    """Check types in mypy's strict mode."""
     install(session, "types")
     session.run("mypy")
 
@@ -99,30 +99,30 @@ def examples(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Chat with a bot that remembers."""
+    """Chat with the example chatbot in the terminal."""
     session.install("-e", ".")
     session.run("python", "examples/terminal_chatbot.py", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """Measure our stores beside their floors."""
+    """Measure the stores against the least that their engines allow."""
     install(session, "test")
     session.run("python", "benchmarks/run.py", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
 def large(session: nox.Session) -> None:
-    """Measure managing conversations in a database of 5,000,000 messages. Takes most of an hour."""
+    """Measure the management of conversations in a database of 5,000,000 messages. Takes almost an hour."""
     install(session, "test")
     session.run("python", "benchmarks/management.py", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Build the wheel and use it, and an editable install, beside another package of Haystack's namespace."""
+    """Test the built wheel and an editable install together with another package in Haystack's namespace."""
     session.install("build", "haystack-ai", "ollama-haystack")
-    install(session)  # what all modules need
+    install(session)  # the dependencies of all modules
     folder = session.create_tmp()
     session.run("python", "-m", "build", "--wheel", "--outdir", folder)
     for source in (["--no-index", f"--find-links={folder}", "haystack-chat-store"], ["--editable", "."]):
@@ -138,7 +138,7 @@ from haystack_integrations.hooks.chat_store import chat_history_hooks
 import haystack_chat_store
 import pkgutil
 
-# Whatever a folder of the source has must have come along: all of it is imported.
+# Import every module, to check that the package contains all of them.
 found = [module.name for module in pkgutil.walk_packages(haystack_chat_store.__path__, "haystack_chat_store.")]
 for name in found:
     if name != "haystack_chat_store.__main__":

@@ -42,8 +42,8 @@ from openai import OpenAIError
 
 from haystack_chat_store import ChatMessageStore, ChatMessageStoreError, SQLiteChatMessageStore, store_from_url
 
-# A run without a new message is how an interrupted turn is resumed. Haystack warns of it and, if nothing is left to do,
-# of its early end.
+# A run without new messages resumes an interrupted turn. Haystack warns of such a run and, if the turn is complete, of
+# its early end.
 EXPECTED_WARNINGS = ("All messages provided to the Agent component are system messages", "Agent reached maximum agent")
 logging.getLogger("haystack.components.agents.agent").addFilter(
     lambda record: not record.getMessage().startswith(EXPECTED_WARNINGS)
@@ -59,14 +59,14 @@ SYSTEM_PROMPT = (
 
 class Notes:
     """
-    Notes in a plain text file, one a line.
+    Notes in a plain text file, one per line.
 
-    A tool whose result was not saved before a crash is called again. So adding a note twice must be the same as once.
+    If the result of a tool was not saved before a crash, the tool is called again. So adding a note is idempotent.
     """
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
-        self._lock = threading.Lock()  # an agent calls the tools of one step at the same time
+        self._lock = threading.Lock()  # an agent calls the tools of one step in parallel
 
     def add_note(self, text: str) -> str:
         """Note something the user wants remembered."""
@@ -113,7 +113,7 @@ def calculate(expression: str) -> str:
 
 def evaluate(node: ast.AST) -> Any:
     """
-    Return the value of an expression that holds nothing but numbers and operations of ours.
+    Return the value of an expression of numbers and the operators in `OPERATIONS`.
     """
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
@@ -142,10 +142,10 @@ def make_tools(notes: Notes) -> list[Tool]:
 @component
 class RuleBasedModel:
     """
-    Decides by rules which tools to call, and answers, from nothing but the messages that a model would have seen too.
+    Decides by rules which tools to call and what to answer, only from the messages that a model would see.
     """
 
-    # What a sentence has to be like, the tool to call then, and the name of its argument.
+    # The pattern of a sentence, the tool to call for it, and the name of the tool's argument.
     RULES = (
         (r"(?:what is|add|calculate) ([-+\d(.][^?]*?)(?: and note .*)?", "calculate", "expression"),
         (r"(?:please )?remember (?:that )?(.+)", "add_note", "text"),
@@ -202,13 +202,13 @@ class RuleBasedModel:
 
 # ---------------------------------------------------------------------- the agent
 
-# The steps of a turn after which the process can end itself, and the hook points at which they have just been taken.
+# The steps of a turn after which the process can end itself, and the hook points right after these steps.
 STEPS = {"question": ["before_llm"], "model": ["before_tool", "on_exit"], "tools": ["after_tool"]}
 
 
 class Crash:
     """
-    A hook that ends its process when it runs for the n-th time, without a chance to save or to close anything.
+    A hook that kills its process when it runs for the n-th time. Nothing can be saved or closed afterwards.
     """
 
     def __init__(self, number: int = 1) -> None:
@@ -223,7 +223,7 @@ class Crash:
 
 def step_to_crash_after(text: str) -> str | int:
     """
-    Read what `--crash-after` is given.
+    Parse the value of `--crash-after`.
     """
     if text in STEPS:
         return text
@@ -235,7 +235,7 @@ def step_to_crash_after(text: str) -> str | int:
 @hook
 def show_tools(state: State) -> None:
     """
-    Show what the tools of this step did.
+    Print the results of the tools of this step.
     """
     messages: list[ChatMessage] = state.data["messages"]
     last_step = max(index for index, message in enumerate(messages) if message.tool_calls)
@@ -247,17 +247,17 @@ def show_tools(state: State) -> None:
 
 def build_agent(store: ChatMessageStore, notes: Notes, llm: str, crash_after: str | int | None = None) -> Agent:
     """
-    Build the agent, with a memory and, if wanted, an end.
+    Build the agent with its memory and, if wanted, a crash.
     """
     hooks = chat_history_hooks(store, window_step=8, hooks={"after_tool": [show_tools]})
     if isinstance(crash_after, int):
         crash = Crash(crash_after)
         for point in ("after_tool", "on_exit"):
-            hooks[point].append(crash)  # behind the saver: the step is saved
+            hooks[point].append(crash)  # after the saver, so the step is saved
     elif crash_after is not None:
         crash = Crash()
         for point in STEPS[crash_after]:
-            hooks[point] = [crash, *hooks.get(point, [])]  # before the saver: the step is lost
+            hooks[point] = [crash, *hooks.get(point, [])]  # before the saver, so the step is lost
     return Agent(
         chat_generator=OpenAIChatGenerator() if llm == "openai" else RuleBasedModel(),
         tools=make_tools(notes),
@@ -286,7 +286,7 @@ def go_on(agent: Agent, store: ChatMessageStore, chat_history_id: str) -> None:
     """
     if store.count_messages(chat_history_id) == 0:
         return
-    # Without new messages, an agent with a memory does what is left to do: mostly nothing.
+    # Without new messages, the agent finishes the last turn. If the turn is complete, it takes no step.
     result = run(agent, chat_history_id, [])
     if result["step_count"]:
         print(f'I was interrupted when you had said: "{last_text(result["messages"], ChatRole.USER)}"')
@@ -314,7 +314,7 @@ def chat(agent: Agent, store: ChatMessageStore, chat_history_id: str) -> None:
     remembered = store.count_messages(chat_history_id)
     print(f"I remember {remembered} messages of ours." if remembered else "We have not met yet.")
     if remembered:
-        # It may not have been shown: a process can end between saving and printing.
+        # A process can crash between saving and printing, so the last answer may not have been shown.
         print(f'My last words: "{last_text(store.retrieve_messages(chat_history_id, last_k=1), ChatRole.ASSISTANT)}"')
     print("Say something. Ctrl-D or Ctrl-C leaves; start me again and I remember.")
     prompt = "you> " if sys.stdin.isatty() else ""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A store of one's own: each chat history is a file of JSON lines in a folder.
+Your own store: each chat history is a file of JSON lines in a folder.
 
-An engine has five operations and two ways to run one. Validation, ids, encoding, the rules of windows and the public
-methods come from the base classes. This engine is for one process at a time, and rewrites a file to append to it: that
-is where it falls short of the stores of this package. `own_store_directory.py` adds lists, pages and search to it.
+An engine needs five operations, and two methods that run an operation. Validation, ids, encoding, the rules of windows
+and the public methods come from the base classes. Unlike the engines of this package, this one works for one process at
+a time, and rewrites a file to append to it. `own_store_directory.py` adds lists, pages and search.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _lock = threading.Lock()
 
 class FolderEngine(Engine[Path]):
     """
-    Keeps each chat history in a file of its own. The session of its operations is the folder.
+    Keeps each chat history in its own file. The session of its operations is the folder.
     """
 
     def __init__(self, folder: str) -> None:
@@ -61,7 +61,7 @@ class FolderEngine(Engine[Path]):
         now = microseconds_now()
         rows += [[message.message_id, message.role, message.content, now] for message in plan.new]
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside the file and moved over it, so that a crash leaves either the old file or the new one.
+        # Write a new file and move it over the old one, so that a crash leaves either the old file or the new one.
         temporary = file.with_suffix(".new")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in [chat_history_id, *rows]), encoding="ascii")
         os.replace(temporary, file)
@@ -90,7 +90,7 @@ class FolderChatMessageStore(BaseChatMessageStore):
 
     def __init__(self, folder: str, **settings: Any) -> None:
         """
-        Create the store. `settings` are those of the base class.
+        Create the store. `settings` are the settings of the base class.
         """
         super().__init__(FolderEngine(folder), **settings)
         self.folder = folder
@@ -109,10 +109,10 @@ def file_of(session: Path, scope: Scope, chat_history_id: str) -> Path:
 
 def lines_of(file: Path) -> list[Any]:
     """
-    Return the id of a history, and its messages: lists of id, role, content and time.
+    Return the id of a history, then its messages: lists of id, role, content and time. Without a file, the id is None.
     """
     return [json.loads(line) for line in file.read_text(encoding="ascii").splitlines()] if file.exists() else [None]
 
 
 def _hashed(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()  # a file name that any id has, and no two ids share
+    return hashlib.sha256(text.encode()).hexdigest()  # a valid file name for any id, different for different ids

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A store of one's own that can also list, page and search: further operations for the engine of `own_store.py`.
+Your own store with lists, pages and search: more operations for the engine of `own_store.py`.
 
-Each operation makes more of the store's methods and of the command line work. The URL `folder:///chats` stands for this
+Each operation makes more of the store's methods and of the command line work. The URL `folder:///chats` names this
 store in a project that registers it:
 
     [project.entry-points."haystack_chat_store.engines"]
     folder = "own_store_directory:SearchableFolderChatMessageStore"
 
-Then `haystack-chat-store ls --store folder:///chats` lists what is in the folder.
+Then `haystack-chat-store ls --store folder:///chats` lists the histories in the folder.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from haystack_chat_store.search_text import Phrase, matches, searchable_text_of_
 
 class SearchableFolderEngine(FolderEngine):
     """
-    Adds the directory, pages and search to `FolderEngine`. It reads every file for them.
+    Adds the directory, pages and search to `FolderEngine`. Lists and search read every file.
     """
 
     def history(self, session: Path, scope: Scope, chat_history_id: str) -> HistoryRow | None:
@@ -33,8 +33,8 @@ class SearchableFolderEngine(FolderEngine):
     def histories(
         self, session: Path, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
     ) -> list[HistoryRow]:
-        rows = sorted(_rows(session, scope, prefix), key=_place, reverse=True)
-        return [row for row in rows if before is None or _place(row) < before][:limit]
+        rows = sorted(_rows(session, scope, prefix), key=_time_and_id, reverse=True)
+        return [row for row in rows if before is None or _time_and_id(row) < before][:limit]
 
     def histories_by_id(self, session: Path, scope: Scope, prefix: str, after: str, limit: int) -> list[HistoryRow]:
         rows = sorted(_rows(session, scope, prefix), key=lambda row: row.chat_history_id)
@@ -72,12 +72,12 @@ class SearchableFolderEngine(FolderEngine):
 
 class SearchableFolderChatMessageStore(BaseChatMessageStore):
     """
-    Keeps chat histories in a folder, and finds them again.
+    Keeps chat histories in a folder, with lists, pages and search.
     """
 
     def __init__(self, folder: str, **settings: Any) -> None:
         """
-        Create the store. `settings` are those of the base class.
+        Create the store. `settings` are the settings of the base class.
         """
         super().__init__(SearchableFolderEngine(folder), **settings)
         self.folder = folder
@@ -114,5 +114,5 @@ def _message_rows(file: Path) -> list[MessageRow]:
     ]
 
 
-def _place(row: HistoryRow) -> tuple[int, str]:
+def _time_and_id(row: HistoryRow) -> tuple[int, str]:
     return row.updated_at, row.chat_history_id

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Runs one turn of a pipeline in a YAML file. Run it twice: the second run still knows the first.
+Runs one turn of a pipeline in a YAML file. Run it twice: the second run remembers the first.
 
     python examples/run_yaml_pipeline.py "Hello, I am Ada."
     python examples/run_yaml_pipeline.py --file agent_pipeline.yaml "How much is pi?"

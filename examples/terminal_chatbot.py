@@ -7,7 +7,7 @@ A chatbot for the terminal that remembers: leave it, start it again, and it stil
     python examples/terminal_chatbot.py --llm openai             chat with a real model; needs OPENAI_API_KEY
     python examples/terminal_chatbot.py --store redis://host     remember in another store than a file
 
-Without a model it answers by rules, simple enough that one can see what it remembers.
+Without a model it answers by simple rules that show what it remembers.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SYSTEM_PROMPT = "You are a friendly chatbot. Use what the user has told you so f
 
 def answer_from_memory(messages: list[ChatMessage]) -> str:
     """
-    Answer by rules from nothing but the messages that a model would have seen too.
+    Answer by rules, only from the messages that a model would see.
     """
     said = [message.text or "" for message in messages if message.role is ChatRole.USER]
     *earlier, latest = said
@@ -55,13 +55,13 @@ def answer_from_memory(messages: list[ChatMessage]) -> str:
 
 class TurnInterruptedError(Exception):
     """
-    Ctrl-C ended a turn that was under way.
+    Ctrl-C interrupted a turn.
     """
 
 
 def print_chunk(chunk: StreamingChunk) -> None:
     """
-    Show the answer while it arrives.
+    Print the answer while it arrives.
     """
     print("bot> " if chunk.start else "", chunk.content, sep="", end="", flush=True)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-What the hooks know of one run of an agent, from hook point to hook point.
+The record of one run of an agent, which the hooks share from hook point to hook point.
 
-Hooks are told neither at which point they run nor whether one object stands at several points (loaded from YAML, it is
-several objects). So what they know travels with the run, in its state.
+A hook is not told at which point it runs. Hooks loaded from YAML are a separate object at each point. So the record
+travels with the run, in its state.
 """
 
 import sys
@@ -16,11 +16,11 @@ from haystack.dataclasses import ChatMessage, ChatRole
 
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, new_message_id
 
-#: Where the chat history's id is looked for: in the `hook_context` of the run, else in its state.
+#: The key of the chat history's id, in the `hook_context` of the run or else in its state.
 CHAT_HISTORY_ID_KEY = "chat_history_id"
 
 _RUN_KEY = "_haystack_chat_store"
-# Haystack's mark on what a compactor made, not the model, the user or a tool.
+# Haystack sets this key in the meta of a message that a compactor created.
 _COMPACTION_KEY = "context_compaction"
 _TOO_MANY_STEPS = sys.maxsize
 
@@ -28,14 +28,14 @@ _TOO_MANY_STEPS = sys.maxsize
 @dataclass
 class AgentRun:
     """
-    What is known of one run.
+    The record of one run.
 
-    :param chat_history_id: Where its messages are stored.
+    :param chat_history_id: The id of the history that its messages are stored in.
     :param question_id: The id of the user message that the run answers.
-    :param given: The ids of the messages that the run began with. All others it has produced.
-    :param known: The ids of the messages that are stored or wait to be.
+    :param given: The ids of the messages that the run began with. The run produced all other messages.
+    :param known: The ids of the messages that are stored or wait to be stored.
     :param unsaved: The messages that wait to be stored, in order.
-    :param exit_reason: What the result shall say if the run ends before its first step.
+    :param exit_reason: The `exit_reason` of the result if the run ends before its first step.
     """
 
     chat_history_id: str
@@ -47,9 +47,10 @@ class AgentRun:
 
     def know(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """
-        Note what is stored.
+        Record messages that are stored.
 
-        :returns: The messages, with an id in each: somebody's store may keep none. Those passed in are not changed.
+        :param messages: Messages from the store. They are not changed.
+        :returns: The messages, each with an id. (A store of another package may not keep ids.)
         """
         known = [with_id(message) for message in messages]
         self.known.update(map(message_id, known))
@@ -57,9 +58,10 @@ class AgentRun:
 
     def give(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """
-        Note what the run begins with.
+        Record the messages that the run begins with.
 
-        :returns: The messages, with an id in each that is to be stored. Those passed in are not changed.
+        :param messages: The messages. They are not changed.
+        :returns: The messages. Each message that belongs in the history has an id.
         :raises ValueError: If a message has an id that is not text.
         """
         given = [with_id(message) if is_said(message) else message for message in messages]
@@ -68,17 +70,18 @@ class AgentRun:
 
     def collect(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """
-        Note which of the messages are not stored yet.
+        Add the messages that are not stored yet to `unsaved`.
 
-        :returns: The messages, with an id in each that is to be stored, and in each that the run has produced, the id
-            of its question. Those passed in are not changed.
+        :param messages: The messages of the run. They are not changed.
+        :returns: The messages. Each message that belongs in the history has an id, and each new message that the run
+            produced also has the id of its question.
         """
         collected: list[ChatMessage] = []
         first_with_id: dict[str, ChatMessage] = {}
         for message in messages:
             kept = self._identified(message, first_with_id) if is_said(message) else message
             if is_said(message) and message_id(kept) not in self.known:
-                kept = self._marked(kept)
+                kept = self._with_question_id(kept)
                 self.known.add(message_id(kept))
                 self.unsaved.append(kept)
             collected.append(kept)
@@ -88,17 +91,18 @@ class AgentRun:
     def _identified(message: ChatMessage, first_with_id: dict[str, ChatMessage]) -> ChatMessage:
         identified = with_id(message)
         first = first_with_id.setdefault(message_id(identified), message)
-        # Haystack's confirmation makes several messages of one, and they share its meta; so may a reply its question's.
+        # Different messages can share one meta, and so one id: Haystack's confirmation splits a message into several,
+        # and a generator may give its reply the question's meta. All but the first get a new id.
         return identified if first == message else with_new_id(message)
 
-    def _marked(self, message: ChatMessage) -> ChatMessage:
+    def _with_question_id(self, message: ChatMessage) -> ChatMessage:
         if self.question_id is None or message_id(message) in self.given:
             return message
         return replace(message, _meta={**message.meta, QUESTION_ID_KEY: self.question_id})
 
     def to_dict(self) -> dict[str, Any]:
         """
-        Serialize what is known: a state in which something cannot be serialized cannot be kept whole.
+        Serialize the record. Haystack serializes the whole state of an agent, so everything in it must be serializable.
         """
         unsaved = [message.to_dict() for message in self.unsaved]
         return {**vars(self), "given": sorted(self.given), "known": sorted(self.known), "unsaved": unsaved}
@@ -106,7 +110,7 @@ class AgentRun:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "AgentRun":
         """
-        Know again what `to_dict` returned.
+        Restore a record from the result of `to_dict`.
         """
         unsaved = [ChatMessage.from_dict(message) for message in data["unsaved"]]
         return cls(**{**data, "given": set(data["given"]), "known": set(data["known"]), "unsaved": unsaved})
@@ -114,9 +118,9 @@ class AgentRun:
 
 def begin_run(state: State) -> AgentRun:
     """
-    Begin to know of a run.
+    Create the run's record.
 
-    :raises ValueError: If the run has no chat history.
+    :raises ValueError: If the run has no chat history id.
     """
     hook_context = state.data.get("hook_context") or {}
     chat_history_id = hook_context.get(CHAT_HISTORY_ID_KEY)
@@ -124,20 +128,20 @@ def begin_run(state: State) -> AgentRun:
         chat_history_id = state.data.get(CHAT_HISTORY_ID_KEY)
     if not isinstance(chat_history_id, str) or not chat_history_id:
         raise ValueError(
-            f"The agent has no chat history to load and to save to: {CHAT_HISTORY_ID_KEY} must be non-empty text, got "
+            f"The agent has no chat history: {CHAT_HISTORY_ID_KEY} must be non-empty text, got "
             f"{type(chat_history_id).__name__}. Pass hook_context={{'{CHAT_HISTORY_ID_KEY}': ...}} to the run, or "
-            f"{CHAT_HISTORY_ID_KEY}=... if the agent's state_schema has such a key."
+            f"{CHAT_HISTORY_ID_KEY}=... if the agent's state_schema has this key."
         )
     run = AgentRun(chat_history_id)
-    # The context is the caller's, and may be used for the next run: nothing is written to it. Nor is what it holds
-    # copied, as State.get would, for it may hold connections.
+    # The caller may use the same context for the next run, so it is replaced by a new dict and not changed. Its values
+    # are not copied, as State.get would do, because they may be connections.
     state.set("hook_context", {**hook_context, _RUN_KEY: run}, handler_override=replace_values)
     return run
 
 
 def run_of(state: State) -> AgentRun:
     """
-    Return what is known of a run. If that is nothing yet, it begins here.
+    Return the run's record. If it does not exist yet, create it from the run's messages.
     """
     run = (state.data.get("hook_context") or {}).get(_RUN_KEY)
     if not isinstance(run, AgentRun):
@@ -150,26 +154,27 @@ def run_of(state: State) -> AgentRun:
 
 def set_messages(state: State, messages: list[ChatMessage]) -> None:
     """
-    Replace the messages of a run, whatever its schema says about adding to them.
+    Replace the messages of a run, even if its schema says that new messages are appended.
     """
     state.set("messages", messages, handler_override=replace_values)
 
 
 def end_before_first_step(state: State) -> None:
     """
-    Let a run end at once. To be called before its first step.
+    End a run before its first step.
 
-    Haystack begins to count steps where a `before_run` hook leaves the count. (Newer versions also read `stop_run` in
-    the state, but only after the `before_llm` hooks, and one of those that compacts may ask a model.)
+    This sets the step count, because Haystack starts counting at the value that a `before_run` hook leaves. (Newer
+    versions also read `stop_run` in the state, but only after the `before_llm` hooks, and a hook that compacts may call
+    a model there.)
     """
     state.set("step_count", _TOO_MANY_STEPS)
 
 
-def put_result_right(state: State, reason: str | None) -> None:
+def correct_result(state: State, reason: str | None) -> None:
     """
-    Undo, after the run, what `end_before_first_step` did to its result.
+    Undo the changes of `end_before_first_step` to the result, after the run.
 
-    :param reason: What the result shall have as `exit_reason`.
+    :param reason: The `exit_reason` of the result.
     """
     if state.data["step_count"] == _TOO_MANY_STEPS and state.data["exit_reason"] is not None:
         state.set("step_count", 0)
@@ -178,31 +183,31 @@ def put_result_right(state: State, reason: str | None) -> None:
 
 def is_compacted(message: ChatMessage) -> bool:
     """
-    Whether a message is what a compactor made of others.
+    Whether a compactor created the message from other messages.
     """
     return _COMPACTION_KEY in message.meta
 
 
 def is_said(message: ChatMessage) -> bool:
     """
-    Whether a message belongs in the history. Instructions to the model and what a compactor made do not.
+    Whether a message belongs in the history. System messages and messages that a compactor created do not.
     """
     return message.role is not ChatRole.SYSTEM and not is_compacted(message)
 
 
 def message_id(message: ChatMessage) -> Any:
     """
-    Return a message's own id, `None` if it has none.
+    Return a message's id, or `None` if it has none.
     """
     return message.meta.get(MESSAGE_ID_KEY)
 
 
 def with_id(message: ChatMessage) -> ChatMessage:
     """
-    Return the message with an id: its own, if it has one.
+    Return the message if it has an id, otherwise a copy with a new id.
 
-    :param message: It is not changed.
-    :raises ValueError: If its own id is not text.
+    :param message: The message. It is not changed.
+    :raises ValueError: If its id is not text.
     """
     own_id = message_id(message)
     if own_id is None:
@@ -214,16 +219,16 @@ def with_id(message: ChatMessage) -> ChatMessage:
 
 def with_new_id(message: ChatMessage) -> ChatMessage:
     """
-    Return the message with an id that no other has.
+    Return a copy of the message with a new, unique id.
 
-    :param message: It is not changed.
+    :param message: The message. It is not changed.
     """
     return replace(message, _meta={**message.meta, MESSAGE_ID_KEY: new_message_id()})
 
 
 def last_question_id(messages: Sequence[ChatMessage]) -> str | None:
     """
-    Return the id of the question that the last user message asks or, if a run produced it, belongs to.
+    Return the question's id of the last user message: the id that it names or, if it names none, its own.
     """
     for message in reversed(messages):
         if message.role is ChatRole.USER and is_said(message):

@@ -22,7 +22,7 @@ def chat_history_hooks(
     hooks: Mapping[HookPoint, Sequence[Hook]] | None = None,
 ) -> dict[HookPoint, list[Hook]]:
     """
-    Return the hooks that give an agent a memory: loaded before its run, saved at every step, intact after a crash.
+    Return the hooks that give an agent a memory: loaded before its run, saved at every step, complete after a crash.
 
     ```python
     from haystack.components.agents import Agent
@@ -35,16 +35,15 @@ def chat_history_hooks(
     agent.run([ChatMessage.from_user("Hello!")], hook_context={"chat_history_id": "user_456"})
     ```
 
-    :param chat_message_store: Where the chat histories are kept. Any object that follows the `ChatMessageStore`
-        protocol.
-    :param last_k: How many rounds of the history to load. Defaults to 10; see `ChatHistoryLoader`.
-    :param max_tokens: How many tokens the model may see. Defaults to `None`, for no limit.
-    :param token_counter: What counts them. Defaults to Haystack's `ApproximateTokenCounter`.
-    :param window_step: In steps of how many rounds the window's beginning moves. Defaults to 1.
-    :param exit_conditions: Those of the agent, if it ends with a tool.
-    :param raise_on_failure: Whether the run fails if saving does. Defaults to True; see `ChatHistorySaver`.
-    :param hooks: Other hooks of the agent, by hook point. They are put where the history gets what was really said and
-        done: confirmation before saving, offloading after it. The mapping is not changed.
+    :param chat_message_store: The store of the chat histories: any object that follows the `ChatMessageStore` protocol.
+    :param last_k: The number of rounds of the history to load. Defaults to 10; see `ChatHistoryLoader`.
+    :param max_tokens: The largest number of tokens that the model is shown. Defaults to `None`: any number.
+    :param token_counter: The Haystack `TokenCounter` that counts the tokens. Defaults to `ApproximateTokenCounter`.
+    :param window_step: The start of the window moves only in steps of this many rounds. Defaults to 1.
+    :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. Defaults to `None`.
+    :param raise_on_failure: Whether the run fails if saving fails. Defaults to True; see `ChatHistorySaver`.
+    :param hooks: Other hooks of the agent, by hook point. The mapping is not changed. They are ordered so that the
+        history gets the messages as they were really sent: confirmation runs before saving, offloading after it.
     :returns: All hooks, for `Agent(hooks=...)`.
     :raises ValueError: If an argument is wrong.
     """
@@ -58,7 +57,8 @@ def chat_history_hooks(
     )
     saver = ChatHistorySaver(chat_message_store, raise_on_failure=raise_on_failure)
     others = {point: list(listed) for point, listed in (hooks or {}).items()}
-    # First, for then the result of a run without steps is put right; and last, for the others may have added to it.
+    # The saver comes first, because it corrects the result of a run without steps. It comes last again, because other
+    # hooks may have added messages.
     after_run: list[Hook] = [saver, *others["after_run"], saver] if others.get("after_run") else [saver]
     return {
         **others,

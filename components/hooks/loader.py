@@ -25,21 +25,21 @@ from .agent_run import (
 )
 from .interrupted_turn import before_turn, exit_reason, is_whole, turn_of, without_open_step
 
-# How many times as many rounds are read next, if the last turn's question is not among the last.
+# If a page does not contain the turn's question, the next page is larger by this factor.
 _PAGE_GROWTH = 8
 
 
 class ChatHistoryLoader:
     """
-    Loads the end of a chat history before an agent's run, so that the model sees what was said before.
+    Loads the end of a chat history before an agent's run, so that the model sees the conversation so far.
 
-    Which history it is says `hook_context["chat_history_id"]`, else the agent's state under the same key. The loader
-    stands at `before_run`, before all other hooks, and needs a `ChatHistorySaver` beside it;
-    `chat_history_hooks` puts both where they belong.
+    The id of the history is `hook_context["chat_history_id"]` or, without it, the value of the same key in the agent's
+    state. The loader belongs at `before_run`, before all other hooks, together with a `ChatHistorySaver`.
+    `chat_history_hooks` returns both at the right hook points.
 
-    A run without new messages (`messages=[]`, or a user message again that is stored already, by its id) goes on with
-    the turn where it was interrupted, after its last complete step. If the turn is complete, the run ends at once, with
-    what is stored and without a call of the model.
+    A run without new messages resumes an interrupted turn after its last complete step. The run has no new messages if
+    `messages=[]`, or if its user message is stored already, by its id. If the turn is complete, the run ends at once,
+    returns the stored messages and does not call the model.
     """
 
     allowed_hook_points = ("before_run",)
@@ -57,17 +57,17 @@ class ChatHistoryLoader:
         """
         Create the hook.
 
-        :param chat_message_store: Where the chat histories are kept. Any object that follows the `ChatMessageStore`
+        :param chat_message_store: The store of the chat histories: any object that follows the `ChatMessageStore`
             protocol.
-        :param last_k: How many rounds of the history to load. Defaults to 10; `None` for the store's own `last_k` or,
-            with `max_tokens`, for as many as fit.
-        :param max_tokens: How many tokens the model may see, those of the run's own messages included. Defaults to
-            `None`, for no limit.
-        :param token_counter: What counts them. Defaults to Haystack's `ApproximateTokenCounter`.
-        :param window_step: In steps of how many rounds the window's beginning moves, so that a provider's prompt cache
-            can be used again. Defaults to 1.
-        :param exit_conditions: Those of the agent, if it ends with a tool: a turn that ended with a successful result
-            of one of these tools is complete.
+        :param last_k: The number of rounds of the history to load. Defaults to 10. `None` for the store's own `last_k`
+            or, with `max_tokens`, for as many as fit.
+        :param max_tokens: The largest number of tokens that the model is shown, the run's own messages included.
+            Defaults to `None`: any number.
+        :param token_counter: The Haystack `TokenCounter` that counts the tokens. Defaults to `ApproximateTokenCounter`.
+        :param window_step: The start of the window moves only in steps of this many rounds, so that a provider's prompt
+            cache can be used. Defaults to 1.
+        :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. A turn is complete if it
+            ended with a successful result of one of these tools. Defaults to `None`.
         :raises ValueError: If an argument is wrong.
         """
         if exit_conditions is not None and not (
@@ -87,8 +87,8 @@ class ChatHistoryLoader:
         Put the end of the history before the run's messages.
 
         :param state: The state of the agent's run.
-        :raises ValueError: If the run has no chat history, one of its messages has an id that cannot be one, or none of
-            its new messages says anything to a model.
+        :raises ValueError: If the run has no chat history id, one of its messages has an invalid id, or its new
+            messages have no content for a model.
         :raises ChatMessageStoreError: If the store fails.
         """
         run = begin_run(state)
@@ -100,8 +100,8 @@ class ChatHistoryLoader:
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
 
         :param state: The state of the agent's run.
-        :raises ValueError: If the run has no chat history, one of its messages has an id that cannot be one, or none of
-            its new messages says anything to a model.
+        :raises ValueError: If the run has no chat history id, one of its messages has an invalid id, or its new
+            messages have no content for a model.
         :raises ChatMessageStoreError: If the store fails.
         """
         run = begin_run(state)
@@ -125,7 +125,7 @@ class ChatHistoryLoader:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ChatHistoryLoader":
         """
-        Make the hook, and its store, from what `to_dict` returned.
+        Create the hook and its store from the result of `to_dict`.
 
         :param data: The serialized hook. It is not changed.
         :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
@@ -134,7 +134,7 @@ class ChatHistoryLoader:
 
     def warm_up(self) -> None:
         """
-        Warm up the token counter, if there is something to.
+        Warm up the token counter, if it can be warmed up.
         """
         self._window_reader(self.last_k).warm_up()
 
@@ -151,8 +151,8 @@ class ChatHistoryLoader:
         await protocol_calls.close_async(self.chat_message_store)
 
     def _loading(self, state: State, run: AgentRun) -> Generator["_Read", None, None]:
-        # What a compactor made of messages that the caller brings back stands for a history that is now loaded itself.
-        # The others are copied, so that each is an object of its own.
+        # The history itself is loaded now, so a summary of it that a compactor created and the caller passes again is
+        # left out. All other messages are copied, so that no two are the same object.
         current = [replace(message) for message in state.data["messages"] if not is_compacted(message)]
         window = _Read(self._window_reader(self.last_k), current)
         if any(map(is_said, current)):
@@ -165,7 +165,7 @@ class ChatHistoryLoader:
         if new:
             run.question_id = last_question_id(new) or last_question_id(current) or last_question_id(history)
             loaded = valid_for_model(history, [*system, *new])
-            run.collect(_hidden(new, loaded))
+            run.collect(_until_last_hidden(new, loaded))
         else:
             loaded = yield from self._resumed(run, system, current)
         set_messages(state, loaded)
@@ -176,7 +176,7 @@ class ChatHistoryLoader:
         self, run: AgentRun, new: list[ChatMessage]
     ) -> Generator["_Read", None, list[ChatMessage]]:
         """
-        Leave out a question that is that of the last turn, sent again. The window may be too small to tell.
+        Leave out the question of the last turn if it is sent again. Read the turn if the window may not contain it.
         """
         if len(new) != 1 or message_id(new[0]) is None or (self.last_k and self.max_tokens is None):
             return new
@@ -188,10 +188,10 @@ class ChatHistoryLoader:
         self, run: AgentRun, system: list[ChatMessage], current: list[ChatMessage]
     ) -> Generator["_Read", None, list[ChatMessage]]:
         """
-        Go on with a turn, the last one or that of a known question.
+        Resume a turn: the one of a stored question that was sent again, otherwise the last one.
 
-        The turn is read whole, for only so can one tell how it ended; `last_k` and `max_tokens` bound what comes before
-        it, as they did when it began.
+        The turn is read whole, because its end shows whether it is complete. `last_k` and `max_tokens` limit the
+        messages before it, as they did when the turn began.
         """
         question_id = last_question_id([message for message in current if message_id(message) in run.known])
         turn = yield from _whole_turn(question_id)
@@ -216,7 +216,7 @@ class ChatHistoryLoader:
 @dataclass
 class _Read:
     """
-    One read: how much of the history, and afterwards what was read.
+    One read of a history: its arguments and, afterwards, the messages that were read.
     """
 
     reader: WindowReader
@@ -235,14 +235,17 @@ def _whole_turn(question_id: str | None) -> Generator[_Read, None, list[ChatMess
         count *= _PAGE_GROWTH
 
 
-def _hidden(new: list[ChatMessage], loaded: list[ChatMessage]) -> list[ChatMessage]:
+def _until_last_hidden(new: list[ChatMessage], loaded: list[ChatMessage]) -> list[ChatMessage]:
     """
-    Return what the model does not get to see of the new messages, or not whole, and what comes before it, in order.
+    Return the new messages up to the last one that the model does not see, or does not see whole.
 
-    :raises ValueError: If it gets to see none of them.
+    :raises ValueError: If the model sees none of the new messages.
     """
     seen = {message_id(message): message for message in loaded}
     if not any(message_id(message) in seen for message in new):
-        raise ValueError("The agent has nothing to answer: none of its new messages says anything to a model.")
+        raise ValueError(
+            "The agent has nothing to answer: none of its new messages says anything to a model. Pass a message with "
+            "text."
+        )
     hidden = [index for index, message in enumerate(new) if seen.get(message_id(message)) != message]
     return new[: hidden[-1] + 1] if hidden else []

@@ -12,18 +12,18 @@ from haystack_chat_store.errors import ChatMessageStoreError, MessageEncodingErr
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.types import ChatMessageStore
 
-from .agent_run import AgentRun, message_id, put_result_right, run_of, set_messages
+from .agent_run import AgentRun, correct_result, message_id, run_of, set_messages
 
 logger = logging.getLogger(__name__)
 
 
 class ChatHistorySaver:
     """
-    Saves what is said in an agent's run to its chat history: the question before the model is asked, and every step.
+    Saves the messages of an agent's run to its chat history: the question before the first model call, then every step.
 
-    The saver stands at every hook point that it allows; `chat_history_hooks` puts it there, in the right order with
-    other hooks. At each it writes, as one batch, what this run has not saved yet. What is saved stays, whatever happens
-    to the process afterwards. System messages and what a compactor made are not saved.
+    The saver belongs at every hook point that it allows. `chat_history_hooks` puts it there, in the right order with
+    other hooks. At each hook point it writes the messages that are not saved yet, as one batch. Saved messages stay,
+    even if the process crashes afterwards. System messages and messages that a compactor created are not saved.
     """
 
     allowed_hook_points = ("before_run", "before_tool", "after_tool", "on_exit", "after_run")
@@ -32,11 +32,11 @@ class ChatHistorySaver:
         """
         Create the hook.
 
-        :param chat_message_store: Where the chat histories are kept. Any object that follows the `ChatMessageStore`
+        :param chat_message_store: The store of the chat histories: any object that follows the `ChatMessageStore`
             protocol.
-        :param raise_on_failure: Whether the run fails if saving does, which is the default. If not, the error is logged
-            and the run goes on; what could not be saved is tried again at the next hook point. Only a message that
-            cannot be stored at all is left out.
+        :param raise_on_failure: Whether the run fails if saving fails. Defaults to True. With False, the error is
+            logged, the run goes on, and the next hook point tries again. Only a message that cannot be encoded is left
+            out.
         :raises ValueError: If an argument is wrong.
         """
         if not isinstance(raise_on_failure, bool):
@@ -46,10 +46,10 @@ class ChatHistorySaver:
 
     def run(self, state: State) -> None:
         """
-        Save what this run has not saved yet.
+        Save the messages that this run has not saved yet.
 
         :param state: The state of the agent's run.
-        :raises ValueError: If the run has no chat history, its question was asked before, or a message cannot be
+        :raises ValueError: If the run has no chat history id, its question was asked before, or a message cannot be
             stored.
         :raises ChatMessageStoreError: If the store fails.
         """
@@ -63,7 +63,7 @@ class ChatHistorySaver:
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
 
         :param state: The state of the agent's run.
-        :raises ValueError: If the run has no chat history, its question was asked before, or a message cannot be
+        :raises ValueError: If the run has no chat history id, its question was asked before, or a message cannot be
             stored.
         :raises ChatMessageStoreError: If the store fails.
         """
@@ -83,7 +83,7 @@ class ChatHistorySaver:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ChatHistorySaver":
         """
-        Make the hook, and its store, from what `to_dict` returned.
+        Create the hook and its store from the result of `to_dict`.
 
         :param data: The serialized hook. It is not changed.
         :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
@@ -110,13 +110,13 @@ class ChatHistorySaver:
             if attempt.written == 0 and run.question_id in map(message_id, attempt.messages):
                 raise ValueError(
                     f"The question with the {MESSAGE_ID_KEY} {run.question_id!r} was asked before, further back than "
-                    "what was loaded, or another run is answering it. Ask it again with another id, or give "
+                    "the loaded messages, or another run is answering it. Ask it again with another id, or give "
                     "chat_history_hooks a larger last_k."
                 )
             if attempt.error is not None and self.raise_on_failure:
                 raise attempt.error
             if isinstance(attempt.error, MessageEncodingError) and size > 1:
-                size = 1  # One after the other, to leave out only what cannot be stored.
+                size = 1  # save one by one, to leave out only messages that cannot be encoded
                 continue
             if isinstance(attempt.error, MessageEncodingError):
                 logger.error("A message of an agent's run cannot be saved: {error}", error=attempt.error)
@@ -124,7 +124,7 @@ class ChatHistorySaver:
                 logger.error(
                     "{number} messages of an agent's run are not saved yet: {error}",
                     number=len(run.unsaved),
-                    # What other errors say might be what a message says.
+                    # The text of any other error may contain message text.
                     error=attempt.error
                     if isinstance(attempt.error, ChatMessageStoreError)
                     else type(attempt.error).__name__,
@@ -136,7 +136,7 @@ class ChatHistorySaver:
 @dataclass
 class _Attempt:
     """
-    One write: what to write and, afterwards, how much of it was new, or the error it failed with.
+    One write: its messages and, afterwards, the number of messages written or the error that it failed with.
     """
 
     messages: list[ChatMessage]
@@ -152,9 +152,9 @@ class _Attempt:
 
 def _collected(state: State) -> AgentRun:
     run = run_of(state)
-    # A run that ends before its first step has produced nothing, whatever hooks have added to its messages.
+    # A run that ends before its first step has produced no messages, even if hooks have added some.
     if run.exit_reason is None:
         set_messages(state, run.collect(state.data["messages"]))
     else:
-        put_result_right(state, run.exit_reason)
+        correct_result(state, run.exit_reason)
     return run

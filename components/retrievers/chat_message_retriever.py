@@ -17,9 +17,9 @@ class ChatMessageRetriever:
     """
     Retrieves the end of a chat history and puts the messages of this turn around it, ready for a ChatGenerator.
 
-    What comes out is valid for the model: tool calls that never got their result, results without a call, and what an
-    assistant said before the user did, are left out (the store keeps them). It fits `max_tokens`. Where several agents
-    ran on the history at the same time, each question is followed by what belongs to it.
+    The result is valid for the model, and fits `max_tokens`. Tool calls without a result, results without a call, and
+    assistant messages before the first user message are left out; the store keeps them. If several agents ran on the
+    history at the same time, the messages of each question stand together.
 
     ```python
     from haystack import Pipeline
@@ -59,31 +59,32 @@ class ChatMessageRetriever:
         """
         Create the component.
 
-        :param chat_message_store: Where the chat histories are kept. Any object that follows the `ChatMessageStore`
+        :param chat_message_store: The store of the chat histories: any object that follows the `ChatMessageStore`
             protocol.
-        :param last_k: How many rounds of the history to retrieve when a run does not say. Defaults to 10, whatever the
-            store's own `last_k` is. `None` for as many as fit `max_tokens` or, without `max_tokens`, for the store's
-            own, where `None` means all. A round is a user message and everything up to the next one. (If the store has
-            `last_k_unit="message"`, these are messages, and as many before them as
-            belong to the round in which they begin.)
-        :param max_tokens: How many tokens `messages` may have, those of this turn included. Only these can be more by
-            themselves. Defaults to `None`: any number. Of a longer history come the newest whole rounds that fit; if
-            not even the newest round fits, its question and the newest of its steps (a step is an assistant message
-            and the tool messages after it); if not even the question fits, nothing.
-        :param token_counter: What counts the tokens: any Haystack `TokenCounter`. Defaults to
+        :param last_k: The number of rounds of the history that a run without `last_k` retrieves. Defaults to 10; the
+            store's own `last_k` does not count. `None` for as many as fit `max_tokens` or, without `max_tokens`, for
+            the store's own `last_k`. A round is a user message and everything up to the next one. (If the store has
+            `last_k_unit="message"`, this is a number of messages, and the window goes back to the beginning of the
+            round in which they begin.)
+        :param max_tokens: The largest number of tokens of `messages`, the messages of this turn included. (These are
+            never cut.) Defaults to `None`: any number. If the history has more, the newest whole rounds that fit are
+            retrieved. If the newest round alone does not fit, its question and the newest of its steps are retrieved (a
+            step is an assistant message and the tool messages after it). If the question alone does not fit, nothing is
+            retrieved.
+        :param token_counter: The Haystack `TokenCounter` that counts the tokens. Defaults to
             `ApproximateTokenCounter()`.
-        :param window_step: How many rounds have to come before the start of the history that is shown moves on.
-            Defaults to 1. Greater values hold up to `window_step - 1` rounds more than `last_k` (or so many fewer than
-            fit `max_tokens`), and let the prompts of several turns begin with the same messages, as a provider's
-            prompt cache wants it. Stores that are not of this package are read whole for it.
-        :raises ValueError: If a setting is not one of these, or `chat_message_store` does not follow the protocol.
+        :param window_step: The start of the window moves only in steps of this many rounds, so that the prompts of
+            several turns begin with the same messages and a provider's prompt cache can be used. Defaults to 1. The
+            window then holds up to `window_step - 1` rounds more than `last_k` or, with `max_tokens`, up to that many
+            fewer than would fit. Histories in stores of other packages are read whole for it.
+        :raises ValueError: If a setting is wrong, or `chat_message_store` does not follow the protocol.
         """
         self.chat_message_store = protocol_calls.validated_store(chat_message_store)
         self.last_k = last_k
         self.max_tokens = max_tokens
         self.token_counter = token_counter
         self.window_step = window_step
-        self._window_reader()  # refuses settings that cannot be
+        self._window_reader()  # raises the ValueError of a wrong setting
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -101,7 +102,7 @@ class ChatMessageRetriever:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ChatMessageRetriever":
         """
-        Make the component, and its store, from what `to_dict` returned.
+        Create the component and its store from the result of `to_dict`.
 
         :param data: The serialized component. It is not changed.
         :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
@@ -119,13 +120,13 @@ class ChatMessageRetriever:
         """
         Retrieve the end of a history and put the messages of this turn around it.
 
-        :param chat_history_id: Which conversation.
-        :param last_k: How many rounds of the history to retrieve; 0 for none. Defaults to the component's `last_k`.
-        :param current_messages: The messages of this turn. Their system messages come before the history, all others
-            after it. What the retrieved history has is not repeated after it: a message with the id of a stored one,
-            and others with ids that stand before such a message, as in a whole transcript. Tool results among them
-            count as answers to stored calls.
-        :returns: A dictionary with the key `messages`: a list of `ChatMessage`s that a ChatGenerator takes as it is.
+        :param chat_history_id: The history's id. A history that does not exist is empty.
+        :param last_k: The number of rounds of the history to retrieve; 0 for none. Defaults to the component's
+            `last_k`.
+        :param current_messages: The messages of this turn. System messages come before the history, all others after
+            it. Messages of the retrieved history are not repeated: a message with the id of a retrieved one is left
+            out, and so are the messages with ids before it, as in a whole transcript. Tool results answer stored calls.
+        :returns: A dictionary with the key `messages`: a list of `ChatMessage`s for a ChatGenerator.
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the store fails.
         """
@@ -144,10 +145,11 @@ class ChatMessageRetriever:
         """
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
 
-        :param chat_history_id: Which conversation.
-        :param last_k: How many rounds of the history to retrieve; 0 for none. Defaults to the component's `last_k`.
+        :param chat_history_id: The history's id. A history that does not exist is empty.
+        :param last_k: The number of rounds of the history to retrieve; 0 for none. Defaults to the component's
+            `last_k`.
         :param current_messages: The messages of this turn.
-        :returns: A dictionary with the key `messages`: a list of `ChatMessage`s that a ChatGenerator takes as it is.
+        :returns: A dictionary with the key `messages`: a list of `ChatMessage`s for a ChatGenerator.
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the store fails.
         """
@@ -157,7 +159,7 @@ class ChatMessageRetriever:
 
     def warm_up(self) -> None:
         """
-        Warm up the token counter, if there is something to.
+        Warm up the token counter, if it can be warmed up.
         """
         self._window_reader().warm_up()
 
@@ -174,7 +176,7 @@ class ChatMessageRetriever:
         await protocol_calls.close_async(self.chat_message_store)
 
     def _window_reader(self) -> WindowReader:
-        # Made anew for each run, for the settings are attributes that anybody may change.
+        # Created for each run, because the settings are attributes that users may change.
         return WindowReader(
             self.last_k, max_tokens=self.max_tokens, token_counter=self.token_counter, window_step=self.window_step
         )

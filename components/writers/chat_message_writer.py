@@ -30,13 +30,13 @@ class ChatMessageWriter:
         """
         Create the component.
 
-        :param chat_message_store: Where the chat histories are kept. Any object that follows the `ChatMessageStore`
+        :param chat_message_store: The store of the chat histories: any object that follows the `ChatMessageStore`
             protocol.
-        :param policy: What becomes of a message whose id, in its `meta["chat_message_id"]`, the history has already:
-            with SKIP, the default, and NONE it is skipped, with OVERWRITE it takes the other's place, with FAIL nothing
-            of the batch is written.
+        :param policy: Decides about a message whose id (in its `meta["chat_message_id"]`) the history already has. With
+            SKIP, the default, and NONE, the message is skipped. With OVERWRITE, it replaces the stored message. With
+            FAIL, nothing of the batch is written.
         :raises ValueError: If `chat_message_store` does not follow the protocol, or its `write_messages` does not take
-            a `policy` and this is not one that it follows anyway.
+            a `policy` and the policy is not SKIP or NONE.
         """
         self.chat_message_store = protocol_calls.validated_store(chat_message_store)
         self.policy = policy
@@ -51,11 +51,11 @@ class ChatMessageWriter:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ChatMessageWriter":
         """
-        Make the component, and its store, from what `to_dict` returned.
+        Create the component and its store from the result of `to_dict`.
 
         :param data: The serialized component. It is not changed.
         :raises DeserializationError: If the store is missing, its class cannot be imported or is not trusted, or the
-            policy is none.
+            policy is not the name of a `DuplicatePolicy`.
         """
         settings = data.get("init_parameters") or {}
         if isinstance(settings.get("policy"), str):
@@ -76,14 +76,14 @@ class ChatMessageWriter:
         """
         Write `messages`, then `replies`, as one batch that is stored whole or not at all.
 
-        :param chat_history_id: Which conversation.
-        :param messages: The messages of this turn, oldest first. What becomes of those that the history has already is
-            for the `policy` to say.
-        :param replies: What the model answered; connect a ChatGenerator's `replies` here. (Two connections to one
-            list input would be joined in an order that Haystack does not promise.)
-        :param expected_count: How many messages the history must have, if the store takes it; if it has another number,
-            nothing is written. Defaults to `None`: any number.
-        :returns: A dictionary with the key `messages_written`: the number of messages this call stored.
+        :param chat_history_id: The history's id. A history that does not exist is created.
+        :param messages: The messages of this turn, oldest first. The `policy` decides about messages whose ids the
+            history already has.
+        :param replies: The model's replies: connect a ChatGenerator's `replies` here. (If both were connected to one
+            list input, Haystack would not promise their order.) Defaults to none.
+        :param expected_count: The number of messages that the history must have; if it has another number, nothing is
+            written. The store's `write_messages` must take it. Defaults to `None`: any number.
+        :returns: A dictionary with the key `messages_written`: the number of messages that this call wrote.
         :raises ValueError: If an argument is wrong. Nothing was written.
         :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
@@ -104,11 +104,12 @@ class ChatMessageWriter:
         """
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
 
-        :param chat_history_id: Which conversation.
+        :param chat_history_id: The history's id. A history that does not exist is created.
         :param messages: The messages of this turn, oldest first.
-        :param replies: What the model answered.
-        :param expected_count: How many messages the history must have; if it has another number, nothing is written.
-        :returns: A dictionary with the key `messages_written`: the number of messages this call stored.
+        :param replies: The model's replies. Defaults to none.
+        :param expected_count: The number of messages that the history must have; if it has another number, nothing is
+            written. Defaults to `None`: any number.
+        :returns: A dictionary with the key `messages_written`: the number of messages that this call wrote.
         :raises ValueError: If an argument is wrong. Nothing was written.
         :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The engine of a store: it keeps encoded messages, and knows nothing of `ChatMessage`s.
+The engine of a store: it keeps encoded messages, and does not use `ChatMessage`s.
 
-A store checks arguments, gives ids and encodes; its engine stores the texts. To write an engine, implement `run`,
-`run_async` and the five abstract operations. Each further operation makes more of the store's methods work; without it,
-they raise an `UnsupportedOperationError`.
+A store checks arguments, gives ids and encodes messages; its engine stores the texts. To write an engine, implement
+`run`, `run_async` and the five abstract operations. Each further operation makes more of the store's methods work;
+methods whose operation is missing raise an `UnsupportedOperationError`.
 """
 
 import asyncio
@@ -25,13 +25,13 @@ ResultT = TypeVar("ResultT")
 ArgumentsT = ParamSpec("ArgumentsT")
 OperationT = TypeVar("OperationT", bound=Callable[..., Any])
 
-#: What an operation returns: its result or, if it is a coroutine function, a coroutine that returns the result.
+#: The return type of an operation: its result or, if it is a coroutine function, a coroutine that returns the result.
 Operation: TypeAlias = ResultT | Coroutine[Any, Any, ResultT]
 
 
 def reads_only(operation: OperationT) -> OperationT:
     """
-    Mark an operation that changes nothing: it may run beside a write, and on what can only be read.
+    Mark an operation that changes nothing. It may run beside a write, and on a database that can only be read.
     """
     operation.reads_only = True  # type: ignore[attr-defined]  # a mark for `is_marked`
     return operation
@@ -39,7 +39,7 @@ def reads_only(operation: OperationT) -> OperationT:
 
 def is_brief(operation: OperationT) -> OperationT:
     """
-    Mark an operation that looks at no more than it writes or returns, however much is stored.
+    Mark an operation whose cost depends only on what it writes or returns, not on the amount of stored data.
     """
     operation.is_brief = True  # type: ignore[attr-defined]  # a mark for `is_marked`
     return operation
@@ -63,11 +63,12 @@ class Engine(ABC, Generic[SessionT]):
     """
     Keeps the encoded messages of chat histories.
 
-    An operation is a method whose first argument is a *session*, such as a connection, which `run` and `run_async`
-    provide, and whose second argument is the scope: only what is in it may be seen and changed. An operation is written
-    once and serves both ways of calling: as a plain method if it never waits or if `run_async` runs it in a thread, or
-    as a coroutine that awaits what its session does. Each operation is atomic: it takes effect whole or not at all, and
-    sees the database as of one moment.
+    An operation is a method. Its first argument is a *session*, such as a connection, which `run` and `run_async`
+    provide. Its second argument is the scope: the operation sees and changes only histories of this scope. Each
+    operation is atomic: it takes effect whole or not at all, and sees the database as of one moment.
+
+    An operation is written once, for synchronous and asynchronous calls. It is a plain method if it never waits or if
+    `run_async` runs it in a thread. Otherwise it is a coroutine function that awaits the calls of its session.
 
     ```python
     from haystack_chat_store import InMemoryChatMessageStore
@@ -95,7 +96,8 @@ class Engine(ABC, Generic[SessionT]):
 
         :param operation: An operation of this engine, such as `engine.count`.
         :param arguments: The operation's arguments after the session.
-        :raises ChatMessageStoreError: In place of each exception of the driver.
+        :param options: The operation's keyword arguments.
+        :raises ChatMessageStoreError: If the operation fails. Exceptions of the driver are turned into this package's.
         """
 
     @abstractmethod
@@ -111,14 +113,14 @@ class Engine(ABC, Generic[SessionT]):
 
     def check_exists(self) -> None:
         """
-        Check that the database exists, where the first write would make it. Makes nothing.
+        Check that the database exists, if the first write would otherwise create it. Creates nothing.
 
-        :raises StoreConfigurationError: If there is none.
+        :raises StoreConfigurationError: If the database does not exist.
         """
 
     def close(self) -> None:
         """
-        Release connections and threads. The next use opens them again; closing twice does nothing.
+        Release connections and threads. The next use opens them again. Closing twice does nothing.
         """
 
     async def close_async(self) -> None:
@@ -141,16 +143,16 @@ class Engine(ABC, Generic[SessionT]):
         expected_count: int | None,
     ) -> Operation[int]:
         """
-        Write a batch of messages to the end of a history, which is made if it does not exist.
+        Append a batch of messages to a history. A history that does not exist is created.
 
-        Messages whose ids the history has are dealt with by the policy, as `conflicts.planned` says. What is replaced
-        keeps its position and time.
+        The policy decides about messages whose ids the history already has: see `conflicts.planned`. A message that
+        replaces a stored message gets its position and time.
 
-        :param messages: No id twice. May be empty if a count is expected.
+        :param messages: The batch. All ids are different. It may be empty if `expected_count` is given.
         :param policy: SKIP, OVERWRITE or FAIL.
-        :param expected_count: How many messages the history must have, or `None` for any number.
-        :returns: How many messages were appended or replaced.
-        :raises DuplicateMessageError: If the policy is FAIL, and an id is there.
+        :param expected_count: The number of messages that the history must have, or `None` for any number.
+        :returns: The number of messages appended or replaced.
+        :raises DuplicateMessageError: If the policy is FAIL, and the history already has an id.
         :raises ChatHistoryChangedError: If the history has another number of messages (see `conflicts.check_count`).
         """
 
@@ -161,10 +163,10 @@ class Engine(ABC, Generic[SessionT]):
         self, session: SessionT, scope: Scope, chat_history_id: str, window: Window
     ) -> Operation[tuple[list[str], int]]:
         """
-        Return the contents in a window, oldest first, and the window's size, as of one moment.
+        Return the contents of the messages in a window, oldest first, and the window's size.
 
-        `rounds.window_start` is the rule for where a window begins. An engine that does not hold all roles of a history
-        in memory finds the same place in its own way.
+        `rounds.window_start` defines where a window begins. An engine that does not have all roles of a history in
+        memory finds the same place in its own way.
         """
 
     @reads_only
@@ -178,7 +180,7 @@ class Engine(ABC, Generic[SessionT]):
     @abstractmethod
     def delete(self, session: SessionT, scope: Scope, chat_history_id: str) -> Operation[None]:
         """
-        Delete a history and all that belongs to it.
+        Delete a history with its messages, title and meta.
         """
 
     @abstractmethod
@@ -198,10 +200,12 @@ class Engine(ABC, Generic[SessionT]):
         from_message_id: str | None,
     ) -> Operation[None]:
         """
-        Delete single messages: those with these ids, or a message and all that come after it. Exactly one is given.
+        Delete single messages: those with some ids, or a message and all messages after it.
 
         The history stays, even if it has no messages any more, and no position is used again.
 
+        :param message_ids: The ids of the messages to delete, or `None`. Unknown ids are ignored.
+        :param from_message_id: The id of the first message to delete, or `None`. Exactly one of the two is given.
         :raises MessageNotFoundError: If the history does not have `from_message_id`.
         """
         raise self.unsupported("deleting single messages")
@@ -210,14 +214,15 @@ class Engine(ABC, Generic[SessionT]):
         self, session: SessionT, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
     ) -> Operation[int]:
         """
-        Append all messages of a history, or those up to and including one, to another that has none.
+        Append the messages of a history to another history that has no messages.
 
-        They keep their ids and times, and come in the same order, without gaps; the target's times of creation and
-        change are now. If there is nothing to copy, nothing is changed, and no target is made.
+        The copies keep their ids, times and order, without gaps. The target's `created_at` and `updated_at` are the
+        present time. If the source has no messages to copy, nothing is changed, and no target is created.
 
+        :param until_message_id: The id of the last message to copy, or `None` for all messages.
         :returns: The number of messages copied.
-        :raises ChatHistoryNotFoundError: If there is no history `source_id`.
-        :raises MessageNotFoundError: If it does not have `until_message_id`.
+        :raises ChatHistoryNotFoundError: If the source does not exist.
+        :raises MessageNotFoundError: If the source does not have `until_message_id`.
         :raises ChatHistoryExistsError: If the target has messages.
         """
         raise self.unsupported("copying histories")
@@ -231,17 +236,17 @@ class Engine(ABC, Generic[SessionT]):
         expected_count: int,
     ) -> Operation[int]:
         """
-        Append messages in batches, all of which become visible together or not at all.
+        Append messages in batches. All batches become visible together or not at all.
 
-        They keep their times, and get the next positions. A new history gets the title, the meta and the times of
-        `history`; one that exists keeps its own, and its `updated_at` becomes the later of both.
+        The messages keep their times, and get the next positions. A new history gets the title, the meta and the times
+        of `history`. An existing history keeps its own, and its `updated_at` becomes the later of both.
 
-        :param batches: Yields lists of rows, whose positions do not count. It may read slowly, from a file or another
-            store. No two rows have the same id, and none has one that the history has. It raises if what it reads is
+        :param batches: Yields lists of rows, whose positions are ignored. It may be slow, because it reads a file or
+            another store. All ids are different, and the history has none of them. It raises an error if its source is
             damaged; then nothing is stored.
-        :param expected_count: How many messages the history has now; 0 if there is none.
+        :param expected_count: The number of messages that the history must have, 0 if it does not exist.
         :returns: The number of messages imported.
-        :raises ChatHistoryChangedError: If it has another number.
+        :raises ChatHistoryChangedError: If the history has another number of messages.
         """
         raise self.unsupported("importing")
 
@@ -249,11 +254,12 @@ class Engine(ABC, Generic[SessionT]):
         self, session: SessionT, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
     ) -> Operation[int]:
         """
-        Do what `import_history` does for several histories that do not exist yet: each whole, and faster than alone.
+        Import several new histories, each whole. This is faster than `import_history` for each.
 
+        :param histories: The histories, each with its messages.
         :returns: The number of messages imported.
-        :raises ChatHistoryChangedError: If one of them exists, even without messages. Then none was imported, unless it
-            came to exist just now.
+        :raises ChatHistoryChangedError: If one of the histories exists, even without messages. Nothing was imported,
+            unless another writer created the history during the import.
         """
         raise self.unsupported("importing")
 
@@ -272,12 +278,13 @@ class Engine(ABC, Generic[SessionT]):
         self, session: SessionT, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
     ) -> Operation[list[HistoryRow]]:
         """
-        Return the histories whose ids begin with `prefix`, the one updated last first.
+        Return the histories whose ids begin with `prefix`, in the order of the directory.
 
-        Of the same time, that with the greater id (by code points) comes first.
+        The history with the latest `updated_at` comes first. Of histories with the same time, the one with the greatest
+        id (by code points) comes first.
 
-        :param before: `updated_at` and id of a history. Only what comes after it in this order is returned.
-        :param limit: How many histories at most.
+        :param before: `updated_at` and id of a history, or `None`. Only histories after it in this order are returned.
+        :param limit: The largest number of histories.
         """
         raise self.unsupported("the directory of histories")
 
@@ -286,7 +293,9 @@ class Engine(ABC, Generic[SessionT]):
         self, session: SessionT, scope: Scope, prefix: str, after: str, limit: int
     ) -> Operation[list[HistoryRow]]:
         """
-        Return the histories whose ids begin with `prefix` and are greater than `after`, by their ids' code points.
+        Return up to `limit` histories whose ids begin with `prefix` and are greater than `after`, ordered by id.
+
+        Ids are compared by code points.
         """
         raise self.unsupported("the directory of histories")
 
@@ -299,14 +308,17 @@ class Engine(ABC, Generic[SessionT]):
         meta: str | Unchanged | None,
     ) -> Operation[HistoryRow | None]:
         """
-        Set title and meta, and return the history as it is then, or `None` if it does not exist.
+        Set title and meta, and return the changed history, or `None` if the history does not exist.
+
+        :param title: The new title, `None` to remove it, or UNCHANGED.
+        :param meta: The new meta as JSON text, `None` to remove it, or UNCHANGED.
         """
         raise self.unsupported("titles and meta")
 
     @reads_only
     def statistics(self, session: SessionT, scope: Scope, prefix: str) -> Operation[StoreStatistics]:
         """
-        Return how much there is in histories whose ids begin with `prefix`.
+        Return the statistics of the histories whose ids begin with `prefix`.
         """
         raise self.unsupported("statistics")
 
@@ -316,13 +328,14 @@ class Engine(ABC, Generic[SessionT]):
         """
         Delete up to `limit` of the histories whose ids begin with `prefix`. Return their number, 0 if none are left.
 
-        :param updated_before: Only histories whose messages have not changed since, in microseconds since 1970.
+        :param updated_before: Only histories whose messages last changed before this time, in microseconds since 1970,
+            UTC. `None` for all.
         """
         raise self.unsupported("erasing by prefix or age")
 
     def vacuum(self, session: SessionT, scope: Scope) -> Operation[None]:
         """
-        Remove the bytes of what was deleted from the engine's files.
+        Remove the bytes of deleted messages from the engine's files.
         """
         raise self.unsupported("vacuuming")
 
@@ -334,7 +347,10 @@ class Engine(ABC, Generic[SessionT]):
         self, session: SessionT, scope: Scope, chat_history_id: str, before: int | None, after: int | None, limit: int
     ) -> Operation[list[MessageRow]]:
         """
-        Return up to `limit` messages in order: the newest; or those just before a position, or just after one.
+        Return up to `limit` messages in order: the newest, or those just before or just after a position.
+
+        :param before: A position, or `None`. The page ends just before it.
+        :param after: A position, or `None`. The page begins just after it. At most one of the two is given.
         """
         raise self.unsupported("pages of messages")
 
@@ -351,14 +367,15 @@ class Engine(ABC, Generic[SessionT]):
         """
         Return the messages that have all phrases, the best first, or `None` if some messages are not indexed yet.
 
-        :param chat_history_id: Only messages of this history.
-        :param prefix: Only messages of histories whose ids begin so.
+        :param chat_history_id: Only messages of this history, or `None` for all.
+        :param prefix: Only messages of histories whose ids begin with this text.
+        :param limit: The largest number of messages.
         """
         raise self.unsupported("search")
 
     def index_some(self, session: SessionT, scope: Scope, limit: int) -> Operation[bool]:
         """
-        Index up to `limit` of the messages that are not indexed yet, and return whether there are more.
+        Index up to `limit` of the messages that are not indexed yet, and return whether more are left.
         """
         raise self.unsupported("search")
 
@@ -366,11 +383,11 @@ class Engine(ABC, Generic[SessionT]):
 
     def check(self, session: SessionT, scope: Scope, repair: bool) -> Operation[list[Fault]]:
         """
-        Find what does not fit together: counts, positions, rows without a history, the search index.
+        Find inconsistencies: counts, positions, rows without a history, the search index.
 
-        What single messages say is for the caller to check.
+        The caller checks the contents of messages.
 
-        :param repair: Whether to recount and index again what is wrong.
+        :param repair: Whether to correct wrong counts, and to index messages again if the index is wrong.
         """
         raise self.unsupported("checking")
 
@@ -378,7 +395,7 @@ class Engine(ABC, Generic[SessionT]):
         self, session: SessionT, scope: Scope, chat_history_id: str, positions: Sequence[int]
     ) -> Operation[None]:
         """
-        Delete messages by their positions, whatever they contain.
+        Delete messages by their positions, even if their contents are damaged.
         """
         raise self.unsupported("repairing")
 

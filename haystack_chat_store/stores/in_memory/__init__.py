@@ -10,10 +10,10 @@ from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
 
 class InMemoryChatMessageStore(BaseChatMessageStore):
     """
-    Keeps chat histories in the memory of the process, for tests, notebooks and conversations that need not last.
+    Keeps chat histories in the memory of the process, for tests, notebooks and short-lived conversations.
 
-    All stores of a namespace in one process hold the same histories, so that the writer and the retriever of a
-    pipeline that was loaded from YAML see each other's messages. They last as long as the process.
+    All stores of a namespace in one process share their histories. So the writer and the retriever of a pipeline that
+    was loaded from YAML see each other's messages. The histories exist as long as the process runs.
 
     ```python
     from haystack.dataclasses import ChatMessage
@@ -39,14 +39,16 @@ class InMemoryChatMessageStore(BaseChatMessageStore):
         Create the store.
 
         :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
-        :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
-        :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
-        :param namespace: Which of the process's sets of histories this store holds. Defaults to `"default"`.
-        :param search: Whether messages can be searched. The index takes several times the memory of the messages; it is
-            made by the first search. Defaults to False.
-        :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
-            the value's `repr` is stored.
-        :raises ValueError: If a setting is not one of these.
+        :param last_k: The number of rounds that `retrieve_messages` returns if it is called without `last_k`. Defaults
+            to 10. `None` for all.
+        :param last_k_unit: The unit of `last_k`: `"round"`, the default, or `"message"`.
+        :param namespace: The namespace of the store's histories, 1 to 128 characters. Stores in one process with the
+            same namespace share their histories. Defaults to `"default"`.
+        :param search: Whether messages can be searched. The first search creates the index, which takes several times
+            the memory of the messages. Defaults to False.
+        :param strict: Whether a message is refused if its `meta` contains a value without a JSON form. Defaults to
+            False: the value's `repr` is stored, and the log says so.
+        :raises ValueError: If a setting is wrong.
         """
         super().__init__(
             InMemoryEngine(),
@@ -61,12 +63,12 @@ class InMemoryChatMessageStore(BaseChatMessageStore):
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> Self:
         """
-        Make a store from `memory://`.
+        Create a store from the URL `memory://`.
 
         :param url: `memory://`.
-        :param settings: Further settings of the constructor.
-        :raises ValueError: If the URL has anything after its scheme.
+        :param settings: Arguments of the constructor.
+        :raises ValueError: If the URL continues after its scheme.
         """
         if url != "memory://":
-            raise ValueError("The URL of histories in memory is memory://, with nothing after it.")
+            raise ValueError("The URL of an in-memory store is memory://, with nothing after it.")
         return cls(**settings)

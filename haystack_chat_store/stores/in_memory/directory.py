@@ -31,22 +31,22 @@ class Directory(Engine[Memory]):
         self, session: Memory, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
     ) -> list[HistoryRow]:
         """
-        Pick the newest of all histories.
+        Return the histories with the latest changes.
         """
         with session.lock:
             namespace = session.of(scope)
             keys = ((namespace.histories[each].updated_at, each) for each in namespace.with_prefix(prefix))
-            wanted = heapq.nlargest(limit, keys if before is None else (key for key in keys if key < before))
-            return [namespace.histories[each].row(each) for _, each in wanted]
+            newest = heapq.nlargest(limit, keys if before is None else (key for key in keys if key < before))
+            return [namespace.histories[each].row(each) for _, each in newest]
 
     def histories_by_id(self, session: Memory, scope: Scope, prefix: str, after: str, limit: int) -> list[HistoryRow]:
         """
-        Pick the next of all histories.
+        Return the histories with the next ids.
         """
         with session.lock:
             namespace = session.of(scope)
-            wanted = heapq.nsmallest(limit, (each for each in namespace.with_prefix(prefix) if each > after))
-            return [namespace.histories[each].row(each) for each in wanted]
+            ids = heapq.nsmallest(limit, (each for each in namespace.with_prefix(prefix) if each > after))
+            return [namespace.histories[each].row(each) for each in ids]
 
     def update_history(
         self,
@@ -57,7 +57,7 @@ class Directory(Engine[Memory]):
         meta: str | Unchanged | None,
     ) -> HistoryRow | None:
         """
-        Put a changed history in the place of the old one.
+        Replace the history by one with the new title and meta.
         """
         with session.lock:
             namespace = session.of(scope)
@@ -71,7 +71,7 @@ class Directory(Engine[Memory]):
 
     def statistics(self, session: Memory, scope: Scope, prefix: str) -> StoreStatistics:
         """
-        Look at every message.
+        Count all messages.
         """
         with session.lock:
             namespace = session.of(scope)
@@ -93,7 +93,7 @@ class Directory(Engine[Memory]):
 
     def erase_some(self, session: Memory, scope: Scope, prefix: str, updated_before: int | None, limit: int) -> int:
         """
-        Drop histories.
+        Remove up to `limit` histories, and return their number.
         """
         with session.lock:
             namespace = session.of(scope)
@@ -108,11 +108,11 @@ class Directory(Engine[Memory]):
 
     def vacuum(self, session: Memory, scope: Scope) -> None:
         """
-        Do nothing: memory keeps nothing of what was deleted.
+        Do nothing: memory keeps no deleted messages.
         """
 
     def check(self, session: Memory, scope: Scope, repair: bool) -> list[Fault]:  # noqa: ARG002  (an operation's arguments)
         """
-        Find nothing: no other program can write to this memory.
+        Find no faults: no other program can write to this memory.
         """
         return []

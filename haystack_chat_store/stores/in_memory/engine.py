@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-How operations on the histories in memory run: one at a time, and never for long on an event loop.
+Runs operations on the histories in memory: one at a time, and long ones never on an event loop.
 """
 
 import asyncio
@@ -16,11 +16,11 @@ from haystack_chat_store.stores.in_memory.search import Search
 from haystack_chat_store.stores.in_memory.writing import Writing
 
 _memory = Memory()
-if hasattr(os, "register_at_fork"):  # a child gets the histories as they were between two operations
+if hasattr(os, "register_at_fork"):  # a forked child must not get histories in the middle of an operation
     os.register_at_fork(
         before=_memory.lock.acquire, after_in_parent=_memory.lock.release, after_in_child=_memory.lock.release
     )
-# The calls that hold the lock for long, or wait to do so. An event loop does not wait for them.
+# The calls that hold the lock for a long time, or wait for it. An event loop must not wait for them.
 _long_calls: set[object] = set()
 
 
@@ -56,7 +56,7 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
         """
-        Run a brief operation on the event loop itself, and any other one in a thread.
+        Run a brief operation on the event loop itself, and any other operation in a thread.
         """
         if is_marked(operation, is_brief) and not _long_calls:
             return plain_result(operation(_memory, *arguments, **options))

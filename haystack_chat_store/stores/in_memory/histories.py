@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Chat histories in the memory of a process.
+The data structures of chat histories in memory.
 """
 
 import threading
@@ -19,7 +19,7 @@ from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageR
 
 class Stored(NamedTuple):
     """
-    A message in its history. Its position is its index there.
+    A message of a history. Its position is its index in the history's list of messages.
     """
 
     created_at: int
@@ -31,11 +31,11 @@ class Stored(NamedTuple):
 @dataclass
 class History:
     """
-    The messages of a history and an index of them. Where one was deleted, there is `None`.
+    The messages of a history, and their positions by id. A deleted message leaves `None` at its position.
 
-    To append, only the messages are written; the index catches up before it is used. So that is a single step, which
-    neither Ctrl-C can cut in two nor a signal handler that writes to the same history. For any other change, a new
-    `History` takes the place of the old one.
+    Appending only extends the list of messages. The positions catch up before they are used. So appending is a single
+    step: Ctrl-C cannot split it, and neither can a signal handler that writes to the same history. For any other
+    change, a new `History` replaces the old one.
     """
 
     created_at: int
@@ -45,41 +45,44 @@ class History:
     messages: list[Stored | None] = field(default_factory=list)
     positions: dict[str, int] = field(default_factory=dict)
     user_positions: list[int] = field(default_factory=list)
-    indexed: int = 0
-    is_kept: bool = False  # even without messages
+    caught_up_count: int = 0
+    exists_without_messages: bool = False
 
     @property
-    def is_there(self) -> bool:
+    def exists(self) -> bool:
         """
-        Whether it has been written to, however many messages are left. A write that was interrupted may not have.
+        Whether a write to the history was completed. It may have no messages any more.
+
+        An interrupted first write leaves a `History` that does not exist for callers.
         """
-        return bool(self.messages) or self.is_kept
+        return bool(self.messages) or self.exists_without_messages
 
     def catch_up(self) -> None:
         """
-        Index the messages that are new. Each step may be done twice without harm.
+        Note the positions of new messages. Each step is idempotent, because an interrupted call repeats it.
         """
-        for position in range(self.indexed, len(self.messages)):
+        for position in range(self.caught_up_count, len(self.messages)):
             message = self.messages[position]
             if message is not None:
                 self.positions[message.message_id] = position
                 if message.role == ChatRole.USER.value and position > max(self.user_positions[-1:], default=-1):
                     self.user_positions.append(position)
-            self.indexed = position + 1
+            self.caught_up_count = position + 1
 
     def caught_up(self) -> "History":
         """
-        Return this history, with everything indexed.
+        Catch up, and return this history.
         """
         self.catch_up()
         return self
 
     def known(self, messages: Sequence[EncodedMessage]) -> dict[str, int]:
         """
-        Return the ids among these that the history has, and where.
+        Return the ids of messages that the history already has, with their positions.
         """
         self.catch_up()
-        return {m.message_id: self.positions[m.message_id] for m in messages if m.message_id in self.positions}
+        ids = [message.message_id for message in messages]
+        return {message_id: self.positions[message_id] for message_id in ids if message_id in self.positions}
 
     def count(self) -> int:
         """
@@ -90,26 +93,35 @@ class History:
 
     def append(self, messages: Sequence[Stored], now: int) -> None:
         """
-        Append messages, as a single step.
+        Append messages in a single step.
         """
         self.updated_at = max(self.updated_at, now)
         self.messages.extend(messages)
 
     def changed(self, now: int, changes: Mapping[int, Stored | None], new: Sequence[Stored] = ()) -> "History":
         """
-        Return a history that is like this one but for what is at some positions, and what is new.
+        Return a copy of this history with changed and new messages.
+
+        :param now: The time of the change, in microseconds since 1970, UTC.
+        :param changes: The new message at each changed position, `None` for a deleted message.
+        :param new: The messages to append. Defaults to none.
         """
         messages = [*self.messages, *new]
         for position, message in changes.items():
             messages[position] = message
         changed = replace(
-            self, updated_at=max(self.updated_at, now), messages=messages, positions={}, user_positions=[], indexed=0
+            self,
+            updated_at=max(self.updated_at, now),
+            messages=messages,
+            positions={},
+            user_positions=[],
+            caught_up_count=0,
         )
-        return changed.caught_up()  # here and now, or the next call would have to, which may be one of an event loop
+        return changed.caught_up()  # now, because the next call may run on an event loop
 
     def read(self, window: Window) -> tuple[list[str], int]:
         """
-        Return the contents in the window, and its size.
+        Return the contents of the messages in the window, and the window's size.
         """
         self.catch_up()
         if window.count is None:
@@ -124,7 +136,7 @@ class History:
 
     def _start_of_last(self, size: int) -> int:
         """
-        Return where the last messages begin, and where that is a tool message, what comes before it.
+        Return the position of the first of the last `size` messages. If it is a tool message, go back to its call.
         """
         start = len(self.messages)
         while start > 0 and size > 0:
@@ -160,7 +172,7 @@ class History:
 
     def row(self, chat_history_id: str) -> HistoryRow:
         """
-        Return what a directory shows.
+        Return the history's row in the directory.
         """
         return HistoryRow(
             chat_history_id=chat_history_id,
@@ -176,7 +188,7 @@ class History:
 @dataclass
 class Namespace:
     """
-    The histories of a namespace, and the index of their words, which searches fill.
+    The histories of a namespace, and the index of their words, which the first search fills.
     """
 
     histories: dict[str, History] = field(default_factory=dict)
@@ -184,14 +196,14 @@ class Namespace:
 
     def find(self, chat_history_id: str) -> History | None:
         """
-        Return a history, if it is there.
+        Return a history, or `None` if it does not exist.
         """
         history = self.histories.get(chat_history_id)
-        return history if history is not None and history.is_there else None
+        return history if history is not None and history.exists else None
 
     def put(self, chat_history_id: str, history: History | None) -> None:
         """
-        Put a history in the place of what there was, or nothing.
+        Replace a history or, with `None`, remove it. Keep the index of words up to date.
         """
         before = self.histories.get(chat_history_id)
         if before is not None:
@@ -208,22 +220,22 @@ class Namespace:
 
     def with_prefix(self, prefix: str) -> list[str]:
         """
-        Return the ids of the histories that begin with a text.
+        Return the ids that begin with a text.
         """
-        return [each for each, history in self.histories.items() if history.is_there and each.startswith(prefix)]
+        return [each for each, history in self.histories.items() if history.exists and each.startswith(prefix)]
 
 
 class Memory:
     """
     The histories of a process, by namespace.
 
-    Each operation holds `lock` while it looks at them. The lock is reentrant, because a signal handler or a finalizer
-    that writes may interrupt an operation of the same thread.
+    Each operation holds `lock` while it reads or changes them. The lock is reentrant, because a signal handler or a
+    finalizer may interrupt an operation of the same thread and write.
     """
 
     def __init__(self) -> None:
         """
-        Start without any.
+        Start without histories.
         """
         self.lock = threading.RLock()
         self._namespaces: dict[str, Namespace] = {}

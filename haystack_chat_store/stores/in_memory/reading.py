@@ -16,7 +16,7 @@ class Reading(Engine[Memory]):
 
     def read(self, session: Memory, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
         """
-        Find the window by the positions of the user messages.
+        Return the messages in the window.
         """
         with session.lock:
             history = session.of(scope).find(chat_history_id)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The operations on the index of words, which the first search makes.
+The operations on the index of words, which the first search creates.
 """
 
 import heapq
@@ -28,7 +28,7 @@ class Search(Engine[Memory]):
         limit: int,
     ) -> list[FoundRow] | None:
         """
-        Look at each message that has all terms. Its score is the share of its words that were asked for.
+        Check each message that has all terms. Its score is the share of the query's terms among its words.
         """
         with session.lock:
             namespace = session.of(scope)
@@ -56,7 +56,7 @@ class Search(Engine[Memory]):
 
     def index_some(self, session: Memory, scope: Scope, limit: int) -> bool:
         """
-        Go on with the histories that have new messages.
+        Index messages of histories that have new messages.
         """
         with session.lock:
             namespace = session.of(scope)

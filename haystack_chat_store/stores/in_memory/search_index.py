@@ -3,36 +3,36 @@
 An inverted index of the words of messages.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from haystack_chat_store.search_text import Phrase, terms
 
-Place = tuple[str, int]  # a history's id, and a position
+Place = tuple[str, int]  # a history's id, and a message's position
 
 
 class SearchIndex:
     """
-    Where each term stands.
+    The places of each term.
     """
 
     def __init__(self) -> None:
         """
-        Start with no terms, and no histories to index.
+        Start without terms, and without histories to index.
         """
         self._places: dict[str, dict[Place, None]] = {}
-        #: The histories that have messages which are not indexed, each with the position of the first of them.
+        #: The histories with messages that are not indexed yet, each with the position of the first of these messages.
         self.unindexed: dict[str, int] = {}
 
     def add(self, place: Place, text: str) -> None:
         """
-        Index what a message says.
+        Add the terms of a message.
         """
         for term in terms(text):
             self._places.setdefault(term, {})[place] = None
 
     def forget(self, place: Place, text: str) -> None:
         """
-        Do away with what `add` has done.
+        Remove the terms of a message.
         """
         for term in terms(text) if self._places else ():
             places = self._places.get(term, {})
@@ -47,14 +47,9 @@ class SearchIndex:
         found: list[set[Place]] = []
         for phrase in phrases:
             if phrase.is_prefix:
-                found.append({place for term in self._terms(phrase) for place in self._places[term]})
+                (prefix,) = phrase.terms
+                starting = [places for term, places in self._places.items() if term.startswith(prefix)]
+                found.append(set().union(*starting))
             else:
                 found += [set(self._places.get(term, {})) for term in phrase.terms]
         return sorted(set.intersection(*found), key=lambda place: place[1], reverse=True)
-
-    def _terms(self, phrase: Phrase) -> Iterator[str]:
-        if not phrase.is_prefix:
-            yield from phrase.terms
-            return
-        (beginning,) = phrase.terms
-        yield from [term for term in self._places if term.startswith(beginning)]

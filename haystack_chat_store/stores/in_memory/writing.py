@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The operations that change what was said.
+The operations that change messages.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ from haystack_chat_store.stores.times import microseconds_now
 
 class Writing(Engine[Memory]):
     """
-    The operations that change what was said.
+    The operations that change messages.
     """
 
     def append(
@@ -37,7 +37,7 @@ class Writing(Engine[Memory]):
         expected_count: int | None,
     ) -> int:
         """
-        Append without replacing by a single step, which Ctrl-C cannot cut in two.
+        Append messages in a single step, which Ctrl-C cannot split. If messages are replaced, replace the history.
         """
         with session.lock:
             namespace, now = session.of(scope), microseconds_now()
@@ -55,14 +55,14 @@ class Writing(Engine[Memory]):
 
     def delete(self, session: Memory, scope: Scope, chat_history_id: str) -> None:
         """
-        Drop the history.
+        Remove the history.
         """
         with session.lock:
             session.of(scope).put(chat_history_id, None)
 
     def delete_all(self, session: Memory, scope: Scope) -> None:
         """
-        Drop the namespace's histories and its index.
+        Remove the namespace's histories and its index.
         """
         with session.lock:
             namespace = session.of(scope)
@@ -77,7 +77,7 @@ class Writing(Engine[Memory]):
         from_message_id: str | None,
     ) -> None:
         """
-        Put gaps in the place of the messages.
+        Leave a gap at the position of each message.
         """
         with session.lock:
             namespace = session.of(scope)
@@ -121,7 +121,7 @@ class Writing(Engine[Memory]):
         expected_count: int,
     ) -> int:
         """
-        Read all batches first, which may take long, and then append them in one step.
+        Read all batches without the lock, because that may take long, and then append them in one step.
         """
         imported = [_imported(row) for rows in batches for row in rows]
         with session.lock:
@@ -131,7 +131,7 @@ class Writing(Engine[Memory]):
         self, session: Memory, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
     ) -> int:
         """
-        Append all of them, if none exists.
+        Import all histories, if none of them exists.
         """
         with session.lock:
             namespace = session.of(scope)
@@ -143,7 +143,7 @@ class Writing(Engine[Memory]):
 
     def remove(self, session: Memory, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
         """
-        Put gaps in the place of the messages.
+        Leave a gap at the position of each message.
         """
         with session.lock:
             _remove(session.of(scope), chat_history_id, positions)
@@ -165,7 +165,7 @@ def _import(namespace: Namespace, history: HistoryRow, imported: Sequence[Stored
     target = namespace.find(history.chat_history_id)
     check_count(expected_count, 0 if target is None else target.count())
     if target is None:
-        target = History(history.created_at, title=history.title, meta=history.meta, is_kept=True)
+        target = History(history.created_at, title=history.title, meta=history.meta, exists_without_messages=True)
     updated_at = max(target.updated_at, history.updated_at)
     namespace.put(history.chat_history_id, target.changed(updated_at, {}, imported))
     return len(imported)
