@@ -5,7 +5,12 @@ Walks through all stored rows of a store, in memory that does not grow with the 
 
 from collections.abc import Iterator, Sequence
 
-from haystack_chat_store.errors import MessageDecodingError, StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.errors import (
+    MessageDecodingError,
+    StoreConfigurationError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+)
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.reading import FIRST_PAGE, next_limit
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
@@ -52,6 +57,6 @@ def walk_readable_pages(store: BaseChatMessageStore, chat_history_id: str) -> It
         yield from walk_pages(store, chat_history_id)
     except StoreTimeoutError:
         raise
-    except StoreUnavailableError as error:
+    except (StoreUnavailableError, StoreConfigurationError) as error:
         store.engine.run(store.engine.history, store.scope, chat_history_id)  # raises if the engine does not answer
         raise MessageDecodingError(f"The chat history {chat_history_id!r} cannot be read.") from error

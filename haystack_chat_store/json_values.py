@@ -47,6 +47,7 @@ _LONG_NUMBER = re.compile(f"[0-9]{{{MAX_DIGITS + 1}}}")
 _MAX_REPR_LENGTH = 1_000
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _TEXT = frozenset({str})
+_NO_FORM = object()
 
 # The path to a value: the name of the data or, below it, the path of the container and a key or index.
 _Path: TypeAlias = "tuple[str] | tuple[_Path, str | int]"
@@ -73,7 +74,7 @@ def parse_json(text: str) -> Any:
     """
     try:
         return from_json(text)
-    except ValueError:  # pydantic_core refuses lone surrogates and deep nesting, json accepts them
+    except (ValueError, TypeError):  # pydantic_core refuses lone surrogates and deep nesting, json accepts them
         return json.loads(text)
 
 
@@ -175,6 +176,8 @@ def json_value(value: Any, path: _Path, replace: Replace, depth: int = MAX_DEPTH
     except MessageEncodingError:
         raise
     except Exception:  # a model's own serializer may raise anything
+        form = _NO_FORM
+    if form is _NO_FORM:  # replaced only now, or a refusal would show the serializer's error, which may quote the value
         form = replace(shown(path), value)
     return json_value(form, path, replace, depth - 1)
 

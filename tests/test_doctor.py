@@ -174,7 +174,7 @@ def test_what_the_engine_has_reported_is_not_reported_again(odd_store):
     [
         ({"before": -1}, "before must be 0 or greater"),
         ({"after": "1"}, "after must be an integer"),
-        ({"before": 1, "after": 1}, "either before or after"),
+        ({"before": 1, "after": 1}, "Only one of before and after"),
         ({"limit": 0}, "limit must be 1 to 1000"),
     ],
 )

@@ -328,7 +328,7 @@ def test_everything_that_was_said_can_be_read(store, name):
 @given(st.lists(any_messages(), max_size=4))
 def test_any_conversation_can_be_read(store, messages):
     store.delete_all_messages()
-    store.write_messages("a", [*messages, user("the end", big=10**5000)])
+    store.write_messages("a", [*messages, user("the end", big=10**4000)])
     for name in ("markdown", "html"):
         assert "the end" in exported(store, name)
 
