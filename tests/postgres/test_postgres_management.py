@@ -3,11 +3,14 @@
 Managing conversations on PostgreSQL: what every store does.
 """
 
+from datetime import datetime, timezone
+
 import pytest
 from breadth import ENGINE
 from postgres_stores import OnPostgres, execute, on_the_newest, on_the_oldest, stores_on
 
 from haystack_chat_store.testing import ManagementContract, RandomWalkTest
+from haystack_chat_store.testing.messages import conversation
 
 
 @on_the_newest
@@ -21,6 +24,14 @@ class Walking(OnPostgres, RandomWalkTest):
     """
 
     walks = 10
+
+    def test_statistics_count_what_was_written_today(self, new_store):
+        first_day = datetime.now(timezone.utc).date()
+        store = new_store()
+        store.write_messages("history", conversation("uaua"))
+        (day, count), *_ = store.statistics().messages_per_day.items()
+        assert first_day <= day <= datetime.now(timezone.utc).date()
+        assert count == 4
 
 
 @on_the_oldest
