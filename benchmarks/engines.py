@@ -17,7 +17,6 @@ import psycopg
 import redis
 from floors import PostgresFloor, RedisFloor, SQLiteFloor
 from haystack.utils import Secret
-from haystack_chat_store.stores.sqlite.database import Durability
 from haystack_experimental.chat_message_stores.in_memory import InMemoryChatMessageStore as ExperimentalStore
 from measuring import LOOP
 from psycopg import sql
@@ -25,6 +24,7 @@ from psycopg import sql
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
 from haystack_chat_store.stores.redis import RedisChatMessageStore
+from haystack_chat_store.stores.sqlite.connections import Durability
 
 # The tests have the code that starts private servers.
 sys.path.append(str(Path(__file__).parent.parent / "tests"))

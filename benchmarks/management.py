@@ -34,6 +34,7 @@ from haystack_chat_store.ids import new_message_id
 from haystack_chat_store.search_text import parsed_query
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
+from haystack_chat_store.stores.postgres.schema import history_key
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.transfer import export_histories, import_histories
 
@@ -318,13 +319,14 @@ def _sqlite(folder: Path, plan: Plan, running: ExitStack) -> Place:
 
     def key_read() -> Any:
         key = chooser.randrange(1, plan.histories + 1)
-        return bare.execute("SELECT * FROM chat_histories WHERE history_key = ?", (key,)).fetchone()
+        return bare.execute("SELECT * FROM haystack_chat_histories WHERE history_key = ?", (key,)).fetchone()
 
     def full_text(phrases: Sequence[Any]) -> Any:
         wanted = " ".join(f'"{" ".join(each.terms)}"' + ("*" if each.is_prefix else "") for each in phrases)
         return bare.execute(
-            "SELECT score, content FROM (SELECT rowid AS found, rank AS score FROM chat_message_terms "
-            "WHERE chat_message_terms MATCH ? ORDER BY rank LIMIT 20) CROSS JOIN chat_messages ON message_key = found",
+            "SELECT score, content FROM (SELECT rowid AS found, rank AS score FROM haystack_chat_terms "
+            "WHERE haystack_chat_terms MATCH ? ORDER BY rank LIMIT 20) "
+            "CROSS JOIN haystack_chat_messages ON message_key = found",
             (wanted,),
         ).fetchall()
 
@@ -350,8 +352,10 @@ def _postgres(_folder: Path, plan: Plan, running: ExitStack) -> Place:
     keys = _keys(plan)
 
     def key_read() -> Any:
-        key = stores[0]._history_key(next(keys))
-        return bare.execute("SELECT * FROM large.chat_histories WHERE history_key = %s", [key], prepare=True).fetchone()
+        key = history_key(stores[0].scope, next(keys))
+        return bare.execute(
+            "SELECT * FROM large.haystack_chat_histories WHERE history_key = %s", [key], prepare=True
+        ).fetchone()
 
     def full_text(phrases: Sequence[Any]) -> Any:
         wanted = " & ".join(
@@ -359,7 +363,7 @@ def _postgres(_folder: Path, plan: Plan, running: ExitStack) -> Place:
             for each in phrases
         )
         return bare.execute(
-            "SELECT ts_rank(search_terms, %s::tsquery) AS rank, content FROM large.chat_messages "
+            "SELECT ts_rank(search_terms, %s::tsquery) AS rank, content FROM large.haystack_chat_messages "
             "WHERE search_terms @@ %s::tsquery ORDER BY rank DESC LIMIT 20",
             [wanted, wanted],
             prepare=True,
@@ -367,10 +371,10 @@ def _postgres(_folder: Path, plan: Plan, running: ExitStack) -> Place:
 
     def fork() -> None:
         # Copies within the same table, because pages of a large table are less full than those of a small one.
-        source = stores[0]._history_key("long")
+        source = history_key(stores[0].scope, "long")
         bare.execute(
-            "INSERT INTO large.chat_messages SELECT %s, position, created_at, message_id, role, content "
-            "FROM large.chat_messages WHERE history_key = %s",
+            "INSERT INTO large.haystack_chat_messages SELECT %s, position, created_at, message_id, role, content "
+            "FROM large.haystack_chat_messages WHERE history_key = %s",
             [uuid.uuid4(), source],
         )
 
