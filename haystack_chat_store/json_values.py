@@ -26,8 +26,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, ValuesView
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
+from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import PurePath
 from typing import Any, TypeAlias
 
@@ -48,6 +50,8 @@ _MAX_REPR_LENGTH = 1_000
 _SCALARS = frozenset({str, int, float, bool, type(None)})
 _TEXT = frozenset({str})
 _NO_FORM = object()
+# pydantic_core knows some of these only in its newer versions, and others not at all.
+_WRITTEN_AS_TEXT = (Fraction, PurePath, IPv4Address, IPv6Address, IPv4Network, IPv6Network)
 
 # The path to a value: the name of the data or, below it, the path of the container and a key or index.
 _Path: TypeAlias = "tuple[str] | tuple[_Path, str | int]"
@@ -75,7 +79,14 @@ def parse_json(text: str) -> Any:
     try:
         return from_json(text)
     except (ValueError, TypeError):  # pydantic_core refuses lone surrogates and deep nesting, json accepts them
-        return json.loads(text)
+        return json.loads(text, parse_int=_integer)
+
+
+def _integer(digits: str) -> int:
+    # Decimal parses as many digits as `MAX_DIGITS` whatever limit the process has (sys.set_int_max_str_digits).
+    if len(digits.lstrip("-")) > MAX_DIGITS:
+        raise ValueError(f"An integer has more than {MAX_DIGITS:,} digits.")
+    return int(Decimal(digits))
 
 
 def to_text(data: Any) -> str:
@@ -250,7 +261,7 @@ def _form(value: Any, replace_inner: Callable[[Any], Any]) -> Any:
         return {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(bytes(value)).decode("ascii")
-    if isinstance(value, (Fraction, PurePath)):
+    if isinstance(value, _WRITTEN_AS_TEXT):
         return str(value)
     if type(value).__module__ == "numpy" and hasattr(value, "dtype") and value.dtype.kind != "m":
         # numpy returns a duration ("m") as a number without its unit, so it has no JSON form here. A datetime ("M") is
