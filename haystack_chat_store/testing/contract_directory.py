@@ -249,8 +249,23 @@ class Rule17DirectoryTest(ContractTest):
 
 class Rule22ErasingTest(ContractTest):
     """
-    Rule 22: all histories of a user, and all old histories, can be deleted.
+    Rule 22: a history, all histories of a user, and all old histories can be deleted.
     """
+
+    def test_one_history_is_deleted_with_all_that_belongs_to_it(self, store: ClosableStore, calls: Calls) -> None:
+        for name in ("chat", "chat/2"):
+            calls.write(store, name, conversation("ua"))
+            calls.call(store, "update_chat_history", name, title=name)
+        calls.call(store, "delete_chat_history", "chat")
+        assert listed(calls, store) == ["chat/2"]
+        assert calls.call(store, "get_chat_history", "chat") is None
+        assert calls.retrieve(store, "chat") == []
+        calls.call(store, "delete_chat_history", "chat")
+        calls.write(store, "chat", [user("again")])
+        info = calls.call(store, "get_chat_history", "chat")
+        assert (info.message_count, info.title) == (1, None)
+        with pytest.raises(ValueError, match="chat_history_id"):
+            calls.call(store, "delete_chat_history", "")
 
     def test_everything_with_a_prefix_is_deleted(self, store: ClosableStore, calls: Calls) -> None:
         for name in ("user_1/a", "user_1/b", "user_10/a", "user_%/a", "User_1/a", "user_1"):

@@ -99,6 +99,17 @@ class Rule21SearchTest(ContractTest):
             assert {hit.chat_history_id for hit in search(calls, searching, query)} == expected, query
 
     @only_where("searches")
+    def test_index_can_be_made_before_the_first_search(self, new_store: StoreFactory, calls: Calls) -> None:
+        calls.write(new_store(), "chat", [user("a needle"), user("hay")])
+        searching, steps = new_store(search=True), []
+        calls.call(searching, "index_messages", lambda done, total: steps.append((done, total)))
+        assert all(total is None for _, total in steps)
+        assert [hit.position for hit in search(calls, searching, "needle")] == [0]
+        calls.call(searching, "index_messages")
+        with pytest.raises(UnsupportedOperationError):
+            calls.call(new_store(), "index_messages")
+
+    @only_where("searches")
     def test_hit_says_where_it_is(self, searching: ClosableStore, calls: Calls) -> None:
         text = f"{'before ' * 100}the needle{' after' * 100}"
         calls.write(searching, "chat", [user(), with_id("mine", text), user()])
