@@ -306,6 +306,41 @@ def test_a_child_that_frees_a_connection_of_its_parent_does_not_damage_the_file(
 
 
 @forks
+@pytest.mark.parametrize("child_raises", [True, False], ids=["raises", "goes on"])
+def test_a_call_that_forks_in_its_middle_stays_the_parents(new_sqlite_store, child_raises):
+    store = new_sqlite_store()
+    store.write_messages("history", [ChatMessage.from_user("Hi!")])
+    rows = [(1_000 + number, str(number), "x" * 10_000) for number in range(400)]  # more than SQLite's cache holds
+    parent, child = os.getpid(), None
+
+    def operation(session):
+        nonlocal child
+        with session.transaction() as connection:
+            connection.executemany(
+                "INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, content)"
+                " VALUES ((1 << 32) + ?, ?, 'user', 0, ?)",
+                rows,
+            )
+            child = os.fork()
+            if child == 0 and child_raises:
+                raise RuntimeError
+
+    try:
+        store.engine.run(operation)
+    except BaseException:
+        if os.getpid() == parent:
+            raise
+        gc.collect()
+        os._exit(7)
+    if os.getpid() != parent:
+        os._exit(8)  # it has committed what is not its own
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    with closing(sqlite3.connect(store.path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert connection.execute("SELECT count(*) FROM haystack_chat_messages").fetchone() == (401,)
+
+
+@forks
 def test_a_child_forked_during_a_long_call_in_memory_waits_for_nothing_and_has_the_histories(store):
     store.write_messages("history", [ChatMessage.from_user("Hi!")])
     is_under_way, may_end = threading.Event(), threading.Event()

@@ -50,6 +50,8 @@ class Settings(NamedTuple):
 
 class _Connection(sqlite3.Connection):
     file_identity: tuple[int, int] | None = None
+    thread_id: int | None = None
+    is_inherited = False
 
 
 class Database:
@@ -170,7 +172,7 @@ class Database:
         waits_until = time.monotonic() + max(_MIN_FORK_WAIT_SECONDS, 2 * self.settings.timeout)
         if self._lent:
             gc.collect()  # a connection that an interrupted call has lost may be part of a cycle
-        while self._lent and time.monotonic() < waits_until:
+        while self._is_lent_to_other_threads() and time.monotonic() < waits_until:
             time.sleep(_POLL_SECONDS)
         with self._lock:
             self._close_idle()
@@ -187,7 +189,13 @@ class Database:
         """
         for connection in self._lent:
             keep_alive_forever(connection)
+            connection.is_inherited = True
+            connection.set_authorizer(_deny)  # if this thread forked in the middle of a call, the call fails here
             _locked_by_parent.add(connection.file_identity or _file_identity(self.settings.path))
+
+    def _is_lent_to_other_threads(self) -> bool:
+        # A call of the forking thread itself cannot end before the fork.
+        return any(connection.thread_id != threading.get_ident() for connection in list(self._lent))
 
     def _borrow(self) -> _Connection:
         # If the file was deleted or replaced, idle connections still write to the old one.
@@ -198,6 +206,7 @@ class Database:
                     while self._idle and self._idle[-1].file_identity != identity:
                         self._idle.pop().close()
                     connection = self._idle.pop() if self._idle else _connected(self.settings)
+                    connection.thread_id = threading.get_ident()
                     self._lent.add(connection)
                     break
             time.sleep(_POLL_SECONDS)
@@ -210,6 +219,8 @@ class Database:
         return connection
 
     def _take_back(self, connection: _Connection, is_sound: bool) -> None:
+        if connection.is_inherited:
+            return  # closing it would write to the file of the parent, which still uses it
         with self._lock:
             self._lent.discard(connection)
             if is_sound and not self._is_closed and not self._is_forking and len(self._idle) < _MAX_IDLE_CONNECTIONS:
@@ -298,6 +309,10 @@ def _switch_to_wal(connection: sqlite3.Connection, path: str, deadline: float) -
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
+
+
+def _deny(*_: object) -> int:
+    return sqlite3.SQLITE_DENY
 
 
 def _file_identity(path: str) -> tuple[int, int] | None:
