@@ -18,7 +18,7 @@ from typing import Any
 
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store import BaseChatMessageStore, EncodedMessage, Engine, Scope, Window
+from haystack_chat_store import BaseChatMessageStore, EncodedMessage, Engine, Scope, StoreUnavailableError, Window
 from haystack_chat_store.rounds import window_start
 from haystack_chat_store.stores.conflicts import check_count, planned
 from haystack_chat_store.stores.times import microseconds_now
@@ -35,8 +35,11 @@ class FolderEngine(Engine[Path]):
         self.folder = Path(folder)
 
     def run(self, operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        with _lock:
-            return operation(self.folder, *arguments, **options)
+        try:
+            with _lock:
+                return operation(self.folder, *arguments, **options)
+        except OSError as error:
+            raise StoreUnavailableError(f"The folder cannot be used: {error.strerror}.") from error
 
     async def run_async(self, operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return await asyncio.to_thread(self.run, operation, *arguments, **options)
@@ -53,13 +56,11 @@ class FolderEngine(Engine[Path]):
         file = file_of(session, scope, chat_history_id)
         _, *rows = lines_of(file)
         check_count(expected_count, len(rows))
-        places = {row[0]: place for place, row in enumerate(rows)}
-        known = {each.message_id: places[each.message_id] for each in messages if each.message_id in places}
-        plan = planned(messages, known, policy)
+        brought = {message.message_id for message in messages}
+        plan = planned(messages, {row[0]: place for place, row in enumerate(rows) if row[0] in brought}, policy)
         for place, message in plan.replaced.items():
             rows[place][1:3] = [message.role, message.content]
-        now = microseconds_now()
-        rows += [[message.message_id, message.role, message.content, now] for message in plan.new]
+        rows += [[message.message_id, message.role, message.content, microseconds_now()] for message in plan.new]
         file.parent.mkdir(parents=True, exist_ok=True)
         # Write a new file and move it over the old one, so that a crash leaves either the old file or the new one.
         temporary = file.with_suffix(".new")

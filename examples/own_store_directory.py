@@ -2,7 +2,19 @@
 """
 Your own store with lists, pages and search: more operations for the engine of `own_store.py`.
 
-Each operation makes more of the store's methods and of the command line work. The URL `folder:///chats` names this
+Each operation makes more of the store's methods and of the command line work:
+
+| operation | methods | commands |
+|---|---|---|
+| `history` | `get_chat_history` | `show`, `title`, `delete ID` (with `page`) |
+| `histories`, `histories_by_id` | `list_chat_histories` | `ls`, `export` (with `page`), `copy` |
+| `page` | `list_messages`, `iterate_messages` | `show` |
+| `search` | `search_messages`, of a store made with `search=True` | `search` |
+| `update_history` | `update_chat_history` | `title` |
+| `statistics`, `erase_some` | `statistics`, `purge`, `delete_chat_histories` | `stats`, `purge`, `delete` |
+| `import_history`, `check` | importing and checking | `import`, `copy --to`, `doctor` |
+
+The URL `folder:///chats` names this
 store in a project that registers it:
 
     [project.entry-points."haystack_chat_store.engines"]

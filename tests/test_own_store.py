@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from breadth import ONCE
 
-from haystack_chat_store import store_from_url
+from haystack_chat_store import StoreUnavailableError, store_from_url
 from haystack_chat_store.cli import main
 from haystack_chat_store.testing import ChatMessageStoreContract
 from haystack_chat_store.testing.messages import conversation
@@ -43,6 +43,14 @@ class TestFolderChatMessageStore(ChatMessageStoreContract):
         from own_store import FolderChatMessageStore
 
         return lambda **settings: FolderChatMessageStore(str(tmp_path), **settings)
+
+
+def test_folder_that_cannot_be_used_is_an_error_of_this_package(tmp_path):
+    from own_store import FolderChatMessageStore
+
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreUnavailableError, match="The folder cannot be used: Not a directory"):
+        FolderChatMessageStore(str(tmp_path / "file")).write_messages("chat", conversation("u"))
 
 
 @pytest.mark.usefixtures("_registered")

@@ -77,8 +77,12 @@ class Engine(ABC, Generic[SessionT]):
     print(store.engine.run(store.engine.count, store.scope, "user_456"))
     ```
 
-    An engine holds settings only. Its connections belong to a registry of the process, so that engines with equal
-    settings share them, and an engine can be copied and pickled.
+    `run_async` can tell what an operation costs: `is_marked(operation, reads_only)` says that it changes nothing, and
+    `is_marked(operation, is_brief)` that it looks at no more than it writes or returns.
+
+    The engines of this package hold settings only. Their connections belong to a registry of the process, so that
+    engines with equal settings share them, and an engine can be copied and pickled. Another engine may open a
+    connection for each call.
     """
 
     #: Whether histories outlive the process.

@@ -17,7 +17,8 @@ class Scope:
     The part of a database that an operation may see and change.
 
     :param namespace: Only histories of this namespace.
-    :param user_id: Only histories of this user, or `None` for all histories of the namespace.
+    :param user_id: Only histories of this user, or `None` for all histories of the namespace. Stores have no users yet:
+        they pass `None`, and engines do not look at it.
     """
 
     namespace: str

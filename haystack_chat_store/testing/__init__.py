@@ -12,12 +12,13 @@ from haystack_chat_store.testing import ChatMessageStoreContract, ConcurrencyTes
 class TestMyStore(ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
     @pytest.fixture
     def make_store(self, tmp_path):
-        # settings: skip_system_messages, last_k, last_k_unit, namespace
+        # settings: skip_system_messages, last_k, last_k_unit, namespace, search, strict
         return lambda **settings: SQLiteChatMessageStore(tmp_path / "chat.db", **settings)
 ```
 
 A test may call `make_store` several times. All its stores use one database, which is empty when the test begins. For a
-store whose histories do not outlive the process, set the class attribute `durable = False`. `ContractTest` and
+store whose histories do not outlive the process, set the class attribute `durable = False`. Override the fixture
+`make_unreachable_store`, too, to check how the store reports an engine that does not answer. `ContractTest` and
 `ConcurrencyTest` describe the other attributes. Each rule of the contract (see
 `haystack_chat_store.types.ChatMessageStore`) is also a separate test class, so a store can be built rule by rule.
 `ManagementContract` has the rules beyond the published protocol (17 to 23): the directory, pages, search and so on.

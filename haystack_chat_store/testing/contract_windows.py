@@ -33,7 +33,7 @@ from haystack_chat_store.testing.messages import (
 
 class Rule07WindowsTest(ContractTest):
     """
-    Rule 7: `last_k` counts rounds, or messages with `last_k_unit="messages"`.
+    Rule 7: `last_k` counts rounds, or messages with `last_k_unit="message"`.
     """
 
     @pytest.mark.parametrize(

@@ -7,10 +7,20 @@ import copy
 import time
 
 import pytest
+from haystack.document_stores.types import DuplicatePolicy
 
+from haystack_chat_store.errors import ChatHistoryChangedError, DuplicateMessageError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.testing.contract_isolation import HOSTILE_IDS
-from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, ids, texts
+from haystack_chat_store.testing.kit import (
+    Calls,
+    ClosableStore,
+    ContractTest,
+    StoreFactory,
+    ids,
+    only_where,
+    texts,
+)
 from haystack_chat_store.testing.messages import TOO_LONG, conversation, positions, sample_messages, user, with_id
 
 
@@ -172,6 +182,27 @@ class Rule06IdempotentWritesTest(ContractTest):
         original = calls.retrieve(store, "original")
         assert calls.write(store, "copy", original) == 6
         assert calls.retrieve(store, "copy") == original == calls.retrieve(store, "original")
+
+    @only_where("takes_policy")
+    def test_policy_decides_about_an_id_that_the_history_has(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", [with_id("a", "old"), with_id("b", "kept")])
+        with pytest.raises(DuplicateMessageError):
+            calls.write(store, "chat", [with_id("c"), with_id("a", "new")], policy=DuplicatePolicy.FAIL)
+        assert texts(calls.retrieve(store, "chat")) == ["old", "kept"]
+        batch = [with_id("c", "last"), with_id("a", "new")]
+        assert calls.write(store, "chat", batch, policy=DuplicatePolicy.OVERWRITE) == 2
+        assert texts(calls.retrieve(store, "chat")) == ["new", "kept", "last"]
+
+    @only_where("takes_policy")
+    def test_write_to_a_history_of_another_length_than_expected_is_refused(
+        self, store: ClosableStore, calls: Calls
+    ) -> None:
+        assert calls.write(store, "chat", [with_id("a", "first")], expected_count=0) == 1
+        for expected_count in (0, 2):
+            with pytest.raises(ChatHistoryChangedError):
+                calls.write(store, "chat", [user("refused")], expected_count=expected_count)
+        assert calls.write(store, "chat", [user("second")], expected_count=1) == 1
+        assert texts(calls.retrieve(store, "chat")) == ["first", "second"]
 
     def test_skipped_message_leaves_no_gap(self, store: ClosableStore, calls: Calls) -> None:
         calls.write(store, "chat", [with_id("a", "0")])

@@ -40,7 +40,8 @@ class ClosableStore(AsyncChatMessageStore, Protocol):
         ...
 
 
-#: Makes a store from the settings of all stores: `skip_system_messages`, `last_k`, `last_k_unit`, `namespace`.
+#: Makes a store from the settings of all stores: `skip_system_messages`, `last_k`, `last_k_unit`,
+#: `namespace`, `search`, `strict`.
 StoreFactory = Callable[..., ClosableStore]
 
 
@@ -177,6 +178,9 @@ class ContractTest:
 
     #: Whether `retrieve_messages` accepts `window_step`, which is not part of the published protocol.
     takes_window_step = True
+
+    #: Whether `write_messages` accepts `policy` and `expected_count`, which are not part of the published protocol.
+    takes_policy = True
 
     #: Override it with a fixture like `make_store` whose stores use an engine that does not answer: a server that does
     #: not exist, or a file in a folder that does not exist. Tests that need it exist only where it is overridden.
