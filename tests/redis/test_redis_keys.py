@@ -373,7 +373,14 @@ def test_a_new_history_is_not_written_where_the_names_are_something_else(store, 
 
 
 @on_every_engine
-@pytest.mark.parametrize("lost", [lost for size in (1, 2, 3, 4) for lost in combinations(KINDS, size)], ids="+".join)
+@pytest.mark.parametrize(
+    "lost",
+    [
+        pytest.param(lost, id="+".join(lost), marks=[pytest.mark.full] * (size > 1))
+        for size in (1, 2, 3, 4)
+        for lost in combinations(KINDS, size)
+    ],
+)
 def test_a_history_that_has_lost_keys_is_not_taken_for_a_whole_one(store, client, lost):
     say(store, "Hi!", "Are you there?")
     for kind in lost:

@@ -78,7 +78,9 @@ def test_any_page_costs_the_same_however_many_histories_there_are(store, path, p
     assert counts[1] < 1.5 * counts[0] + 200
 
 
-@pytest.mark.parametrize("share", [30, 100, 300, 1000, 3000])
+@pytest.mark.parametrize(
+    "share", [30, 1000, *(pytest.param(share, marks=pytest.mark.full) for share in (100, 300, 3000))]
+)
 @pytest.mark.parametrize("age", ["any", "old", "oldest"])
 def test_a_page_with_any_prefix_costs_little_more_than_the_better_way_to_find_it(store, path, share, age):
     count = 10_000
