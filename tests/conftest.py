@@ -21,7 +21,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # ---------------------------------------------------------------------- how many tests run
 
 # No deadline: the machine may be busy. The same goes for how long it takes to make an example.
-settings.register_profile("dev", max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("nightly", max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
