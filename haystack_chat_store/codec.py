@@ -114,7 +114,7 @@ def decode_messages(texts: Sequence[str]) -> list[ChatMessage]:
         rows = parse_json(f"[{','.join(texts)}]")
         if len(rows) == len(texts):
             return [_message_from_dict(row) for row in rows]
-    except Exception:  # noqa: S110  (a damaged text, or one of another version of Haystack: decode one by one)
+    except Exception:  # noqa: S110  (whatever is wrong, decoding one by one reports it)
         pass
     return [_decoded_alone(text, index) for index, text in enumerate(texts)]
 

@@ -32,7 +32,7 @@ _DEBUG_VARIABLE = "HAYSTACK_CHAT_STORE_DEBUG"
 
 # The base of all errors about arguments. typer contains a private copy of click, so click may not be installed, and its
 # `click.UsageError` would be another class. typer exports only this subclass.
-_UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]
+_UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # its base is never None
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +95,7 @@ def _print_usage_error(failure: Exception) -> None:
     """
     context = getattr(failure, "ctx", None)
     command = context.command_path if context is not None else _NAME
-    message = str(failure.format_message())  # type: ignore[attr-defined]  # every usage error has it
+    message = str(failure.format_message())  # type: ignore[attr-defined]  # all click errors have it
     error(f"{message.removeprefix('Invalid value: ')}\nHelp: {command} --help")
 
 

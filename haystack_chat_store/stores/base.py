@@ -308,7 +308,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         return default_from_dict(cls, data)
 
     @classmethod
-    def from_url(cls, url: str, **settings: Any) -> Self:  # noqa: ARG003  (subclasses use them)
+    def from_url(cls, url: str, **settings: Any) -> Self:  # noqa: ARG003  (overrides use them)
         """
         Create a store from a URL whose scheme is registered for this class: see `store_from_url`.
 

@@ -26,7 +26,7 @@ from haystack_chat_store.testing.fork_server import start_python
 
 class Terminal:
     """
-    A command of ours, or another program, in a terminal of its own.
+    A program that runs in its own terminal: a command of this package, or any other.
     """
 
     def __init__(self, *arguments, program=None, columns=80, stdout=None, **environment):

@@ -111,7 +111,7 @@ class Directory(Engine[Memory]):
         Do nothing: memory keeps no deleted messages.
         """
 
-    def check(self, session: Memory, scope: Scope, repair: bool) -> list[Fault]:  # noqa: ARG002  (an operation's arguments)
+    def check(self, session: Memory, scope: Scope, repair: bool) -> list[Fault]:  # noqa: ARG002  (nothing to look at)
         """
         Find no faults: no other program can write to this memory.
         """

@@ -450,7 +450,7 @@ class SyncSession(Session):
     async def _done(self, result: Any) -> Any:
         return result
 
-    async def _disconnect(self, connection: Any, *, is_patient: bool = False) -> None:  # noqa: ARG002  (closing never waits here)
+    async def _disconnect(self, connection: Any, *, is_patient: bool = False) -> None:  # noqa: ARG002  (asyncio only)
         connection.disconnect()
 
 

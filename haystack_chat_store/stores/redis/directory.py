@@ -186,7 +186,7 @@ class Directory(RedisOperations):
                         return erased
         return erased
 
-    async def vacuum(self, session: Session, scope: Scope) -> None:  # noqa: ARG002  (an operation's arguments)
+    async def vacuum(self, session: Session, scope: Scope) -> None:  # noqa: ARG002  (its files hold all namespaces)
         """
         Have every server write its files anew.
         """

@@ -186,7 +186,7 @@ class Directory(Engine[Database]):
             session.pause_for_other_writers()
         return len(keys)
 
-    def vacuum(self, session: Database, scope: Scope) -> None:  # noqa: ARG002  (an operation's arguments)
+    def vacuum(self, session: Database, scope: Scope) -> None:  # noqa: ARG002  (the file holds all namespaces)
         """
         Write the file anew, and empty the log beside it.
         """

@@ -91,7 +91,7 @@ class Search(Engine[Database]):
             for history_id, position, message_id, content, score in rows
         ]
 
-    def index_some(self, session: Database, scope: Scope, limit: int) -> bool:  # noqa: ARG002  (an operation's arguments)
+    def index_some(self, session: Database, scope: Scope, limit: int) -> bool:  # noqa: ARG002  (all namespaces)
         """
         Index the next messages by their keys, of all namespaces.
         """
