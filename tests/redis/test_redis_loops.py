@@ -6,6 +6,7 @@ Event loops that end, and processes that fork, with connections open.
 import asyncio
 import gc
 import os
+import threading
 import time
 import warnings
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from redis_stores import clients_of, nodes_of, on_every_engine, said
 from servers import wait_until
 
 from haystack_chat_store.stores.redis import RedisChatMessageStore
-from haystack_chat_store.stores.redis.connections import servers
+from haystack_chat_store.stores.redis.connections import AsyncSession, servers
 from haystack_chat_store.testing.processes import Program
 
 
@@ -60,6 +61,33 @@ def test_the_connections_of_a_loop_are_closed(store, server, way):
     before = open_connections()
     asyncio.run(use())
     wait_until(lambda: open_connections() <= before, "connections to be closed")
+
+
+@on_every_engine
+def test_a_loop_waits_with_its_end_for_a_thread_that_closes_its_connections(store, monkeypatch):
+    begins, has_closed = threading.Event(), threading.Event()
+
+    def abandon(connection):
+        begins.set()
+        time.sleep(0.2)
+        AsyncSession._abandon(session, connection)
+        has_closed.set()
+
+    async def use():
+        await store.count_messages_async("history")
+        return await servers.get(store.engine.settings).session_async()
+
+    loop = asyncio.new_event_loop()
+    session = loop.run_until_complete(use())
+    monkeypatch.setattr(session, "_abandon", abandon)
+    closer = threading.Thread(target=store.close)
+    closer.start()
+    assert begins.wait(10)
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    assert has_closed.is_set()
+    loop.close()
+    closer.join()
+    assert not session._open
 
 
 def test_connections_that_keep_their_streams_elsewhere_do_no_harm():

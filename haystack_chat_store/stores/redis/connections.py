@@ -469,6 +469,7 @@ class AsyncSession(Session):
         self._loop = asyncio.get_running_loop()
         self._free = asyncio.Semaphore(self._max_connections)
         self._guard = self._close_with_loop()
+        self._ending = threading.Lock()
 
     async def close(self, *, is_patient: bool = False) -> None:
         """
@@ -518,13 +519,12 @@ class AsyncSession(Session):
         Close idle connections, from any thread.
         """
         self._is_closed = True
-        if self._loop.is_running():
-            with suppress(RuntimeError):  # it was closed just now
-                self._loop.call_soon_threadsafe(self._abandon_idle)
-        else:
-            for connection in list(self._open):
-                self._abandon(connection)
-            self._abandon_idle()
+        if not self._loop.is_running():  # it has stopped, or `asyncio.run` is between two steps
+            with self._ending:
+                for connection in list(self._open) if self._loop.is_closed() else self._take_idle():
+                    self._abandon(connection)
+        with suppress(RuntimeError):  # it is closed
+            self._loop.call_soon_threadsafe(self._abandon_idle)
 
     async def _close_with_loop(self) -> AsyncGenerator[None, None]:
         """
@@ -535,6 +535,8 @@ class AsyncSession(Session):
         try:
             yield
         finally:
+            with self._ending:  # the loop has to run once more for what another thread abandons
+                pass
             await super().close(is_patient=True)
 
     def _abandon_idle(self) -> None:
