@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-All commands of the project: `nox -l` lists them, `nox -s NAME` runs one.
-"""
+"""All commands of the project: `nox -l` lists them, `nox -s NAME` runs one."""
 
 import os
 

@@ -26,9 +26,7 @@ TOOL_RESULT = json.dumps(_ORDERS, ensure_ascii=False)[:2048]
 
 
 def conversation(messages: int) -> list[ChatMessage]:
-    """
-    Return alternating questions and answers.
-    """
+    """Return alternating questions and answers."""
     return [
         ChatMessage.from_assistant(ASSISTANT_TEXT) if index % 2 else ChatMessage.from_user(USER_TEXT)
         for index in range(messages)
@@ -36,16 +34,12 @@ def conversation(messages: int) -> list[ChatMessage]:
 
 
 def encoded_conversation(messages: int) -> list[str]:
-    """
-    Return the same conversation as encoded texts, so that floors store and read as many bytes.
-    """
+    """Return the same conversation as encoded texts, so that floors store and read as many bytes."""
     return [encode_message(message, new_message_id()) for message in conversation(messages)]
 
 
 def kinds_of_message() -> dict[str, ChatMessage]:
-    """
-    Return one message of each kind that the codec is measured with.
-    """
+    """Return one message of each kind that the codec is measured with."""
     call = ToolCall("find_orders", {"customer": "c-1042", "status": ["shipped", "open"], "limit": 40}, id="call_9f31c7")
     return {
         "user, 120 characters": ChatMessage.from_user(USER_TEXT),
@@ -56,9 +50,7 @@ def kinds_of_message() -> dict[str, ChatMessage]:
 
 
 def reply_with_usage() -> ChatMessage:
-    """
-    Return an assistant message with the meta that Haystack's OpenAI generator adds.
-    """
+    """Return an assistant message with the meta that Haystack's OpenAI generator adds."""
     usage = {
         "completion_tokens": 131,
         "prompt_tokens": 912,

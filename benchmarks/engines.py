@@ -247,9 +247,7 @@ KEYS = [*(engine.key for engine in EMBEDDED), *SERVERS]
 
 
 def chosen(keys: list[str], urls: dict[str, str | None], running: ExitStack) -> list[Engine]:
-    """
-    Return the engines with these names. A server without a URL is started, and runs until `running` is closed.
-    """
+    """Return the engines with these names. A server without a URL is started, and runs until `running` is closed."""
     engines = [engine for engine in EMBEDDED if engine.key in keys]
     for key, kind in SERVERS.items():
         if key not in keys:

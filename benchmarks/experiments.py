@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The measurements. Each returns `{row: {column: median}}`, in microseconds or in bytes per message.
-"""
+"""The measurements. Each returns `{row: {column: median}}`, in microseconds or in bytes per message."""
 
 import asyncio
 import json
@@ -79,9 +77,7 @@ class Case(NamedTuple):
 
 
 class Contestant(NamedTuple):
-    """
-    A store that takes messages, or a floor that takes encoded ones.
-    """
+    """A store that takes messages, or a floor that takes encoded ones."""
 
     name: Callable[[str], str]
     store: Any
@@ -111,9 +107,7 @@ class Contestant(NamedTuple):
                     self.call("write_messages", form, history_id, self.messages(2))
 
     def turns(self, case: Case) -> Iterator[tuple[str, list[Any]]]:
-        """
-        Yield arguments for writing turns. Histories that have grown by a fifth, or by 10 turns, are filled again.
-        """
+        """Yield arguments for writing turns. Histories that have grown by a fifth, or by 10 turns, are filled again."""
         # Filling more often would put the data of most calls into the processor's cache.
         turns_before_refilling = max(10, (case.size + 2 * case.appends_before) // 10)
         while True:
@@ -124,9 +118,7 @@ class Contestant(NamedTuple):
 
 
 def cases(plan: Plan) -> list[Case]:
-    """
-    Return one history of each size, one with many appends by this process, and many histories that grow together.
-    """
+    """Return one history of each size, one with many appends by this process, and many histories that grow together."""
     return [*map(Case, plan.sizes), Case(1000, plan.appends_before), Case(10, histories=plan.repetitions)]
 
 
@@ -160,9 +152,7 @@ def by_size(engine: Engine, plan: Plan, folder: Path) -> dict[str, Medians]:
 
 
 def bulk(engine: Engine, plan: Plan, folder: Path) -> Medians:
-    """
-    Measure writing many messages in one call to a new history, and reading them.
-    """
+    """Measure writing many messages in one call to a new history, and reading them."""
     with ExitStack() as opened:
         contestants = _opened(engine, folder / "bulk", opened)
         for contestant in contestants:
@@ -226,9 +216,7 @@ async def _write_turns_async(write: Callable[..., Any], turns: list[tuple[str, l
 
 
 def stored_bytes(engine: Engine, plan: Plan, folder: Path) -> Medians:
-    """
-    Measure the size of the stored data, for one long history and for short histories that grow together.
-    """
+    """Measure the size of the stored data, for one long history and for short histories that grow together."""
     texts = encoded_conversation(2)
     found = {ENCODED: sum(len(text.encode()) for text in texts) / len(texts)}
     for column, case in (
@@ -247,9 +235,7 @@ def stored_bytes(engine: Engine, plan: Plan, folder: Path) -> Medians:
 
 
 def codec(plan: Plan) -> Medians:
-    """
-    Measure encoding and decoding with this package and with Haystack, per message.
-    """
+    """Measure encoding and decoding with this package and with Haystack, per message."""
     kinds = kinds_of_message()
     windows = {name: [kinds_of_message()[name] for _ in range(WINDOW)] for name in kinds}
     windows[MIX] = [message for _ in range(WINDOW // len(kinds)) for message in kinds_of_message().values()]
@@ -290,9 +276,7 @@ def _batches(contestant: Contestant) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _settle() -> None:
-    """
-    Wait until the disk has finished its writes.
-    """
+    """Wait until the disk has finished its writes."""
     if hasattr(os, "sync"):
         os.sync()
 

@@ -22,9 +22,7 @@ _DELETE = "DELETE FROM messages WHERE history = {}"
 
 
 class SQLiteFloor:
-    """
-    Plain `sqlite3` in WAL mode: one transaction per write. The module caches prepared statements.
-    """
+    """Plain `sqlite3` in WAL mode: one transaction per write. The module caches prepared statements."""
 
     _INSERT = "INSERT INTO messages VALUES (?, ?, ?)"
     _LAST = "SELECT content FROM messages WHERE history = ? ORDER BY position DESC LIMIT ?"
@@ -94,9 +92,7 @@ class PostgresFloor:
         self._ends: Counter[str] = Counter()
 
     def another(self) -> "PostgresFloor":
-        """
-        Open a floor on the same tables with its own connections, for other histories or for the shared one.
-        """
+        """Open a floor on the same tables with its own connections, for other histories or for the shared one."""
         return PostgresFloor(*self._place, has_tables=True)
 
     def write_messages(self, chat_history_id: str, texts: list[str]) -> int:
@@ -161,9 +157,7 @@ class RedisFloor:
         self._client_async = redis.asyncio.Redis.from_url(url)
 
     def another(self) -> "RedisFloor":
-        """
-        Open a floor on the same keys with its own connections.
-        """
+        """Open a floor on the same keys with its own connections."""
         return RedisFloor(*self._place)
 
     def write_messages(self, chat_history_id: str, texts: list[str]) -> int:

@@ -49,9 +49,7 @@ _HISTORIES_OF_A_USER = 20
 
 
 class Plan(NamedTuple):
-    """
-    The sizes of the data, and the numbers of repetitions.
-    """
+    """The sizes of the data, and the numbers of repetitions."""
 
     histories: int
     messages_each: int
@@ -78,9 +76,7 @@ class Place(NamedTuple):
 
 
 class Texts:
-    """
-    An invented language: 20,000 words, few of them frequent, and some sentences in Chinese.
-    """
+    """An invented language: 20,000 words, few of them frequent, and some sentences in Chinese."""
 
     _SYLLABLES = "ka lo mi ren tu sha ber no vi dal gos fen pri ut an el".split()
     _HAN = "我今天在北京学习中文人工智能可以回答问题历史消息保存数据库搜索引擎"
@@ -222,9 +218,7 @@ def move(place: Place, folder: Path) -> None:
 
 
 def memory(place: Place, folder: Path) -> None:
-    """
-    Show the peak memory of Python while histories move: once a few, once ten times as many.
-    """
+    """Show the peak memory of Python while histories move: once a few, once ten times as many."""
     peaks: dict[str, list[str]] = {"export": [], "import": []}
     for prefix in ("user_000", "user_00"):
         file = folder / f"{prefix}.jsonl"
@@ -271,9 +265,7 @@ def append(place: Place, plan: Plan) -> None:
 
 
 def timed(call: Callable[[], Any], repetitions: int) -> float:
-    """
-    Return the median time of a call, in microseconds.
-    """
+    """Return the median time of a call, in microseconds."""
     times = []
     for _ in range(repetitions):
         started = time.perf_counter_ns()

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Timing on a machine with other work: compared calls alternate, and medians are reported.
-"""
+"""Timing on a machine with other work: compared calls alternate, and medians are reported."""
 
 import asyncio
 import inspect

@@ -45,9 +45,7 @@ class Prompts(NamedTuple):
 
 
 def turn(number: int, randomly: random.Random) -> list[ChatMessage]:
-    """
-    Return a question and its answer, every third time with a tool call in between. All turns differ.
-    """
+    """Return a question and its answer, every third time with a tool call in between. All turns differ."""
     question = ChatMessage.from_user(f"{number}. {USER_TEXT[: randomly.randint(40, 120)]}")
     answer = ChatMessage.from_assistant(f"{number}. {ASSISTANT_TEXT[: randomly.randint(100, 600)]}")
     if number % 3:
@@ -78,9 +76,7 @@ def simulate(turns: int, settings: dict[str, Any], folder: Path) -> Prompts:
 
 
 def common_beginning(one: Sequence[ChatMessage], other: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """
-    Return the messages with which both begin, without their meta, which is not sent to a model.
-    """
+    """Return the messages with which both begin, without their meta, which is not sent to a model."""
     length = 0
     while length < min(len(one), len(other)) and said(one[length]) == said(other[length]):
         length += 1

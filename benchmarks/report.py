@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Medians as tables that read well as plain text and as Markdown.
-"""
+"""Medians as tables that read well as plain text and as Markdown."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -295,9 +293,7 @@ def _codec_table(codec: Medians) -> str:
 
 
 def markdown(header: list[str], rows: Sequence[list[str]]) -> str:
-    """
-    Return a table, aligned: text in the first column, numbers in the others.
-    """
+    """Return a table, aligned: text in the first column, numbers in the others."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [

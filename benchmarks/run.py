@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Measure the stores, haystack-experimental's store, and the floors of the engines. A missed target is not an error.
-"""
+"""Measure the stores, haystack-experimental's store, and the floors of the engines. A missed target is not an error."""
 
 import argparse
 import json

@@ -112,9 +112,7 @@ def calculate(expression: str) -> str:
 
 
 def evaluate(node: ast.AST) -> Any:
-    """
-    Return the value of an expression of numbers and the operators in `OPERATIONS`.
-    """
+    """Return the value of an expression of numbers and the operators in `OPERATIONS`."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
@@ -129,9 +127,7 @@ def evaluate(node: ast.AST) -> Any:
 
 
 def make_tools(notes: Notes) -> list[Tool]:
-    """
-    Make the tools of the agent.
-    """
+    """Make the tools of the agent."""
     functions = (notes.add_note, notes.list_notes, notes.search_notes, calculate)
     return [create_tool_from_function(function) for function in functions]
 
@@ -141,9 +137,7 @@ def make_tools(notes: Notes) -> list[Tool]:
 
 @component
 class RuleBasedModel:
-    """
-    Decides by rules which tools to call and what to answer, only from the messages that a model would see.
-    """
+    """Decides by rules which tools to call and what to answer, only from the messages that a model would see."""
 
     # The pattern of a sentence, the tool to call for it, and the name of the tool's argument.
     RULES = (
@@ -207,9 +201,7 @@ STEPS = {"question": ["before_llm"], "model": ["before_tool", "on_exit"], "tools
 
 
 class Crash:
-    """
-    A hook that kills its process when it runs for the n-th time. Nothing can be saved or closed afterwards.
-    """
+    """A hook that kills its process when it runs for the n-th time. Nothing can be saved or closed afterwards."""
 
     def __init__(self, number: int = 1) -> None:
         self._left = number
@@ -222,9 +214,7 @@ class Crash:
 
 
 def step_to_crash_after(text: str) -> str | int:
-    """
-    Parse the value of `--crash-after`.
-    """
+    """Parse the value of `--crash-after`."""
     if text in STEPS:
         return text
     if text.isdecimal() and int(text) > 0:
@@ -234,9 +224,7 @@ def step_to_crash_after(text: str) -> str | int:
 
 @hook
 def show_tools(state: State) -> None:
-    """
-    Print the results of the tools of this step.
-    """
+    """Print the results of the tools of this step."""
     messages: list[ChatMessage] = state.data["messages"]
     last_step = max(index for index, message in enumerate(messages) if message.tool_calls)
     for message in messages[last_step:]:
@@ -246,9 +234,7 @@ def show_tools(state: State) -> None:
 
 
 def build_agent(store: ChatMessageStore, notes: Notes, llm: str, crash_after: str | int | None = None) -> Agent:
-    """
-    Build the agent with its memory and, if wanted, a crash.
-    """
+    """Build the agent with its memory and, if wanted, a crash."""
     hooks = chat_history_hooks(store, window_step=8, hooks={"after_tool": [show_tools]})
     if isinstance(crash_after, int):
         crash = Crash(crash_after)
@@ -267,23 +253,17 @@ def build_agent(store: ChatMessageStore, notes: Notes, llm: str, crash_after: st
 
 
 def run(agent: Agent, chat_history_id: str, messages: list[ChatMessage]) -> dict[str, Any]:
-    """
-    Run one turn, or the rest of one.
-    """
+    """Run one turn, or the rest of one."""
     return agent.run(messages, hook_context={"chat_history_id": chat_history_id})
 
 
 def say(agent: Agent, chat_history_id: str, text: str) -> None:
-    """
-    Run one turn and print the answer.
-    """
+    """Run one turn and print the answer."""
     print_answer(run(agent, chat_history_id, [ChatMessage.from_user(text)]))
 
 
 def go_on(agent: Agent, store: ChatMessageStore, chat_history_id: str) -> None:
-    """
-    Finish the last turn if it was interrupted.
-    """
+    """Finish the last turn if it was interrupted."""
     if store.count_messages(chat_history_id) == 0:
         return
     # Without new messages, the agent finishes the last turn. If the turn is complete, it takes no step.
@@ -294,23 +274,17 @@ def go_on(agent: Agent, store: ChatMessageStore, chat_history_id: str) -> None:
 
 
 def print_answer(result: dict[str, Any]) -> None:
-    """
-    Print how a turn ended.
-    """
+    """Print how a turn ended."""
     print("bot>", result["last_message"].text or f"(no answer: {result['exit_reason']})")
 
 
 def last_text(messages: list[ChatMessage], role: ChatRole) -> str:
-    """
-    Return what the user or the assistant said last.
-    """
+    """Return what the user or the assistant said last."""
     return next((message.text for message in reversed(messages) if message.is_from(role) and message.text), "")
 
 
 def chat(agent: Agent, store: ChatMessageStore, chat_history_id: str) -> None:
-    """
-    Chat until the end of input, or Ctrl-C at the prompt.
-    """
+    """Chat until the end of input, or Ctrl-C at the prompt."""
     remembered = store.count_messages(chat_history_id)
     print(f"I remember {remembered} messages of ours." if remembered else "We have not met yet.")
     if remembered:
@@ -329,9 +303,7 @@ def chat(agent: Agent, store: ChatMessageStore, chat_history_id: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """
-    Read the command line and chat.
-    """
+    """Read the command line and chat."""
     parser = argparse.ArgumentParser(description="An agent that remembers, and survives its own end.")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--db", default="agent_history.db", metavar="PATH", help="database file (%(default)s)")

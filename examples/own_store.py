@@ -27,9 +27,7 @@ _lock = threading.Lock()
 
 
 class FolderEngine(Engine[Path]):
-    """
-    Keeps each chat history in its own file. The session of its operations is the folder.
-    """
+    """Keeps each chat history in its own file. The session of its operations is the folder."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -85,14 +83,10 @@ class FolderEngine(Engine[Path]):
 
 
 class FolderChatMessageStore(BaseChatMessageStore):
-    """
-    Keeps chat histories in a folder.
-    """
+    """Keeps chat histories in a folder."""
 
     def __init__(self, folder: str, **settings: Any) -> None:
-        """
-        Create the store. `settings` are the settings of the base class.
-        """
+        """Create the store. `settings` are the settings of the base class."""
         super().__init__(FolderEngine(folder), **settings)
         self.folder = folder
 

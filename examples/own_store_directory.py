@@ -34,9 +34,7 @@ from haystack_chat_store.search_text import Phrase, matches, searchable_text_of_
 
 
 class SearchableFolderEngine(FolderEngine):
-    """
-    Adds the directory, pages and search to `FolderEngine`. Lists and search read every file.
-    """
+    """Adds the directory, pages and search to `FolderEngine`. Lists and search read every file."""
 
     def history(self, session: Path, scope: Scope, chat_history_id: str) -> HistoryRow | None:
         file = file_of(session, scope, chat_history_id)
@@ -83,14 +81,10 @@ class SearchableFolderEngine(FolderEngine):
 
 
 class SearchableFolderChatMessageStore(BaseChatMessageStore):
-    """
-    Keeps chat histories in a folder, with lists, pages and search.
-    """
+    """Keeps chat histories in a folder, with lists, pages and search."""
 
     def __init__(self, folder: str, **settings: Any) -> None:
-        """
-        Create the store. `settings` are the settings of the base class.
-        """
+        """Create the store. `settings` are the settings of the base class."""
         super().__init__(SearchableFolderEngine(folder), **settings)
         self.folder = folder
 

@@ -34,9 +34,7 @@ SYSTEM_PROMPT = "You are a friendly chatbot. Use what the user has told you so f
 
 
 def answer_from_memory(messages: list[ChatMessage]) -> str:
-    """
-    Answer by rules, only from the messages that a model would see.
-    """
+    """Answer by rules, only from the messages that a model would see."""
     said = [message.text or "" for message in messages if message.role is ChatRole.USER]
     *earlier, latest = said
     if not earlier:
@@ -54,22 +52,16 @@ def answer_from_memory(messages: list[ChatMessage]) -> str:
 
 
 class TurnInterruptedError(Exception):
-    """
-    Ctrl-C interrupted a turn.
-    """
+    """Ctrl-C interrupted a turn."""
 
 
 def print_chunk(chunk: StreamingChunk) -> None:
-    """
-    Print the answer while it arrives.
-    """
+    """Print the answer while it arrives."""
     print("bot> " if chunk.start else "", chunk.content, sep="", end="", flush=True)
 
 
 def build_pipeline(store: ChatMessageStore, llm: str) -> Pipeline:
-    """
-    Build the pipeline: the question joins its history, goes to the model, and is stored together with the answer.
-    """
+    """Build the pipeline: the question joins its history, goes to the model, and is stored together with the answer."""
     generator: Any = OpenAIChatGenerator() if llm == "openai" else MockChatGenerator(response_fn=answer_from_memory)
     pipeline = Pipeline()
     template = [ChatMessage.from_system(SYSTEM_PROMPT), ChatMessage.from_user("{{ query }}")]
@@ -85,9 +77,7 @@ def build_pipeline(store: ChatMessageStore, llm: str) -> Pipeline:
 
 
 def say(pipeline: Pipeline, chat_history_id: str, text: str) -> None:
-    """
-    Run one turn and print the answer.
-    """
+    """Run one turn and print the answer."""
     try:
         pipeline.run(
             {
@@ -103,9 +93,7 @@ def say(pipeline: Pipeline, chat_history_id: str, text: str) -> None:
 
 
 def chat(pipeline: Pipeline, store: ChatMessageStore, chat_history_id: str) -> None:
-    """
-    Chat until the end of input, or Ctrl-C between two turns.
-    """
+    """Chat until the end of input, or Ctrl-C between two turns."""
     remembered = store.count_messages(chat_history_id)
     print(f"I remember {remembered} messages of ours." if remembered else "We have not met yet.")
     prompt = "you> " if sys.stdin.isatty() else ""
@@ -120,9 +108,7 @@ def chat(pipeline: Pipeline, store: ChatMessageStore, chat_history_id: str) -> N
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """
-    Read the command line and chat.
-    """
+    """Read the command line and chat."""
     parser = argparse.ArgumentParser(description="A chatbot that remembers across restarts.")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--db", default="chat_history.db", metavar="PATH", help="database file (%(default)s)")

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Durable chat histories for Haystack: the messages of each conversation, complete and in order.
-"""
+"""Durable chat histories for Haystack: the messages of each conversation, complete and in order."""
 
 from importlib import import_module
 from importlib.metadata import version
@@ -104,9 +102,7 @@ _STORES = {
 
 
 def __getattr__(name: str) -> Any:
-    """
-    Import a store on first use.
-    """
+    """Import a store on first use."""
     if name in _STORES:
         return getattr(import_module(_STORES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

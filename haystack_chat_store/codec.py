@@ -83,9 +83,7 @@ def encode_message(message: ChatMessage, message_id: str, where: str = "message"
 
 
 def _plain_text(message: ChatMessage, message_id: str) -> str | None:
-    """
-    Encode a message that contains only plain data, as nearly all do. Return `None` for any other message.
-    """
+    """Encode a message that contains only plain data, as nearly all do. Return `None` for any other message."""
     meta, name = message._meta, message._name
     if type(message) is not ChatMessage or not (name is None or type(name) is str) or not is_plain(meta):
         return None
@@ -175,9 +173,7 @@ def _part_to_dict(part: Any, where: str) -> dict[str, Any]:
 
 
 def _fields(part: Any) -> dict[str, Any]:
-    """
-    Return the values of a dataclass's fields. Callers must not change it: it may be the object's own `__dict__`.
-    """
+    """Return the values of a dataclass's fields. Callers must not change it: it may be the object's own `__dict__`."""
     names, values = _FIELDS[type(part)], vars(part)
     return values if len(values) == len(names) else {name: values[name] for name in values if name in names}
 
@@ -215,9 +211,7 @@ def _dataclass_from_dict(kind: type, data: dict[str, Any]) -> Any:
 
 
 def _instance(kind: type, state: dict[str, Any]) -> Any:
-    """
-    Return an instance of a dataclass whose `__dict__` is `state` itself.
-    """
+    """Return an instance of a dataclass whose `__dict__` is `state` itself."""
     instance: Any = object.__new__(kind)
     object.__setattr__(instance, "__dict__", state)
     return instance

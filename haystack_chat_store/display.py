@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Text for people to read: the parts of messages, times and sizes, with all control characters escaped.
-"""
+"""Text for people to read: the parts of messages, times and sizes, with all control characters escaped."""
 
 import json
 import re
@@ -60,9 +58,7 @@ class Part(NamedTuple):
 
     @property
     def label(self) -> str:
-        """
-        A heading for the part. Empty for text.
-        """
+        """A heading for the part. Empty for text."""
         return f"{_LABELS[self.kind]}{self.name}" + (f" ({self.call_id})" if self.call_id else "")
 
 
@@ -77,30 +73,22 @@ def harmless(text: object) -> str:
 
 
 def harmless_line(text: object) -> str:
-    """
-    Escape a text like `harmless`, with line feeds and tabs escaped too.
-    """
+    """Escape a text like `harmless`, with line feeds and tabs escaped too."""
     return harmless(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def title_of(history: HistoryRow) -> str:
-    """
-    Return the title of a history or, without one, its id.
-    """
+    """Return the title of a history or, without one, its id."""
     return harmless_line(history.title or history.chat_history_id)
 
 
 def shown_time(microseconds: int) -> str:
-    """
-    Return a time in the form `2026-01-31 08:30:00 UTC`.
-    """
+    """Return a time in the form `2026-01-31 08:30:00 UTC`."""
     return f"{readable_time(microseconds):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def shown_size(size: float) -> str:
-    """
-    Return a number of bytes in the largest unit that fits, such as `1.5 MB`.
-    """
+    """Return a number of bytes in the largest unit that fits, such as `1.5 MB`."""
     unit = 0
     while size >= 1000 and unit < len(_UNITS) - 1:
         size, unit = size / 1000, unit + 1
@@ -108,9 +96,7 @@ def shown_size(size: float) -> str:
 
 
 def shown_messages(rows: Sequence[MessageRow]) -> Iterator[tuple[str, str, list[Part]]]:
-    """
-    Yield the speaker, the time and the parts of each message.
-    """
+    """Yield the speaker, the time and the parts of each message."""
     for row, message in zip(rows, decode_messages([row.content for row in rows]), strict=True):
         speaker = message.role.value.capitalize()
         if message.name:
@@ -119,9 +105,7 @@ def shown_messages(rows: Sequence[MessageRow]) -> Iterator[tuple[str, str, list[
 
 
 def shown_parts(content: Sequence[Any]) -> Iterator[Part]:
-    """
-    Yield the parts of a message. The images and files in a tool's result follow the result.
-    """
+    """Yield the parts of a message. The images and files in a tool's result follow the result."""
     for part in content:
         if isinstance(part, TextContent):
             yield Part("text", text=harmless(part.text))
@@ -148,9 +132,7 @@ def _id_of(call: ToolCall) -> str:
 
 
 def _arguments(arguments: Any) -> str:
-    """
-    Return the arguments of a tool call as JSON, on one line if it is short and has no line feeds.
-    """
+    """Return the arguments of a tool call as JSON, on one line if it is short and has no line feeds."""
     try:
         line = json.dumps(arguments, ensure_ascii=False)
         is_short = len(line) <= _MAX_LINE_LENGTH and "\\n" not in line

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Checks a store for faults, and repairs them.
-"""
+"""Checks a store for faults, and repairs them."""
 
 import asyncio
 import json
@@ -81,9 +79,7 @@ async def check_async(
     salvage: "str | os.PathLike[str] | None" = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> list[Fault]:
-    """
-    Do what `check` does, without blocking the event loop.
-    """
+    """Do what `check` does, without blocking the event loop."""
     return await asyncio.to_thread(check, store, repair=repair, salvage=salvage, progress=progress)
 
 
@@ -134,16 +130,12 @@ class ExaminedMessage:
 
     @property
     def fault(self) -> str | None:
-        """
-        All faults as one text, or `None`.
-        """
+        """All faults as one text, or `None`."""
         return " ".join(self.faults) or None
 
 
 def examine(row: MessageRow) -> ExaminedMessage:
-    """
-    Read a message back, and return its faults instead of raising an error.
-    """
+    """Read a message back, and return its faults instead of raising an error."""
     created_at = readable_time(row.created_at)
     try:
         (message,) = decode_messages([row.content])
@@ -188,9 +180,7 @@ def _save(
     chat_history_id: str,
     damaged: Sequence[tuple[MessageRow, ExaminedMessage]],
 ) -> None:
-    """
-    Append damaged messages to a file. They are on the disk when this returns.
-    """
+    """Append damaged messages to a file. They are on the disk when this returns."""
     with appended_file(salvage) as file:
         for row, message in damaged:
             saved = {

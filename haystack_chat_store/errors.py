@@ -29,9 +29,7 @@ chat messages nor passwords.
 
 
 class ChatMessageStoreError(Exception):
-    """
-    The base class of all errors of chat message stores.
-    """
+    """The base class of all errors of chat message stores."""
 
 
 class StoreUnavailableError(ChatMessageStoreError, ConnectionError):
@@ -44,9 +42,7 @@ class StoreUnavailableError(ChatMessageStoreError, ConnectionError):
 
 
 class StoreTimeoutError(StoreUnavailableError, TimeoutError):
-    """
-    The engine did not become free, or did not answer, within the store's `timeout` (in seconds).
-    """
+    """The engine did not become free, or did not answer, within the store's `timeout` (in seconds)."""
 
 
 class StoreConfigurationError(ChatMessageStoreError):
@@ -58,9 +54,7 @@ class StoreConfigurationError(ChatMessageStoreError):
 
 
 class SchemaVersionError(ChatMessageStoreError):
-    """
-    A newer version of this package wrote the database. The database was not touched.
-    """
+    """A newer version of this package wrote the database. The database was not touched."""
 
 
 class MessageEncodingError(ChatMessageStoreError, ValueError):
@@ -76,15 +70,11 @@ class MessageDecodingError(ChatMessageStoreError):
 
 
 class ConflictError(ChatMessageStoreError):
-    """
-    The stored data is not what the call expects. Nothing was changed.
-    """
+    """The stored data is not what the call expects. Nothing was changed."""
 
 
 class DuplicateMessageError(ConflictError):
-    """
-    The history already has a message's id, and the policy is `DuplicatePolicy.FAIL`. Nothing was written.
-    """
+    """The history already has a message's id, and the policy is `DuplicatePolicy.FAIL`. Nothing was written."""
 
 
 class ChatHistoryChangedError(ConflictError):
@@ -96,30 +86,20 @@ class ChatHistoryChangedError(ConflictError):
 
 
 class ChatHistoryExistsError(ConflictError):
-    """
-    The target of a copy or import already has other messages. Nothing was changed.
-    """
+    """The target of a copy or import already has other messages. Nothing was changed."""
 
 
 class ChatHistoryNotFoundError(ChatMessageStoreError, LookupError):
-    """
-    No history has this id.
-    """
+    """No history has this id."""
 
 
 class MessageNotFoundError(ChatMessageStoreError, LookupError):
-    """
-    No message of the history has this id. Nothing was changed.
-    """
+    """No message of the history has this id. Nothing was changed."""
 
 
 class UnsupportedOperationError(ChatMessageStoreError):
-    """
-    The store does not support the operation: its engine does not have it, or a setting does not allow it.
-    """
+    """The store does not support the operation: its engine does not have it, or a setting does not allow it."""
 
 
 class DamagedFileError(ChatMessageStoreError, ValueError):
-    """
-    An import file was changed or cut off, or has another format. Nothing of it was imported.
-    """
+    """An import file was changed or cut off, or has another format. Nothing of it was imported."""

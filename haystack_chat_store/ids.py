@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The ids that messages carry in their `meta`.
-"""
+"""The ids that messages carry in their `meta`."""
 
 import os
 import time
@@ -26,16 +24,12 @@ def new_message_id() -> str:
 
 
 def message_id_of(message: ChatMessage) -> str | int | None:
-    """
-    Return a message's id, or `None` if its meta has no usable id.
-    """
+    """Return a message's id, or `None` if its meta has no usable id."""
     return _id_in(message, MESSAGE_ID_KEY)
 
 
 def question_id_of(message: ChatMessage) -> str | int | None:
-    """
-    Return the id of the question that a message was produced for, or `None` if the message names no question.
-    """
+    """Return the id of the question that a message was produced for, or `None` if the message names no question."""
     return _id_in(message, QUESTION_ID_KEY)
 
 

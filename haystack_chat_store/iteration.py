@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Walks through all stored rows of a store, in memory that does not grow with the store.
-"""
+"""Walks through all stored rows of a store, in memory that does not grow with the store."""
 
 from collections.abc import Iterator, Sequence
 

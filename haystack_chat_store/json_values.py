@@ -156,9 +156,7 @@ def is_plain(data: Any, depth: int = MAX_DEPTH - 10) -> bool:
 
 
 def has_long_number(text: str) -> bool:
-    """
-    Whether JSON text contains more than 4,300 digits in a row, in an integer or inside a text.
-    """
+    """Whether JSON text contains more than 4,300 digits in a row, in an integer or inside a text."""
     return len(text) > MAX_DIGITS and _LONG_NUMBER.search(text) is not None
 
 
@@ -194,9 +192,7 @@ def json_value(value: Any, path: _Path, replace: Replace, depth: int = MAX_DEPTH
 
 
 def shown(path: _Path) -> str:
-    """
-    Return a path as an error shows it, such as `messages[2].meta['usage']['x']`.
-    """
+    """Return a path as an error shows it, such as `messages[2].meta['usage']['x']`."""
     steps = []
     while len(path) == 2:
         path, step = path
@@ -205,9 +201,7 @@ def shown(path: _Path) -> str:
 
 
 def repr_of(value: Any) -> str:
-    """
-    Return the `repr` of a value, cut to 1,000 characters. A `repr` that fails is replaced by the default one.
-    """
+    """Return the `repr` of a value, cut to 1,000 characters. A `repr` that fails is replaced by the default one."""
     try:
         return repr(value)[:_MAX_REPR_LENGTH]
     except Exception:  # an object's own method may raise anything

@@ -53,16 +53,12 @@ def validated_store(store: Any) -> ChatMessageStore:
 
 
 def last_k_unit(store: ChatMessageStore) -> LastKUnit:
-    """
-    Return the unit of a store's `last_k`. A store without `last_k_unit` is treated as one that counts messages.
-    """
+    """Return the unit of a store's `last_k`. A store without `last_k_unit` is treated as one that counts messages."""
     return "round" if getattr(store, "last_k_unit", None) == "round" else "message"
 
 
 def default_last_k(store: ChatMessageStore) -> int | None:
-    """
-    Return a store's own `last_k`. A store without `last_k` is treated as one that returns whole histories.
-    """
+    """Return a store's own `last_k`. A store without `last_k` is treated as one that returns whole histories."""
     last_k: int | None = getattr(store, "last_k", None)
     return last_k
 
@@ -135,26 +131,20 @@ def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_cou
 async def write_async(
     store: ChatMessageStore, chat_history_id: str, messages: list[ChatMessage], **options: Any
 ) -> int:
-    """
-    Await a store's `write_messages_async`. If the store has none, run `write_messages` in a thread.
-    """
+    """Await a store's `write_messages_async`. If the store has none, run `write_messages` in a thread."""
     if isinstance(store, AsyncChatMessageStore):
         return await store.write_messages_async(chat_history_id, messages, **options)
     return await asyncio.to_thread(store.write_messages, chat_history_id, messages, **options)
 
 
 def close(store: ChatMessageStore) -> None:
-    """
-    Close a store, if it has `close`.
-    """
+    """Close a store, if it has `close`."""
     if hasattr(store, "close"):
         store.close()
 
 
 async def close_async(store: ChatMessageStore) -> None:
-    """
-    Close a store, if it has `close` or `close_async`, without blocking the event loop.
-    """
+    """Close a store, if it has `close` or `close_async`, without blocking the event loop."""
     if hasattr(store, "close_async"):
         await store.close_async()
     else:

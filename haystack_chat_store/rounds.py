@@ -80,9 +80,7 @@ def window_start(roles: Sequence[str], window: Window) -> tuple[int, int]:
 
 
 def round_starts(messages: Sequence[ChatMessage]) -> list[int]:
-    """
-    Return the indexes of the messages at which rounds begin.
-    """
+    """Return the indexes of the messages at which rounds begin."""
     return [index for index, message in enumerate(messages) if message.role is ChatRole.USER]
 
 
@@ -249,9 +247,7 @@ def valid_for_model(history: Sequence[ChatMessage], current_messages: Sequence[C
 
 
 def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """
-    Leave out the assistant and tool messages before the first question.
-    """
+    """Leave out the assistant and tool messages before the first question."""
     for index, message in enumerate(history):
         if _is_question(message):
             return [*(message for message in history[:index] if message.role is ChatRole.SYSTEM), *history[index:]]
@@ -259,7 +255,5 @@ def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 def _is_question(message: ChatMessage) -> bool:
-    """
-    Whether this is a user message that is not blank.
-    """
+    """Whether this is a user message that is not blank."""
     return message.role is ChatRole.USER and says_something(without_rejected_parts(message, ()))

@@ -119,9 +119,7 @@ def _texts_of_dicts(parts: list[dict[str, Any]]) -> Iterator[Any]:
 
 
 class _FoldingTable(dict[int, str]):
-    """
-    A table for `str.translate`, filled as characters occur. Known characters are translated in C code.
-    """
+    """A table for `str.translate`, filled as characters occur. Known characters are translated in C code."""
 
     def __missing__(self, codepoint: int) -> str:
         character = chr(codepoint)
@@ -326,7 +324,5 @@ def _start_of_term(text: str, index: int) -> int:
 
 
 def _extra_terms(left: str, right: str) -> int:
-    """
-    Return how many more terms two parts of a text have than the whole, because the cut splits a word.
-    """
+    """Return how many more terms two parts of a text have than the whole, because the cut splits a word."""
     return len(terms(left)) + len(terms(right)) - len(terms(left + right))

@@ -19,9 +19,7 @@ _SIGNATURES_KEY = "thought_signatures"
 
 
 def answers_of(messages: Sequence[ChatMessage], index: int) -> Sequence[ChatMessage]:
-    """
-    Return the tool messages of the exchange that begins at `index`. If none begins there, the result is empty.
-    """
+    """Return the tool messages of the exchange that begins at `index`. If none begins there, the result is empty."""
     if messages[index].role is not ChatRole.ASSISTANT or not messages[index].tool_calls:
         return ()
     end = index + 1

@@ -87,97 +87,67 @@ class ChatMessageStore(Protocol):
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        Serialize the store's settings.
-        """
+        """Serialize the store's settings."""
         ...
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ChatMessageStore":
-        """
-        Create a store from the result of `to_dict`.
-        """
+        """Create a store from the result of `to_dict`."""
         ...
 
     def count_messages(self, chat_history_id: str) -> int:
-        """
-        Return the number of messages in a history.
-        """
+        """Return the number of messages in a history."""
         ...
 
     def write_messages(self, chat_history_id: str, messages: list[ChatMessage]) -> int:
-        """
-        Append messages to a history and return how many were written.
-        """
+        """Append messages to a history and return how many were written."""
         ...
 
     def retrieve_messages(self, chat_history_id: str, last_k: int | None = None) -> list[ChatMessage]:
-        """
-        Return the end of a history, oldest message first.
-        """
+        """Return the end of a history, oldest message first."""
         ...
 
     def delete_messages(self, chat_history_id: str) -> None:
-        """
-        Delete a history.
-        """
+        """Delete a history."""
         ...
 
     def delete_all_messages(self) -> None:
-        """
-        Delete every history.
-        """
+        """Delete every history."""
         ...
 
 
 @runtime_checkable
 class AsyncChatMessageStore(ChatMessageStore, Protocol):
-    """
-    A `ChatMessageStore` that also has the asynchronous methods. All stores of this package have them.
-    """
+    """A `ChatMessageStore` that also has the asynchronous methods. All stores of this package have them."""
 
     async def count_messages_async(self, chat_history_id: str) -> int:
-        """
-        Return the number of messages in a history.
-        """
+        """Return the number of messages in a history."""
         ...
 
     async def write_messages_async(self, chat_history_id: str, messages: list[ChatMessage]) -> int:
-        """
-        Append messages to a history and return how many were written.
-        """
+        """Append messages to a history and return how many were written."""
         ...
 
     async def retrieve_messages_async(self, chat_history_id: str, last_k: int | None = None) -> list[ChatMessage]:
-        """
-        Return the end of a history, oldest message first.
-        """
+        """Return the end of a history, oldest message first."""
         ...
 
     async def delete_messages_async(self, chat_history_id: str) -> None:
-        """
-        Delete a history.
-        """
+        """Delete a history."""
         ...
 
     async def delete_all_messages_async(self) -> None:
-        """
-        Delete every history.
-        """
+        """Delete every history."""
         ...
 
 
 class Result:
-    """
-    The base of the results of stores: frozen dataclasses that can be turned into JSON.
-    """
+    """The base of the results of stores: frozen dataclasses that can be turned into JSON."""
 
     __slots__ = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        Return the fields as a dictionary of JSON values. Times are ISO 8601 text.
-        """
+        """Return the fields as a dictionary of JSON values. Times are ISO 8601 text."""
         return {field.name: _json_ready(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]  # all subclasses are dataclasses
 
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Validates arguments: each function returns an argument in the form that stores use, or raises a `ValueError`.
-"""
+"""Validates arguments: each function returns an argument in the form that stores use, or raises a `ValueError`."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -98,9 +96,7 @@ def validated_seconds(value: Any, name: str, minimum: float = 0.001, maximum: fl
 
 
 def validated_position(value: Any, name: str, least: int) -> int | None:
-    """
-    Return a position, or `None`. Positions beyond the end of every history become `MAX_POSITION`.
-    """
+    """Return a position, or `None`. Positions beyond the end of every history become `MAX_POSITION`."""
     return None if value is None else min(validated_number(value, name, least), MAX_POSITION)
 
 

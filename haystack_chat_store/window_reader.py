@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Reads the part of a history that a model is shown.
-"""
+"""Reads the part of a history that a model is shown."""
 
 import asyncio
 from bisect import bisect_left
@@ -78,9 +76,7 @@ class WindowReader:
         self.window_step = window_step
 
     def warm_up(self) -> None:
-        """
-        Warm up the token counter, if it can be warmed up.
-        """
+        """Warm up the token counter, if it can be warmed up."""
         counter: Any = self.token_counter
         if hasattr(counter, "warm_up"):
             counter.warm_up()
@@ -118,9 +114,7 @@ class WindowReader:
         current_messages: Sequence[ChatMessage] = (),
         last_k: int | None = None,
     ) -> list[ChatMessage]:
-        """
-        Do what `read` does, without blocking the event loop: neither for the store nor for the token counter.
-        """
+        """Do what `read` does, without blocking the event loop: neither for the store nor for the token counter."""
         reads = self._reads(store, current_messages, last_k)
         next_last_k, window = _advance(reads)
         while window is None:
@@ -148,9 +142,7 @@ class WindowReader:
             count *= _PAGE_GROWTH
 
     def _newest_that_fit(self, page: list[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-        """
-        Return the newest part of a page that fits `max_tokens`, in question order.
-        """
+        """Return the newest part of a page that fits `max_tokens`, in question order."""
         history = in_question_order(page)
         counter, max_tokens = self.token_counter, self.max_tokens
         if counter is None or max_tokens is None:
@@ -189,9 +181,7 @@ class WindowReader:
 
 
 def _advance(reads: _Reads, page: list[ChatMessage] | None = None) -> tuple[int | None, list[ChatMessage] | None]:
-    """
-    Pass on the page that was read, and return the `last_k` of the next read or, after the last read, the window.
-    """
+    """Pass on the page that was read, and return the `last_k` of the next read or, after the last read, the window."""
     try:
         return (next(reads) if page is None else reads.send(page)), None
     except StopIteration as done:
@@ -219,7 +209,5 @@ def _whole_rounds(store: ChatMessageStore, last_k: int | None) -> _Reads:
 
 
 def _size(messages: Sequence[ChatMessage], store: ChatMessageStore) -> int:
-    """
-    Return the number of rounds or messages, in the store's unit of `last_k`.
-    """
+    """Return the number of rounds or messages, in the store's unit of `last_k`."""
     return len(round_starts(messages)) if protocol_calls.last_k_unit(store) == "round" else len(messages)

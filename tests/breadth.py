@@ -63,9 +63,7 @@ WAYS = {"calls", "moving"}
 
 
 def is_left_to_full(item: pytest.Item) -> bool:
-    """
-    Whether a collected test of the contract is left to the full suite.
-    """
+    """Whether a collected test of the contract is left to the full suite."""
     if not (isinstance(item, pytest.Function) and item.cls and issubclass(item.cls, ContractTest)):
         return False
     breadth = getattr(item.cls, "breadth", WHOLE)

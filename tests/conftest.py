@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What all tests take: how many of them run, and servers that they share.
-"""
+"""What all tests take: how many of them run, and servers that they share."""
 
 import gc
 import os

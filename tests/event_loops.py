@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What an event loop does beside a call.
-"""
+"""What an event loop does beside a call."""
 
 import asyncio
 import time

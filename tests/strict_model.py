@@ -15,9 +15,7 @@ from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextCo
 
 
 def problems(messages: list[ChatMessage]) -> list[str]:
-    """
-    Return why a strict provider would refuse the conversation; nothing if it would not.
-    """
+    """Return why a strict provider would refuse the conversation; nothing if it would not."""
     found: list[str] = []
     if [message.role for message in messages if message.role != ChatRole.SYSTEM][:1] not in ([], [ChatRole.USER]):
         found.append("somebody else speaks before the user")
@@ -38,9 +36,7 @@ def problems(messages: list[ChatMessage]) -> list[str]:
 
 
 def problems_when_asked(messages: list[ChatMessage]) -> list[str]:
-    """
-    Return why a strict provider would refuse to answer the conversation, which has to be the model's turn, too.
-    """
+    """Return why a strict provider would refuse to answer the conversation, which has to be the model's turn, too."""
     found = problems(messages)
     if not any(message.role == ChatRole.USER for message in messages):
         found.append("no user has said anything")
@@ -64,17 +60,13 @@ def _own_problems(message: ChatMessage) -> Iterator[str]:
 
 
 def call_key(call: ToolCall) -> str:
-    """
-    Return what a call and its result have in common: the id or, without one, the tool and its arguments.
-    """
+    """Return what a call and its result have in common: the id or, without one, the tool and its arguments."""
     return json.dumps([call.id] if call.id is not None else [call.tool_name, call.arguments], sort_keys=True)
 
 
 @component
 class StrictChatGenerator:
-    """
-    Answers with all that the user has said so far, and raises if a strict provider would refuse to answer.
-    """
+    """Answers with all that the user has said so far, and raises if a strict provider would refuse to answer."""
 
     @component.output_types(replies=list[ChatMessage])
     def run(self, messages: list[ChatMessage]) -> dict[str, list[ChatMessage]]:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Messages to JSON text and back: lossless, readable by anyone, and refused by name where that is impossible.
-"""
+"""Messages to JSON text and back: lossless, readable by anyone, and refused by name where that is impossible."""
 
 import base64
 import copy
@@ -84,9 +82,7 @@ def with_id(message, message_id="id-1"):
 
 
 def exactly(message):
-    """
-    Return what tells a message from any other, also 1 from True and from 1.0.
-    """
+    """Return what tells a message from any other, also 1 from True and from 1.0."""
     return type(message), repr([type(part) for part in message._content]), repr(message.to_dict())
 
 

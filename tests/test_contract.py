@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Every store of this package keeps the contract.
-"""
+"""Every store of this package keeps the contract."""
 
 import json
 import time
@@ -18,9 +16,7 @@ from haystack_chat_store.testing.messages import conversation, positions, user, 
 
 
 class OurContract(ChatMessageStoreContract, ManagementContract):
-    """
-    Where the contract leaves a choice, all our stores make the same one.
-    """
+    """Where the contract leaves a choice, all our stores make the same one."""
 
     @pytest.mark.parametrize("iterable", [tuple, iter, lambda messages: (message for message in messages)])
     def test_any_iterable_is_written_whole(self, store, calls, iterable):

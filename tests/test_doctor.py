@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The doctor finds what is damaged in a store, and removes nothing that it has not saved.
-"""
+"""The doctor finds what is damaged in a store, and removes nothing that it has not saved."""
 
 import asyncio
 import json
@@ -47,9 +45,7 @@ def store(path):
 
 
 def damage(path, chat_history_id, position, **columns):
-    """
-    Overwrite columns of a stored message, as other software could.
-    """
+    """Overwrite columns of a stored message, as other software could."""
     changes = ", ".join(f"{column} = ?" for column in columns)
     with sqlite3.connect(path) as connection:
         (key,) = connection.execute(

@@ -32,9 +32,7 @@ OURS = SimpleNamespace(store=InMemoryChatMessageStore, retriever=ChatMessageRetr
 
 @pytest.fixture(autouse=True)
 def empty_stores():
-    """
-    Both keep histories as long as the process, and the examples write to the default ones.
-    """
+    """Both keep histories as long as the process, and the examples write to the default ones."""
     yield
     ExperimentalStore().delete_all_messages()
     InMemoryChatMessageStore().delete_all_messages()
@@ -77,9 +75,7 @@ class TestExamples:
 
 
 class MetAtTheDoor(list):
-    """
-    Messages that are read only once all threads have begun to read theirs.
-    """
+    """Messages that are read only once all threads have begun to read theirs."""
 
     def __init__(self, messages, door):
         super().__init__(messages)
@@ -91,9 +87,7 @@ class MetAtTheDoor(list):
 
 
 def written_by_threads(kind, threads=4, turns=25):
-    """
-    Return all messages of a history that several threads wrote to at the same time, one message at a time each.
-    """
+    """Return all messages of a history that several threads wrote to at the same time, one message at a time each."""
     store, door = kind.store(last_k=None), threading.Barrier(threads)
 
     def write(name):

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-A forked program behaves as one that a fresh interpreter runs: nearly every test here is for both.
-"""
+"""A forked program behaves as one that a fresh interpreter runs: nearly every test here is for both."""
 
 import contextlib
 import os

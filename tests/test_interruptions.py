@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Ctrl-C, signal handlers and finalizers: what comes in the middle of a call does no harm to the calls after it.
-"""
+"""Ctrl-C, signal handlers and finalizers: what comes in the middle of a call does no harm to the calls after it."""
 
 import gc
 import itertools
@@ -35,9 +33,7 @@ MAX_ATTEMPTS = 20_000
 
 @pytest.fixture(autouse=True)
 def hang_guard():
-    """
-    Let a test fail that waits for itself. The timer of SIGALRM is left to the tests.
-    """
+    """Let a test fail that waits for itself. The timer of SIGALRM is left to the tests."""
 
     def hang(signum, frame):
         signal.signal(signal.SIGALRM, signal.SIG_IGN)  # or it would interrupt pytest
@@ -54,25 +50,19 @@ def hang_guard():
 
 @pytest.fixture
 def enough_hits(request):
-    """
-    How many interruptions must have met a write where it changes the history, which is a small part of a call.
-    """
+    """How many interruptions must have met a write where it changes the history, which is a small part of a call."""
     return 20 if request.config.getoption("--full") else 5
 
 
 @pytest.fixture
 def seconds(request):
-    """
-    How long to interrupt calls.
-    """
+    """How long to interrupt calls."""
     return 3 if request.config.getoption("--full") else 1
 
 
 @pytest.fixture
 def on_alarm():
-    """
-    Set what SIGALRM does.
-    """
+    """Set what SIGALRM does."""
     before = signal.getsignal(signal.SIGALRM)
     yield lambda handler: signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -95,9 +85,7 @@ def call_with_alarm(call, seconds):
 
 
 def duration(call):
-    """
-    Return how long a call takes when nothing interrupts it: the best of three.
-    """
+    """Return how long a call takes when nothing interrupts it: the best of three."""
     measured = []
     for _ in range(3):
         started = time.perf_counter()
@@ -115,9 +103,7 @@ def is_within_write(frame):
 
 
 def batch_of(size, number):
-    """
-    Questions and answers, each with an id.
-    """
+    """Questions and answers, each with an id."""
     return [
         made(f"{number}.{index}", meta={MESSAGE_ID_KEY: f"{number}.{index}"})
         for index, made in zip(range(size), itertools.cycle([ChatMessage.from_user, ChatMessage.from_assistant]))

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-From SQLite to a server: one line of code or one block of YAML, as the documentation says, and nothing else.
-"""
+"""From SQLite to a server: one line of code or one block of YAML, as the documentation says, and nothing else."""
 
 import os
 import re

@@ -23,9 +23,7 @@ def _examples_on_path(monkeypatch):
 
 @pytest.fixture
 def _registered(monkeypatch, tmp_path):
-    """
-    A project that registers the store, as an installer leaves it.
-    """
+    """A project that registers the store, as an installer leaves it."""
     metadata = tmp_path / "own_store-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: own-store\nVersion: 1.0\n")

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Behaviour that has been wrong once and is easily broken again.
-"""
+"""Behaviour that has been wrong once and is easily broken again."""
 
 import asyncio
 import base64
@@ -39,9 +37,7 @@ SECRET = " ".join(["my", "password", "is", "4711"])
 
 
 def forks(test):
-    """
-    Mark a test that forks while it has other threads.
-    """
+    """Mark a test that forks while it has other threads."""
     test = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")(test)
     return pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork on this platform")(test)
 
@@ -68,9 +64,7 @@ def new_sqlite_store(tmp_path):
 
 @pytest.fixture(params=["run", "run_async"])
 def run(request):
-    """
-    Run a component in one of the two ways.
-    """
+    """Run a component in one of the two ways."""
 
     def run(component, *arguments, **more):
         made = getattr(component, request.param)(*arguments, **more)
@@ -157,9 +151,7 @@ def test_parallel_calls_with_empty_ids_are_paired_by_name_and_arguments():
 
 @contextmanager
 def locked(path):
-    """
-    Hold the file's write lock, as another process may.
-    """
+    """Hold the file's write lock, as another process may."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield
@@ -214,9 +206,7 @@ def test_closing_lets_queued_writes_finish_and_leaves_no_file_open(new_sqlite_st
 
 
 def in_child(function):
-    """
-    Return what a function returns in a forked child; of what it raises, the class's name and the message.
-    """
+    """Return what a function returns in a forked child; of what it raises, the class's name and the message."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -239,9 +229,7 @@ def in_child(function):
 
 @contextmanager
 def lent(store, until=None):
-    """
-    Have another thread hold a connection in the middle of a write: until the end, or until something else.
-    """
+    """Have another thread hold a connection in the middle of a write: until the end, or until something else."""
     is_lent, is_over = threading.Event(), until or threading.Event()
 
     def hold():
@@ -438,9 +426,7 @@ def test_integers_are_stored_with_all_their_digits_where_python_converts_few(sto
 
 
 class OddText(str):
-    """
-    Text whose methods say something else than it does.
-    """
+    """Text whose methods say something else than it does."""
 
     __slots__ = ()
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What stores return, and the errors they raise, as programs meet them.
-"""
+"""What stores return, and the errors they raise, as programs meet them."""
 
 import json
 import pickle

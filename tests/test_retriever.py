@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-ChatMessageRetriever: the end of a history with the messages of this turn around it, as a model accepts it.
-"""
+"""ChatMessageRetriever: the end of a history with the messages of this turn around it, as a model accepts it."""
 
 import asyncio
 import copy
@@ -46,9 +44,7 @@ def store():
 
 @pytest.fixture
 def rounds(store):
-    """
-    Four rounds of one question and one answer each.
-    """
+    """Four rounds of one question and one answer each."""
     for number in range(4):
         store.write_messages("h", [USER(f"q{number}"), ASSISTANT(f"a{number}")])
 
@@ -58,9 +54,7 @@ def texts(messages):
 
 
 class MinimalStore:
-    """
-    What the protocol asks for and no more. Keeps one history.
-    """
+    """What the protocol asks for and no more. Keeps one history."""
 
     def __init__(self, messages=()):
         self.messages = list(messages)
@@ -273,9 +267,7 @@ class TestValidForTheModel:
 
 
 class TestBudget:
-    """
-    What is counted here are characters; what fits is for the tests of the window reader to say.
-    """
+    """What is counted here are characters; what fits is for the tests of the window reader to say."""
 
     def test_the_newest_rounds_that_fit_beside_the_current_messages(self, run, store, rounds):
         retriever = ChatMessageRetriever(store, max_tokens=10, token_counter=CharacterCounter())
@@ -326,9 +318,7 @@ def test_a_window_step_moves_the_start_only_by_whole_steps(run, store, rounds):
 
 
 class CharacterCounter:
-    """
-    Counts characters instead of tokens.
-    """
+    """Counts characters instead of tokens."""
 
     def count(self, messages, tools=None):
         return sum(len(message.text or "") for message in messages)

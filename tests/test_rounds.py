@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The rules of conversations: rounds, windows, what a model accepts.
-"""
+"""The rules of conversations: rounds, windows, what a model accepts."""
 
 import asyncio
 import copy
@@ -330,9 +328,7 @@ class TestStrictModel:
 
 
 def of_run(question, *numbers):
-    """
-    What a run for a question produced: assistant messages with these numbers as texts.
-    """
+    """What a run for a question produced: assistant messages with these numbers as texts."""
     return [ChatMessage.from_assistant(number, meta={QUESTION_ID_KEY: question}) for number in numbers]
 
 
@@ -482,9 +478,7 @@ after_a_question = any_conversations.map(lambda conversation: [QUESTION, *conver
 
 
 def pairs(messages):
-    """
-    Return (index of the call's message, index of its result's message) for each call that has a result.
-    """
+    """Return (index of the call's message, index of its result's message) for each call that has a result."""
     found = []
     for index, message in enumerate(messages):
         ids = {call.id for call in message.tool_calls if call.id is not None}
@@ -586,9 +580,7 @@ ids = st.sampled_from(["1", "2", "3"])
 
 @st.composite
 def marked_histories(draw):
-    """
-    Conversations with ids that may be missing or come again, and marks that point anywhere.
-    """
+    """Conversations with ids that may be missing or come again, and marks that point anywhere."""
     history = []
     for message in draw(any_conversations):
         keys = {MESSAGE_ID_KEY: draw(st.none() | ids), QUESTION_ID_KEY: draw(st.none() | st.none() | ids)}
@@ -623,9 +615,7 @@ def test_in_question_order_what_a_run_said_stands_somewhere_behind_its_question(
 @untimed
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=20))
 def test_in_question_order_runs_at_the_same_time_look_like_runs_in_turn(events):
-    """
-    Each event is something that the run of a question stores: first its question, then what it said.
-    """
+    """Each event is something that the run of a question stores: first its question, then what it said."""
     history, runs = [], {}
     for run, is_call in events:
         mark = {QUESTION_ID_KEY: str(run)}

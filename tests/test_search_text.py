@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: RUF001  (letters that look like others are what this is about)
-"""
-What search means: the terms of texts, the phrases of queries, and what matches what. SQLite's FTS5 agrees.
-"""
+"""What search means: the terms of texts, the phrases of queries, and what matches what. SQLite's FTS5 agrees."""
 
 import base64
 import random
@@ -447,9 +445,7 @@ def test_snippet_contains_the_match_wherever_it_is(filling, count):
 @settings(untimed, max_examples=number_of_examples(500))
 @given(st.lists(texts, max_size=8).map(" ".join), st.integers(0, 40), st.integers(1, 6), st.integers(1, 60))
 def test_snippet_has_the_terms_of_the_match(text, start, count, length):
-    """
-    Not more than the terms, for what has no blanks may be cut within a word, or within what makes one character.
-    """
+    """Not more than the terms, for what has no blanks may be cut within a word, or within what makes one character."""
     text_terms = terms(text)[start : start + count]
     if not text_terms:
         return

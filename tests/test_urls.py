@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-One line of configuration becomes a store.
-"""
+"""One line of configuration becomes a store."""
 
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-How much of a history a model is shown: rounds, tokens, steps, pages.
-"""
+"""How much of a history a model is shown: rounds, tokens, steps, pages."""
 
 import asyncio
 import threading
@@ -27,9 +25,7 @@ USER, ASSISTANT = ChatMessage.from_user, ChatMessage.from_assistant
 
 
 class MessageCounter:
-    """
-    Counts messages instead of tokens.
-    """
+    """Counts messages instead of tokens."""
 
     def __init__(self):
         self.counted = []
@@ -42,9 +38,7 @@ class MessageCounter:
 
 
 class RecordingStore(InMemoryChatMessageStore):
-    """
-    Notes which reads it was asked for.
-    """
+    """Notes which reads it was asked for."""
 
     def __init__(self, **settings):
         super().__init__(**{"skip_system_messages": False, "last_k": None, "namespace": uuid.uuid4().hex, **settings})
@@ -141,9 +135,7 @@ class TestRounds:
 
 
 def turn(number, *shape):
-    """
-    A question and what its run produced: `h` is a user message of a hook, any other letter a reply.
-    """
+    """A question and what its run produced: `h` is a user message of a hook, any other letter a reply."""
     marks = {QUESTION_ID_KEY: f"q{number}"}
     produced = [USER("hint", meta=marks) if kind == "h" else ASSISTANT(f"{kind}{number}", meta=marks) for kind in shape]
     return [USER(f"q{number}", meta={MESSAGE_ID_KEY: f"q{number}"}), *produced]
@@ -154,9 +146,7 @@ def said(messages):
 
 
 class TestWholeTurns:
-    """
-    A window that would begin in the middle of a turn begins at its question.
-    """
+    """A window that would begin in the middle of a turn begins at its question."""
 
     @pytest.mark.parametrize(
         ("last_k", "start", "asked"),
@@ -297,9 +287,7 @@ class TestBudget:
 
 
 class TestPages:
-    """
-    Without `last_k`, only `max_tokens` says how much is read.
-    """
+    """Without `last_k`, only `max_tokens` says how much is read."""
 
     def test_grow_until_one_does_not_fit(self, read):
         store = store_with("ua" * 1000)
@@ -335,9 +323,7 @@ class TestPages:
 
 class TestWindowStep:
     def starts(self, reader, turns, store=None):
-        """
-        Return where the window begins, in rounds, as a conversation grows.
-        """
+        """Return where the window begins, in rounds, as a conversation grows."""
         store, found = store or RecordingStore(), []
         for turn in range(turns):
             found.append(USER("q") if not (window := reader.read(store, "h")) else window[0])
@@ -379,9 +365,7 @@ class TestWindowStep:
 
 
 def stored(history, unit="round"):
-    """
-    Return a store with the history, and the history as it has it.
-    """
+    """Return a store with the history, and the history as it has it."""
     store = InMemoryChatMessageStore(False, last_k=None, last_k_unit=unit, namespace="window reader")
     store.delete_all_messages()
     store.write_messages("h", history)

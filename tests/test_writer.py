@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-ChatMessageWriter: the messages of a turn, and the replies to them, as one batch.
-"""
+"""ChatMessageWriter: the messages of a turn, and the replies to them, as one batch."""
 
 import asyncio
 import copy
@@ -47,9 +45,7 @@ def writer(store):
 
 
 class RecordingStore(MinimalStore):
-    """
-    Keeps the batches it is given apart.
-    """
+    """Keeps the batches it is given apart."""
 
     def __init__(self):
         super().__init__()

@@ -109,9 +109,7 @@ class AgentRun:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "AgentRun":
-        """
-        Restore a record from the result of `to_dict`.
-        """
+        """Restore a record from the result of `to_dict`."""
         unsaved = [ChatMessage.from_dict(message) for message in data["unsaved"]]
         return cls(**{**data, "given": set(data["given"]), "known": set(data["known"]), "unsaved": unsaved})
 
@@ -140,9 +138,7 @@ def begin_run(state: State) -> AgentRun:
 
 
 def run_of(state: State) -> AgentRun:
-    """
-    Return the run's record. If it does not exist yet, create it from the run's messages.
-    """
+    """Return the run's record. If it does not exist yet, create it from the run's messages."""
     run = (state.data.get("hook_context") or {}).get(_RUN_KEY)
     if not isinstance(run, AgentRun):
         run = begin_run(state)
@@ -153,9 +149,7 @@ def run_of(state: State) -> AgentRun:
 
 
 def set_messages(state: State, messages: list[ChatMessage]) -> None:
-    """
-    Replace the messages of a run, even if its schema says that new messages are appended.
-    """
+    """Replace the messages of a run, even if its schema says that new messages are appended."""
     state.set("messages", messages, handler_override=replace_values)
 
 
@@ -182,23 +176,17 @@ def correct_result(state: State, reason: str | None) -> None:
 
 
 def is_compacted(message: ChatMessage) -> bool:
-    """
-    Whether a compactor created the message from other messages.
-    """
+    """Whether a compactor created the message from other messages."""
     return _COMPACTION_KEY in message.meta
 
 
 def is_said(message: ChatMessage) -> bool:
-    """
-    Whether a message belongs in the history. System messages and messages that a compactor created do not.
-    """
+    """Whether a message belongs in the history. System messages and messages that a compactor created do not."""
     return message.role is not ChatRole.SYSTEM and not is_compacted(message)
 
 
 def message_id(message: ChatMessage) -> Any:
-    """
-    Return a message's id, or `None` if it has none.
-    """
+    """Return a message's id, or `None` if it has none."""
     return message.meta.get(MESSAGE_ID_KEY)
 
 
@@ -227,9 +215,7 @@ def with_new_id(message: ChatMessage) -> ChatMessage:
 
 
 def last_question_id(messages: Sequence[ChatMessage]) -> str | None:
-    """
-    Return the question's id of the last user message: the id that it names or, if it names none, its own.
-    """
+    """Return the question's id of the last user message: the id that it names or, if it names none, its own."""
     for message in reversed(messages):
         if message.role is ChatRole.USER and is_said(message):
             question_id: str = message.meta.get(QUESTION_ID_KEY) or message_id(message)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Finds a turn that a run began, and tells whether it was completed and, if not, where to go on.
-"""
+"""Finds a turn that a run began, and tells whether it was completed and, if not, where to go on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,9 +29,7 @@ def turn_of(messages: Sequence[ChatMessage], question_id: str | None) -> list[Ch
 
 
 def is_whole(turn: Sequence[ChatMessage]) -> bool:
-    """
-    Whether a turn begins with its question, not with a user message that a hook added later.
-    """
+    """Whether a turn begins with its question, not with a user message that a hook added later."""
     return bool(turn) and turn[0].role is ChatRole.USER and _question_id(turn[0]) is None
 
 
@@ -74,9 +70,7 @@ def exit_reason(messages: Sequence[ChatMessage], exit_conditions: Sequence[str])
 
 
 def without_open_step(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """
-    Return the messages without a step at their end that has no results yet. The model repeats this step.
-    """
+    """Return the messages without a step at their end that has no results yet. The model repeats this step."""
     end = len(messages)
     while end > 0 and messages[end - 1].tool_calls:
         end -= 1

@@ -109,9 +109,7 @@ class ChatHistoryLoader:
             read.messages = await read.reader.read_async(self.chat_message_store, run.chat_history_id, read.current)
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        Serialize the hook, its store and its token counter.
-        """
+        """Serialize the hook, its store and its token counter."""
         return default_to_dict(
             self,
             chat_message_store=self.chat_message_store,
@@ -133,21 +131,15 @@ class ChatHistoryLoader:
         return protocol_calls.component_from_dict(cls, data)
 
     def warm_up(self) -> None:
-        """
-        Warm up the token counter, if it can be warmed up.
-        """
+        """Warm up the token counter, if it can be warmed up."""
         self._window_reader(self.last_k).warm_up()
 
     def close(self) -> None:
-        """
-        Close the store. The next run opens it again.
-        """
+        """Close the store. The next run opens it again."""
         protocol_calls.close(self.chat_message_store)
 
     async def close_async(self) -> None:
-        """
-        Do what `close` does, without blocking the event loop.
-        """
+        """Do what `close` does, without blocking the event loop."""
         await protocol_calls.close_async(self.chat_message_store)
 
     def _loading(self, state: State, run: AgentRun) -> Generator["_Read", None, None]:
@@ -215,9 +207,7 @@ class ChatHistoryLoader:
 
 @dataclass
 class _Read:
-    """
-    One read of a history: its arguments and, afterwards, the messages that were read.
-    """
+    """One read of a history: its arguments and, afterwards, the messages that were read."""
 
     reader: WindowReader
     current: Sequence[ChatMessage] = ()

@@ -75,9 +75,7 @@ class ChatHistorySaver:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        Serialize the hook and its store.
-        """
+        """Serialize the hook and its store."""
         return default_to_dict(self, chat_message_store=self.chat_message_store, raise_on_failure=self.raise_on_failure)
 
     @classmethod
@@ -91,15 +89,11 @@ class ChatHistorySaver:
         return protocol_calls.component_from_dict(cls, data)
 
     def close(self) -> None:
-        """
-        Close the store. The next run opens it again.
-        """
+        """Close the store. The next run opens it again."""
         protocol_calls.close(self.chat_message_store)
 
     async def close_async(self) -> None:
-        """
-        Do what `close` does, without blocking the event loop.
-        """
+        """Do what `close` does, without blocking the event loop."""
         await protocol_calls.close_async(self.chat_message_store)
 
     def _attempts(self, run: AgentRun) -> Iterator["_Attempt"]:
@@ -135,9 +129,7 @@ class ChatHistorySaver:
 
 @dataclass
 class _Attempt:
-    """
-    One write: its messages and, afterwards, the number of messages written or the error that it failed with.
-    """
+    """One write: its messages and, afterwards, the number of messages written or the error that it failed with."""
 
     messages: list[ChatMessage]
     written: int | None = None

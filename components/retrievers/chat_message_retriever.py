@@ -87,9 +87,7 @@ class ChatMessageRetriever:
         self._window_reader()  # raises the ValueError of a wrong setting
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        Serialize the component, its store and its token counter.
-        """
+        """Serialize the component, its store and its token counter."""
         return default_to_dict(
             self,
             chat_message_store=self.chat_message_store,
@@ -158,21 +156,15 @@ class ChatMessageRetriever:
         return {"messages": valid_for_model(history, current)}
 
     def warm_up(self) -> None:
-        """
-        Warm up the token counter, if it can be warmed up.
-        """
+        """Warm up the token counter, if it can be warmed up."""
         self._window_reader().warm_up()
 
     def close(self) -> None:
-        """
-        Close the store. The next run opens it again.
-        """
+        """Close the store. The next run opens it again."""
         protocol_calls.close(self.chat_message_store)
 
     async def close_async(self) -> None:
-        """
-        Do what `close` does, without blocking the event loop.
-        """
+        """Do what `close` does, without blocking the event loop."""
         await protocol_calls.close_async(self.chat_message_store)
 
     def _window_reader(self) -> WindowReader:

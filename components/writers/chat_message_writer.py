@@ -43,9 +43,7 @@ class ChatMessageWriter:
         protocol_calls.write_options(self.chat_message_store, policy, None)
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        Serialize the component and its store.
-        """
+        """Serialize the component and its store."""
         return default_to_dict(self, chat_message_store=self.chat_message_store, policy=self.policy.name)
 
     @classmethod
@@ -120,13 +118,9 @@ class ChatMessageWriter:
         return {"messages_written": written}
 
     def close(self) -> None:
-        """
-        Close the store. The next run opens it again.
-        """
+        """Close the store. The next run opens it again."""
         protocol_calls.close(self.chat_message_store)
 
     async def close_async(self) -> None:
-        """
-        Do what `close` does, without blocking the event loop.
-        """
+        """Do what `close` does, without blocking the event loop."""
         await protocol_calls.close_async(self.chat_message_store)

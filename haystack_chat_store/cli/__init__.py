@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The command line: list, show, search, move and repair chat histories.
-"""
+"""The command line: list, show, search, move and repair chat histories."""
 
 import os
 import sys

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The commands.
-"""
+"""The commands."""
 
 import sys
 from collections.abc import Iterator
@@ -78,9 +76,7 @@ def ls(
     namespace: Namespace = "default",
     as_json: AsJson = False,
 ) -> None:
-    """
-    List histories, the latest change first.
-    """
+    """List histories, the latest change first."""
     if show_all and limit is not None:
         raise typer.BadParameter("Give --limit or --all, not both.")
     directory = DirectoryPrinter(terminal.output())
@@ -126,9 +122,7 @@ def show(
     namespace: Namespace = "default",
     as_json: AsJson = False,
 ) -> None:
-    """
-    Show the messages of a history.
-    """
+    """Show the messages of a history."""
     if [before is not None, after is not None, show_all].count(True) > 1:
         raise typer.BadParameter("Give one of --before, --after and --all.")
     if show_all and last is not None:
@@ -170,9 +164,7 @@ def search(
     namespace: Namespace = "default",
     as_json: AsJson = False,
 ) -> None:
-    """
-    Find messages by their words, the best match first.
-    """
+    """Find messages by their words, the best match first."""
     with open_store(store, namespace, search=True) as chat_store:
         with terminal.progress("Making the search index, once") as shown:
             chat_store.index_messages(shown)
@@ -195,9 +187,7 @@ def stats(
     namespace: Namespace = "default",
     as_json: AsJson = False,
 ) -> None:
-    """
-    Show totals, messages by day, and histories by size.
-    """
+    """Show totals, messages by day, and histories by size."""
     with open_store(store, namespace) as chat_store, terminal.progress("Counting") as shown:
         shown(0, None)
         statistics = chat_store.statistics(prefix=prefix)
@@ -219,9 +209,7 @@ def title(
     namespace: Namespace = "default",
     as_json: AsJson = False,
 ) -> None:
-    """
-    Show the title of a history, or set it.
-    """
+    """Show the title of a history, or set it."""
     if clear and text is not None:
         raise typer.BadParameter("Give a title or --clear, not both.")
     if text is not None and not text.strip():
@@ -358,9 +346,7 @@ def delete(
     namespace: Namespace = "default",
     as_json: AsJson = False,
 ) -> None:
-    """
-    Delete the named histories, or those with a prefix.
-    """
+    """Delete the named histories, or those with a prefix."""
     chat_history_ids = chosen_ids(histories, prefix, or_all=False)
     with open_store(store, namespace) as chat_store:
         if chat_history_ids is None:
@@ -396,9 +382,7 @@ def purge(
     namespace: Namespace = "default",
     as_json: AsJson = False,
 ) -> None:
-    """
-    Delete histories that have not changed for a long time.
-    """
+    """Delete histories that have not changed for a long time."""
     time = time_from(older_than)
     with open_store(store, namespace) as chat_store:
         if not yes:
@@ -541,9 +525,7 @@ def _report(done: str, moved: transfer.TransferResult, as_json: bool, console: C
 
 
 def _report_deleted(chat_histories: int, as_json: bool) -> None:
-    """
-    Print how many histories were deleted. Other writers may have changed the number since the question.
-    """
+    """Print how many histories were deleted. Other writers may have changed the number since the question."""
     if as_json:
         terminal.print_json({"chat_histories": chat_histories})
     else:

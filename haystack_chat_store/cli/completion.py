@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Shell completion: offers words that need no quotation marks, and prints nothing else.
-"""
+"""Shell completion: offers words that need no quotation marks, and prints nothing else."""
 
 import io
 import os
@@ -21,9 +19,7 @@ _BASH_WORD_BREAK = re.compile("[:=@]+")
 
 
 def is_plain(word: str) -> bool:
-    """
-    Whether a word needs no quotation marks in any shell.
-    """
+    """Whether a word needs no quotation marks in any shell."""
     return _PLAIN_WORD.fullmatch(word) is not None
 
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Prints the messages of a history.
-"""
+"""Prints the messages of a history."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -51,9 +49,7 @@ def print_messages(console: Console, examined: Iterable[ExaminedMessage], *, ful
 
 
 def local_time(time: datetime) -> str:
-    """
-    Return a time in the local time zone, to the minute.
-    """
+    """Return a time in the local time zone, to the minute."""
     with suppress(OverflowError, ValueError):  # the first and last days of the calendar have no local time
         time = time.astimezone()
     return time.replace(tzinfo=None).isoformat(" ", "minutes")
@@ -104,9 +100,7 @@ def _text(part: Part) -> Text:
 
 
 def _shortened(text: Text) -> Text:
-    """
-    Return the beginning of a long text, and the number of characters left out.
-    """
+    """Return the beginning of a long text, and the number of characters left out."""
     end = min(_MAX_CHARACTERS, _end_of_line(text.plain, _MAX_LINES))
     left_out = len(text.plain) - end
     if left_out <= 0:
@@ -124,9 +118,7 @@ def _end_of_line(text: str, count: int) -> int:
 
 
 class _PlainHeading(Heading):
-    """
-    A heading in bold, aligned left. Rich would centre it.
-    """
+    """A heading in bold, aligned left. Rich would centre it."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         self.text.justify = "left"
@@ -134,16 +126,12 @@ class _PlainHeading(Heading):
 
 
 class _SafeMarkdown(Markdown):
-    """
-    Markdown that hides nothing: link targets, images and HTML are shown as written, and line breaks are kept.
-    """
+    """Markdown that hides nothing: link targets, images and HTML are shown as written, and line breaks are kept."""
 
     elements = {**Markdown.elements, "heading_open": _PlainHeading}  # noqa: RUF012  (as in the base class)
 
     def __init__(self, text: str) -> None:
-        """
-        Parse Markdown text.
-        """
+        """Parse Markdown text."""
         super().__init__("", hyperlinks=False, code_theme="ansi_dark")
         parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable("image")
         self.markup = text
@@ -152,9 +140,7 @@ class _SafeMarkdown(Markdown):
 
 
 def _make_safe(tokens: Iterable[Token]) -> None:
-    """
-    Keep line breaks, and escape characters that were written as entities, such as `&#8238;`.
-    """
+    """Keep line breaks, and escape characters that were written as entities, such as `&#8238;`."""
     for token in tokens:
         if token.type == "softbreak":
             token.type = "hardbreak"

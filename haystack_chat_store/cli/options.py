@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The options and arguments of the commands, and opening the store that they name.
-"""
+"""The options and arguments of the commands, and opening the store that they name."""
 
 import os
 import re

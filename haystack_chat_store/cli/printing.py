@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Prints the directory, search hits, statistics and faults.
-"""
+"""Prints the directory, search hits, statistics and faults."""
 
 import re
 from collections import Counter
@@ -30,31 +28,23 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def plural(number: int, singular: str, plural: str) -> str:
-    """
-    Return a number and its noun.
-    """
+    """Return a number and its noun."""
     return f"{number:,} {singular if number == 1 else plural}"
 
 
 def amount(chat_histories: int, messages: int) -> str:
-    """
-    Return the numbers of histories and messages in words.
-    """
+    """Return the numbers of histories and messages in words."""
     histories = plural(chat_histories, "chat history", "chat histories")
     return f"{histories} with {plural(messages, 'message', 'messages')}"
 
 
 def history_fields(history: ChatHistoryInfo) -> dict[str, Any]:
-    """
-    Return the JSON object of a history.
-    """
+    """Return the JSON object of a history."""
     return history.to_dict()
 
 
 def message_fields(message: ExaminedMessage) -> dict[str, Any]:
-    """
-    Return the JSON object of a message.
-    """
+    """Return the JSON object of a message."""
     return {
         "position": message.position,
         "created_at": message.created_at.isoformat(),
@@ -64,21 +54,15 @@ def message_fields(message: ExaminedMessage) -> dict[str, Any]:
 
 
 class DirectoryPrinter:
-    """
-    Prints histories page by page. All pages have the same columns.
-    """
+    """Prints histories page by page. All pages have the same columns."""
 
     def __init__(self, console: Console) -> None:
-        """
-        Start an empty list.
-        """
+        """Start an empty list."""
         self._console = console
         self._widths: tuple[int, int] | None = None
 
     def add(self, histories: Sequence[ChatHistoryInfo]) -> None:
-        """
-        Print more histories.
-        """
+        """Print more histories."""
         if not is_terminal(self._console):
             self._add_plain(histories)
         elif self._console.width < _MIN_TABLE_WIDTH:
@@ -130,9 +114,7 @@ class DirectoryPrinter:
 
 
 def print_hits(console: Console, hits: Iterable[SearchHit], query: str) -> None:
-    """
-    Print search hits. On a terminal, the matching words are highlighted.
-    """
+    """Print search hits. On a terminal, the matching words are highlighted."""
     for hit in hits:
         place = Text.assemble((harmless_line(hit.chat_history_id), "bold"), (f" {hit.position}", "dim"))
         if is_terminal(console):
@@ -184,16 +166,12 @@ def print_statistics(console: Console, statistics: StoreStatistics, sizes: Mappi
 
 
 def size_class(message_count: int) -> int:
-    """
-    Return the smallest number of messages with as many digits: 0, 1, 10, 100 …
-    """
+    """Return the smallest number of messages with as many digits: 0, 1, 10, 100 …"""
     return 10 ** (len(str(message_count)) - 1) if message_count else 0
 
 
 def sizes_of(histories: Iterable[ChatHistoryInfo]) -> Mapping[int, int]:
-    """
-    Return the number of histories by their `size_class`.
-    """
+    """Return the number of histories by their `size_class`."""
     return Counter(size_class(history.message_count) for history in histories)
 
 
@@ -228,9 +206,7 @@ def _print_bars(console: Console, title: str, numbers: Mapping[str, int]) -> Non
 
 
 def fault_line(fault: Fault) -> Text:
-    """
-    Return a fault as one line.
-    """
+    """Return a fault as one line."""
     place = "" if fault.chat_history_id is None else harmless_line(fault.chat_history_id)
     place += "" if fault.position is None else f" {fault.position}"
     state = ("repaired ", "green") if fault.is_repaired else ("fault    ", "red")

@@ -90,9 +90,7 @@ def _print_file_error(failure: OSError) -> None:
 
 
 def _print_usage_error(failure: Exception) -> None:
-    """
-    Print what is wrong with the arguments, and how to get help.
-    """
+    """Print what is wrong with the arguments, and how to get help."""
     context = getattr(failure, "ctx", None)
     command = context.command_path if context is not None else _NAME
     message = str(failure.format_message())  # type: ignore[attr-defined]  # all click errors have it
@@ -100,9 +98,7 @@ def _print_usage_error(failure: Exception) -> None:
 
 
 def _escape_unencodable_output() -> None:
-    """
-    Print characters that the output's encoding lacks as escape sequences, instead of raising an error.
-    """
+    """Print characters that the output's encoding lacks as escape sequences, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

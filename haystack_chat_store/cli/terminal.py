@@ -35,23 +35,17 @@ _PASSWORD = re.compile(
 
 
 def without_passwords(text: str) -> str:
-    """
-    Remove possible passwords from a text: in URLs, and after `password=`.
-    """
+    """Remove possible passwords from a text: in URLs, and after `password=`."""
     return _PASSWORD.sub(r"\1\2\3***", text)
 
 
 def output() -> Console:
-    """
-    Return the console of the standard output. It does not interpret markup.
-    """
+    """Return the console of the standard output. It does not interpret markup."""
     return _console(stderr=False)
 
 
 def messages() -> Console:
-    """
-    Return the console of the standard error output, for everything except the command's result.
-    """
+    """Return the console of the standard error output, for everything except the command's result."""
     return _console(stderr=True)
 
 
@@ -62,39 +56,29 @@ def _console(stderr: bool) -> Console:
 
 
 def is_terminal(console: Console) -> bool:
-    """
-    Whether a console is a terminal. Rich's own property is also true for a file if FORCE_COLOR is set.
-    """
+    """Whether a console is a terminal. Rich's own property is also true for a file if FORCE_COLOR is set."""
     return console.file.isatty()
 
 
 def print_plain(text: str) -> None:
-    """
-    Print escaped text for programs, without wrapping or colours.
-    """
+    """Print escaped text for programs, without wrapping or colours."""
     sys.stdout.write(f"{text}\n")
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """
-    Print a JSON object as one line of printable ASCII.
-    """
+    """Print a JSON object as one line of printable ASCII."""
     print_plain(json.dumps(data))
 
 
 def error(message: object) -> None:
-    """
-    Print an error, without passwords.
-    """
+    """Print an error, without passwords."""
     console = messages()
     text = Text.assemble(("Error: ", "bold red"), harmless(without_passwords(str(message))))
     console.print(text, soft_wrap=not is_terminal(console))
 
 
 def note(message: str) -> None:
-    """
-    Print a hint that is not part of the result. It is shown on a terminal only.
-    """
+    """Print a hint that is not part of the result. It is shown on a terminal only."""
     console = messages()
     if is_terminal(console):
         console.print(Text(harmless(message), "dim"))

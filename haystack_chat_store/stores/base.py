@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The base of all stores: settings, validation, ids, encoding; writing, reading and deleting messages.
-"""
+"""The base of all stores: settings, validation, ids, encoding; writing, reading and deleting messages."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,9 +88,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         self.scope = Scope(self.namespace)
 
     def settings(self) -> dict[str, Any]:
-        """
-        Return the constructor's arguments for an equal store. A subclass adds its own arguments.
-        """
+        """Return the constructor's arguments for an equal store. A subclass adds its own arguments."""
         return {
             "skip_system_messages": self.skip_system_messages,
             "last_k": self.last_k,
@@ -161,9 +157,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         policy: DuplicatePolicy = DuplicatePolicy.SKIP,
         expected_count: int | None = None,
     ) -> int:
-        """
-        Do what `write_messages` does, without blocking the event loop.
-        """
+        """Do what `write_messages` does, without blocking the event loop."""
         write = self._checked_write(chat_history_id, messages, policy, expected_count)
         encoded = await to_thread_if_large(_work_to_encode(write), _encoded, write)
         if not encoded and expected_count is None:
@@ -202,9 +196,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
     async def retrieve_messages_async(
         self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
     ) -> list[ChatMessage]:
-        """
-        Do what `retrieve_messages` does, without blocking the event loop.
-        """
+        """Do what `retrieve_messages` does, without blocking the event loop."""
         history = validation.validated_id(chat_history_id, "chat_history_id")
         window = self._checked_window(last_k, window_step)
         if window.count == 0:
@@ -224,9 +216,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         return self.engine.run(self.engine.count, self.scope, history)
 
     async def count_messages_async(self, chat_history_id: str) -> int:
-        """
-        Do what `count_messages` does, without blocking the event loop.
-        """
+        """Do what `count_messages` does, without blocking the event loop."""
         history = validation.validated_id(chat_history_id, "chat_history_id")
         return await self.engine.run_async(self.engine.count, self.scope, history)
 
@@ -256,9 +246,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
     async def delete_messages_async(
         self, chat_history_id: str, *, message_ids: Iterable[str] | None = None, from_message_id: str | None = None
     ) -> None:
-        """
-        Do what `delete_messages` does, without blocking the event loop.
-        """
+        """Do what `delete_messages` does, without blocking the event loop."""
         history = validation.validated_id(chat_history_id, "chat_history_id")
         if message_ids is None and from_message_id is None:
             await self.engine.run_async(self.engine.delete, self.scope, history)
@@ -278,9 +266,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         self.engine.run(self.engine.delete_all, self.scope)
 
     async def delete_all_messages_async(self) -> None:
-        """
-        Do what `delete_all_messages` does, without blocking the event loop.
-        """
+        """Do what `delete_all_messages` does, without blocking the event loop."""
         await self.engine.run_async(self.engine.delete_all, self.scope)
 
     def close(self) -> None:
@@ -292,9 +278,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         self.engine.close()
 
     async def close_async(self) -> None:
-        """
-        Do what `close` does, without blocking the event loop.
-        """
+        """Do what `close` does, without blocking the event loop."""
         await self.engine.close_async()
 
     @classmethod
@@ -389,9 +373,7 @@ def _decoded(contents: Sequence[str], size: int, window: Window) -> list[ChatMes
 
 
 def _work_to_encode(write: _Write) -> int:
-    """
-    Estimate the cost of encoding, in characters of text. Stops counting at the limit of what the event loop does.
-    """
+    """Estimate the cost of encoding, in characters of text. Stops counting at the limit of what the event loop does."""
     work, left = 0, [part for _, message in write.named for part in (message.meta, *message._content)]
     while left and work <= MAX_CHARACTERS_ON_LOOP:
         value = left.pop()

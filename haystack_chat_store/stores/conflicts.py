@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Plans a write to a history that already has some of the messages, and creates the errors of refused calls.
-"""
+"""Plans a write to a history that already has some of the messages, and creates the errors of refused calls."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,37 +64,27 @@ def check_count(expected_count: int | None, count: int) -> None:
 
 
 def duplicate(message_id: str) -> DuplicateMessageError:
-    """
-    Return the error of a write with the policy FAIL and an id that the history already has.
-    """
+    """Return the error of a write with the policy FAIL and an id that the history already has."""
     return DuplicateMessageError(f"The history already has a message with the id {message_id!r}. Nothing was written.")
 
 
 def message_not_found(message_id: str) -> MessageNotFoundError:
-    """
-    Return the error of a call with the id of a message that the history does not have.
-    """
+    """Return the error of a call with the id of a message that the history does not have."""
     return MessageNotFoundError(f"The history has no message with the id {message_id!r}. Nothing was changed.")
 
 
 def history_not_found(chat_history_id: str) -> ChatHistoryNotFoundError:
-    """
-    Return the error of a call that requires an existing history.
-    """
+    """Return the error of a call that requires an existing history."""
     return ChatHistoryNotFoundError(f"There is no chat history {chat_history_id!r}.")
 
 
 def history_exists(chat_history_id: str) -> ChatHistoryChangedError:
-    """
-    Return the error of an import that expected a new history.
-    """
+    """Return the error of an import that expected a new history."""
     return ChatHistoryChangedError(f"The chat history {chat_history_id!r} exists by now. Nothing was imported.")
 
 
 def history_has_messages(chat_history_id: str) -> ChatHistoryExistsError:
-    """
-    Return the error of a copy to a history that has messages.
-    """
+    """Return the error of a copy to a history that has messages."""
     return ChatHistoryExistsError(
         f"The chat history {chat_history_id!r} already has messages. Nothing was copied. Copy to another history."
     )

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The connections of this process. Stores with equal settings share them.
-"""
+"""The connections of this process. Stores with equal settings share them."""
 
 import atexit
 import ctypes
@@ -17,29 +15,19 @@ from haystack_chat_store.errors import StoreUnavailableError
 
 
 class Connections(Protocol):
-    """
-    Holds the connections of all stores with the same settings.
-    """
+    """Holds the connections of all stores with the same settings."""
 
     def close(self) -> None:
-        """
-        Close what is idle now, and what is in use as soon as it is given back.
-        """
+        """Close what is idle now, and what is in use as soon as it is given back."""
 
     def before_fork(self) -> None:
-        """
-        Close what a child must not inherit. Connections that a child can simply leave alone may stay.
-        """
+        """Close what a child must not inherit. Connections that a child can simply leave alone may stay."""
 
     def after_fork_in_parent(self) -> None:
-        """
-        Go on after `before_fork`.
-        """
+        """Go on after `before_fork`."""
 
     def after_fork_in_child(self) -> None:
-        """
-        Call `keep_alive_forever` for each connection that is still open: it belongs to the parent.
-        """
+        """Call `keep_alive_forever` for each connection that is still open: it belongs to the parent."""
 
 
 SettingsT = TypeVar("SettingsT", bound=Hashable)
@@ -72,9 +60,7 @@ class ConnectionRegistry(Generic[SettingsT, ConnectionsT]):
             )
 
     def get(self, settings: SettingsT) -> ConnectionsT:
-        """
-        Return the connections for these settings.
-        """
+        """Return the connections for these settings."""
         made = self._made.get(settings)
         if made is None:
             with self._lock:
@@ -85,9 +71,7 @@ class ConnectionRegistry(Generic[SettingsT, ConnectionsT]):
         return made
 
     def close(self, settings: SettingsT) -> None:
-        """
-        Close the connections for these settings. The next use opens new ones.
-        """
+        """Close the connections for these settings. The next use opens new ones."""
         with self._lock:
             made = self._made.pop(settings, None)
         if made is not None:
@@ -119,20 +103,14 @@ class ConnectionRegistry(Generic[SettingsT, ConnectionsT]):
 
 
 class ServerSettings(Hashable, Protocol):
-    """
-    Settings of stores on a server, whose location is a secret that may change.
-    """
+    """Settings of stores on a server, whose location is a secret that may change."""
 
     def location(self) -> str:
-        """
-        Return the secret's present value.
-        """
+        """Return the secret's present value."""
 
 
 class ServerConnections(Connections, Protocol):
-    """
-    Holds the connections to a server.
-    """
+    """Holds the connections to a server."""
 
     location: str
     """The secret's value when this object was made."""
@@ -143,14 +121,10 @@ ServerConnectionsT = TypeVar("ServerConnectionsT", bound=ServerConnections)
 
 
 class ServerConnectionRegistry(ConnectionRegistry[ServerSettingsT, ServerConnectionsT]):
-    """
-    The connections of this process to servers.
-    """
+    """The connections of this process to servers."""
 
     def get(self, settings: ServerSettingsT) -> ServerConnectionsT:
-        """
-        Return the connections for these settings: new ones if the location has changed.
-        """
+        """Return the connections for these settings: new ones if the location has changed."""
         location = settings.location()
         made = super().get(settings)
         if made.location != location:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The public methods of stores for whole chat histories: lists, titles, forks, erasing.
-"""
+"""The public methods of stores for whole chat histories: lists, titles, forks, erasing."""
 
 import base64
 import binascii
@@ -24,9 +22,7 @@ _CURSOR_VERSION = 1
 
 
 class DirectoryMethods:
-    """
-    The public methods of stores for whole histories.
-    """
+    """The public methods of stores for whole histories."""
 
     engine: Engine[Any]
     scope: Scope
@@ -52,9 +48,7 @@ class DirectoryMethods:
     async def list_chat_histories_async(
         self, *, prefix: str = "", limit: int = 50, cursor: str | None = None
     ) -> ChatHistoryPage:
-        """
-        Do what `list_chat_histories` does, without blocking the event loop.
-        """
+        """Do what `list_chat_histories` does, without blocking the event loop."""
         prefix, limit, before = _checked_listing(prefix, limit, cursor)
         rows = await self.engine.run_async(self.engine.histories, self.scope, prefix, before, limit + 1)
         return _page(rows, limit)
@@ -72,9 +66,7 @@ class DirectoryMethods:
         return None if row is None else _info(row)
 
     async def get_chat_history_async(self, chat_history_id: str) -> ChatHistoryInfo | None:
-        """
-        Do what `get_chat_history` does, without blocking the event loop.
-        """
+        """Do what `get_chat_history` does, without blocking the event loop."""
         history = validation.validated_id(chat_history_id, "chat_history_id")
         row = await self.engine.run_async(self.engine.history, self.scope, history)
         return None if row is None else _info(row)
@@ -113,9 +105,7 @@ class DirectoryMethods:
         title: str | Unchanged | None = UNCHANGED,
         meta: dict[str, Any] | Unchanged | None = UNCHANGED,
     ) -> ChatHistoryInfo:
-        """
-        Do what `update_chat_history` does, without blocking the event loop.
-        """
+        """Do what `update_chat_history` does, without blocking the event loop."""
         history = validation.validated_id(chat_history_id, "chat_history_id")
         changes = validation.validated_title(title), validation.validated_meta(meta)
         row = await self.engine.run_async(self.engine.update_history, self.scope, history, *changes)
@@ -144,9 +134,7 @@ class DirectoryMethods:
         return self.engine.run(self.engine.copy, self.scope, *copy)
 
     async def copy_messages_async(self, source_id: str, target_id: str, *, until_message_id: str | None = None) -> int:
-        """
-        Do what `copy_messages` does, without blocking the event loop.
-        """
+        """Do what `copy_messages` does, without blocking the event loop."""
         copy = _checked_copy(source_id, target_id, until_message_id)
         return await self.engine.run_async(self.engine.copy, self.scope, *copy)
 
@@ -162,9 +150,7 @@ class DirectoryMethods:
         self.engine.run(self.engine.delete, self.scope, history)
 
     async def delete_chat_history_async(self, chat_history_id: str) -> None:
-        """
-        Do what `delete_chat_history` does, without blocking the event loop.
-        """
+        """Do what `delete_chat_history` does, without blocking the event loop."""
         history = validation.validated_id(chat_history_id, "chat_history_id")
         await self.engine.run_async(self.engine.delete, self.scope, history)
 
@@ -185,9 +171,7 @@ class DirectoryMethods:
         return self._erase(validation.validated_id(prefix, "prefix"), None, vacuum)
 
     async def delete_chat_histories_async(self, *, prefix: str, vacuum: bool = False) -> int:
-        """
-        Do what `delete_chat_histories` does, without blocking the event loop.
-        """
+        """Do what `delete_chat_histories` does, without blocking the event loop."""
         return await self._erase_async(validation.validated_id(prefix, "prefix"), None, vacuum)
 
     def purge(self, *, older_than: datetime, vacuum: bool = False) -> int:
@@ -206,9 +190,7 @@ class DirectoryMethods:
         return self._erase("", validation.microseconds(older_than, "older_than"), vacuum)
 
     async def purge_async(self, *, older_than: datetime, vacuum: bool = False) -> int:
-        """
-        Do what `purge` does, without blocking the event loop.
-        """
+        """Do what `purge` does, without blocking the event loop."""
         return await self._erase_async("", validation.microseconds(older_than, "older_than"), vacuum)
 
     def statistics(self, *, prefix: str = "") -> StoreStatistics:
@@ -222,9 +204,7 @@ class DirectoryMethods:
         return self.engine.run(self.engine.statistics, self.scope, validation.validated_text(prefix, "prefix"))
 
     async def statistics_async(self, *, prefix: str = "") -> StoreStatistics:
-        """
-        Do what `statistics` does, without blocking the event loop.
-        """
+        """Do what `statistics` does, without blocking the event loop."""
         return await self.engine.run_async(
             self.engine.statistics, self.scope, validation.validated_text(prefix, "prefix")
         )
@@ -285,9 +265,7 @@ def _info(row: HistoryRow) -> ChatHistoryInfo:
 
 
 def _encoded_cursor(row: HistoryRow) -> str:
-    """
-    Return the cursor of a page that ends with a history.
-    """
+    """Return the cursor of a page that ends with a history."""
     place = [_CURSOR_VERSION, row.updated_at, row.chat_history_id]
     return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
 

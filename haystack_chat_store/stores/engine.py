@@ -30,32 +30,24 @@ Operation: TypeAlias = ResultT | Coroutine[Any, Any, ResultT]
 
 
 def reads_only(operation: OperationT) -> OperationT:
-    """
-    Mark an operation that changes nothing. It may run beside a write, and on a database that can only be read.
-    """
+    """Mark an operation that changes nothing. It may run beside a write, and on a database that can only be read."""
     operation.reads_only = True  # type: ignore[attr-defined]  # a mark for `is_marked`
     return operation
 
 
 def is_brief(operation: OperationT) -> OperationT:
-    """
-    Mark an operation whose cost depends only on what it writes or returns, not on the amount of stored data.
-    """
+    """Mark an operation whose cost depends only on what it writes or returns, not on the amount of stored data."""
     operation.is_brief = True  # type: ignore[attr-defined]  # a mark for `is_marked`
     return operation
 
 
 def is_marked(operation: Callable[..., Any], mark: Callable[[OperationT], OperationT]) -> bool:
-    """
-    Whether `Engine` marks an operation with `reads_only` or `is_brief`. The mark holds for every engine.
-    """
+    """Whether `Engine` marks an operation with `reads_only` or `is_brief`. The mark holds for every engine."""
     return hasattr(getattr(Engine, operation.__name__, None), mark.__name__)
 
 
 def plain_result(result: Operation[ResultT]) -> ResultT:
-    """
-    Return the result of an operation that is a plain method, not a coroutine.
-    """
+    """Return the result of an operation that is a plain method, not a coroutine."""
     return cast(ResultT, result)
 
 
@@ -111,9 +103,7 @@ class Engine(ABC, Generic[SessionT]):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """
-        Do what `run` does, without blocking the event loop.
-        """
+        """Do what `run` does, without blocking the event loop."""
 
     def check_exists(self) -> None:
         """
@@ -123,14 +113,10 @@ class Engine(ABC, Generic[SessionT]):
         """
 
     def close(self) -> None:
-        """
-        Release connections and threads. The next use opens them again. Closing twice does nothing.
-        """
+        """Release connections and threads. The next use opens them again. Closing twice does nothing."""
 
     async def close_async(self) -> None:
-        """
-        Do what `close` does, without blocking the event loop.
-        """
+        """Do what `close` does, without blocking the event loop."""
         await asyncio.to_thread(self.close)
 
     # ------------------------------------------------------------------ required: messages
@@ -177,21 +163,15 @@ class Engine(ABC, Generic[SessionT]):
     @is_brief
     @abstractmethod
     def count(self, session: SessionT, scope: Scope, chat_history_id: str) -> Operation[int]:
-        """
-        Return the number of messages in a history, from a counter.
-        """
+        """Return the number of messages in a history, from a counter."""
 
     @abstractmethod
     def delete(self, session: SessionT, scope: Scope, chat_history_id: str) -> Operation[None]:
-        """
-        Delete a history with its messages, title and meta.
-        """
+        """Delete a history with its messages, title and meta."""
 
     @abstractmethod
     def delete_all(self, session: SessionT, scope: Scope) -> Operation[None]:
-        """
-        Delete every history of the scope.
-        """
+        """Delete every history of the scope."""
 
     # ------------------------------------------------------------------ changing messages
 
@@ -272,9 +252,7 @@ class Engine(ABC, Generic[SessionT]):
     @reads_only
     @is_brief
     def history(self, session: SessionT, scope: Scope, chat_history_id: str) -> Operation[HistoryRow | None]:
-        """
-        Return one history, or `None` if it does not exist.
-        """
+        """Return one history, or `None` if it does not exist."""
         raise self.unsupported("the directory of histories")
 
     @reads_only
@@ -321,9 +299,7 @@ class Engine(ABC, Generic[SessionT]):
 
     @reads_only
     def statistics(self, session: SessionT, scope: Scope, prefix: str) -> Operation[StoreStatistics]:
-        """
-        Return the statistics of the histories whose ids begin with `prefix`.
-        """
+        """Return the statistics of the histories whose ids begin with `prefix`."""
         raise self.unsupported("statistics")
 
     def erase_some(
@@ -338,9 +314,7 @@ class Engine(ABC, Generic[SessionT]):
         raise self.unsupported("erasing by prefix or age")
 
     def vacuum(self, session: SessionT, scope: Scope) -> Operation[None]:
-        """
-        Remove the bytes of deleted messages from the engine's files.
-        """
+        """Remove the bytes of deleted messages from the engine's files."""
         raise self.unsupported("vacuuming")
 
     # ------------------------------------------------------------------ pages and search
@@ -378,9 +352,7 @@ class Engine(ABC, Generic[SessionT]):
         raise self.unsupported("search")
 
     def index_some(self, session: SessionT, scope: Scope, limit: int) -> Operation[bool]:
-        """
-        Index up to `limit` of the messages that are not indexed yet, and return whether more are left.
-        """
+        """Index up to `limit` of the messages that are not indexed yet, and return whether more are left."""
         raise self.unsupported("search")
 
     # ------------------------------------------------------------------ checking and repairing
@@ -398,13 +370,9 @@ class Engine(ABC, Generic[SessionT]):
     def remove(
         self, session: SessionT, scope: Scope, chat_history_id: str, positions: Sequence[int]
     ) -> Operation[None]:
-        """
-        Delete messages by their positions, even if their contents are damaged.
-        """
+        """Delete messages by their positions, even if their contents are damaged."""
         raise self.unsupported("repairing")
 
     def unsupported(self, what: str) -> UnsupportedOperationError:
-        """
-        Return the error of an operation that this engine does not have.
-        """
+        """Return the error of an operation that this engine does not have."""
         return UnsupportedOperationError(f"{type(self).__name__} does not support {what}.")

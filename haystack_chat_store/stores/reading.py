@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The public methods of stores for reading chat histories: pages of messages, and search.
-"""
+"""The public methods of stores for reading chat histories: pages of messages, and search."""
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
@@ -26,9 +24,7 @@ _INDEX_BATCH_SIZE = 2_000
 
 
 class ReadingMethods:
-    """
-    The public methods of stores that read and search messages.
-    """
+    """The public methods of stores that read and search messages."""
 
     engine: Engine[Any]
     scope: Scope
@@ -55,9 +51,7 @@ class ReadingMethods:
     async def list_messages_async(
         self, chat_history_id: str, *, before: int | None = None, after: int | None = None, limit: int = 100
     ) -> list[StoredMessage]:
-        """
-        Do what `list_messages` does, without blocking the event loop.
-        """
+        """Do what `list_messages` does, without blocking the event loop."""
         page = validation.validated_page(chat_history_id, before, after, limit)
         rows = await self.engine.run_async(self.engine.page, self.scope, *page)
         return await to_thread_if_large(_characters(rows), _stored, rows)
@@ -126,9 +120,7 @@ class ReadingMethods:
     async def search_messages_async(
         self, query: str, *, chat_history_id: str | None = None, prefix: str = "", limit: int = 20
     ) -> list[SearchHit]:
-        """
-        Do what `search_messages` does, without blocking the event loop.
-        """
+        """Do what `search_messages` does, without blocking the event loop."""
         search = self._checked_search(query, chat_history_id, prefix, limit)
         if search is None:
             return []
@@ -153,9 +145,7 @@ class ReadingMethods:
                 progress(indexed, None)
 
     async def index_messages_async(self, progress: Callable[[int, int | None], None] | None = None) -> None:
-        """
-        Do what `index_messages` does, without blocking the event loop.
-        """
+        """Do what `index_messages` does, without blocking the event loop."""
         self._check_searchable()
         indexed = 0
         while await self.engine.run_async(self.engine.index_some, self.scope, _INDEX_BATCH_SIZE):
@@ -166,9 +156,7 @@ class ReadingMethods:
     def _checked_search(
         self, query: str, chat_history_id: str | None, prefix: str, limit: int
     ) -> tuple[list[Phrase], str | None, str, int] | None:
-        """
-        Return the arguments of the engine's search, or `None` if the query cannot match any message.
-        """
+        """Return the arguments of the engine's search, or `None` if the query cannot match any message."""
         phrases = search_text.parsed_query(validation.validated_query(query))
         if chat_history_id is not None:
             chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
@@ -185,9 +173,7 @@ class ReadingMethods:
 
 
 def next_limit(rows: Sequence[MessageRow]) -> int:
-    """
-    Return the number of messages for the next page of a walk. The larger the messages of this page, the fewer.
-    """
+    """Return the number of messages for the next page of a walk. The larger the messages of this page, the fewer."""
     characters = sum(len(row.content) for row in rows)
     return max(1, min(PAGE_ROWS, PAGE_CHARACTERS * len(rows) // max(characters, 1)))
 

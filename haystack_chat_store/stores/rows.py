@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The data that a store and its engine exchange: rows of histories and messages, and their scope.
-"""
+"""The data that a store and its engine exchange: rows of histories and messages, and their scope."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,9 +104,7 @@ class FoundRow:
 
 
 class Unchanged(Enum):
-    """
-    The type of `UNCHANGED`, which keeps a value as it is, while `None` removes it.
-    """
+    """The type of `UNCHANGED`, which keeps a value as it is, while `None` removes it."""
 
     UNCHANGED = "unchanged"
 
@@ -120,9 +116,7 @@ UNCHANGED: Final = Unchanged.UNCHANGED
 
 
 def round_count(messages: Sequence[EncodedMessage] | Sequence[MessageRow]) -> int:
-    """
-    Return the number of rounds that begin in these messages: one at each user message.
-    """
+    """Return the number of rounds that begin in these messages: one at each user message."""
     return sum(message.role == ChatRole.USER.value for message in messages)
 
 

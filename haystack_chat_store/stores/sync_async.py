@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Functions with which synchronous and asynchronous calls share their code.
-"""
+"""Functions with which synchronous and asynchronous calls share their code."""
 
 import asyncio
 from collections.abc import Callable, Coroutine

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Tests with threads, event loops and cancelled tasks in one process: rules 3, 4, 12 and 13 of the contract.
-"""
+"""Tests with threads, event loops and cancelled tasks in one process: rules 3, 4, 12 and 13 of the contract."""
 
 import asyncio
 import gc
@@ -49,9 +47,7 @@ def planned_batches(writers: int, batches: int) -> list[list[Batch]]:
 
 
 def to_messages(batch: Batch) -> list[ChatMessage]:
-    """
-    Return a batch as messages: questions and answers alternate.
-    """
+    """Return a batch as messages: questions and answers alternate."""
     return [
         ChatMessage.from_assistant(text) if index % 2 else ChatMessage.from_user(text)
         for index, text in enumerate(batch)
@@ -153,15 +149,11 @@ def _held() -> tuple[int, int]:
 
 
 class WholeHistoriesTest(ContractTest):
-    """
-    The base of tests that read whole histories.
-    """
+    """The base of tests that read whole histories."""
 
     @pytest.fixture
     def whole_store(self, new_store: StoreFactory) -> ClosableStore:
-        """
-        Return a store that retrieves whole histories by default.
-        """
+        """Return a store that retrieves whole histories by default."""
         return new_store(last_k=None)
 
 
@@ -210,9 +202,7 @@ class ConcurrencyTest(WholeHistoriesTest):
 
     @pytest.fixture
     def noise(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-        """
-        Collect errors that Python can only log, and check at the end of the test that there were none.
-        """
+        """Collect errors that Python can only log, and check at the end of the test that there were none."""
         heard: list[str] = []
 
         class Listener(logging.Handler):
@@ -230,9 +220,7 @@ class ConcurrencyTest(WholeHistoriesTest):
 
     @contextmanager
     def _stalled_for_a_while(self, store: ClosableStore) -> Iterator[_Stall]:
-        """
-        Stall the engine from another thread, until a second after the test's calls have begun.
-        """
+        """Stall the engine from another thread, until a second after the test's calls have begun."""
         has_begun, stalled = threading.Event(), _Stall()
 
         def stall() -> None:
@@ -256,9 +244,7 @@ class ConcurrencyTest(WholeHistoriesTest):
     def test_threads_lose_double_split_and_reorder_nothing(
         self, new_store: StoreFactory, calls: Calls, stores: str, histories: int
     ) -> None:
-        """
-        Rule 4. Each thread writes its batches to the histories in turn.
-        """
+        """Rule 4. Each thread writes its batches to the histories in turn."""
         writers = planned_batches(8, 12)
         one_store = new_store(last_k=None)
         own_stores = [one_store if stores == "one store object" else new_store(last_k=None) for _ in writers]
@@ -276,9 +262,7 @@ class ConcurrencyTest(WholeHistoriesTest):
             assert calls.count(one_store, f"history {history}") == len(found)
 
     def test_readers_see_whole_batches_while_others_write(self, whole_store: ClosableStore, calls: Calls) -> None:
-        """
-        Rule 3. For a reader, a history only grows at its end.
-        """
+        """Rule 3. For a reader, a history only grows at its end."""
         writers = planned_batches(4, 20)
         has_written = threading.Event()
 
@@ -296,9 +280,7 @@ class ConcurrencyTest(WholeHistoriesTest):
         in_threads(lambda: _write_all(calls, whole_store, writers, has_written), read, read)
 
     def test_closing_disturbs_no_call_of_another_thread(self, whole_store: ClosableStore, calls: Calls) -> None:
-        """
-        Rules 12 and 13. A running call finishes, and the next call opens the store again. Nothing stays open.
-        """
+        """Rules 12 and 13. A running call finishes, and the next call opens the store again. Nothing stays open."""
         writers = planned_batches(4, 30)
         held = _held()
         has_written = threading.Event()
@@ -315,9 +297,7 @@ class ConcurrencyTest(WholeHistoriesTest):
     # ------------------------------------------------------------------ event loops
 
     def test_tasks_lose_double_split_and_reorder_nothing(self, whole_store: ClosableStore) -> None:
-        """
-        Rule 4. Fifty tasks of one event loop write to one history.
-        """
+        """Rule 4. Fifty tasks of one event loop write to one history."""
         writers = planned_batches(50, 3)
 
         async def write(batches: list[Batch]) -> None:
@@ -332,9 +312,7 @@ class ConcurrencyTest(WholeHistoriesTest):
         assert_whole_and_in_order(texts(found), writers, _all_texts(writers))
 
     def test_two_event_loops_use_one_store_at_once(self, whole_store: ClosableStore) -> None:
-        """
-        Rule 12. Both loops run on two threads until both have written everything.
-        """
+        """Rule 12. Both loops run on two threads until both have written everything."""
         writers = planned_batches(2, 20)
         both_loops_run = threading.Barrier(2)
 
@@ -353,9 +331,7 @@ class ConcurrencyTest(WholeHistoriesTest):
 
     @pytest.mark.parametrize("closes", [False, True], ids=["left open", "closed"])
     def test_event_loops_one_after_the_other_pile_up_nothing(self, store: ClosableStore, closes: bool) -> None:
-        """
-        Rule 12. Twenty `asyncio.run` calls, with and without closing the store at the end of each.
-        """
+        """Rule 12. Twenty `asyncio.run` calls, with and without closing the store at the end of each."""
 
         async def use() -> None:
             written = await asyncio.gather(
@@ -369,9 +345,7 @@ class ConcurrencyTest(WholeHistoriesTest):
         assert store.count_messages("history 0") == 20
 
     def test_a_synchronous_call_inside_a_running_loop_does_not_deadlock(self, whole_store: ClosableStore) -> None:
-        """
-        Rule 12. The call works alone, and while asynchronous calls on the same store are running.
-        """
+        """Rule 12. The call works alone, and while asynchronous calls on the same store are running."""
         writers = planned_batches(30, 1)
 
         async def main() -> None:
@@ -391,9 +365,7 @@ class ConcurrencyTest(WholeHistoriesTest):
 
     @only_where("stalled")
     def test_a_synchronous_call_inside_a_running_loop_waits_for_a_stalled_engine(self, store: ClosableStore) -> None:
-        """
-        Rule 12. The call blocks the loop while asynchronous calls wait too. Afterwards, all of them continue.
-        """
+        """Rule 12. The call blocks the loop while asynchronous calls wait too. Afterwards, all of them continue."""
 
         async def main(stall: _Stall) -> None:
             stall.calls_begin.set()
@@ -414,9 +386,7 @@ class ConcurrencyTest(WholeHistoriesTest):
     @only_where("stalled")
     @pytest.mark.parametrize("opens", [True, False], ids=["first use", "open"])
     def test_a_stalled_engine_does_not_block_the_event_loop(self, store: ClosableStore, opens: bool) -> None:
-        """
-        Rule 12. While a write waits for the engine, other tasks continue. The write may be the store's first use.
-        """
+        """Rule 12. While a write waits for the engine, other tasks continue. The write may be the store's first use."""
         gaps: list[float] = []
         gaps_of_a_thread: list[float] = [0.0]
         has_ended = threading.Event()
@@ -504,9 +474,7 @@ class ConcurrencyTest(WholeHistoriesTest):
     def test_a_write_cancelled_while_the_engine_stalls_is_whole_or_absent(
         self, whole_store: ClosableStore, calls: Calls, noise: list[str]
     ) -> None:
-        """
-        Rules 3 and 12. Before the stall ends, some tasks are cancelled and others still run when their loop ends.
-        """
+        """Rules 3 and 12. Before the stall ends, some tasks are cancelled and others still run when their loop ends."""
         writers = planned_batches(40, 1)
 
         async def main(stall: _Stall) -> None:
@@ -530,9 +498,7 @@ class ConcurrencyTest(WholeHistoriesTest):
     def test_a_failed_write_leaves_the_writes_beside_it_alone(
         self, whole_store: ClosableStore, noise: list[str]
     ) -> None:
-        """
-        Rules 2 and 3. One of many tasks is refused because of an object that is not a message.
-        """
+        """Rules 2 and 3. One of many tasks is refused because of an object that is not a message."""
         writers = planned_batches(20, 1)
 
         async def main() -> list[Any]:
@@ -552,9 +518,7 @@ class ConcurrencyTest(WholeHistoriesTest):
     def test_a_failed_write_in_a_group_of_tasks_leaves_whole_batches(
         self, whole_store: ClosableStore, noise: list[str]
     ) -> None:
-        """
-        Rules 3 and 12. When one task fails, all other tasks are cancelled, as in `asyncio.TaskGroup`.
-        """
+        """Rules 3 and 12. When one task fails, all other tasks are cancelled, as in `asyncio.TaskGroup`."""
         writers = planned_batches(20, 1)
 
         async def main() -> list[str]:
@@ -575,9 +539,7 @@ class ConcurrencyTest(WholeHistoriesTest):
 
 
 def _write_all(calls: Calls, store: ClosableStore, writers: list[list[Batch]], has_written: threading.Event) -> None:
-    """
-    Write to one history with a thread for each writer. Set the event at the end, even after an error.
-    """
+    """Write to one history with a thread for each writer. Set the event at the end, even after an error."""
 
     def write(batches: list[Batch]) -> None:
         for batch in batches:

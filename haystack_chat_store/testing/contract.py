@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The rules of the contract in one class.
-"""
+"""The rules of the contract in one class."""
 
 from haystack_chat_store.testing.contract_arguments import Rule01SignaturesTest, Rule02ValidationTest, Rule15ErrorsTest
 from haystack_chat_store.testing.contract_content import Rule11LosslessTest

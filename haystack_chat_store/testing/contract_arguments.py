@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Rules 1, 2 and 15: signatures, validation of arguments, and errors.
-"""
+"""Rules 1, 2 and 15: signatures, validation of arguments, and errors."""
 
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -63,9 +61,7 @@ async def _async_generator() -> AsyncIterator[ChatMessage]:
 
 
 class Rule01SignaturesTest(ContractTest):
-    """
-    Rule 1: the API of the published ChatMessageStore, each call with an asynchronous twin.
-    """
+    """Rule 1: the API of the published ChatMessageStore, each call with an asynchronous twin."""
 
     def test_store_follows_both_protocols(self, store: ClosableStore) -> None:
         assert isinstance(store, ChatMessageStore)
@@ -144,9 +140,7 @@ class Rule01SignaturesTest(ContractTest):
 
 
 class Rule02ValidationTest(ContractTest):
-    """
-    Rule 2: wrong arguments raise a `ValueError` that names them, before any I/O, and write nothing.
-    """
+    """Rule 2: wrong arguments raise a `ValueError` that names them, before any I/O, and write nothing."""
 
     @_cases(NOT_LISTS)
     def test_messages_that_are_no_list_are_refused(self, store: ClosableStore, calls: Calls, bad: Any) -> None:
@@ -274,9 +268,7 @@ class Rule02ValidationTest(ContractTest):
 
 
 class Rule15ErrorsTest(ContractTest):
-    """
-    Rule 15: errors form one tree, and never contain the text of messages.
-    """
+    """Rule 15: errors form one tree, and never contain the text of messages."""
 
     def test_errors_form_one_tree(self) -> None:
         ours = [error for _, error in inspect.getmembers(errors, inspect.isclass)]
@@ -323,9 +315,7 @@ class Rule15ErrorsTest(ContractTest):
 
 
 def _everything_an_error_says(error: BaseException | None) -> str:
-    """
-    Return the texts of an error and all its causes, as a log shows them.
-    """
+    """Return the texts of an error and all its causes, as a log shows them."""
     said = ""
     while error is not None:
         said += f"{error!r} {error}"

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Rules 18, 19 and 20: pages of messages, changing messages, and forking.
-"""
+"""Rules 18, 19 and 20: pages of messages, changing messages, and forking."""
 
 import time
 from collections.abc import Callable
@@ -28,9 +26,7 @@ OVERWRITE, FAIL = DuplicatePolicy.OVERWRITE, DuplicatePolicy.FAIL
 
 
 def named(roles: str) -> list[ChatMessage]:
-    """
-    Make a conversation whose messages have their places as ids.
-    """
+    """Make a conversation whose messages have their places as ids."""
     made = conversation(roles)
     for message in made:
         message.meta[MESSAGE_ID_KEY] = str(message.meta["position"])
@@ -38,16 +34,12 @@ def named(roles: str) -> list[ChatMessage]:
 
 
 def places(stored: list[Any]) -> list[tuple[int, str]]:
-    """
-    Return positions and ids.
-    """
+    """Return positions and ids."""
     return [(each.position, each.message.meta[MESSAGE_ID_KEY]) for each in stored]
 
 
 class Rule18PagesTest(ContractTest):
-    """
-    Rule 18: any page of a history can be read, by position.
-    """
+    """Rule 18: any page of a history can be read, by position."""
 
     def test_pages_are_the_newest_or_before_or_after_a_position(self, store: ClosableStore, calls: Calls) -> None:
         for message in named("a uctta ua ua"):
@@ -118,9 +110,7 @@ class Rule18PagesTest(ContractTest):
 
 
 class Rule19ChangesTest(ContractTest):
-    """
-    Rule 19: messages can be replaced and deleted, and a write can state the expected number of messages.
-    """
+    """Rule 19: messages can be replaced and deleted, and a write can state the expected number of messages."""
 
     def test_overwriting_puts_a_message_in_the_place_of_another(self, store: ClosableStore, calls: Calls) -> None:
         calls.write(store, "chat", named("ucta ua"))
@@ -288,9 +278,7 @@ class Rule19ChangesTest(ContractTest):
 
 
 class Rule20ForkingTest(ContractTest):
-    """
-    Rule 20: a history, or its first part, can be copied.
-    """
+    """Rule 20: a history, or its first part, can be copied."""
 
     def test_fork_has_what_was_said_and_goes_its_own_way(self, store: ClosableStore, calls: Calls) -> None:
         calls.write(store, "chat", named("ucta ua"))

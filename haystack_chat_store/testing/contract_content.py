@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Rule 11: every part of a message comes back equal, is stored in a documented form, or is refused.
-"""
+"""Rule 11: every part of a message comes back equal, is stored in a documented form, or is refused."""
 
 import base64
 import dataclasses
@@ -227,9 +225,7 @@ def _cases(values: dict[str, Any], *names: str) -> pytest.MarkDecorator:
 
 
 class Rule11LosslessTest(ContractTest):
-    """
-    Rule 11: every written value comes back equal or in a documented form, or is refused. Nothing is dropped.
-    """
+    """Rule 11: every written value comes back equal or in a documented form, or is refused. Nothing is dropped."""
 
     @_cases(sample_messages(), "message")
     def test_message_of_every_kind_comes_back_equal(

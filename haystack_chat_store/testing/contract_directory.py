@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Rules 17 and 22: the directory of histories, and erasing.
-"""
+"""Rules 17 and 22: the directory of histories, and erasing."""
 
 import base64
 import time
@@ -21,9 +19,7 @@ _MINUTE = timedelta(minutes=1)
 
 
 def listed(calls: Calls, store: ClosableStore, **options: Any) -> list[str]:
-    """
-    Return the ids of the whole directory, page by page.
-    """
+    """Return the ids of the whole directory, page by page."""
     found: list[str] = []
     cursor = None
     while True:
@@ -35,16 +31,12 @@ def listed(calls: Calls, store: ClosableStore, **options: Any) -> list[str]:
 
 
 def now() -> datetime:
-    """
-    Return the current time in UTC.
-    """
+    """Return the current time in UTC."""
     return datetime.now(timezone.utc)
 
 
 class Rule17DirectoryTest(ContractTest):
-    """
-    Rule 17: the directory lists histories, the latest change first.
-    """
+    """Rule 17: the directory lists histories, the latest change first."""
 
     def test_history_is_listed_with_its_counts_and_times(self, store: ClosableStore, calls: Calls) -> None:
         before = now()
@@ -248,9 +240,7 @@ class Rule17DirectoryTest(ContractTest):
 
 
 class Rule22ErasingTest(ContractTest):
-    """
-    Rule 22: a history, all histories of a user, and all old histories can be deleted.
-    """
+    """Rule 22: a history, all histories of a user, and all old histories can be deleted."""
 
     def test_one_history_is_deleted_with_all_that_belongs_to_it(self, store: ClosableStore, calls: Calls) -> None:
         for name in ("chat", "chat/2"):

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Rules 9 and 10: isolation of histories and namespaces, and of stored and returned objects.
-"""
+"""Rules 9 and 10: isolation of histories and namespaces, and of stored and returned objects."""
 
 import dataclasses
 import enum
@@ -107,9 +105,7 @@ class _Chat(str, enum.Enum):
 
 
 class Rule09IsolationTest(ContractTest):
-    """
-    Rule 9: histories and namespaces never mix, whatever characters their ids contain.
-    """
+    """Rule 9: histories and namespaces never mix, whatever characters their ids contain."""
 
     def test_histories_never_mix(self, store: ClosableStore, calls: Calls) -> None:
         for chat_history_id in HOSTILE_IDS:
@@ -167,9 +163,7 @@ class Rule09IsolationTest(ContractTest):
 
 
 class Rule10NoAliasingTest(ContractTest):
-    """
-    Rule 10: changes of written or returned objects do not change the store.
-    """
+    """Rule 10: changes of written or returned objects do not change the store."""
 
     def test_changing_what_was_returned_changes_nothing_stored(self, store: ClosableStore, calls: Calls) -> None:
         samples = [message for name, message in sample_messages().items() if name != "system"]
@@ -198,9 +192,7 @@ class Rule10NoAliasingTest(ContractTest):
 
 
 class _Histories(RuleBasedStateMachine):
-    """
-    Two namespaces with three histories each, and plain lists as the model.
-    """
+    """Two namespaces with three histories each, and plain lists as the model."""
 
     _which = st.tuples(st.integers(0, 1), st.sampled_from(["a", "A", "b"]))
     _new_message = st.tuples(st.sampled_from("uuacts"), st.none() | st.sampled_from(["1", "2", "3", "4"]))
@@ -270,9 +262,7 @@ class _Histories(RuleBasedStateMachine):
 
 
 def _change(value: Any) -> None:
-    """
-    Change every mutable part of a message in place.
-    """
+    """Change every mutable part of a message in place."""
     if dataclasses.is_dataclass(value):
         for item in vars(value).values():
             _change(item)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Rules 13 and 14: opening and closing a store, and serialization.
-"""
+"""Rules 13 and 14: opening and closing a store, and serialization."""
 
 import copy
 import json
@@ -22,9 +20,7 @@ from haystack_chat_store.testing.messages import conversation, user, with_id
 
 
 class Rule13LifecycleTest(ContractTest):
-    """
-    Rule 13: the constructor opens nothing, `close` releases everything, and the next use opens the store again.
-    """
+    """Rule 13: the constructor opens nothing, `close` releases everything, and the next use opens the store again."""
 
     @only_where("make_unreachable_store")
     def test_constructor_opens_nothing(self, make_unreachable_store: StoreFactory, calls: Calls) -> None:
@@ -82,9 +78,7 @@ class Rule13LifecycleTest(ContractTest):
 
 
 class Rule14SerializationTest(ContractTest):
-    """
-    Rule 14: `from_dict(to_dict(store))` is an equal store.
-    """
+    """Rule 14: `from_dict(to_dict(store))` is an equal store."""
 
     @pytest.mark.parametrize(
         "settings",

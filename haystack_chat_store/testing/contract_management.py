@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-All rules about managing conversations in one class.
-"""
+"""All rules about managing conversations in one class."""
 
 from haystack_chat_store.testing.contract_changes import Rule18PagesTest, Rule19ChangesTest, Rule20ForkingTest
 from haystack_chat_store.testing.contract_directory import Rule17DirectoryTest, Rule22ErasingTest

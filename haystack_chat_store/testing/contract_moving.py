@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Rule 23: moving histories.
-"""
+"""Rule 23: moving histories."""
 
 import asyncio
 from datetime import datetime, timezone
@@ -32,15 +30,11 @@ from haystack_chat_store.types import ChatHistoryPage
 
 
 class Rule23MovingTest(ContractTest):
-    """
-    Rule 23: an export and import keeps histories equal, on any engine.
-    """
+    """Rule 23: an export and import keeps histories equal, on any engine."""
 
     @pytest.fixture(params=["sync", "async"])
     def moving(self, request: pytest.FixtureRequest) -> Any:
-        """
-        Return a function that calls a function of `transfer` by its name, synchronously or asynchronously.
-        """
+        """Return a function that calls a function of `transfer` by its name, synchronously or asynchronously."""
 
         def call(name: str, *arguments: Any, **options: Any) -> Any:
             if request.param == "sync":
@@ -51,9 +45,7 @@ class Rule23MovingTest(ContractTest):
 
     @pytest.fixture
     def elsewhere(self) -> Any:
-        """
-        Return a store on another engine: in memory.
-        """
+        """Return a store on another engine: in memory."""
         store = InMemoryChatMessageStore(namespace=f"moving {datetime.now(timezone.utc)}")
         yield store
         store.delete_all_messages()
@@ -198,9 +190,7 @@ def _fill(calls: Calls, store: Any) -> None:
 
 
 def _contents(calls: Calls, store: Any) -> Any:
-    """
-    Return all histories with their messages, without positions, which an import assigns anew.
-    """
+    """Return all histories with their messages, without positions, which an import assigns anew."""
     found = {}
     page = calls.call(store, "list_chat_histories", limit=1000)
     for info in page.items:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-All rules together: any sequence of calls changes a store exactly like a model made of plain lists.
-"""
+"""All rules together: any sequence of calls changes a store exactly like a model made of plain lists."""
 
 import dataclasses
 import time
@@ -41,9 +39,7 @@ _ROLES: dict[str, Callable[..., ChatMessage]] = {
 
 @dataclass
 class _Kept:
-    """
-    A message in the model.
-    """
+    """A message in the model."""
 
     position: int
     message_id: str
@@ -53,9 +49,7 @@ class _Kept:
 
 @dataclass
 class _Model:
-    """
-    A history in the model: a plain list.
-    """
+    """A history in the model: a plain list."""
 
     messages: list[_Kept] = field(default_factory=list)
     next_position: int = 0
@@ -71,9 +65,7 @@ class _Model:
 
 
 class RandomWalkTest(ContractTest):
-    """
-    Thousands of calls of all operations, the same in each run, compared with a plain Python model.
-    """
+    """Thousands of calls of all operations, the same in each run, compared with a plain Python model."""
 
     #: The number of walks, of 50 steps each, with hypothesis' default profile.
     walks = 40

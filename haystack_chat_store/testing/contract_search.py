@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Rule 21: search.
-"""
+"""Rule 21: search."""
 
 from typing import Any
 
@@ -80,15 +78,11 @@ HOSTILE_QUERIES = [
 
 
 class Rule21SearchTest(ContractTest):
-    """
-    Rule 21: stores made with `search=True` find messages by their words.
-    """
+    """Rule 21: stores made with `search=True` find messages by their words."""
 
     @pytest.fixture
     def searching(self, new_store: StoreFactory) -> ClosableStore:
-        """
-        Return a store made with `search=True`.
-        """
+        """Return a store made with `search=True`."""
         return new_store(search=True)
 
     @only_where("searches")
@@ -248,22 +242,16 @@ class Rule21SearchTest(ContractTest):
 
 
 def search(calls: Calls, store: ClosableStore, query: str, **options: Any) -> list[Any]:
-    """
-    Call `search_messages`.
-    """
+    """Call `search_messages`."""
     found: list[Any] = calls.call(store, "search_messages", query, **options)
     return found
 
 
 def places(hits: list[Any]) -> list[tuple[str, int]]:
-    """
-    Return the histories and positions of hits, sorted.
-    """
+    """Return the histories and positions of hits, sorted."""
     return sorted((hit.chat_history_id, hit.position) for hit in hits)
 
 
 def found_ids(calls: Calls, store: ClosableStore) -> set[str]:
-    """
-    Return the ids of the messages with the word "needle".
-    """
+    """Return the ids of the messages with the word "needle"."""
     return {hit.message_id for hit in search(calls, store, "needle")}

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Rules 7 and 8: which messages at the end of a history are returned.
-"""
+"""Rules 7 and 8: which messages at the end of a history are returned."""
 
 import uuid
 from typing import Any
@@ -32,9 +30,7 @@ from haystack_chat_store.testing.messages import (
 
 
 class Rule07WindowsTest(ContractTest):
-    """
-    Rule 7: `last_k` counts rounds, or messages with `last_k_unit="message"`.
-    """
+    """Rule 7: `last_k` counts rounds, or messages with `last_k_unit="message"`."""
 
     @pytest.mark.parametrize(
         ("roles", "last_k", "expected"),
@@ -211,9 +207,7 @@ class Rule07WindowsTest(ContractTest):
 
 
 class Rule08CostTest(ContractTest):
-    """
-    Rule 8: windows and counts are correct in a long history. The benchmarks measure their cost.
-    """
+    """Rule 8: windows and counts are correct in a long history. The benchmarks measure their cost."""
 
     def test_window_and_count_of_a_long_history(self, store: ClosableStore, calls: Calls) -> None:
         assert calls.write(store, "chat", conversation("ucta" * 750)) == 3000

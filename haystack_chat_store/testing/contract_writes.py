@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Rules 3 to 6: writes, as far as one thread can check them.
-"""
+"""Rules 3 to 6: writes, as far as one thread can check them."""
 
 import copy
 import time
@@ -25,9 +23,7 @@ from haystack_chat_store.testing.messages import TOO_LONG, conversation, positio
 
 
 class Rule03AtomicBatchesTest(ContractTest):
-    """
-    Rule 3: a write is one batch, stored whole or not at all.
-    """
+    """Rule 3: a write is one batch, stored whole or not at all."""
 
     @pytest.mark.parametrize("place", [0, 1, 700])
     def test_one_message_that_cannot_be_stored_keeps_out_the_whole_batch(
@@ -50,9 +46,7 @@ class Rule03AtomicBatchesTest(ContractTest):
 
 
 class Rule04OrderTest(ContractTest):
-    """
-    Rule 4: messages keep the order of the writes.
-    """
+    """Rule 4: messages keep the order of the writes."""
 
     def test_messages_come_back_in_the_order_they_were_written(self, store: ClosableStore, calls: Calls) -> None:
         written = conversation("ucta uadttaua")
@@ -85,9 +79,7 @@ class Rule04OrderTest(ContractTest):
 
 
 class Rule05MessageIdsTest(ContractTest):
-    """
-    Rule 5: every message has an id, and the caller's objects are never changed.
-    """
+    """Rule 5: every message has an id, and the caller's objects are never changed."""
 
     def test_messages_without_an_id_get_unique_ones(self, new_store: StoreFactory, calls: Calls) -> None:
         seen: set[str] = set()
@@ -138,9 +130,7 @@ class Rule05MessageIdsTest(ContractTest):
 
 
 class Rule06IdempotentWritesTest(ContractTest):
-    """
-    Rule 6: a message whose id the history already has is skipped.
-    """
+    """Rule 6: a message whose id the history already has is skipped."""
 
     def test_id_that_the_history_has_is_skipped(self, store: ClosableStore, calls: Calls) -> None:
         assert calls.write(store, "chat", [with_id("a", "first"), with_id("b", "second")]) == 2

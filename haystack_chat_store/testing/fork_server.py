@@ -202,9 +202,7 @@ class _ForkedProcess(subprocess.Popen[Any]):
 
 
 class _Server:
-    """
-    A fork server, as its client sees it.
-    """
+    """A fork server, as its client sees it."""
 
     def __init__(self, options: Sequence[str], environment: Mapping[str, str], preload: Sequence[str]) -> None:
         self._requests, its_end = socket.socketpair()
@@ -277,9 +275,7 @@ def _read_all(connection: socket.socket) -> bytes:
 
 
 class _Children:
-    """
-    The children of a server, each with the lease of its id.
-    """
+    """The children of a server, each with the lease of its id."""
 
     def __init__(self, selector: selectors.BaseSelector) -> None:
         self._selector = selector
@@ -290,9 +286,7 @@ class _Children:
         self._running[pid] = lease
 
     def tell_ends(self) -> None:
-        """
-        Send the exit status of each that has ended. It stays a zombie, so that its id is not used again.
-        """
+        """Send the exit status of each that has ended. It stays a zombie, so that its id is not used again."""
         for pid, lease in list(self._running.items()):
             end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if end is not None:
@@ -303,9 +297,7 @@ class _Children:
                 self._selector.register(lease, selectors.EVENT_READ)
 
     def reap(self, ready: Container[Any]) -> None:
-        """
-        Let go of those that have ended and whose lease the client has closed.
-        """
+        """Let go of those that have ended and whose lease the client has closed."""
         for pid, lease in list(self._ended.items()):
             if lease in ready:
                 os.waitpid(pid, 0)
@@ -313,9 +305,7 @@ class _Children:
                 self._ended.pop(pid).close()
 
     def close(self) -> None:
-        """
-        Close what a forked child does not need.
-        """
+        """Close what a forked child does not need."""
         for lease in (*self._running.values(), *self._ended.values()):
             lease.close()
 
@@ -401,9 +391,7 @@ def _become(talk: socket.socket, descriptors: Sequence[int], path: Sequence[str]
 
 
 def _standard_stream(number: int, servers: Any) -> io.TextIOWrapper:
-    """
-    Open a standard stream as an interpreter does when it starts.
-    """
+    """Open a standard stream as an interpreter does when it starts."""
     is_output, is_unbuffered = number > 0, servers.write_through
     buffering = 0 if is_output and is_unbuffered else -1
     binary: Any = open(number, "wb" if is_output else "rb", buffering, closefd=False)
@@ -419,9 +407,7 @@ def _standard_stream(number: int, servers: Any) -> io.TextIOWrapper:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    """
-    Run a program as `__main__`.
-    """
+    """Run a program as `__main__`."""
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = __builtins__
     kind = arguments[0]

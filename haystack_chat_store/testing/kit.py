@@ -23,20 +23,14 @@ TestT = TypeVar("TestT", bound=Callable[..., Any])
 
 
 class ClosableStore(AsyncChatMessageStore, Protocol):
-    """
-    A store that the contract is checked on: it has all calls, both ways, and can be closed.
-    """
+    """A store that the contract is checked on: it has all calls, both ways, and can be closed."""
 
     def close(self) -> None:
-        """
-        Release the store's connections.
-        """
+        """Release the store's connections."""
         ...
 
     async def close_async(self) -> None:
-        """
-        Do what `close` does, without blocking the event loop.
-        """
+        """Do what `close` does, without blocking the event loop."""
         ...
 
 
@@ -62,56 +56,40 @@ class Calls:
         self._thread = threading.get_ident()
 
     def end(self) -> None:
-        """
-        Close the event loop.
-        """
+        """Close the event loop."""
         if self._loop is not None:
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
 
     def write(self, store: ClosableStore, chat_history_id: Any, messages: Any, **options: Any) -> int:
-        """
-        Call `write_messages`.
-        """
+        """Call `write_messages`."""
         written: int = self.call(store, "write_messages", chat_history_id, messages, **options)
         return written
 
     def retrieve(self, store: ClosableStore, chat_history_id: Any, **window: Any) -> list[ChatMessage]:
-        """
-        Call `retrieve_messages`, with `last_k` and `window_step` only if they are given.
-        """
+        """Call `retrieve_messages`, with `last_k` and `window_step` only if they are given."""
         messages: list[ChatMessage] = self.call(store, "retrieve_messages", chat_history_id, **window)
         return messages
 
     def count(self, store: ClosableStore, chat_history_id: Any) -> int:
-        """
-        Call `count_messages`.
-        """
+        """Call `count_messages`."""
         count: int = self.call(store, "count_messages", chat_history_id)
         return count
 
     def delete(self, store: ClosableStore, chat_history_id: Any, **options: Any) -> None:
-        """
-        Call `delete_messages`.
-        """
+        """Call `delete_messages`."""
         self.call(store, "delete_messages", chat_history_id, **options)
 
     def delete_all(self, store: ClosableStore) -> None:
-        """
-        Call `delete_all_messages`.
-        """
+        """Call `delete_all_messages`."""
         self.call(store, "delete_all_messages")
 
     def close(self, store: ClosableStore) -> None:
-        """
-        Call `close`.
-        """
+        """Call `close`."""
         self.call(store, "close")
 
     def iterate(self, store: ClosableStore, chat_history_id: str) -> list[Any]:
-        """
-        Return all messages that `iterate_messages` yields.
-        """
+        """Return all messages that `iterate_messages` yields."""
         if self._loop is None:
             return list(store.iterate_messages(chat_history_id))  # type: ignore[attr-defined]  # not in the protocol
 
@@ -122,9 +100,7 @@ class Calls:
         return self._loop.run_until_complete(walked())
 
     def call(self, store: ClosableStore, method: str, *arguments: Any, **options: Any) -> Any:
-        """
-        Call a method by its name, without `_async`.
-        """
+        """Call a method by its name, without `_async`."""
         if self._loop is None:
             return getattr(store, method)(*arguments, **options)
 
@@ -187,9 +163,7 @@ class ContractTest:
     make_unreachable_store: Any = None
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """
-        Remove the tests marked with `only_where` that do not apply to this engine.
-        """
+        """Remove the tests marked with `only_where` that do not apply to this engine."""
         super().__init_subclass__(**options)
         # Sorted, because pytest runs tests in the order in which they are set.
         for name in sorted(set(dir(cls)).difference(vars(cls))):
@@ -209,9 +183,7 @@ class ContractTest:
 
     @pytest.fixture
     def new_store(self, make_store: StoreFactory) -> Iterator[StoreFactory]:
-        """
-        Return a function like `make_store`. The stores it makes are closed at the end of the test.
-        """
+        """Return a function like `make_store`. The stores it makes are closed at the end of the test."""
         made: list[ClosableStore] = []
 
         def new(**settings: Any) -> ClosableStore:
@@ -224,32 +196,24 @@ class ContractTest:
 
     @pytest.fixture
     def store(self, new_store: StoreFactory) -> ClosableStore:
-        """
-        Return a store with default settings on an empty database.
-        """
+        """Return a store with default settings on an empty database."""
         return new_store()
 
     @pytest.fixture(params=["sync", "async"])
     def calls(self, request: pytest.FixtureRequest) -> Iterator[Calls]:
-        """
-        Return one of the two ways of calling a store. A test that uses this fixture runs once for each.
-        """
+        """Return one of the two ways of calling a store. A test that uses this fixture runs once for each."""
         calls = Calls(is_async=request.param == "async")
         yield calls
         calls.end()
 
 
 def ids(messages: list[ChatMessage]) -> list[str]:
-    """
-    Return the ids of retrieved messages.
-    """
+    """Return the ids of retrieved messages."""
     return [message.meta[MESSAGE_ID_KEY] for message in messages]
 
 
 def texts(messages: list[ChatMessage]) -> list[str | None]:
-    """
-    Return the first text of each message.
-    """
+    """Return the first text of each message."""
     return [message.text for message in messages]
 
 
@@ -269,9 +233,7 @@ def exactly(value: Any) -> Any:
 
 
 def without_ids(messages: list[ChatMessage]) -> list[ChatMessage]:
-    """
-    Return copies of retrieved messages without ids, to compare them with the written messages.
-    """
+    """Return copies of retrieved messages without ids, to compare them with the written messages."""
     return [
         replace(message, _meta={key: value for key, value in message.meta.items() if key != MESSAGE_ID_KEY})
         for message in messages

@@ -62,9 +62,7 @@ _ROLES = {"u": ChatRole.USER, "a": ChatRole.ASSISTANT, "e": ChatRole.ASSISTANT, 
 
 
 def positions(messages: Sequence[ChatMessage]) -> list[int]:
-    """
-    Return the place of each message in its `conversation`.
-    """
+    """Return the place of each message in its `conversation`."""
     return [message.meta["position"] for message in messages]
 
 
@@ -112,16 +110,12 @@ def _expected_start(total: int, last_k: int, window_step: int) -> int:
 
 
 def user(text: str = "Hello", **meta: Any) -> ChatMessage:
-    """
-    Make a user message.
-    """
+    """Make a user message."""
     return ChatMessage.from_user(text, meta=meta)
 
 
 def with_id(message_id: Any, text: str = "Hello") -> ChatMessage:
-    """
-    Make a user message with an id, which may be invalid.
-    """
+    """Make a user message with an id, which may be invalid."""
     return user(text, **{MESSAGE_ID_KEY: message_id})
 
 
@@ -132,9 +126,7 @@ _PDF = base64.b64encode(b"%PDF-1.4\n%%EOF").decode()
 
 
 def sample_messages() -> dict[str, ChatMessage]:
-    """
-    Return samples by name: each kind of message in Haystack, and unusual messages of models and tools.
-    """
+    """Return samples by name: each kind of message in Haystack, and unusual messages of models and tools."""
     call = ToolCall("weather", {"city": "Zürich", "days": [1, 2.5, None, True, {"unit": "°C"}]}, id="call_1")
     bare_call = ToolCall("now", {})
     image = ImageContent(_PNG, "image/png", detail="low", meta={"width": 1})
@@ -178,9 +170,7 @@ def sample_messages() -> dict[str, ChatMessage]:
 
 
 def texts() -> st.SearchStrategy[str]:
-    """
-    Text with any characters, NUL and lone surrogates included.
-    """
+    """Text with any characters, NUL and lone surrogates included."""
     # A store returns a high and a low surrogate side by side as the one character that they encode.
     return st.text(st.characters(), max_size=30).map(
         lambda text: text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
@@ -188,9 +178,7 @@ def texts() -> st.SearchStrategy[str]:
 
 
 def json_values() -> st.SearchStrategy[Any]:
-    """
-    JSON values: nested, with integers of any size and finite floats.
-    """
+    """JSON values: nested, with integers of any size and finite floats."""
     scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts()
     return st.recursive(
         scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts(), inner, max_size=3), max_leaves=8
@@ -198,25 +186,19 @@ def json_values() -> st.SearchStrategy[Any]:
 
 
 def json_objects() -> st.SearchStrategy[dict[str, Any]]:
-    """
-    Dicts of JSON values, as in `meta`, `extra` and `arguments`.
-    """
+    """Dicts of JSON values, as in `meta`, `extra` and `arguments`."""
     return st.dictionaries(texts(), json_values(), max_size=3)
 
 
 def tool_calls() -> st.SearchStrategy[ToolCall]:
-    """
-    Tool calls with and without id and extra.
-    """
+    """Tool calls with and without id and extra."""
     return st.builds(
         ToolCall, tool_name=texts(), arguments=json_objects(), id=st.none() | texts(), extra=st.none() | json_objects()
     )
 
 
 def images() -> st.SearchStrategy[ImageContent]:
-    """
-    Images with and without validation.
-    """
+    """Images with and without validation."""
     return st.builds(
         ImageContent,
         base64_image=st.binary(max_size=30).map(_base64),
@@ -228,9 +210,7 @@ def images() -> st.SearchStrategy[ImageContent]:
 
 
 def files() -> st.SearchStrategy[FileContent]:
-    """
-    Files with and without validation.
-    """
+    """Files with and without validation."""
     return st.builds(
         FileContent,
         base64_data=st.binary(max_size=30).map(_base64),
@@ -242,17 +222,13 @@ def files() -> st.SearchStrategy[FileContent]:
 
 
 def tool_results() -> st.SearchStrategy[ToolCallResult]:
-    """
-    Results of tool calls, as text or as parts.
-    """
+    """Results of tool calls, as text or as parts."""
     parts = st.lists(st.builds(TextContent, texts()) | images() | files(), max_size=3)
     return st.builds(ToolCallResult, result=texts() | parts, origin=tool_calls(), error=st.booleans())
 
 
 def messages() -> st.SearchStrategy[ChatMessage]:
-    """
-    Messages of every role except system, without ids, with all kinds of parts that the role may have.
-    """
+    """Messages of every role except system, without ids, with all kinds of parts that the role may have."""
     text = st.builds(TextContent, texts())
     reasoning = st.builds(ReasoningContent, texts(), json_objects())
     parts: dict[ChatRole, st.SearchStrategy[Any]] = {
@@ -272,9 +248,7 @@ def messages() -> st.SearchStrategy[ChatMessage]:
 
 
 def conversations() -> st.SearchStrategy[str]:
-    """
-    Lines of letters for `conversation`: any sequence of roles, with tool results in any place.
-    """
+    """Lines of letters for `conversation`: any sequence of roles, with tool results in any place."""
     return st.text("uuaacdtttse", max_size=25)
 
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Tests with several processes, killed processes and forks: rules 3, 4, 12, 13 and 16, for durable stores.
-"""
+"""Tests with several processes, killed processes and forks: rules 3, 4, 12, 13 and 16, for durable stores."""
 
 import inspect
 import json
@@ -90,15 +88,11 @@ class Program:
         self._hang_guard.start()
 
     def __enter__(self) -> Self:
-        """
-        Return this program.
-        """
+        """Return this program."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """
-        Kill the process if it still runs.
-        """
+        """Kill the process if it still runs."""
         self.kill()
         self._hang_guard.cancel()
         with self._process:
@@ -116,39 +110,29 @@ class Program:
             program.tell("begin")
 
     def tell(self, line: str) -> None:
-        """
-        Send a line, which the function reads from `sys.stdin`.
-        """
+        """Send a line, which the function reads from `sys.stdin`."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
 
     def reports(self) -> Iterator[Any]:
-        """
-        Yield each value that the function reports, until the process has ended.
-        """
+        """Yield each value that the function reports, until the process has ended."""
         assert self._process.stdout is not None
         while (line := self._process.stdout.readline()).endswith("\n"):
             yield json.loads(line)
 
     def reports_to_the_end(self) -> list[Any]:
-        """
-        Wait until the process has ended, check that it succeeded, and return the values it reported.
-        """
+        """Wait until the process has ended, check that it succeeded, and return the values it reported."""
         reported = list(self.reports())
         assert self.exit_code() == 0, "the process failed, or hung and was killed"
         return reported
 
     def exit_code(self) -> int:
-        """
-        Wait until the process has ended, and return its exit code: 0 if it succeeded.
-        """
+        """Wait until the process has ended, and return its exit code: 0 if it succeeded."""
         return self._process.wait(HANG_LIMIT)
 
     def kill(self) -> None:
-        """
-        Kill the process and its forked children at once.
-        """
+        """Kill the process and its forked children at once."""
         if self._process.returncode is not None:
             return  # another process may have its id by now
         if hasattr(os, "killpg"):
@@ -159,9 +143,7 @@ class Program:
 
 
 def run_program(function: Callable[..., None], store: ClosableStore, *arguments: Any) -> list[Any]:
-    """
-    Run a function in a separate process, and return the values it reported. See `Program`.
-    """
+    """Run a function in a separate process, and return the values it reported. See `Program`."""
     with Program(function, store, *arguments) as program:
         program.begin()
         return program.reports_to_the_end()
@@ -171,9 +153,7 @@ def run_program(function: Callable[..., None], store: ClosableStore, *arguments:
 
 
 def write_batches(store: ClosableStore, report: Report, history: str, writers: list[list[Batch]]) -> None:
-    """
-    Write with one thread for each writer. Report the last text of each batch as soon as it is acknowledged.
-    """
+    """Write with one thread for each writer. Report the last text of each batch as soon as it is acknowledged."""
     from concurrent.futures import ThreadPoolExecutor
 
     from haystack.dataclasses import ChatMessage
@@ -188,9 +168,7 @@ def write_batches(store: ClosableStore, report: Report, history: str, writers: l
 
 
 def read_history(store: ClosableStore, report: Report, history: str) -> None:
-    """
-    Report the texts of a history, read with the synchronous and the asynchronous call.
-    """
+    """Report the texts of a history, read with the synchronous and the asynchronous call."""
     import asyncio
 
     report([message.text for message in store.retrieve_messages(history)])
@@ -198,9 +176,7 @@ def read_history(store: ClosableStore, report: Report, history: str) -> None:
 
 
 def take_turns(store: ClosableStore, report: Report, history: str, name: str) -> None:
-    """
-    At each line of input, write a message and report the texts of the history.
-    """
+    """At each line of input, write a message and report the texts of the history."""
     import sys
 
     from haystack.dataclasses import ChatMessage
@@ -211,9 +187,7 @@ def take_turns(store: ClosableStore, report: Report, history: str, name: str) ->
 
 
 def write_two_huge_batches(store: ClosableStore, report: Report, size: int) -> None:
-    """
-    Write two batches. Report when each write begins and when it is done.
-    """
+    """Write two batches. Report when each write begins and when it is done."""
     from haystack.dataclasses import ChatMessage
 
     for history in ("first", "second"):
@@ -224,9 +198,7 @@ def write_two_huge_batches(store: ClosableStore, report: Report, size: int) -> N
 
 
 def fork_and_write(store: ClosableStore, report: Report, exits_normally: bool) -> None:
-    """
-    Write before and after a forked child writes and ends, then wait to be killed.
-    """
+    """Write before and after a forked child writes and ends, then wait to be killed."""
     import asyncio
     import os
     import sys
@@ -254,9 +226,7 @@ def fork_and_write(store: ClosableStore, report: Report, exits_normally: bool) -
 
 
 def fork_and_close(store: ClosableStore, report: Report) -> None:
-    """
-    Write in a forked child, close the store in the parent, and write in the child once more.
-    """
+    """Write in a forked child, close the store in the parent, and write in the child once more."""
     import os
 
     from haystack.dataclasses import ChatMessage
@@ -331,9 +301,7 @@ class ProcessesTest(WholeHistoriesTest):
 
     @only_where("durable")
     def test_what_one_process_wrote_the_next_one_reads(self, whole_store: ClosableStore, calls: Calls) -> None:
-        """
-        Rule 3.
-        """
+        """Rule 3."""
         run_program(write_batches, whole_store, "history", [[["Hello,"], ["it's me.", "Really."]]])
         assert calls.write(whole_store, "history", [ChatMessage.from_user("And me.")]) == 1
         everything = ["Hello,", "it's me.", "Really.", "And me."]
@@ -341,9 +309,7 @@ class ProcessesTest(WholeHistoriesTest):
 
     @only_where("durable")
     def test_processes_that_take_turns_see_what_the_others_wrote(self, whole_store: ClosableStore) -> None:
-        """
-        Rule 4. A store does not cache data that another process may change.
-        """
+        """Rule 4. A store does not cache data that another process may change."""
         expected = []
         with (
             Program(take_turns, whole_store, "history", "Ada") as ada,
@@ -361,9 +327,7 @@ class ProcessesTest(WholeHistoriesTest):
     def test_many_processes_that_start_on_an_empty_database_make_its_tables_once(
         self, whole_store: ClosableStore
     ) -> None:
-        """
-        Rules 13 and 16.
-        """
+        """Rules 13 and 16."""
         writers = planned_batches(8, 1)
         with ExitStack() as stack:
             programs = [
@@ -378,9 +342,7 @@ class ProcessesTest(WholeHistoriesTest):
 
     @only_where("durable")
     def test_killed_processes_lose_double_split_and_reorder_nothing(self, whole_store: ClosableStore) -> None:
-        """
-        Rules 3 and 4. Eight threads in each of eight processes write to one history; three processes are killed.
-        """
+        """Rules 3 and 4. Eight threads in each of eight processes write to one history; three processes are killed."""
         writers = planned_batches(64, 10)
         moments = random.Random(0)
         kill_after = {process: moments.randint(1, 40) for process in moments.sample(range(8), 3)}
@@ -413,9 +375,7 @@ class ProcessesTest(WholeHistoriesTest):
     def test_a_process_killed_while_it_writes_a_huge_batch_leaves_all_or_nothing(
         self, whole_store: ClosableStore, moment: float
     ) -> None:
-        """
-        Rule 3. The process is killed after a fraction of the time that the first of two equal writes took.
-        """
+        """Rule 3. The process is killed after a fraction of the time that the first of two equal writes took."""
         size = 10_000
         with Program(write_two_huge_batches, whole_store, size) as program:
             program.begin()
@@ -446,9 +406,7 @@ class ProcessesTest(WholeHistoriesTest):
     def test_a_forked_child_uses_the_store_and_its_parent_goes_on(
         self, whole_store: ClosableStore, exits_normally: bool
     ) -> None:
-        """
-        Rule 12. Both use synchronous and asynchronous calls. The parent is killed, so that no exit handler runs.
-        """
+        """Rule 12. Both use synchronous and asynchronous calls. The parent is killed, so that no exit handler runs."""
         writers = ("the parent", "its child", "the parent again")
         expected = [f"{writer} {way}" for writer in writers for way in ("waits", "awaits")]
         with Program(fork_and_write, whole_store, exits_normally) as program:
@@ -465,9 +423,7 @@ class ProcessesTest(WholeHistoriesTest):
     @_needs_fork
     @only_where("durable")
     def test_a_forked_child_goes_on_when_its_parent_has_closed_the_store(self, whole_store: ClosableStore) -> None:
-        """
-        Rules 3 and 12. The child's acknowledged writes stay.
-        """
+        """Rules 3 and 12. The child's acknowledged writes stay."""
         assert run_program(fork_and_close, whole_store) == [0]
         assert texts(whole_store.retrieve_messages("history")) == ["the parent", "its child", "its child again"]
         self.assert_sound(whole_store)
@@ -475,9 +431,7 @@ class ProcessesTest(WholeHistoriesTest):
     @_needs_fork
     @only_where("durable")
     def test_children_forked_while_threads_write_use_the_store(self, whole_store: ClosableStore) -> None:
-        """
-        Rule 12. A lock that a thread of the parent holds at the fork does not stay locked in the child.
-        """
+        """Rule 12. A lock that a thread of the parent holds at the fork does not stay locked in the child."""
         writers = planned_batches(14, 100)
         threads, children = writers[:4], [batches[:3] for batches in writers[4:]]
         assert run_program(fork_while_threads_write, whole_store, "history", threads, children) == [0] * 10

@@ -309,9 +309,7 @@ def _checked_store(store: Store) -> Store:
 
 
 class _CancelledError(Exception):
-    """
-    Stops the work on the thread. It never leaves this module.
-    """
+    """Stops the work on the thread. It never leaves this module."""
 
 
 async def _on_thread(work: Callable[[Progress], ResultT], progress: Progress | None) -> ResultT:

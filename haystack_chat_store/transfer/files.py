@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Files that are written whole or not at all, and files that are appended to. A database file is never overwritten.
-"""
+"""Files that are written whole or not at all, and files that are appended to. A database file is never overwritten."""
 
 import os
 import tempfile
@@ -93,9 +91,7 @@ def _is_database(path: str) -> bool:
 
 @contextmanager
 def _errors_name(path: "str | os.PathLike[str]") -> Iterator[None]:
-    """
-    Make errors name the path that the caller gave, not the temporary file or the target of a link.
-    """
+    """Make errors name the path that the caller gave, not the temporary file or the target of a link."""
     try:
         yield
     except OSError as error:

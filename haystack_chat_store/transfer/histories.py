@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The form in which histories are moved: every source yields it, and every target takes it.
-"""
+"""The form in which histories are moved: every source yields it, and every target takes it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -49,9 +47,7 @@ class TransferResult(Result):
 
 
 def invalid_id_fault(chat_history_id: Any, error: ValueError) -> Fault:
-    """
-    Return the fault for a history that is left out because its id is not valid.
-    """
+    """Return the fault for a history that is left out because its id is not valid."""
     return Fault(description=f"{ascii(chat_history_id)[:600]} was left out: {error}")
 
 
@@ -72,9 +68,7 @@ def row_from_json(created_at: int, content: str) -> MessageRow:
 
 
 def is_sound(row: MessageRow) -> bool:
-    """
-    Whether a stored message can be read, and agrees with the columns of its row.
-    """
+    """Whether a stored message can be read, and agrees with the columns of its row."""
     try:
         row.content.encode()  # fails on a lone surrogate
         return (
@@ -86,9 +80,7 @@ def is_sound(row: MessageRow) -> bool:
 
 
 def is_title(value: Any) -> bool:
-    """
-    Whether a stored value is a valid title or `None`.
-    """
+    """Whether a stored value is a valid title or `None`."""
     try:
         validated_title(value)
     except ValueError:
@@ -97,9 +89,7 @@ def is_title(value: Any) -> bool:
 
 
 def is_meta(value: Any) -> bool:
-    """
-    Whether a stored value is the valid meta of a history or `None`.
-    """
+    """Whether a stored value is the valid meta of a history or `None`."""
     meta = parsed_meta(value)
     if meta is None:
         return False
@@ -112,16 +102,12 @@ def is_meta(value: Any) -> bool:
 
 
 def is_time(value: Any) -> bool:
-    """
-    Whether a stored value is a time in microseconds since 1970.
-    """
+    """Whether a stored value is a time in microseconds since 1970."""
     return bool(microseconds(readable_time(value), "time") == value)
 
 
 def batched(rows: Iterable[MessageRow]) -> Iterator[list[MessageRow]]:
-    """
-    Group rows into batches of limited number and size.
-    """
+    """Group rows into batches of limited number and size."""
     batch: list[MessageRow] = []
     characters = 0
     for row in rows:

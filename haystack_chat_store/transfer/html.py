@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Chat histories as one HTML page. It loads nothing from elsewhere, and all text of messages is escaped.
-"""
+"""Chat histories as one HTML page. It loads nothing from elsewhere, and all text of messages is escaped."""
 
 from collections.abc import Iterable
 from html import escape

@@ -151,9 +151,7 @@ def read(file: BinaryIO, name: str) -> Histories:
 
 
 class _Place(NamedTuple):
-    """
-    A place in a file: its offset in bytes, the number of lines before it, and their digest.
-    """
+    """A place in a file: its offset in bytes, the number of lines before it, and their digest."""
 
     offset: int
     number: int
@@ -161,18 +159,14 @@ class _Place(NamedTuple):
 
 
 class _Lines:
-    """
-    The lines of a file.
-    """
+    """The lines of a file."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name
         self.go_to(_Place(0, 0, hashlib.sha256()))
 
     def place(self) -> _Place:
-        """
-        Return the place after the last line read.
-        """
+        """Return the place after the last line read."""
         digest = self._before.copy()
         digest.update(self._line)
         return _Place(self._offset, self._number, digest)
@@ -195,9 +189,7 @@ class _Lines:
             raise self.damaged("the text is not UTF-8") from None
 
     def parsed(self) -> dict[str, Any]:
-        """
-        Read the next line, and return the JSON object in it.
-        """
+        """Read the next line, and return the JSON object in it."""
         return self.object_in(self.next())
 
     def object_in(self, line: str) -> dict[str, Any]:
@@ -210,9 +202,7 @@ class _Lines:
         return entry
 
     def check_end(self, stated: Any, **counts: int) -> None:
-        """
-        Compare the counts and the checksum of the last line with the lines before it.
-        """
+        """Compare the counts and the checksum of the last line with the lines before it."""
         if stated != {**counts, "sha256": self._before.hexdigest()}:
             raise self.damaged("the counts or the checksum do not agree with the lines before it")
 
@@ -255,9 +245,7 @@ def _history(lines: _Lines, entry: dict[str, Any]) -> HistoryRow:
 
 
 class _HistoryRows:
-    """
-    The messages of a history in a file.
-    """
+    """The messages of a history in a file."""
 
     def __init__(self, lines: _Lines) -> None:
         self._lines = lines
@@ -270,9 +258,7 @@ class _HistoryRows:
         return batched(self._rows())
 
     def read_to_end(self) -> int:
-        """
-        Skip to the end of this history, and return the number of its messages.
-        """
+        """Skip to the end of this history, and return the number of its messages."""
         if self._read is None:
             for _ in self:
                 pass

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Chat histories as Markdown. All Markdown and HTML in messages is escaped.
-"""
+"""Chat histories as Markdown. All Markdown and HTML in messages is escaped."""
 
 import re
 from collections.abc import Iterable
@@ -58,9 +56,7 @@ def _fenced(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """
-    Return Markdown that renders as this text, with its line breaks and indentation.
-    """
+    """Return Markdown that renders as this text, with its line breaks and indentation."""
     escaped = "\n".join(map(_escaped_line, text.split("\n")))
     return re.sub(r"(?<=[^\n])\n(?=[^\n])", "\\\\\n", escaped)
 

@@ -48,9 +48,7 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
 
 
 def _training_messages(history: list[ChatMessage]) -> list[ChatMessage]:
-    """
-    Return the messages that are valid for a model, up to the last message of the assistant.
-    """
+    """Return the messages that are valid for a model, up to the last message of the assistant."""
     valid = rounds.valid_for_model(rounds.in_question_order(history))
     while valid and valid[-1].role is not ChatRole.ASSISTANT:
         del valid[-1]

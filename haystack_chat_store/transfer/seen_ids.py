@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-A set of ids that needs little memory, however many there are.
-"""
+"""A set of ids that needs little memory, however many there are."""
 
 import sqlite3
 
@@ -11,14 +9,10 @@ _MAX_IN_MEMORY = 10_000
 
 
 class SeenIds:
-    """
-    A set of ids that moves to a private temporary file when it grows large. SQLite removes the file on `close`.
-    """
+    """A set of ids that moves to a private temporary file when it grows large. SQLite removes the file on `close`."""
 
     def __init__(self) -> None:
-        """
-        Make an empty set.
-        """
+        """Make an empty set."""
         self._in_memory: set[str] = set()
         self._on_disk: sqlite3.Connection | None = None
 
@@ -30,9 +24,7 @@ class SeenIds:
             self._on_disk.close()
 
     def add(self, new: str) -> bool:
-        """
-        Add an id. Return False if the set has it already.
-        """
+        """Add an id. Return False if the set has it already."""
         if new in self._in_memory:
             return False
         if self._on_disk is not None and self._on_disk.execute("SELECT 1 FROM ids WHERE id = ?", (new,)).fetchone():

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Reads chat histories from a store, and imports them into a store.
-"""
+"""Reads chat histories from a store, and imports them into a store."""
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,9 +52,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 class StoredHistories:
-    """
-    Histories of a store. Each is yielded once, even while other writers change the store.
-    """
+    """Histories of a store. Each is yielded once, even while other writers change the store."""
 
     def __init__(
         self, store: BaseChatMessageStore, chat_history_ids: Iterable[str] | None, prefix: str, faults: Faults
@@ -83,9 +79,7 @@ class StoredHistories:
                     raise history_not_found(each)
 
     def message_count(self) -> int:
-        """
-        Return the number of messages now, by the counters of the histories.
-        """
+        """Return the number of messages now, by the counters of the histories."""
         return sum(row.message_count for row in self._rows())
 
     def __iter__(self) -> Histories:
@@ -105,9 +99,7 @@ class StoredHistories:
         return self._store.engine.run(self._store.engine.history, self._store.scope, chat_history_id)
 
     def _without_damage(self, row: HistoryRow) -> HistoryRow | None:
-        """
-        Return a history with its damaged fields replaced, or `None` if its id is damaged.
-        """
+        """Return a history with its damaged fields replaced, or `None` if its id is damaged."""
         try:
             validated_id(row.chat_history_id, "its id")
         except ValueError as error:
@@ -121,9 +113,7 @@ class StoredHistories:
         return replace(row, **{name: defaults[name] for name in damaged})
 
     def _report_unreadable_ids(self) -> None:
-        """
-        Report the number of histories with ids that cannot be read.
-        """
+        """Report the number of histories with ids that cannot be read."""
         try:
             left = self._number_of_unreadable_ids()
         except UnsupportedOperationError:
@@ -153,9 +143,7 @@ class StoredHistories:
         return 0
 
     def _count(self) -> tuple[int, Any]:
-        """
-        Return the number of histories, and the history that changed last, which shows whether the store changed.
-        """
+        """Return the number of histories, and the history that changed last, which shows whether the store changed."""
         count = self._store.engine.run(self._store.engine.statistics, self._store.scope, "").chat_histories
         return count, self._store.engine.run(self._store.engine.histories, self._store.scope, "", None, 1)
 
@@ -268,17 +256,13 @@ def _import_all(store: BaseChatMessageStore, histories: Histories) -> Iterator[t
 
 
 class _Space:
-    """
-    The space that is left in a batch of short histories.
-    """
+    """The space that is left in a batch of short histories."""
 
     def __init__(self) -> None:
         self._rows, self._characters = PAGE_ROWS, PAGE_CHARACTERS
 
     def rows_that_fit(self, rows: Rows) -> list[MessageRow] | None:
-        """
-        Return the messages of a history, or `None` if they are too many for any batch.
-        """
+        """Return the messages of a history, or `None` if they are too many for any batch."""
         taken: list[MessageRow] = []
         characters = 0
         for batch in rows:
@@ -309,9 +293,7 @@ def _import_together(
 
 
 def _import_one(store: BaseChatMessageStore, history: HistoryRow, rows: Rows) -> _Imported | None:
-    """
-    Import one history, or the messages by which it continues the stored one. Return `None` if the two differ.
-    """
+    """Import one history, or the messages by which it continues the stored one. Return `None` if the two differ."""
     changed: ChatHistoryChangedError | None = None
     for _ in range(_MAX_ATTEMPTS):
         exists = store.engine.run(store.engine.history, store.scope, history.chat_history_id) is not None
@@ -361,9 +343,7 @@ def _overlap(stored: Iterable[Sequence[MessageRow]], arriving: Rows) -> _Overlap
 
 
 class _RowsFrom:
-    """
-    The messages of a history without the first ones.
-    """
+    """The messages of a history without the first ones."""
 
     def __init__(self, rows: Rows, start: int) -> None:
         self._rows, self._start = rows, start

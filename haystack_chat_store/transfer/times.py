@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Parses times that other programs have written.
-"""
+"""Parses times that other programs have written."""
 
 import re
 from datetime import datetime

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Agents to run in tests: their model, their tools, and the moments of a run at which it can be ended.
-"""
+"""Agents to run in tests: their model, their tools, and the moments of a run at which it can be ended."""
 
 import asyncio
 import threading
@@ -101,9 +99,7 @@ class Moments:
 
 
 class MomentHook:
-    """
-    A moment at a hook point.
-    """
+    """A moment at a hook point."""
 
     def __init__(self, moments, name):
         self.moments, self.name = moments, name
@@ -113,9 +109,7 @@ class MomentHook:
 
 
 def with_moments(hooks, moments):
-    """
-    Return the hooks with a moment before each and after the last one, at every hook point.
-    """
+    """Return the hooks with a moment before each and after the last one, at every hook point."""
     return {
         point: [
             hook
@@ -128,9 +122,7 @@ def with_moments(hooks, moments):
 
 
 def watch(store, moments):
-    """
-    Let a store pass a moment before and after each read and write, and note the ids of what it has acknowledged.
-    """
+    """Let a store pass a moment before and after each read and write, and note the ids of what it has acknowledged."""
     write, write_async = store.write_messages, store.write_messages_async
     read, read_async = store.retrieve_messages, store.retrieve_messages_async
 
@@ -177,9 +169,7 @@ def planned_turn(messages):
 
 @hook
 def check(state: State) -> None:
-    """
-    Keep the agent running once, if its question wants that.
-    """
+    """Keep the agent running once, if its question wants that."""
     question, *others = planned_turn(state.data["messages"])
     if "check" in question.text and not any(message.text == "Are you sure?" for message in others):
         state.set("messages", [ChatMessage.from_user("Are you sure?")])
@@ -266,9 +256,7 @@ def tool(name, function):
 
 
 def tools_with(moments):
-    """
-    Two tools that are called at once. They return what follows from their argument alone.
-    """
+    """Two tools that are called at once. They return what follows from their argument alone."""
 
     def look_up(key: str) -> str:
         moments("tool begins")
@@ -284,9 +272,7 @@ def tools_with(moments):
 
 
 def planned_agent(store, moments=None, has_call_ids=True):
-    """
-    An agent with every moment there is.
-    """
+    """An agent with every moment there is."""
     moments = moments or Moments()
     return Agent(
         chat_generator=PlannedModel(moments, has_call_ids),
@@ -299,18 +285,14 @@ def planned_agent(store, moments=None, has_call_ids=True):
 
 
 def said(message):
-    """
-    Return what a message says, in a form that is equal for two runs: without ids.
-    """
+    """Return what a message says, in a form that is equal for two runs: without ids."""
     calls = [(call.tool_name, call.arguments) for call in message.tool_calls]
     results = [(result.origin.tool_name, result.result, result.error) for result in message.tool_call_results]
     return message.role.value, message.text, calls, results
 
 
 def completed(messages):
-    """
-    Return a transcript without the steps that were begun and never completed.
-    """
+    """Return a transcript without the steps that were begun and never completed."""
     kept, step = [], None
     for message in messages:
         if message.role is ChatRole.TOOL:

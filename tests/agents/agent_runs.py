@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Agents with scripted models, and what they were asked.
-"""
+"""Agents with scripted models, and what they were asked."""
 
 from typing import ClassVar
 
@@ -16,9 +14,7 @@ HANG_LIMIT = 60
 
 
 class FailingStore(SQLiteChatMessageStore):
-    """
-    A store that fails to write as often as it is told to.
-    """
+    """A store that fails to write as often as it is told to."""
 
     failures: ClassVar = []
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the tests of this folder take: stores, and the ways to run an agent.
-"""
+"""What the tests of this folder take: stores, and the ways to run an agent."""
 
 import pytest
 from agent_programs import ENGINES, WAYS, databases

@@ -129,9 +129,7 @@ def test_a_process_killed_at_any_moment_loses_and_doubles_nothing(new_store, way
 
 
 class Crash(BaseException):
-    """
-    Ends a run as the end of its process would: nothing handles it, and what is not stored is forgotten.
-    """
+    """Ends a run as the end of its process would: nothing handles it, and what is not stored is forgotten."""
 
 
 def crash():

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The examples with agents run as they are: each in a process of its own, as a user would start it.
-"""
+"""The examples with agents run as they are: each in a process of its own, as a user would start it."""
 
 import importlib
 import os
@@ -166,9 +164,7 @@ TURNS = {"Remember that tea is at five.": 2, "Add 2 + 3 and note the result.": 3
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """
-    What is stored and noted of a conversation without a crash.
-    """
+    """What is stored and noted of a conversation without a crash."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for turn in TURNS:
         say(folder, turn)

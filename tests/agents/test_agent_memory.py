@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What is stored of an agent's run, under which history, and what it sees of it again.
-"""
+"""What is stored of an agent's run, under which history, and what it sees of it again."""
 
 import copy
 import threading

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The memory beside other hooks, and several runs at the same time.
-"""
+"""The memory beside other hooks, and several runs at the same time."""
 
 import asyncio
 import threading
@@ -21,9 +19,7 @@ from haystack_integrations.hooks.chat_store import ChatHistorySaver, chat_histor
 
 
 class ScriptedStrategy:
-    """
-    Decides on tool calls by their key: rejects "no", changes "other", confirms all else.
-    """
+    """Decides on tool calls by their key: rejects "no", changes "other", confirms all else."""
 
     def run(self, *, tool_name, tool_description, tool_params, tool_call_id=None, confirmation_strategy_context=None):
         key = tool_params["key"]
@@ -171,9 +167,7 @@ def test_the_hooks_of_the_caller_are_put_in_order_and_the_mapping_stays_as_it_is
 
 
 class Meeting:
-    """
-    A hook that waits for the other run. It blocks, so an asynchronous run calls it in a thread.
-    """
+    """A hook that waits for the other run. It blocks, so an asynchronous run calls it in a thread."""
 
     def __init__(self, barrier):
         self.barrier = barrier

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Going on with an interrupted turn, and the ends of a run.
-"""
+"""Going on with an interrupted turn, and the ends of a run."""
 
 import asyncio
 from dataclasses import replace
@@ -61,9 +59,7 @@ def test_a_complete_history_costs_no_call_of_the_model(store, run):
 
 
 def test_on_a_complete_history_no_hook_before_the_model_runs(store, run):
-    """
-    It could ask a model itself, to summarize what is there.
-    """
+    """It could ask a model itself, to summarize what is there."""
     seen = []
 
     @hook
@@ -108,9 +104,7 @@ SMALL_WINDOWS = {
 
 @pytest.fixture(params=["round", "message"])
 def counting_store(request, make_store, tmp_path):
-    """
-    A store that counts rounds, or one that counts messages.
-    """
+    """A store that counts rounds, or one that counts messages."""
     return make_store("sqlite", tmp_path, last_k_unit=request.param)
 
 
@@ -211,9 +205,7 @@ def test_a_run_that_ends_at_once_stores_what_the_caller_brings_besides(store, ru
 
 
 def test_a_reply_without_text_does_not_end_a_turn(store, run):
-    """
-    Haystack asks an agent's model again then.
-    """
+    """Haystack asks an agent's model again then."""
     picture = ImageContent(base64_image="aGk=", mime_type="image/png", validation=False)
     store.write_messages("h", [user("Draw!"), ChatMessage(ChatRole.ASSISTANT, [picture])])
     agent = agent_with(store, reply("Done."))

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Saving that fails; settings, YAML, and the life of the hooks.
-"""
+"""Saving that fails; settings, YAML, and the life of the hooks."""
 
 import asyncio
 import copy

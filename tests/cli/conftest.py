@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the tests of this folder take: a way to run commands, and databases of every engine.
-"""
+"""What the tests of this folder take: a way to run commands, and databases of every engine."""
 
 import json
 
@@ -13,18 +11,14 @@ from haystack_chat_store.cli import main
 
 @pytest.fixture(autouse=True)
 def as_started_anew(monkeypatch):
-    """
-    The environment of a new shell.
-    """
+    """The environment of a new shell."""
     for name in ("HAYSTACK_CHAT_STORE_URL", "FORCE_COLOR", "NO_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def run(capsys):
-    """
-    Run a command in this process; returns its exit status, its output, and what it said on the other output.
-    """
+    """Run a command in this process; returns its exit status, its output, and what it said on the other output."""
 
     def run(*arguments):
         capsys.readouterr()
@@ -37,9 +31,7 @@ def run(capsys):
 
 @pytest.fixture
 def run_json(run):
-    """
-    Run a command with `--json`; returns its objects.
-    """
+    """Run a command with `--json`; returns its objects."""
 
     def run_json(*arguments, status=0):
         code, out, err = run(*arguments, "--json")
@@ -65,9 +57,7 @@ SERVERS = ["postgres", "redis_server", "redis_cluster"]
 
 @pytest.fixture(params=["sqlite", *(pytest.param(server, marks=pytest.mark.servers) for server in SERVERS)])
 def any_url(request):
-    """
-    The URL of an empty database of each engine.
-    """
+    """The URL of an empty database of each engine."""
     if request.param == "sqlite":
         return request.getfixturevalue("url")
     server = request.getfixturevalue(request.param)

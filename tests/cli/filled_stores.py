@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the tests of this folder put into a store, and look for there.
-"""
+"""What the tests of this folder put into a store, and look for there."""
 
 import sqlite3
 from contextlib import closing
@@ -15,9 +13,7 @@ DAMAGED = '{"no": "message"}'
 
 
 def filled(url, **settings):
-    """
-    A store with the histories `ada:1` (4 messages), `ada:2` (2) and `bob:1` (1), which changed in this order.
-    """
+    """A store with the histories `ada:1` (4 messages), `ada:2` (2) and `bob:1` (1), which changed in this order."""
     store = store_from_url(url, last_k=None, **settings)
     store.write_messages("ada:1", conversation("uaua"))
     store.update_chat_history("ada:1", title="Zürich", meta={"a": 1})
@@ -33,9 +29,7 @@ def names(store):
 
 
 def change(path, statement, *values):
-    """
-    Change a database behind its store's back.
-    """
+    """Change a database behind its store's back."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute(statement, values)
 
@@ -45,9 +39,7 @@ def damage(path, content=DAMAGED):
 
 
 def age(path, days, *chat_history_ids):
-    """
-    Have histories be unchanged for so many days.
-    """
+    """Have histories be unchanged for so many days."""
     for chat_history_id in chat_history_ids:
         statement = "UPDATE haystack_chat_histories SET updated_at = updated_at - ? WHERE chat_history_id = ?"
         change(path, statement, days * 86_400_000_000, chat_history_id)
@@ -58,7 +50,5 @@ def moved(chat_histories, messages, skipped=0):
 
 
 def command(*arguments):
-    """
-    What stands behind `python` to run a command.
-    """
+    """What stands behind `python` to run a command."""
     return ["-m", "haystack_chat_store", *map(str, arguments)]

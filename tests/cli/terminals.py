@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Real terminals, for commands to run in.
-"""
+"""Real terminals, for commands to run in."""
 
 import fcntl
 import json
@@ -25,9 +23,7 @@ from haystack_chat_store.testing.fork_server import start_python
 
 
 class Terminal:
-    """
-    A program that runs in its own terminal: a command of this package, or any other.
-    """
+    """A program that runs in its own terminal: a command of this package, or any other."""
 
     def __init__(self, *arguments, program=None, columns=80, stdout=None, **environment):
         self.screen = b""
@@ -48,9 +44,7 @@ class Terminal:
         os.close(slave)
 
     def read_until(self, text=None):
-        """
-        Read until some text has come, or to the end.
-        """
+        """Read until some text has come, or to the end."""
         give_up = time.monotonic() + 120
         while text is None or text.encode() not in self.screen:
             assert select.select([self._master], [], [], give_up - time.monotonic())[0], self.screen
@@ -67,9 +61,7 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def end(self):
-        """
-        Wait for the end; returns the exit status and what was printed.
-        """
+        """Wait for the end; returns the exit status and what was printed."""
         self.read_until()
         os.close(self._master)
         return self.process.wait(60), self.screen.decode().replace("\r\n", "\n")
@@ -92,9 +84,7 @@ os._exit(status)
 
 @contextmanager
 def forked_commands():
-    """
-    A folder for PATH whose `haystack-chat-store` is forked, so that a shell need not wait for imports.
-    """
+    """A folder for PATH whose `haystack-chat-store` is forked, so that a shell need not wait for imports."""
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         program, address = Path(folder, "haystack-chat-store"), os.path.join(folder, "requests")
         program.write_text(_SHIM.format(python=sys.executable, address=address))

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-A shell is offered what is right there, and what does nothing but stand there.
-"""
+"""A shell is offered what is right there, and what does nothing but stand there."""
 
 import os
 import sys
@@ -16,9 +14,7 @@ from haystack_chat_store.testing.messages import conversation
 
 @pytest.fixture
 def completed(run, monkeypatch):
-    """
-    Return what bash is offered for the last of these words.
-    """
+    """Return what bash is offered for the last of these words."""
 
     def completed(url, *words):
         monkeypatch.setenv("_HAYSTACK_CHAT_STORE_COMPLETE", "complete_bash")
@@ -67,9 +63,7 @@ def commands(request):
 
 @pytest.fixture
 def bash(url, commands):
-    """
-    Bash in a terminal, with our completion. Returns a function that types lines, and waits until they are obeyed.
-    """
+    """Bash in a terminal, with our completion. Returns a function that types lines, and waits until they are obeyed."""
     path = os.pathsep.join((commands, os.environ["PATH"]))
     terminal = Terminal(program=("bash", "--norc", "-i"), PATH=path, HAYSTACK_CHAT_STORE_URL=url)
     typed = 0

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-`delete` and `purge` delete what was named, after asking, and nothing else.
-"""
+"""`delete` and `purge` delete what was named, after asking, and nothing else."""
 
 import pytest
 from filled_stores import age, filled, names

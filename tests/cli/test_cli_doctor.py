@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-`doctor` reports and mends.
-"""
+"""`doctor` reports and mends."""
 
 import json
 

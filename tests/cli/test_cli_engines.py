@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Every command does on every engine what it says.
-"""
+"""Every command does on every engine what it says."""
 
 import json
 

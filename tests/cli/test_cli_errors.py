@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What goes wrong is said in a line or two, with the status that it promises and without passwords.
-"""
+"""What goes wrong is said in a line or two, with the status that it promises and without passwords."""
 
 import pytest
 from filled_stores import filled, names

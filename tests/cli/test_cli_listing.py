@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-`ls`, `stats` and `title` tell what there is, for people and for programs.
-"""
+"""`ls`, `stats` and `title` tell what there is, for people and for programs."""
 
 import sys
 from datetime import datetime, timedelta, timezone

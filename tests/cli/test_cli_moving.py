@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-`export`, `import` and `copy` move histories whole, and say what they could not move.
-"""
+"""`export`, `import` and `copy` move histories whole, and say what they could not move."""
 
 import gzip
 

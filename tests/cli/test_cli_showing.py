@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-`show` and `search` print what messages say: all of it, and nothing that could pass for something else.
-"""
+"""`show` and `search` print what messages say: all of it, and nothing that could pass for something else."""
 
 from filled_stores import damage, filled
 from haystack.dataclasses import ChatMessage

@@ -66,18 +66,14 @@ def shown(capsys, monkeypatch):
 
 
 def sits_before_it(monkeypatch):
-    """
-    Have this process's outputs be taken for a terminal that knows colours.
-    """
+    """Have this process's outputs be taken for a terminal that knows colours."""
     monkeypatch.setenv("TERM", "xterm-256color")
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: True)
 
 
 def assert_harmless(text):
-    """
-    Nothing is left that a terminal obeys or shows in another order.
-    """
+    """Nothing is left that a terminal obeys or shows in another order."""
     text = CURSOR.sub("", STYLE.sub("", text))
     assert set(text) & set(CONTROLS + REORDERING) <= {"\n"}
     assert not [character for character in text if 0xD800 <= ord(character) < 0xE000]

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the tests of this folder take: a server, a pooler before it, and stores on it.
-"""
+"""What the tests of this folder take: a server, a pooler before it, and stores on it."""
 
 import pytest
 from postgres_stores import BEHIND_PGBOUNCER, ENGINES, NEWEST, stores_on
@@ -11,9 +9,7 @@ from haystack_chat_store.testing.kit import Calls
 
 
 def pytest_generate_tests(metafunc):
-    """
-    A module that has `VERSIONS` or `WAYS` runs its tests on these servers, or on these ways to a server.
-    """
+    """A module that has `VERSIONS` or `WAYS` runs its tests on these servers, or on these ways to a server."""
     for fixture, wanted in (("server", "VERSIONS"), ("url", "WAYS")):
         if fixture in metafunc.fixturenames and hasattr(metafunc.module, wanted):
             metafunc.parametrize(fixture, getattr(metafunc.module, wanted), indirect=True)
@@ -50,9 +46,7 @@ def store(make_store):
 
 @pytest.fixture
 def database(server):
-    """
-    The URL of an empty database.
-    """
+    """The URL of an empty database."""
     url = server.create_database()
     yield url
     server.drop_database(url)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Rows to import, and what must hold afterwards.
-"""
+"""Rows to import, and what must hold afterwards."""
 
 import json
 
@@ -27,9 +25,7 @@ def import_rows(store, *batches, history=NEW, expected_count=0):
 
 
 def assert_sound(server, store):
-    """
-    The counters say what there is, and no position is twice or to come.
-    """
+    """The counters say what there is, and no position is twice or to come."""
     assert store.engine.run(store.engine.check, store.scope, False) == []
     counted = f"SELECT history_key, count(DISTINCT position) FROM {store.schema_name}.haystack_chat_messages GROUP BY 1"
     counters = (

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Stores on private servers of PostgreSQL, and what tests ask these servers themselves.
-"""
+"""Stores on private servers of PostgreSQL, and what tests ask these servers themselves."""
 
 import re
 import uuid
@@ -41,9 +39,7 @@ DOCUMENTATION = (Path(__file__).parents[2] / "docs" / "postgres.md").read_text(e
 
 @contextmanager
 def stores_on(url, **defaults):
-    """
-    A function that makes stores on a server, with tables of their own, which stay until the server goes.
-    """
+    """A function that makes stores on a server, with tables of their own, which stay until the server goes."""
     made = []
 
     def make(**settings):

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What several do to the same histories at once: edits, forks, erasing.
-"""
+"""What several do to the same histories at once: edits, forks, erasing."""
 
 import threading
 from contextlib import ExitStack
@@ -134,9 +132,7 @@ def test_of_two_who_begin_the_same_history_one_does(server, make_store):
 
 
 def test_a_batch_beside_a_rewind_is_there_whole_or_from_where_it_was_rewound_on_gone(server, make_store):
-    """
-    What a writer found to be there may be gone when it writes the rest.
-    """
+    """What a writer found to be there may be gone when it writes the rest."""
     store = make_store()
     done = threading.Event()
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Connections: pools, event loops that end, processes that fork.
-"""
+"""Connections: pools, event loops that end, processes that fork."""
 
 import asyncio
 import gc
@@ -80,9 +78,7 @@ def test_the_connections_of_loops_that_ended_are_closed(make_store, server):
 
 
 def fork_while_a_loop_waits(store, report):
-    """
-    Fork while asynchronous calls wait for the server. The child uses the store and ends as every program does.
-    """
+    """Fork while asynchronous calls wait for the server. The child uses the store and ends as every program does."""
     import asyncio
     import gc
     import os
@@ -183,9 +179,7 @@ def fork_while_threads_connect(store, report, times):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork on this platform")
 def test_a_child_forked_while_threads_connect_can_connect_too(store):
-    """
-    What the threads hold of OpenSSL's locks at that moment would stay held in the child for ever.
-    """
+    """What the threads hold of OpenSSL's locks at that moment would stay held in the child for ever."""
     store.count_messages("history")  # makes the tables
     with Program(fork_while_threads_connect, store, 40) as program:
         program.begin()

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-PostgreSQL keeps the contract, also behind PgBouncer and in partitions.
-"""
+"""PostgreSQL keeps the contract, also behind PgBouncer and in partitions."""
 
 import pytest
 from breadth import ENGINE, VARIANT
@@ -32,17 +30,13 @@ class Writing(
     Rule13LifecycleTest,
     Rule19ChangesTest,
 ):
-    """
-    What could depend on the tables.
-    """
+    """What could depend on the tables."""
 
     breadth = VARIANT
 
 
 class PartOfTheContract(Writing, ConcurrencyTest):
-    """
-    What could depend on the server's version, or on a pooler.
-    """
+    """What could depend on the server's version, or on a pooler."""
 
 
 @on_the_oldest

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Times, the directory, and erasing.
-"""
+"""Times, the directory, and erasing."""
 
 import threading
 from dataclasses import replace
@@ -38,9 +36,7 @@ def updated_at(store, history):
 
 
 def test_the_time_of_a_change_never_goes_back(server, make_store):
-    """
-    Another server, which was the primary before, may have had a clock that was ahead.
-    """
+    """Another server, which was the primary before, may have had a clock that was ahead."""
     store = make_store()
     store.write_messages("source", [with_id(f"{number}") for number in range(5)])
     store.copy_messages("source", "history")
@@ -163,9 +159,7 @@ def test_a_page_of_the_oldest_histories_does_not_pass_all_newer_ones(server):
 
 
 def test_the_place_after_a_time_that_there_is_not_is_the_end(store):
-    """
-    No page has such a cursor, but a caller can make one.
-    """
+    """No page has such a cursor, but a caller can make one."""
     say(store, "Hi!")
     for time in (-(2**61), -210_866_803_200_000_001):
         assert store.engine.run(store.engine.histories, store.scope, "", (time, "a"), 10) == []
@@ -216,9 +210,7 @@ SECRET = "Kaleidoskopmacher"  # in no program or dictionary of the server
 
 
 def bytes_of(server):
-    """
-    Everything the server keeps but the write-ahead log, which is not for us to rewrite.
-    """
+    """Everything the server keeps but the write-ahead log, which is not for us to rewrite."""
     server.execute("CHECKPOINT")
     files = (path for path in (server.folder / "data").rglob("*") if path.is_file() and "pg_wal" not in path.parts)
     return b"".join(path.read_bytes().lower() for path in files)

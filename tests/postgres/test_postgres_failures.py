@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Servers that refuse, fail and come back.
-"""
+"""Servers that refuse, fail and come back."""
 
 import asyncio
 import os
@@ -114,9 +112,7 @@ def test_a_password_cannot_be_guessed_from_what_an_error_leaves_out(server, pass
 
 
 def test_what_psycopg_itself_refuses_is_reported(store, monkeypatch):
-    """
-    As it refuses the event loop that is Windows' default.
-    """
+    """As it refuses the event loop that is Windows' default."""
 
     async def refuse(*_, **__):
         raise psycopg.InterfaceError("Psycopg cannot use the 'ProactorEventLoop'")
@@ -164,9 +160,7 @@ def test_a_call_waits_for_a_free_connection_no_longer_than_the_timeout(server, m
     store = make_store(min_pool_size=0, max_pool_size=1, timeout=2)
 
     def batches():
-        """
-        Yield while the connection is in use, for an import that need not hurry.
-        """
+        """Yield while the connection is in use, for an import that need not hurry."""
         in_use.set()
         assert failed.wait(60)
         yield rows(0, 1)
@@ -217,9 +211,7 @@ def test_connections_that_were_ended_are_replaced(server, make_store, calls):
     ],
 )
 def test_nothing_acknowledged_is_lost_when_the_server_restarts(ending, way):
-    """
-    Calls fail with a clear error or succeed; the same store works again by itself.
-    """
+    """Calls fail with a clear error or succeed; the same store works again by itself."""
     writers = planned_batches(6, 4000)
     acknowledged, failures, restarted = [], [], threading.Event()
 

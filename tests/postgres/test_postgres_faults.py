@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What a check finds in a PostgreSQL database that was changed by hand, and what it repairs.
-"""
+"""What a check finds in a PostgreSQL database that was changed by hand, and what it repairs."""
 
 import uuid
 from dataclasses import replace
@@ -41,9 +39,7 @@ def store(make_store):
 
 @pytest.fixture
 def change(server, store):
-    """
-    Execute SQL, in which {0} is the store's schema.
-    """
+    """Execute SQL, in which {0} is the store's schema."""
     return lambda *statements: execute(server.url, *(each.format(store.schema_name) for each in statements))
 
 

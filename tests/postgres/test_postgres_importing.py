@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Imports: in batches, all or nothing.
-"""
+"""Imports: in batches, all or nothing."""
 
 import asyncio
 import threading
@@ -88,9 +86,7 @@ def test_reading_what_is_imported_does_not_hold_up_the_event_loop(make_store):
 
 
 def test_indexing_large_messages_does_not_hold_up_the_event_loop(make_store):
-    """
-    When they are written, and when they were there before search was turned on.
-    """
+    """When they are written, and when they were there before search was turned on."""
     store, searching = make_store(), make_store(search=True)
     messages = [with_id(f"{number}", "some words of many " * 600) for number in range(400)]
     store.write_messages("before", messages)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Managing conversations on PostgreSQL: what every store does.
-"""
+"""Managing conversations on PostgreSQL: what every store does."""
 
 from datetime import datetime, timezone
 
@@ -19,9 +17,7 @@ class TestNewest(OnPostgres, ManagementContract):
 
 
 class Walking(OnPostgres, RandomWalkTest):
-    """
-    What could depend on the server's version, on a pooler or on the tables.
-    """
+    """What could depend on the server's version, on a pooler or on the tables."""
 
     walks = 10
 

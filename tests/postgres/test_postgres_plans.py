@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Every statement walks along an index, whatever the server knows about its tables.
-"""
+"""Every statement walks along an index, whatever the server knows about its tables."""
 
 import re
 import uuid
@@ -23,9 +21,7 @@ LENGTH = 50_000
 
 @pytest.fixture(scope="module")
 def large_store(server):
-    """
-    A store of many histories of five messages, and one of 50,000. Never analysed.
-    """
+    """A store of many histories of five messages, and one of 50,000. Never analysed."""
     with stores_on(server.url) as make:
         store = make(last_k=None, search=True)
         say(store, "Hello", history="user/long")
@@ -98,9 +94,7 @@ def parameters_of(store, name, statement):
 @pytest.mark.parametrize("known", ["large_store", "analysed_store"])
 @pytest.mark.parametrize("name", [name for name in schema.Statements._fields if name not in READ_MUCH])
 def test_every_statement_walks_along_an_index(request, known, name):
-    """
-    As PostgreSQL plans it each time, whether it has statistics or not.
-    """
+    """As PostgreSQL plans it each time, whether it has statistics or not."""
     store = request.getfixturevalue(known)
     statement = getattr(statements_of(store), name)
     parameters = parameters_of(store, name, statement)
@@ -116,9 +110,7 @@ def test_every_statement_walks_along_an_index(request, known, name):
 
 @pytest.mark.parametrize("mode", ["auto", "force_custom_plan"])
 def test_no_call_reads_a_whole_table_while_a_history_grows(server, mode):
-    """
-    On a database that was never analysed, from the first message on.
-    """
+    """On a database that was never analysed, from the first message on."""
     with stores_on(f"{server.url}?options=-c%20plan_cache_mode%3D{mode}") as make:
         store, by_message = make(), make(last_k_unit="message")
 
@@ -176,9 +168,7 @@ def test_a_number_of_partitions_that_cannot_be_is_refused(partitions):
 @pytest.mark.servers
 @pytest.mark.parametrize("way", ["directly", "behind PgBouncer"])
 def test_statements_of_every_turn_are_prepared_unless_a_pooler_stands_between(way):
-    """
-    A pooler would hand a prepared statement to other clients.
-    """
+    """A pooler would hand a prepared statement to other clients."""
     with PostgresServer(ENGINES.get(NEWEST), fsync="off", log_statement="all") as server, ExitStack() as stack:
         url = server.url if way == "directly" else stack.enter_context(PgBouncer(server)).url
         with stores_on(url) as make:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Schema versions.
-"""
+"""Schema versions."""
 
 import threading
 from contextlib import ExitStack
@@ -37,9 +35,7 @@ def test_a_database_from_a_newer_version_is_refused_and_untouched(make_store, se
 
 
 def upgrade_and_write(store, report, text):
-    """
-    Use the store as a later version of this package would, with one more migration.
-    """
+    """Use the store as a later version of this package would, with one more migration."""
     from haystack.dataclasses import ChatMessage
 
     from haystack_chat_store.stores.postgres import schema
@@ -62,9 +58,7 @@ def test_many_processes_upgrade_an_older_database_once(store, server):
 
 
 def test_an_upgrade_keeps_no_writer_waiting_while_it_waits_itself(store, server, make_store, monkeypatch):
-    """
-    A pool of its own upgrades, as a process of a later version would.
-    """
+    """A pool of its own upgrades, as a process of a later version would."""
     say(store, "before")
     monkeypatch.setattr(schema, "MIGRATIONS", [*schema.MIGRATIONS, ["ALTER TABLE {messages} ADD COLUMN new integer"]])
     monkeypatch.setattr("haystack_chat_store.stores.postgres.upgrading.MIGRATIONS", schema.MIGRATIONS)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Search on PostgreSQL: the first store with search turns it on, all writers index, and searches use the index.
-"""
+"""Search on PostgreSQL: the first store with search turns it on, all writers index, and searches use the index."""
 
 from contextlib import ExitStack
 
@@ -74,9 +72,7 @@ def test_many_processes_turn_search_on_at_once(make_store, server):
 def test_what_a_process_writes_that_connected_before_search_was_turned_on_is_found(
     make_store_on_any_tables, monkeypatch
 ):
-    """
-    Its connections do not know. (A pool of its own, as in another process.)
-    """
+    """Its connections do not know. (A pool of its own, as in another process.)"""
     unknowing, searching = make_store_on_any_tables(max_pool_size=3), make_store_on_any_tables(search=True)
     unknowing.write_messages("history", [ChatMessage.from_user("first", meta={"chat_message_id": "1"})])
     assert found(searching, "first") == ["1"]
@@ -100,9 +96,7 @@ def test_a_store_without_search_keeps_the_index_once_it_is_there(make_store, ser
 
 
 def test_a_phrase_is_found_wherever_it_stands_in_a_text_of_few_words(make_store):
-    """
-    The type tsvector keeps no more than 255 places of a word.
-    """
+    """The type tsvector keeps no more than 255 places of a word."""
     store = make_store(search=True)
     text = "the end of the " * 2000 + "story. The cat sat. " + "the the " * 3000 + "the last word"
     store.write_messages("history", [ChatMessage.from_user(text, meta={"chat_message_id": "a"})])
@@ -157,9 +151,7 @@ def test_nothing_in_a_query_is_an_operator(make_store, query):
 
 @pytest.mark.parametrize("few_messages", [0, 5_000])
 def test_a_search_in_few_messages_looks_at_no_others(server, monkeypatch, few_messages):
-    """
-    However many others there are that match.
-    """
+    """However many others there are that match."""
     monkeypatch.setattr("haystack_chat_store.stores.postgres.search._FEW_MESSAGES", few_messages)
     with stores_on(server.url) as make:
         store, other = make(search=True), make(search=True, namespace="other")
@@ -194,9 +186,7 @@ def test_a_search_finds_the_same_whichever_way_it_goes(make_store_on_any_tables,
 
 
 def test_a_search_reads_along_the_index(make_store, server):
-    """
-    Whatever is off on the store's connections.
-    """
+    """Whatever is off on the store's connections."""
     store = make_store(search=True)
     store.count_messages("history")
     execute(

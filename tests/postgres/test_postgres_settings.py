@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Settings of the store, and what the role of a database may do.
-"""
+"""Settings of the store, and what the role of a database may do."""
 
 import re
 import traceback
@@ -141,9 +139,7 @@ def test_the_longest_prefix_leaves_the_names_of_tables_whole(make_store):
 
 @pytest.fixture
 def restricted(database):
-    """
-    The URL of a role that owns nothing and may create nothing.
-    """
+    """The URL of a role that owns nothing and may create nothing."""
     role = f"chatbot_{uuid.uuid4().hex[:8]}"
     execute(database, f"CREATE ROLE {role} LOGIN PASSWORD '{PASSWORD}'", "REVOKE CREATE ON SCHEMA public FROM public")
     yield database.replace(f"{USER}:", f"{role}:")

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What several writers do at once; deleting everything; other isolation levels; SQL for people.
-"""
+"""What several writers do at once; deleting everything; other isolation levels; SQL for people."""
 
 import re
 import threading
@@ -43,9 +41,7 @@ def test_a_stricter_default_isolation_level_does_no_harm(server):
 
 @pytest.mark.parametrize("partitions", [None, 3])
 def test_writers_of_the_same_messages_store_each_once(make_store, server, calls, partitions):
-    """
-    All have looked before the first has written.
-    """
+    """All have looked before the first has written."""
     store = make_store(last_k=None)
     execute(server.url, store.create_schema_sql(partitions))
 
@@ -58,9 +54,7 @@ def test_writers_of_the_same_messages_store_each_once(make_store, server, calls,
 
 @pytest.mark.parametrize("way", ["directly", "behind PgBouncer"])
 def test_a_batch_is_stored_whole_or_not_at_all_beside_a_delete(server, pooler, way):
-    """
-    Of its two messages, the history has the first at times when the writer looks, and none when it writes.
-    """
+    """Of its two messages, the history has the first at times when the writer looks, and none when it writes."""
     with stores_on(server.url if way == "directly" else pooler.url) as make:
         writer, deleter = make(last_k=None), make(last_k=None, max_pool_size=2)
         has_written = threading.Event()
@@ -86,9 +80,7 @@ def test_a_batch_is_stored_whole_or_not_at_all_beside_a_delete(server, pooler, w
 
 
 def test_messages_without_their_history_are_an_error_and_not_waited_for(store, server):
-    """
-    Only by hand can they get so.
-    """
+    """Only by hand can they get so."""
     store.write_messages("history", [with_id("a")])
     server.execute(f"DELETE FROM {store.schema_name}.haystack_chat_histories")
     with pytest.raises(StoreUnavailableError, match="UniqueViolation"):
@@ -99,9 +91,7 @@ def test_messages_without_their_history_are_an_error_and_not_waited_for(store, s
 
 
 def fill(server, store, histories, messages):
-    """
-    Put histories with some messages each into the store's tables, faster than the store could.
-    """
+    """Put histories with some messages each into the store's tables, faster than the store could."""
     key, schema_name = "md5('filler' || h)::uuid", store.schema_name
     store.count_messages("history")
     server.execute(
@@ -134,9 +124,7 @@ def test_everything_is_deleted_in_several_transactions(make_store, server, calls
 
 
 def test_everything_is_deleted_however_long_it_takes(make_store, server):
-    """
-    Each step has the timeout to itself.
-    """
+    """Each step has the timeout to itself."""
     store = make_store(timeout=4)
     fill(server, store, 3000, 1)
     slowly = f"{store.schema_name}.slowly"

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the tests of this folder take: a server, stores on it, and a client that knows nothing of them.
-"""
+"""What the tests of this folder take: a server, stores on it, and a client that knows nothing of them."""
 
 import asyncio
 
@@ -31,9 +29,7 @@ def store(make_store):
 
 @pytest.fixture
 def client(server):
-    """
-    A client that knows nothing of our stores.
-    """
+    """A client that knows nothing of our stores."""
     with server.client() as client:
         yield client
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Stores on private servers of Redis, Valkey and Redis Cluster, and what tests ask these servers themselves.
-"""
+"""Stores on private servers of Redis, Valkey and Redis Cluster, and what tests ask these servers themselves."""
 
 import asyncio
 import select
@@ -46,9 +44,7 @@ SECRET = " ".join(["my", "password", "is", "4711"])
 
 @contextmanager
 def stores_on(server, **defaults):
-    """
-    A function that makes stores on a server, with keys of their own.
-    """
+    """A function that makes stores on a server, with keys of their own."""
     made = []
 
     def make(**settings):
@@ -79,17 +75,13 @@ def keys_of(store, client):
 
 
 def key_of(store, client, kind):
-    """
-    The key of the only history, or its bucket, that ends so.
-    """
+    """The key of the only history, or its bucket, that ends so."""
     (key,) = (key for key in keys_of(store, client) if key.endswith(f":{kind}"))
     return key
 
 
 def everything(store, client):
-    """
-    All that is stored, to see that something else did not change it.
-    """
+    """All that is stored, to see that something else did not change it."""
     return {key: client.dump(key) for key in keys_of(store, client)}
 
 
@@ -146,9 +138,7 @@ class OnRedis:
 
 
 def neighbours(history):
-    """
-    The ids of histories in the same bucket.
-    """
+    """The ids of histories in the same bucket."""
     return (other for number in count() if bucket_of(other := f"another_{number}") == bucket_of(history))
 
 
@@ -156,9 +146,7 @@ KINDS = ["contents", "roles", "message_ids", "history", "times"]
 
 
 class LosesAnswers:
-    """
-    A proxy that ends a connection instead of passing on the next answer to a script, as often as it is told.
-    """
+    """A proxy that ends a connection instead of passing on the next answer to a script, as often as it is told."""
 
     def __init__(self, server):
         self.to_lose = 0

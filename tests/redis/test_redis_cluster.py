@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-A Redis Cluster that changes while it is used.
-"""
+"""A Redis Cluster that changes while it is used."""
 
 import asyncio
 import os
@@ -23,9 +21,7 @@ def cluster():
 
 
 def home_of(store, cluster):
-    """
-    Which of the cluster's nodes has the only history.
-    """
+    """Which of the cluster's nodes has the only history."""
     with cluster.client() as client:
         port = client.get_node_from_key(key_of(store, client, "contents")).port
     return next(number for number, node in enumerate(cluster.nodes) if node.port == port)
@@ -42,9 +38,7 @@ def test_a_failover_is_waited_for_and_nothing_is_lost(cluster):
 
 
 def test_a_master_that_dies_is_waited_for(cluster):
-    """
-    Redis replicates after it has answered. So the end may be lost of what was acknowledged, but no half batch.
-    """
+    """Redis replicates after it has answered. So the end may be lost of what was acknowledged, but no half batch."""
     with stores_on(cluster) as make_store:
         store = make_store()
         with writers_at_work(store) as (writers, acknowledged):
@@ -60,9 +54,7 @@ def test_a_master_that_dies_is_waited_for(cluster):
 
 
 def test_a_master_that_hangs_is_waited_for(cluster, write):
-    """
-    Its machine has lost its power, or the network to it: connections stay open, and nothing ever answers.
-    """
+    """Its machine has lost its power, or the network to it: connections stay open, and nothing ever answers."""
     with stores_on(cluster, timeout=20) as make_store:
         store = make_store(last_k=None)
         write(store, "Hi!")

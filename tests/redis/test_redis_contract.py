@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Redis, Valkey and Redis Cluster keep the contract.
-"""
+"""Redis, Valkey and Redis Cluster keep the contract."""
 
 import pytest
 from breadth import ENGINE, ONCE, VARIANT
@@ -36,9 +34,7 @@ class TestOtherServers(
     Rule07WindowsTest,
     Rule13LifecycleTest,
 ):
-    """
-    What could depend on the server's make and version.
-    """
+    """What could depend on the server's make and version."""
 
     breadth = VARIANT
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Copies and imports in Redis: they wait under keys of their own, appear at once, and leave nothing when they fail.
-"""
+"""Copies and imports in Redis: they wait under keys of their own, appear at once, and leave nothing when they fail."""
 
 import asyncio
 import threading

@@ -198,9 +198,7 @@ def test_a_page_costs_the_same_however_long_the_histories_are(store, server):
 
 
 def list_in_a_bucket(store, client, **counts):
-    """
-    Have one bucket list histories whose ids begin with these prefixes, the oldest first, and return their ids.
-    """
+    """Have one bucket list histories whose ids begin with these prefixes, the oldest first, and return their ids."""
     listed = []
     for prefix, number in counts.items():
         names = (f"{prefix}/{name}" for name in itertools.count())
@@ -219,9 +217,7 @@ def list_in_a_bucket(store, client, **counts):
 
 
 def looked_at(server, call):
-    """
-    How many histories the server passes in its directory, or looks up, for a call: those its commands ask for.
-    """
+    """How many histories the server passes in its directory, or looks up, for a call: those its commands ask for."""
     passed = looked_up = 0
     with server.client() as client, server.client() as other, client.monitor() as monitor:
         call()
@@ -382,9 +378,7 @@ def test_the_size_is_what_the_servers_say(store, server):
 
 
 def lose_answer_of(proxy, operation, monkeypatch):
-    """
-    Have the proxy lose the first answer in an operation, whatever a call does before.
-    """
+    """Have the proxy lose the first answer in an operation, whatever a call does before."""
     original = getattr(directory, operation)
 
     async def losing(*arguments):

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Servers that refuse, connections that break, servers that restart.
-"""
+"""Servers that refuse, connections that break, servers that restart."""
 
 import asyncio
 import re
@@ -105,9 +103,7 @@ def test_a_refused_password_is_not_repeated(server, write, password):
 
 
 class WithoutAuth(RedisServer):
-    """
-    A server that does not know how to log in, and quotes what it was sent.
-    """
+    """A server that does not know how to log in, and quotes what it was sent."""
 
     def __init__(self, binary):
         super().__init__(binary, requirepass="")

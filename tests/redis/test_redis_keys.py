@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the store keeps in Redis, how long, and what it does when something else has changed it.
-"""
+"""What the store keeps in Redis, how long, and what it does when something else has changed it."""
 
 import json
 import re
@@ -222,9 +220,7 @@ def test_a_message_takes_little_more_memory_than_its_text(store, client, histori
 
 
 def expiry(store, client):
-    """
-    When the only history expires, in milliseconds. Its keys and those of its bucket have to agree.
-    """
+    """When the only history expires, in milliseconds. Its keys and those of its bucket have to agree."""
     keys = keys_of(store, client)
     assert len(keys) == 9
     left = client.eval("for i, key in ipairs(KEYS) do KEYS[i] = redis.call('PTTL', key) end return KEYS", 9, *keys)

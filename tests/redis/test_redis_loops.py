@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Event loops that end, and processes that fork, with connections open.
-"""
+"""Event loops that end, and processes that fork, with connections open."""
 
 import asyncio
 import gc
@@ -100,9 +98,7 @@ def test_connections_that_keep_their_streams_elsewhere_do_no_harm():
 
 
 def fork_while_a_loop_waits(store, report):
-    """
-    Fork while asynchronous calls wait for the server. The child uses the store and ends as every program does.
-    """
+    """Fork while asynchronous calls wait for the server. The child uses the store and ends as every program does."""
     import asyncio
     import gc
     import os

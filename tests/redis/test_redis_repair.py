@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What something else has changed or evicted in Redis is found, and mended as far as it can be.
-"""
+"""What something else has changed or evicted in Redis is found, and mended as far as it can be."""
 
 import json
 import time
@@ -21,9 +19,7 @@ WORDS = ["one", "two", "three", "four", "five"]
 
 @pytest.fixture
 def damaged(store, client):
-    """
-    A store with a history of five messages, the middle one of which was deleted, and what a test breaks.
-    """
+    """A store with a history of five messages, the middle one of which was deleted, and what a test breaks."""
     store.write_messages("history", [with_id(word, word) for word in WORDS])
     store.delete_messages("history", message_ids=["three"])
     say(store, "Hi!", history=next(neighbours("history")))  # which nothing is wrong with

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Settings of the store, and what a URL says.
-"""
+"""Settings of the store, and what a URL says."""
 
 import asyncio
 import json

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the tests of this folder take: the path of a database file, and stores on it.
-"""
+"""What the tests of this folder take: the path of a database file, and stores on it."""
 
 import asyncio
 

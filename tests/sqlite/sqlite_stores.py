@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the tests of this folder ask a database file themselves.
-"""
+"""What the tests of this folder ask a database file themselves."""
 
 import gc
 import os
@@ -29,9 +27,7 @@ def said(store, history="history"):
 
 @contextmanager
 def opened(path):
-    """
-    A connection that knows nothing of our stores.
-    """
+    """A connection that knows nothing of our stores."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         yield connection
 
@@ -42,9 +38,7 @@ def rows(path, query, *values):
 
 
 def connections_of_stores(path):
-    """
-    Every connection to the file that is open in this process.
-    """
+    """Every connection to the file that is open in this process."""
     found = []
     for connection in (thing for thing in gc.get_objects() if isinstance(thing, sqlite3.Connection)):
         with suppress(sqlite3.ProgrammingError):  # closed

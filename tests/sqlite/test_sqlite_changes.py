@@ -42,9 +42,7 @@ def store(new_store):
 
 
 def run_together(function, store, *all_arguments):
-    """
-    Run a function in a process for each list of arguments, all at once, and return what each of them reported.
-    """
+    """Run a function in a process for each list of arguments, all at once, and return what each of them reported."""
     with ExitStack() as stack:
         programs = [stack.enter_context(Program(function, store, *arguments)) for arguments in all_arguments]
         Program.begin(*programs)
@@ -72,9 +70,7 @@ def new_history(name):
 
 
 def change_everything(store, report, name, count):
-    """
-    Change the same few histories in all ways, as far as others let it.
-    """
+    """Change the same few histories in all ways, as far as others let it."""
     import random
 
     from haystack.dataclasses import ChatMessage
@@ -123,9 +119,7 @@ def test_after_all_have_changed_everything_it_fits_together(new_store, search):
 
 
 def answer_what_was_read(store, report, name, count):
-    """
-    Append the next number, if the history is as it was when it was read.
-    """
+    """Append the next number, if the history is as it was when it was read."""
     from haystack.dataclasses import ChatMessage
 
     from haystack_chat_store.errors import ChatHistoryChangedError
@@ -147,9 +141,7 @@ def test_of_those_who_expect_the_same_count_one_writes(store):
 
 
 def fork_to_each(store, report, name, count):
-    """
-    Copy to one history after the other, and report which copies were this process's.
-    """
+    """Copy to one history after the other, and report which copies were this process's."""
     from haystack_chat_store.errors import ChatHistoryExistsError
 
     for number in range(count):
@@ -173,9 +165,7 @@ def test_of_those_who_fork_to_the_same_history_one_does(store):
 
 
 def import_without_end(store, report):
-    """
-    Import, and report each batch.
-    """
+    """Import, and report each batch."""
     from itertools import count
 
     from haystack_chat_store.stores.rows import HistoryRow, MessageRow
@@ -267,9 +257,7 @@ def test_an_import_may_read_from_the_file_it_writes_to(store, new_store):
 
 
 def write_now_and_then(store, report):
-    """
-    Write until the history "stop" is there, and report how often.
-    """
+    """Write until the history "stop" is there, and report how often."""
     import time
 
     from haystack.dataclasses import ChatMessage
@@ -286,9 +274,7 @@ def write_now_and_then(store, report):
     ("operation", "arguments"), [("erase_some", ("chat ", None, 50)), ("index_some", (2000,))], ids=["erase", "index"]
 )
 def test_work_in_many_steps_lets_others_write_in_between(new_store, operation, arguments):
-    """
-    Without a pause after each of the 20 steps, who waits for the file would hardly ever find it free.
-    """
+    """Without a pause after each of the 20 steps, who waits for the file would hardly ever find it free."""
     filler = new_store(search=operation == "erase_some")
     filler.write_messages("chat 0", [user("the quick brown fox " * 12)] * 40)
     for number in range(1, 1000):

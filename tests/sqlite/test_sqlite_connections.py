@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Connections: of threads, of event loops that end, of processes that fork.
-"""
+"""Connections: of threads, of event loops that end, of processes that fork."""
 
 import asyncio
 import os

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What pages of SQLite's directory cost: counted in steps of SQLite's virtual machine, which no other load changes.
-"""
+"""What pages of SQLite's directory cost: counted in steps of SQLite's virtual machine, which no other load changes."""
 
 import random
 import sqlite3
@@ -28,9 +26,7 @@ def store(path):
 
 
 def fill(path, store, names):
-    """
-    Make histories without messages, updated one after the other in a mixed-up order. Return the last one first.
-    """
+    """Make histories without messages, updated one after the other in a mixed-up order. Return the last one first."""
     store.delete_all_messages()
     names = list(names)
     random.Random(0).shuffle(names)

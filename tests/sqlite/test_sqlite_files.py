@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The database file: its path, and what can be wrong with it.
-"""
+"""The database file: its path, and what can be wrong with it."""
 
 import asyncio
 import os
@@ -154,9 +152,7 @@ def locked(path):
 
 @contextmanager
 def full(path):
-    """
-    No page can be added to the file, as on a full disk.
-    """
+    """No page can be added to the file, as on a full disk."""
     for connection in connections_of_stores(path):
         connection.execute("PRAGMA max_page_count = 1")
     yield
@@ -164,9 +160,7 @@ def full(path):
 
 @contextmanager
 def limited_in_size(path):
-    """
-    The system refuses to let the files grow, as with a quota.
-    """
+    """The system refuses to let the files grow, as with a quota."""
     resource = pytest.importorskip("resource", reason="this platform does not limit the size of files")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(f"{path}-wal") + 100, hard))
@@ -224,9 +218,7 @@ def test_a_write_waits_for_a_lock_that_ends_in_time(new_store, path):
 
 @contextmanager
 def writing_thread(path):
-    """
-    Another thread of this process is in the middle of a write; it goes on when it is told to, or after a minute.
-    """
+    """Another thread of this process is in the middle of a write; it goes on when it is told to, or after a minute."""
     is_writing, go_on = threading.Event(), threading.Event()
 
     def batches():
@@ -259,9 +251,7 @@ def test_a_write_goes_on_as_soon_as_another_thread_is_done(new_store, path):
 
 
 def try_without_rights(store, report, text):
-    """
-    Report what happens when a user who is not root writes.
-    """
+    """Report what happens when a user who is not root writes."""
     import os
 
     from haystack.dataclasses import ChatMessage
@@ -365,9 +355,7 @@ def test_a_new_file_that_another_process_already_writes_to_stays_whole(new_store
 
 
 def say_and_wait(store, report):
-    """
-    Write, and once more at each line of input.
-    """
+    """Write, and once more at each line of input."""
     import sys
 
     from haystack.dataclasses import ChatMessage

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Schema versions, the plans of the queries, damaged rows.
-"""
+"""Schema versions, the plans of the queries, damaged rows."""
 
 import asyncio
 import os
@@ -91,9 +89,7 @@ def test_a_database_of_the_version_before_is_upgraded_in_place_once(store, path,
 
 
 def write_with_next_migration(store, report, migration, text):
-    """
-    Write, as a next version of this package would.
-    """
+    """Write, as a next version of this package would."""
     from haystack.dataclasses import ChatMessage
 
     from haystack_chat_store.stores.sqlite import schema
@@ -175,9 +171,7 @@ def test_the_view_shows_what_was_written(new_store, path):
 
 
 def plans_of_all_calls(store, other_store, path):
-    """
-    The plan of each statement that the calls run, in their order.
-    """
+    """The plan of each statement that the calls run, in their order."""
     statements = []
     store.count_messages("history")
     (connection,) = connections_of_stores(path)

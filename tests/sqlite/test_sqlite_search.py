@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-SQLite's index of words: it says what the messages say, whoever writes them, and from whenever on.
-"""
+"""SQLite's index of words: it says what the messages say, whoever writes them, and from whenever on."""
 
 import json
 import random
@@ -51,9 +49,7 @@ def found(store, query, **where):
 
 
 def index_says_what_messages_say(path):
-    """
-    Whether each message's terms are in the index, at their places, and no others.
-    """
+    """Whether each message's terms are in the index, at their places, and no others."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("CREATE VIRTUAL TABLE temp.v USING fts5vocab (main, haystack_chat_terms, instance)")
         indexed = connection.execute("SELECT doc, offset, term FROM temp.v").fetchall()
@@ -140,9 +136,7 @@ def fork(store, history, other):
 
 
 def change_at_random(store, chance, steps):
-    """
-    Do whatever changes messages.
-    """
+    """Do whatever changes messages."""
     for _ in range(steps):
         history, other = chance.sample(["a", "a/1", "b", "東"], 2)
         words = chance.choices(WORDS, k=chance.randrange(4))
@@ -228,9 +222,7 @@ def test_a_damaged_message_neither_stops_a_write_nor_the_indexing(new_store, pat
 
 
 def write_and_delete(store, report, name, count):
-    """
-    Write, overwrite and delete in histories of the same names as others do.
-    """
+    """Write, overwrite and delete in histories of the same names as others do."""
     import random
 
     from haystack.dataclasses import ChatMessage
@@ -271,9 +263,7 @@ def index_all(store):
 
 
 def index_until_killed(store, report):
-    """
-    Index in small batches, and say after each that it is done.
-    """
+    """Index in small batches, and say after each that it is done."""
     while store.engine.run(store.engine.index_some, store.scope, 20):
         report("batch")
 
@@ -323,9 +313,7 @@ def test_neither_way_to_search_sorts_or_scans_more_than_it_must(searching, path)
 
 
 def steps_of_search(store, path, *query, **where):
-    """
-    How much SQLite has to do for a search, in instructions of its virtual machine.
-    """
+    """How much SQLite has to do for a search, in instructions of its virtual machine."""
     store.search_messages(*query, **where)  # FTS5 has to prepare itself first
     (connection,) = connections_of_stores(path)
     steps = 0
@@ -413,9 +401,7 @@ def test_the_key_of_a_history_that_another_program_deleted_is_used_again(searchi
 
 @pytest.fixture
 def become(monkeypatch):
-    """
-    Make this process one of a version that makes other terms, or one of this version again, when called.
-    """
+    """Make this process one of a version that makes other terms, or one of this version again, when called."""
 
     def become(version):
         monkeypatch.setattr(term_index, "TERMS_VERSION", version)
@@ -490,9 +476,7 @@ def test_an_index_of_the_same_terms_is_kept(new_store):
 
 
 def open_and_write(store, report, name):
-    """
-    Open a database whose index has other terms, write, and search.
-    """
+    """Open a database whose index has other terms, write, and search."""
     from haystack.dataclasses import ChatMessage
 
     store.write_messages(name, [ChatMessage.from_user(f"fox {name}")])

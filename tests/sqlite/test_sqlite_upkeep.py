@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What was deleted leaves SQLite's files, and what does not fit together in them is found and mended.
-"""
+"""What was deleted leaves SQLite's files, and what does not fit together in them is found and mended."""
 
 import asyncio
 import os
@@ -40,9 +38,7 @@ def store(request, new_store):
 
 @contextmanager
 def opened(path):
-    """
-    A connection that knows nothing of our stores.
-    """
+    """A connection that knows nothing of our stores."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         yield connection
 
@@ -59,9 +55,7 @@ def answer(text):
 
 
 def left_in_files(path):
-    """
-    The secrets, or their terms, that the bytes of the file and of those beside it still hold.
-    """
+    """The secrets, or their terms, that the bytes of the file and of those beside it still hold."""
     data = b""
     for suffix in ("", "-wal", "-shm"):
         if os.path.exists(path + suffix):
@@ -168,9 +162,7 @@ def faults_of(store, repair=False):
 
 
 def damage(path, *statements):
-    """
-    Do what no store does.
-    """
+    """Do what no store does."""
     with opened(path) as connection:
         for statement in statements:
             connection.execute(statement)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the tests of this folder take: stores that share nothing, one with a few histories, and the path of a file.
-"""
+"""What the tests of this folder take: stores that share nothing, one with a few histories, and the path of a file."""
 
 import uuid
 from contextlib import ExitStack
@@ -14,9 +12,7 @@ from haystack_chat_store.testing.messages import conversation
 
 @pytest.fixture
 def memory():
-    """
-    Makes stores in memory that share nothing.
-    """
+    """Makes stores in memory that share nothing."""
     with ExitStack() as stack:
 
         def make():

@@ -52,9 +52,7 @@ def library(request):
 
 @pytest.fixture
 def database(library, tmp_path):
-    """
-    A copy of a library's database.
-    """
+    """A copy of a library's database."""
     return copied(library, tmp_path)
 
 
@@ -446,9 +444,7 @@ odd_rows = st.recursive(
 
 
 def likely_rows(library):
-    """
-    Rows that an importer looks into: with one of the roles or types that it knows.
-    """
+    """Rows that an importer looks into: with one of the roles or types that it knows."""
     name, words = {
         "openai-agents": ("type", ["message", "function_call", "function_call_output", "reasoning"]),
         "langchain": ("type", ["human", "ai", "tool", "chat"]),
@@ -474,9 +470,7 @@ def test_no_row_stops_an_import(store, library, database, data):
 
 
 def with_one_odd_value(value, odd):
-    """
-    Yield JSON with an odd value in place of each value in turn, whole lists and objects included.
-    """
+    """Yield JSON with an odd value in place of each value in turn, whole lists and objects included."""
     yield odd
     if isinstance(value, dict):
         for name, inner in value.items():

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What is damaged in a store is left out and reported, and hides nothing else.
-"""
+"""What is damaged in a store is left out and reported, and hides nothing else."""
 
 import sqlite3
 from contextlib import closing
@@ -95,9 +93,7 @@ def test_damaged_meta_is_left_out_and_reported(sqlite, target):
 
 
 def change(store, statement, *values):
-    """
-    Change one row of an SQLite file, as other software could.
-    """
+    """Change one row of an SQLite file, as other software could."""
     with closing(sqlite3.connect(store.path, isolation_level=None)) as connection:
         assert connection.execute(statement, values).rowcount == 1
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What a file holds, which files are refused, and that there is never half a one.
-"""
+"""What a file holds, which files are refused, and that there is never half a one."""
 
 import json
 import os
@@ -258,9 +256,7 @@ def history_line(**fields):
 
 
 def with_right_checksums(lines):
-    """
-    A file of these lines, the ends of the history and of the file added.
-    """
+    """A file of these lines, the ends of the history and of the file added."""
     messages = len(lines) - 2
     lines = [*lines, json.dumps({"end_of_chat_history": {"messages": messages, "sha256": digest(lines)}})]
     lines.append(json.dumps({"end_of_file": {"chat_histories": 1, "messages": messages, "sha256": digest(lines)}}))

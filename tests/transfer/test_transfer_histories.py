@@ -304,9 +304,7 @@ def test_an_import_gives_up_on_a_history_that_changes_all_the_time(store, file):
 
 
 class WrittenToMeanwhile(InMemoryEngine):
-    """
-    Another writer comes just before an import.
-    """
+    """Another writer comes just before an import."""
 
     meanwhile = None
 

@@ -83,9 +83,7 @@ def exported(store, name):
 
 
 def everywhere(text):
-    """
-    A conversation with a text in all places that have one.
-    """
+    """A conversation with a text in all places that have one."""
     call = ToolCall(text, {text: text}, id=text)
     parts = [text, ImageContent("AAAA", text, validation=False), FileContent("AAAA", text, text, validation=False)]
     return [
@@ -165,9 +163,7 @@ NOTHING = "<!-- -->"
 
 
 def rendered(text):
-    """
-    Which elements Markdown has, and the texts in each block of it.
-    """
+    """Which elements Markdown has, and the texts in each block of it."""
     kinds, shown = set(), []
     for token in RENDERER.parse(text):
         if token.type == "inline":

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What is seen and held of an export, import or copy while it is under way, and what is left when it is interrupted.
-"""
+"""What is seen and held of an export, import or copy while it is under way, and what is left when it is interrupted."""
 
 import asyncio
 import threading
@@ -164,9 +162,7 @@ def test_messages_larger_than_a_page_may_be_are_read_one_by_one_and_none_is_miss
 
 
 class ChangesWhileItIsRead(InMemoryEngine):
-    """
-    Another writer changes a history after its first page was read, for a number of times.
-    """
+    """Another writer changes a history after its first page was read, for a number of times."""
 
     times = 0
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the tests of this folder look at: histories whose every part is known, and all that a store or a file holds.
-"""
+"""What the tests of this folder look at: histories whose every part is known, and all that a store or a file holds."""
 
 import hashlib
 
@@ -12,9 +10,7 @@ MOMENT = 1_767_225_600_000_001  # 2026-01-01, and a microsecond
 
 
 def everything(store):
-    """
-    All that a store holds, in the order of the ids.
-    """
+    """All that a store holds, in the order of the ids."""
     rows = store.engine.run(store.engine.histories_by_id, store.scope, "", "", 10_000)
     return [
         (
@@ -37,9 +33,7 @@ def counts(result):
 
 
 def put(store, chat_history_id, *texts, title=None, meta=None):
-    """
-    Store messages whose ids, times and contents are known.
-    """
+    """Store messages whose ids, times and contents are known."""
     rows = [
         MessageRow(
             position=index,
@@ -72,9 +66,7 @@ def content(message_id, text):
 
 
 def in_progress(work):
-    """
-    A callback that does something, once, as soon as histories are on their way.
-    """
+    """A callback that does something, once, as soon as histories are on their way."""
     waiting = [work]
 
     def step(_done, total):

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations on whole histories.
-"""
+"""The operations on whole histories."""
 
 import heapq
 from collections import Counter
@@ -15,14 +13,10 @@ from haystack_chat_store.types import Fault, StoreStatistics
 
 
 class Directory(Engine[Memory]):
-    """
-    The operations on whole histories.
-    """
+    """The operations on whole histories."""
 
     def history(self, session: Memory, scope: Scope, chat_history_id: str) -> HistoryRow | None:
-        """
-        Return one history, or `None` if it does not exist.
-        """
+        """Return one history, or `None` if it does not exist."""
         with session.lock:
             history = session.of(scope).find(chat_history_id)
             return None if history is None else history.row(chat_history_id)
@@ -30,9 +24,7 @@ class Directory(Engine[Memory]):
     def histories(
         self, session: Memory, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
     ) -> list[HistoryRow]:
-        """
-        Return the histories with the latest changes.
-        """
+        """Return the histories with the latest changes."""
         with session.lock:
             namespace = session.of(scope)
             keys = ((namespace.histories[each].updated_at, each) for each in namespace.with_prefix(prefix))
@@ -40,9 +32,7 @@ class Directory(Engine[Memory]):
             return [namespace.histories[each].row(each) for _, each in newest]
 
     def histories_by_id(self, session: Memory, scope: Scope, prefix: str, after: str, limit: int) -> list[HistoryRow]:
-        """
-        Return the histories with the next ids.
-        """
+        """Return the histories with the next ids."""
         with session.lock:
             namespace = session.of(scope)
             ids = heapq.nsmallest(limit, (each for each in namespace.with_prefix(prefix) if each > after))
@@ -56,9 +46,7 @@ class Directory(Engine[Memory]):
         title: str | Unchanged | None,
         meta: str | Unchanged | None,
     ) -> HistoryRow | None:
-        """
-        Replace the history by one with the new title and meta.
-        """
+        """Replace the history by one with the new title and meta."""
         with session.lock:
             namespace = session.of(scope)
             history = namespace.find(chat_history_id)
@@ -70,9 +58,7 @@ class Directory(Engine[Memory]):
             return namespace.histories[chat_history_id].row(chat_history_id)
 
     def statistics(self, session: Memory, scope: Scope, prefix: str) -> StoreStatistics:
-        """
-        Count all messages.
-        """
+        """Count all messages."""
         with session.lock:
             namespace = session.of(scope)
             histories = {each: namespace.histories[each] for each in namespace.with_prefix(prefix)}
@@ -92,9 +78,7 @@ class Directory(Engine[Memory]):
             )
 
     def erase_some(self, session: Memory, scope: Scope, prefix: str, updated_before: int | None, limit: int) -> int:
-        """
-        Remove up to `limit` histories, and return their number.
-        """
+        """Remove up to `limit` histories, and return their number."""
         with session.lock:
             namespace = session.of(scope)
             erased = [
@@ -107,12 +91,8 @@ class Directory(Engine[Memory]):
             return len(erased)
 
     def vacuum(self, session: Memory, scope: Scope) -> None:
-        """
-        Do nothing: memory keeps no deleted messages.
-        """
+        """Do nothing: memory keeps no deleted messages."""
 
     def check(self, session: Memory, scope: Scope, repair: bool) -> list[Fault]:  # noqa: ARG002  (nothing to look at)
-        """
-        Find no faults: no other program can write to this memory.
-        """
+        """Find no faults: no other program can write to this memory."""
         return []

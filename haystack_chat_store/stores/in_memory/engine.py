@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Runs operations on the histories in memory: one at a time, and long ones never on an event loop.
-"""
+"""Runs operations on the histories in memory: one at a time, and long ones never on an event loop."""
 
 import asyncio
 import os
@@ -25,9 +23,7 @@ _long_calls: set[object] = set()
 
 
 class InMemoryEngine(Writing, Reading, Directory, Search):
-    """
-    Keeps chat histories in the memory of the process.
-    """
+    """Keeps chat histories in the memory of the process."""
 
     is_durable = False
 
@@ -37,9 +33,7 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """
-        Run an operation in this thread.
-        """
+        """Run an operation in this thread."""
         if is_marked(operation, is_brief):
             return plain_result(operation(_memory, *arguments, **options))
         call = object()
@@ -55,9 +49,7 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """
-        Run a brief operation on the event loop itself, and any other operation in a thread.
-        """
+        """Run a brief operation on the event loop itself, and any other operation in a thread."""
         if is_marked(operation, is_brief) and not _long_calls:
             return plain_result(operation(_memory, *arguments, **options))
         return await asyncio.to_thread(lambda: self.run(operation, *arguments, **options))

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The data structures of chat histories in memory.
-"""
+"""The data structures of chat histories in memory."""
 
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,9 +16,7 @@ from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageR
 
 
 class Stored(NamedTuple):
-    """
-    A message of a history. Its position is its index in the history's list of messages.
-    """
+    """A message of a history. Its position is its index in the history's list of messages."""
 
     created_at: int
     message_id: str
@@ -58,9 +54,7 @@ class History:
         return bool(self.messages) or self.exists_without_messages
 
     def catch_up(self) -> None:
-        """
-        Note the positions of new messages. Each step is idempotent, because an interrupted call repeats it.
-        """
+        """Note the positions of new messages. Each step is idempotent, because an interrupted call repeats it."""
         for position in range(self.caught_up_count, len(self.messages)):
             message = self.messages[position]
             if message is not None:
@@ -70,31 +64,23 @@ class History:
             self.caught_up_count = position + 1
 
     def caught_up(self) -> "History":
-        """
-        Catch up, and return this history.
-        """
+        """Catch up, and return this history."""
         self.catch_up()
         return self
 
     def known(self, messages: Sequence[EncodedMessage]) -> dict[str, int]:
-        """
-        Return the ids of messages that the history already has, with their positions.
-        """
+        """Return the ids of messages that the history already has, with their positions."""
         self.catch_up()
         ids = [message.message_id for message in messages]
         return {message_id: self.positions[message_id] for message_id in ids if message_id in self.positions}
 
     def count(self) -> int:
-        """
-        Return the number of messages.
-        """
+        """Return the number of messages."""
         self.catch_up()
         return len(self.positions)
 
     def append(self, messages: Sequence[Stored], now: int) -> None:
-        """
-        Append messages in a single step.
-        """
+        """Append messages in a single step."""
         self.updated_at = max(self.updated_at, now)
         self.messages.extend(messages)
 
@@ -120,9 +106,7 @@ class History:
         return changed.caught_up()  # now, because the next call may run on an event loop
 
     def read(self, window: Window) -> tuple[list[str], int]:
-        """
-        Return the contents of the messages in the window, and the window's size.
-        """
+        """Return the contents of the messages in the window, and the window's size."""
         self.catch_up()
         if window.count is None:
             start, size = 0, 0
@@ -147,9 +131,7 @@ class History:
         return start
 
     def page(self, before: int | None, after: int | None, limit: int) -> list[MessageRow]:
-        """
-        Return a page of messages, in order.
-        """
+        """Return a page of messages, in order."""
         if after is not None:
             return list(self._rows(range(after + 1, len(self.messages)), limit))
         end = len(self.messages) if before is None else min(before, len(self.messages))
@@ -171,9 +153,7 @@ class History:
                 )
 
     def row(self, chat_history_id: str) -> HistoryRow:
-        """
-        Return the history's row in the directory.
-        """
+        """Return the history's row in the directory."""
         return HistoryRow(
             chat_history_id=chat_history_id,
             message_count=self.count(),
@@ -187,24 +167,18 @@ class History:
 
 @dataclass
 class Namespace:
-    """
-    The histories of a namespace, and the index of their words, which the first search fills.
-    """
+    """The histories of a namespace, and the index of their words, which the first search fills."""
 
     histories: dict[str, History] = field(default_factory=dict)
     index: SearchIndex = field(default_factory=SearchIndex)
 
     def find(self, chat_history_id: str) -> History | None:
-        """
-        Return a history, or `None` if it does not exist.
-        """
+        """Return a history, or `None` if it does not exist."""
         history = self.histories.get(chat_history_id)
         return history if history is not None and history.exists else None
 
     def put(self, chat_history_id: str, history: History | None) -> None:
-        """
-        Replace a history or, with `None`, remove it. Keep the index of words up to date.
-        """
+        """Replace a history or, with `None`, remove it. Keep the index of words up to date."""
         before = self.histories.get(chat_history_id)
         if before is not None:
             after = [] if history is None else history.messages
@@ -219,9 +193,7 @@ class Namespace:
             self.histories[chat_history_id] = history
 
     def with_prefix(self, prefix: str) -> list[str]:
-        """
-        Return the ids that begin with a text.
-        """
+        """Return the ids that begin with a text."""
         return [each for each, history in self.histories.items() if history.exists and each.startswith(prefix)]
 
 
@@ -234,14 +206,10 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        """
-        Start without histories.
-        """
+        """Start without histories."""
         self.lock = threading.RLock()
         self._namespaces: dict[str, Namespace] = {}
 
     def of(self, scope: Scope) -> Namespace:
-        """
-        Return the histories of a scope.
-        """
+        """Return the histories of a scope."""
         return self._namespaces.setdefault(scope.namespace, Namespace())

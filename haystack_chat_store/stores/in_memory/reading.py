@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations that read messages.
-"""
+"""The operations that read messages."""
 
 from haystack_chat_store.rounds import Window
 from haystack_chat_store.stores.engine import Engine
@@ -10,22 +8,16 @@ from haystack_chat_store.stores.rows import MessageRow, Scope
 
 
 class Reading(Engine[Memory]):
-    """
-    The operations that read messages.
-    """
+    """The operations that read messages."""
 
     def read(self, session: Memory, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
-        """
-        Return the messages in the window.
-        """
+        """Return the messages in the window."""
         with session.lock:
             history = session.of(scope).find(chat_history_id)
             return ([], 0) if history is None else history.read(window)
 
     def count(self, session: Memory, scope: Scope, chat_history_id: str) -> int:
-        """
-        Return the number of messages in a history.
-        """
+        """Return the number of messages in a history."""
         with session.lock:
             history = session.of(scope).find(chat_history_id)
             return 0 if history is None else history.count()
@@ -33,9 +25,7 @@ class Reading(Engine[Memory]):
     def page(
         self, session: Memory, scope: Scope, chat_history_id: str, before: int | None, after: int | None, limit: int
     ) -> list[MessageRow]:
-        """
-        Return a page of messages.
-        """
+        """Return a page of messages."""
         with session.lock:
             history = session.of(scope).find(chat_history_id)
             return [] if history is None else history.page(before, after, limit)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations on the index of words, which the first search creates.
-"""
+"""The operations on the index of words, which the first search creates."""
 
 import heapq
 from collections import Counter
@@ -14,9 +12,7 @@ from haystack_chat_store.stores.rows import FoundRow, Scope
 
 
 class Search(Engine[Memory]):
-    """
-    The operations on the index of words.
-    """
+    """The operations on the index of words."""
 
     def search(
         self,
@@ -27,9 +23,7 @@ class Search(Engine[Memory]):
         prefix: str,
         limit: int,
     ) -> list[FoundRow] | None:
-        """
-        Check each message that has all terms. Its score is the share of the query's terms among its words.
-        """
+        """Check each message that has all terms. Its score is the share of the query's terms among its words."""
         with session.lock:
             namespace = session.of(scope)
             if namespace.index.unindexed:
@@ -55,9 +49,7 @@ class Search(Engine[Memory]):
             return heapq.nlargest(limit, found, key=lambda row: row.score)
 
     def index_some(self, session: Memory, scope: Scope, limit: int) -> bool:
-        """
-        Index messages of histories that have new messages.
-        """
+        """Index messages of histories that have new messages."""
         with session.lock:
             namespace = session.of(scope)
             unindexed = namespace.index.unindexed

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-An inverted index of the words of messages.
-"""
+"""An inverted index of the words of messages."""
 
 from collections.abc import Sequence
 
@@ -11,29 +9,21 @@ Place = tuple[str, int]  # a history's id, and a message's position
 
 
 class SearchIndex:
-    """
-    The places of each term.
-    """
+    """The places of each term."""
 
     def __init__(self) -> None:
-        """
-        Start without terms, and without histories to index.
-        """
+        """Start without terms, and without histories to index."""
         self._places: dict[str, dict[Place, None]] = {}
         #: The histories with messages that are not indexed yet, each with the position of the first of these messages.
         self.unindexed: dict[str, int] = {}
 
     def add(self, place: Place, text: str) -> None:
-        """
-        Add the terms of a message.
-        """
+        """Add the terms of a message."""
         for term in terms(text):
             self._places.setdefault(term, {})[place] = None
 
     def forget(self, place: Place, text: str) -> None:
-        """
-        Remove the terms of a message.
-        """
+        """Remove the terms of a message."""
         for term in terms(text) if self._places else ():
             places = self._places.get(term, {})
             places.pop(place, None)
@@ -41,9 +31,7 @@ class SearchIndex:
                 self._places.pop(term, None)
 
     def candidates(self, phrases: Sequence[Phrase]) -> list[Place]:
-        """
-        Return the places that have all terms of all phrases, the latest first.
-        """
+        """Return the places that have all terms of all phrases, the latest first."""
         found: list[set[Place]] = []
         for phrase in phrases:
             if phrase.is_prefix:

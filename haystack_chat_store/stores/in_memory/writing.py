@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations that change messages.
-"""
+"""The operations that change messages."""
 
 from collections.abc import Iterable, Sequence
 
@@ -23,9 +21,7 @@ from haystack_chat_store.stores.times import microseconds_now
 
 
 class Writing(Engine[Memory]):
-    """
-    The operations that change messages.
-    """
+    """The operations that change messages."""
 
     def append(
         self,
@@ -54,16 +50,12 @@ class Writing(Engine[Memory]):
             return len(plan.new) + len(plan.replaced)
 
     def delete(self, session: Memory, scope: Scope, chat_history_id: str) -> None:
-        """
-        Remove the history.
-        """
+        """Remove the history."""
         with session.lock:
             session.of(scope).put(chat_history_id, None)
 
     def delete_all(self, session: Memory, scope: Scope) -> None:
-        """
-        Remove the namespace's histories and its index.
-        """
+        """Remove the namespace's histories and its index."""
         with session.lock:
             namespace = session.of(scope)
             namespace.histories, namespace.index = {}, SearchIndex()
@@ -76,9 +68,7 @@ class Writing(Engine[Memory]):
         message_ids: Sequence[str] | None,
         from_message_id: str | None,
     ) -> None:
-        """
-        Leave a gap at the position of each message.
-        """
+        """Leave a gap at the position of each message."""
         with session.lock:
             namespace = session.of(scope)
             history = namespace.find(chat_history_id)
@@ -92,9 +82,7 @@ class Writing(Engine[Memory]):
             _remove(namespace, chat_history_id, gone)
 
     def copy(self, session: Memory, scope: Scope, source_id: str, target_id: str, until_message_id: str | None) -> int:
-        """
-        Append the source's messages to the target, without gaps.
-        """
+        """Append the source's messages to the target, without gaps."""
         with session.lock:
             namespace = session.of(scope)
             source, target = namespace.find(source_id), namespace.find(target_id)
@@ -120,9 +108,7 @@ class Writing(Engine[Memory]):
         batches: Iterable[Sequence[MessageRow]],
         expected_count: int,
     ) -> int:
-        """
-        Read all batches without the lock, because that may take long, and then append them in one step.
-        """
+        """Read all batches without the lock, because that may take long, and then append them in one step."""
         imported = [_imported(row) for rows in batches for row in rows]
         with session.lock:
             return _import(session.of(scope), history, imported, expected_count)
@@ -130,9 +116,7 @@ class Writing(Engine[Memory]):
     def import_histories(
         self, session: Memory, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
     ) -> int:
-        """
-        Import all histories, if none of them exists.
-        """
+        """Import all histories, if none of them exists."""
         with session.lock:
             namespace = session.of(scope)
             for history, _ in histories:
@@ -142,9 +126,7 @@ class Writing(Engine[Memory]):
             return sum(_import(namespace, history, list(map(_imported, rows)), 0) for history, rows in histories)
 
     def remove(self, session: Memory, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
-        """
-        Leave a gap at the position of each message.
-        """
+        """Leave a gap at the position of each message."""
         with session.lock:
             _remove(session.of(scope), chat_history_id, positions)
 

@@ -117,9 +117,7 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         return cls(Secret.from_token(url), **settings)
 
     def settings(self) -> dict[str, Any]:
-        """
-        Return the arguments that make an equal store.
-        """
+        """Return the arguments that make an equal store."""
         return {
             "connection_string": self.connection_string,
             **super().settings(),

@@ -28,9 +28,7 @@ _BATCH_SIZE = 1_000
 
 @dataclass(frozen=True)
 class _Found:
-    """
-    A fault, and the function that repairs it in a transaction, if there is one.
-    """
+    """A fault, and the function that repairs it in a transaction, if there is one."""
 
     chat_history_id: str | None
     position: int | None
@@ -40,14 +38,10 @@ class _Found:
 
 
 class Checking(Engine[Session]):
-    """
-    The operation that checks a namespace.
-    """
+    """The operation that checks a namespace."""
 
     async def check(self, session: Session, scope: Scope, repair: bool) -> list[Fault]:
-        """
-        Look at everything as of one moment. Then repair one fault after the other.
-        """
+        """Look at everything as of one moment. Then repair one fault after the other."""
         faults: list[Fault] = []
         for found in await session.in_transaction(_find_faults, scope, begin=BEGIN_READING):
             is_repaired = repair and found.repair is not None
@@ -98,9 +92,7 @@ async def _wrong_counters(session: Session, scope: Scope) -> list[_Found]:
 
 
 async def _wrong_keys(session: Session, scope: Scope) -> list[_Found]:
-    """
-    Find histories under a key that is not the hash of their namespace and id.
-    """
+    """Find histories under a key that is not the hash of their namespace and id."""
     found: list[_Found] = []
     last: Sequence[Any] = ("", BEGINNING[0])
     while rows := await session.fetch(session.statements.keys, [scope.namespace, *last, _BATCH_SIZE]):
@@ -121,9 +113,7 @@ async def _orphans(session: Session) -> list[_Found]:
 
 
 async def _unreadable_times(session: Session, scope: Scope) -> list[_Found]:
-    """
-    Find histories with times that Python's `datetime` does not have. The caller checks those of messages.
-    """
+    """Find histories with times that Python's `datetime` does not have. The caller checks those of messages."""
     session.renew_deadline()
     return [
         _Found(history, None, "Its times cannot be read.", key)
@@ -132,9 +122,7 @@ async def _unreadable_times(session: Session, scope: Scope) -> list[_Found]:
 
 
 async def _wrong_terms(session: Session, scope: Scope) -> list[_Found]:
-    """
-    Find messages whose terms in the search index are not those of their contents.
-    """
+    """Find messages whose terms in the search index are not those of their contents."""
     found: list[_Found] = []
     last: Sequence[Any] = BEGINNING
     while session.database.has_search and (
@@ -157,7 +145,5 @@ async def _recount(session: Session, found: _Found) -> None:
 
 
 async def _forget_terms(session: Session, found: _Found) -> None:
-    """
-    Remove the terms of a message, which is then indexed again with all others that have none.
-    """
+    """Remove the terms of a message, which is then indexed again with all others that have none."""
     await session.run(session.statements.forget_terms, [found.key, found.position])

@@ -47,9 +47,7 @@ _MAX_IDLE_SECONDS = 600
 
 
 class Settings(NamedTuple):
-    """
-    What stores have in common that share their connections.
-    """
+    """What stores have in common that share their connections."""
 
     connection_string: Secret
     schema_name: str
@@ -59,9 +57,7 @@ class Settings(NamedTuple):
     timeout: float
 
     def location(self) -> str:
-        """
-        Return the connection string.
-        """
+        """Return the connection string."""
         return resolved(self.connection_string, "connection string")
 
 
@@ -142,9 +138,7 @@ class _AsyncConnection(_Limited, psycopg.AsyncConnection[tuple[Any, ...]]):
 
 
 class _Idle:
-    """
-    Idle connections, the one used last on top.
-    """
+    """Idle connections, the one used last on top."""
 
     def __init__(self, kept: int) -> None:
         self._kept = kept
@@ -155,9 +149,7 @@ class _Idle:
         self._connections.append(connection)
 
     def pop(self) -> Any | None:
-        """
-        Return a connection that is still open, or `None`.
-        """
+        """Return a connection that is still open, or `None`."""
         while self._connections:
             connection = self._connections.pop()
             if not connection.closed and not _is_readable(connection.pgconn.socket):
@@ -180,9 +172,7 @@ class _Idle:
 
 
 class _LoopConnections:
-    """
-    The connections of one event loop.
-    """
+    """The connections of one event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self.idle = _Idle(settings.min_pool_size)
@@ -190,9 +180,7 @@ class _LoopConnections:
 
 
 class Pool(ServerConnections):
-    """
-    The connections to one server.
-    """
+    """The connections to one server."""
 
     def __init__(self, settings: Settings) -> None:
         """
@@ -274,9 +262,7 @@ class Pool(ServerConnections):
             own.limit.release()
 
     def close(self) -> None:
-        """
-        Close what is idle now, and what is in use as soon as it is given back.
-        """
+        """Close what is idle now, and what is in use as soon as it is given back."""
         with self._lock:
             self._is_closed = True
             for idle in self._all_idle():
@@ -284,9 +270,7 @@ class Pool(ServerConnections):
             self._loops.clear()
 
     def address_and_password(self) -> tuple[str, Any]:
-        """
-        Return where libpq connects to, and with which password, as far as it is known without asking libpq.
-        """
+        """Return where libpq connects to, and with which password, as far as it is known without asking libpq."""
         given = self._connection_info
         defaults = {option.keyword.decode(): option.val.decode() for option in Conninfo.get_defaults() if option.val}
         known = {**defaults, **given}  # defaults are from the environment, such as PGHOST
@@ -319,9 +303,7 @@ class Pool(ServerConnections):
         }
 
     async def _prepare(self, session: Session, *, search: bool) -> None:
-        """
-        Prepare a new connection and, once in a process, the database.
-        """
+        """Prepare a new connection and, once in a process, the database."""
         if not session.connection.is_ready:
             session.connection.adapters.register_loader("json", TextLoader)  # the codec parses a window at once
             await upgrading.prepare(session)
@@ -357,9 +339,7 @@ class Pool(ServerConnections):
 
     @contextmanager
     def _lent(self, connection: Any, idle: _Idle, deadline: float) -> Iterator[Session]:
-        """
-        Take a connection back after its use, or close it inside a transaction, which the server then undoes.
-        """
+        """Take a connection back after its use, or close it inside a transaction, which the server then undoes."""
         self._open.add(connection)
         connection.deadline = deadline
         try:
@@ -402,18 +382,14 @@ def _parsed(connection_string: str) -> dict[str, Any]:
 
 
 def _close(connection: Any) -> None:
-    """
-    Close a connection of either kind. Closing an asynchronous one never waits, so it needs no event loop.
-    """
+    """Close a connection of either kind. Closing an asynchronous one never waits, so it needs no event loop."""
     closing = connection.close()
     if closing is not None:
         run_sync(closing)
 
 
 def _is_readable(socket: int) -> bool:
-    """
-    Return whether an idle connection has something to read: the server has closed it, or is about to.
-    """
+    """Return whether an idle connection has something to read: the server has closed it, or is about to."""
     if hasattr(select, "poll"):
         poll = select.poll()
         poll.register(socket, select.POLLIN)

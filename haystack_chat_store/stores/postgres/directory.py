@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations on whole histories: the directory of them, titles, statistics, and erasing.
-"""
+"""The operations on whole histories: the directory of them, titles, statistics, and erasing."""
 
 import math
 import uuid
@@ -32,20 +30,14 @@ _EPOCH = date(1970, 1, 1)
 
 
 class Directory(Engine[Session]):
-    """
-    The operations on whole histories.
-    """
+    """The operations on whole histories."""
 
     async def delete(self, session: Session, scope: Scope, chat_history_id: str) -> None:
-        """
-        Delete a history and its messages in one transaction.
-        """
+        """Delete a history and its messages in one transaction."""
         await session.in_transaction(_delete_histories, [history_key(scope, chat_history_id)])
 
     async def delete_all(self, session: Session, scope: Scope) -> None:
-        """
-        Delete in batches, each with a time limit of its own, so that any number of histories can be deleted.
-        """
+        """Delete in batches, each with a time limit of its own, so that any number of histories can be deleted."""
         last_id = ""
         while found := await session.fetch(
             session.statements.next_histories, [scope.namespace, last_id, _DELETE_BATCH_SIZE]
@@ -56,9 +48,7 @@ class Directory(Engine[Session]):
             session.renew_deadline()
 
     async def history(self, session: Session, scope: Scope, chat_history_id: str) -> HistoryRow | None:
-        """
-        Return one history, or `None` if it does not exist.
-        """
+        """Return one history, or `None` if it does not exist."""
         rows = await session.fetch(session.statements.history, [history_key(scope, chat_history_id)])
         return _history(rows[0]) if rows else None
 
@@ -94,9 +84,7 @@ class Directory(Engine[Session]):
     async def histories_by_id(
         self, session: Session, scope: Scope, prefix: str, after: str, limit: int
     ) -> list[HistoryRow]:
-        """
-        Walk along the index by id.
-        """
+        """Walk along the index by id."""
         parameters = {**prefix_parameters(scope, prefix), "after": after, "limit": limit}
         return list(map(_history, await session.fetch(session.statements.histories_by_id, parameters)))
 
@@ -108,9 +96,7 @@ class Directory(Engine[Session]):
         title: str | Unchanged | None,
         meta: str | Unchanged | None,
     ) -> HistoryRow | None:
-        """
-        Set both in one statement.
-        """
+        """Set both in one statement."""
         parameters = {
             "key": history_key(scope, chat_history_id),
             "has_title": title is not UNCHANGED,
@@ -122,17 +108,13 @@ class Directory(Engine[Session]):
         return _history(rows[0]) if rows else None
 
     async def statistics(self, session: Session, scope: Scope, prefix: str) -> StoreStatistics:
-        """
-        Count every message, as of one moment.
-        """
+        """Count every message, as of one moment."""
         return await session.in_transaction(_statistics, prefix_parameters(scope, prefix), begin=BEGIN_READING)
 
     async def erase_some(
         self, session: Session, scope: Scope, prefix: str, updated_before: int | None, limit: int
     ) -> int:
-        """
-        Delete a batch of histories, but none that changes meanwhile and is then too new.
-        """
+        """Delete a batch of histories, but none that changes meanwhile and is then too new."""
         parameters = {**prefix_parameters(scope, prefix), "limit": limit}
         statement = session.statements.erasable_by_prefix
         if updated_before is not None:
@@ -145,9 +127,7 @@ class Directory(Engine[Session]):
         return erased
 
     async def vacuum(self, session: Session, scope: Scope) -> None:  # noqa: ARG002  (the tables of all namespaces)
-        """
-        Rewrite the tables and their indexes, however long it takes.
-        """
+        """Rewrite the tables and their indexes, however long it takes."""
         for statement in (session.statements.vacuum_messages, session.statements.vacuum_histories):
             session.renew_deadline(math.inf)
             if not await session.vacuum(statement):
@@ -172,9 +152,7 @@ async def _statistics(session: Session, parameters: dict[str, Any]) -> StoreStat
 
 
 async def _delete_histories(session: Session, keys: Sequence[uuid.UUID], updated_before: int | None = None) -> int:
-    """
-    Delete histories, but only those that have not changed since a time, if that is given. Return their number.
-    """
+    """Delete histories, but only those that have not changed since a time, if that is given. Return their number."""
     if updated_before is None:
         rows = await session.fetch(session.statements.delete_histories, [keys])
     else:
@@ -185,9 +163,7 @@ async def _delete_histories(session: Session, keys: Sequence[uuid.UUID], updated
 
 
 def _delete_batch(found: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
-    """
-    Return the first of these histories: as many as have not too many messages together, and at least one.
-    """
+    """Return the first of these histories: as many as have not too many messages together, and at least one."""
     messages = 0
     for index, (_, _, count) in enumerate(found):
         messages += count

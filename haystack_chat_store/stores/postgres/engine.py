@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-How operations on PostgreSQL run: each on a connection of its own from a pool, until it ends or its time is up.
-"""
+"""How operations on PostgreSQL run: each on a connection of its own from a pool, until it ends or its time is up."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, cast
@@ -22,9 +20,7 @@ from haystack_chat_store.stores.sync_async import run_sync
 
 
 class PostgresEngine(Writing, Reading, Directory, Search, Checking):
-    """
-    Keeps chat histories in the tables of a PostgreSQL database.
-    """
+    """Keeps chat histories in the tables of a PostgreSQL database."""
 
     def __init__(self, settings: Settings, *, search: bool) -> None:
         """
@@ -42,9 +38,7 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """
-        Run an operation on a synchronous connection, with which it never waits for an event loop.
-        """
+        """Run an operation on a synchronous connection, with which it never waits for an event loop."""
         pool = pools.get(self.settings)
         try:
             with pool.session(search=self.search_wanted) as session:
@@ -58,9 +52,7 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """
-        Run an operation on a connection of the running event loop.
-        """
+        """Run an operation on a connection of the running event loop."""
         pool = pools.get(self.settings)
         try:
             async with pool.session_async(search=self.search_wanted) as session:
@@ -69,9 +61,7 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
             raise self._explained(error, pool) from error
 
     def close(self) -> None:
-        """
-        Close the connections, for every engine with the same settings. The next use opens them again.
-        """
+        """Close the connections, for every engine with the same settings. The next use opens them again."""
         pools.close(self.settings)
 
     def _explained(self, error: psycopg.Error, pool: Pool) -> ChatMessageStoreError:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Maps exceptions of psycopg to this package's exceptions.
-"""
+"""Maps exceptions of psycopg to this package's exceptions."""
 
 from typing import Any
 
@@ -11,9 +9,7 @@ from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
 
 
 class SchemaPermissionError(psycopg.errors.InsufficientPrivilege):
-    """
-    The role may not create or change the tables.
-    """
+    """The role may not create or change the tables."""
 
 
 def store_error(error: psycopg.Error, address: str, password: Any, timeout: float) -> StoreUnavailableError:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations that read messages.
-"""
+"""The operations that read messages."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,14 +12,10 @@ from haystack_chat_store.stores.rows import MessageRow, Scope
 
 
 class Reading(Engine[Session]):
-    """
-    The operations that read messages.
-    """
+    """The operations that read messages."""
 
     async def read(self, session: Session, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
-        """
-        Find the window's start and read from there, in one statement.
-        """
+        """Find the window's start and read from there, in one statement."""
         statements, by_round = session.statements, window.unit == "round"
         parameters: dict[str, Any] = {"key": history_key(scope, chat_history_id), "end": MAX_POSITION}
         statement = statements.read_all
@@ -35,9 +29,7 @@ class Reading(Engine[Session]):
         return [content for content, _ in rows], rows[-1][1] if rows else 0
 
     async def count(self, session: Session, scope: Scope, chat_history_id: str) -> int:
-        """
-        Return the counter of the history's row.
-        """
+        """Return the counter of the history's row."""
         rows = await session.fetch(
             session.statements.message_count, [history_key(scope, chat_history_id)], prepare=True
         )
@@ -46,9 +38,7 @@ class Reading(Engine[Session]):
     async def page(
         self, session: Session, scope: Scope, chat_history_id: str, before: int | None, after: int | None, limit: int
     ) -> list[MessageRow]:
-        """
-        Return a page of messages.
-        """
+        """Return a page of messages."""
         key = history_key(scope, chat_history_id)
         if after is not None:
             rows = await session.fetch(session.statements.page_after, [key, min(after, MAX_POSITION), limit])

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The tables, and how a database of an earlier version becomes one of this version.
-"""
+"""The tables, and how a database of an earlier version becomes one of this version."""
 
 import hashlib
 import uuid
@@ -140,18 +138,14 @@ _INDEXES = (
 
 
 def history_key(scope: Scope, chat_history_id: str) -> uuid.UUID:
-    """
-    Return the key of a history.
-    """
+    """Return the key of a history."""
     # Neither of the two contains a NUL, so no two pairs become the same text.
     name = f"{scope.namespace}\x00{chat_history_id}".encode()
     return uuid.UUID(bytes=hashlib.blake2b(name, digest_size=16).digest())
 
 
 class Tables:
-    """
-    The names of the tables, and the statements with these names in them.
-    """
+    """The names of the tables, and the statements with these names in them."""
 
     def __init__(self, schema_name: str, table_prefix: str) -> None:
         """
@@ -186,9 +180,7 @@ class Tables:
         self.has_messages = self._named(_HAS_MESSAGES)
 
     def create_schema(self) -> str:
-        """
-        Return the statement that makes the PostgreSQL schema, if it is missing.
-        """
+        """Return the statement that makes the PostgreSQL schema, if it is missing."""
         return self._named(_CREATE_SCHEMA)
 
     def upgrade(self, version: int) -> list[str]:

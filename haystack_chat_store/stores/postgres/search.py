@@ -28,9 +28,7 @@ _INDEX_BATCH_BYTES = 8_000_000
 
 
 class Search(Engine[Session]):
-    """
-    The operations on the index of words.
-    """
+    """The operations on the index of words."""
 
     async def search(
         self,
@@ -41,9 +39,7 @@ class Search(Engine[Session]):
         prefix: str,
         limit: int,
     ) -> list[FoundRow] | None:
-        """
-        Choose between the index of all terms and the messages of few histories, whichever looks at less.
-        """
+        """Choose between the index of all terms and the messages of few histories, whichever looks at less."""
         statements = session.statements
         if not session.database.is_indexed or await session.fetch(statements.an_unindexed):
             return None
@@ -65,9 +61,7 @@ class Search(Engine[Session]):
         return list(map(_found, await session.fetch(statement, {**parameters, "keys": keys})))
 
     async def index_some(self, session: Session, scope: Scope, limit: int) -> bool:  # noqa: ARG002  (all namespaces)
-        """
-        Index the next messages of all namespaces.
-        """
+        """Index the next messages of all namespaces."""
         return await index_next(session, limit)
 
 
@@ -88,9 +82,7 @@ async def index_next(session: Session, limit: int) -> bool:
 
 
 async def _index_batch(session: Session, limit: int) -> tuple[Any, int] | None:
-    """
-    Index the next messages, and return the place of the last one, or `None` if there are no more.
-    """
+    """Index the next messages, and return the place of the last one, or `None` if there are no more."""
     start = session.database.indexed_up_to
     found = await session.fetch(session.statements.unindexed, [*start, limit])
     if not found:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What an operation works with: a connection that it has for itself, and what the process knows of the database.
-"""
+"""What an operation works with: a connection that it has for itself, and what the process knows of the database."""
 
 import asyncio
 import time
@@ -26,9 +24,7 @@ _PAUSE_BEFORE_RETRY = "SELECT pg_sleep(0.05)"
 
 
 class Database:
-    """
-    What a process knows of the database that its connections lead to.
-    """
+    """What a process knows of the database that its connections lead to."""
 
     def __init__(self, schema_name: str, table_prefix: str) -> None:
         """
@@ -50,9 +46,7 @@ class Database:
 
 
 class Session:
-    """
-    A connection that an operation has for itself, with the same methods for synchronous and asynchronous calls.
-    """
+    """A connection that an operation has for itself, with the same methods for synchronous and asynchronous calls."""
 
     def __init__(self, connection: Any, database: Database, timeout: float) -> None:
         """
@@ -130,24 +124,18 @@ class Session:
                 raise
 
     async def to_thread(self, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
-        """
-        Call a function that takes a while or waits: in a thread, if an event loop would have to wait for it.
-        """
+        """Call a function that takes a while or waits: in a thread, if an event loop would have to wait for it."""
         return await asyncio.to_thread(function, *arguments) if self._is_async else function(*arguments)
 
     async def try_append(self, statement: str, parameters: Parameters) -> bool:
-        """
-        Execute a statement that appends messages. Return False if the history has one of them already.
-        """
+        """Execute a statement that appends messages. Return False if the history has one of them already."""
         try:
             return bool((await self.run(statement, parameters, prepare=True)).rowcount)
         except psycopg.errors.UniqueViolation:
             return False
 
     async def vacuum(self, statement: str) -> bool:
-        """
-        Execute a VACUUM. Return whether the server did it: a role without the right only gets a warning.
-        """
+        """Execute a VACUUM. Return whether the server did it: a role without the right only gets a warning."""
         warnings: list[Any] = []
         self.connection.add_notice_handler(warnings.append)
         try:
@@ -165,9 +153,7 @@ class Session:
         self.connection.deadline = time.monotonic() + (self._timeout if seconds is None else seconds)
 
     async def cancel(self) -> None:
-        """
-        Ask the server to cancel the statement that it may still be executing for this connection.
-        """
+        """Ask the server to cancel the statement that it may still be executing for this connection."""
         if psycopg.capabilities.has_cancel_safe():  # what older libraries have instead could wait for ever
             with suppress(psycopg.Error):
                 cancelling = self.connection.cancel_safe(timeout=_CANCEL_SECONDS)

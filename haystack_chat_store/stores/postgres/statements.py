@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The SQL statements of all operations.
-"""
+"""The SQL statements of all operations."""
 
 from typing import Any, NamedTuple
 
@@ -23,9 +21,7 @@ _EARLIEST = -210_866_803_200_000_000
 
 
 def prefix_parameters(scope: Scope, prefix: str) -> dict[str, Any]:
-    """
-    Return the parameters of the fragment `with_prefix`.
-    """
+    """Return the parameters of the fragment `with_prefix`."""
     return {"namespace": scope.namespace, "prefix": prefix, "end": end_of_prefix(prefix) or AFTER_ALL_IDS}
 
 
@@ -54,9 +50,7 @@ def _time(microseconds: str) -> str:
 
 
 def _is_readable(time: str) -> str:
-    """
-    Return the expression for whether Python's `datetime` has a time.
-    """
+    """Return the expression for whether Python's `datetime` has a time."""
     return f"{time} BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00'"
 
 
@@ -218,9 +212,7 @@ _OF_FEW_HISTORIES = "(SELECT * FROM {messages} WHERE history_key = ANY (%(keys)s
 
 
 class Statements(NamedTuple):
-    """
-    The statements of a store, with the names of its tables in them.
-    """
+    """The statements of a store, with the names of its tables in them."""
 
     version: str = "SELECT max(version) FROM {version}"
     append_all: str = _APPEND_ALL

@@ -34,16 +34,12 @@ def tsvector(content: str) -> str:
 
 
 def tsvectors(contents: Sequence[str]) -> list[str]:
-    """
-    Return the terms of several messages.
-    """
+    """Return the terms of several messages."""
     return [tsvector(content) for content in contents]
 
 
 def tsquery(phrases: Sequence[Phrase]) -> str:
-    """
-    Return text for the type `tsquery` that matches messages with all phrases.
-    """
+    """Return text for the type `tsquery` that matches messages with all phrases."""
     return " & ".join(map(_operand, phrases))
 
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-How a process makes the tables, upgrades them, and turns search on.
-"""
+"""How a process makes the tables, upgrades them, and turns search on."""
 
 from collections.abc import Awaitable, Callable
 
@@ -39,9 +37,7 @@ async def prepare(session: Session) -> None:
 
 
 async def look(session: Session) -> bool:
-    """
-    Find out whether search is on, and whether the tables exist. Return the latter.
-    """
+    """Find out whether search is on, and whether the tables exist. Return the latter."""
     database, tables = session.database, session.database.tables
     names = [tables.version_table, tables.search_index, tables.unindexed]
     ((found,),) = await session.fetch(_FIND_RELATIONS, [database.schema_name, names])
@@ -52,9 +48,7 @@ async def look(session: Session) -> bool:
 
 
 async def turn_search_on(session: Session) -> None:
-    """
-    Create the index that turns search on, if it does not exist.
-    """
+    """Create the index that turns search on, if it does not exist."""
     await look(session)
     if not session.database.has_search:
         await _change_schema(session, _create_search_index)
@@ -63,9 +57,7 @@ async def turn_search_on(session: Session) -> None:
 
 
 async def finish_index(session: Session) -> None:
-    """
-    Record that all messages have their terms, but for those of writers that do not know yet that search is on.
-    """
+    """Record that all messages have their terms, but for those of writers that do not know yet that search is on."""
     await _change_schema(session, _create_unindexed)
     session.database.is_indexed = True
     logger.info("Indexed all messages in the tables {name}.", name=session.database.tables.name)

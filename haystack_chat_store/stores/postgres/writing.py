@@ -33,9 +33,7 @@ _STATEMENT_CHARACTERS = 8_000_000
 
 
 class Writing(Engine[Session]):
-    """
-    The operations that change messages.
-    """
+    """The operations that change messages."""
 
     async def append(
         self,
@@ -46,9 +44,7 @@ class Writing(Engine[Session]):
         policy: DuplicatePolicy,
         expected_count: int | None,
     ) -> int:
-        """
-        Append in one statement if nothing is replaced or expected, and no other writer interferes.
-        """
+        """Append in one statement if nothing is replaced or expected, and no other writer interferes."""
         if policy is DuplicatePolicy.SKIP and expected_count is None:
             appended = await _append_new(session, scope, chat_history_id, messages)
             if appended is not None:
@@ -63,23 +59,17 @@ class Writing(Engine[Session]):
         message_ids: Sequence[str] | None,
         from_message_id: str | None,
     ) -> None:
-        """
-        Delete messages in a transaction that has the history locked.
-        """
+        """Delete messages in a transaction that has the history locked."""
         await session.in_transaction(_delete_locked, scope, chat_history_id, message_ids, from_message_id)
 
     async def remove(self, session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
-        """
-        Delete messages in a transaction that has the history locked.
-        """
+        """Delete messages in a transaction that has the history locked."""
         await session.in_transaction(_remove_locked, scope, chat_history_id, positions)
 
     async def copy(
         self, session: Session, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
     ) -> int:
-        """
-        Copy inside the server, in a transaction that has both histories locked.
-        """
+        """Copy inside the server, in a transaction that has both histories locked."""
         return await session.in_transaction(_copy_locked, scope, source_id, target_id, until_message_id)
 
     async def import_history(
@@ -90,17 +80,13 @@ class Writing(Engine[Session]):
         batches: Iterable[Sequence[MessageRow]],
         expected_count: int,
     ) -> int:
-        """
-        Read and send the batches in one transaction, in which each part has a time limit of its own.
-        """
+        """Read and send the batches in one transaction, in which each part has a time limit of its own."""
         return await session.in_transaction(_import_locked, scope, history, batches, expected_count, repeatable=False)
 
     async def import_histories(
         self, session: Session, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
     ) -> int:
-        """
-        Import all of them in one transaction.
-        """
+        """Import all of them in one transaction."""
         return await session.in_transaction(_import_several_locked, scope, histories)
 
 
@@ -278,9 +264,7 @@ async def _lock(session: Session, scope: Scope, chat_history_id: str, *, make: b
 
 
 async def _make(session: Session, scope: Scope, chat_history_id: str) -> bool:
-    """
-    Make a history unless it exists. Return whether this transaction has made it, and so holds its lock.
-    """
+    """Make a history unless it exists. Return whether this transaction has made it, and so holds its lock."""
     parameters = [history_key(scope, chat_history_id), scope.namespace, chat_history_id]
     return bool((await session.run(session.statements.make_history, parameters)).rowcount)
 
@@ -304,9 +288,7 @@ async def _append_parameters(
 
 
 async def _sent(session: Session, messages: Sequence[EncodedMessage] | Sequence[MessageRow]) -> dict[str, Any]:
-    """
-    Return messages as parameters of the statements that write them (see the fragment `sent`).
-    """
+    """Return messages as parameters of the statements that write them (see the fragment `sent`)."""
     # Another program's JSON may have line breaks. They are white space there, and separate the contents here.
     contents = [message.content.replace("\n", " ") for message in messages]
     terms = None
@@ -326,9 +308,7 @@ def _caller_ids(messages: Sequence[EncodedMessage]) -> list[str]:
 
 
 def _parts(batches: Iterable[Sequence[MessageRow]]) -> Iterator[list[MessageRow]]:
-    """
-    Divide batches into parts that are small enough for one statement.
-    """
+    """Divide batches into parts that are small enough for one statement."""
     for batch in batches:
         part: list[MessageRow] = []
         size = 0

@@ -100,9 +100,7 @@ class RedisChatMessageStore(BaseChatMessageStore):
             )
 
     def settings(self) -> dict[str, Any]:
-        """
-        Return the arguments that make an equal store.
-        """
+        """Return the arguments that make an equal store."""
         return {
             "url": self.url,
             **super().settings(),

@@ -41,9 +41,7 @@ _ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class _Inspected:
-    """
-    What the script INSPECT returns of a history.
-    """
+    """What the script INSPECT returns of a history."""
 
     chat_history_id: str
     next_position: str
@@ -65,22 +63,16 @@ class _Inspected:
     schema_version: str
 
     def end(self) -> int:
-        """
-        Return the position after the last message.
-        """
+        """Return the position after the last message."""
         return max(number(self.next_position), self.contents_length)
 
     def has_even_keys(self) -> bool:
-        """
-        Whether all keys have equally many messages.
-        """
+        """Whether all keys have equally many messages."""
         end = self.end()
         return self.contents_length == self.roles_length == end and self.times_length == TIME_LENGTH * end
 
     def joined(self) -> str:
-        """
-        Return this as the script REBUILD compares it.
-        """
+        """Return this as the script REBUILD compares it."""
         return " ".join(map(str, vars(self).values()))
 
 
@@ -99,9 +91,7 @@ class _Message:
 
 
 class _Examination:
-    """
-    Finds the faults of a history, and how it should be.
-    """
+    """Finds the faults of a history, and how it should be."""
 
     def __init__(self, inspected: _Inspected, index: Mapping[str, int]) -> None:
         """
@@ -137,9 +127,7 @@ class _Examination:
             self.messages.append(replace(message, time=time))
 
     def conclude(self, chat_history_id: str) -> None:
-        """
-        Find the faults of the counters and the lists, when all messages have been examined.
-        """
+        """Find the faults of the counters and the lists, when all messages have been examined."""
         inspected = self.inspected
         strays = len(self._index.keys() - self._ids)
         if strays:
@@ -154,9 +142,7 @@ class _Examination:
         self._examine_lists(chat_history_id)
 
     def fields(self, chat_history_id: str) -> dict[str, str | int]:
-        """
-        Return what the hash of the history should hold.
-        """
+        """Return what the hash of the history should hold."""
         times = [message.time for message in self.messages if message.time is not None]
         created_at, updated_at = valid_time(self.inspected.created_at), valid_time(self.inspected.updated_at)
         if created_at is None:
@@ -215,14 +201,10 @@ class _Examination:
 
 
 class Checking(RedisOperations):
-    """
-    The operation that finds and repairs damage.
-    """
+    """The operation that finds and repairs damage."""
 
     async def check(self, session: Session, scope: Scope, repair: bool) -> list[Fault]:
-        """
-        Check each history by itself: those with names, those in other lists, and those whose keys a scan finds.
-        """
+        """Check each history by itself: those with names, those in other lists, and those whose keys a scan finds."""
         keys = self.keys(scope)
         faults: list[Fault] = []
         unnamed: dict[str, None] = {}
@@ -240,9 +222,7 @@ class Checking(RedisOperations):
 
 
 async def check_history(session: Session, keys: Keys, chat_history_id: str, repair: bool) -> list[Fault]:
-    """
-    Return the faults of a history. What others write meanwhile is neither taken for a fault nor lost.
-    """
+    """Return the faults of a history. What others write meanwhile is neither taken for a fault nor lost."""
     faults: list[Fault] = []
     for _ in range(_ATTEMPTS):
         inspected = await _inspect(session, keys, chat_history_id)
@@ -264,9 +244,7 @@ async def check_history(session: Session, keys: Keys, chat_history_id: str, repa
 
 
 async def examine_history(session: Session, keys: Keys, chat_history_id: str, inspected: _Inspected) -> _Examination:
-    """
-    Read all of a history and find its faults.
-    """
+    """Read all of a history and find its faults."""
     if not inspected.keys:
         examination = _Examination(inspected, {})
         if inspected.directory_time or inspected.name_score or inspected.expiries_time:
@@ -287,9 +265,7 @@ async def examine_history(session: Session, keys: Keys, chat_history_id: str, in
 async def read_raw(
     session: Session, keys: Keys, chat_history_id: str, first: int, count: int
 ) -> tuple[list[str], str, str]:
-    """
-    Return the contents, the letters of roles and the times at some positions.
-    """
+    """Return the contents, the letters of roles and the times at some positions."""
     contents, roles, times = await session.run(scripts.RAW, keys.to_read(chat_history_id), [first, first + count - 1])
     return contents, roles, times
 
@@ -303,9 +279,7 @@ async def _inspect(session: Session, keys: Keys, chat_history_id: str) -> _Inspe
 
 
 async def _rebuild(session: Session, keys: Keys, chat_history_id: str, examination: _Examination) -> bool:
-    """
-    Put the history in order, and return True. Return False, and change nothing, if it was written to meanwhile.
-    """
+    """Put the history in order, and return True. Return False, and change nothing, if it was written to meanwhile."""
     inspected, messages = examination.inspected, examination.messages
     fields = examination.fields(chat_history_id)
     async with Stage(session, keys, chat_history_id) as stage:
@@ -324,9 +298,7 @@ async def _rebuild(session: Session, keys: Keys, chat_history_id: str, examinati
 
 
 async def _listed_unnamed(session: Session, keys: Keys, bucket: int) -> list[str]:
-    """
-    Return the ids in a bucket's directory and expiries that its names lack.
-    """
+    """Return the ids in a bucket's directory and expiries that its names lack."""
     found: dict[str, None] = {}
     for number_of_list in (2, 3):
         first, has_more = 0, 1
@@ -339,9 +311,7 @@ async def _listed_unnamed(session: Session, keys: Keys, bucket: int) -> list[str
 
 
 async def _scanned_unnamed(session: Session, keys: Keys) -> list[str]:
-    """
-    Return the ids of histories that have keys, but that the names lack.
-    """
+    """Return the ids of histories that have keys, but that the names lack."""
     found: dict[str, None] = {}
     for address in await session.masters():
         cursor = ""
@@ -359,9 +329,7 @@ async def _scanned_unnamed(session: Session, keys: Keys) -> list[str]:
 
 
 def _rows(first: int, messages: Sequence[_Message], contents: Sequence[str], created_at: int) -> list[MessageRow]:
-    """
-    Return messages as they are staged.
-    """
+    """Return messages as they are staged."""
     rows = []
     for index, message in enumerate(messages):
         content = contents[index] if message.content is None and index < len(contents) else message.content or ""

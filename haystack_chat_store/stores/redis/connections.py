@@ -81,18 +81,14 @@ _NODE_TIMEOUT_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """
-    The settings of connections. Engines with equal ones share their connections.
-    """
+    """The settings of connections. Engines with equal ones share their connections."""
 
     url: Secret
     cluster: bool
     timeout: float
 
     def location(self) -> str:
-        """
-        Return the URL.
-        """
+        """Return the URL."""
         return resolved(self.url, "url")
 
 
@@ -160,9 +156,7 @@ class Session(ABC):
         return await self._translated(call, self._run_in_cluster if self._server.settings.cluster else self._run)
 
     async def masters(self) -> list[Address]:
-        """
-        Return the addresses of the servers that hold keys.
-        """
+        """Return the addresses of the servers that hold keys."""
         call = _Call(None, (), self._server.start)
         if not self._server.settings.cluster:
             return [call.address]
@@ -177,9 +171,7 @@ class Session(ABC):
         return await self._translated(_Call(None, command, address), self._run)
 
     async def ask_masters(self, *command: str | int) -> list[Any]:
-        """
-        Have every server that holds keys run a command, and return their answers.
-        """
+        """Have every server that holds keys run a command, and return their answers."""
         return [await self.ask(address, *command) for address in await self.masters()]
 
     async def close(self, *, is_patient: bool = False) -> None:
@@ -192,9 +184,7 @@ class Session(ABC):
             await self._disconnect(connection, is_patient=is_patient)
 
     def leave_to_parent(self) -> None:
-        """
-        In a forked child, keep the parent's connections from being used, or freed, which would close them.
-        """
+        """In a forked child, keep the parent's connections from being used, or freed, which would close them."""
         keep_alive_forever(self)
         for connection in self._open:
             keep_alive_forever(connection)
@@ -211,33 +201,23 @@ class Session(ABC):
 
     @abstractmethod
     async def to_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """
-        Call a function that takes long, without blocking an event loop.
-        """
+        """Call a function that takes long, without blocking an event loop."""
 
     @abstractmethod
     async def pause(self) -> None:
-        """
-        Wait a moment before the next attempt.
-        """
+        """Wait a moment before the next attempt."""
 
     @abstractmethod
     async def _limited(self, running: Coroutine[Any, Any, Any]) -> Any:
-        """
-        Run a call within the timeout, when one of the connections is free.
-        """
+        """Run a call within the timeout, when one of the connections is free."""
 
     @abstractmethod
     async def _done(self, result: Any) -> Any:
-        """
-        Return the result of a method of a connection.
-        """
+        """Return the result of a method of a connection."""
 
     @abstractmethod
     async def _disconnect(self, connection: Any, *, is_patient: bool = False) -> None:
-        """
-        Close a connection.
-        """
+        """Close a connection."""
 
     # ------------------------------------------------------------------ one server
 
@@ -399,14 +379,10 @@ class Session(ABC):
 
 
 class SyncSession(Session):
-    """
-    The connections of the synchronous calls of all threads.
-    """
+    """The connections of the synchronous calls of all threads."""
 
     def __init__(self, server: "Server") -> None:
-        """
-        Open nothing yet.
-        """
+        """Open nothing yet."""
         super().__init__(server, redis.connection)
         self._free = threading.Semaphore(self._max_connections)
 
@@ -421,21 +397,15 @@ class SyncSession(Session):
         return Address(path) if path else Address(connection.host, connection.port)
 
     async def run_each(self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[str | int]]]) -> list[Any]:
-        """
-        Run one after the other.
-        """
+        """Run one after the other."""
         return [await self.run(script, *call) for call in calls]
 
     async def to_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """
-        Call it in this thread.
-        """
+        """Call it in this thread."""
         return work(*arguments)
 
     async def pause(self) -> None:
-        """
-        Sleep.
-        """
+        """Sleep."""
         time.sleep(_RETRY_PAUSE)
 
     async def _limited(self, running: Coroutine[Any, Any, Any]) -> Any:
@@ -455,14 +425,10 @@ class SyncSession(Session):
 
 
 class AsyncSession(Session):
-    """
-    The connections of one event loop.
-    """
+    """The connections of one event loop."""
 
     def __init__(self, server: "Server") -> None:
-        """
-        Open nothing yet. Connections will belong to the running loop.
-        """
+        """Open nothing yet. Connections will belong to the running loop."""
         super().__init__(server, redis.asyncio.connection)
         if not server.settings.cluster:
             self._options["socket_timeout"] = None  # `_limited` suffices, and costs less
@@ -472,16 +438,12 @@ class AsyncSession(Session):
         self._ending = threading.Lock()
 
     async def close(self, *, is_patient: bool = False) -> None:
-        """
-        Do what `Session.close` does, on the session's own loop.
-        """
+        """Do what `Session.close` does, on the session's own loop."""
         await super().close(is_patient=is_patient)
         await self._guard.aclose()
 
     async def run_each(self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[str | int]]]) -> list[Any]:
-        """
-        Run several at once.
-        """
+        """Run several at once."""
         limit = asyncio.Semaphore(_MAX_PARALLEL_SCRIPTS)
 
         async def run(keys: Sequence[str], arguments: Sequence[str | int]) -> Any:
@@ -497,27 +459,19 @@ class AsyncSession(Session):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def to_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """
-        Call it in another thread.
-        """
+        """Call it in another thread."""
         return await asyncio.to_thread(work, *arguments)
 
     async def pause(self) -> None:
-        """
-        Let other tasks run.
-        """
+        """Let other tasks run."""
         await asyncio.sleep(_RETRY_PAUSE)
 
     async def begin(self) -> None:
-        """
-        Arrange for the connections to be closed before the loop is.
-        """
+        """Arrange for the connections to be closed before the loop is."""
         await self._guard.__anext__()
 
     def end(self) -> None:
-        """
-        Close idle connections, from any thread.
-        """
+        """Close idle connections, from any thread."""
         self._is_closed = True
         if not self._loop.is_running():  # it has stopped, or `asyncio.run` is between two steps
             with self._ending:
@@ -589,9 +543,7 @@ class AsyncSession(Session):
 
 
 class Server(ServerConnections):
-    """
-    A server or a cluster, and the sessions with it.
-    """
+    """A server or a cluster, and the sessions with it."""
 
     def __init__(self, settings: Settings) -> None:
         """
@@ -626,15 +578,11 @@ class Server(ServerConnections):
         self._lock = threading.Lock()
 
     def session(self) -> SyncSession:
-        """
-        Return the session of the synchronous calls.
-        """
+        """Return the session of the synchronous calls."""
         return self._sync
 
     async def session_async(self) -> AsyncSession:
-        """
-        Return the session of the running event loop. Does not wait.
-        """
+        """Return the session of the running event loop. Does not wait."""
         loop = asyncio.get_running_loop()
         session = self._async.get(loop)
         if session is None:
@@ -647,9 +595,7 @@ class Server(ServerConnections):
         return session
 
     def nodes(self) -> list[Address]:
-        """
-        Return the addresses of nodes to ask about the cluster: those that were silent come last.
-        """
+        """Return the addresses of nodes to ask about the cluster: those that were silent come last."""
         return sorted([self.start, *self._others], key=self.silent.__contains__)
 
     def learn(self, rows: list[Any], asked: Address) -> list[Address]:
@@ -671,9 +617,7 @@ class Server(ServerConnections):
         return slots
 
     def close(self) -> None:
-        """
-        Close idle connections now, and those in use as soon as they are given back.
-        """
+        """Close idle connections now, and those in use as soon as they are given back."""
         run_sync(self._sync.close())
         with self._lock:
             sessions = list(self._async.values())
@@ -682,9 +626,7 @@ class Server(ServerConnections):
             session.end()
 
     def after_fork_in_child(self) -> None:
-        """
-        Neither use nor close the parent's connections.
-        """
+        """Neither use nor close the parent's connections."""
         for session in self._sessions:
             session.leave_to_parent()
 
@@ -694,9 +636,7 @@ servers: ServerConnectionRegistry[Settings, Server] = ServerConnectionRegistry(S
 
 
 def _is_running(loop: asyncio.AbstractEventLoop) -> bool:
-    """
-    Whether this code runs in an event loop.
-    """
+    """Whether this code runs in an event loop."""
     try:
         return asyncio.get_running_loop() is loop
     except RuntimeError:

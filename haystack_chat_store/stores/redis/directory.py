@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations on whole histories: listing, titles, statistics, erasing.
-"""
+"""The operations on whole histories: listing, titles, statistics, erasing."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -27,9 +25,7 @@ _MICROSECONDS_PER_DAY = 24 * 3600 * 10**6
 
 
 class _Place(NamedTuple):
-    """
-    Where a history stands in a list: by time and id, or by id alone. Places compare as tuples.
-    """
+    """Where a history stands in a list: by time and id, or by id alone. Places compare as tuples."""
 
     time: float
     chat_history_id: str
@@ -56,32 +52,24 @@ class _Order:
 
 @dataclass(frozen=True, kw_only=True)
 class _ListedHistory:
-    """
-    A history, and how many times of messages it has.
-    """
+    """A history, and how many times of messages it has."""
 
     row: HistoryRow
     next_position: int
 
 
 class Directory(RedisOperations):
-    """
-    The operations on whole histories.
-    """
+    """The operations on whole histories."""
 
     async def history(self, session: Session, scope: Scope, chat_history_id: str) -> HistoryRow | None:
-        """
-        Read the hash of a history.
-        """
+        """Read the hash of a history."""
         found = await read_histories(session, self.keys(scope), [chat_history_id])
         return found[chat_history_id].row if found else None
 
     async def histories(
         self, session: Session, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
     ) -> list[HistoryRow]:
-        """
-        Merge the newest histories of all buckets.
-        """
+        """Merge the newest histories of all buckets."""
 
         def arguments_of(place: _Place | None, count: int) -> list[str | int]:
             after = ("", "") if place is None else (str(_cursor_time(place.time)), place.chat_history_id)
@@ -99,9 +87,7 @@ class Directory(RedisOperations):
     async def histories_by_id(
         self, session: Session, scope: Scope, prefix: str, after: str, limit: int
     ) -> list[HistoryRow]:
-        """
-        Merge the next histories of all buckets.
-        """
+        """Merge the next histories of all buckets."""
 
         def arguments_of(place: _Place | None, count: int) -> list[str | int]:
             return [*_range(prefix, after if place is None else place.chat_history_id), count, ""]
@@ -121,9 +107,7 @@ class Directory(RedisOperations):
         title: str | Unchanged | None,
         meta: str | Unchanged | None,
     ) -> HistoryRow | None:
-        """
-        Set and delete fields of the hash of a history.
-        """
+        """Set and delete fields of the hash of a history."""
         changes = {name: value for name, value in (("title", title), ("meta", meta)) if value is not UNCHANGED}
         values = [each for name, value in changes.items() if value is not None for each in (name, str(value))]
         deleted = [name for name, value in changes.items() if value is None]
@@ -134,9 +118,7 @@ class Directory(RedisOperations):
         return None if found is None else found.row
 
     async def statistics(self, session: Session, scope: Scope, prefix: str) -> StoreStatistics:
-        """
-        Add up the counters of all histories, and count the times of their messages by day.
-        """
+        """Add up the counters of all histories, and count the times of their messages by day."""
         keys = self.keys(scope)
         histories = messages = rounds = 0
         days: Counter[int] = Counter()
@@ -162,9 +144,7 @@ class Directory(RedisOperations):
     async def erase_some(
         self, session: Session, scope: Scope, prefix: str, updated_before: int | None, limit: int
     ) -> int:
-        """
-        Go through the buckets: by age if only the age matters, otherwise by id.
-        """
+        """Go through the buckets: by age if only the age matters, otherwise by id."""
         keys = self.keys(scope)
         erased = 0
         for bucket in range(BUCKETS):
@@ -187,9 +167,7 @@ class Directory(RedisOperations):
         return erased
 
     async def vacuum(self, session: Session, scope: Scope) -> None:  # noqa: ARG002  (its files hold all namespaces)
-        """
-        Have every server write its files anew.
-        """
+        """Have every server write its files anew."""
         await _wait_for_files(session)  # the file being written now may have been begun before the deletion
         has_log = any(info.get("aof_enabled") != "0" for info in await _info(session, "persistence"))
         has_snapshots = any(settings[1:2] != [""] for settings in await session.ask_masters("CONFIG", "GET", "save"))
@@ -200,9 +178,7 @@ class Directory(RedisOperations):
 
 
 async def read_histories(session: Session, keys: Keys, chat_history_ids: Iterable[str]) -> dict[str, _ListedHistory]:
-    """
-    Return what is kept of histories, by their ids, without those that do not exist.
-    """
+    """Return what is kept of histories, by their ids, without those that do not exist."""
     by_bucket: dict[int, list[str]] = {}
     for chat_history_id in chat_history_ids:
         by_bucket.setdefault(bucket_of(chat_history_id), []).append(chat_history_id)
@@ -290,9 +266,7 @@ async def _merged(session: Session, keys: Keys, order: _Order, start: _Place | N
 async def _messages_per_day(
     session: Session, keys: Keys, bucket: int, histories: Sequence[_ListedHistory]
 ) -> Counter[int]:
-    """
-    Return how many messages of a bucket's histories were stored on which day since 1970.
-    """
+    """Return how many messages of a bucket's histories were stored on which day since 1970."""
     days: Counter[int] = Counter()
     names: list[str] = []
     ranges: list[int] = []
@@ -334,9 +308,7 @@ async def _used_memory(session: Session) -> int | None:
 
 
 async def _wait_for_files(session: Session) -> None:
-    """
-    Wait until no server writes a file in the background.
-    """
+    """Wait until no server writes a file in the background."""
     while True:
         infos = await _info(session, "persistence")
         for info in infos:
@@ -381,9 +353,7 @@ def _cursor_time(time: float) -> int:
 
 
 def _range(prefix: str, after: str = "") -> tuple[str, str]:
-    """
-    Return the ends of the range of ids that begin with a prefix and are greater than another, for ZRANGEBYLEX.
-    """
+    """Return the ends of the range of ids that begin with a prefix and are greater than another, for ZRANGEBYLEX."""
     end = end_of_prefix(prefix)
     least = f"({after}" if after and after >= prefix else f"[{prefix}" if prefix else "-"
     return least, "+" if end is None else f"({end}"

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-How operations run: on the connections that the engines of a process share.
-"""
+"""How operations run: on the connections that the engines of a process share."""
 
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -20,14 +18,10 @@ from haystack_chat_store.stores.sync_async import run_sync
 
 
 class RedisEngine(Writing, Reading, Directory, Checking):
-    """
-    Keeps chat histories in Redis, Valkey or a Redis Cluster.
-    """
+    """Keeps chat histories in Redis, Valkey or a Redis Cluster."""
 
     def __init__(self, url: Secret, *, cluster: bool, key_prefix: str, ttl: float | None, timeout: float) -> None:
-        """
-        Keep the settings. Connects to nothing.
-        """
+        """Keep the settings. Connects to nothing."""
         super().__init__(key_prefix=key_prefix, ttl=ttl)
         self.settings = Settings(url=url, cluster=cluster, timeout=timeout)
 
@@ -37,9 +31,7 @@ class RedisEngine(Writing, Reading, Directory, Checking):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """
-        Run an operation in this thread. All operations are coroutines, none of which waits here.
-        """
+        """Run an operation in this thread. All operations are coroutines, none of which waits here."""
         session = servers.get(self.settings).session()
         running = cast("Coroutine[object, object, ResultT]", operation(session, *arguments, **options))
         return run_sync(running)
@@ -50,22 +42,16 @@ class RedisEngine(Writing, Reading, Directory, Checking):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """
-        Run an operation on the event loop.
-        """
+        """Run an operation on the event loop."""
         session = await servers.get(self.settings).session_async()
         return await cast("Coroutine[object, object, ResultT]", operation(session, *arguments, **options))
 
     def close(self) -> None:
-        """
-        Close the connections, for every engine with the same settings. The next use opens them again.
-        """
+        """Close the connections, for every engine with the same settings. The next use opens them again."""
         servers.close(self.settings)
 
     async def close_async(self) -> None:
-        """
-        Close the connections of this event loop, and then all others.
-        """
+        """Close the connections of this event loop, and then all others."""
         with suppress(ChatMessageStoreError):
             session = await servers.get(self.settings).session_async()
             await session.close()

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Maps error replies of Redis, and exceptions of redis-py, to the exceptions of this package.
-"""
+"""Maps error replies of Redis, and exceptions of redis-py, to the exceptions of this package."""
 
 import re
 from typing import NamedTuple
@@ -20,9 +18,7 @@ from haystack_chat_store.stores.redis.schema import SCHEMA_VERSION
 
 
 class Address(NamedTuple):
-    """
-    Where a server is: host and port, or the path of a socket.
-    """
+    """Where a server is: host and port, or the path of a socket."""
 
     host: str
     port: int | None = None
@@ -91,9 +87,7 @@ def redirection(error: Exception, host: str) -> "tuple[Address, bool] | None":
 
 
 def may_pass(error: Exception, *, in_cluster: bool = False) -> bool:
-    """
-    Whether the same call may succeed soon: the server is starting, or the cluster replaces a master.
-    """
+    """Whether the same call may succeed soon: the server is starting, or the cluster replaces a master."""
     if in_cluster and isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError)):
         return not isinstance(error, (exceptions.AuthenticationError, exceptions.AuthorizationError))
     return _reply(error).startswith(_PASSING)
@@ -137,9 +131,7 @@ def explained(error: Exception, address: Address, timeout: float) -> ChatMessage
 
 
 def _history(reply: str) -> str:
-    """
-    Name the keys of a damaged history, which contain its id, if the reply names them.
-    """
+    """Name the keys of a damaged history, which contain its id, if the reply names them."""
     word, _, key = reply.partition(" ")
     return f" Its keys begin with {key.removesuffix('history')!r}." if word == "DAMAGED" and key else ""
 

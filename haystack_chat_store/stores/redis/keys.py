@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The names of the keys. `docs/redis.md` shows what is kept in each.
-"""
+"""The names of the keys. `docs/redis.md` shows what is kept in each."""
 
 import re
 import zlib
@@ -15,9 +13,7 @@ BUCKETS = 64
 
 
 class BucketKeys(NamedTuple):
-    """
-    The keys of a bucket: its version, and the lists of its histories.
-    """
+    """The keys of a bucket: its version, and the lists of its histories."""
 
     schema_version: str
     directory: str
@@ -26,9 +22,7 @@ class BucketKeys(NamedTuple):
 
 
 class HistoryKeys(NamedTuple):
-    """
-    The keys of one history.
-    """
+    """The keys of one history."""
 
     counters: str
     contents: str
@@ -38,9 +32,7 @@ class HistoryKeys(NamedTuple):
 
 
 class StagedKeys(NamedTuple):
-    """
-    The keys of messages that wait to become part of a history.
-    """
+    """The keys of messages that wait to become part of a history."""
 
     contents: str
     roles: str
@@ -60,37 +52,27 @@ class Keys(NamedTuple):
     namespace: str
 
     def of_bucket(self, bucket: int) -> BucketKeys:
-        """
-        Return the keys of a bucket.
-        """
+        """Return the keys of a bucket."""
         tag = self._tag(bucket)
         return BucketKeys(f"{tag}:schema_version", f"{tag}:histories", f"{tag}:expiries", f"{tag}:names")
 
     def of_history(self, chat_history_id: str) -> HistoryKeys:
-        """
-        Return the keys of one history.
-        """
+        """Return the keys of one history."""
         name = f"{self._tag(bucket_of(chat_history_id))}:{_encoded(chat_history_id)}"
         return HistoryKeys(
             f"{name}:history", f"{name}:contents", f"{name}:roles", f"{name}:message_ids", f"{name}:times"
         )
 
     def of_bucket_of(self, chat_history_id: str) -> BucketKeys:
-        """
-        Return the keys of the bucket that a history belongs to.
-        """
+        """Return the keys of the bucket that a history belongs to."""
         return self.of_bucket(bucket_of(chat_history_id))
 
     def to_read(self, chat_history_id: str) -> list[str]:
-        """
-        Return the keys of scripts that read a history.
-        """
+        """Return the keys of scripts that read a history."""
         return [self.of_bucket_of(chat_history_id).schema_version, *self.of_history(chat_history_id)]
 
     def to_write(self, chat_history_id: str) -> list[str]:
-        """
-        Return the keys of scripts that write to a history.
-        """
+        """Return the keys of scripts that write to a history."""
         return [*self.of_bucket_of(chat_history_id), *self.of_history(chat_history_id)]
 
     def of_staged(self, bucket: int, stage: str) -> StagedKeys:
@@ -101,16 +83,12 @@ class Keys(NamedTuple):
         return StagedKeys(f"{name}:contents", f"{name}:roles", f"{name}:message_ids", f"{name}:times")
 
     def pattern(self) -> str:
-        """
-        Return the pattern that matches all keys of histories, for SCAN.
-        """
+        """Return the pattern that matches all keys of histories, for SCAN."""
         literal = re.sub(r"([\\*?\[\]^])", r"\\\1", f"{{{self.key_prefix}:{_encoded(self.namespace)}:")
         return f"{literal}*}}:*:*"
 
     def history_of(self, key: str) -> str | None:
-        """
-        Return the id of the history that a key belongs to, or `None` if it belongs to none.
-        """
+        """Return the id of the history that a key belongs to, or `None` if it belongs to none."""
         parts = key.rsplit(":", 2)
         chat_history_id = unquote(parts[1]) if len(parts) == 3 else ""
         return chat_history_id if chat_history_id and key in self.of_history(chat_history_id) else None
@@ -120,9 +98,7 @@ class Keys(NamedTuple):
 
 
 def bucket_of(chat_history_id: str) -> int:
-    """
-    Return the bucket of a history. This must never change, or stored histories would not be found again.
-    """
+    """Return the bucket of a history. This must never change, or stored histories would not be found again."""
     return zlib.crc32(chat_history_id.encode()) % BUCKETS
 
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What the operations of all rooms need: the settings of the engine, and the keys of a scope.
-"""
+"""What the operations of all rooms need: the settings of the engine, and the keys of a scope."""
 
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.redis.connections import Session
@@ -10,9 +8,7 @@ from haystack_chat_store.stores.rows import Scope
 
 
 class RedisOperations(Engine[Session]):
-    """
-    The settings that operations look at.
-    """
+    """The settings that operations look at."""
 
     def __init__(self, *, key_prefix: str, ttl: float | None) -> None:
         """
@@ -25,13 +21,9 @@ class RedisOperations(Engine[Session]):
         self.ttl = ttl
 
     def keys(self, scope: Scope) -> Keys:
-        """
-        Return the keys of a scope.
-        """
+        """Return the keys of a scope."""
         return Keys(self.key_prefix, scope.namespace)
 
     def lifetime(self) -> int:
-        """
-        Return after how many milliseconds without a write a history expires, or 0 for never.
-        """
+        """Return after how many milliseconds without a write a history expires, or 0 for never."""
         return round((self.ttl or 0) * 1000)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations that read messages.
-"""
+"""The operations that read messages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,23 +38,17 @@ class Part:
 
 
 class Reading(RedisOperations):
-    """
-    The operations that read messages.
-    """
+    """The operations that read messages."""
 
     async def read(self, session: Session, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
-        """
-        Find the window in the string of roles.
-        """
+        """Find the window in the string of roles."""
         script = scripts.READ_ALL if window.count is None else _WINDOW_SCRIPTS[window.unit]
         counts = [min(window.count or 0, MAX_COUNT), min(window.step, MAX_COUNT)]
         size, contents = await session.run(script, self.keys(scope).to_read(chat_history_id), counts)
         return contents, size
 
     async def count(self, session: Session, scope: Scope, chat_history_id: str) -> int:
-        """
-        Return the counter of a history.
-        """
+        """Return the counter of a history."""
         count: int = await session.run(scripts.COUNT, self.keys(scope).to_read(chat_history_id))
         return count
 
@@ -69,9 +61,7 @@ class Reading(RedisOperations):
         after: int | None,
         limit: int,
     ) -> list[MessageRow]:
-        """
-        Return a page of messages.
-        """
+        """Return a page of messages."""
         end = MAX_COUNT if before is None else before
         return (await read_part(session, self.keys(scope), chat_history_id, limit, after=after, before=end)).rows
 
@@ -85,9 +75,7 @@ async def read_part(
     after: int | None = None,
     before: int = MAX_COUNT,
 ) -> Part:
-    """
-    Return up to `limit` messages as of one moment: the last ones before a position, or the first ones after one.
-    """
+    """Return up to `limit` messages as of one moment: the last ones before a position, or the first ones after one."""
     page = ["" if after is None else after, min(before, MAX_COUNT), limit]
     state, next_position, pieces = await session.run(scripts.PAGE, keys.to_read(chat_history_id), page)
     characters = sum(len(content) for piece in pieces for content in piece[2])
@@ -104,17 +92,13 @@ async def read_part(
 async def read_positions(
     session: Session, keys: Keys, chat_history_id: str, message_ids: Sequence[str]
 ) -> list[int | None]:
-    """
-    Return the position of each message, or `None` for those that the history does not have.
-    """
+    """Return the position of each message, or `None` for those that the history does not have."""
     found = await session.run(scripts.POSITIONS, keys.to_read(chat_history_id), message_ids)
     return [None if position is None else number(position) for position in found]
 
 
 async def read_ids(session: Session, keys: Keys, chat_history_id: str) -> dict[str, int]:
-    """
-    Return the index of a history: the position of each message id.
-    """
+    """Return the index of a history: the position of each message id."""
     found: dict[str, int] = {}
     of_index = [keys.of_bucket_of(chat_history_id).schema_version, keys.of_history(chat_history_id).message_ids]
     cursor = "0"

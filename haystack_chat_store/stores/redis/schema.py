@@ -35,16 +35,12 @@ _INTEGER = re.compile(f"-?[0-9]{{1,{TIME_LENGTH}}}")
 
 
 def letters_of(roles: Iterable[str]) -> str:
-    """
-    Return the letters that stand for roles.
-    """
+    """Return the letters that stand for roles."""
     return "".join(role[0] for role in roles)
 
 
 def id_and_role(content: str) -> tuple[str, str] | None:
-    """
-    Return the id and the role that a message's JSON states, or `None` if it cannot be read.
-    """
+    """Return the id and the role that a message's JSON states, or `None` if it cannot be read."""
     try:
         message = json.loads(content)
         message_id, role = message["meta"][MESSAGE_ID_KEY], message["role"]
@@ -55,9 +51,7 @@ def id_and_role(content: str) -> tuple[str, str] | None:
 
 
 def number(text: str | None) -> int:
-    """
-    Return a number that is stored as text, or 0 if the text is not a number.
-    """
+    """Return a number that is stored as text, or 0 if the text is not a number."""
     try:
         return int(text or 0)
     except ValueError:
@@ -65,16 +59,12 @@ def number(text: str | None) -> int:
 
 
 def valid_time(text: str | None) -> int | None:
-    """
-    Return a time that is stored as text, in microseconds since 1970, or `None` if the text is not a valid time.
-    """
+    """Return a time that is stored as text, in microseconds since 1970, or `None` if the text is not a valid time."""
     if not text or not _INTEGER.fullmatch(text):
         return None
     return time if (time := int(text)) in VALID_TIMES else None
 
 
 def new_name() -> str:
-    """
-    Return a random name, for a call or for keys.
-    """
+    """Return a random name, for a call or for keys."""
     return secrets.token_hex(8)

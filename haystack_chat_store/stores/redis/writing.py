@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations that change what was said.
-"""
+"""The operations that change what was said."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -34,9 +32,7 @@ _COPY_ATTEMPTS = 10
 
 
 class Writing(RedisOperations):
-    """
-    The operations that change what was said.
-    """
+    """The operations that change what was said."""
 
     async def append(
         self,
@@ -47,9 +43,7 @@ class Writing(RedisOperations):
         policy: DuplicatePolicy,
         expected_count: int | None,
     ) -> int:
-        """
-        Append and replace by one script.
-        """
+        """Append and replace by one script."""
         answer = await session.run(
             scripts.WRITE,
             self.keys(scope).to_write(chat_history_id),
@@ -67,15 +61,11 @@ class Writing(RedisOperations):
         return written(answer, expected_count)
 
     async def delete(self, session: Session, scope: Scope, chat_history_id: str) -> None:
-        """
-        Delete the keys of a history, and its entries in the lists of its bucket.
-        """
+        """Delete the keys of a history, and its entries in the lists of its bucket."""
         await delete_histories(session, self.keys(scope), bucket_of(chat_history_id), [chat_history_id])
 
     async def delete_all(self, session: Session, scope: Scope) -> None:
-        """
-        Go through the buckets. Histories that others write to meanwhile do not keep this from ending.
-        """
+        """Go through the buckets. Histories that others write to meanwhile do not keep this from ending."""
         keys = self.keys(scope)
         for bucket in range(BUCKETS):
             until_time, is_last = "", False
@@ -95,9 +85,7 @@ class Writing(RedisOperations):
         message_ids: Sequence[str] | None,
         from_message_id: str | None,
     ) -> None:
-        """
-        Delete by ids. Of a message and all that follow it, the ids are read first, until none has come meanwhile.
-        """
+        """Delete by ids. Of a message and all that follow it, the ids are read first, until none has come meanwhile."""
         keys = self.keys(scope)
         if from_message_id is None:
             await remove_ids(session, keys, chat_history_id, message_ids or ())
@@ -119,9 +107,7 @@ class Writing(RedisOperations):
                     raise message_not_found(from_message_id)
 
     async def remove(self, session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
-        """
-        Delete the messages that the index has at these positions.
-        """
+        """Delete the messages that the index has at these positions."""
         if positions:
             keys = self.keys(scope)
             wanted = set(positions)
@@ -134,9 +120,7 @@ class Writing(RedisOperations):
     async def copy(
         self, session: Session, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
     ) -> int:
-        """
-        Read the source and stage its messages, again if the source is edited meanwhile.
-        """
+        """Read the source and stage its messages, again if the source is edited meanwhile."""
         keys = self.keys(scope)
         for _ in range(_COPY_ATTEMPTS):
             async with Stage(session, keys, target_id) as stage:
@@ -157,9 +141,7 @@ class Writing(RedisOperations):
         batches: Iterable[Sequence[MessageRow]],
         expected_count: int,
     ) -> int:
-        """
-        Stage the messages, and append them by one script when all have come.
-        """
+        """Stage the messages, and append them by one script when all have come."""
         keys = self.keys(scope)
         check_count(expected_count, await session.run(scripts.COUNT, keys.to_read(history.chat_history_id)))
         remaining = iter(batches)
@@ -172,9 +154,7 @@ class Writing(RedisOperations):
     async def import_histories(
         self, session: Session, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
     ) -> int:
-        """
-        Import one after the other, if none of them exists.
-        """
+        """Import one after the other, if none of them exists."""
         ids = [history.chat_history_id for history, _ in histories]
         for existing_id in await read_histories(session, self.keys(scope), ids):
             raise history_exists(existing_id)
@@ -202,9 +182,7 @@ async def remove_ids(
 
 
 def written(answer: Any, expected_count: int | None) -> int:
-    """
-    Return how many messages a script has written, or raise the error for the reason why it has written nothing.
-    """
+    """Return how many messages a script has written, or raise the error for the reason why it has written nothing."""
     if isinstance(answer, int):
         return answer
     reason, found = answer

@@ -99,9 +99,7 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         return cls(unquote(rest[1:]), **settings)
 
     def settings(self) -> dict[str, Any]:
-        """
-        Return the arguments that make an equal store.
-        """
+        """Return the arguments that make an equal store."""
         return {"path": self.path, "durability": self.durability, "timeout": self.timeout, **super().settings()}
 
     def __repr__(self) -> str:

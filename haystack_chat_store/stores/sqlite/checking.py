@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operation that checks a file. A repair counts and indexes again; what else is wrong is only found.
-"""
+"""The operation that checks a file. A repair counts and indexes again; what else is wrong is only found."""
 
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -84,14 +82,10 @@ RECOVERED = "recovered"
 
 
 class Checking(Engine[Database]):
-    """
-    The operation that checks a file.
-    """
+    """The operation that checks a file."""
 
     def check(self, session: Database, scope: Scope, repair: bool) -> list[Fault]:
-        """
-        Look for faults while others write, and repair each in a transaction of its own: no writer waits for long.
-        """
+        """Look for faults while others write, and repair each in a transaction of its own: no writer waits for long."""
         faults = [
             *_faults_of_schema(session, repair),
             *_faults_of_file(session, repair),
@@ -107,9 +101,7 @@ class Checking(Engine[Database]):
 
 
 def _faults_of_schema(session: Database, repair: bool) -> list[Fault]:
-    """
-    Find indexes and views that are missing, and make them again.
-    """
+    """Find indexes and views that are missing, and make them again."""
     with session.connection() as connection:
         missing = schema.missing(connection)
     return [
@@ -128,9 +120,7 @@ def _made_again(session: Database, name: str) -> bool:
 
 
 def _faults_of_file(session: Database, repair: bool) -> list[Fault]:
-    """
-    Have SQLite check the file, and make its indexes again.
-    """
+    """Have SQLite check the file, and make its indexes again."""
     left = found = _file_check(session)
     if found and repair:
         with suppress(sqlite3.IntegrityError), session.transaction() as connection:  # two messages have the same id
@@ -167,9 +157,7 @@ def _orphaned_messages(session: Database, repair: bool) -> list[Fault]:
 
 
 def _faults_of_messages(session: Database, scope: Scope) -> list[Fault]:
-    """
-    Find messages without a time. The caller reads all messages, and finds what else is wrong with them.
-    """
+    """Find messages without a time. The caller reads all messages, and finds what else is wrong with them."""
     with session.connection() as connection:
         rows = readable_rows(connection, _MESSAGES_WITHOUT_TIME, (scope.namespace,))
     return [
@@ -179,9 +167,7 @@ def _faults_of_messages(session: Database, scope: Scope) -> list[Fault]:
 
 
 def _faults_of_histories(session: Database, scope: Scope, repair: bool) -> list[Fault]:
-    """
-    Find histories whose rows are damaged or count wrongly, and count again.
-    """
+    """Find histories whose rows are damaged or count wrongly, and count again."""
     faults, miscounted = [], []
     with session.snapshot() as connection:
         for history_key, raw_name, *columns in connection.execute(_HISTORIES, (scope.namespace,)):
@@ -197,9 +183,7 @@ def _faults_of_histories(session: Database, scope: Scope, repair: bool) -> list[
 
 
 def _damages(raw_name: bytes, name: str, columns: Sequence[Any]) -> list[str]:
-    """
-    Return what is wrong with the columns of a history. Users can set another title and meta.
-    """
+    """Return what is wrong with the columns of a history. Users can set another title and meta."""
     is_text_id, title, is_text_title, meta, is_created, is_updated = columns[:6]
     checks = {
         "Its id is no text.": is_text_id and is_utf8(raw_name),
@@ -224,9 +208,7 @@ def _wrong_counts(columns: Sequence[Any]) -> list[str]:
 
 
 def _faults_of_index(session: Database, scope: Scope, repair: bool) -> list[Fault]:
-    """
-    Compare the index of words with the messages, and have the next search make it anew if they differ.
-    """
+    """Compare the index of words with the messages, and have the next search make it anew if they differ."""
     try:
         with session.snapshot() as connection, damaged_texts_escaped(connection):
             faults = list(_differences(connection, scope, session.settings.search))

@@ -55,14 +55,10 @@ class _Connection(sqlite3.Connection):
 
 
 class Database:
-    """
-    The connections to one file, and the threads that use them for asynchronous calls.
-    """
+    """The connections to one file, and the threads that use them for asynchronous calls."""
 
     def __init__(self, settings: Settings) -> None:
-        """
-        Open nothing yet.
-        """
+        """Open nothing yet."""
         self.settings = settings
         self._idle: list[_Connection] = []
         self._lent: weakref.WeakSet[_Connection] = weakref.WeakSet()  # weak: an interrupted call may lose one
@@ -78,9 +74,7 @@ class Database:
 
     @contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
-        """
-        Lend a connection to the calling thread. Each statement sees the database as of one moment.
-        """
+        """Lend a connection to the calling thread. Each statement sees the database as of one moment."""
         connection = self._borrow()
         try:
             yield connection
@@ -92,9 +86,7 @@ class Database:
 
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """
-        Lend a connection whose statements all see the database as of one moment.
-        """
+        """Lend a connection whose statements all see the database as of one moment."""
         with self.connection() as connection:
             connection.execute("BEGIN")
             yield connection
@@ -125,15 +117,11 @@ class Database:
                 pass
 
     def pause_for_other_writers(self) -> None:
-        """
-        Let others write, after one long write and before the next.
-        """
+        """Let others write, after one long write and before the next."""
         time.sleep(_PAUSE_SECONDS)
 
     def submit_read(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> "Future[Any]":
-        """
-        Call a function that reads, on one of several threads.
-        """
+        """Call a function that reads, on one of several threads."""
         with self._executors_lock:
             if self._readers is None:
                 self._readers = ThreadPoolExecutor(_MAX_READERS, "haystack-chat-store-reader")
@@ -149,9 +137,7 @@ class Database:
             return self._writer.submit(function, *arguments, **options)
 
     def close(self) -> None:
-        """
-        Close idle connections now, and each other one when its call ends.
-        """
+        """Close idle connections now, and each other one when its call ends."""
         with self._lock:
             self._is_closed = True
             self._close_idle()
@@ -178,15 +164,11 @@ class Database:
             self._close_idle()
 
     def after_fork_in_parent(self) -> None:
-        """
-        Lend connections again.
-        """
+        """Lend connections again."""
         self._is_forking = False
 
     def after_fork_in_child(self) -> None:
-        """
-        Neither use nor close the connections that were still lent, and open no others to their file.
-        """
+        """Neither use nor close the connections that were still lent, and open no others to their file."""
         for connection in self._lent:
             keep_alive_forever(connection)
             connection.is_inherited = True
@@ -255,9 +237,7 @@ def readable_rows(connection: sqlite3.Connection, statement: str, values: Sequen
 
 @contextmanager
 def damaged_texts_escaped(connection: sqlite3.Connection) -> Iterator[None]:
-    """
-    Have a connection escape bytes that are not UTF-8 in the texts that it reads.
-    """
+    """Have a connection escape bytes that are not UTF-8 in the texts that it reads."""
     connection.text_factory = lambda text: text.decode(errors="backslashreplace")
     try:
         yield
@@ -284,9 +264,7 @@ def _connected(settings: Settings) -> _Connection:
 
 
 def _make_ready(connection: _Connection, settings: Settings) -> None:
-    """
-    Prepare a new connection for its work, and make the tables of a new file.
-    """
+    """Prepare a new connection for its work, and make the tables of a new file."""
     is_current = schema.is_current(connection, settings.path)  # first: a newer database stays untouched
     connection.execute(f"PRAGMA synchronous = {settings.durability}")
     _switch_to_wal(connection, settings.path, time.monotonic() + settings.timeout)
@@ -296,9 +274,7 @@ def _make_ready(connection: _Connection, settings: Settings) -> None:
 
 
 def _switch_to_wal(connection: sqlite3.Connection, path: str, deadline: float) -> None:
-    """
-    Let readers and a writer work side by side. The switch stays in the file.
-    """
+    """Let readers and a writer work side by side. The switch stays in the file."""
     while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
         try:
             if connection.execute("PRAGMA journal_mode = wal").fetchone()[0] != "wal":

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations on whole histories: listing, titles, statistics, erasing.
-"""
+"""The operations on whole histories: listing, titles, statistics, erasing."""
 
 import sqlite3
 from collections import Counter
@@ -93,14 +91,10 @@ _MESSAGES_PER_STEP = 10_000
 
 
 class Directory(Engine[Database]):
-    """
-    The operations on whole histories.
-    """
+    """The operations on whole histories."""
 
     def history(self, session: Database, scope: Scope, chat_history_id: str) -> HistoryRow | None:
-        """
-        Look a history up by its id.
-        """
+        """Look a history up by its id."""
         with session.connection() as connection:
             found = readable_rows(connection, _HISTORY, (scope.namespace, chat_history_id))
         return _history_rows(found)[0] if found else None
@@ -108,16 +102,12 @@ class Directory(Engine[Database]):
     def histories(
         self, session: Database, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
     ) -> list[HistoryRow]:
-        """
-        Read the histories in the order of the index by time, or sort those that have the prefix.
-        """
+        """Read the histories in the order of the index by time, or sort those that have the prefix."""
         with session.snapshot() as connection:
             return _history_rows(_listed(connection, scope, prefix, before or _BEGINNING, limit))
 
     def histories_by_id(self, session: Database, scope: Scope, prefix: str, after: str, limit: int) -> list[HistoryRow]:
-        """
-        Read the histories in the order of their ids. Those whose ids are not UTF-8 are left out.
-        """
+        """Read the histories in the order of their ids. Those whose ids are not UTF-8 are left out."""
         first, end = id_range(prefix)
         first = max(first, f"{after}\x00")  # the least text that is greater than `after`
         values = (scope.namespace, first, end, limit)
@@ -140,9 +130,7 @@ class Directory(Engine[Database]):
         title: str | Unchanged | None,
         meta: str | Unchanged | None,
     ) -> HistoryRow | None:
-        """
-        Change the row, and read it.
-        """
+        """Change the row, and read it."""
         history = (scope.namespace, chat_history_id)
         changes = [
             each for value in (title, meta) for each in (value is UNCHANGED, None if value is UNCHANGED else value)
@@ -153,9 +141,7 @@ class Directory(Engine[Database]):
         return _history_rows(found)[0] if found else None
 
     def statistics(self, session: Database, scope: Scope, prefix: str) -> StoreStatistics:
-        """
-        Count everything as of one moment.
-        """
+        """Count everything as of one moment."""
         first, end = id_range(prefix)
         histories = (scope.namespace, first, end or _AFTER_ALL_IDS)
         with session.snapshot() as connection:
@@ -169,9 +155,7 @@ class Directory(Engine[Database]):
         )
 
     def erase_some(self, session: Database, scope: Scope, prefix: str, updated_before: int | None, limit: int) -> int:
-        """
-        Delete histories, and let other writers go on if there may be more.
-        """
+        """Delete histories, and let other writers go on if there may be more."""
         values = (scope.namespace, *id_range(prefix))
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
@@ -187,9 +171,7 @@ class Directory(Engine[Database]):
         return len(keys)
 
     def vacuum(self, session: Database, scope: Scope) -> None:  # noqa: ARG002  (the file holds all namespaces)
-        """
-        Write the file anew, and empty the log beside it.
-        """
+        """Write the file anew, and empty the log beside it."""
         with session.connection() as connection:
             if TermIndex.of(connection).exists:
                 connection.execute(_MERGE_TERMS)  # which leaves out the terms of what was deleted
@@ -203,17 +185,13 @@ class Directory(Engine[Database]):
 
 
 def id_range(prefix: str) -> tuple[str, str | bytes]:
-    """
-    Return the first id that begins with a prefix, and the first value after all of them: at the end, a blob.
-    """
+    """Return the first id that begins with a prefix, and the first value after all of them: at the end, a blob."""
     end = end_of_prefix(prefix)
     return prefix, b"" if end is None else end
 
 
 def is_utf8(text: bytes | None) -> bool:
-    """
-    Whether a text can be decoded. There may be none.
-    """
+    """Whether a text can be decoded. There may be none."""
     try:
         return text is None or text.decode() is not None
     except UnicodeDecodeError:
@@ -236,9 +214,7 @@ def _history_rows(rows: Iterable[Sequence[Any]]) -> list[HistoryRow]:
 
 
 def _damaged_time(value: object) -> int:
-    """
-    Return a number that has the place of a damaged time in SQLite's order, so that a cursor leads past it.
-    """
+    """Return a number that has the place of a damaged time in SQLite's order, so that a cursor leads past it."""
     return int(max(min(value, _GREATEST_TIME), -_GREATEST_TIME)) if isinstance(value, float) else _GREATEST_TIME
 
 
@@ -268,9 +244,7 @@ def _listed(
 
 
 def _first_step(found: Sequence[tuple[int, int]]) -> list[int]:
-    """
-    Return the keys of the first of these histories that together have few enough messages, but of one at least.
-    """
+    """Return the keys of the first of these histories that together have few enough messages, but of one at least."""
     ends = accumulate(count for _, count in found)
     keys = [key for (key, _), end in zip(found, ends, strict=True) if end <= _MESSAGES_PER_STEP]
     return keys or [key for key, _ in found[:1]]

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-How operations on a file run: in the calling thread, or for asynchronous calls in a thread of the file's own.
-"""
+"""How operations on a file run: in the calling thread, or for asynchronous calls in a thread of the file's own."""
 
 import asyncio
 import os
@@ -21,14 +19,10 @@ from haystack_chat_store.stores.sqlite.writing import Writing
 
 
 class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
-    """
-    Keeps chat histories in an SQLite file.
-    """
+    """Keeps chat histories in an SQLite file."""
 
     def __init__(self, settings: Settings) -> None:
-        """
-        Open nothing yet.
-        """
+        """Open nothing yet."""
         self.settings = settings
 
     def run(
@@ -37,9 +31,7 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """
-        Run an operation in this thread.
-        """
+        """Run an operation in this thread."""
         return _run_on(databases.get(self.settings), operation, *arguments, **options)
 
     async def run_async(
@@ -48,9 +40,7 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """
-        Run an operation in a thread: sqlite3 can wait for a lock or a disk only by blocking.
-        """
+        """Run an operation in a thread: sqlite3 can wait for a lock or a disk only by blocking."""
         database = databases.get(self.settings)
         submit = database.submit_read if is_marked(operation, reads_only) else database.submit_write
         try:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Maps exceptions of `sqlite3` to this package's exceptions, which say what to do.
-"""
+"""Maps exceptions of `sqlite3` to this package's exceptions, which say what to do."""
 
 import sqlite3
 
@@ -60,16 +58,12 @@ def explained(error: sqlite3.Error, path: str, timeout: float) -> ChatMessageSto
 
 
 def is_of_damaged_text(error: sqlite3.Error) -> bool:
-    """
-    Whether SQLite could not decode a text. Its message quotes the text.
-    """
+    """Whether SQLite could not decode a text. Its message quotes the text."""
     return "Could not decode" in str(error)
 
 
 def timed_out(path: str, timeout: float, holder: str) -> StoreTimeoutError:
-    """
-    Return the error of a call that waited for a lock in vain.
-    """
+    """Return the error of a call that waited for a lock in vain."""
     return StoreTimeoutError(
         f"{path} stayed locked by {holder} for more than {timeout} seconds. Nothing was changed. "
         "Try again, or give the store a longer timeout."

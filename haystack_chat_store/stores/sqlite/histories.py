@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-What a write transaction does with the rows of histories and messages, and with the index of words.
-"""
+"""What a write transaction does with the rows of histories and messages, and with the index of words."""
 
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,9 +52,7 @@ _DELETE_MESSAGES = "DELETE FROM haystack_chat_messages WHERE message_key BETWEEN
 
 
 class StoredHistory(NamedTuple):
-    """
-    A history as a write finds it.
-    """
+    """A history as a write finds it."""
 
     history_key: int
     next_position: int
@@ -64,23 +60,17 @@ class StoredHistory(NamedTuple):
 
     @property
     def first_key(self) -> int:
-        """
-        The key that a message at position 0 has.
-        """
+        """The key that a message at position 0 has."""
         return key_range(self.history_key)[0]
 
     @property
     def next_key(self) -> int:
-        """
-        The key of the next message.
-        """
+        """The key of the next message."""
         return self.first_key + self.next_position
 
 
 class Histories:
-    """
-    The histories of a scope, within a write transaction.
-    """
+    """The histories of a scope, within a write transaction."""
 
     def __init__(self, connection: sqlite3.Connection, scope: Scope, is_searched: bool) -> None:
         """
@@ -95,17 +85,13 @@ class Histories:
 
     @property
     def index(self) -> TermIndex:
-        """
-        The index of words.
-        """
+        """The index of words."""
         if self._index is None:
             self._index = TermIndex.of(self.connection, is_wanted=self._is_searched)
         return self._index
 
     def find(self, chat_history_id: str) -> StoredHistory | None:
-        """
-        Return a history, or `None` if it does not exist.
-        """
+        """Return a history, or `None` if it does not exist."""
         found = self.connection.execute(_FIND, (self._namespace, chat_history_id)).fetchone()
         if found is None:
             return None
@@ -114,23 +100,17 @@ class Histories:
         return StoredHistory(*found[:3])
 
     def make(self, row: HistoryRow) -> StoredHistory:
-        """
-        Make a history without messages.
-        """
+        """Make a history without messages."""
         values = (self._namespace, row.chat_history_id, row.created_at, row.updated_at, row.title, row.meta)
         return StoredHistory(int(self.connection.execute(_INSERT_HISTORY, values).lastrowid or 0), 0, 0)
 
     def find_message(self, history: StoredHistory, message_id: str) -> tuple[int, str] | None:
-        """
-        Return the key and the role of a message, or `None` if the history does not have its id.
-        """
+        """Return the key and the role of a message, or `None` if the history does not have its id."""
         found: tuple[int, str] | None = self.connection.execute(_MESSAGE, (history.history_key, message_id)).fetchone()
         return found
 
     def known(self, history: StoredHistory, messages: Iterable[EncodedMessage]) -> Mapping[str, tuple[int, str]]:
-        """
-        Return the ids among these that the history has, each with its message's key and role.
-        """
+        """Return the ids among these that the history has, each with its message's key and role."""
         found = {}
         for message in messages:
             if message.has_caller_id and (key_and_role := self.find_message(history, message.message_id)):
@@ -138,9 +118,7 @@ class Histories:
         return found
 
     def carry_out(self, plan: Plan, history: StoredHistory, now: int) -> None:
-        """
-        Append and replace messages, and count them.
-        """
+        """Append and replace messages, and count them."""
         count, rounds = len(plan.new), round_count(plan.new)
         for (key, role), message in plan.replaced.items():
             self.connection.execute(_REPLACE_MESSAGE, (message.role, message.content, key))
@@ -151,9 +129,7 @@ class Histories:
         self.connection.execute(_UPDATE_HISTORY, (count, count, rounds, now, history.history_key))
 
     def import_batches(self, row: HistoryRow, batches: Iterable[Sequence[MessageRow]], expected_count: int) -> int:
-        """
-        Append all batches to a history, which is made if it does not exist, and count them.
-        """
+        """Append all batches to a history, which is made if it does not exist, and count them."""
         history = self.find(row.chat_history_id)
         check_count(expected_count, 0 if history is None else history.message_count)
         if history is None:
@@ -170,9 +146,7 @@ class Histories:
         return imported
 
     def copy(self, first_key: int, last_key: int, target: StoredHistory, now: int) -> int:
-        """
-        Append copies of the messages with keys in a range, without gaps, and count them.
-        """
+        """Append copies of the messages with keys in a range, without gaps, and count them."""
         (rounds,) = self.connection.execute(_ROUNDS, (first_key, last_key)).fetchone()
         copied = self.connection.execute(_COPY_MESSAGES, (target.next_key, first_key, last_key)).rowcount
         self.index.add_range(target.next_key, target.next_key + copied - 1)
@@ -180,9 +154,7 @@ class Histories:
         return copied
 
     def delete_messages(self, history: StoredHistory, ranges: Iterable[tuple[int, int]]) -> None:
-        """
-        Delete the messages with keys in these ranges, and count them.
-        """
+        """Delete the messages with keys in these ranges, and count them."""
         deleted = rounds = 0
         for first_and_last in ranges:
             rounds += self.connection.execute(_ROUNDS, first_and_last).fetchone()[0]
@@ -191,16 +163,12 @@ class Histories:
             self.connection.execute(_UPDATE_HISTORY, (0, -deleted, -rounds, microseconds_now(), history.history_key))
 
     def delete(self, history_key: int) -> None:
-        """
-        Delete a history and its messages.
-        """
+        """Delete a history and its messages."""
         self._delete(*key_range(history_key))
         self.connection.execute(_DELETE_HISTORY, (history_key,))
 
     def recount(self, history_key: int) -> None:
-        """
-        Set the counters of a history by its messages.
-        """
+        """Set the counters of a history by its messages."""
         first_key, last_key = key_range(history_key)
         self.connection.execute(_RECOUNT, {"key": history_key, "first": first_key, "last": last_key})
 

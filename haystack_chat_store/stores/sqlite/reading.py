@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations that read messages.
-"""
+"""The operations that read messages."""
 
 from haystack_chat_store.rounds import Window
 from haystack_chat_store.stores.engine import Engine
@@ -59,14 +57,10 @@ _MAX_COUNT = 2**62
 
 
 class Reading(Engine[Database]):
-    """
-    The operations that read messages.
-    """
+    """The operations that read messages."""
 
     def read(self, session: Database, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
-        """
-        Find the window and read it by one statement.
-        """
+        """Find the window and read it by one statement."""
         history = (scope.namespace, chat_history_id)
         with session.connection() as connection:
             if window.count is None:
@@ -78,9 +72,7 @@ class Reading(Engine[Database]):
         return [content for content, _ in rows], rows[-1][1] if rows else 0
 
     def count(self, session: Database, scope: Scope, chat_history_id: str) -> int:
-        """
-        Read the counter.
-        """
+        """Read the counter."""
         with session.connection() as connection:
             found = connection.execute(_COUNT, (scope.namespace, chat_history_id)).fetchone()
             return 0 if found is None else found[0]
@@ -88,9 +80,7 @@ class Reading(Engine[Database]):
     def page(
         self, session: Database, scope: Scope, chat_history_id: str, before: int | None, after: int | None, limit: int
     ) -> list[MessageRow]:
-        """
-        Read a range of keys.
-        """
+        """Read a range of keys."""
         history = (scope.namespace, chat_history_id)
         with session.connection() as connection:
             if after is not None:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The tables, and how a database of an earlier version becomes one of this version.
-"""
+"""The tables, and how a database of an earlier version becomes one of this version."""
 
 import re
 import sqlite3
@@ -116,9 +114,7 @@ _HAS_VERSION = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'hay
 
 
 def key_range(history_key: int) -> tuple[int, int]:
-    """
-    Return the first and the last key that messages of a history can have.
-    """
+    """Return the first and the last key that messages of a history can have."""
     return history_key << _POSITION_BITS, (history_key << _POSITION_BITS) + MAX_POSITION
 
 
@@ -163,9 +159,7 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
 
 
 def missing(connection: sqlite3.Connection) -> dict[str, str]:
-    """
-    Return the indexes and views that the database does not have, each with the statement that makes it.
-    """
+    """Return the indexes and views that the database does not have, each with the statement that makes it."""
     made = {found[1]: statement for statement in chain(*MIGRATIONS) if (found := _INDEX_OR_VIEW.match(statement))}
     present = _names(connection)
     return {name: statement for name, statement in made.items() if name not in present}

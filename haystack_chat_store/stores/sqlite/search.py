@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations on the index of words.
-"""
+"""The operations on the index of words."""
 
 from collections.abc import Sequence
 
@@ -55,9 +53,7 @@ _FEW_HISTORIES = 200
 
 
 class Search(Engine[Database]):
-    """
-    The operations on the index of words.
-    """
+    """The operations on the index of words."""
 
     def search(
         self,
@@ -68,9 +64,7 @@ class Search(Engine[Database]):
         prefix: str,
         limit: int,
     ) -> list[FoundRow] | None:
-        """
-        Ask FTS5, which ranks by bm25.
-        """
+        """Ask FTS5, which ranks by bm25."""
         # The first text after an id is the id and a NUL.
         ids = id_range(prefix) if chat_history_id is None else (chat_history_id, f"{chat_history_id}\x00")
         histories = (scope.namespace, *ids)
@@ -92,9 +86,7 @@ class Search(Engine[Database]):
         ]
 
     def index_some(self, session: Database, scope: Scope, limit: int) -> bool:  # noqa: ARG002  (all namespaces)
-        """
-        Index the next messages by their keys, of all namespaces.
-        """
+        """Index the next messages by their keys, of all namespaces."""
         with session.transaction() as connection:
             index = TermIndex.of(connection)
             index.add_next(limit)
@@ -104,7 +96,5 @@ class Search(Engine[Database]):
 
 
 def _match_expression(phrases: Sequence[Phrase]) -> str:
-    """
-    Return the query for FTS5. Terms contain nothing that means anything to it.
-    """
+    """Return the query for FTS5. Terms contain nothing that means anything to it."""
     return " AND ".join(f'"{" ".join(phrase.terms)}"{"*" if phrase.is_prefix else ""}' for phrase in phrases)

@@ -44,16 +44,12 @@ _OF_NEWER = (
 
 
 def terms_of(content: str) -> str:
-    """
-    Return the terms of a stored message as the index keeps them: between blanks, in their order.
-    """
+    """Return the terms of a stored message as the index keeps them: between blanks, in their order."""
     return " ".join(terms(searchable_text_of_content(content)))
 
 
 class TermIndex:
-    """
-    The index of words of a file, within one transaction. If the file has none, its methods do nothing.
-    """
+    """The index of words of a file, within one transaction. If the file has none, its methods do nothing."""
 
     def __init__(self, connection: sqlite3.Connection, state: tuple[int, int] | None) -> None:
         """
@@ -80,29 +76,21 @@ class TermIndex:
 
     @property
     def is_of_this_version(self) -> bool:
-        """
-        Whether the terms are those that this process makes.
-        """
+        """Whether the terms are those that this process makes."""
         return self.exists and self.terms_version == TERMS_VERSION
 
     @property
     def is_of_newer_version(self) -> bool:
-        """
-        Whether only a newer version of this package makes these terms.
-        """
+        """Whether only a newer version of this package makes these terms."""
         return self.terms_version > TERMS_VERSION
 
     @property
     def is_complete(self) -> bool:
-        """
-        Whether all messages are indexed, with the terms of this version.
-        """
+        """Whether all messages are indexed, with the terms of this version."""
         return self.is_of_this_version and self.indexed_up_to == ALL_KEYS
 
     def begin(self) -> None:
-        """
-        Begin an index without terms. Messages that are there already are left to `add_next`.
-        """
+        """Begin an index without terms. Messages that are there already are left to `add_next`."""
         self._connection.execute("DROP TABLE IF EXISTS haystack_chat_terms")
         self._connection.execute(_CREATE)
         (has_messages,) = self._connection.execute(_HAS_MESSAGES).fetchone()
@@ -124,9 +112,7 @@ class TermIndex:
             self._set(self.terms_version, min([self.indexed_up_to, *(key - 1 for key, _ in messages)]))
 
     def add_range(self, first_key: int, last_key: int) -> None:
-        """
-        Do what `add` does for all messages with keys in a range.
-        """
+        """Do what `add` does for all messages with keys in a range."""
         while self.exists and (
             rows := readable_rows(self._connection, _MESSAGES, (first_key, last_key, _MESSAGES_PER_BATCH))
         ):
@@ -151,9 +137,7 @@ class TermIndex:
                 logger.info("Built the search index of the chat histories.")
 
     def remove(self, first_key: int, last_key: int) -> None:
-        """
-        Remove the terms of messages with keys in a range.
-        """
+        """Remove the terms of messages with keys in a range."""
         if self.exists:
             self._connection.execute(_REMOVE, (first_key, last_key))
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The operations that change what was said.
-"""
+"""The operations that change what was said."""
 
 from collections.abc import Iterable, Sequence
 
@@ -27,9 +25,7 @@ _HISTORY_KEYS = "SELECT history_key FROM haystack_chat_histories WHERE namespace
 
 
 class Writing(Engine[Database]):
-    """
-    The operations that change what was said.
-    """
+    """The operations that change what was said."""
 
     def append(
         self,
@@ -40,9 +36,7 @@ class Writing(Engine[Database]):
         policy: DuplicatePolicy,
         expected_count: int | None,
     ) -> int:
-        """
-        Look for the ids that came with messages, and insert what is new at the next positions.
-        """
+        """Look for the ids that came with messages, and insert what is new at the next positions."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             now = microseconds_now()
@@ -55,9 +49,7 @@ class Writing(Engine[Database]):
         return len(plan.new) + len(plan.replaced)
 
     def delete(self, session: Database, scope: Scope, chat_history_id: str) -> None:
-        """
-        Delete the history and its messages.
-        """
+        """Delete the history and its messages."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             history = histories.find(chat_history_id)
@@ -65,9 +57,7 @@ class Writing(Engine[Database]):
                 histories.delete(history.history_key)
 
     def delete_all(self, session: Database, scope: Scope) -> None:
-        """
-        Delete the histories of the namespace in one transaction.
-        """
+        """Delete the histories of the namespace in one transaction."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             for (history_key,) in connection.execute(_HISTORY_KEYS, (scope.namespace,)).fetchall():
@@ -81,9 +71,7 @@ class Writing(Engine[Database]):
         message_ids: Sequence[str] | None,
         from_message_id: str | None,
     ) -> None:
-        """
-        Delete messages by ranges of keys.
-        """
+        """Delete messages by ranges of keys."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             history = histories.find(chat_history_id)
@@ -99,9 +87,7 @@ class Writing(Engine[Database]):
     def copy(
         self, session: Database, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
     ) -> int:
-        """
-        Copy rows within the table.
-        """
+        """Copy rows within the table."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             now = microseconds_now()
@@ -128,9 +114,7 @@ class Writing(Engine[Database]):
         batches: Iterable[Sequence[MessageRow]],
         expected_count: int,
     ) -> int:
-        """
-        Insert all batches in one transaction.
-        """
+        """Insert all batches in one transaction."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             return histories.import_batches(history, batches, expected_count)
@@ -138,9 +122,7 @@ class Writing(Engine[Database]):
     def import_histories(
         self, session: Database, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
     ) -> int:
-        """
-        Insert all histories in one transaction.
-        """
+        """Insert all histories in one transaction."""
         with session.transaction() as connection:
             stored = Histories(connection, scope, session.settings.search)
             for row, _ in histories:
@@ -149,9 +131,7 @@ class Writing(Engine[Database]):
             return sum(stored.import_batches(row, [messages], 0) for row, messages in histories)
 
     def remove(self, session: Database, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
-        """
-        Delete messages by their keys, and recount the history.
-        """
+        """Delete messages by their keys, and recount the history."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             history = histories.find(chat_history_id)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Reads SQLite databases of other libraries: a table has a row for each message, and a column for its session.
-"""
+"""Reads SQLite databases of other libraries: a table has a row for each message, and a column for its session."""
 
 import os
 import sqlite3
@@ -43,9 +41,7 @@ class ForeignRow(NamedTuple):
 
 
 class ForeignMessage(NamedTuple):
-    """
-    A message made of one or several rows. `row` is the last of them.
-    """
+    """A message made of one or several rows. `row` is the last of them."""
 
     row: ForeignRow
     message: ChatMessage
@@ -72,9 +68,7 @@ class Layout(NamedTuple):
 
 
 class ForeignDatabase:
-    """
-    A library's database, read in one transaction.
-    """
+    """A library's database, read in one transaction."""
 
     def __init__(self, file: "str | os.PathLike[str]", layout: Layout) -> None:
         """
@@ -104,9 +98,7 @@ class ForeignDatabase:
         self._connection.close()
 
     def message_count(self) -> int:
-        """
-        Return the number of rows in the table.
-        """
+        """Return the number of rows in the table."""
         ((count,),) = self._query(f"SELECT count(*) FROM {self._table}")  # noqa: S608  (quoted)
         return int(count)
 
@@ -133,9 +125,7 @@ class ForeignDatabase:
             )
 
     def rows(self, chat_history_id: str, faults: Faults) -> Iterator[MessageRow]:
-        """
-        Yield the messages of a session as rows.
-        """
+        """Yield the messages of a session as rows."""
 
         def report(description: str) -> None:
             faults[Fault(chat_history_id=chat_history_id, description=description)] = None
@@ -175,9 +165,7 @@ class ForeignDatabase:
                 report(f"Row {key} is not a JSON object, and was left out.")
 
     def _microseconds(self, text: Any) -> int:
-        """
-        Parse a time as SQLite writes it, in UTC by default. Without a valid time, return the time of the import.
-        """
+        """Parse a time as SQLite writes it, in UTC by default. Without a valid time, return the time of the import."""
         try:
             time = parsed_time(text)
             return validation.microseconds(time if time.tzinfo else time.replace(tzinfo=timezone.utc), "time")
@@ -208,9 +196,7 @@ class ForeignDatabase:
         return f'"{quoted}"'
 
     def _query(self, sql: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """
-        Run a query at once, and return an iterator over its rows.
-        """
+        """Run a query at once, and return an iterator over its rows."""
         return self._fetched(self._run(lambda: self._connection.execute(sql, values)))
 
     def _fetched(self, cursor: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
@@ -225,9 +211,7 @@ class ForeignDatabase:
 
 
 class _SessionRows:
-    """
-    The messages of a session, in batches.
-    """
+    """The messages of a session, in batches."""
 
     def __init__(self, database: ForeignDatabase, chat_history_id: str, faults: Faults) -> None:
         self._database, self._id, self._faults = database, chat_history_id, faults

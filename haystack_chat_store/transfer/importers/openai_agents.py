@@ -57,9 +57,7 @@ def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMes
 
 
 class _Response:
-    """
-    The items of one response of the model.
-    """
+    """The items of one response of the model."""
 
     def __init__(self) -> None:
         self._rows: list[ForeignRow] = []
@@ -67,9 +65,7 @@ class _Response:
 
     @property
     def is_complete(self) -> bool:
-        """
-        Whether it has text and no tool calls. The next item then belongs to another response.
-        """
+        """Whether it has text and no tool calls. The next item then belongs to another response."""
         kinds = {type(part) for part in self._content}
         return TextContent in kinds and ToolCall not in kinds
 
@@ -78,9 +74,7 @@ class _Response:
         self._content += content
 
     def finish(self) -> Iterator[ForeignMessage]:
-        """
-        Yield the response as a message, unless it is empty, and begin the next response.
-        """
+        """Yield the response as a message, unless it is empty, and begin the next response."""
         if self._content:
             meta: dict[str, Any] = {}
             for row in self._rows:

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Converts parts of messages from the formats of model providers and libraries.
-"""
+"""Converts parts of messages from the formats of model providers and libraries."""
 
 import json
 import re
@@ -16,26 +14,20 @@ _DATA_URL = re.compile(r"data:([^;,]*)[^,]*;base64,(.*)", re.DOTALL)
 
 
 def image_from_url(url: Any, detail: Any = None) -> ImageContent | None:
-    """
-    Return the image in a `data:` URL, or `None` for any other URL.
-    """
+    """Return the image in a `data:` URL, or `None` for any other URL."""
     match = _DATA_URL.fullmatch(url) if isinstance(url, str) else None
     return None if match is None else image_from_base64(match[2], match[1] or None, detail)
 
 
 def image_from_base64(data: Any, mime_type: Any, detail: Any = None) -> ImageContent | None:
-    """
-    Return an image made from base64 text.
-    """
+    """Return an image made from base64 text."""
     if not isinstance(data, str) or not data:
         return None
     return ImageContent(data, text_or_none(mime_type), text_or_none(detail), validation=False)  # type: ignore[arg-type]
 
 
 def file_from_base64(data: Any, mime_type: Any, filename: Any = None) -> FileContent | None:
-    """
-    Return a file made from base64 text or a `data:` URL. The type in a URL takes precedence.
-    """
+    """Return a file made from base64 text or a `data:` URL. The type in a URL takes precedence."""
     if not isinstance(data, str) or not data:
         return None
     match = _DATA_URL.fullmatch(data)
@@ -45,46 +37,34 @@ def file_from_base64(data: Any, mime_type: Any, filename: Any = None) -> FileCon
 
 
 def text_or_none(value: Any) -> str | None:
-    """
-    Return the value if it is text, else `None`.
-    """
+    """Return the value if it is text, else `None`."""
     return value if isinstance(value, str) else None
 
 
 def text_in(data: Mapping[str, Any], name: str) -> str:
-    """
-    Return the text under a name, or an empty text.
-    """
+    """Return the text under a name, or an empty text."""
     return text_or_none(data.get(name)) or ""
 
 
 def shown_kind(value: Any) -> str:
-    """
-    Return an unknown type or role in the form that a report shows.
-    """
+    """Return an unknown type or role in the form that a report shows."""
     return repr(value[:100] if isinstance(value, str) else type(value).__name__)
 
 
 def object_in(data: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """
-    Return the object under a name, or an empty one.
-    """
+    """Return the object under a name, or an empty one."""
     found = data.get(name)
     return found if isinstance(found, dict) else {}
 
 
 def objects_in(data: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """
-    Return the objects in a list under a name.
-    """
+    """Return the objects in a list under a name."""
     found = data.get(name)
     return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
 
 
 def texts_of(items: Iterable[dict[str, Any]]) -> str:
-    """
-    Return the texts of the objects, joined by line feeds.
-    """
+    """Return the texts of the objects, joined by line feeds."""
     return "\n".join(item["text"] for item in items if isinstance(item.get("text"), str))
 
 
@@ -103,9 +83,7 @@ def arguments_of(value: Any) -> dict[str, Any]:
 
 
 def calls_from_functions(data: Mapping[str, Any]) -> list[ToolCall]:
-    """
-    Return the `tool_calls` of an object, from the format of OpenAI's chat completions.
-    """
+    """Return the `tool_calls` of an object, from the format of OpenAI's chat completions."""
     calls = ((text_or_none(call.get("id")), object_in(call, "function")) for call in objects_in(data, "tool_calls"))
     return [
         ToolCall(text_in(function, "name"), arguments_of(function.get("arguments")), call_id)
@@ -115,25 +93,19 @@ def calls_from_functions(data: Mapping[str, Any]) -> list[ToolCall]:
 
 
 def answered_call(calls: Mapping[str, ToolCall], call_id: Any, name: Any) -> ToolCall:
-    """
-    Return the call that a result answers: an earlier call, or a new one made from its id and name.
-    """
+    """Return the call that a result answers: an earlier call, or a new one made from its id and name."""
     known_id = text_or_none(call_id)
     known = calls.get(known_id) if known_id else None
     return known or ToolCall(text_or_none(name) or "", {}, known_id)
 
 
 def unused_fields(data: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
-    """
-    Return the fields of an object that are neither used nor empty. They go into the message's meta.
-    """
+    """Return the fields of an object that are neither used nor empty. They go into the message's meta."""
     return {key: value for key, value in data.items() if key not in used and value not in (None, "", [], {})}
 
 
 def as_text(value: Any) -> str:
-    """
-    Return the result of a tool as text: a text as it is, any other value as JSON.
-    """
+    """Return the result of a tool as text: a text as it is, any other value as JSON."""
     try:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except ValueError:  # Python may be set to convert fewer digits than a stored integer has
@@ -141,9 +113,7 @@ def as_text(value: Any) -> str:
 
 
 def one_text_or_parts(parts: list[Any]) -> Any:
-    """
-    Return the result of a tool: a single text or an empty result as text, anything else as a list of parts.
-    """
+    """Return the result of a tool: a single text or an empty result as text, anything else as a list of parts."""
     if not parts:
         return ""
     return parts[0].text if len(parts) == 1 and isinstance(parts[0], TextContent) else parts

@@ -15,9 +15,7 @@ from haystack_chat_store.stores.redis.schema import SCHEMA_VERSION, TIME_LENGTH,
 
 
 class Script:
-    """
-    A Lua script, and the digest by which a server knows it once it has run it.
-    """
+    """A Lua script, and the digest by which a server knows it once it has run it."""
 
     def __init__(self, *parts: str) -> None:
         """

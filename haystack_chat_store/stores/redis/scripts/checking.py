@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The scripts that look at histories which may be damaged, and rebuild them.
-"""
+"""The scripts that look at histories which may be damaged, and rebuild them."""
 
 from haystack_chat_store.stores.redis.schema import TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, LIST_HISTORY, NOW, OF_BUCKET, Script

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The scripts that find, describe and delete whole histories.
-"""
+"""The scripts that find, describe and delete whole histories."""
 
 from haystack_chat_store.stores.redis.schema import TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, NOW, OF_BUCKET, Script

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-The scripts that write, read and remove messages.
-"""
+"""The scripts that write, read and remove messages."""
 
 from haystack_chat_store.stores.redis.schema import TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import (
