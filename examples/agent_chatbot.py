@@ -149,6 +149,7 @@ class RuleBasedModel:
 
     @component.output_types(replies=list[ChatMessage])
     def run(self, messages: list[ChatMessage], tools: list[Tool] | None = None) -> dict[str, list[ChatMessage]]:
+        messages = self._without_interrupted_steps(messages)
         asked = max(index for index, message in enumerate(messages) if message.role is ChatRole.USER)
         question = messages[asked].text or ""
         results = [result for message in messages[asked:] for result in message.tool_call_results]
@@ -158,6 +159,19 @@ class RuleBasedModel:
             return {"replies": [ChatMessage.from_assistant(tool_calls=calls)]}
         answer = self._from_results(results) if results else self._from_memory(question, messages[:asked])
         return {"replies": [ChatMessage.from_assistant(answer)]}
+
+    @staticmethod
+    def _without_interrupted_steps(messages: list[ChatMessage]) -> list[ChatMessage]:
+        """After a crash, this model takes interrupted steps again. Its tools may be called twice."""
+        told = [
+            any(result.error and "interrupted" in str(result.result) for result in m.tool_call_results)
+            for m in messages
+        ]
+        return [
+            message
+            for message, is_told, is_told_next in zip(messages, told, [*told[1:], False], strict=True)
+            if not is_told and not (message.tool_calls and is_told_next)
+        ]
 
     def _calls(self, question: str) -> Iterator[ToolCall]:
         for number, sentence in enumerate(re.split(r"(?<=[.?!])\s+", question)):

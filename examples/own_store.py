@@ -19,7 +19,7 @@ from typing import Any
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import BaseChatMessageStore, EncodedMessage, Engine, Scope, StoreUnavailableError, Window
-from haystack_chat_store.rounds import window_start
+from haystack_chat_store.conversation.rounds import window_start
 from haystack_chat_store.stores.conflicts import check_count, planned
 from haystack_chat_store.stores.times import microseconds_now
 

@@ -12,6 +12,9 @@ MESSAGE_ID_KEY = "chat_message_id"
 #: The key in the `meta` of a message that an agent's run produced: the id of the user message that the run answers.
 QUESTION_ID_KEY = "chat_question_id"
 
+#: The key in the `meta` of a message that is shown otherwise than it is stored. Such a message is never stored.
+SHOWN_KEY = "chat_shown"
+
 
 def new_message_id() -> str:
     """
@@ -37,3 +40,8 @@ def _id_in(message: ChatMessage, key: str) -> str | int | None:
     # The value is not validated yet: the message may come from a caller or from another package's store.
     value = message.meta.get(key)
     return value if value and isinstance(value, (str, int)) else None
+
+
+def is_shown_only(message: ChatMessage) -> bool:
+    """Whether the message is not as it is stored, but as a retriever or loader has shown it."""
+    return bool(message.meta.get(SHOWN_KEY))

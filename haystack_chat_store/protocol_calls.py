@@ -13,7 +13,7 @@ from haystack import DeserializationError, default_from_dict
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store.rounds import LastKUnit, Window, last_rounds
+from haystack_chat_store.conversation.rounds import LastKUnit, Window, last_rounds
 from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore
 from haystack_chat_store.validation import validated_policy
 

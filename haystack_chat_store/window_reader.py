@@ -12,9 +12,11 @@ from haystack.token_counters import ApproximateTokenCounter
 from haystack.token_counters.types import TokenCounter
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.rounds import in_question_order, question_groups, question_of, round_starts, valid_for_model
+from haystack_chat_store.conversation.provider_content import as_text
+from haystack_chat_store.conversation.rounds import in_question_order, question_groups, question_of, round_starts
+from haystack_chat_store.conversation.shown import messages_for_model
 from haystack_chat_store.types import ChatMessageStore
-from haystack_chat_store.validation import validate_last_k, validate_window_step
+from haystack_chat_store.validation import validate_last_k, validate_window_step, validated_flag
 
 # If only the token budget limits the window, the first page has this many rounds, and each next page is larger by this
 # factor.
@@ -29,9 +31,8 @@ class WindowReader:
     """
     Reads the part of a history that a model is shown: a number of rounds, or as many as fit a number of tokens.
 
-    The messages of each question stand together, one question after the other. Messages that a model would reject are
-    still among them. Which ones these are depends on the messages of this turn, so pass both to
-    `rounds.valid_for_model`.
+    The messages of each question stand together, one question after the other, as they are stored. How they are shown
+    depends on the messages of this turn, so pass both to `shown`.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class WindowReader:
         max_tokens: int | None = None,
         token_counter: TokenCounter | None = None,
         window_step: int = 1,
+        portable: bool = True,
+        merge_consecutive: bool = False,
     ) -> None:
         """
         Check and keep the settings.
@@ -58,6 +61,9 @@ class WindowReader:
             several turns begin with the same messages and a provider's prompt cache can be used. Defaults to 1. The
             window then holds up to `window_step - 1` rounds more than `last_k` or, with `max_tokens`, up to that many
             fewer than would fit.
+        :param portable: Whether completed rounds are shown in a form that every provider takes. Defaults to True.
+        :param merge_consecutive: Whether messages of the same role that follow each other are joined. Defaults to
+            False.
         :raises ValueError: If a setting is wrong.
         """
         validate_last_k(last_k)
@@ -74,6 +80,8 @@ class WindowReader:
         self.max_tokens = max_tokens
         self.token_counter = token_counter or (None if max_tokens is None else ApproximateTokenCounter())
         self.window_step = window_step
+        self.portable = validated_flag(portable, "portable")
+        self.merge_consecutive = validated_flag(merge_consecutive, "merge_consecutive")
 
     def warm_up(self) -> None:
         """Warm up the token counter, if it can be warmed up."""
@@ -125,6 +133,17 @@ class WindowReader:
                 next_last_k, window = await asyncio.to_thread(_advance, reads, page)
         return window
 
+    def shown(self, window: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+        """
+        Return what the model is shown: the messages of this turn around a window, in a form that providers accept.
+
+        :param window: The window that was read.
+        :param current_messages: The messages of this turn.
+        """
+        return messages_for_model(
+            window, current_messages, portable=self.portable, merge_consecutive=self.merge_consecutive
+        )
+
     def _reads(self, store: ChatMessageStore, current_messages: Sequence[ChatMessage], last_k: int | None) -> _Reads:
         validate_last_k(last_k)
         last_k = self.last_k if last_k is None else last_k
@@ -149,7 +168,7 @@ class WindowReader:
             return history
 
         def fits(part: list[ChatMessage]) -> bool:
-            return counter.count(valid_for_model(part, current_messages)) <= max_tokens
+            return counter.count([as_text(message) for message in self.shown(part, current_messages)]) <= max_tokens
 
         def longest(starts: Sequence[int], part_from: Callable[[int], list[ChatMessage]]) -> list[ChatMessage] | None:
             # Each part is shorter than the one before, so bisection finds the first that fits.

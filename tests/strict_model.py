@@ -20,6 +20,8 @@ def problems(messages: list[ChatMessage]) -> list[str]:
     if [message.role for message in messages if message.role != ChatRole.SYSTEM][:1] not in ([], [ChatRole.USER]):
         found.append("somebody else speaks before the user")
     open_calls: Counter[str] = Counter()
+    ids = [call.id for message in messages for call in message.tool_calls if call.id is not None]
+    found += [f"the call id {call_id!r} comes twice" for call_id, times in Counter(ids).items() if times > 1]
     for index, message in enumerate(messages):
         found += [f"messages[{index}] {problem}" for problem in _own_problems(message)]
         for result in message.tool_call_results:
@@ -54,9 +56,6 @@ def _own_problems(message: ChatMessage) -> Iterator[str]:
         yield "is no assistant message but calls a tool"
     if bool(message.tool_call_results) != (message.role == ChatRole.TOOL):
         yield "is a tool message without a result, or has a result and is none"
-    ids = [call.id for call in message.tool_calls if call.id is not None]
-    if len(set(ids)) < len(ids):
-        yield "has a call id twice"
 
 
 def call_key(call: ToolCall) -> str:

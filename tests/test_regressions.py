@@ -25,8 +25,8 @@ from haystack_integrations.components.writers.chat_store import ChatMessageWrite
 from pydantic import BaseModel, field_serializer
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
+from haystack_chat_store.conversation.shown import messages_for_model
 from haystack_chat_store.errors import MessageEncodingError, StoreUnavailableError
-from haystack_chat_store.rounds import valid_for_model
 from haystack_chat_store.stores.sqlite import connections
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import user
@@ -134,16 +134,20 @@ def test_a_store_takes_nothing_but_a_bool_for_skip_system_messages(kind, wrong):
 def test_an_unanswered_call_leaves_no_message_that_says_nothing(beside):
     asked = ChatMessage(ChatRole.ASSISTANT, [*beside, ToolCall("search", {"q": 1}, id="call_1")])
     question, next_question = ChatMessage.from_user("Find it."), ChatMessage.from_user("Well?")
-    assert valid_for_model([question, asked, next_question]) == [question, next_question]
+    shown = messages_for_model([question, asked, next_question])
+    assert [bool(message.tool_calls or message.text or message.tool_call_results) for message in shown] == [True] * 4
+    assert not any(isinstance(part, TextContent) and not part.text.strip() for part in shown[1]._content)
 
 
 def test_parallel_calls_with_empty_ids_are_paired_by_name_and_arguments():
     calls = [ToolCall("search", {"q": number}, id="") for number in range(3)]
     question, asked = ChatMessage.from_user("Find them."), ChatMessage.from_assistant(tool_calls=calls)
     answers = [ChatMessage.from_tool(f"found {call.arguments['q']}", origin=call) for call in reversed(calls)]
-    assert valid_for_model([question, asked, *answers]) == [question, asked, *answers]
-    (_, with_two_calls, *_) = valid_for_model([question, asked, *answers[:2]])
-    assert with_two_calls.tool_calls == calls[1:]
+    for given in (answers, answers[:2]):
+        shown = messages_for_model([question, asked, *given])
+        results = [result for message in shown for result in message.tool_call_results]
+        assert [result.origin for result in results] == calls
+        assert sum(result.result == f"found {result.origin.arguments['q']}" for result in results) == len(given)
 
 
 # ---------------------------------------------------------------------- SQLite: asynchronous calls

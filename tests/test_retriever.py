@@ -7,6 +7,7 @@ import threading
 import uuid
 
 import pytest
+from conversations import any_conversations, untimed
 from haystack import DeserializationError
 from haystack.dataclasses import ChatMessage, ChatRole, ToolCall, ToolCallResult
 from haystack.token_counters import ApproximateTokenCounter
@@ -15,9 +16,9 @@ from haystack_integrations.components.retrievers.chat_store import ChatMessageRe
 from hypothesis import given
 from hypothesis import strategies as st
 from strict_model import problems
-from test_rounds import any_conversations, untimed
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
+from haystack_chat_store.conversation.shown import INTERRUPTED
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 
 USER, ASSISTANT, SYSTEM = ChatMessage.from_user, ChatMessage.from_assistant, ChatMessage.from_system
@@ -227,7 +228,7 @@ class TestValidForTheModel:
     def test_calls_without_results_and_results_without_calls_stay_in_the_store(self, run, store):
         other = ChatMessage.from_tool("done", ToolCall("time", {}, id="call_2"))
         store.write_messages("h", [USER("q0"), ASSISTANT("Let me look.", tool_calls=[CALL]), USER("q1"), other])
-        assert texts(run(ChatMessageRetriever(store), "h")) == ["q0", "Let me look.", "q1"]
+        assert texts(run(ChatMessageRetriever(store), "h")) == ["q0", "Let me look.", None, "q1"]
         assert problems(run(ChatMessageRetriever(store), "h")) == []
         stored = store.retrieve_messages("h")
         assert (stored[1].tool_calls, stored[3].tool_call_results) == ([CALL], other.tool_call_results)
@@ -247,7 +248,9 @@ class TestValidForTheModel:
     def test_current_messages_are_made_valid_too(self, run, store):
         current = [ChatMessage.from_tool("sunny", CALL), USER("q0"), ASSISTANT(tool_calls=[CALL])]
         for last_k in (0, 1):
-            assert run(ChatMessageRetriever(store), "h", last_k=last_k, current_messages=current) == [USER("q0")]
+            asked, called, answered = run(ChatMessageRetriever(store), "h", last_k=last_k, current_messages=current)
+            assert (asked, called) == (current[1], current[2])
+            assert answered.tool_call_result.result == INTERRUPTED
 
     @untimed
     @given(any_conversations, any_conversations, st.integers(0, 4), st.sampled_from(["round", "message"]))
@@ -332,7 +335,8 @@ class TestOtherStores:
         store, history = ExperimentalStore(), uuid.uuid4().hex
         store.write_messages(history, [USER("q0"), ASSISTANT("a0"), USER("q1"), ASSISTANT(tool_calls=[CALL])])
         messages = run(ChatMessageRetriever(store), history, last_k=1, current_messages=[SYSTEM("s0"), USER("q2")])
-        assert texts(messages) == ["s0", "q1", "q2"]
+        assert texts(messages) == ["s0", "q1", None, None, "q2"]
+        assert messages[3].tool_call_result.result == INTERRUPTED
         assert run(ChatMessageRetriever(store), history, last_k=0) == []
         store.delete_messages(history)
 
@@ -400,7 +404,13 @@ class TestSerialization:
         for store in self.stores(tmp_path):
             counter = ApproximateTokenCounter(chars_per_token=3)
             data = ChatMessageRetriever(
-                store, last_k=7, max_tokens=4000, token_counter=counter, window_step=5
+                store,
+                last_k=7,
+                max_tokens=4000,
+                token_counter=counter,
+                window_step=5,
+                portable=False,
+                merge_consecutive=True,
             ).to_dict()
             assert data == {
                 "type": "haystack_integrations.components.retrievers.chat_store"
@@ -411,6 +421,8 @@ class TestSerialization:
                     "max_tokens": 4000,
                     "token_counter": counter.to_dict(),
                     "window_step": 5,
+                    "portable": False,
+                    "merge_consecutive": True,
                 },
             }
             loaded = ChatMessageRetriever.from_dict(data)

@@ -2,22 +2,25 @@
 """How much of a history a model is shown: rounds, tokens, steps, pages."""
 
 import asyncio
+import json
 import threading
 import uuid
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+from conversations import marked_histories, untimed
 from haystack.dataclasses import ChatMessage, ChatRole, ToolCall
 from haystack.token_counters import ApproximateTokenCounter
 from haystack_experimental.chat_message_stores.in_memory import InMemoryChatMessageStore as ExperimentalStore
 from hypothesis import given
 from hypothesis import strategies as st
 from strict_model import problems
-from test_rounds import marked_histories, untimed
 
 from haystack_chat_store import InMemoryChatMessageStore
+from haystack_chat_store.conversation.rounds import in_question_order
+from haystack_chat_store.conversation.shown import INTERRUPTED, messages_for_model
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
-from haystack_chat_store.rounds import in_question_order, valid_for_model
 from haystack_chat_store.testing.messages import conversation, positions
 from haystack_chat_store.window_reader import WindowReader
 
@@ -251,9 +254,9 @@ class TestBudget:
         assert positions(read(budget(1), store, "h", current)) == []
 
     def test_what_the_model_is_not_shown_does_not_count(self, read):
-        store = store_with("a ua uctce")  # a greeting, an unanswered call, an empty reply
-        assert positions(read(budget(5), store, "h")) == [*range(8)]
-        assert positions(read(budget(4), store, "h")) == [*range(3, 8)]
+        store = store_with("a ua uctce")  # a greeting, a call that is answered as interrupted, an empty reply
+        assert positions(read(budget(7), store, "h")) == [*range(8)]
+        assert positions(read(budget(6), store, "h")) == [*range(3, 8)]
 
     def test_results_of_this_turn_keep_the_step_they_belong_to(self, read):
         store = RecordingStore()
@@ -267,7 +270,7 @@ class TestBudget:
         store = store_with("ua ua ua")
         transcript = store.retrieve_messages("h")
         assert positions(read(budget(4), store, "h", transcript)) == [2, 3, 4, 5]
-        assert valid_for_model(transcript[2:], transcript) == transcript[2:]
+        assert messages_for_model(transcript[2:], transcript) == transcript[2:]
 
     def test_goes_together_with_last_k(self, read):
         store = store_with("ua" * 20)
@@ -378,9 +381,9 @@ def test_whatever_is_read_fits_and_is_valid_for_the_model(history, current, last
     store, _ = stored(history)
     current = [USER("Well?"), *current]
     reader = budget(max_tokens, last_k, window_step=window_step)
-    shown = valid_for_model(reader.read(store, "h", current), current)
+    shown = messages_for_model(reader.read(store, "h", current), current)
     assert problems(shown) == []
-    assert len(shown) <= max_tokens or shown == valid_for_model([], current)
+    assert len(shown) <= max_tokens or shown == messages_for_model([], current)
 
 
 @untimed
@@ -397,7 +400,7 @@ def test_whatever_is_read_is_the_newest_of_the_history_in_question_order(history
     # Not one round more would have fitted, were it not for the step.
     longer = [start for start in rounds if len(ordered) - start > len(window)]
     if window_step == 1 and longer:
-        assert len(valid_for_model(ordered[longer[-1] :])) > max_tokens
+        assert len(messages_for_model(ordered[longer[-1] :])) > max_tokens
 
 
 def is_question(message):
@@ -421,10 +424,14 @@ def test_of_a_store_that_counts_messages_no_exchange_in_the_window_is_lost(histo
     history = [replace(message, _meta={}) for message in history]
     store, whole = stored([USER("q"), *history], "message")
     window = store.retrieve_messages("h", last_k, window_step=window_step)
-    shown = valid_for_model(WindowReader(last_k, window_step=window_step).read(store, "h"))
-    assert {m.meta[MESSAGE_ID_KEY] for m in valid_for_model([whole[0], *window])} <= {
-        *(m.meta[MESSAGE_ID_KEY] for m in [whole[0], *shown])
-    }
+    shown = messages_for_model(WindowReader(last_k, window_step=window_step).read(store, "h"))
+    assert said_calls(messages_for_model([whole[0], *window])) <= said_calls([whole[0], *shown])
+
+
+def said_calls(messages):
+    """The calls that have a result of their own, by what the results are results of."""
+    results = [result for message in messages for result in message.tool_call_results if result.result != INTERRUPTED]
+    return Counter(json.dumps([result.origin.tool_name, result.origin.arguments]) for result in results)
 
 
 @untimed

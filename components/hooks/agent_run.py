@@ -14,7 +14,7 @@ from typing import Any
 from haystack.components.agents.state import State, replace_values
 from haystack.dataclasses import ChatMessage, ChatRole
 
-from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, new_message_id
+from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, is_shown_only, new_message_id
 
 #: The key of the chat history's id, in the `hook_context` of the run or else in its state.
 CHAT_HISTORY_ID_KEY = "chat_history_id"
@@ -181,8 +181,12 @@ def is_compacted(message: ChatMessage) -> bool:
 
 
 def is_said(message: ChatMessage) -> bool:
-    """Whether a message belongs in the history. System messages and messages that a compactor created do not."""
-    return message.role is not ChatRole.SYSTEM and not is_compacted(message)
+    """
+    Whether a message belongs in the history.
+
+    System messages do not, nor messages that a compactor created, nor those that are only shown.
+    """
+    return message.role is not ChatRole.SYSTEM and not is_compacted(message) and not is_shown_only(message)
 
 
 def message_id(message: ChatMessage) -> Any:
@@ -217,7 +221,7 @@ def with_new_id(message: ChatMessage) -> ChatMessage:
 def last_question_id(messages: Sequence[ChatMessage]) -> str | None:
     """Return the question's id of the last user message: the id that it names or, if it names none, its own."""
     for message in reversed(messages):
-        if message.role is ChatRole.USER and is_said(message):
+        if message.role is ChatRole.USER and not is_compacted(message):
             question_id: str = message.meta.get(QUESTION_ID_KEY) or message_id(message)
             return question_id
     return None

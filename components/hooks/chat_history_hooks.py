@@ -17,6 +17,8 @@ def chat_history_hooks(
     max_tokens: int | None = None,
     token_counter: TokenCounter | None = None,
     window_step: int = 1,
+    portable: bool = True,
+    merge_consecutive: bool = False,
     exit_conditions: list[str] | None = None,
     raise_on_failure: bool = True,
     hooks: Mapping[HookPoint, Sequence[Hook]] | None = None,
@@ -40,6 +42,9 @@ def chat_history_hooks(
     :param max_tokens: The largest number of tokens that the model is shown. Defaults to `None`: any number.
     :param token_counter: The Haystack `TokenCounter` that counts the tokens. Defaults to `ApproximateTokenCounter`.
     :param window_step: The start of the window moves only in steps of this many rounds. Defaults to 1.
+    :param portable: Whether completed rounds are shown in a form that every provider takes. Defaults to True; see
+        `ChatHistoryLoader`.
+    :param merge_consecutive: Whether messages of the same role that follow each other are joined. Defaults to False.
     :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. Defaults to `None`.
     :param raise_on_failure: Whether the run fails if saving fails. Defaults to True; see `ChatHistorySaver`.
     :param hooks: Other hooks of the agent, by hook point. The mapping is not changed. They are ordered so that the
@@ -53,6 +58,8 @@ def chat_history_hooks(
         max_tokens=max_tokens,
         token_counter=token_counter,
         window_step=window_step,
+        portable=portable,
+        merge_consecutive=merge_consecutive,
         exit_conditions=exit_conditions,
     )
     saver = ChatHistorySaver(chat_message_store, raise_on_failure=raise_on_failure)

@@ -6,8 +6,9 @@ from typing import Any
 
 from haystack.dataclasses import ChatMessage, ChatRole
 
+from haystack_chat_store.conversation.provider_content import is_paused, refusal_of
+from haystack_chat_store.conversation.rounds import is_question, question_groups
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
-from haystack_chat_store.rounds import question_groups, valid_for_model
 
 # The finish reasons of incomplete replies. Haystack ends the run after them, too.
 _INCOMPLETE_REPLY = ("length", "content_filter")
@@ -21,8 +22,8 @@ def turn_of(messages: Sequence[ChatMessage], question_id: str | None) -> list[Ch
     :param question_id: The id of the turn's question, or `None` for the last turn.
     :returns: The messages. The list is empty if the turn is not found.
     """
-    preamble, *rounds = question_groups(messages)
-    turns = [turn for turn in rounds if valid_for_model(turn[:1])]
+    preamble, *rounds = question_groups(messages, with_strays=False)
+    turns = [turn for turn in rounds if is_question(turn[0])]
     if question_id is None:
         return turns[-1] if turns else preamble
     return next((turn for turn in turns if question_id in (_message_id(turn[0]), _question_id(turn[0]))), [])
@@ -66,15 +67,7 @@ def exit_reason(messages: Sequence[ChatMessage], exit_conditions: Sequence[str])
         return None
     if last.meta.get("finish_reason") in _INCOMPLETE_REPLY:
         return str(last.meta["finish_reason"])
-    return "text" if last.text else None
-
-
-def without_open_step(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """Return the messages without a step at their end that has no results yet. The model repeats this step."""
-    end = len(messages)
-    while end > 0 and messages[end - 1].tool_calls:
-        end -= 1
-    return list(messages[:end])
+    return "text" if (last.text or refusal_of(last)) and not is_paused(last) else None
 
 
 def _message_id(message: ChatMessage) -> Any:

@@ -9,7 +9,8 @@ from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.rounds import round_starts, split_system_history_current, valid_for_model
+from haystack_chat_store.conversation.rounds import round_starts
+from haystack_chat_store.conversation.shown import merged, messages_for_model, split_system_history_current
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.window_reader import WindowReader
 
@@ -23,7 +24,7 @@ from .agent_run import (
     message_id,
     set_messages,
 )
-from .interrupted_turn import before_turn, exit_reason, is_whole, turn_of, without_open_step
+from .interrupted_turn import before_turn, exit_reason, is_whole, turn_of
 
 # If a page does not contain the turn's question, the next page is larger by this factor.
 _PAGE_GROWTH = 8
@@ -37,9 +38,12 @@ class ChatHistoryLoader:
     state. The loader belongs at `before_run`, before all other hooks, together with a `ChatHistorySaver`.
     `chat_history_hooks` returns both at the right hook points.
 
-    A run without new messages resumes an interrupted turn after its last complete step. The run has no new messages if
-    `messages=[]`, or if its user message is stored already, by its id. If the turn is complete, the run ends at once,
-    returns the stored messages and does not call the model.
+    A run without new messages resumes an interrupted turn after its last step. The run has no new messages if
+    `messages=[]`, or if its user message is stored already, by its id. Tool calls of the last step that have no result
+    are answered by a result that says that they were interrupted. If the turn is complete, the run ends at once,
+    returns the messages of the history and does not call the model.
+
+    What the model is shown of the history is in a form that providers accept, as `ChatMessageRetriever` shows it.
     """
 
     allowed_hook_points = ("before_run",)
@@ -52,6 +56,8 @@ class ChatHistoryLoader:
         max_tokens: int | None = None,
         token_counter: TokenCounter | None = None,
         window_step: int = 1,
+        portable: bool = True,
+        merge_consecutive: bool = False,
         exit_conditions: list[str] | None = None,
     ) -> None:
         """
@@ -66,6 +72,12 @@ class ChatHistoryLoader:
         :param token_counter: The Haystack `TokenCounter` that counts the tokens. Defaults to `ApproximateTokenCounter`.
         :param window_step: The start of the window moves only in steps of this many rounds, so that a provider's prompt
             cache can be used. Defaults to 1.
+        :param portable: Whether completed rounds are shown in a form that every provider takes, so that the model may
+            change in the middle of a conversation: without reasoning, signatures and other content for one provider,
+            and with neutral ids of tool calls. Defaults to True. If False, they are shown as they are stored. The round
+            under way is shown as it is stored, because its model needs it.
+        :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
+            insist on user and assistant in turns. Defaults to False.
         :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. A turn is complete if it
             ended with a successful result of one of these tools. Defaults to `None`.
         :raises ValueError: If an argument is wrong.
@@ -74,12 +86,21 @@ class ChatHistoryLoader:
             isinstance(exit_conditions, list) and all(isinstance(condition, str) for condition in exit_conditions)
         ):
             raise ValueError(f"exit_conditions must be a list of texts or None, got {exit_conditions!r}.")
-        reader = WindowReader(last_k, max_tokens=max_tokens, token_counter=token_counter, window_step=window_step)
+        reader = WindowReader(
+            last_k,
+            max_tokens=max_tokens,
+            token_counter=token_counter,
+            window_step=window_step,
+            portable=portable,
+            merge_consecutive=merge_consecutive,
+        )
         self.chat_message_store = protocol_calls.validated_store(chat_message_store)
         self.last_k = last_k
         self.max_tokens = max_tokens
         self.token_counter = reader.token_counter
         self.window_step = window_step
+        self.portable = portable
+        self.merge_consecutive = merge_consecutive
         self.exit_conditions = exit_conditions
 
     def run(self, state: State) -> None:
@@ -117,6 +138,8 @@ class ChatHistoryLoader:
             max_tokens=self.max_tokens,
             token_counter=self.token_counter,
             window_step=self.window_step,
+            portable=self.portable,
+            merge_consecutive=self.merge_consecutive,
             exit_conditions=self.exit_conditions,
         )
 
@@ -156,11 +179,11 @@ class ChatHistoryLoader:
         run.collect(run.give([m for m in current if is_said(m) and message_id(m) not in new_ids]))
         if new:
             run.question_id = last_question_id(new) or last_question_id(current) or last_question_id(history)
-            loaded = valid_for_model(history, [*system, *new])
+            loaded = messages_for_model(history, [*system, *new], portable=self.portable)
             run.collect(_until_last_hidden(new, loaded))
         else:
             loaded = yield from self._resumed(run, system, current)
-        set_messages(state, loaded)
+        set_messages(state, merged(loaded) if self.merge_consecutive else loaded)
         if run.exit_reason is not None:
             end_before_first_step(state)
 
@@ -197,11 +220,16 @@ class ChatHistoryLoader:
             before = before_turn(window.messages, turn)
         run.question_id = last_question_id(turn)
         run.exit_reason = exit_reason(turn, self.exit_conditions or ())
-        return valid_for_model(without_open_step(run.know([*before, *turn])), system)
+        return messages_for_model(run.know([*before, *turn]), system, portable=self.portable)
 
     def _window_reader(self, last_k: int | None) -> WindowReader:
         return WindowReader(
-            last_k, max_tokens=self.max_tokens, token_counter=self.token_counter, window_step=self.window_step
+            last_k,
+            max_tokens=self.max_tokens,
+            token_counter=self.token_counter,
+            window_step=self.window_step,
+            portable=self.portable,
+            merge_consecutive=self.merge_consecutive,
         )
 
 

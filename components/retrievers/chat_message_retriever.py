@@ -6,7 +6,6 @@ from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.rounds import valid_for_model
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_messages
 from haystack_chat_store.window_reader import WindowReader
@@ -17,9 +16,11 @@ class ChatMessageRetriever:
     """
     Retrieves the end of a chat history and puts the messages of this turn around it, ready for a ChatGenerator.
 
-    The result is valid for the model, and fits `max_tokens`. Tool calls without a result, results without a call, and
-    assistant messages before the first user message are left out; the store keeps them. If several agents ran on the
-    history at the same time, the messages of each question stand together.
+    The result is in a form that model providers accept, and fits `max_tokens`. A tool call without a result is answered
+    by a result that says that the call was interrupted. Results without a call and assistant messages before the first
+    user message are left out. If several agents ran on the history at the same time, the messages of each question
+    stand together. The store keeps everything as it was said. A message that is not shown as it is stored carries
+    `meta["chat_shown"]`.
 
     ```python
     from haystack import Pipeline
@@ -55,6 +56,8 @@ class ChatMessageRetriever:
         max_tokens: int | None = None,
         token_counter: TokenCounter | None = None,
         window_step: int = 1,
+        portable: bool = True,
+        merge_consecutive: bool = False,
     ) -> None:
         """
         Create the component.
@@ -77,6 +80,12 @@ class ChatMessageRetriever:
             several turns begin with the same messages and a provider's prompt cache can be used. Defaults to 1. The
             window then holds up to `window_step - 1` rounds more than `last_k` or, with `max_tokens`, up to that many
             fewer than would fit. Histories in stores of other packages are read whole for it.
+        :param portable: Whether completed rounds are shown in a form that every provider takes, so that the model may
+            change in the middle of a conversation: without reasoning, signatures and other content for one provider,
+            and with neutral ids of tool calls. Defaults to True. If False, they are shown as they are stored. The round
+            under way is shown as it is stored, because its model needs it.
+        :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
+            insist on user and assistant in turns. Defaults to False.
         :raises ValueError: If a setting is wrong, or `chat_message_store` does not follow the protocol.
         """
         self.chat_message_store = protocol_calls.validated_store(chat_message_store)
@@ -84,6 +93,8 @@ class ChatMessageRetriever:
         self.max_tokens = max_tokens
         self.token_counter = token_counter
         self.window_step = window_step
+        self.portable = portable
+        self.merge_consecutive = merge_consecutive
         self._window_reader()  # raises the ValueError of a wrong setting
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +106,8 @@ class ChatMessageRetriever:
             max_tokens=self.max_tokens,
             token_counter=self.token_counter,
             window_step=self.window_step,
+            portable=self.portable,
+            merge_consecutive=self.merge_consecutive,
         )
 
     @classmethod
@@ -129,8 +142,9 @@ class ChatMessageRetriever:
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
-        history = self._window_reader().read(self.chat_message_store, chat_history_id, current, last_k)
-        return {"messages": valid_for_model(history, current)}
+        reader = self._window_reader()
+        window = reader.read(self.chat_message_store, chat_history_id, current, last_k)
+        return {"messages": reader.shown(window, current)}
 
     @component.output_types(messages=list[ChatMessage])
     async def run_async(
@@ -152,8 +166,9 @@ class ChatMessageRetriever:
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
-        history = await self._window_reader().read_async(self.chat_message_store, chat_history_id, current, last_k)
-        return {"messages": valid_for_model(history, current)}
+        reader = self._window_reader()
+        window = await reader.read_async(self.chat_message_store, chat_history_id, current, last_k)
+        return {"messages": reader.shown(window, current)}
 
     def warm_up(self) -> None:
         """Warm up the token counter, if it can be warmed up."""
@@ -170,5 +185,10 @@ class ChatMessageRetriever:
     def _window_reader(self) -> WindowReader:
         # Created for each run, because the settings are attributes that users may change.
         return WindowReader(
-            self.last_k, max_tokens=self.max_tokens, token_counter=self.token_counter, window_step=self.window_step
+            self.last_k,
+            max_tokens=self.max_tokens,
+            token_counter=self.token_counter,
+            window_step=self.window_step,
+            portable=self.portable,
+            merge_consecutive=self.merge_consecutive,
         )

@@ -6,6 +6,7 @@ from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import protocol_calls
+from haystack_chat_store.ids import is_shown_only
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_messages
 
@@ -81,12 +82,13 @@ class ChatMessageWriter:
             list input, Haystack would not promise their order.) Defaults to none.
         :param expected_count: The number of messages that the history must have; if it has another number, nothing is
             written. The store's `write_messages` must take it. Defaults to `None`: any number.
-        :returns: A dictionary with the key `messages_written`: the number of messages that this call wrote.
+        :returns: A dictionary with the key `messages_written`: the number of messages that this call wrote. Messages
+            that a retriever or an agent's hook has shown otherwise than they are stored are not written.
         :raises ValueError: If an argument is wrong. Nothing was written.
         :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        batch = validated_messages(messages) + validated_messages([] if replies is None else replies, "replies")
+        batch = _batch(messages, replies)
         options = protocol_calls.write_options(self.chat_message_store, self.policy, expected_count)
         return {"messages_written": self.chat_message_store.write_messages(chat_history_id, batch, **options)}
 
@@ -112,7 +114,7 @@ class ChatMessageWriter:
         :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        batch = validated_messages(messages) + validated_messages([] if replies is None else replies, "replies")
+        batch = _batch(messages, replies)
         options = protocol_calls.write_options(self.chat_message_store, self.policy, expected_count)
         written = await protocol_calls.write_async(self.chat_message_store, chat_history_id, batch, **options)
         return {"messages_written": written}
@@ -124,3 +126,8 @@ class ChatMessageWriter:
     async def close_async(self) -> None:
         """Do what `close` does, without blocking the event loop."""
         await protocol_calls.close_async(self.chat_message_store)
+
+
+def _batch(messages: list[ChatMessage], replies: list[ChatMessage] | None) -> list[ChatMessage]:
+    given = validated_messages(messages) + validated_messages([] if replies is None else replies, "replies")
+    return [message for message in given if not is_shown_only(message)]

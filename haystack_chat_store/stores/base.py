@@ -10,10 +10,11 @@ from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 from typing_extensions import Self
 
-from haystack_chat_store import rounds, validation
+from haystack_chat_store import validation
 from haystack_chat_store.codec import decode_messages, encode_message
+from haystack_chat_store.conversation import rounds
+from haystack_chat_store.conversation.rounds import LastKUnit, Window
 from haystack_chat_store.ids import MESSAGE_ID_KEY, new_message_id
-from haystack_chat_store.rounds import LastKUnit, Window
 from haystack_chat_store.stores.conflicts import duplicate
 from haystack_chat_store.stores.directory import DirectoryMethods
 from haystack_chat_store.stores.engine import Engine

@@ -14,8 +14,8 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, cas
 
 from haystack.document_stores.types import DuplicatePolicy
 
+from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.errors import UnsupportedOperationError
-from haystack_chat_store.rounds import Window
 from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.rows import EncodedMessage, FoundRow, HistoryRow, MessageRow, Scope, Unchanged
 from haystack_chat_store.types import Fault, StoreStatistics

@@ -10,8 +10,10 @@ from typing import Any, BinaryIO
 
 from haystack.dataclasses import ChatMessage, ChatRole, TextContent
 
-from haystack_chat_store import rounds
 from haystack_chat_store.codec import decode_messages
+from haystack_chat_store.conversation.rounds import in_question_order
+from haystack_chat_store.conversation.shown import messages_for_model
+from haystack_chat_store.ids import message_id_of
 from haystack_chat_store.json_values import encode_values
 from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.transfer.histories import Rows, TransferResult
@@ -41,7 +43,7 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
         if example:
             stream.write(encode_values({"messages": example}, "example").encode() + b"\n")
             chat_histories += 1
-            messages += len(training_messages)
+            messages += sum(message_id_of(message) is not None for message in training_messages)  # not made up
     return TransferResult(
         chat_histories=chat_histories, messages=messages, skipped=total - messages, faults=tuple(faults)
     )
@@ -49,7 +51,7 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
 
 def _training_messages(history: list[ChatMessage]) -> list[ChatMessage]:
     """Return the messages that are valid for a model, up to the last message of the assistant."""
-    valid = rounds.valid_for_model(rounds.in_question_order(history))
+    valid = messages_for_model(in_question_order(history), portable=False)
     while valid and valid[-1].role is not ChatRole.ASSISTANT:
         del valid[-1]
     return valid

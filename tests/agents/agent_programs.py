@@ -19,6 +19,7 @@ from servers import PostgresServer
 from strict_model import problems
 
 from haystack_chat_store import PostgresChatMessageStore, SQLiteChatMessageStore
+from haystack_chat_store.conversation.shown import INTERRUPTED
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 
 HISTORY = {"chat_history_id": "h"}
@@ -176,6 +177,16 @@ def check(state: State) -> None:
         state.set("continue_run", True)
 
 
+def without_interrupted_steps(messages):
+    """A model that is told that a call was interrupted takes the step again."""
+    interrupted = [any(r.result == INTERRUPTED for r in message.tool_call_results) for message in messages]
+    return [
+        message
+        for message, is_one, is_next in zip(messages, interrupted, [*interrupted[1:], False], strict=True)
+        if not (is_one or (is_next and message.tool_calls))
+    ]
+
+
 @component
 class PlannedModel:
     """
@@ -196,7 +207,7 @@ class PlannedModel:
         found = problems(messages)
         if found:
             raise ValueError(f"The model refuses the conversation: {'; '.join(found)}.")
-        turn = planned_turn(messages)
+        turn = planned_turn(without_interrupted_steps(messages))
         plan = [int(number) for number in turn[0].text.split() if number.isdecimal()]
         results = [result.result for message in turn for result in message.tool_call_results]
         step = sum(bool(message.tool_calls) for message in turn)

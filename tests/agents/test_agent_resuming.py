@@ -13,17 +13,22 @@ from haystack.dataclasses import ChatMessage, ChatRole, ImageContent, TextConten
 from haystack.hooks import hook
 from haystack_integrations.hooks.chat_store import chat_history_hooks
 
+from haystack_chat_store.conversation.shown import INTERRUPTED
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 
 # ---------------------------------------------------------------------- going on
 
 
-def test_a_run_without_new_messages_goes_on_after_the_last_complete_step(store, run):
+def interrupted(a_call):
+    return ChatMessage.from_tool(INTERRUPTED, origin=a_call, error=True)
+
+
+def test_a_run_without_new_messages_goes_on_after_the_last_step_whose_open_calls_were_interrupted(store, run):
     begun = [user("Look!"), reply(None, call("a")), result("a"), reply("Once more.", call("b"))]
     store.write_messages("h", begun)
     agent = agent_with(store, reply("Done."), system_prompt="Be brief.")
     outcome = run(agent, [])
-    assert asked(agent) == says([ChatMessage.from_system("Be brief."), *begun[:3]])
+    assert asked(agent) == says([ChatMessage.from_system("Be brief."), *begun, interrupted(call("b"))])
     assert outcome["last_message"].text == "Done."
     stored = stored_in(store)
     assert says(stored) == says([*begun, reply("Done.")])
@@ -35,7 +40,9 @@ def test_a_turn_that_was_interrupted_twice_goes_on(store, run):
     store.write_messages("h", begun)
     agent = agent_with(store, reply("Done."))
     run(agent, [])
-    assert asked(agent) == says([user("Look!")])
+    assert asked(agent) == says(
+        [begun[0], begun[1], interrupted(call("a")), begun[2], interrupted(call("a"))]  # two steps, one after the other
+    )
 
 
 def test_a_new_question_after_an_interrupted_turn_is_answered(store, run):
@@ -228,7 +235,7 @@ def test_after_an_error_of_the_model_the_turn_goes_on(store, run):
     assert says(stored_in(store)) == says([*steps, reply("Done.")])
 
 
-def test_after_an_error_of_a_tool_the_step_is_taken_again(store, run):
+def test_after_an_error_of_a_tool_the_model_hears_that_its_calls_were_interrupted(store, run):
     calls = [call("a"), call("b", "break_down")]
     tools = [tool("look_up", look_up), tool("break_down", break_down)]
     failing = agent_with(store, reply("I look.", *calls), tools=tools, raise_on_tool_invocation_failure=True)
@@ -237,7 +244,7 @@ def test_after_an_error_of_a_tool_the_step_is_taken_again(store, run):
     assert says(stored_in(store)) == says([user("Look!"), reply("I look.", *calls)])
     agent = agent_with(store, reply("Done."), tools=tools)
     run(agent, [])
-    assert asked(agent) == says([user("Look!")])
+    assert asked(agent) == says([user("Look!"), reply("I look.", *calls), *map(interrupted, calls)])
 
 
 def test_an_error_of_a_tool_that_the_model_is_told_is_stored(store, run):

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from transferred import counts, moved
 
 from haystack_chat_store import ChatHistoryExistsError, DamagedFileError, Fault
-from haystack_chat_store.rounds import valid_for_model
+from haystack_chat_store.conversation.shown import messages_for_model
 from haystack_chat_store.testing.kit import number_of_examples, without_ids
 from haystack_chat_store.testing.messages import user
 from haystack_chat_store.transfer import import_histories
@@ -312,7 +312,7 @@ def test_calls_that_were_made_together_are_one_message(store, tmp_path):
         ReasoningContent,
         ToolCall,
     ]
-    assert len(valid_for_model(messages)) == len(messages)
+    assert len(messages_for_model(messages)) == len(messages)
 
 
 def test_a_response_that_was_not_complete_is_not_taken_for_the_whole_one(store, tmp_path):

@@ -419,11 +419,12 @@ def test_an_example_ends_with_what_the_assistant_said(store):
     assert transferred == moved(2, 6, 2, ())
 
 
-def test_what_a_model_provider_rejects_is_left_out(store):
+def test_what_a_model_provider_rejects_is_left_out_or_repaired(store):
     store.write_messages("a", conversation("a uca ut a e"))
     transferred, (example,) = examples(store)
-    assert [message["role"] for message in example] == ["user", "assistant", "user", "assistant"]
-    assert transferred == moved(1, 4, 4, ())
+    assert [message["role"] for message in example] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
+    assert "interrupted" in example[2]["content"]
+    assert transferred == moved(1, 5, 3, ())
 
 
 def test_histories_in_which_nobody_answered_are_left_out(store):

@@ -3,7 +3,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from haystack_chat_store.rounds import LastKUnit
+from haystack_chat_store.conversation.rounds import LastKUnit
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
 

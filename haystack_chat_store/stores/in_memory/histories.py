@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from haystack.dataclasses import ChatRole
 
-from haystack_chat_store.rounds import Window
+from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.search_text import searchable_text_of_content
 from haystack_chat_store.stores.in_memory.search_index import SearchIndex
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations that read messages."""
 
-from haystack_chat_store.rounds import Window
+from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory.histories import Memory
 from haystack_chat_store.stores.rows import MessageRow, Scope

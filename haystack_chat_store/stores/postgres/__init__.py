@@ -6,7 +6,7 @@ from haystack.utils import Secret
 from typing_extensions import Self
 
 from haystack_chat_store import validation
-from haystack_chat_store.rounds import LastKUnit
+from haystack_chat_store.conversation.rounds import LastKUnit
 from haystack_chat_store.stores.base import BaseChatMessageStore
 
 with LazyImport(

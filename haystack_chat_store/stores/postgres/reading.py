@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from haystack_chat_store.rounds import Window
+from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key
 from haystack_chat_store.stores.postgres.session import Session

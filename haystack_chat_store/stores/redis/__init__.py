@@ -6,8 +6,8 @@ from haystack.lazy_imports import LazyImport
 from haystack.utils import Secret
 from typing_extensions import Self
 
+from haystack_chat_store.conversation.rounds import LastKUnit
 from haystack_chat_store.errors import UnsupportedOperationError
-from haystack_chat_store.rounds import LastKUnit
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.validation import validated_flag, validated_seconds
 

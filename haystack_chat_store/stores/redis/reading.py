@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from haystack_chat_store.rounds import Window
+from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.keys import Keys
 from haystack_chat_store.stores.redis.operations import RedisOperations

@@ -5,7 +5,7 @@ from urllib.parse import unquote
 
 from typing_extensions import Self
 
-from haystack_chat_store.rounds import LastKUnit
+from haystack_chat_store.conversation.rounds import LastKUnit
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.sqlite.connections import Durability, Settings
 from haystack_chat_store.stores.sqlite.engine import SQLiteEngine

@@ -7,18 +7,17 @@ replies with or without text. (Haystack's compaction calls a round a turn.) The 
 such as a greeting or a system message, are the **preamble**.
 
 A model is shown a window of a history (`last_rounds`). In it, the messages of each question stand together
-(`in_question_order`). The messages of this turn go around it (`split_system_history_current`). Messages that a model
-would reject are left out (`valid_for_model`).
+(`in_question_order`). How the window is shown is said in `shown`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
-from haystack.dataclasses import ChatMessage, ChatRole
+from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
 
+from haystack_chat_store.conversation.tool_calls import answers_of, results_of_calls
 from haystack_chat_store.ids import message_id_of, question_id_of
-from haystack_chat_store.tool_calls import answers_of, pairs_of, says_something, without_rejected_parts
 
 #: What `last_k` counts.
 LastKUnit = Literal["round", "message"]
@@ -110,28 +109,40 @@ def last_messages(messages: Sequence[ChatMessage], count: int) -> list[ChatMessa
     first = start
     while first > 0 and messages[first].role is ChatRole.TOOL:
         first -= 1
-    pairs = pairs_of(messages[first], answers_of(messages, first)) if messages else []
-    is_split = any(first < start <= first + 1 + answer for _, answer, _ in pairs)
+    answers = answers_of(messages, first) if first < start else ()
+    positions = [first + 1 + place for place, answer in enumerate(answers) for _ in answer.tool_call_results]
+    results = [result for answer in answers for result in answer.tool_call_results]
+    paired = results_of_calls(messages[first].tool_calls, results) if answers else []
+    is_split = any(index is not None and positions[index] >= start for index in paired)
     return list(messages[first if is_split else start :])
 
 
-def question_groups(history: Sequence[ChatMessage]) -> list[list[ChatMessage]]:
+def question_groups(history: Sequence[ChatMessage], *, with_strays: bool = True) -> list[list[ChatMessage]]:
     """
     Group the messages of each question together, behind their question.
 
     Agents that run at the same time on one history store their messages interleaved. Each message that a run produced
-    names its question in `meta["chat_question_id"]`, and joins the group of that question. If its question does not
-    come before it, the message is left out; but if it is a user message (which a hook added), it begins the group.
-    A message that names no question stays where it is: a user message begins a group, any other message joins the group
-    of the message before it.
+    names its question in `meta["chat_question_id"]`, and joins the group of that question. A message that names no
+    question stays where it is: a user message begins a group, any other message joins the group of the message before
+    it.
+
+    A **stray** names a question that does not come before it: the question was removed, or the window begins after it.
+    A user message (which a hook added) begins a group then. Any other stray joins the group of the message before it,
+    unless a run has answered the question of that group. Then it is left out.
 
     :param history: A window of a history, oldest first.
+    :param with_strays: Whether strays join the group of the message before them. Defaults to True.
     :returns: The preamble, which may be empty, and then the groups in the order of their first messages. Each group is
         a round, as the model sees it.
     """
+    answered = {question_id_of(message) for message in history if message.role is not ChatRole.USER} - {None}
     group: list[ChatMessage] = []
     groups = [group]
     group_of: dict[str | int, list[ChatMessage]] = {}
+
+    def is_free(group: list[ChatMessage]) -> bool:
+        return not group or message_id_of(group[0]) not in answered
+
     for message in history:
         question = question_id_of(message)
         if question in group_of:
@@ -139,7 +150,7 @@ def question_groups(history: Sequence[ChatMessage]) -> list[list[ChatMessage]]:
         elif message.role is ChatRole.USER:
             group = []
             groups.append(group)
-        elif question is not None:
+        elif question is not None and not (with_strays and is_free(group)):
             continue
         group.append(message)
         if message.role is ChatRole.USER:
@@ -172,88 +183,28 @@ def question_of(messages: Sequence[ChatMessage], index: int) -> int | None:
     :returns: The question's index, at most `index`, or `None` if no question is found.
     """
     question_id = question_id_of(messages[index])
-    questions = [at for at in range(index + 1) if _is_question(messages[at]) and question_id_of(messages[at]) is None]
+    questions = [at for at in range(index + 1) if is_question(messages[at]) and question_id_of(messages[at]) is None]
     named = [at for at in questions if question_id is not None and message_id_of(messages[at]) == question_id]
     return max(named or questions, default=None)
 
 
-class Parts(NamedTuple):
+def is_question(message: ChatMessage) -> bool:
+    """Whether this is a user message that says something."""
+    return message.role is ChatRole.USER and bool(said_parts(message))
+
+
+def said_parts(message: ChatMessage) -> list[Any]:
     """
-    The messages that a model is shown: first `system`, then `history`, then `current`.
+    Return the parts of a message without those that its role cannot have, and without blank texts.
 
-    :param system: The system messages of this turn.
-    :param history: The window of the history, without the messages in `system`.
-    :param current: The other messages of this turn that are not in the history.
+    Providers refuse blank texts, even beside other parts.
     """
-
-    system: list[ChatMessage]
-    history: list[ChatMessage]
-    current: list[ChatMessage]
+    return [part for part in message._content if not _cannot_be_said(message.role, part)]
 
 
-def split_system_history_current(history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> Parts:
-    """
-    Split what a model is shown into system messages, history and current messages, without repetitions.
-
-    A message of this turn is left out if the history has its id. `current_messages` may be a transcript that is longer
-    than the window, so a message that has an id and stands before such a message is left out, too. A system message
-    that stands in both is taken from `current_messages`.
-
-    :param history: The window, oldest first.
-    :param current_messages: The messages of this turn.
-    :returns: The objects that were passed in, not copies.
-    """
-    system = [message for message in current_messages if message.role is ChatRole.SYSTEM]
-    others = [message for message in current_messages if message.role is not ChatRole.SYSTEM]
-    system_ids = {message_id_of(message) for message in system} - {None}
-    shown = [message for message in history if not system_ids or message_id_of(message) not in system_ids]
-    ends = {message_id_of(message): end for end, message in enumerate(others, 1)}
-    ends.pop(None, None)
-    known = max((ends.get(message_id_of(message), 0) for message in shown), default=0) if ends else 0
-    without_id = [message for message in others[:known] if message_id_of(message) is None]
-    return Parts(system, shown, without_id + others[known:])
-
-
-def valid_for_model(history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage] = ()) -> list[ChatMessage]:
-    """
-    Put the messages of this turn around a window of history, and leave out what model providers reject.
-
-    Left out are:
-
-    - tool calls without a result, and results without a call, paired within one exchange. Only the unanswered calls of
-      a message are left out, with what the provider accepts only together with them; its text stays;
-    - messages that say nothing, such as blank texts;
-    - assistant and tool messages before the first user message of the history, because the user must speak first.
-
-    All other messages are returned as they are. Results in `current_messages` answer calls in the history.
-
-    :param history: A window of a history, oldest first. Neither the list nor its messages are changed.
-    :param current_messages: The messages of this turn. See `split_system_history_current` for where they go.
-    """
-    system, shown, current = split_system_history_current(history, current_messages)
-    messages = [*system, *_from_first_user(shown), *current]
-    valid: list[ChatMessage] = []
-    index = 0
-    while index < len(messages):
-        answers = answers_of(messages, index)
-        paired_calls: set[int] = set()
-        paired_results: list[set[int]] = [set() for _ in answers]
-        for call, position, result in pairs_of(messages[index], answers):
-            paired_calls.add(call)
-            paired_results[position].add(result)
-        valid += map(without_rejected_parts, [messages[index], *answers], [paired_calls, *paired_results])
-        index += 1 + len(answers)
-    return [message for message in valid if says_something(message)]
-
-
-def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """Leave out the assistant and tool messages before the first question."""
-    for index, message in enumerate(history):
-        if _is_question(message):
-            return [*(message for message in history[:index] if message.role is ChatRole.SYSTEM), *history[index:]]
-    return [message for message in history if message.role is ChatRole.SYSTEM]
-
-
-def _is_question(message: ChatMessage) -> bool:
-    """Whether this is a user message that is not blank."""
-    return message.role is ChatRole.USER and says_something(without_rejected_parts(message, ()))
+def _cannot_be_said(role: ChatRole, part: Any) -> bool:
+    if isinstance(part, TextContent):
+        return not str(part.text or "").strip()
+    if isinstance(part, (ToolCall, ReasoningContent)):
+        return role is not ChatRole.ASSISTANT
+    return isinstance(part, ToolCallResult)  # its exchange shows it

@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The messages that a model is shown.
+
+The store keeps a history as it was said. Providers refuse some of it: a tool call without a result, a call id that
+another provider gave, a signature of another model. So what is shown differs from what is stored. `messages_for_model`
+repairs what can be repaired, and leaves out the rest.
+
+The **round under way** is the last question and what follows it. The model that works on it needs it as it is stored.
+All rounds before it are completed. In a **portable** form they hold only what every provider takes.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias
+
+from haystack.dataclasses import (
+    ChatMessage,
+    ChatRole,
+    FileContent,
+    ImageContent,
+    ReasoningContent,
+    TextContent,
+    ToolCall,
+    ToolCallResult,
+)
+
+from haystack_chat_store.conversation import provider_content
+from haystack_chat_store.conversation.rounds import is_question, said_parts
+from haystack_chat_store.conversation.tool_calls import results_of_calls
+from haystack_chat_store.ids import SHOWN_KEY, is_shown_only, message_id_of, question_id_of
+
+#: The result that answers a tool call whose own result is not there.
+INTERRUPTED = "The call was interrupted. It is not known whether the tool has run, and what its result was."
+_NO_OUTPUT = "(no output)"
+# `fc`, which OpenAI's Responses API wants, and seven letters and digits: Mistral takes exactly nine.
+_CALL_ID_PREFIX = "fc"
+_CALL_ID_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_CALL_ID_LENGTH = 7
+
+# A result, and the message that it stands in.
+_Found: TypeAlias = tuple[ToolCallResult, ChatMessage]
+
+
+class Parts(NamedTuple):
+    """
+    The messages that a model is shown: first `system`, then `history`, then `current`.
+
+    :param system: The system messages of this turn.
+    :param history: The window of the history, without the messages in `system`.
+    :param current: The other messages of this turn that are not in the history.
+    """
+
+    system: list[ChatMessage]
+    history: list[ChatMessage]
+    current: list[ChatMessage]
+
+
+def split_system_history_current(history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> Parts:
+    """
+    Split what a model is shown into system messages, history and current messages, without repetitions.
+
+    A message of this turn is left out if the history has its id. `current_messages` may be a transcript that is longer
+    than the window, so a message that has an id and stands before such a message is left out, too. So is a message
+    that was only shown, because it is not as it is stored. A system message that stands in both is taken from
+    `current_messages`.
+
+    :param history: The window, oldest first.
+    :param current_messages: The messages of this turn.
+    :returns: The objects that were passed in, not copies.
+    """
+    system = [message for message in current_messages if message.role is ChatRole.SYSTEM]
+    others = [message for message in current_messages if message.role is not ChatRole.SYSTEM]
+    system_ids = {message_id_of(message) for message in system} - {None}
+    shown = [message for message in history if not system_ids or message_id_of(message) not in system_ids]
+    ends = {message_id_of(message): end for end, message in enumerate(others, 1)}
+    ends.pop(None, None)
+    known = max((ends.get(message_id_of(message), 0) for message in shown), default=0) if ends else 0
+    without_id = [message for message in others[:known] if message_id_of(message) is None]
+    return Parts(system, shown, [new for new in without_id + others[known:] if not is_shown_only(new)])
+
+
+def messages_for_model(
+    history: Sequence[ChatMessage],
+    current_messages: Sequence[ChatMessage] = (),
+    *,
+    portable: bool = True,
+    merge_consecutive: bool = False,
+) -> list[ChatMessage]:
+    """
+    Put the messages of this turn around a window of history, in a form that model providers accept.
+
+    Repaired is:
+
+    - A tool call without a result is answered by a result that says that the call was interrupted.
+    - The results of a reply are put in the order of its calls, one a message.
+    - Replies that follow each other and call tools are joined, so that the results come directly after their calls.
+    - Calls whose id was given before get another one.
+    - What a generator keeps for its provider goes, if the message was edited since.
+
+    Left out are results without a call, blank texts, messages that say nothing, all but the first of several
+    alternative replies, marks for prompt caches that were stored, and assistant and tool messages before the first user
+    message of the history.
+
+    A message of the history that is not shown as it is stored carries `meta["chat_shown"]`. All others are the objects
+    that were passed in.
+
+    :param history: A window of a history, oldest first. Neither the list nor its messages are changed.
+    :param current_messages: The messages of this turn. See `split_system_history_current` for where they go. Their
+        tool results answer calls in the history.
+    :param portable: Whether completed rounds are shown in a form that every provider takes: without reasoning,
+        signatures and raw blocks, with neutral ids of calls, and with text for what only some take in a reply or a
+        result. Defaults to True. If False, they are shown as they are stored.
+    :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
+        insist on user and assistant in turns. Defaults to False.
+    """
+    system, shown, current = split_system_history_current(history, current_messages)
+    view = _View([*_from_first_user(shown), *current], current, current_messages, portable=portable)
+    messages = [*system, *view.messages()]
+    return merged(messages) if merge_consecutive else messages
+
+
+def merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """
+    Join user messages that follow each other, and replies without tool calls.
+
+    :param messages: Messages for a model. They are not changed.
+    """
+    joined: list[ChatMessage] = []
+    for message in messages:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.role is message.role
+            and message.role in (ChatRole.USER, ChatRole.ASSISTANT)
+            and not last.tool_calls
+        ):
+            joined[-1] = _marked(_joined([last, message]))
+        else:
+            joined.append(message)
+    return joined
+
+
+class _View:
+    """
+    The view of a model on the messages of a window and a turn, without system messages of this turn.
+
+    :param given: All messages, in order.
+    :param current: Those of this turn that are not in the history.
+    :param current_messages: All messages of this turn.
+    :param portable: Whether completed rounds are shown in a portable form.
+    """
+
+    def __init__(
+        self,
+        given: Sequence[ChatMessage],
+        current: Sequence[ChatMessage],
+        current_messages: Sequence[ChatMessage],
+        *,
+        portable: bool,
+    ) -> None:
+        self._given = [message for message in given if _may_say_something(message)]
+        self._current = {id(message) for message in current}
+        # A stored message that this turn brings along again has the marks that this turn puts on it.
+        self._requested = provider_content.requests_of(current_messages)
+        self._under_way = max((index for index, message in enumerate(self._given) if _begins_round(message)), default=0)
+        models = [message.meta.get("model") for message in self._given[self._under_way :] if _is_reply(message)]
+        self._model = models[-1] if models else None
+        self._portable = portable
+        self._call_ids: set[str] = set()
+        self._reasoning_ids: set[str] = set()
+        self._seeds: dict[str, int] = {}
+
+    def messages(self) -> list[ChatMessage]:
+        """Return the messages that the model is shown."""
+        shown: list[ChatMessage] = []
+        index = 0
+        while index < len(self._given):
+            if _is_reply(self._given[index]):
+                end = index
+                while end < len(self._given) and _is_reply(self._given[end]):
+                    end += 1
+                after = end
+                while after < len(self._given) and self._given[after].role is ChatRole.TOOL:
+                    after += 1
+                shown += self._exchange(self._given[index:end], self._given[end:after], self._is_portable(index))
+                index = after
+            else:
+                message = self._given[index]
+                if message.role is not ChatRole.TOOL:  # a result without a call
+                    shown.append(self._said(message, self._is_portable(index)))
+                index += 1
+        return shown
+
+    def _is_portable(self, index: int) -> bool:
+        """Whether the message is shown in a portable form. In the round under way, steps of another model are."""
+        if index < self._under_way or not _is_reply(self._given[index]):
+            return self._portable and index < self._under_way
+        model = self._given[index].meta.get("model")
+        return self._portable and None not in (model, self._model) and model != self._model
+
+    def _said(self, message: ChatMessage, portable: bool) -> ChatMessage:
+        """Show a message of the user or the system."""
+        content = said_parts(message)
+        if portable and len(content) > 1:
+            content = _with_joined_texts(content)
+        return self._as_shown(message, content, message.meta)
+
+    def _exchange(
+        self, replies: Sequence[ChatMessage], answers: Sequence[ChatMessage], portable: bool
+    ) -> Iterator[ChatMessage]:
+        """Show replies that follow each other, and the tool messages after them."""
+        replies = _without_alternatives(replies)
+        results = [(result, answer) for answer in answers for result in answer.tool_call_results]
+        calls = [call for reply in replies for call in reply.tool_calls]
+        paired = results_of_calls(calls, [result for result, _ in results])
+        found = [None if index is None else results[index] for index in paired]
+        for step in _steps(replies, found, portable):
+            number = sum(len(reply.tool_calls) for reply in step)
+            yield from self._step(step, found[:number], portable)
+            found = found[number:]
+
+    def _step(
+        self, replies: Sequence[ChatMessage], found: Sequence[_Found | None], portable: bool
+    ) -> Iterator[ChatMessage]:
+        """Show one reply for several, and then a result for each of its calls."""
+        for shown in self._reply(replies, portable):
+            yield shown
+            for call, result in zip(shown.tool_calls, found, strict=True):
+                if result is None:
+                    meta = {SHOWN_KEY: True}
+                    yield ChatMessage.from_tool(INTERRUPTED, origin=call, error=True, meta=meta)
+                else:
+                    part, answer = result
+                    yield self._as_shown(answer, [_shown_result(part, call, portable)], answer.meta)
+
+    def _reply(self, replies: Sequence[ChatMessage], portable: bool) -> Iterator[ChatMessage]:
+        """Show one reply for several, if it says something."""
+        stored = replies[0]
+        reply = stored if len(replies) == 1 else _joined(replies)
+        if _is_plain(reply):
+            shown = reply
+        elif portable:
+            shown = provider_content.without_provider_content(reply)
+            content = _with_joined_texts([_text_for_media(part) for part in said_parts(shown)])
+            shown = replace(shown, _content=content)
+            shown = self._with_neutral_ids(shown) if shown.tool_calls else shown
+        else:
+            shown = self._with_unique_ids(provider_content.up_to_date(reply))
+            shown = replace(shown, _content=said_parts(shown))
+        if _says_something(shown):
+            yield self._as_shown(stored, list(shown._content), shown.meta)
+
+    def _as_shown(self, stored: ChatMessage, content: list[Any], meta: dict[str, Any]) -> ChatMessage:
+        """
+        Return a message as it is shown: the stored one, or a marked copy if it differs.
+
+        The marks for prompt caches that were stored are left out. What this turn brings is never marked as shown, so
+        that it is stored.
+        """
+        is_current = id(stored) in self._current
+        if not (is_current or (self._requested is None and provider_content.REQUEST_KEYS.isdisjoint(meta))):
+            meta = self._with_request_of_this_turn(stored, meta)
+        if content == stored._content and (meta is stored.meta or meta == stored.meta):
+            return stored
+        shown = replace(stored, _content=content, _meta=meta)
+        return shown if is_current else _marked(shown)
+
+    def _with_request_of_this_turn(self, stored: ChatMessage, meta: dict[str, Any]) -> dict[str, Any]:
+        content = {key: value for key, value in meta.items() if key not in provider_content.REQUEST_KEYS}
+        return {**content, **(self._requested or {}).get(message_id_of(stored), {})}
+
+    def _with_neutral_ids(self, reply: ChatMessage) -> ChatMessage:
+        """Give the calls of a reply ids that every provider takes."""
+        return provider_content.with_call_ids(
+            reply, [self._new_id(reply, number, call) for number, call in enumerate(reply.tool_calls)]
+        )
+
+    def _with_unique_ids(self, reply: ChatMessage) -> ChatMessage:
+        """Give other ids to calls whose ids were shown before. Leave out reasoning whose id was."""
+        reasoning_ids = [part.extra.get("id") for part in reply._content if isinstance(part, ReasoningContent)]
+        if any(each in self._reasoning_ids for each in reasoning_ids if each):
+            reply = provider_content.without_provider_content(reply)
+        self._reasoning_ids.update(each for each in reasoning_ids if each)
+        ids: list[str | None] = []
+        for number, call in enumerate(reply.tool_calls):
+            ids.append(self._new_id(reply, number, call) if call.id and call.id in self._call_ids else call.id)
+            self._call_ids.add(ids[-1] or "")
+        if ids == [call.id for call in reply.tool_calls]:
+            return reply
+        if provider_content.is_bound_to_ids(reply):
+            return self._with_neutral_ids(provider_content.without_provider_content(reply))
+        return provider_content.with_call_ids(reply, ids)
+
+    def _new_id(self, reply: ChatMessage, number: int, call: ToolCall) -> str:
+        """
+        Make an id of a call that is the same in each prompt, from the id of its message and its number there.
+
+        Without an id of the message it is made from what the call says, and from the number of equal calls before it.
+        """
+        seed = message_id_of(reply)
+        if seed is None:
+            arguments = json.dumps(call.arguments, sort_keys=True, default=str)
+            seed = f"{call.id} {call.tool_name} {arguments}"
+            self._seeds[seed] = number = self._seeds.get(seed, -1) + 1
+        while True:
+            digest = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode("utf-8", "surrogatepass")).digest(), "big")
+            letters = ""
+            for _ in range(_CALL_ID_LENGTH):
+                digest, letter = divmod(digest, len(_CALL_ID_LETTERS))
+                letters += _CALL_ID_LETTERS[letter]
+            if (new := _CALL_ID_PREFIX + letters) not in self._call_ids:
+                self._call_ids.add(new)
+                return new
+            seed = f"{seed} again"
+
+
+def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Leave out the assistant and tool messages before the first question."""
+    for index, message in enumerate(history):
+        if is_question(message):
+            return [*(message for message in history[:index] if message.role is ChatRole.SYSTEM), *history[index:]]
+    return [message for message in history if message.role is ChatRole.SYSTEM]
+
+
+def _begins_round(message: ChatMessage) -> bool:
+    """Whether this is a question, and not a user message that a hook added."""
+    return is_question(message) and question_id_of(message) is None
+
+
+def _is_reply(message: ChatMessage) -> bool:
+    return message.role is ChatRole.ASSISTANT
+
+
+def _may_say_something(message: ChatMessage) -> bool:
+    if message.role is ChatRole.TOOL:
+        return bool(message.tool_call_results)
+    return bool(said_parts(message)) or provider_content.says(message)
+
+
+def _is_plain(reply: ChatMessage) -> bool:
+    """Whether a reply is one text, which every provider takes as it is."""
+    is_one_text = len(reply._content) == 1 and type(reply._content[0]) is TextContent
+    return is_one_text and bool(said_parts(reply)) and not provider_content.is_in(reply)
+
+
+def _says_something(reply: ChatMessage) -> bool:
+    # Providers refuse reasoning without the text or call that it led to.
+    return not all(isinstance(part, ReasoningContent) for part in reply._content) or provider_content.says(reply)
+
+
+def _without_alternatives(replies: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
+    """Leave out the replies that a model gave besides the first: their `meta["index"]` is greater than 0."""
+    if len(replies) == 1:
+        return replies
+    return [reply for place, reply in enumerate(replies) if place == 0 or not _is_alternative(reply)]
+
+
+def _is_alternative(reply: ChatMessage) -> bool:
+    index = reply.meta.get("index")
+    return isinstance(index, int) and index > 0
+
+
+def _steps(replies: Sequence[ChatMessage], found: Sequence[_Found | None], portable: bool) -> list[list[ChatMessage]]:
+    """
+    Group replies that follow each other into steps: a step is shown as one reply, with its results directly after it.
+
+    A reply belongs to the step before it if a result of that step comes only after the reply: it is a part of the same
+    reply of the model, which was stored apart. So is a reply that calls tools after a text, because Gemini takes calls
+    only directly after a question or a result. Not so a reply that has provider content of its own.
+
+    :param found: The result of each call of the replies.
+    """
+    steps: list[list[ChatMessage]] = []
+    calls = 0  # of the last step
+    answered = 0  # of these, how many have a result
+    for reply in replies:
+        number = len(reply.tool_calls)
+        is_part = bool(answered) if calls else bool(number)
+        if steps and is_part and (portable or not provider_content.is_in(reply)):
+            steps[-1].append(reply)
+        else:
+            steps.append([reply])
+            calls = answered = 0
+        calls += number
+        answered += sum(result is not None for result in found[:number])
+        found = found[number:]
+    return steps
+
+
+def _joined(messages: Sequence[ChatMessage]) -> ChatMessage:
+    """Return one message for several of a role, with the meta of the first. In a reply, the text comes before calls."""
+    content = [part for message in messages for part in said_parts(message)]
+    if messages[0].role is ChatRole.ASSISTANT:
+        calls = [part for part in content if isinstance(part, ToolCall)]
+        content = [*(part for part in content if not isinstance(part, ToolCall)), *calls]
+    return replace(messages[0], _content=_with_joined_texts(content))
+
+
+def _marked(message: ChatMessage) -> ChatMessage:
+    return replace(message, _meta={**message.meta, SHOWN_KEY: True})
+
+
+def _shown_result(result: ToolCallResult, call: ToolCall, portable: bool) -> ToolCallResult:
+    """Return a result as it is shown, as the result of a call."""
+    said = result.result
+    if portable:
+        if not isinstance(said, str):
+            said = "\n\n".join(part.text for part in map(_text_for_media, said) if isinstance(part, TextContent))
+        if not said.strip():
+            said = _NO_OUTPUT
+    if result.origin == call and said is result.result:
+        return result
+    return replace(result, result=said, origin=call)
+
+
+def _text_for_media(part: Any) -> Any:
+    """Return text that stands for an image or file, which many providers take from users only."""
+    if isinstance(part, ImageContent):
+        return TextContent(f"[image: {part.mime_type or 'unknown type'}]")
+    if isinstance(part, FileContent):
+        return TextContent(f"[file: {part.filename or part.mime_type or 'unknown type'}]")
+    return part
+
+
+def _with_joined_texts(content: Sequence[Any]) -> list[Any]:
+    """Join texts that follow each other. Some providers take only one."""
+    joined: list[Any] = []
+    for part in content:
+        if joined and isinstance(part, TextContent) and isinstance(joined[-1], TextContent):
+            joined[-1] = TextContent(f"{joined[-1].text}\n\n{part.text}")
+        else:
+            joined.append(part)
+    return joined

@@ -1,0 +1,596 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is shown of a history: repaired, portable, and never taken for what is stored."""
+
+import asyncio
+import copy
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from conversations import (
+    ANSWER,
+    GREETING,
+    NAMELESS,
+    OSLO,
+    QUESTION,
+    ROME,
+    SYSTEM,
+    after_a_question,
+    any_conversations,
+    calling,
+    marked_histories,
+    pairs,
+    result_of,
+    same_objects,
+    untimed,
+    valid_conversations,
+    with_id,
+)
+from haystack.dataclasses import (
+    ChatMessage,
+    ChatRole,
+    FileContent,
+    ImageContent,
+    ReasoningContent,
+    TextContent,
+    ToolCall,
+    ToolCallResult,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from strict_model import StrictChatGenerator, problems, problems_when_asked
+
+from haystack_chat_store.conversation.shown import INTERRUPTED, messages_for_model, split_system_history_current
+from haystack_chat_store.ids import MESSAGE_ID_KEY, SHOWN_KEY
+
+
+class TestParted:
+    def test_system_messages_come_first_then_the_history_then_the_rest(self):
+        current = [QUESTION, SYSTEM, ANSWER]
+        history = [SYSTEM, GREETING]
+        parts = split_system_history_current(history, current)
+        assert parts == ([SYSTEM], history, [QUESTION, ANSWER])
+        assert same_objects(parts.history + parts.current, [*history, QUESTION, ANSWER])
+
+    def test_what_the_history_has_is_not_repeated_after_it(self):
+        history = [with_id(QUESTION, "1"), with_id(ANSWER, "2")]
+        assert split_system_history_current(history, [with_id(QUESTION, "1")]) == ([], history, [])
+        assert split_system_history_current(history, [*history, QUESTION]) == ([], history, [QUESTION])
+
+    def test_of_a_transcript_that_is_longer_than_the_history_only_what_is_new_comes(self):
+        transcript = [with_id(QUESTION, str(number)) for number in range(6)]
+        new = [*transcript[5:], ANSWER]
+        assert split_system_history_current(transcript[2:5], [*transcript, ANSWER]) == ([], transcript[2:5], new)
+
+    def test_messages_without_an_id_are_new_wherever_they_stand(self):
+        history = [with_id(QUESTION, "1"), with_id(ANSWER, "2")]
+        assert split_system_history_current(history, [GREETING, *history]).current == [GREETING]
+
+    def test_a_system_message_comes_first_even_if_the_history_has_it(self):
+        history = [with_id(QUESTION, "1"), with_id(SYSTEM, "2"), with_id(ANSWER, "3")]
+        assert split_system_history_current(history, [with_id(SYSTEM, "2")]) == (
+            [history[1]],
+            [history[0], history[2]],
+            [],
+        )
+
+    @pytest.mark.parametrize("no_id", [None, ""])
+    def test_messages_without_an_id_are_all_different(self, no_id):
+        assert len(split_system_history_current([with_id(QUESTION, no_id)], [with_id(QUESTION, no_id)]).current) == 1
+
+    def test_an_id_that_could_be_none_of_ours_does_no_harm(self):
+        assert len(split_system_history_current([with_id(QUESTION, "1")], [with_id(ANSWER, ["1"])]).current) == 1
+
+
+def stored(messages):
+    """The messages as a store returns them, each with an id."""
+    return [
+        replace(message, _meta={**message.meta, MESSAGE_ID_KEY: f"m{number}"})
+        for number, message in enumerate(messages)
+    ]
+
+
+def unmarked(messages):
+    return [
+        replace(message, _meta={key: value for key, value in message.meta.items() if key != SHOWN_KEY})
+        for message in messages
+    ]
+
+
+def as_stored(history, current=()):
+    """What the model of a round that is under way is shown, without the marks of what differs."""
+    return unmarked(messages_for_model(history, current, portable=False))
+
+
+def interrupted(call):
+    return ChatMessage.from_tool(INTERRUPTED, origin=call, error=True)
+
+
+def said_of(messages):
+    """The text of each message, or the arguments of a result's call and the result."""
+    return [
+        [(result.origin.arguments.get("city"), result.result) for result in message.tool_call_results] or message.text
+        for message in messages
+    ]
+
+
+def answer_to(call, text="done", **settings):
+    return ChatMessage.from_tool(text, origin=call, **settings)
+
+
+class TestAsStored:
+    """With `portable=False`, and in the round under way."""
+
+    @pytest.mark.parametrize(
+        "conversation",
+        [
+            [],
+            [SYSTEM, QUESTION, ANSWER],
+            [QUESTION, calling(ROME, OSLO), result_of(ROME), result_of(OSLO), ANSWER],
+            [QUESTION, calling(NAMELESS, NAMELESS), result_of(NAMELESS), result_of(NAMELESS)],
+            [QUESTION, calling(ROME, text="Let me look.", reasoning="I need the weather."), result_of(ROME)],
+        ],
+        ids=["empty", "plain", "exchange", "without ids", "all parts"],
+    )
+    def test_what_is_valid_is_shown_as_it_is(self, conversation):
+        assert problems(conversation) == []
+        assert same_objects(messages_for_model(conversation, portable=False), conversation)
+
+    @pytest.mark.parametrize(
+        ("conversation", "expected"),
+        [
+            ([calling(ROME)], [calling(ROME), interrupted(ROME)]),
+            ([calling(ROME, reasoning="Hm."), QUESTION], [calling(ROME, reasoning="Hm."), interrupted(ROME), QUESTION]),
+            (
+                [calling(ROME, OSLO), result_of(OSLO)],
+                [calling(ROME, OSLO), interrupted(ROME), result_of(OSLO)],
+            ),
+            ([calling(NAMELESS, NAMELESS), result_of(NAMELESS)], None),
+            (
+                [calling(ROME), QUESTION, result_of(ROME)],
+                [calling(ROME), interrupted(ROME), QUESTION],
+            ),
+            (
+                [calling(ROME), GREETING],
+                [calling(ROME), interrupted(ROME), GREETING],
+            ),
+        ],
+        ids=[
+            "last",
+            "before a question",
+            "one of two",
+            "one of two without ids",
+            "result too late",
+            "before an answer",
+        ],
+    )
+    def test_a_call_without_a_result_is_answered(self, conversation, expected):
+        expected = expected or [*conversation, interrupted(NAMELESS)]
+        assert as_stored([QUESTION, *conversation]) == [QUESTION, *expected]
+
+    @pytest.mark.parametrize(
+        ("conversation", "expected"),
+        [
+            ([result_of(ROME), QUESTION], [QUESTION]),
+            ([QUESTION, result_of(ROME)], [QUESTION]),
+            ([calling(ROME), result_of(ROME), result_of(ROME)], [calling(ROME), result_of(ROME)]),
+            ([calling(ROME), result_of(OSLO, ROME)], [calling(ROME), result_of(ROME)]),
+            ([QUESTION, ChatMessage(ChatRole.TOOL, [TextContent("done")])], [QUESTION]),
+        ],
+        ids=["first", "after a user", "twice", "two in a message", "no result at all"],
+    )
+    def test_a_result_without_a_call_is_left_out(self, conversation, expected):
+        assert as_stored([QUESTION, *conversation]) == [QUESTION, *expected]
+
+    def test_results_stand_in_the_order_of_the_calls_one_a_message(self):
+        calls = [ROME, OSLO, NAMELESS]
+        for answers in ([result_of(OSLO, NAMELESS, ROME)], [result_of(NAMELESS), result_of(ROME), result_of(OSLO)]):
+            shown = as_stored([QUESTION, calling(*calls), *answers])
+            assert shown == [QUESTION, calling(*calls), *map(result_of, calls)]
+
+    def test_results_come_before_what_was_said_between_the_call_and_them(self):
+        shown = as_stored([QUESTION, calling(ROME), GREETING, result_of(ROME)])
+        assert shown == [QUESTION, calling(ROME, text=GREETING.text), result_of(ROME)]
+
+    def test_parts_of_one_reply_that_were_stored_apart_are_joined(self):
+        parts = [calling(ROME, text="I look.", reasoning="Hm."), calling(OSLO)]
+        shown = as_stored([QUESTION, *parts, result_of(ROME), result_of(OSLO), ANSWER])
+        joined = calling(ROME, OSLO, text="I look.", reasoning="Hm.")
+        assert shown[1]._content == joined._content
+        assert shown == [QUESTION, joined, result_of(ROME), result_of(OSLO), ANSWER]
+
+    def test_replies_with_reasoning_of_their_own_stay_apart_each_with_its_results(self):
+        first, second = calling(ROME, reasoning="Hm."), calling(OSLO, reasoning="Ah.")
+        shown = as_stored([QUESTION, first, second, result_of(ROME), result_of(OSLO)])
+        assert shown == [QUESTION, first, result_of(ROME), second, result_of(OSLO)]
+
+    def test_an_id_that_comes_again_in_a_later_reply_becomes_another(self):
+        again = ToolCall("weather", {"city": "Lima"}, id=ROME.id)
+        shown = as_stored([QUESTION, calling(ROME), result_of(ROME), calling(again), result_of(again)])
+        assert problems(shown) == []
+        assert said_of(shown)[2:] == [[("Rome", "done")], None, [("Lima", "done")]]
+        assert shown[1] == calling(ROME)
+        assert len({call.id for message in shown for call in message.tool_calls}) == 2
+
+    @pytest.mark.parametrize("role", [ChatRole.USER, ChatRole.ASSISTANT, ChatRole.SYSTEM])
+    @pytest.mark.parametrize(
+        "parts",
+        [[], [ReasoningContent("Hm.")], [TextContent(" \n")], [ReasoningContent("Hm."), TextContent("")]],
+        ids=["empty", "reasoning", "blank", "reasoning and blank"],
+    )
+    def test_messages_that_say_nothing_are_left_out(self, role, parts):
+        for portable in (True, False):
+            conversation = [QUESTION, ChatMessage(role, parts), ANSWER]
+            assert messages_for_model(conversation, portable=portable) == [QUESTION, ANSWER]
+
+    @pytest.mark.parametrize(
+        ("before", "expected"),
+        [
+            ([GREETING], []),
+            ([SYSTEM, GREETING], [SYSTEM]),
+            ([calling(ROME), result_of(ROME), ANSWER], []),
+            ([ChatMessage.from_user(""), ANSWER], []),
+            ([ChatMessage(ChatRole.USER, [ROME]), ANSWER], []),
+        ],
+        ids=["greeting", "system message", "exchange", "user who says nothing", "user who only calls"],
+    )
+    def test_the_user_speaks_first_in_a_history(self, before, expected):
+        assert messages_for_model([*before, QUESTION, ANSWER]) == [*expected, QUESTION, ANSWER]
+        assert messages_for_model(before) == expected
+
+    def test_the_current_messages_go_around_the_history(self):
+        assert messages_for_model([GREETING, QUESTION], [ANSWER, SYSTEM]) == [SYSTEM, QUESTION, ANSWER]
+
+    def test_who_speaks_first_in_the_current_messages_is_up_to_the_caller(self):
+        assert messages_for_model([], [GREETING, QUESTION]) == [GREETING, QUESTION]
+
+    def test_results_in_the_current_messages_answer_calls_in_the_history(self):
+        conversation = [QUESTION, calling(ROME), result_of(ROME)]
+        assert messages_for_model(conversation[:2], conversation[2:]) == conversation
+        assert messages_for_model([calling(ROME)], [result_of(ROME), QUESTION]) == [QUESTION]
+
+    def test_of_alternative_replies_the_first_is_shown(self):
+        replies = [ChatMessage.from_assistant(f"{number}", meta={"index": number}) for number in range(3)]
+        assert messages_for_model([QUESTION, *replies, QUESTION]) == [QUESTION, replies[0], QUESTION]
+        assert messages_for_model([QUESTION, replies[2]]) == [QUESTION, replies[2]]
+
+
+class TestPairing:
+    """The id of a call is a hint. No result is shown under the arguments of another call."""
+
+    def shown_results(self, calls, results):
+        shown = messages_for_model([QUESTION, calling(*calls), *results], portable=False)
+        return [
+            (result.origin.arguments["city"], result.result)
+            for message in shown
+            for result in message.tool_call_results
+        ]
+
+    @pytest.mark.parametrize("call_id", ["get_weather", "", None])
+    @pytest.mark.parametrize("order", [["Oslo", "Rome"], ["Rome", "Oslo"], ["Rome"], ["Oslo"]])
+    def test_calls_that_share_an_id_are_told_apart_by_their_arguments(self, call_id, order):
+        calls = [ToolCall("weather", {"city": city}, id=call_id) for city in ("Oslo", "Rome")]
+        results = [
+            answer_to(call, call.arguments["city"])
+            for city in order
+            for call in calls
+            if call.arguments["city"] == city
+        ]
+        for city, result in self.shown_results(calls, results):
+            assert result == (city if city in order else INTERRUPTED)
+
+    def test_a_foreign_id_is_told_by_the_arguments(self):
+        renamed = [replace(call, id=f"x_{call.id}") for call in (OSLO, ROME)]
+        assert self.shown_results([ROME, OSLO], [answer_to(call, call.arguments["city"]) for call in renamed]) == [
+            *(("Rome", "Rome"), ("Oslo", "Oslo"))
+        ]
+
+    def test_an_id_that_only_one_call_has_is_enough(self):
+        origins = [ToolCall("", {}, id=call.id) for call in (OSLO, ROME)]
+        results = [answer_to(origin, name) for origin, name in zip(origins, ("Oslo", "Rome"), strict=True)]
+        assert self.shown_results([ROME, OSLO], results) == [("Rome", "Rome"), ("Oslo", "Oslo")]
+
+    def test_where_nothing_is_known_the_order_counts(self):
+        results = [answer_to(ToolCall("", {}), name) for name in ("first", "second")]
+        assert self.shown_results([ROME, OSLO], results) == [("Rome", "first"), ("Oslo", "second")]
+
+    def test_a_second_result_of_a_call_does_not_answer_an_equal_call(self):
+        twin = replace(ROME, id="call_9")
+        results = [answer_to(ROME, "one"), answer_to(ROME, "two")]
+        assert self.shown_results([ROME, twin], results) == [("Rome", "one"), ("Rome", INTERRUPTED)]
+
+
+class TestPortable:
+    """Completed rounds hold what every provider takes."""
+
+    CALLED = ToolCall("weather", {"city": "Rome"}, id="functions.look_up:0", extra={"call_id": "call_77", "more": 1})
+    SIGNED = ReasoningContent("Hm.", {"reasoning_contents": [{"signature": "x"}], "id": "rs_1"})
+
+    def test_content_of_one_provider_is_left_out(self):
+        meta = {
+            "raw_content_for_server_tools": [{"type": "text", "text": "I look."}],
+            "thought_signatures": [{"has_text": True, "signature": "x"}],
+            "model": "x",
+        }
+        reply = ChatMessage(ChatRole.ASSISTANT, [self.SIGNED, TextContent("I look."), TextContent("Now.")], _meta=meta)
+        shown = messages_for_model([QUESTION, reply], [QUESTION])
+        assert unmarked(shown)[1] == ChatMessage.from_assistant("I look.\n\nNow.", meta={"model": "x"})
+        assert messages_for_model([QUESTION, reply], portable=True)[1]._content[0] == self.SIGNED  # under way
+
+    def test_call_ids_are_ids_that_every_provider_takes_and_stay_the_same_from_prompt_to_prompt(self):
+        history = stored([QUESTION, calling(self.CALLED), answer_to(self.CALLED, "Sun."), ANSWER, QUESTION, ANSWER])
+        shown = messages_for_model(history, [QUESTION])
+        (call,) = shown[1].tool_calls
+        assert call.id.startswith("fc")
+        assert len(call.id) == 9
+        assert call.id.isalnum()
+        assert call.extra == {"call_id": call.id, "more": 1}
+        assert shown[2].tool_call_results[0].origin == call
+        assert messages_for_model([*history, *stored([QUESTION, ANSWER])], [QUESTION])[: len(history)] == shown[:-1]
+        assert len(messages_for_model(history[:4], [QUESTION])[1].tool_calls[0].id) == 9
+
+    def test_the_ids_of_a_store_that_keeps_no_message_ids_differ_too(self):
+        history = [QUESTION, *[calling(ROME), result_of(ROME)] * 3, ANSWER]
+        ids = [call.id for message in messages_for_model(history, [QUESTION]) for call in message.tool_calls]
+        assert len(set(ids)) == 3
+
+    def test_images_and_files_that_only_some_take_become_text(self):
+        image, file = ImageContent("aGk=", "image/png"), FileContent("aGk=", "text/plain", filename="notes.txt")
+        results = [[TextContent("Look:"), image, file], "", [image]]
+        calls = [replace(ROME, id=f"{number}") for number in range(3)]
+        answers = [answer_to(call, result) for call, result in zip(calls, results, strict=True)]
+        picture = ChatMessage(ChatRole.ASSISTANT, [TextContent("Here."), image])
+        user = ChatMessage(ChatRole.USER, [TextContent("See."), image])
+        shown = messages_for_model([user, calling(*calls), *answers, picture], [QUESTION])
+        assert shown[0] is user
+        assert [message.tool_call_results[0].result for message in shown[2:5]] == [
+            *("Look:\n\n[image: image/png]\n\n[file: notes.txt]", "(no output)", "[image: image/png]")
+        ]
+        assert shown[5].text == "Here.\n\n[image: image/png]"
+
+    def test_a_step_of_another_model_in_the_round_under_way_is_portable(self):
+        first = replace(calling(self.CALLED, reasoning="Hm."), _meta={"model": "one"})
+        second = replace(calling(OSLO, reasoning="Ah."), _meta={"model": "two"})
+        shown = messages_for_model([QUESTION, first, answer_to(self.CALLED), second, result_of(OSLO)])
+        assert shown[1].reasoning is None
+        assert shown[1].tool_calls[0].id != self.CALLED.id
+        assert shown[3] is second
+
+
+class TestProviderContent:
+    RAW = (
+        {"type": "text", "text": "Let me look."},
+        {"type": "server_tool_use", "id": "srv_1", "name": "web_search", "input": {"query": "x"}},
+        {"type": "web_search_tool_result", "tool_use_id": "srv_1", "content": []},
+        {"type": "tool_use", "id": "call_1", "name": "weather", "input": {"city": "Rome"}},
+    )
+
+    def searching(self, text="Let me look.", calls=(ROME,), raw=RAW):
+        meta = {"raw_content_for_server_tools": [dict(block) for block in raw]}
+        return ChatMessage.from_assistant(text, tool_calls=list(calls), meta=meta)
+
+    @pytest.mark.parametrize("portable", [True, False])
+    def test_a_refusal_is_an_answer(self, portable):
+        refusal = ChatMessage.from_assistant(None, meta={"refusal": "I cannot help with that."})
+        shown = messages_for_model([QUESTION, refusal], [QUESTION], portable=portable)
+        assert len(shown) == 3
+        assert (shown[1].text == "I cannot help with that.") == portable
+        assert ("refusal" in shown[1].meta) != portable
+
+    def test_a_paused_reply_is_sent_back_as_it_is(self):
+        paused = self.searching(None, [], self.RAW[1:2])
+        assert messages_for_model([QUESTION, paused]) == [QUESTION, paused]
+        assert messages_for_model([QUESTION, paused], [QUESTION]) == [QUESTION, QUESTION]
+
+    def test_raw_blocks_stay_with_a_call_that_is_answered_as_interrupted(self):
+        reply = self.searching()
+        assert as_stored([QUESTION, reply]) == [QUESTION, reply, interrupted(ROME)]
+
+    @pytest.mark.parametrize("change", ["text", "no call", "another call"])
+    def test_raw_blocks_of_a_reply_that_was_edited_are_left_out(self, change):
+        calls = {"text": [ROME], "no call": [], "another call": [OSLO]}[change]
+        edited = self.searching("I do not look." if change == "text" else "Let me look.", calls)
+        shown = messages_for_model([QUESTION, edited], portable=False)[1]
+        assert "raw_content_for_server_tools" not in shown.meta
+        assert shown.text == edited.text
+        assert shown.tool_calls == calls
+
+    def test_an_id_that_comes_again_becomes_another_in_the_raw_blocks_too(self):
+        twice = [self.searching(), result_of(ROME)] * 2
+        shown = messages_for_model([QUESTION, *twice], portable=False)
+        assert shown[1].meta["raw_content_for_server_tools"] == list(self.RAW)
+        (call,) = shown[3].tool_calls
+        assert call.id != ROME.id
+        assert shown[3].meta["raw_content_for_server_tools"][-1]["id"] == call.id
+
+    def test_parts_without_a_signature_of_gemini_get_an_entry(self):
+        signed = {"part_index": 0, "has_function_call": True, "signature": "x"}
+        reply = replace(calling(ROME, OSLO, text="I look."), _meta={"thought_signatures": [signed]})
+        shown = messages_for_model([QUESTION, reply, result_of(ROME), result_of(OSLO)])[1]
+        entries = [(bool(entry.get("has_text")), entry["signature"]) for entry in shown.meta["thought_signatures"]]
+        assert entries == [(True, None), (False, "x"), (False, None)]
+
+    def test_signatures_of_more_calls_than_there_are_go(self):
+        signed = [{"has_function_call": True, "signature": "x"}] * 2
+        reply = replace(calling(ROME), _meta={"thought_signatures": signed, "model": "x"})
+        assert messages_for_model([QUESTION, reply, result_of(ROME)])[1].meta == {"model": "x", SHOWN_KEY: True}
+
+    @pytest.mark.parametrize("key", ["cache_control", "cachePoint"])
+    @pytest.mark.parametrize("portable", [True, False])
+    def test_stored_marks_for_prompt_caches_are_not_sent_again(self, key, portable):
+        mark = {key: {"type": "ephemeral"}}
+        history = [
+            *(ChatMessage.from_user("one", meta=mark), ChatMessage.from_assistant("two", meta=mark)),
+            *(calling(ROME), answer_to(ROME, meta=mark), ChatMessage.from_assistant("three")),
+        ]
+        now = [ChatMessage.from_system("Be brief.", meta=mark), ChatMessage.from_user("four", meta=mark)]
+        shown = messages_for_model(history, now, portable=portable)
+        assert [message.text for message in shown if key in message.meta] == ["Be brief.", "four"]
+        assert same_objects([shown[0], shown[-1]], now)
+
+    def test_a_stored_question_that_is_sent_again_has_the_marks_of_now(self):
+        mark = {"cache_control": {"type": "ephemeral"}}
+        question = with_id(QUESTION, "q1")
+        now = replace(question, _meta={**question.meta, **mark})
+        (shown,) = messages_for_model([question], [now])
+        assert shown.meta["cache_control"] == mark["cache_control"]
+
+
+class TestShownIsNotStored:
+    def test_only_what_differs_from_what_is_stored_is_marked(self):
+        history = stored([QUESTION, calling(ROME, text="Hm."), ANSWER, QUESTION, calling(OSLO), result_of(OSLO)])
+        shown = messages_for_model(history, portable=False)
+        assert [SHOWN_KEY in message.meta for message in shown] == [False, False, True, False, False, False, False]
+
+    def test_what_this_turn_brings_is_never_marked(self):
+        current = ChatMessage(ChatRole.USER, [TextContent("Hi!"), TextContent(" ")])
+        (shown,) = messages_for_model([], [current])
+        assert shown == ChatMessage.from_user("Hi!")
+
+    def test_a_message_that_was_shown_is_not_taken_for_a_new_one(self):
+        (shown,) = [m for m in messages_for_model([QUESTION, calling(ROME)]) if m.role is ChatRole.TOOL]
+        assert split_system_history_current([], [shown, QUESTION]).current == [QUESTION]
+
+
+class TestMergeConsecutive:
+    def test_neighbours_of_a_role_are_joined(self):
+        history = [QUESTION, ChatMessage.from_user("Please."), ANSWER, ChatMessage.from_assistant("Really."), QUESTION]
+        shown = messages_for_model(history, merge_consecutive=True)
+        assert said_of(shown) == [f"{QUESTION.text}\n\nPlease.", f"{ANSWER.text}\n\nReally.", QUESTION.text]
+        assert [SHOWN_KEY in message.meta for message in shown] == [True, True, False]
+
+    def test_parts_keep_their_order(self):
+        image = ImageContent("aGk=", "image/png")
+        history = [ChatMessage(ChatRole.USER, [TextContent("This:"), image]), ChatMessage.from_user("What is it?")]
+        (shown,) = messages_for_model(history, merge_consecutive=True)
+        assert shown._content == [TextContent("This:"), image, TextContent("What is it?")]
+
+    def test_calls_and_results_stay_apart(self):
+        history = [QUESTION, calling(ROME), result_of(ROME), calling(OSLO), result_of(OSLO), SYSTEM, SYSTEM]
+        assert messages_for_model(history, portable=False, merge_consecutive=True) == history
+
+
+class TestStrictModel:
+    @pytest.mark.parametrize(
+        "conversation",
+        [
+            [calling(ROME)],
+            [calling(ROME), QUESTION],
+            [calling(ROME, OSLO), result_of(OSLO), QUESTION],
+            [result_of(ROME)],
+            [calling(ROME), result_of(ROME), result_of(ROME)],
+            [calling(ROME), GREETING, result_of(ROME)],
+            [calling(ROME, ROME), result_of(ROME), result_of(ROME)],
+            [calling(NAMELESS), result_of(ROME)],
+            [ChatMessage(ChatRole.TOOL, [TextContent("done")])],
+            [ChatMessage(ChatRole.ASSISTANT, [])],
+            [ChatMessage(ChatRole.ASSISTANT, [ReasoningContent("Hm.")])],
+            [ChatMessage(ChatRole.USER, [TextContent(" ")])],
+            [ChatMessage(ChatRole.USER, [ROME]), result_of(ROME)],
+            [calling(ROME), ChatMessage(ChatRole.USER, [ToolCallResult("done", ROME, False)])],
+        ],
+    )
+    def test_refuses_what_providers_refuse(self, conversation):
+        conversation = [QUESTION, *conversation]
+        assert problems(conversation) != []
+        for run in (StrictChatGenerator().run, lambda messages: asyncio.run(StrictChatGenerator().run_async(messages))):
+            with pytest.raises(ValueError, match="refuses the conversation"):
+                run(conversation)
+
+    @pytest.mark.parametrize("first", [GREETING, calling(ROME)])
+    def test_refuses_a_conversation_in_which_the_user_does_not_speak_first(self, first):
+        assert problems([SYSTEM, QUESTION, ANSWER]) == []
+        assert problems([SYSTEM, first, QUESTION, ANSWER]) != []
+
+    @pytest.mark.parametrize("conversation", [[], [SYSTEM], [QUESTION, ANSWER], [QUESTION, GREETING]])
+    def test_refuses_to_answer_where_it_is_not_asked(self, conversation):
+        assert problems(conversation) == []
+        assert problems_when_asked(conversation) != []
+        assert problems_when_asked([*conversation, QUESTION]) == []
+        with pytest.raises(ValueError, match="refuses the conversation"):
+            StrictChatGenerator().run(conversation)
+
+
+# ---------------------------------------------------------------------- properties
+
+
+@untimed
+@given(any_conversations, st.booleans())
+def test_what_is_shown_is_valid_and_shown_again_stays_the_same(conversation, portable):
+    shown = messages_for_model(stored(conversation), portable=portable)
+    assert problems(shown) == []
+    assert messages_for_model(shown, portable=portable) == shown
+
+
+@untimed
+@given(valid_conversations)
+def test_a_valid_conversation_is_shown_as_it_is(conversation):
+    shown = messages_for_model(conversation, portable=False)
+    changed = [message for message in shown if SHOWN_KEY in message.meta]
+    # Results that stand in another order than their calls, and a call after a text of the same side.
+    follows = {id(after) for before, after in pairwise(conversation) if before.role is after.role}
+    apart = [message for message in conversation if message.role is not ChatRole.TOOL]
+    if not problems(conversation) and not any(m.tool_calls and id(m) in follows for m in conversation):
+        assert same_objects([message for message in shown if message.role is not ChatRole.TOOL], apart)
+        assert all(message.role is ChatRole.TOOL for message in changed)
+
+
+@untimed
+@given(after_a_question, st.booleans())
+def test_what_people_and_models_said_is_never_lost_or_reordered(conversation, portable):
+    def spoken(messages):
+        texts = [text for message in messages for text in message.texts if text.strip()]
+        return "\n\n".join(texts)
+
+    shown = messages_for_model(conversation, portable=portable)
+    assert spoken(shown) == spoken(conversation)
+
+
+@untimed
+@given(any_conversations, st.booleans())
+def test_the_conversation_passed_in_is_not_changed(conversation, portable):
+    before, objects = copy.deepcopy(conversation), list(conversation)
+    messages_for_model(conversation, portable=portable)
+    assert conversation == before
+    assert same_objects(conversation, objects)
+
+
+@untimed
+@given(after_a_question, st.booleans())
+def test_all_calls_are_shown_and_no_result_that_was_given_to_a_call_is_lost(conversation, portable):
+    shown = messages_for_model(conversation, portable=portable)
+
+    def work(messages):
+        return [(call.tool_name, call.arguments) for message in messages for call in message.tool_calls]
+
+    assert work(shown) == work(message for message in conversation if message.role is ChatRole.ASSISTANT)
+    results = [result for message in shown for result in message.tool_call_results]
+    assert len(results) == len(work(shown))
+    assert sum(result.result != INTERRUPTED for result in results) >= len(pairs(conversation))
+
+
+@untimed
+@given(st.integers(0, 10**6))
+def test_no_result_is_shown_under_the_arguments_of_another_call(seed):
+    """Ids are missing, shared or foreign; results come in any order, some never. Each says what it is the result of."""
+    rng = random.Random(seed)
+    calls = [ToolCall("weather", {"city": f"{n}"}, id=rng.choice([None, "", "a", "b", f"c{n}"])) for n in range(5)]
+    origins = [replace(call, id=rng.choice([call.id, None, f"x{rng.random()}"])) for call in calls]
+    answers = [answer_to(origin, origin.arguments["city"]) for origin in rng.sample(origins, rng.randint(0, 5))]
+    shown = messages_for_model([QUESTION, calling(*calls), *answers], portable=rng.random() < 0.5)
+    found = {r.origin.arguments["city"]: r.result for message in shown for r in message.tool_call_results}
+    given_results = {answer.tool_call_results[0].result for answer in answers}
+    assert found == {f"{n}": f"{n}" if f"{n}" in given_results else INTERRUPTED for n in range(5)}
+
+
+@untimed
+@given(marked_histories(), marked_histories())
+def test_whatever_comes_with_the_history_is_valid_and_no_new_message_is_lost(history, current):
+    current = [QUESTION, *current]
+    system, shown, new = split_system_history_current(history, current)
+    merged = [*system, *shown, *new]
+    assert problems(messages_for_model(history, current)) == []
+    kept = {*map(id, merged)}
+    assert {id(message) for message in current if MESSAGE_ID_KEY not in message.meta} <= kept
+    assert same_objects([m for m in merged if id(m) in {*map(id, history)}], [m for m in history if id(m) in kept])
