@@ -13,7 +13,13 @@ from haystack.token_counters.types import TokenCounter
 
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.provider_content import as_text
-from haystack_chat_store.conversation.rounds import in_question_order, question_groups, question_of, round_starts
+from haystack_chat_store.conversation.rounds import (
+    in_question_order,
+    is_alternative,
+    question_groups,
+    question_of,
+    round_starts,
+)
 from haystack_chat_store.conversation.shown import messages_for_model
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validate_last_k, validate_window_step, validated_flag
@@ -190,7 +196,8 @@ class WindowReader:
         aligned = range(0, len(rounds), self.window_step)
         after_aligned = range(aligned[-1] + 1, len(rounds))
         question, *rest = rounds[-1]
-        steps = [index for index, message in enumerate(rest) if message.role is not ChatRole.TOOL]
+        begins_step = [message.role is not ChatRole.TOOL and not is_alternative(message) for message in rest]
+        steps = [index for index, begins in enumerate(begins_step) if begins]
         return (
             longest(aligned, rounds_from)
             or longest(after_aligned, rounds_from)

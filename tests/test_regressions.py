@@ -135,7 +135,7 @@ def test_an_unanswered_call_leaves_no_message_that_says_nothing(beside):
     asked = ChatMessage(ChatRole.ASSISTANT, [*beside, ToolCall("search", {"q": 1}, id="call_1")])
     question, next_question = ChatMessage.from_user("Find it."), ChatMessage.from_user("Well?")
     shown = messages_for_model([question, asked, next_question])
-    assert [bool(message.tool_calls or message.text or message.tool_call_results) for message in shown] == [True] * 4
+    assert [bool(message.tool_calls or message.text or message.tool_call_results) for message in shown] == [True] * 5
     assert not any(isinstance(part, TextContent) and not part.text.strip() for part in shown[1]._content)
 
 
@@ -146,7 +146,8 @@ def test_parallel_calls_with_empty_ids_are_paired_by_name_and_arguments():
     for given in (answers, answers[:2]):
         shown = messages_for_model([question, asked, *given])
         results = [result for message in shown for result in message.tool_call_results]
-        assert [result.origin for result in results] == calls
+        assert [result.origin.arguments for result in results] == [call.arguments for call in calls]
+        assert len({result.origin.id for result in results}) == 3
         assert sum(result.result == f"found {result.origin.arguments['q']}" for result in results) == len(given)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from strict_model import problems
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
-from haystack_chat_store.conversation.shown import INTERRUPTED
+from haystack_chat_store.conversation.shown import INTERRUPTED, UNANSWERED
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 
 USER, ASSISTANT, SYSTEM = ChatMessage.from_user, ChatMessage.from_assistant, ChatMessage.from_system
@@ -228,7 +228,7 @@ class TestValidForTheModel:
     def test_calls_without_results_and_results_without_calls_stay_in_the_store(self, run, store):
         other = ChatMessage.from_tool("done", ToolCall("time", {}, id="call_2"))
         store.write_messages("h", [USER("q0"), ASSISTANT("Let me look.", tool_calls=[CALL]), USER("q1"), other])
-        assert texts(run(ChatMessageRetriever(store), "h")) == ["q0", "Let me look.", None, "q1"]
+        assert texts(run(ChatMessageRetriever(store), "h")) == ["q0", "Let me look.", None, UNANSWERED, "q1"]
         assert problems(run(ChatMessageRetriever(store), "h")) == []
         stored = store.retrieve_messages("h")
         assert (stored[1].tool_calls, stored[3].tool_call_results) == ([CALL], other.tool_call_results)
@@ -335,7 +335,7 @@ class TestOtherStores:
         store, history = ExperimentalStore(), uuid.uuid4().hex
         store.write_messages(history, [USER("q0"), ASSISTANT("a0"), USER("q1"), ASSISTANT(tool_calls=[CALL])])
         messages = run(ChatMessageRetriever(store), history, last_k=1, current_messages=[SYSTEM("s0"), USER("q2")])
-        assert texts(messages) == ["s0", "q1", None, None, "q2"]
+        assert texts(messages) == ["s0", "q1", None, None, UNANSWERED, "q2"]
         assert messages[3].tool_call_result.result == INTERRUPTED
         assert run(ChatMessageRetriever(store), history, last_k=0) == []
         store.delete_messages(history)

@@ -41,7 +41,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strict_model import StrictChatGenerator, problems, problems_when_asked
 
-from haystack_chat_store.conversation.shown import INTERRUPTED, messages_for_model, split_system_history_current
+from haystack_chat_store.conversation.shown import (
+    INTERRUPTED,
+    UNANSWERED,
+    messages_for_model,
+    split_system_history_current,
+)
 from haystack_chat_store.ids import MESSAGE_ID_KEY, SHOWN_KEY
 
 
@@ -107,6 +112,9 @@ def interrupted(call):
     return ChatMessage.from_tool(INTERRUPTED, origin=call, error=True)
 
 
+UNANSWERED_TURN = ChatMessage.from_assistant(UNANSWERED)
+
+
 def said_of(messages):
     """The text of each message, or the arguments of a result's call and the result."""
     return [
@@ -128,10 +136,9 @@ class TestAsStored:
             [],
             [SYSTEM, QUESTION, ANSWER],
             [QUESTION, calling(ROME, OSLO), result_of(ROME), result_of(OSLO), ANSWER],
-            [QUESTION, calling(NAMELESS, NAMELESS), result_of(NAMELESS), result_of(NAMELESS)],
             [QUESTION, calling(ROME, text="Let me look.", reasoning="I need the weather."), result_of(ROME)],
         ],
-        ids=["empty", "plain", "exchange", "without ids", "all parts"],
+        ids=["empty", "plain", "exchange", "all parts"],
     )
     def test_what_is_valid_is_shown_as_it_is(self, conversation):
         assert problems(conversation) == []
@@ -141,15 +148,17 @@ class TestAsStored:
         ("conversation", "expected"),
         [
             ([calling(ROME)], [calling(ROME), interrupted(ROME)]),
-            ([calling(ROME, reasoning="Hm."), QUESTION], [calling(ROME, reasoning="Hm."), interrupted(ROME), QUESTION]),
+            (
+                [calling(ROME, reasoning="Hm."), QUESTION],
+                [calling(ROME, reasoning="Hm."), interrupted(ROME), UNANSWERED_TURN, QUESTION],
+            ),
             (
                 [calling(ROME, OSLO), result_of(OSLO)],
                 [calling(ROME, OSLO), interrupted(ROME), result_of(OSLO)],
             ),
-            ([calling(NAMELESS, NAMELESS), result_of(NAMELESS)], None),
             (
                 [calling(ROME), QUESTION, result_of(ROME)],
-                [calling(ROME), interrupted(ROME), QUESTION],
+                [calling(ROME), interrupted(ROME), UNANSWERED_TURN, QUESTION],
             ),
             (
                 [calling(ROME), GREETING],
@@ -166,7 +175,6 @@ class TestAsStored:
         ],
     )
     def test_a_call_without_a_result_is_answered(self, conversation, expected):
-        expected = expected or [*conversation, interrupted(NAMELESS)]
         assert as_stored([QUESTION, *conversation]) == [QUESTION, *expected]
 
     @pytest.mark.parametrize(
@@ -184,8 +192,9 @@ class TestAsStored:
         assert as_stored([QUESTION, *conversation]) == [QUESTION, *expected]
 
     def test_results_stand_in_the_order_of_the_calls_one_a_message(self):
-        calls = [ROME, OSLO, NAMELESS]
-        for answers in ([result_of(OSLO, NAMELESS, ROME)], [result_of(NAMELESS), result_of(ROME), result_of(OSLO)]):
+        lima = ToolCall("weather", {"city": "Lima"}, id="call_3")
+        calls = [ROME, OSLO, lima]
+        for answers in ([result_of(OSLO, lima, ROME)], [result_of(lima), result_of(ROME), result_of(OSLO)]):
             shown = as_stored([QUESTION, calling(*calls), *answers])
             assert shown == [QUESTION, calling(*calls), *map(result_of, calls)]
 
@@ -204,6 +213,14 @@ class TestAsStored:
         first, second = calling(ROME, reasoning="Hm."), calling(OSLO, reasoning="Ah.")
         shown = as_stored([QUESTION, first, second, result_of(ROME), result_of(OSLO)])
         assert shown == [QUESTION, first, result_of(ROME), second, result_of(OSLO)]
+
+    def test_a_call_without_an_id_gets_one(self):
+        shown = as_stored([QUESTION, calling(NAMELESS, NAMELESS), result_of(NAMELESS)])
+        ids = [call.id for call in shown[1].tool_calls]
+        assert len(set(ids)) == 2
+        assert None not in ids
+        results = [(result.origin.id, result.result) for message in shown for result in message.tool_call_results]
+        assert results == [(ids[0], "done"), (ids[1], INTERRUPTED)]
 
     def test_an_id_that_comes_again_in_a_later_reply_becomes_another(self):
         again = ToolCall("weather", {"city": "Lima"}, id=ROME.id)
@@ -460,11 +477,11 @@ class TestMergeConsecutive:
         assert said_of(shown) == [f"{QUESTION.text}\n\nPlease.", f"{ANSWER.text}\n\nReally.", QUESTION.text]
         assert [SHOWN_KEY in message.meta for message in shown] == [True, True, False]
 
-    def test_parts_keep_their_order(self):
+    def test_texts_become_one_because_some_providers_take_only_one(self):
         image = ImageContent("aGk=", "image/png")
         history = [ChatMessage(ChatRole.USER, [TextContent("This:"), image]), ChatMessage.from_user("What is it?")]
         (shown,) = messages_for_model(history, merge_consecutive=True)
-        assert shown._content == [TextContent("This:"), image, TextContent("What is it?")]
+        assert shown._content == [TextContent("This:\n\nWhat is it?"), image]
 
     def test_calls_and_results_stay_apart(self):
         history = [QUESTION, calling(ROME), result_of(ROME), calling(OSLO), result_of(OSLO), SYSTEM, SYSTEM]
@@ -517,10 +534,8 @@ class TestStrictModel:
 
 @untimed
 @given(any_conversations, st.booleans())
-def test_what_is_shown_is_valid_and_shown_again_stays_the_same(conversation, portable):
-    shown = messages_for_model(stored(conversation), portable=portable)
-    assert problems(shown) == []
-    assert messages_for_model(shown, portable=portable) == shown
+def test_what_is_shown_is_valid(conversation, portable):
+    assert problems(messages_for_model(conversation, portable=portable)) == []
 
 
 @untimed
@@ -531,16 +546,18 @@ def test_a_valid_conversation_is_shown_as_it_is(conversation):
     # Results that stand in another order than their calls, and a call after a text of the same side.
     follows = {id(after) for before, after in pairwise(conversation) if before.role is after.role}
     apart = [message for message in conversation if message.role is not ChatRole.TOOL]
-    if not problems(conversation) and not any(m.tool_calls and id(m) in follows for m in conversation):
-        assert same_objects([message for message in shown if message.role is not ChatRole.TOOL], apart)
-        assert all(message.role is ChatRole.TOOL for message in changed)
+    has_ids = all(call.id for message in conversation for call in message.tool_calls)
+    if has_ids and not problems(conversation) and not any(m.tool_calls and id(m) in follows for m in conversation):
+        found = [message for message in shown if message.role is not ChatRole.TOOL and message.text != UNANSWERED]
+        assert same_objects(found, apart)
+        assert all(message.role is ChatRole.TOOL or message.text == UNANSWERED for message in changed)
 
 
 @untimed
 @given(after_a_question, st.booleans())
 def test_what_people_and_models_said_is_never_lost_or_reordered(conversation, portable):
     def spoken(messages):
-        texts = [text for message in messages for text in message.texts if text.strip()]
+        texts = [text for message in messages for text in message.texts if text.strip() and text != UNANSWERED]
         return "\n\n".join(texts)
 
     shown = messages_for_model(conversation, portable=portable)
@@ -567,7 +584,9 @@ def test_all_calls_are_shown_and_no_result_that_was_given_to_a_call_is_lost(conv
     assert work(shown) == work(message for message in conversation if message.role is ChatRole.ASSISTANT)
     results = [result for message in shown for result in message.tool_call_results]
     assert len(results) == len(work(shown))
-    assert sum(result.result != INTERRUPTED for result in results) >= len(pairs(conversation))
+    ids = [[call.id for call in message.tool_calls] for message in conversation]
+    if all(len(set(of_reply)) == len(of_reply) for of_reply in ids):  # else the arguments decide
+        assert sum(result.result != INTERRUPTED for result in results) >= len(pairs(conversation))
 
 
 @untimed

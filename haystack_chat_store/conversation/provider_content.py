@@ -12,7 +12,7 @@ mistral-haystack 3.0, openrouter-haystack 2.0 and ollama-haystack 7.0.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,7 +43,7 @@ class _MetaKey:
     """
 
     current: Callable[[ChatMessage, Any], Any]
-    with_ids: Callable[[Any, Mapping[str, str]], Any]
+    with_ids: Callable[[Any, Sequence[str | None]], Any]
 
 
 def requests_of(messages: Sequence[ChatMessage]) -> dict[str | int | None, dict[str, Any]] | None:
@@ -115,10 +115,8 @@ def with_call_ids(message: ChatMessage, ids: Sequence[str | None]) -> ChatMessag
     :param message: The reply. It is not changed.
     :param ids: The ids of its calls, in order.
     """
-    new_ids = {call.id: new for call, new in zip(message.tool_calls, ids, strict=True) if call.id and new}
     meta = {
-        key: _META_KEYS[key].with_ids(value, new_ids) if key in _META_KEYS else value
-        for key, value in message.meta.items()
+        key: _META_KEYS[key].with_ids(value, ids) if key in _META_KEYS else value for key, value in message.meta.items()
     }
     content: list[Any] = []
     for part in message._content:
@@ -143,7 +141,7 @@ def without_provider_content(message: ChatMessage) -> ChatMessage:
     content = [part for part in message._content if not isinstance(part, ReasoningContent)]
     refusal = refusal_of(message)
     if refusal and not any(isinstance(part, TextContent) and part.text.strip() for part in content):
-        content.append(TextContent(refusal))
+        content.insert(0, TextContent(refusal))
     meta = {key: value for key, value in message.meta.items() if key not in _META_KEYS}
     if len(content) == len(message._content) and len(meta) == len(message.meta):
         return message
@@ -185,12 +183,9 @@ def _current_raw_blocks(message: ChatMessage, blocks: Any) -> Any:
     return blocks if is_same and calls == [call.id for call in message.tool_calls] else None
 
 
-def _raw_blocks_with_ids(blocks: Any, ids: Mapping[str, str]) -> Any:
-    return [{**block, "id": ids.get(block["id"], block["id"])} if _is_call(block) else block for block in blocks]
-
-
-def _is_call(block: Any) -> bool:
-    return isinstance(block, dict) and block.get("type") == "tool_use" and isinstance(block.get("id"), str)
+def _raw_blocks_with_ids(blocks: Any, ids: Sequence[str | None]) -> Any:
+    left = iter(ids)
+    return [{**block, "id": next(left)} if block.get("type") == "tool_use" else block for block in blocks]
 
 
 def _current_signatures(message: ChatMessage, signatures: Any) -> Any:
@@ -211,7 +206,7 @@ def _current_refusal(message: ChatMessage, refusal: Any) -> Any:
     return None if any(text.strip() for text in message.texts) else refusal
 
 
-def _unchanged(value: Any, _: Mapping[str, str]) -> Any:
+def _unchanged(value: Any, _: Sequence[str | None]) -> Any:
     return value
 
 

@@ -127,31 +127,30 @@ def question_groups(history: Sequence[ChatMessage], *, with_strays: bool = True)
     it.
 
     A **stray** names a question that does not come before it: the question was removed, or the window begins after it.
-    A user message (which a hook added) begins a group then. Any other stray joins the group of the message before it,
-    unless a run has answered the question of that group. Then it is left out.
+    A user message (which a hook added) begins a group then. Any other stray joins the group of the message before it.
+    But if it stands in the middle of what another run said, it is left out.
 
     :param history: A window of a history, oldest first.
     :param with_strays: Whether strays join the group of the message before them. Defaults to True.
     :returns: The preamble, which may be empty, and then the groups in the order of their first messages. Each group is
         a round, as the model sees it.
     """
-    answered = {question_id_of(message) for message in history if message.role is not ChatRole.USER} - {None}
+    last_of_run = {question_id_of(message): place for place, message in enumerate(history)}
     group: list[ChatMessage] = []
     groups = [group]
     group_of: dict[str | int, list[ChatMessage]] = {}
 
-    def is_free(group: list[ChatMessage]) -> bool:
-        return not group or message_id_of(group[0]) not in answered
-
-    for message in history:
+    for place, message in enumerate(history):
         question = question_id_of(message)
         if question in group_of:
             group = group_of[question]
         elif message.role is ChatRole.USER:
             group = []
             groups.append(group)
-        elif question is not None and not (with_strays and is_free(group)):
-            continue
+        elif question is not None:
+            run_goes_on = bool(group) and last_of_run.get(message_id_of(group[0]) or "", -1) > place
+            if run_goes_on or not with_strays:
+                continue
         group.append(message)
         if message.role is ChatRole.USER:
             for key in (question, message_id_of(message)):
@@ -208,3 +207,9 @@ def _cannot_be_said(role: ChatRole, part: Any) -> bool:
     if isinstance(part, (ToolCall, ReasoningContent)):
         return role is not ChatRole.ASSISTANT
     return isinstance(part, ToolCallResult)  # its exchange shows it
+
+
+def is_alternative(reply: ChatMessage) -> bool:
+    """Whether a model gave the reply besides a first one: its `meta["index"]` is greater than 0."""
+    index = reply.meta.get("index")
+    return reply.role is ChatRole.ASSISTANT and isinstance(index, int) and index > 0

@@ -28,12 +28,15 @@ from haystack.dataclasses import (
 )
 
 from haystack_chat_store.conversation import provider_content
-from haystack_chat_store.conversation.rounds import is_question, said_parts
+from haystack_chat_store.conversation.rounds import is_alternative, is_question, said_parts
 from haystack_chat_store.conversation.tool_calls import results_of_calls
 from haystack_chat_store.ids import SHOWN_KEY, is_shown_only, message_id_of, question_id_of
 
 #: The result that answers a tool call whose own result is not there.
 INTERRUPTED = "The call was interrupted. It is not known whether the tool has run, and what its result was."
+#: The reply that stands for the answer of a turn that ended after the results of its tools. Mistral takes no question
+#: directly after results, and Amazon Bedrock no two messages of the user.
+UNANSWERED = "I was interrupted before I could answer."
 _NO_OUTPUT = "(no output)"
 # `fc`, which OpenAI's Responses API wants, and seven letters and digits: Mistral takes exactly nine.
 _CALL_ID_PREFIX = "fc"
@@ -97,7 +100,8 @@ def messages_for_model(
     - A tool call without a result is answered by a result that says that the call was interrupted.
     - The results of a reply are put in the order of its calls, one a message.
     - Replies that follow each other and call tools are joined, so that the results come directly after their calls.
-    - Calls whose id was given before get another one.
+    - Calls without an id, or with one that was given before, get one.
+    - Between tool results and the next question stands a reply that says that no answer was given.
     - What a generator keeps for its provider goes, if the message was edited since.
 
     Left out are results without a call, blank texts, messages that say nothing, all but the first of several
@@ -135,9 +139,10 @@ def merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
             last is not None
             and last.role is message.role
             and message.role in (ChatRole.USER, ChatRole.ASSISTANT)
-            and not last.tool_calls
+            and not (last.tool_calls or message.tool_calls)
         ):
-            joined[-1] = _marked(_joined([last, message]))
+            both = _joined([last, provider_content.without_provider_content(message)])
+            joined[-1] = _marked(provider_content.up_to_date(both))
         else:
             joined.append(message)
     return joined
@@ -189,6 +194,8 @@ class _View:
                 index = after
             else:
                 message = self._given[index]
+                if shown and shown[-1].role is ChatRole.TOOL and _begins_round(message):
+                    shown.append(ChatMessage.from_assistant(UNANSWERED, meta={SHOWN_KEY: True}))
                 if message.role is not ChatRole.TOOL:  # a result without a call
                     shown.append(self._said(message, self._is_portable(index)))
                 index += 1
@@ -239,13 +246,13 @@ class _View:
     def _reply(self, replies: Sequence[ChatMessage], portable: bool) -> Iterator[ChatMessage]:
         """Show one reply for several, if it says something."""
         stored = replies[0]
-        reply = stored if len(replies) == 1 else _joined(replies)
+        if portable:
+            replies = [provider_content.without_provider_content(reply) for reply in replies]
+        reply = replies[0] if len(replies) == 1 else _joined(replies)
         if _is_plain(reply):
             shown = reply
         elif portable:
-            shown = provider_content.without_provider_content(reply)
-            content = _with_joined_texts([_text_for_media(part) for part in said_parts(shown)])
-            shown = replace(shown, _content=content)
+            shown = replace(reply, _content=_with_joined_texts(list(map(_text_for_media, said_parts(reply)))))
             shown = self._with_neutral_ids(shown) if shown.tool_calls else shown
         else:
             shown = self._with_unique_ids(provider_content.up_to_date(reply))
@@ -279,15 +286,16 @@ class _View:
         )
 
     def _with_unique_ids(self, reply: ChatMessage) -> ChatMessage:
-        """Give other ids to calls whose ids were shown before. Leave out reasoning whose id was."""
+        """Give ids to calls that have none, or one that was shown before. Leave out reasoning whose id was."""
         reasoning_ids = [part.extra.get("id") for part in reply._content if isinstance(part, ReasoningContent)]
         if any(each in self._reasoning_ids for each in reasoning_ids if each):
             reply = provider_content.without_provider_content(reply)
         self._reasoning_ids.update(each for each in reasoning_ids if each)
-        ids: list[str | None] = []
+        ids: list[str] = []
         for number, call in enumerate(reply.tool_calls):
-            ids.append(self._new_id(reply, number, call) if call.id and call.id in self._call_ids else call.id)
-            self._call_ids.add(ids[-1] or "")
+            is_usable = call.id and call.id not in self._call_ids
+            ids.append(call.id if call.id and is_usable else self._new_id(reply, number, call))
+            self._call_ids.add(ids[-1])
         if ids == [call.id for call in reply.tool_calls]:
             return reply
         if provider_content.is_bound_to_ids(reply):
@@ -355,12 +363,7 @@ def _without_alternatives(replies: Sequence[ChatMessage]) -> Sequence[ChatMessag
     """Leave out the replies that a model gave besides the first: their `meta["index"]` is greater than 0."""
     if len(replies) == 1:
         return replies
-    return [reply for place, reply in enumerate(replies) if place == 0 or not _is_alternative(reply)]
-
-
-def _is_alternative(reply: ChatMessage) -> bool:
-    index = reply.meta.get("index")
-    return isinstance(index, int) and index > 0
+    return [reply for place, reply in enumerate(replies) if place == 0 or not is_alternative(reply)]
 
 
 def _steps(replies: Sequence[ChatMessage], found: Sequence[_Found | None], portable: bool) -> list[list[ChatMessage]]:
@@ -368,7 +371,7 @@ def _steps(replies: Sequence[ChatMessage], found: Sequence[_Found | None], porta
     Group replies that follow each other into steps: a step is shown as one reply, with its results directly after it.
 
     A reply belongs to the step before it if a result of that step comes only after the reply: it is a part of the same
-    reply of the model, which was stored apart. So is a reply that calls tools after a text, because Gemini takes calls
+    reply of the model, which was stored apart. So are texts before a reply that calls tools, because Gemini takes calls
     only directly after a question or a result. Not so a reply that has provider content of its own.
 
     :param found: The result of each call of the replies.
@@ -376,9 +379,10 @@ def _steps(replies: Sequence[ChatMessage], found: Sequence[_Found | None], porta
     steps: list[list[ChatMessage]] = []
     calls = 0  # of the last step
     answered = 0  # of these, how many have a result
-    for reply in replies:
+    last_call = max((index for index, reply in enumerate(replies) if reply.tool_calls), default=-1)
+    for index, reply in enumerate(replies):
         number = len(reply.tool_calls)
-        is_part = bool(answered) if calls else bool(number)
+        is_part = bool(answered) if calls else index <= last_call
         if steps and is_part and (portable or not provider_content.is_in(reply)):
             steps[-1].append(reply)
         else:
@@ -391,11 +395,17 @@ def _steps(replies: Sequence[ChatMessage], found: Sequence[_Found | None], porta
 
 
 def _joined(messages: Sequence[ChatMessage]) -> ChatMessage:
-    """Return one message for several of a role, with the meta of the first. In a reply, the text comes before calls."""
+    """
+    Return one message for several of a role, with the meta of the first.
+
+    Its texts become one, because some providers take only one. Calls come last.
+    """
     content = [part for message in messages for part in said_parts(message)]
-    if messages[0].role is ChatRole.ASSISTANT:
-        calls = [part for part in content if isinstance(part, ToolCall)]
-        content = [*(part for part in content if not isinstance(part, ToolCall)), *calls]
+    texts = [part for part in content if isinstance(part, TextContent)]
+    calls = [part for part in content if isinstance(part, ToolCall)]
+    others = [part for part in content if not isinstance(part, (TextContent, ToolCall))]
+    reasoning = [part for part in others if isinstance(part, ReasoningContent)]
+    content = [*reasoning, *texts, *(part for part in others if part not in reasoning), *calls]
     return replace(messages[0], _content=_with_joined_texts(content))
 
 

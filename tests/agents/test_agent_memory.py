@@ -13,7 +13,7 @@ from haystack.hooks import hook
 from haystack.token_counters import ApproximateTokenCounter
 
 from haystack_chat_store import ChatMessageStoreError
-from haystack_chat_store.conversation.shown import INTERRUPTED
+from haystack_chat_store.conversation.shown import INTERRUPTED, UNANSWERED
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 
 # ---------------------------------------------------------------------- what is stored, and seen again
@@ -293,7 +293,7 @@ def test_what_the_model_must_not_see_of_the_question_is_stored(store, run):
     agent = agent_with(store, reply("Well."))
     run(agent, [user("Hi"), reply("Wait.", call("y")), user(" "), orphan, user("So?")])
     interrupted = ChatMessage.from_tool(INTERRUPTED, origin=call("y"), error=True)
-    assert asked(agent) == says([user("Hi"), reply("Wait.", call("y")), interrupted, user("So?")])
+    assert asked(agent) == says([user("Hi"), reply("Wait.", call("y")), interrupted, reply(UNANSWERED), user("So?")])
     everything = [user("Hi"), reply("Wait.", call("y")), user(" "), orphan, user("So?"), reply("Well.")]
     assert says(stored_in(store)) == says(everything)
 
