@@ -169,7 +169,6 @@ class TestAsStored:
             "last",
             "before a question",
             "one of two",
-            "one of two without ids",
             "result too late",
             "before an answer",
         ],
