@@ -24,7 +24,7 @@ from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 _INIT = inspect.signature(ChatMessageRetriever.__init__).parameters
 _RUN = inspect.signature(ChatMessageRetriever.run).parameters
 #: Providers that insist on alternating roles.
-ALTERNATING = {"bedrock"}
+ALTERNATING = {"bedrock", "mistral"}
 
 STORES = {
     unit: InMemoryChatMessageStore(last_k=None, last_k_unit=unit, namespace="providers")
@@ -328,7 +328,7 @@ def refused(cases: Iterable[Case]) -> dict[str, Case]:
     smallest: dict[str, Case] = {}
     for case in cases:
         for rule in {problem.rule for problem in judged(case)}:
-            if rule_of(case.provider, rule).level == "unsure":
+            if not fails(case.provider, rule):
                 continue
             if rule not in smallest or len(case.stored) < len(smallest[rule].stored):
                 smallest[rule] = case
@@ -349,15 +349,33 @@ def explained(case: Case, rule: str) -> str:
     return "\n".join(lines)
 
 
+def fails(provider: str, rule: str) -> bool:
+    """Whether a test fails where a rule is broken."""
+    return rule_of(provider, rule).level in ("sure", "likely")
+
+
+def _units(messages: list[ChatMessage]) -> list[tuple[int, int]]:
+    """Return the parts that can be left out: rounds, and in them assistant messages with what belongs to them."""
+    starts = [index for index, message in enumerate(messages) if message.role is ChatRole.USER]
+    rounds = list(zip(starts, [*starts[1:], len(messages)], strict=True))
+    edges = [
+        index
+        for index, message in enumerate(messages)
+        if message.role is ChatRole.USER
+        or (message.role is ChatRole.ASSISTANT and messages[index - 1].role is not ChatRole.ASSISTANT)
+    ]
+    return [*rounds, *zip(edges, [*edges[1:], len(messages)], strict=True)]
+
+
 def shrunk(case: Case, rule: str) -> Case:
     """Return the case with as few stored messages as still break the rule."""
     case = replace(case, history_id=None)
-    smaller = True
-    while smaller:
-        smaller = False
-        for index in reversed(range(len(case.stored))):
-            shorter = replace(case, stored=[*case.stored[:index], *case.stored[index + 1 :]])
+    found: Case | None = case
+    while found is not None:
+        case, found = found, None
+        for start, end in _units(case.stored):
+            shorter = replace(case, stored=[*case.stored[:start], *case.stored[end:]])
             if shorter.stored and any(problem.rule == rule for problem in judged(shorter)):
-                case, smaller = shorter, True
+                found = shorter
                 break
     return case
