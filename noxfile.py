@@ -80,6 +80,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def providers(session: nox.Session) -> None:
+    """Check that no provider would refuse what it is shown, by the converters of Haystack's generators."""
+    install(session, "providers")
+    session.run("pytest", "tests/providers", "--full", *ON_ALL_CORES, *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Run every example in the README and in docstrings."""
     install(session, "test")
