@@ -8,7 +8,7 @@ from haystack.components.agents.state import State
 from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.errors import ChatMessageStoreError, MessageEncodingError
+from haystack_chat_store.errors import ChatMessageStoreError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.types import ChatMessageStore
 
@@ -35,8 +35,8 @@ class ChatHistorySaver:
         :param chat_message_store: The store of the chat histories: any object that follows the `ChatMessageStore`
             protocol.
         :param raise_on_failure: Whether the run fails if saving fails. Defaults to True. With False, the error is
-            logged, the run goes on, and the next hook point tries again. Only a message that cannot be encoded is left
-            out.
+            logged, the run goes on, and the next hook point tries again. Only a message that cannot be encoded, or has
+            an id that the store does not take, is left out.
         :raises ValueError: If an argument is wrong.
         """
         if not isinstance(raise_on_failure, bool):
@@ -109,10 +109,12 @@ class ChatHistorySaver:
                 )
             if attempt.error is not None and self.raise_on_failure:
                 raise attempt.error
-            if isinstance(attempt.error, MessageEncodingError) and size > 1:
-                size = 1  # save one by one, to leave out only messages that cannot be encoded
+            # A MessageEncodingError is one, and so is the error of an id that a store does not take.
+            is_invalid = isinstance(attempt.error, ValueError)
+            if is_invalid and size > 1:
+                size = 1  # save one by one, to leave out only messages that cannot be saved
                 continue
-            if isinstance(attempt.error, MessageEncodingError):
+            if is_invalid:
                 logger.error("A message of an agent's run cannot be saved: {error}", error=attempt.error)
             elif attempt.error is not None:
                 logger.error(

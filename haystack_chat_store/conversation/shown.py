@@ -190,7 +190,10 @@ class _View:
                 after = end
                 while after < len(self._given) and self._given[after].role is ChatRole.TOOL:
                     after += 1
-                shown += self._exchange(self._given[index:end], self._given[end:after], self._is_portable(index))
+                replies = self._given[index:end]
+                if after < len(self._given) and provider_content.is_paused(replies[-1]):  # no reply goes on with it
+                    replies[-1] = _marked(provider_content.without_provider_content(replies[-1]))
+                shown += self._exchange(replies, self._given[end:after], self._is_portable(index))
                 index = after
             else:
                 message = self._given[index]
@@ -383,7 +386,8 @@ def _steps(replies: Sequence[ChatMessage], found: Sequence[_Found | None], porta
     for index, reply in enumerate(replies):
         number = len(reply.tool_calls)
         is_part = bool(answered) if calls else index <= last_call
-        if steps and is_part and (portable or not provider_content.is_in(reply)):
+        has_own = provider_content.is_in(reply) or (not calls and bool(steps) and provider_content.is_in(steps[-1][0]))
+        if steps and is_part and (portable or not has_own):
             steps[-1].append(reply)
         else:
             steps.append([reply])

@@ -2,6 +2,7 @@
 """The prompts of one conversation: how they begin, how long they are, and what they do not carry."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from cases import ALTERNATING, PORTABLE, Case, show
@@ -10,6 +11,8 @@ from histories import PROVIDERS, Talk, speaker
 from judging import Asked
 from sending import OUTLINE, REQUEST, characters
 from windows import WHOLE, Window
+
+from haystack_chat_store.ids import MESSAGE_ID_KEY
 
 SYSTEM = {"openai": "messages", "responses": "input", "gemini": "contents"}
 
@@ -25,7 +28,11 @@ def moments(rng, provider):
     talk = Talk(rng)
     by = speaker(rng, provider)
     stored = []
-    for number, messages in enumerate(talk.rounds(by, 5)):
+    for number, spoken in enumerate(talk.rounds(by, 5)):
+        messages = [
+            replace(message, _meta={**message.meta, MESSAGE_ID_KEY: f"{number}.{place}"})  # as a store keeps it
+            for place, message in enumerate(spoken)
+        ]
         yield by, number, list(stored), messages[:1]
         for end, message in enumerate(messages[1:], 2):
             is_next = end < len(messages) and messages[end].role is not ChatRole.TOOL

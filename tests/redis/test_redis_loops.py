@@ -16,7 +16,8 @@ from redis_stores import clients_of, nodes_of, on_every_engine, said
 from servers import wait_until
 
 from haystack_chat_store.stores.redis import RedisChatMessageStore
-from haystack_chat_store.stores.redis.connections import AsyncSession, servers
+from haystack_chat_store.stores.redis.async_session import AsyncSession
+from haystack_chat_store.stores.redis.connections import servers
 from haystack_chat_store.testing.processes import Program
 
 

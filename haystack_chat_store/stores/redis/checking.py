@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from haystack import logging
 
 from haystack_chat_store.ids import MESSAGE_ID_KEY
-from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.directory import next_ids
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
@@ -28,6 +27,7 @@ from haystack_chat_store.stores.redis.schema import (
     valid_time,
 )
 from haystack_chat_store.stores.redis.scripts import checking as scripts
+from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.redis.staging import Stage
 from haystack_chat_store.stores.rows import MessageRow, Scope
 from haystack_chat_store.stores.times import microseconds_now

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from haystack_chat_store.errors import StoreUnavailableError
-from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, TIME_LENGTH, number, valid_time
 from haystack_chat_store.stores.redis.scripts import Script
 from haystack_chat_store.stores.redis.scripts import directory as scripts
+from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, end_of_prefix
 from haystack_chat_store.stores.times import datetime_of
 from haystack_chat_store.types import StoreStatistics

@@ -10,9 +10,11 @@ from haystack.utils import Secret
 from haystack_chat_store.errors import ChatMessageStoreError
 from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT
 from haystack_chat_store.stores.redis.checking import Checking
-from haystack_chat_store.stores.redis.connections import Session, Settings, servers
+from haystack_chat_store.stores.redis.connections import servers
 from haystack_chat_store.stores.redis.directory import Directory
+from haystack_chat_store.stores.redis.nodes import Settings
 from haystack_chat_store.stores.redis.reading import Reading
+from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.redis.writing import Writing
 from haystack_chat_store.stores.sync_async import run_sync
 

@@ -2,8 +2,8 @@
 """What the operations of all rooms need: the settings of the engine, and the keys of a scope."""
 
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.keys import Keys
+from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.rows import Scope
 
 

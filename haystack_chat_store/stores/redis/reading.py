@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from haystack_chat_store.conversation.rounds import Window
-from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.keys import Keys
 from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.schema import GAP, ROLES, TIME_LENGTH, id_and_role, number, valid_time
 from haystack_chat_store.stores.redis.scripts import messages as scripts
+from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.rows import MessageRow, Scope
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 

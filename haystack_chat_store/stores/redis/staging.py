@@ -9,11 +9,11 @@ from typing import Any
 
 from haystack_chat_store.errors import ChatMessageStoreError, MessageDecodingError
 from haystack_chat_store.stores.conflicts import duplicate, history_not_found, message_not_found
-from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.keys import Keys, bucket_of
 from haystack_chat_store.stores.redis.reading import read_part, read_positions
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, TIME_LENGTH, letters_of, new_name
 from haystack_chat_store.stores.redis.scripts import staging as scripts
+from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 
 # How long messages wait for those that follow, in milliseconds. After a crash, they are gone after this time.

@@ -14,7 +14,6 @@ from haystack_chat_store.stores.conflicts import (
     history_has_messages,
     message_not_found,
 )
-from haystack_chat_store.stores.redis.connections import Session
 from haystack_chat_store.stores.redis.directory import delete_histories, read_histories
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
@@ -22,6 +21,7 @@ from haystack_chat_store.stores.redis.reading import read_ids, read_part, read_p
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, letters_of, new_name
 from haystack_chat_store.stores.redis.scripts import directory as of_directory
 from haystack_chat_store.stores.redis.scripts import messages as scripts
+from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.redis.staging import Stage
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope
 

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The roads of a cluster: calls go to the node that has their keys, wherever it is by now."""
+
+from typing import Any
+
+from haystack import logging
+from redis import exceptions
+from redis.crc import key_slot
+
+from haystack_chat_store.stores.redis.failures import Address, may_pass, redirection
+from haystack_chat_store.stores.redis.session import Call, Session
+
+logger = logging.getLogger(__name__)
+
+
+class ClusterSession(Session):
+    """A session that knows the nodes of a cluster, if it is one."""
+
+    async def masters(self) -> list[Address]:
+        """Return the addresses of the servers that hold keys."""
+        if not self._nodes.settings.cluster:
+            return await super().masters()
+        call = Call(None, (), self._nodes.start)
+        return sorted(set(self._nodes.slots or await self._translated(call, self._discover)))
+
+    async def _run_script(self, call: Call) -> Any:
+        return await (self._run_in_cluster if self._nodes.settings.cluster else self._run)(call)
+
+    async def _run_in_cluster(self, call: Call) -> Any:
+        slot = key_slot(call.arguments[1].encode())
+        redirections = 0
+        unanswered: exceptions.RedisError | None = None
+        while True:
+            if not redirections:
+                slots = self._nodes.slots or await self._discover(call, unanswered)
+                call.address = slots[slot]
+            try:
+                return await self._run_once(call)
+            except exceptions.RedisError as error:
+                if isinstance(error, exceptions.TimeoutError):  # it hangs: the cluster may have replaced it
+                    self._nodes.silent.add(call.address)
+                    unanswered = error
+                if self._is_late(call):
+                    raise (unanswered or error) from None
+                redirected = redirection(error, call.address.host)
+                if redirected is not None:
+                    redirections += 1
+                    call.address, call.is_asking = redirected
+                elif may_pass(error, in_cluster=True):
+                    redirections, call.is_asking = 0, False
+                    logger.debug("Trying a call at the Redis Cluster again.")
+                else:
+                    raise
+                if not call.is_asking:
+                    self._nodes.slots = None
+                if redirections != 1:  # nodes that disagree redirect a call to each other without end
+                    await self.pause()
+
+    async def _discover(self, call: Call, unanswered: exceptions.RedisError | None = None) -> list[Address]:
+        """
+        Ask the nodes, one after the other, which node serves which slot.
+
+        :param call: The call to run afterwards.
+        :param unanswered: The error of an earlier attempt of the call that may have been executed. It is reported then.
+        """
+        failure: exceptions.RedisError = exceptions.ClusterDownError("No node knows which nodes serve the slots.")
+        for address in self._nodes.to_ask():
+            try:
+                connection = await self._connected(address, socket_timeout=self._nodes.timeout)
+                try:
+                    rows = await self._ask(connection, "CLUSTER", "SLOTS")
+                finally:
+                    await self._disconnect(connection)
+                if rows:
+                    return self._nodes.learn(rows, address)
+            except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
+                failure = error
+                self._nodes.silent.add(address)
+                if self._is_late(call):
+                    break
+        raise unanswered or failure

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The session of the synchronous calls."""
+
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import redis.connection
+
+from haystack_chat_store.stores.redis.cluster import ClusterSession
+from haystack_chat_store.stores.redis.nodes import Nodes
+from haystack_chat_store.stores.redis.scripts import Script
+from haystack_chat_store.stores.redis.session import RETRY_PAUSE
+
+
+class SyncSession(ClusterSession):
+    """The connections of the synchronous calls of all threads."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        """Open nothing yet."""
+        super().__init__(nodes, redis.connection)
+        self._free = threading.Semaphore(self._max_connections)
+
+    async def run_each(self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[str | int]]]) -> list[Any]:
+        """Run one after the other."""
+        return [await self.run(script, *call) for call in calls]
+
+    async def to_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Call it in this thread."""
+        return work(*arguments)
+
+    async def pause(self) -> None:
+        """Sleep."""
+        time.sleep(RETRY_PAUSE)
+
+    async def _limited(self, running: Coroutine[Any, Any, Any]) -> Any:
+        if not self._free.acquire(timeout=self._nodes.settings.timeout):
+            running.close()
+            raise self._all_in_use()
+        try:
+            return await running
+        finally:
+            self._free.release()
+
+    async def _done(self, result: Any) -> Any:
+        return result
+
+    async def _disconnect(self, connection: Any, *, is_patient: bool = False) -> None:  # noqa: ARG002  (asyncio only)
+        connection.disconnect()
