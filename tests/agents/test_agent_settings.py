@@ -64,6 +64,14 @@ def test_what_cannot_be_stored_is_left_out_if_the_run_shall_go_on(store, run, ca
     assert "At what?" not in caplog.text
 
 
+def test_a_message_with_an_id_that_no_store_takes_is_left_out_and_costs_no_other(store, run, caplog):
+    agent = agent_with(store, reply("Done.", chat_message_id="y" * 600), hook_options={"raise_on_failure": False})
+    with caplog.at_level(logging.ERROR):
+        run(agent, [user("Look!")])
+    assert says(stored_in(store)) == says([user("Look!")])
+    assert "chat_message_id" in caplog.text
+
+
 def test_if_saving_fails_after_a_message_was_left_out_the_rest_is_saved_later(failing_store, run):
     agent = agent_with(failing_store, reply("Done."), hook_options={"raise_on_failure": False})
     failing_store.failures += [MessageEncodingError("No form."), MessageEncodingError("No form.")]
