@@ -52,6 +52,9 @@ _IN_META_OR_EXTRA = re.compile(
     r"\.meta\b|\.content\[\d+\]\['\w+'\](?:\['origin'\]|\['result'\]\[\d+\]\['\w+'\])?\['(?:meta|extra)'\]"
 )
 
+# Together, this many texts are parsed faster than one by one. More would not fit into a processor's cache.
+_BATCH_SIZE = 100
+
 logger = logging.getLogger(__name__)
 
 
@@ -85,11 +88,11 @@ def encode_message(message: ChatMessage, message_id: str, where: str = "message"
 def _plain_text(message: ChatMessage, message_id: str) -> str | None:
     """Encode a message that contains only plain data, as nearly all do. Return `None` for any other message."""
     meta, name = message._meta, message._name
-    if type(message) is not ChatMessage or not (name is None or type(name) is str) or not is_plain(meta):
+    if type(message) is not ChatMessage or not (name is None or type(name) is str) or (meta and not is_plain(meta)):
         return None
     content = []
     for part in message._content:
-        data = _plain_part(part)
+        data = {"text": part.text} if type(part) is TextContent and type(part.text) is str else _plain_part(part)
         if data is None:
             return None
         content.append(data)
@@ -108,13 +111,17 @@ def decode_messages(texts: Sequence[str]) -> list[ChatMessage]:
     :param texts: Results of `encode_message`, oldest first.
     :raises MessageDecodingError: If a text cannot be decoded. The error names the text's index, not its content.
     """
-    try:
-        rows = parse_json(f"[{','.join(texts)}]")
-        if len(rows) == len(texts):
-            return [_message_from_dict(row) for row in rows]
-    except Exception:  # noqa: S110  (whatever is wrong, decoding one by one reports it)
-        pass
-    return [_decoded_alone(text, index) for index, text in enumerate(texts)]
+    messages: list[ChatMessage] = []
+    for start in range(0, len(texts), _BATCH_SIZE):
+        batch = texts[start : start + _BATCH_SIZE]
+        try:
+            rows = parse_json(f"[{','.join(batch)}]")
+            if len(rows) != len(batch):
+                raise ValueError("A text is not one JSON value.")
+            messages += [_message_from_dict(row) for row in rows]
+        except Exception:  # whatever is wrong, decoding one by one reports it
+            messages += [_decoded_alone(text, index) for index, text in enumerate(batch, start)]
+    return messages
 
 
 def _decoded_alone(text: str, index: int) -> ChatMessage:
@@ -184,59 +191,49 @@ def _message_from_dict(data: dict[str, Any]) -> ChatMessage:
 
     The constructors would repeat validation that was done when the message was created.
     """
-    content = [_part_from_dict(part) for part in data["content"]]
-    state = {"_role": _ROLES[data["role"]], "_content": content, "_name": data["name"], "_meta": data["meta"] or {}}
-    if len(data) != len(state) or type(data["content"]) is not list or type(state["_meta"]) is not dict:
+    content, meta = data["content"], data["meta"] or {}
+    if len(data) != 4 or type(content) is not list or type(meta) is not dict:
         raise ValueError("Not what this version of Haystack writes.")
-    message: ChatMessage = _instance(ChatMessage, state)
+    for index, part in enumerate(content):
+        if "text" in part and len(part) == 1:
+            content[index] = text = object.__new__(TextContent)
+            object.__setattr__(text, "__dict__", part)
+        else:
+            content[index] = _part_from_dict(part)
+    message = object.__new__(ChatMessage)
+    state = {"_role": _ROLES[data["role"]], "_content": content, "_name": data["name"], "_meta": meta}
+    object.__setattr__(message, "__dict__", state)
     return message
 
 
 def _part_from_dict(data: dict[str, Any]) -> Any:
-    if "text" in data and len(data) == 1:
-        return _instance(TextContent, data)
     ((key, value),) = data.items()
-    kind = _PART_KINDS[key]
-    if kind is ToolCallResult:
-        value["origin"] = _dataclass_from_dict(ToolCall, value["origin"])
-        if type(value["result"]) is list:
-            value["result"] = [_part_from_dict(item) for item in value["result"]]
-    return _dataclass_from_dict(kind, value)
-
-
-def _dataclass_from_dict(kind: type, data: dict[str, Any]) -> Any:
-    if data.keys() != _FIELDS[kind]:
-        raise ValueError("Not what this version of Haystack writes.")
-    return _instance(kind, data)
-
-
-def _instance(kind: type, state: dict[str, Any]) -> Any:
-    """Return an instance of a dataclass whose `__dict__` is `state` itself."""
-    instance: Any = object.__new__(kind)
-    object.__setattr__(instance, "__dict__", state)
-    return instance
+    kind: type = TextContent
+    state = data
+    if key != "text":
+        kind, state = _PART_KINDS[key], value
+        if state.keys() != _FIELDS[kind]:
+            raise ValueError("Not what this version of Haystack writes.")
+        if kind is ToolCallResult:
+            state["origin"] = _part_from_dict({"tool_call": state["origin"]})
+            if type(state["result"]) is list:
+                state["result"] = [_part_from_dict(item) for item in state["result"]]
+    part: Any = object.__new__(kind)
+    object.__setattr__(part, "__dict__", state)
+    return part
 
 
 def _plain_part(part: Any) -> dict[str, Any] | None:
     """
     Return the stored form of a part of a message, or `None` if the part contains anything but plain data.
 
-    Of the most frequent kinds of parts, only fields that can contain other data are checked.
+    Of calls and texts that tools returned, only fields that can contain other data are checked.
     """
-    kind = type(part)
-    if kind is TextContent:
-        return vars(part) if type(part.text) is str else None
-    if kind not in _PART_KEYS:
-        return None
     try:
         data = _part_to_dict(part, "")
     except MessageEncodingError:  # raised again with the name of the message
         return None
-    if kind is ToolCall:
-        has_plain_fields = is_plain(part.arguments) and (part.extra is None or is_plain(part.extra))
-    elif kind is ToolCallResult and type(part.result) is str:
-        origin = part.origin
-        has_plain_fields = is_plain(origin.arguments) and (origin.extra is None or is_plain(origin.extra))
-    else:
-        has_plain_fields = is_plain(data)
-    return data if has_plain_fields else None
+    call = part.origin if type(part) is ToolCallResult and type(part.result) is str else part
+    if type(call) is ToolCall:
+        return data if is_plain(call.arguments) and (call.extra is None or is_plain(call.extra)) else None
+    return data if is_plain(data) else None

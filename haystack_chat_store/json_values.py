@@ -149,8 +149,7 @@ def is_plain(data: Any, depth: int = MAX_DEPTH - 10) -> bool:
     if depth == 1:
         return False
     for value in data:
-        kind = type(value)
-        if kind not in _SCALARS and not ((kind is dict or kind is list) and is_plain(value, depth - 1)):
+        if type(value) not in _SCALARS and not is_plain(value, depth - 1):
             return False
     return True
 

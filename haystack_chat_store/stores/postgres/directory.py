@@ -5,6 +5,7 @@ import math
 import uuid
 from collections.abc import Sequence
 from datetime import date, timedelta
+from itertools import starmap
 from typing import Any
 
 from haystack_chat_store.errors import UnsupportedOperationError
@@ -50,7 +51,7 @@ class Directory(Engine[Session]):
     async def history(self, session: Session, scope: Scope, chat_history_id: str) -> HistoryRow | None:
         """Return one history, or `None` if it does not exist."""
         rows = await session.fetch(session.statements.history, [history_key(scope, chat_history_id)])
-        return _history(rows[0]) if rows else None
+        return HistoryRow(*rows[0]) if rows else None
 
     async def histories(
         self, session: Session, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
@@ -77,16 +78,16 @@ class Directory(Engine[Session]):
                 break
             rows = await session.fetch(statements.histories_near, parameters)
             if len(rows) == limit:
-                return list(map(_history, rows))
+                return list(starmap(HistoryRow, rows))
             few *= 4
-        return list(map(_history, await session.fetch(statement, parameters)))
+        return list(starmap(HistoryRow, await session.fetch(statement, parameters)))
 
     async def histories_by_id(
         self, session: Session, scope: Scope, prefix: str, after: str, limit: int
     ) -> list[HistoryRow]:
         """Walk along the index by id."""
         parameters = {**prefix_parameters(scope, prefix), "after": after, "limit": limit}
-        return list(map(_history, await session.fetch(session.statements.histories_by_id, parameters)))
+        return list(starmap(HistoryRow, await session.fetch(session.statements.histories_by_id, parameters)))
 
     async def update_history(
         self,
@@ -105,7 +106,7 @@ class Directory(Engine[Session]):
             "meta": None if meta is UNCHANGED else meta,
         }
         rows = await session.fetch(session.statements.update_history, parameters)
-        return _history(rows[0]) if rows else None
+        return HistoryRow(*rows[0]) if rows else None
 
     async def statistics(self, session: Session, scope: Scope, prefix: str) -> StoreStatistics:
         """Count every message, as of one moment."""
@@ -170,16 +171,3 @@ def _delete_batch(found: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]
         if index and messages > _DELETE_BATCH_MESSAGES:
             return found[:index]
     return found
-
-
-def _history(row: Sequence[Any]) -> HistoryRow:
-    chat_history_id, message_count, round_count, created_at, updated_at, title, meta = row
-    return HistoryRow(
-        chat_history_id=chat_history_id,
-        message_count=message_count,
-        round_count=round_count,
-        created_at=created_at,
-        updated_at=updated_at,
-        title=title,
-        meta=meta,
-    )

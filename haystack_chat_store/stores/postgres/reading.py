@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations that read messages."""
 
-from collections.abc import Sequence
+from itertools import starmap
 from typing import Any
 
 from haystack_chat_store.conversation.rounds import Window
@@ -45,9 +45,4 @@ class Reading(Engine[Session]):
         else:
             end = MAX_POSITION if before is None else min(before, MAX_POSITION)
             rows = (await session.fetch(session.statements.page_before, [key, end, limit]))[::-1]
-        return list(map(_message, rows))
-
-
-def _message(row: Sequence[Any]) -> MessageRow:
-    position, created_at, message_id, role, content = row
-    return MessageRow(position=position, created_at=created_at, message_id=message_id, role=role, content=content)
+        return list(starmap(MessageRow, rows))

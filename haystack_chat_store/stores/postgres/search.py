@@ -8,6 +8,7 @@ have been indexed. A process that connected before search was turned on still wr
 """
 
 from collections.abc import Sequence
+from itertools import starmap
 from typing import Any
 
 from haystack_chat_store.search_text import Phrase
@@ -58,7 +59,7 @@ class Search(Engine[Session]):
             statement = statements.search_few
         else:
             statement = statements.search_for_few
-        return list(map(_found, await session.fetch(statement, {**parameters, "keys": keys})))
+        return list(starmap(FoundRow, await session.fetch(statement, {**parameters, "keys": keys})))
 
     async def index_some(self, session: Session, scope: Scope, limit: int) -> bool:  # noqa: ARG002  (all namespaces)
         """Index the next messages of all namespaces."""
@@ -98,10 +99,3 @@ async def _index_batch(session: Session, limit: int) -> tuple[Any, int] | None:
     terms = await session.to_thread(tsvectors, [row[2] for row in rows])
     await session.run(session.statements.set_terms, [keys, positions, "\n".join(terms)])
     return end
-
-
-def _found(row: Sequence[Any]) -> FoundRow:
-    chat_history_id, position, message_id, content, score = row
-    return FoundRow(
-        chat_history_id=chat_history_id, position=position, message_id=message_id, content=content, score=score
-    )

@@ -64,7 +64,7 @@ _UPDATED_AT_OF_CURSOR = (
 #: What statements have in common, under the names by which they include it.
 FRAGMENTS = {
     "history_row": (
-        f"chat_history_id, message_count, round_count, {_microseconds('created_at')}, {_microseconds('updated_at')}, "
+        f"chat_history_id, {_microseconds('created_at')}, {_microseconds('updated_at')}, message_count, round_count, "
         "title, meta"
     ),
     "message_row": f"position, {_microseconds('created_at')}, message_id, role, content",

@@ -4,7 +4,7 @@
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, starmap
 from math import inf
 from typing import Any
 
@@ -19,7 +19,7 @@ from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.types import StoreStatistics
 
 _SELECT_HISTORY = """
-    SELECT chat_history_id, message_count, round_count, created_at, updated_at, title, meta FROM haystack_chat_histories
+    SELECT chat_history_id, created_at, updated_at, message_count, round_count, title, meta FROM haystack_chat_histories
 """
 _HISTORY = _SELECT_HISTORY + "WHERE namespace = ? AND chat_history_id = ?"
 _HISTORIES_BY_ID = f"""
@@ -199,18 +199,11 @@ def is_utf8(text: bytes | None) -> bool:
 
 
 def _history_rows(rows: Iterable[Sequence[Any]]) -> list[HistoryRow]:
-    return [
-        HistoryRow(
-            chat_history_id=chat_history_id,
-            message_count=message_count,
-            round_count=round_count,
-            created_at=created_at,
-            updated_at=updated_at if type(updated_at) is int else _damaged_time(updated_at),
-            title=title,
-            meta=meta,
-        )
-        for chat_history_id, message_count, round_count, created_at, updated_at, title, meta in rows
-    ]
+    histories = list(starmap(HistoryRow, rows))
+    for history in histories:
+        if type(history.updated_at) is not int:
+            history.updated_at = _damaged_time(history.updated_at)
+    return histories
 
 
 def _damaged_time(value: object) -> int:

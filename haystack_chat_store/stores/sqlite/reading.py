@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations that read messages."""
 
+from itertools import starmap
+
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.rows import MessageRow, Scope
@@ -88,7 +90,4 @@ class Reading(Engine[Database]):
             else:
                 last = MAX_POSITION if before is None else before - 1
                 rows = readable_rows(connection, _PAGE_BEFORE, (*history, 0, last, limit))[::-1]
-        return [
-            MessageRow(position=position, created_at=created_at, message_id=message_id, role=role, content=content)
-            for position, created_at, message_id, role, content in rows
-        ]
+        return list(starmap(MessageRow, rows))

@@ -2,6 +2,7 @@
 """The operations on the index of words."""
 
 from collections.abc import Sequence
+from itertools import starmap
 
 from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.engine import Engine
@@ -80,10 +81,7 @@ class Search(Engine[Database]):
             else:
                 keys = (key_range(first)[0], key_range(last)[1])
                 rows = readable_rows(connection, _SEARCH_FEW, (*values, *keys))
-        return [
-            FoundRow(chat_history_id=history_id, position=position, message_id=message_id, content=content, score=score)
-            for history_id, position, message_id, content, score in rows
-        ]
+        return list(starmap(FoundRow, rows))
 
     def index_some(self, session: Database, scope: Scope, limit: int) -> bool:  # noqa: ARG002  (all namespaces)
         """Index the next messages by their keys, of all namespaces."""
