@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from haystack_chat_store.errors import StoreUnavailableError
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
-from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, TIME_LENGTH, number, valid_time
+from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, TIME_LENGTH, number
 from haystack_chat_store.stores.redis.scripts import Script
 from haystack_chat_store.stores.redis.scripts import directory as scripts
 from haystack_chat_store.stores.redis.session import Session
@@ -17,8 +17,8 @@ from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchan
 from haystack_chat_store.stores.times import datetime_of
 from haystack_chat_store.types import StoreStatistics
 
-# How many times of messages one script returns.
-_TIMES_PER_STEP = 10_000
+# How many parts of histories, each of up to BATCH_SIZE messages, one script returns the times of.
+_PARTS_PER_STEP = 50
 # How many histories one script deletes.
 _ERASED_PER_STEP = 100
 _MICROSECONDS_PER_DAY = 24 * 3600 * 10**6
@@ -72,7 +72,7 @@ class Directory(RedisOperations):
         """Merge the newest histories of all buckets."""
 
         def arguments_of(place: _Place | None, count: int) -> list[str | int]:
-            after = ("", "") if place is None else (str(_cursor_time(place.time)), place.chat_history_id)
+            after = ("", "") if place is None else (str(int(place.time)), place.chat_history_id)
             return [prefix, *_range(prefix), count, *after]
 
         def parsed(answer: Any) -> tuple[_Place | None, list[_Place]]:
@@ -149,21 +149,17 @@ class Directory(RedisOperations):
         erased = 0
         for bucket in range(BUCKETS):
             after: str | None = ""
-            skipped = 0
             while after is not None:
+                count = min(limit - erased, _ERASED_PER_STEP)
                 if prefix or updated_before is None:
-                    after, found = await next_ids(session, keys, bucket, prefix, after, updated_before=updated_before)
+                    after, found = await next_ids(session, keys, bucket, prefix, after, count, updated_before)
                 else:
-                    arguments = [BATCH_SIZE, updated_before, skipped]
-                    has_more, unremovable, found = await session.run(scripts.OLDEST, keys.of_bucket(bucket), arguments)
-                    after = "" if has_more else None
-                    skipped += unremovable
-                while found:
-                    batch = found[: min(limit - erased, _ERASED_PER_STEP)]
-                    del found[: len(batch)]
-                    erased += await delete_histories(session, keys, bucket, batch, updated_before)
-                    if erased >= limit:
-                        return erased
+                    found = await session.run(scripts.OLDEST, keys.of_bucket(bucket), [updated_before, count])
+                    after = "" if found else None
+                if found:
+                    erased += await delete_histories(session, keys, bucket, found, updated_before)
+                if erased == limit:
+                    return erased
         return erased
 
     async def vacuum(self, session: Session, scope: Scope) -> None:  # noqa: ARG002  (its files hold all namespaces)
@@ -196,7 +192,13 @@ async def read_histories(session: Session, keys: Keys, chat_history_ids: Iterabl
 
 
 async def next_ids(
-    session: Session, keys: Keys, bucket: int, prefix: str, after: str, *, updated_before: int | None = None
+    session: Session,
+    keys: Keys,
+    bucket: int,
+    prefix: str,
+    after: str,
+    count: int = BATCH_SIZE,
+    updated_before: int | None = None,
 ) -> tuple[str | None, list[str]]:
     """
     Return some ids of a bucket's histories with a prefix, and the id to go on after, or `None` if those were all.
@@ -204,7 +206,7 @@ async def next_ids(
     :param updated_before: Only histories that have not changed since this time.
     """
     ends, only = _range(prefix, after), "" if updated_before is None else updated_before
-    last, found = await session.run(scripts.BY_ID, keys.of_bucket(bucket), [*ends, BATCH_SIZE, only])
+    last, found = await session.run(scripts.BY_ID, keys.of_bucket(bucket), [*ends, count, only])
     return last or None, found
 
 
@@ -257,7 +259,7 @@ async def _merged(session: Session, keys: Keys, order: _Order, start: _Place | N
                 row = histories[chat_history_id].row
                 # A history that has changed just now keeps its place in this list.
                 is_same = not order.is_descending or float(row.updated_at) == time
-                rows.append(row if is_same else replace(row, updated_at=_cursor_time(time)))
+                rows.append(row if is_same else replace(row, updated_at=int(time)))
         del waiting[:needed]
         if len(rows) == limit or not (waiting or continue_from):
             return rows
@@ -268,36 +270,20 @@ async def _messages_per_day(
 ) -> Counter[int]:
     """Return how many messages of a bucket's histories were stored on which day since 1970."""
     days: Counter[int] = Counter()
-    names: list[str] = []
-    ranges: list[int] = []
-    room = _TIMES_PER_STEP
-    for each in histories:
-        history = keys.of_history(each.row.chat_history_id)
-        first = 0
-        while first < each.next_position:
-            last = min(first + room, each.next_position) - 1
-            names += [history.roles, history.times]
-            ranges += [first, last]
-            room -= last - first + 1
-            first = last + 1
-            if room == 0:
-                days.update(await _count_days(session, keys, bucket, names, ranges))
-                names, ranges, room = [], [], _TIMES_PER_STEP
-    if names:
-        days.update(await _count_days(session, keys, bucket, names, ranges))
+    parts = [
+        (keys.of_history(each.row.chat_history_id), first, min(first + BATCH_SIZE, each.next_position) - 1)
+        for each in histories
+        for first in range(0, each.next_position, BATCH_SIZE)
+    ]
+    for index in range(0, len(parts), _PARTS_PER_STEP):
+        some = parts[index : index + _PARTS_PER_STEP]
+        names = [name for history, _, _ in some for name in (history.roles, history.times)]
+        ranges = [end for _, *ends in some for end in ends]
+        found = await session.run(scripts.TIMES, [keys.of_bucket(bucket).schema_version, *names], ranges)
+        for roles, times in zip(found[::2], found[1::2], strict=True):
+            starts = (TIME_LENGTH * place for place, letter in enumerate(roles) if letter != GAP)
+            days.update(number(times[start : start + TIME_LENGTH]) // _MICROSECONDS_PER_DAY for start in starts)
     return days
-
-
-async def _count_days(
-    session: Session, keys: Keys, bucket: int, names: Sequence[str], ranges: Sequence[int]
-) -> Counter[int]:
-    found = await session.run(scripts.TIMES, [keys.of_bucket(bucket).schema_version, *names], ranges)
-    return Counter(
-        (valid_time(times[index * TIME_LENGTH : (index + 1) * TIME_LENGTH]) or 0) // _MICROSECONDS_PER_DAY
-        for roles, times in zip(found[::2], found[1::2], strict=True)
-        for index, letter in enumerate(roles)
-        if letter != GAP
-    )
 
 
 async def _used_memory(session: Session) -> int | None:
@@ -337,19 +323,12 @@ def _listed_history(chat_history_id: str, fields: Sequence[str | None]) -> _List
         chat_history_id=chat_history_id,
         message_count=number(message_count),
         round_count=number(round_count),
-        created_at=valid_time(created_at) or 0,
-        updated_at=valid_time(updated_at) or 0,
+        created_at=number(created_at),
+        updated_at=number(updated_at),
         title=title,
         meta=meta,
     )
     return _ListedHistory(row=row, next_position=number(next_position))
-
-
-def _cursor_time(time: float) -> int:
-    """
-    Return a time as an integer that a cursor can hold, whatever another program has set as the time in the directory.
-    """
-    return int(max(-(2.0**62), min(time, 2.0**62)))
 
 
 def _range(prefix: str, after: str = "") -> tuple[str, str]:

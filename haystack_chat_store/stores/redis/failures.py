@@ -93,18 +93,6 @@ def may_pass(error: Exception, *, in_cluster: bool = False) -> bool:
     return _reply(error).startswith(_PASSING)
 
 
-def of_logging_in(error: exceptions.ResponseError, password: str | None) -> exceptions.ResponseError:
-    """
-    Return the exception for an unexpected reply to logging in, without the password that the reply may quote in part.
-
-    :param error: The error reply.
-    :param password: The password.
-    """
-    beginning = re.split("[\"'`]", str(error))[0]
-    is_shown = not password or password not in beginning
-    return exceptions.ResponseError(beginning if is_shown else "the answer to logging in cannot be shown.")
-
-
 def explained(error: Exception, address: Address, timeout: float) -> ChatMessageStoreError:
     """
     Return the exception of this package for an exception of redis-py, or for a timeout.

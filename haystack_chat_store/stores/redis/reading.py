@@ -8,7 +8,7 @@ from typing import Any
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.stores.redis.keys import Keys
 from haystack_chat_store.stores.redis.operations import RedisOperations
-from haystack_chat_store.stores.redis.schema import GAP, ROLES, TIME_LENGTH, id_and_role, number, valid_time
+from haystack_chat_store.stores.redis.schema import ROLES, id_and_role, number
 from haystack_chat_store.stores.redis.scripts import messages as scripts
 from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.rows import MessageRow, Scope
@@ -77,10 +77,9 @@ async def read_part(
 ) -> Part:
     """Return up to `limit` messages as of one moment: the last ones before a position, or the first ones after one."""
     page = ["" if after is None else after, min(before, MAX_COUNT), limit]
-    state, next_position, pieces = await session.run(scripts.PAGE, keys.to_read(chat_history_id), page)
-    characters = sum(len(content) for piece in pieces for content in piece[2])
-    is_large = characters > MAX_CHARACTERS_ON_LOOP
-    rows = await session.to_thread(_rows, pieces) if is_large else _rows(pieces)
+    state, next_position, found = await session.run(scripts.PAGE, keys.to_read(chat_history_id), page)
+    is_large = sum(map(len, found[3::4])) > MAX_CHARACTERS_ON_LOOP
+    rows = await session.to_thread(_rows, found) if is_large else _rows(found)
     if not all(row.message_id for row in rows):  # damaged messages, whose ids only the index knows
         ids = {
             position: message_id for message_id, position in (await read_ids(session, keys, chat_history_id)).items()
@@ -109,19 +108,12 @@ async def read_ids(session: Session, keys: Keys, chat_history_id: str) -> dict[s
             return found
 
 
-def _rows(pieces: Sequence[Any]) -> list[MessageRow]:
+def _rows(found: Sequence[Any]) -> list[MessageRow]:
     rows = []
-    for first, letters, contents, times in pieces:
-        for index, (letter, content) in enumerate(zip(letters, contents, strict=True)):
-            if letter != GAP:
-                message_id, _ = id_and_role(content) or ("", "")
-                rows.append(
-                    MessageRow(
-                        position=first + index,
-                        created_at=valid_time(times[index * TIME_LENGTH : (index + 1) * TIME_LENGTH]) or 0,
-                        message_id=message_id,
-                        role=ROLES.get(letter, letter),
-                        content=content,
-                    )
-                )
+    for position, letter, time, content in zip(found[::4], found[1::4], found[2::4], found[3::4], strict=True):
+        message_id, _ = id_and_role(content) or ("", "")
+        role = ROLES.get(letter, letter)
+        rows.append(
+            MessageRow(position=position, created_at=number(time), message_id=message_id, role=role, content=content)
+        )
     return rows

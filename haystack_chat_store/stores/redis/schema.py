@@ -6,22 +6,14 @@ How histories are kept: the version of the layout, and how roles, times and numb
 """
 
 import json
-import re
 import secrets
 from collections.abc import Iterable
-from datetime import datetime, timezone
 from typing import Final
 
 from haystack_chat_store.ids import MESSAGE_ID_KEY
-from haystack_chat_store.validation import microseconds
 
 #: The version of this layout, which every bucket records.
 SCHEMA_VERSION: Final = 1
-#: The times that a `datetime` can hold, in microseconds since 1970, UTC.
-VALID_TIMES: Final = range(
-    microseconds(datetime.min.replace(tzinfo=timezone.utc), "min"),
-    microseconds(datetime.max.replace(tzinfo=timezone.utc), "max") + 1,
-)
 #: How many characters the time of a message takes in `times`: enough for each valid one.
 TIME_LENGTH: Final = 18
 #: The roles, by the letters that stand for them in `roles`.
@@ -30,8 +22,6 @@ ROLES: Final = {"u": "user", "a": "assistant", "t": "tool", "s": "system"}
 GAP: Final = "x"
 #: How many messages, ids or histories one script works on, unless the caller says how many.
 BATCH_SIZE: Final = 1000
-
-_INTEGER = re.compile(f"-?[0-9]{{1,{TIME_LENGTH}}}")
 
 
 def letters_of(roles: Iterable[str]) -> str:
@@ -56,13 +46,6 @@ def number(text: str | None) -> int:
         return int(text or 0)
     except ValueError:
         return 0
-
-
-def valid_time(text: str | None) -> int | None:
-    """Return a time that is stored as text, in microseconds since 1970, or `None` if the text is not a valid time."""
-    if not text or not _INTEGER.fullmatch(text):
-        return None
-    return time if (time := int(text)) in VALID_TIMES else None
 
 
 def new_name() -> str:

@@ -7,6 +7,7 @@ What synchronous and asynchronous sessions share is written as coroutines. In a 
 
 import asyncio
 import inspect
+import re
 import threading
 import time
 import weakref
@@ -22,7 +23,7 @@ from redis import exceptions
 
 from haystack_chat_store.errors import StoreTimeoutError
 from haystack_chat_store.stores.connection_registry import keep_alive_forever
-from haystack_chat_store.stores.redis.failures import Address, explained, may_pass, of_logging_in
+from haystack_chat_store.stores.redis.failures import Address, explained, may_pass
 from haystack_chat_store.stores.redis.nodes import Nodes
 from haystack_chat_store.stores.redis.scripts import Script
 
@@ -228,7 +229,8 @@ class Session(ABC):
         except BaseException as error:
             await self._disconnect(connection)
             if type(error) is exceptions.ResponseError:
-                raise of_logging_in(error, self._options.get("password")) from None
+                # The server may quote the password.
+                raise exceptions.ResponseError(re.split("[\"'`]", str(error))[0]) from None
             if self._nodes.settings.cluster and isinstance(error, exceptions.TimeoutError):
                 raise exceptions.ConnectionError(str(error)) from error  # nothing was sent: others may be asked
             raise

@@ -65,17 +65,12 @@ class Writing(RedisOperations):
         await delete_histories(session, self.keys(scope), bucket_of(chat_history_id), [chat_history_id])
 
     async def delete_all(self, session: Session, scope: Scope) -> None:
-        """Go through the buckets. Histories that others write to meanwhile do not keep this from ending."""
+        """Go through the buckets, and delete all that each of them lists by then."""
         keys = self.keys(scope)
         for bucket in range(BUCKETS):
-            until_time, is_last = "", False
-            while not is_last:
-                until_time, found = await session.run(
-                    of_directory.LIST, keys.of_bucket(bucket), [until_time, _DELETED_HISTORIES_PER_STEP]
-                )
-                is_last = not until_time
-                for first in range(0, len(found), _DELETED_HISTORIES_PER_STEP):
-                    await delete_histories(session, keys, bucket, found[first : first + _DELETED_HISTORIES_PER_STEP])
+            found = await session.run(of_directory.ALL, keys.of_bucket(bucket))
+            for first in range(0, len(found), _DELETED_HISTORIES_PER_STEP):
+                await delete_histories(session, keys, bucket, found[first : first + _DELETED_HISTORIES_PER_STEP])
 
     async def delete_messages(
         self,

@@ -11,7 +11,7 @@ proto-max-bulk-len). After that, Redis refuses no command of the script.
 import hashlib
 from typing import Final
 
-from haystack_chat_store.stores.redis.schema import SCHEMA_VERSION, TIME_LENGTH, VALID_TIMES
+from haystack_chat_store.stores.redis.schema import SCHEMA_VERSION, TIME_LENGTH
 
 
 class Script:
@@ -76,11 +76,9 @@ local microseconds = string.format('%.0f', time[1] * 1000000 + time[2])
 """
 
 #: The time of a change: never before that of the last change, even if the server's clock was set back.
-CHANGED_AT: Final = f"""
+CHANGED_AT: Final = """
 local function changed_at(time)
-    local last = string.find(last_updated_at or '', '^%-?%d+$') and tonumber(last_updated_at)
-    local is_valid = last and last >= {VALID_TIMES.start} and last < {VALID_TIMES.stop}
-    return is_valid and last > tonumber(time) and last_updated_at or time
+    return tonumber(last_updated_at or 0) > tonumber(time) and last_updated_at or time
 end
 """
 
@@ -90,8 +88,8 @@ local result = string.match(redis.call('HGET', KEYS[5], 'calls') or '', call .. 
 if result then return tonumber(result) end
 """
 
-# About twenty calls: so many others may come between the two attempts of a call.
-_CALLS_LENGTH = 400
+# About two hundred calls: so many others may come between the two attempts of a call.
+_CALLS_LENGTH = 4000
 
 #: What follows a change of a history's messages.
 LIST_HISTORY: Final = f"""

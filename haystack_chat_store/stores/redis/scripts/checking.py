@@ -2,7 +2,7 @@
 """The scripts that look at histories which may be damaged, and rebuild them."""
 
 from haystack_chat_store.stores.redis.schema import TIME_LENGTH
-from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, LIST_HISTORY, NOW, OF_BUCKET, Script
+from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, LIST_HISTORY, NOW, Script
 from haystack_chat_store.stores.redis.scripts.staging import TAKE_THE_PLACE
 
 _KEYS = """
@@ -14,11 +14,6 @@ _INSPECT = f"""
 local function inspected(chat_history_id)
     local expires_at = redis.call('ZSCORE', expiries, chat_history_id)
     if expires_at and tonumber(expires_at) < milliseconds then return {{'expired'}} end
-    local kinds = {{'hash', 'list', 'string', 'hash', 'string'}}
-    for index = 1, 5 do
-        local kind = redis.call('TYPE', KEYS[4 + index])['ok']
-        if kind ~= 'none' and kind ~= kinds[index] then return {{'foreign'}} end
-    end
     local found = redis.call('HMGET', history, 'chat_history_id', 'next_position', 'message_count', 'round_count',
         'created_at', 'updated_at', 'expires_at', 'edits')
     for index = 1, 8 do found[index] = found[index] or '' end
@@ -38,8 +33,7 @@ end
 """
 
 #: Return all that is kept of a history, however damaged, except its messages. Keys: those of the bucket, those of the
-#: history. Argument: its id. Returns a list of texts and numbers, or 'foreign' if one of the keys has another type, or
-#: 'expired'.
+#: history. Argument: its id. Returns a list of texts and numbers, or 'expired'.
 INSPECT = Script(_KEYS, _INSPECT, "return inspected(ARGV[1])")
 
 #: Return what stands at some positions. Keys: the bucket's schema version, those of the history. Arguments: the first
@@ -53,31 +47,6 @@ return {{
     redis.call('GETRANGE', times, {TIME_LENGTH} * first, {TIME_LENGTH} * (last + 1) - 1),
 }}
 """)
-
-_UNNAMED = """
-local function unnamed(chat_history_ids)
-    local found = {}
-    for _, chat_history_id in ipairs(chat_history_ids) do
-        if not redis.call('ZSCORE', names, chat_history_id) then found[#found + 1] = chat_history_id end
-    end
-    return found
-end
-"""
-
-#: Return those of some ids that the names of a bucket lack. Keys: those of the bucket. Arguments: ids.
-UNNAMED = Script(OF_BUCKET, _UNNAMED, "return unnamed(ARGV)")
-
-#: Return ids from the directory or the expiries of a bucket that its names lack. Keys: those of the bucket. Arguments:
-#: the number of the list's key, 2 or 3; the rank to begin at; how many are looked at. Returns whether there are more,
-#: then the ids.
-LISTED_UNNAMED = Script(
-    OF_BUCKET,
-    _UNNAMED,
-    """
-local seen = redis.call('ZRANGE', KEYS[tonumber(ARGV[1])], ARGV[2], ARGV[2] + ARGV[3] - 1)
-return {#seen == tonumber(ARGV[3]) and 1 or 0, unnamed(seen)}
-""",
-)
 
 #: Rebuild a history, if it is still as it was inspected. Keys: those of the bucket, of the history, of the messages
 #: that wait to take the place of its own. Arguments: the history's id; what INSPECT returned, joined by blanks; when it

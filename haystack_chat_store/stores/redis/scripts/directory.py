@@ -120,28 +120,9 @@ return {#seen < wanted and '' or seen[#seen], found}
 """,
 )
 
-#: Return the ids of the histories of a bucket that have not changed for longest. Keys: those of the bucket. Arguments:
-#: how many ids are looked at; only of those that have not changed since this time; how many of these are passed over.
-#: Removes expired histories from the lists. Returns whether there may be more; how many have expired but stay listed,
-#: since this server accepts no writes, and are to be passed over next time; then the ids.
-OLDEST = Script(
-    OF_BUCKET,
-    _STILL_THERE,
-    """
-local seen = redis.call('ZRANGEBYSCORE', directory, '-inf', '(' .. ARGV[2], 'LIMIT', ARGV[3], ARGV[1])
-local found, expired, unremovable = {}, {}, 0
-for _, chat_history_id in ipairs(seen) do
-    local list = is_still_there(chat_history_id) and found or expired
-    list[#list + 1] = chat_history_id
-end
-if #expired > 0 then
-    for _, key in ipairs({expiries, directory, names}) do
-        if type(redis.pcall('ZREM', key, unpack(expired))) ~= 'number' then unremovable = #expired end
-    end
-end
-return {#seen == tonumber(ARGV[1]) and 1 or 0, unremovable, found}
-""",
-)
+#: Return the ids of the histories of a bucket that have not changed for longest, expired ones included. Keys: those of
+#: the bucket. Arguments: a time, for those that have not changed since; how many ids.
+OLDEST = Script(OF_BUCKET, "return redis.call('ZRANGEBYSCORE', directory, '-inf', '(' .. ARGV[1], 'LIMIT', 0, ARGV[2])")
 
 _INFO = "'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position'"
 
@@ -205,20 +186,5 @@ return deleted
 """,
 )
 
-#: Return the next ids to delete, when all histories of a bucket are deleted in steps, the oldest first. The last step
-#: has all that are left, those included that were written to meanwhile. Keys: those of the bucket. Arguments: the time
-#: of the newest history, as the first step returned it, or nothing in the first step; how many ids a step has, except
-#: the last. Returns that time, or nothing after the last step, and the ids.
-LIST = Script(
-    OF_BUCKET,
-    """
-local until_time, count = ARGV[1], tonumber(ARGV[2])
-if until_time == '' then
-    until_time = redis.call('ZREVRANGE', directory, 0, 0, 'WITHSCORES')[2] or ''
-end
-if redis.call('ZCARD', directory) == 0 or redis.call('ZCOUNT', directory, '-inf', until_time) <= count then
-    return {'', redis.call('ZUNION', 2, directory, names)}
-end
-return {until_time, redis.call('ZRANGEBYSCORE', directory, '-inf', until_time, 'LIMIT', 0, count)}
-""",
-)
+#: Return all ids that a bucket lists, expired ones included. Keys: those of the bucket.
+ALL = Script(OF_BUCKET, "return redis.call('ZUNION', 3, directory, names, expiries)")

@@ -102,24 +102,6 @@ end
 _TO_USER_MESSAGE = _WALK_BACK.format(condition="== 117")  # u
 _TO_MESSAGE = _WALK_BACK.format(condition="~= 120")  # x, which stands for a message that was deleted
 
-# Returns the messages between two positions in pieces, without long runs of deleted messages: of each piece, its first
-# position, the letters of its roles, and its contents.
-_PIECES = """
-local function pieces(first, last)
-    local found, letters, start = {}, redis.call('GETRANGE', roles, first, last), 1
-    while start <= #letters do
-        local gap, after = string.find(letters, string.rep('x', 100) .. 'x*', start)
-        local stop = (gap or #letters + 1) - 1
-        if stop >= start then
-            found[#found + 1] = {first + start - 1, string.sub(letters, start, stop),
-                redis.call('LRANGE', contents, first + start - 1, first + stop - 1)}
-        end
-        start = (after or #letters) + 1
-    end
-    return found
-end
-"""
-
 _BEGIN_READING = """
 local length = position
 local count, step, start = tonumber(ARGV[1]), tonumber(ARGV[2]), 0
@@ -127,23 +109,12 @@ local function size_of(total) return count + math.max(total - count, 0) % step e
 local size = 0
 """
 
-_READ = f"""
-if message_count < length then
-    {_PIECES}
-    local window = {{}}
-    for _, piece in ipairs(pieces(start, length - 1)) do
-        for _, content in ipairs(piece[3]) do
-            if content ~= '' then window[#window + 1] = content end
-        end
-    end
-    return {{size, window}}
+_READ = """
+local window = {}
+for _, content in ipairs(redis.call('LRANGE', contents, start, -1)) do
+    if content ~= '' then window[#window + 1] = content end
 end
-if redis.REDIS_VERSION_NUM or start < length / 2 or length - start > 1000 then
-    return {{size, redis.call('LRANGE', contents, start, -1)}}
-end
-local window = {{}}  -- Redis 6 finds the end of a long list slowly with LRANGE, and fast with LINDEX
-for index = start - length, -1 do window[#window + 1] = redis.call('LINDEX', contents, index) end
-return {{size, window}}
+return {size, window}
 """
 
 # The keys of the three scripts that follow: the bucket's schema version, those of the history. Arguments: the window's
@@ -182,40 +153,30 @@ COUNT = Script(OF_HISTORY, "return message_count")
 
 #: Return a page. Keys: the bucket's schema version, those of the history. Arguments: a position after which the page
 #: begins, or nothing; a position before which it ends; the most messages of the page. Returns the state of the history,
-#: which each edit changes: its time of creation and its number of edits; its next position; and pieces, each with a
-#: position, letters for the roles, contents and times. The contents of deleted messages are empty.
+#: which each edit changes: its time of creation and its number of edits; its next position; and of each message, in
+#: turn, its position, the letter of its role, its time and its content.
 PAGE = Script(
     OF_HISTORY,
     _TO_MESSAGE,
-    _PIECES,
     f"""
-local after, before, limit = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local is_whole, first, last = message_count == position, 0, math.min(before, position) - 1
-if after then
-    first = after + 1
-    if is_whole then
-        last = math.min(first + limit - 1, last)
-    else
-        local place, wanted = first, limit
-        while place <= last and wanted > 0 do
-            local part = redis.call('GETRANGE', roles, place, math.min(place + 999, last))
-            for index = 1, #part do
-                if string.byte(part, index) ~= 120 then wanted = wanted - 1 end
-                if wanted == 0 then
-                    last = place + index - 1
-                    break
-                end
+local after, last, limit = tonumber(ARGV[1]), math.min(ARGV[2], position) - 1, tonumber(ARGV[3])
+local first, found = after and after + 1 or walk_back(last + 1, limit), {{}}
+while first <= last and limit > 0 do
+    local stop = math.min(first + limit - 1, first + 999, last)
+    local letters = redis.call('GETRANGE', roles, first, stop)
+    if string.find(letters, '[^x]') then
+        local some = redis.call('LRANGE', contents, first, stop)
+        local their_times = redis.call('GETRANGE', times, {TIME_LENGTH} * first, {TIME_LENGTH} * (stop + 1) - 1)
+        for index, content in ipairs(some) do
+            local letter = string.sub(letters, index, index)
+            if letter ~= 'x' then
+                local time = string.sub(their_times, {TIME_LENGTH} * (index - 1) + 1, {TIME_LENGTH} * index)
+                for _, each in ipairs({{first + index - 1, letter, time, content}}) do found[#found + 1] = each end
+                limit = limit - 1
             end
-            place = place + #part
         end
     end
-else
-    first = is_whole and math.max(last + 1 - limit, 0) or walk_back(last + 1, limit)
-end
-local found = first <= last and pieces(first, last) or {{}}
-for _, piece in ipairs(found) do
-    local from, count = piece[1], #piece[2]
-    piece[4] = redis.call('GETRANGE', times, {TIME_LENGTH} * from, {TIME_LENGTH} * (from + count) - 1)
+    first = stop + 1
 end
 local edits = redis.call('HGET', history, 'edits') or '0'
 return {{is_new and '' or created_at .. ' ' .. edits, position, found}}
