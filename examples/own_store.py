@@ -59,12 +59,15 @@ class FolderEngine(Engine[Path]):
         for place, message in plan.replaced.items():
             rows[place][1:3] = [message.role, message.content]
         rows += [[message.message_id, message.role, message.content, microseconds_now()] for message in plan.new]
+        changed = len(plan.new) + len(plan.replaced)
+        if not changed:  # no history is made for nothing, and the file's time stays
+            return 0
         file.parent.mkdir(parents=True, exist_ok=True)
         # Write a new file and move it over the old one, so that a crash leaves either the old file or the new one.
         temporary = file.with_suffix(".new")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in [chat_history_id, *rows]), encoding="ascii")
         os.replace(temporary, file)
-        return len(plan.new) + len(plan.replaced)
+        return changed
 
     def read(self, session: Path, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
         _, *rows = lines_of(file_of(session, scope, chat_history_id))

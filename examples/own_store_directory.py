@@ -97,7 +97,7 @@ class SearchableFolderChatMessageStore(BaseChatMessageStore):
 
 
 def _rows(session: Path, scope: Scope, prefix: str) -> Iterator[HistoryRow]:
-    rows = map(_history_row, folder_of(session, scope).glob("*"))
+    rows = map(_history_row, folder_of(session, scope).glob("*[!w]"))  # not what a crash left: .new
     return (row for row in rows if row.chat_history_id.startswith(prefix))
 
 

@@ -64,6 +64,17 @@ def test_registered_store_is_made_from_its_url(tmp_path):
 
 
 @pytest.mark.usefixtures("_registered")
+def test_writing_nothing_makes_no_history_and_what_a_crash_left_hides_none(tmp_path):
+    store = store_from_url(f"folder:///{tmp_path}/chats")
+    assert store.write_messages("empty", [], expected_count=0) == 0
+    assert store.list_chat_histories().items == ()
+    store.write_messages("chat", conversation("ua"))
+    (file,) = [path for path in (tmp_path / "chats").rglob("*") if path.is_file()]
+    file.with_suffix(".new").write_text('["half')
+    assert [info.chat_history_id for info in store.list_chat_histories().items] == ["chat"]
+
+
+@pytest.mark.usefixtures("_registered")
 def test_command_line_works_on_a_registered_store(tmp_path, capsys):
     url = f"folder:///{tmp_path}/chats"
     store_from_url(url).write_messages("trip", conversation("ua"))

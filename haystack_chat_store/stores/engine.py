@@ -133,7 +133,7 @@ class Engine(ABC, Generic[SessionT]):
         expected_count: int | None,
     ) -> Operation[int]:
         """
-        Append a batch of messages to a history. A history that does not exist is created.
+        Append a batch of messages to a history. A history that does not exist is created, unless the batch is empty.
 
         The policy decides about messages whose ids the history already has: see `conflicts.planned`. A message that
         replaces a stored message gets its position and time.
@@ -352,8 +352,12 @@ class Engine(ABC, Generic[SessionT]):
         raise self.unsupported("search")
 
     def index_some(self, session: SessionT, scope: Scope, limit: int) -> Operation[bool]:
-        """Index up to `limit` of the messages that are not indexed yet, and return whether more are left."""
-        raise self.unsupported("search")
+        """
+        Index up to `limit` of the messages that are not indexed yet, and return whether more are left.
+
+        An engine that searches without an index returns False.
+        """
+        raise self.unsupported("a search index")
 
     # ------------------------------------------------------------------ checking and repairing
 
