@@ -260,7 +260,7 @@ def _info(row: HistoryRow) -> ChatHistoryInfo:
         created_at=readable_time(row.created_at),
         updated_at=readable_time(row.updated_at),
         title=row.title,
-        meta=validation.parsed_meta(row.meta) or {},  # a history with damaged meta is still listed
+        meta={} if row.meta is None else validation.parsed_meta(row.meta) or {},  # even if it is damaged
     )
 
 
