@@ -89,6 +89,22 @@ def test_a_loop_waits_with_its_end_for_a_thread_that_closes_its_connections(stor
     assert not session._open
 
 
+@on_every_engine
+def test_a_call_that_begins_while_a_thread_closes_the_store_leaves_nothing_open(store, server):
+    def open_connections():
+        return sum(len(clients_of(node)) for node in nodes_of(server))
+
+    async def use():
+        connections = servers.get(store.engine.settings)
+        store.close()
+        session = await connections.session_async()
+        assert await store.engine.count(session, store.scope, "history") == 0
+        await asyncio.to_thread(wait_until, lambda: open_connections() <= before, "connections to be closed")
+
+    before = open_connections()
+    asyncio.run(use())
+
+
 def test_connections_that_keep_their_streams_elsewhere_do_no_harm():
     async def use():
         store = RedisChatMessageStore(Secret.from_token("redis://"))

@@ -53,8 +53,12 @@ class History:
         """
         return bool(self.messages) or self.exists_without_messages
 
-    def catch_up(self) -> None:
-        """Note the positions of new messages. Each step is idempotent, because an interrupted call repeats it."""
+    def caught_up(self) -> "History":
+        """
+        Note the positions of new messages, and return this history.
+
+        Each step is idempotent, because an interrupted call repeats it.
+        """
         for position in range(self.caught_up_count, len(self.messages)):
             message = self.messages[position]
             if message is not None:
@@ -62,22 +66,17 @@ class History:
                 if message.role == ChatRole.USER.value and position > max(self.user_positions[-1:], default=-1):
                     self.user_positions.append(position)
             self.caught_up_count = position + 1
-
-    def caught_up(self) -> "History":
-        """Catch up, and return this history."""
-        self.catch_up()
         return self
 
     def known(self, messages: Sequence[EncodedMessage]) -> dict[str, int]:
         """Return the ids of messages that the history already has, with their positions."""
-        self.catch_up()
+        positions = self.caught_up().positions
         ids = [message.message_id for message in messages]
-        return {message_id: self.positions[message_id] for message_id in ids if message_id in self.positions}
+        return {message_id: positions[message_id] for message_id in ids if message_id in positions}
 
     def count(self) -> int:
         """Return the number of messages."""
-        self.catch_up()
-        return len(self.positions)
+        return len(self.caught_up().positions)
 
     def append(self, messages: Sequence[Stored], now: int) -> None:
         """Append messages in a single step."""
@@ -107,7 +106,7 @@ class History:
 
     def read(self, window: Window) -> tuple[list[str], int]:
         """Return the contents of the messages in the window, and the window's size."""
-        self.catch_up()
+        self.caught_up()
         if window.count is None:
             start, size = 0, 0
         elif window.unit == "round":

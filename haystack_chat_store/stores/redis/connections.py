@@ -44,6 +44,7 @@ class Server(ServerConnections):
         self._sync = SyncSession(self._nodes)
         self._async: dict[asyncio.AbstractEventLoop, AsyncSession] = {}
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet([self._sync])  # closed ones may still be in use
+        self._is_closed = False
         self._lock = threading.Lock()
 
     def session(self) -> SyncSession:
@@ -61,12 +62,15 @@ class Server(ServerConnections):
                 session = self._async[loop] = AsyncSession(self._nodes)
                 self._sessions.add(session)
             await session.begin()
+            if self._is_closed:  # in another thread, since this call began
+                session.end()
         return session
 
     def close(self) -> None:
         """Close idle connections now, and those in use as soon as they are given back."""
         run_sync(self._sync.close())
         with self._lock:
+            self._is_closed = True
             sessions = list(self._async.values())
             self._async.clear()
         for session in sessions:

@@ -120,19 +120,25 @@ for key = 1, 4 do
 end
 """
 
-#: What comes last in a write: the time until the history expires starts anew.
-EXPIRE: Final = f"""
-if ttl > 0 then
-    expires_at = string.format('%.0f', milliseconds + ttl)
+#: Has a history expire at `expires_at`, or never if that is false.
+SET_EXPIRY: Final = """
+for _, key in ipairs({history, contents, roles, message_ids, times}) do
+    if expires_at then redis.call('PEXPIREAT', key, expires_at) else redis.call('PERSIST', key) end
+end
+if expires_at then
     redis.call('HSET', history, 'expires_at', expires_at)
-    for _, key in ipairs({{history, contents, roles, message_ids, times}}) do
-        redis.call('PEXPIREAT', key, expires_at)
-    end
     redis.call('ZADD', expiries, expires_at, chat_history_id)
-elseif expires_at or is_new then
+else
     redis.call('HDEL', history, 'expires_at')
     redis.call('ZREM', expiries, chat_history_id)
-    for _, key in ipairs({{history, contents, roles, message_ids, times}}) do redis.call('PERSIST', key) end
+end
+"""
+
+#: What comes last in a write: the time until the history expires starts anew.
+EXPIRE: Final = f"""
+if ttl > 0 or expires_at or is_new then
+    expires_at = ttl > 0 and string.format('%.0f', milliseconds + ttl)
+    {SET_EXPIRY}
 end
 if ttl > 0 or expiring > 0 then
     {AGE_BUCKET}

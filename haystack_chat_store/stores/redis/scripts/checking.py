@@ -2,7 +2,7 @@
 """The scripts that look at histories which may be damaged, and rebuild them."""
 
 from haystack_chat_store.stores.redis.schema import TIME_LENGTH
-from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, LIST_HISTORY, NOW, Script
+from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, LIST_HISTORY, NOW, SET_EXPIRY, Script
 from haystack_chat_store.stores.redis.scripts.staging import TAKE_THE_PLACE
 
 _KEYS = """
@@ -56,7 +56,7 @@ REBUILD = Script(
     _KEYS,
     _INSPECT,
     f"""
-local chat_history_id, expires_at, updated_at, is_new = ARGV[1], ARGV[3], ARGV[4], true
+local chat_history_id, expires_at, updated_at, is_new = ARGV[1], ARGV[3] ~= '' and ARGV[3], ARGV[4], true
 if table.concat(inspected(chat_history_id), ' ') ~= ARGV[2] then return 0 end
 if #ARGV == 4 then
     for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, chat_history_id) end
@@ -66,16 +66,7 @@ redis.call('HSET', history, unpack(ARGV, 5))
 redis.call('HINCRBY', history, 'edits', 1)
 {TAKE_THE_PLACE}
 {LIST_HISTORY}
-for _, key in ipairs({{history, contents, roles, message_ids, times}}) do
-    if expires_at == '' then redis.call('PERSIST', key) else redis.call('PEXPIREAT', key, expires_at) end
-end
-if expires_at == '' then
-    redis.call('HDEL', history, 'expires_at')
-    redis.call('ZREM', expiries, chat_history_id)
-else
-    redis.call('HSET', history, 'expires_at', expires_at)
-    redis.call('ZADD', expiries, expires_at, chat_history_id)
-end
+{SET_EXPIRY}
 {AGE_BUCKET}
 return 1
 """,
