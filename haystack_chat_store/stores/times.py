@@ -22,6 +22,6 @@ def datetime_of(microseconds: int) -> datetime:
 def readable_time(microseconds: Any) -> datetime:
     """Return a stored time as an aware datetime, or the beginning of 1970 if the stored value is damaged."""
     try:
-        return EPOCH + microseconds * MICROSECOND
+        return datetime_of(microseconds)
     except (TypeError, OverflowError):
         return EPOCH
