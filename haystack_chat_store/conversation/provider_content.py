@@ -138,13 +138,15 @@ def without_provider_content(message: ChatMessage) -> ChatMessage:
     :param message: The reply. It is not changed.
     :returns: A new message, or the message itself if nothing changes.
     """
+    if not any(isinstance(part, ReasoningContent) for part in message._content) and _META_KEYS.keys().isdisjoint(
+        message.meta
+    ):
+        return message
     content = [part for part in message._content if not isinstance(part, ReasoningContent)]
     refusal = refusal_of(message)
     if refusal and not any(isinstance(part, TextContent) and part.text.strip() for part in content):
         content.insert(0, TextContent(refusal))
     meta = {key: value for key, value in message.meta.items() if key not in _META_KEYS}
-    if len(content) == len(message._content) and len(meta) == len(message.meta):
-        return message
     return replace(message, _content=content, _meta=meta)
 
 
@@ -216,3 +218,6 @@ _META_KEYS: dict[str, _MetaKey] = {
     _SIGNATURES: _MetaKey(_current_signatures, _unchanged),
     _REFUSAL: _MetaKey(_current_refusal, _unchanged),
 }
+
+#: All keys of a message's meta that this module knows.
+ALL_KEYS = REQUEST_KEYS | _META_KEYS.keys()

@@ -166,13 +166,19 @@ class _View:
         *,
         portable: bool,
     ) -> None:
-        self._given = [message for message in given if _may_say_something(message)]
+        self._given = [message for message in given if _is_text(message) or _may_say_something(message)]
         self._current = {id(message) for message in current}
         # A stored message that this turn brings along again has the marks that this turn puts on it.
         self._requested = provider_content.requests_of(current_messages)
-        self._under_way = max((index for index, message in enumerate(self._given) if _begins_round(message)), default=0)
-        models = [message.meta.get("model") for message in self._given[self._under_way :] if _is_reply(message)]
-        self._model = models[-1] if models else None
+        self._under_way = len(self._given)
+        self._model = None
+        while self._under_way > 0:
+            self._under_way -= 1
+            message = self._given[self._under_way]
+            if _begins_round(message):
+                break
+            if self._model is None and _is_reply(message):
+                self._model = message.meta.get("model")
         self._portable = portable
         self._call_ids: set[str] = set()
         self._reasoning_ids: set[str] = set()
@@ -183,7 +189,11 @@ class _View:
         shown: list[ChatMessage] = []
         index = 0
         while index < len(self._given):
-            if _is_reply(self._given[index]):
+            if self._is_shown_as_it_is(index):  # as most messages are
+                self._close_round(shown, self._given[index])
+                shown.append(self._given[index])
+                index += 1
+            elif _is_reply(self._given[index]):
                 end = index
                 while end < len(self._given) and _is_reply(self._given[end]):
                     end += 1
@@ -197,12 +207,26 @@ class _View:
                 index = after
             else:
                 message = self._given[index]
-                if shown and shown[-1].role is ChatRole.TOOL and _begins_round(message):
-                    shown.append(ChatMessage.from_assistant(UNANSWERED, meta={SHOWN_KEY: True}))
+                self._close_round(shown, message)
                 if message.role is not ChatRole.TOOL:  # a result without a call
                     shown.append(self._said(message, self._is_portable(index)))
                 index += 1
         return shown
+
+    def _is_shown_as_it_is(self, index: int) -> bool:
+        """Whether a message is one text without provider content, and no part of an exchange or of several replies."""
+        message = self._given[index]
+        if self._requested or not _is_text(message) or not provider_content.ALL_KEYS.isdisjoint(message._meta):
+            return False
+        if message._role is not ChatRole.ASSISTANT:
+            return message._role is not ChatRole.TOOL
+        around = self._given[max(index - 1, 0) : index + 2]
+        return all(other is message or other._role in (ChatRole.USER, ChatRole.SYSTEM) for other in around)
+
+    @staticmethod
+    def _close_round(shown: list[ChatMessage], following: ChatMessage) -> None:
+        if shown and shown[-1]._role is ChatRole.TOOL and _begins_round(following):
+            shown.append(ChatMessage.from_assistant(UNANSWERED, meta={SHOWN_KEY: True}))
 
     def _is_portable(self, index: int) -> bool:
         """Whether the message is shown in a portable form. In the round under way, steps of another model are."""
@@ -275,8 +299,7 @@ class _View:
             meta = self._with_request_of_this_turn(stored, meta)
         if content == stored._content and (meta is stored.meta or meta == stored.meta):
             return stored
-        shown = replace(stored, _content=content, _meta=meta)
-        return shown if is_current else _marked(shown)
+        return replace(stored, _content=content, _meta=meta if is_current else {**meta, SHOWN_KEY: True})
 
     def _with_request_of_this_turn(self, stored: ChatMessage, meta: dict[str, Any]) -> dict[str, Any]:
         content = {key: value for key, value in meta.items() if key not in provider_content.REQUEST_KEYS}
@@ -342,7 +365,12 @@ def _begins_round(message: ChatMessage) -> bool:
 
 
 def _is_reply(message: ChatMessage) -> bool:
-    return message.role is ChatRole.ASSISTANT
+    return message._role is ChatRole.ASSISTANT
+
+
+def _is_text(message: ChatMessage) -> bool:
+    content = message._content
+    return len(content) == 1 and type(content[0]) is TextContent and bool(content[0].text.strip())
 
 
 def _may_say_something(message: ChatMessage) -> bool:
@@ -353,8 +381,7 @@ def _may_say_something(message: ChatMessage) -> bool:
 
 def _is_plain(reply: ChatMessage) -> bool:
     """Whether a reply is one text, which every provider takes as it is."""
-    is_one_text = len(reply._content) == 1 and type(reply._content[0]) is TextContent
-    return is_one_text and bool(said_parts(reply)) and not provider_content.is_in(reply)
+    return _is_text(reply) and not provider_content.is_in(reply)
 
 
 def _says_something(reply: ChatMessage) -> bool:
