@@ -118,15 +118,19 @@ def with_call_ids(message: ChatMessage, ids: Sequence[str | None]) -> ChatMessag
     meta = {
         key: _META_KEYS[key].with_ids(value, ids) if key in _META_KEYS else value for key, value in message.meta.items()
     }
-    content: list[Any] = []
-    for part in message._content:
-        if isinstance(part, ToolCall):
-            new = ids[sum(isinstance(before, ToolCall) for before in content)]
-            extra = part.extra if new == part.id else {**(part.extra or {}), _CALL_ID: new}
-            content.append(replace(part, id=new, extra=extra))
-        else:
-            content.append(part)
-    return replace(message, _content=content, _meta=meta)
+    return replace(message, _content=with_ids_of_calls(message._content, ids), _meta=meta)
+
+
+def with_ids_of_calls(content: Sequence[Any], ids: Sequence[str | None]) -> list[Any]:
+    """Return the content of a reply with other ids of its calls, in order."""
+    left = iter(ids)
+    return [_with_id(part, next(left)) if isinstance(part, ToolCall) else part for part in content]
+
+
+def _with_id(call: ToolCall, call_id: str | None) -> ToolCall:
+    if call_id == call.id:
+        return call
+    return ToolCall(call.tool_name, call.arguments, id=call_id, extra={**(call.extra or {}), _CALL_ID: call_id})
 
 
 def without_provider_content(message: ChatMessage) -> ChatMessage:

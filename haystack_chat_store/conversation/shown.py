@@ -273,19 +273,19 @@ class _View:
     def _reply(self, replies: Sequence[ChatMessage], portable: bool) -> Iterator[ChatMessage]:
         """Show one reply for several, if it says something."""
         stored = replies[0]
-        if portable:
+        if portable:  # which is done first, so that parts of one reply can be joined
             replies = [provider_content.without_provider_content(reply) for reply in replies]
         reply = replies[0] if len(replies) == 1 else _joined(replies)
-        if _is_plain(reply):
-            shown = reply
-        elif portable:
-            shown = replace(reply, _content=_with_joined_texts(list(map(_text_for_media, said_parts(reply)))))
-            shown = self._with_neutral_ids(shown) if shown.tool_calls else shown
-        else:
-            shown = self._with_unique_ids(provider_content.up_to_date(reply))
-            shown = replace(shown, _content=said_parts(shown))
-        if _says_something(shown):
-            yield self._as_shown(stored, list(shown._content), shown.meta)
+        content, meta = reply._content, reply.meta
+        if not _is_plain(reply) and portable:
+            content = _with_joined_texts(list(map(_text_for_media, said_parts(reply))))
+            if reply.tool_calls:
+                content = provider_content.with_ids_of_calls(content, self._neutral_ids(reply))
+        elif not _is_plain(reply):
+            reply = self._with_unique_ids(provider_content.up_to_date(reply))
+            content, meta = said_parts(reply), reply.meta
+        if _says_something(content) or provider_content.says(reply):
+            yield self._as_shown(stored, list(content), meta)
 
     def _as_shown(self, stored: ChatMessage, content: list[Any], meta: dict[str, Any]) -> ChatMessage:
         """
@@ -305,11 +305,9 @@ class _View:
         content = {key: value for key, value in meta.items() if key not in provider_content.REQUEST_KEYS}
         return {**content, **(self._requested or {}).get(message_id_of(stored), {})}
 
-    def _with_neutral_ids(self, reply: ChatMessage) -> ChatMessage:
-        """Give the calls of a reply ids that every provider takes."""
-        return provider_content.with_call_ids(
-            reply, [self._new_id(reply, number, call) for number, call in enumerate(reply.tool_calls)]
-        )
+    def _neutral_ids(self, reply: ChatMessage) -> list[str]:
+        """Make ids for the calls of a reply that every provider takes."""
+        return [self._new_id(reply, number, call) for number, call in enumerate(reply.tool_calls)]
 
     def _with_unique_ids(self, reply: ChatMessage) -> ChatMessage:
         """Give ids to calls that have none, or one that was shown before. Leave out reasoning whose id was."""
@@ -325,7 +323,8 @@ class _View:
         if ids == [call.id for call in reply.tool_calls]:
             return reply
         if provider_content.is_bound_to_ids(reply):
-            return self._with_neutral_ids(provider_content.without_provider_content(reply))
+            reply = provider_content.without_provider_content(reply)
+            return provider_content.with_call_ids(reply, self._neutral_ids(reply))
         return provider_content.with_call_ids(reply, ids)
 
     def _new_id(self, reply: ChatMessage, number: int, call: ToolCall) -> str:
@@ -384,9 +383,9 @@ def _is_plain(reply: ChatMessage) -> bool:
     return _is_text(reply) and not provider_content.is_in(reply)
 
 
-def _says_something(reply: ChatMessage) -> bool:
+def _says_something(content: Sequence[Any]) -> bool:
     # Providers refuse reasoning without the text or call that it led to.
-    return not all(isinstance(part, ReasoningContent) for part in reply._content) or provider_content.says(reply)
+    return not all(isinstance(part, ReasoningContent) for part in content)
 
 
 def _without_alternatives(replies: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
@@ -454,7 +453,7 @@ def _shown_result(result: ToolCallResult, call: ToolCall, portable: bool) -> Too
             said = _NO_OUTPUT
     if result.origin == call and said is result.result:
         return result
-    return replace(result, result=said, origin=call)
+    return ToolCallResult(said, call, result.error)
 
 
 def _text_for_media(part: Any) -> Any:
