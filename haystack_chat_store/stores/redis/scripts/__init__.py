@@ -84,8 +84,9 @@ end
 
 #: A call that is repeated because its answer was lost gets the result of its first attempt.
 ONCE: Final = """
-local result = string.match(redis.call('HGET', KEYS[5], 'calls') or '', call .. '=(%d+) ')
-if result then return tonumber(result) end
+local known_calls = redis.call('HGET', KEYS[5], 'calls') or ''
+local _, found_at = string.find(known_calls, call .. '=', 1, true)
+if found_at then return tonumber(string.match(known_calls, '^%d+', found_at + 1)) end
 """
 
 # About two hundred calls: so many others may come between the two attempts of a call.
@@ -100,7 +101,7 @@ if not version then redis.call('SET', KEYS[1], {SCHEMA_VERSION}) end
 
 #: Remembers the result of a call in its history.
 REMEMBER_CALL: Final = f"""
-local calls = call .. '=' .. string.format('%.0f', result) .. ' ' .. (redis.call('HGET', history, 'calls') or '')
+local calls = call .. '=' .. string.format('%.0f', result) .. ' ' .. known_calls
 redis.call('HSET', history, 'calls', string.sub(calls, 1, {_CALLS_LENGTH}))
 """
 

@@ -110,6 +110,7 @@ local size = 0
 """
 
 _READ = """
+if message_count == length then return {size, redis.call('LRANGE', contents, start, -1)} end
 local window = {}
 for _, content in ipairs(redis.call('LRANGE', contents, start, -1)) do
     if content ~= '' then window[#window + 1] = content end
