@@ -4,7 +4,7 @@
 import asyncio
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, TypeAlias
 
 from haystack.dataclasses import ChatMessage, ChatRole
@@ -15,7 +15,6 @@ from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.provider_content import as_text
 from haystack_chat_store.conversation.rounds import (
     in_question_order,
-    is_alternative,
     question_groups,
     question_of,
     round_starts,
@@ -196,8 +195,13 @@ class WindowReader:
         aligned = range(0, len(rounds), self.window_step)
         after_aligned = range(aligned[-1] + 1, len(rounds))
         question, *rest = rounds[-1]
-        begins_step = [message.role is not ChatRole.TOOL and not is_alternative(message) for message in rest]
-        steps = [index for index, begins in enumerate(begins_step) if begins]
+        # Replies that follow each other may be parts of one reply, so a step does not begin between them.
+        steps = [
+            index
+            for index, (before, message) in enumerate(pairwise(rounds[-1]))
+            if message.role is not ChatRole.TOOL
+            and not (message.role is ChatRole.ASSISTANT and before.role is ChatRole.ASSISTANT)
+        ]
         return (
             longest(aligned, rounds_from)
             or longest(after_aligned, rounds_from)

@@ -185,7 +185,7 @@ def _current_raw_blocks(message: ChatMessage, blocks: Any) -> Any:
     text = "".join("".join(texts).split())
     own_text = "".join("".join(message.texts).split())
     # The generator can be told to keep no text beside calls.
-    is_same = text == own_text or (not own_text and bool(calls))
+    is_same = text == own_text or (not any(message.texts) and bool(calls))
     return blocks if is_same and calls == [call.id for call in message.tool_calls] else None
 
 

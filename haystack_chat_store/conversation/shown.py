@@ -412,6 +412,8 @@ def _steps(replies: Sequence[ChatMessage], found: Sequence[_Found | None], porta
     for index, reply in enumerate(replies):
         number = len(reply.tool_calls)
         is_part = bool(answered) if calls else index <= last_call
+        if steps and calls and not portable and provider_content.is_in(steps[-1][0]):
+            is_part = True  # a model that reasons would have done so again
         has_own = provider_content.is_in(reply) or (not calls and bool(steps) and provider_content.is_in(steps[-1][0]))
         if steps and is_part and (portable or not has_own):
             steps[-1].append(reply)

@@ -13,9 +13,18 @@ from cases import after_damage, after_switch, explained, refused
 from damages import DAMAGES
 from histories import PROVIDERS
 
+#: What is not repaired with `portable=False`: reasoning, signatures and raw blocks are shown as they are stored.
+KNOWN = {
+    ("anthropic", "edited"): {"server-tool-unpaired"},  # what followed a pause was edited
+    ("anthropic", "deleted"): {"server-tool-unpaired"},
+    ("gemini", "deleted_question"): {"call-turn"},  # replies to two questions follow each other
+    ("bedrock", "deleted_question"): {"alternation"},
+    ("bedrock", "stored_twice"): {"alternation"},
+}
 
-def check(cases):
-    found = refused(cases)
+
+def check(cases, known=frozenset()):
+    found = {rule: case for rule, case in refused(cases).items() if case.portable or rule not in known}
     assert not found, "\n\n".join(explained(case, rule) for rule, case in sorted(found.items()))
 
 
@@ -23,7 +32,8 @@ def check(cases):
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_damaged_history_is_good_for_its_own_provider(provider, damage, is_full):
     seeds = range(14 if is_full else 2)
-    check(chain.from_iterable(after_damage(f"test {seed}", provider, [damage]) for seed in seeds))
+    cases = chain.from_iterable(after_damage(f"test {seed}", provider, [damage]) for seed in seeds)
+    check(cases, KNOWN.get((provider, damage), frozenset()))
 
 
 @pytest.mark.parametrize("second", PROVIDERS)
