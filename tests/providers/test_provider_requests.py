@@ -16,6 +16,7 @@ from histories import PROVIDERS
 #: What is not repaired with `portable=False`: reasoning, signatures and raw blocks are shown as they are stored.
 KNOWN = {
     ("anthropic", "edited"): {"server-tool-unpaired"},  # what followed a pause was edited
+    ("anthropic", "blanked"): {"server-tool-unpaired"},
     ("anthropic", "deleted"): {"server-tool-unpaired"},
     ("gemini", "deleted_question"): {"call-turn"},  # replies to two questions follow each other
     ("bedrock", "deleted_question"): {"alternation"},
