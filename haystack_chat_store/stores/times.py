@@ -22,6 +22,7 @@ def datetime_of(microseconds: int) -> datetime:
 def readable_time(microseconds: Any) -> datetime:
     """Return a stored time as an aware datetime, or the beginning of 1970 if the stored value is damaged."""
     try:
-        return EPOCH + microseconds * MICROSECOND
+        readable: datetime = EPOCH + microseconds * MICROSECOND
     except (TypeError, OverflowError):
         return EPOCH
+    return readable

@@ -285,6 +285,11 @@ class Statements(NamedTuple):
     """
 
     history: str = "SELECT {history_row} FROM {histories} WHERE history_key = %s"
+    # Its plan is kept. The best plan for a prefix depends on how many histories have it.
+    all_histories: str = """
+        SELECT {history_row} FROM {histories} WHERE namespace = %(namespace)s AND {further} {newest_first}
+        LIMIT %(limit)s
+    """
     histories: str = """
         SELECT {history_row} FROM {histories} WHERE {with_prefix} AND {further} {newest_first} LIMIT %(limit)s
     """
