@@ -414,10 +414,6 @@ class Statements(NamedTuple):
         WHERE NOT EXISTS (SELECT FROM {histories} AS h WHERE h.history_key = m.history_key)
         GROUP BY history_key ORDER BY history_key
     """
-    keys: str = """
-        SELECT chat_history_id, history_key FROM {histories}
-        WHERE namespace = %s AND ({by_id}, history_key) > (%s, %s) ORDER BY {by_id}, history_key LIMIT %s
-    """
     rows: str = """
         SELECT m.history_key, position, content, chat_history_id
         FROM {messages} AS m JOIN {histories} AS h USING (history_key)
