@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a check finds in a PostgreSQL database that was changed by hand, and what it repairs."""
 
-import uuid
 from dataclasses import replace
 
 import pytest
@@ -78,17 +77,6 @@ def test_messages_that_were_deleted_by_hand_are_counted_again(store, change):
     assert faults(store) == []
     info = store.get_chat_history("history")
     assert (info.message_count, info.round_count) == (2, 1)
-
-
-def test_a_history_under_a_key_that_is_not_its_own_is_reported(store, change):
-    change(f"UPDATE {{0}}.haystack_chat_histories SET history_key = '{uuid.uuid4()}' WHERE chat_history_id = 'history'")
-    assert store.count_messages("history") == 0
-    for repair in (False, True, False):
-        found = faults(store, repair)
-        assert sum("not that of its id" in fault.description for fault in found) == 1
-        assert sum("3 messages have the history_key" in fault.description for fault in found) == 1
-        assert {fault.chat_history_id for fault in found} == {None, "history"}
-    assert not any(fault.is_repaired for fault in faults(store))
 
 
 def test_messages_without_a_history_are_reported_and_left(store, change):

@@ -13,7 +13,7 @@ from typing import Any
 from haystack import logging
 
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.postgres.schema import BEGINNING, history_key
+from haystack_chat_store.stores.postgres.schema import BEGINNING
 from haystack_chat_store.stores.postgres.search import index_next
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
@@ -67,7 +67,6 @@ async def _find_faults(session: Session, scope: Scope) -> list[_Found]:
     await session.run(READ_WHOLE_TABLES)
     return [
         *await _wrong_counters(session, scope),
-        *await _wrong_keys(session, scope),
         *await _orphans(session),
         *await _unreadable_times(session, scope),
         *await _wrong_terms(session, scope),
@@ -88,20 +87,6 @@ async def _wrong_counters(session: Session, scope: Scope) -> list[_Found]:
         if next_position <= last:
             wrong = f"Its next position is {next_position}, but its last message has the position {last}."
             found.append(_Found(history, None, wrong, key, _recount))
-    return found
-
-
-async def _wrong_keys(session: Session, scope: Scope) -> list[_Found]:
-    """Find histories under a key that is not the hash of their namespace and id."""
-    found: list[_Found] = []
-    last: Sequence[Any] = ("", BEGINNING[0])
-    while rows := await session.fetch(session.statements.keys, [scope.namespace, *last, _BATCH_SIZE]):
-        session.renew_deadline()
-        last = rows[-1]
-        for history, key in rows:
-            if key != history_key(scope, history):
-                wrong = f"It has the history_key {key}, which is not that of its id: no call finds it."
-                found.append(_Found(history, None, wrong, key))
     return found
 
 

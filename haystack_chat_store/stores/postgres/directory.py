@@ -50,7 +50,8 @@ class Directory(Engine[Session]):
 
     async def history(self, session: Session, scope: Scope, chat_history_id: str) -> HistoryRow | None:
         """Return one history, or `None` if it does not exist."""
-        rows = await session.fetch(session.statements.history, [history_key(scope, chat_history_id)])
+        key = history_key(scope, chat_history_id)
+        rows = await session.fetch(session.statements.history, [key], prepare=True)
         return HistoryRow(*rows[0]) if rows else None
 
     async def histories(
@@ -68,8 +69,10 @@ class Directory(Engine[Session]):
             "id": chat_history_id,
             "limit": limit,
         }
+        if not prefix:
+            return list(starmap(HistoryRow, await session.fetch(statements.all_histories, parameters, prepare=True)))
         few, statement = _FIRST_TRY, statements.histories
-        while prefix:
+        while True:
             parameters |= {"few": few, "near": limit + few}
             ((have_prefix, follow),) = await session.fetch(statements.have_more, parameters)
             if not have_prefix:

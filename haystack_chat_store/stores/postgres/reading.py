@@ -39,10 +39,11 @@ class Reading(Engine[Session]):
         self, session: Session, scope: Scope, chat_history_id: str, before: int | None, after: int | None, limit: int
     ) -> list[MessageRow]:
         """Return a page of messages."""
-        key = history_key(scope, chat_history_id)
+        key, statements = history_key(scope, chat_history_id), session.statements
         if after is not None:
-            rows = await session.fetch(session.statements.page_after, [key, min(after, MAX_POSITION), limit])
+            place = [key, min(after, MAX_POSITION), limit]
+            rows = await session.fetch(statements.page_after, place, prepare=True)
         else:
-            end = MAX_POSITION if before is None else min(before, MAX_POSITION)
-            rows = (await session.fetch(session.statements.page_before, [key, end, limit]))[::-1]
+            place = [key, MAX_POSITION if before is None else min(before, MAX_POSITION), limit]
+            rows = (await session.fetch(statements.page_before, place, prepare=True))[::-1]
         return list(starmap(MessageRow, rows))

@@ -285,6 +285,11 @@ class Statements(NamedTuple):
     """
 
     history: str = "SELECT {history_row} FROM {histories} WHERE history_key = %s"
+    # Its plan is kept. The best plan for a prefix depends on how many histories have it.
+    all_histories: str = """
+        SELECT {history_row} FROM {histories} WHERE namespace = %(namespace)s AND {further} {newest_first}
+        LIMIT %(limit)s
+    """
     histories: str = """
         SELECT {history_row} FROM {histories} WHERE {with_prefix} AND {further} {newest_first} LIMIT %(limit)s
     """
@@ -408,10 +413,6 @@ class Statements(NamedTuple):
         SELECT history_key, count(*) FROM {messages} AS m
         WHERE NOT EXISTS (SELECT FROM {histories} AS h WHERE h.history_key = m.history_key)
         GROUP BY history_key ORDER BY history_key
-    """
-    keys: str = """
-        SELECT chat_history_id, history_key FROM {histories}
-        WHERE namespace = %s AND ({by_id}, history_key) > (%s, %s) ORDER BY {by_id}, history_key LIMIT %s
     """
     rows: str = """
         SELECT m.history_key, position, content, chat_history_id
