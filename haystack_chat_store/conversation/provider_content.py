@@ -90,7 +90,7 @@ def is_bound_to_ids(message: ChatMessage) -> bool:
 
 def up_to_date(message: ChatMessage) -> ChatMessage:
     """
-    Return a reply without the provider content that stood for an older content, before somebody edited the message.
+    Return a reply without provider content that no longer fits its text and calls, because the reply was edited.
 
     Gemini's generator leaves out calls and texts without a signature. They get an entry in the signatures.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process starts with what is installed, and ends cleanly when it is interrupted or nobody reads on."""
+"""The process starts with what is installed. It ends cleanly after Ctrl-C, and when its output is closed."""
 
 import os
 import subprocess

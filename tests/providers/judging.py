@@ -5,7 +5,7 @@ What each provider refuses, or misreads, in a request.
 A rule is what a provider's documentation says, or its error messages in public reports. `RULES` names the source of
 each, and how well it is known: `"sure"`, `"likely"` or `"unsure"`. Unsure rules fail no test, and neither do those that
 an integration itself breaks (`"theirs"`). Rules without a provider's source are about meaning: a result under another
-call's arguments is refused by nobody, and is worse.
+call's arguments is worse: providers accept it.
 """
 
 import json
@@ -163,7 +163,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "ends-with-assistant": Rule("unsure", "not known to be refused"),
     },
     "ollama": {
-        "call-unanswered": Rule("likely", "refused by nobody; results are paired by order, so later ones move"),
+        "call-unanswered": Rule("likely", "accepted; but results are paired by order, so later ones move"),
         "result-orphan": Rule("likely", "as call-unanswered"),
         "blank-text": Rule("unsure", "accepted"),
         "empty-content": Rule("unsure", "accepted"),

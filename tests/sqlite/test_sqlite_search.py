@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SQLite's index of words: it says what the messages say, whoever writes them, and from whenever on."""
+"""SQLite's index of words matches the messages, whichever process writes them and whenever search is turned on."""
 
 import json
 import random

@@ -24,7 +24,7 @@ from haystack_chat_store.stores.sync_async import run_sync
 
 # Types are checked for Python 3.10 and on any Python: one of these two is always unknown there, or always known.
 if sys.version_info >= (3, 11, 3):
-    from asyncio import timeout as time_limit  # type: ignore[attr-defined, unused-ignore]
+    from asyncio import timeout as time_limit  # type: ignore[attr-defined, unused-ignore]  # not in 3.10
 else:  # redis-py requires and uses it there
     from async_timeout import timeout as time_limit  # type: ignore[import-not-found, unused-ignore]
 
