@@ -38,7 +38,7 @@ def question_id_of(message: ChatMessage) -> str | int | None:
 
 def _id_in(message: ChatMessage, key: str) -> str | int | None:
     # The value is not validated yet: the message may come from a caller or from another package's store.
-    value = message.meta.get(key)
+    value = message._meta.get(key)
     return value if value and isinstance(value, (str, int)) else None
 
 

@@ -13,11 +13,12 @@ mistral-haystack 3.0, openrouter-haystack 2.0 and ollama-haystack 7.0.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from haystack.dataclasses import ChatMessage, ReasoningContent, TextContent, ToolCall
 
+from haystack_chat_store.conversation.copies import changed
 from haystack_chat_store.ids import message_id_of
 
 # Anthropic: all blocks of a reply in which a server tool ran, such as web search. They are sent instead of the content.
@@ -105,7 +106,7 @@ def up_to_date(message: ChatMessage) -> ChatMessage:
         kept = known.current(message, value) if known and value else value
         if kept is not None or not known:
             meta[key] = kept
-    return message if meta == message.meta else replace(message, _meta=meta)
+    return message if meta == message.meta else changed(message, _meta=meta)
 
 
 def with_call_ids(message: ChatMessage, ids: Sequence[str | None]) -> ChatMessage:
@@ -118,7 +119,7 @@ def with_call_ids(message: ChatMessage, ids: Sequence[str | None]) -> ChatMessag
     meta = {
         key: _META_KEYS[key].with_ids(value, ids) if key in _META_KEYS else value for key, value in message.meta.items()
     }
-    return replace(message, _content=with_ids_of_calls(message._content, ids), _meta=meta)
+    return changed(message, _content=with_ids_of_calls(message._content, ids), _meta=meta)
 
 
 def with_ids_of_calls(content: Sequence[Any], ids: Sequence[str | None]) -> list[Any]:
@@ -130,7 +131,7 @@ def with_ids_of_calls(content: Sequence[Any], ids: Sequence[str | None]) -> list
 def _with_id(call: ToolCall, call_id: str | None) -> ToolCall:
     if call_id == call.id:
         return call
-    return ToolCall(call.tool_name, call.arguments, id=call_id, extra={**(call.extra or {}), _CALL_ID: call_id})
+    return changed(call, id=call_id, extra={**(call.extra or {}), _CALL_ID: call_id})
 
 
 def without_provider_content(message: ChatMessage) -> ChatMessage:
@@ -151,7 +152,7 @@ def without_provider_content(message: ChatMessage) -> ChatMessage:
     if refusal and not any(isinstance(part, TextContent) and part.text.strip() for part in content):
         content.insert(0, TextContent(refusal))
     meta = {key: value for key, value in message.meta.items() if key not in _META_KEYS}
-    return replace(message, _content=content, _meta=meta)
+    return changed(message, _content=content, _meta=meta)
 
 
 def as_text(message: ChatMessage) -> ChatMessage:
@@ -163,7 +164,7 @@ def as_text(message: ChatMessage) -> ChatMessage:
     """
     raw = message.meta.get(_RAW_BLOCKS)
     if raw:
-        return replace(message, _content=[TextContent(json.dumps(raw, default=str, ensure_ascii=False))])
+        return changed(message, _content=[TextContent(json.dumps(raw, default=str, ensure_ascii=False))])
     texts = [refusal_of(message)]
     texts += [json.dumps(value, default=str) for key, value in message.meta.items() if key == _SIGNATURES]
     for part in message._content:
@@ -173,7 +174,7 @@ def as_text(message: ChatMessage) -> ChatMessage:
             texts.append(json.dumps(part.extra, default=str))
     content = [part for part in message._content if not isinstance(part, ReasoningContent)]
     added = [TextContent(text) for text in texts if text and text != "{}"]
-    return replace(message, _content=[*added, *content]) if added else message
+    return changed(message, _content=[*added, *content]) if added else message
 
 
 def _current_raw_blocks(message: ChatMessage, blocks: Any) -> Any:

@@ -135,13 +135,13 @@ def question_groups(history: Sequence[ChatMessage], *, with_strays: bool = True)
     :returns: The preamble, which may be empty, and then the groups in the order of their first messages. Each group is
         a round, as the model sees it.
     """
-    last_of_run = {question_id_of(message): place for place, message in enumerate(history)}
+    questions = [question_id_of(message) for message in history]
+    last_of_run = {question: place for place, question in enumerate(questions)}
     group: list[ChatMessage] = []
     groups = [group]
     group_of: dict[str | int, list[ChatMessage]] = {}
 
-    for place, message in enumerate(history):
-        question = question_id_of(message)
+    for place, (message, question) in enumerate(zip(history, questions, strict=True)):
         if question in group_of:
             group = group_of[question]
         elif message.role is ChatRole.USER:

@@ -12,9 +12,9 @@ All rounds before it are completed. In a **portable** form they hold only what e
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from haystack.dataclasses import (
     ChatMessage,
@@ -28,6 +28,7 @@ from haystack.dataclasses import (
 )
 
 from haystack_chat_store.conversation import provider_content
+from haystack_chat_store.conversation.copies import changed
 from haystack_chat_store.conversation.rounds import is_alternative, is_question, said_parts
 from haystack_chat_store.conversation.tool_calls import results_of_calls
 from haystack_chat_store.ids import SHOWN_KEY, is_shown_only, message_id_of, question_id_of
@@ -43,6 +44,8 @@ _CALL_ID_PREFIX = "fc"
 _CALL_ID_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _CALL_ID_LENGTH = 7
 
+_OTHERS = (ChatRole.USER, ChatRole.SYSTEM)
+_Part = TypeVar("_Part")
 # A result, and the message that it stands in.
 _Found: TypeAlias = tuple[ToolCallResult, ChatMessage]
 
@@ -166,7 +169,8 @@ class _View:
         *,
         portable: bool,
     ) -> None:
-        self._given = [message for message in given if _is_text(message) or _may_say_something(message)]
+        texts = self._texts = {id(message) for message in given if _is_text(message)}
+        self._given = [message for message in given if id(message) in texts or _may_say_something(message)]
         self._current = {id(message) for message in current}
         # A stored message that this turn brings along again has the marks that this turn puts on it.
         self._requested = provider_content.requests_of(current_messages)
@@ -186,42 +190,34 @@ class _View:
 
     def messages(self) -> list[ChatMessage]:
         """Return the messages that the model is shown."""
-        shown: list[ChatMessage] = []
+        given, shown = self._given, list[ChatMessage]()
+        end = len(given)
         index = 0
-        while index < len(self._given):
-            if self._is_shown_as_it_is(index):  # as most messages are
-                self._close_round(shown, self._given[index])
-                shown.append(self._given[index])
-                index += 1
-            elif _is_reply(self._given[index]):
-                end = index
-                while end < len(self._given) and _is_reply(self._given[end]):
-                    end += 1
-                after = end
-                while after < len(self._given) and self._given[after].role is ChatRole.TOOL:
-                    after += 1
-                replies = self._given[index:end]
-                if after < len(self._given) and provider_content.is_paused(replies[-1]):  # no reply goes on with it
-                    replies[-1] = _marked(provider_content.without_provider_content(replies[-1]))
-                shown += self._exchange(replies, self._given[end:after], self._is_portable(index))
-                index = after
-            else:
-                message = self._given[index]
+        while index < end:
+            message = given[index]
+            following = given[index + 1] if index + 1 < end else None
+            if message._role is not ChatRole.ASSISTANT:
                 self._close_round(shown, message)
-                if message.role is not ChatRole.TOOL:  # a result without a call
-                    shown.append(self._said(message, self._is_portable(index)))
+                if message._role is not ChatRole.TOOL:  # a result without a call
+                    shown.append(message if self._is_simple(message) else self._said(message, self._is_portable(index)))
                 index += 1
+            elif (following is None or following._role in _OTHERS) and self._is_simple(message):
+                shown.append(message)  # as most replies are
+                index += 1
+            else:
+                after_replies = _end_of_role(given, index, ChatRole.ASSISTANT)
+                after = _end_of_role(given, after_replies, ChatRole.TOOL)
+                replies = given[index:after_replies]
+                if after < end and provider_content.is_paused(replies[-1]):  # no reply goes on with it
+                    replies[-1] = _marked(provider_content.without_provider_content(replies[-1]))
+                shown += self._exchange(replies, given[after_replies:after], self._is_portable(index))
+                index = after
         return shown
 
-    def _is_shown_as_it_is(self, index: int) -> bool:
-        """Whether a message is one text without provider content, and no part of an exchange or of several replies."""
-        message = self._given[index]
-        if self._requested or not _is_text(message) or not provider_content.ALL_KEYS.isdisjoint(message._meta):
-            return False
-        if message._role is not ChatRole.ASSISTANT:
-            return message._role is not ChatRole.TOOL
-        around = self._given[max(index - 1, 0) : index + 2]
-        return all(other is message or other._role in (ChatRole.USER, ChatRole.SYSTEM) for other in around)
+    def _is_simple(self, message: ChatMessage) -> bool:
+        """Whether a message is one text without anything that only one provider takes. It is shown as it is."""
+        is_text = id(message) in self._texts
+        return is_text and self._requested is None and provider_content.ALL_KEYS.isdisjoint(message._meta)
 
     @staticmethod
     def _close_round(shown: list[ChatMessage], following: ChatMessage) -> None:
@@ -244,48 +240,59 @@ class _View:
 
     def _exchange(
         self, replies: Sequence[ChatMessage], answers: Sequence[ChatMessage], portable: bool
-    ) -> Iterator[ChatMessage]:
+    ) -> list[ChatMessage]:
         """Show replies that follow each other, and the tool messages after them."""
-        replies = _without_alternatives(replies)
-        results = [(result, answer) for answer in answers for result in answer.tool_call_results]
-        calls = [call for reply in replies for call in reply.tool_calls]
+        results = [(result, answer) for answer in answers for result in _parts_of_type(answer, ToolCallResult)]
+        if len(replies) > 1:
+            replies = _without_alternatives(replies)
+        calls = [call for reply in replies for call in _parts_of_type(reply, ToolCall)]
         paired = results_of_calls(calls, [result for result, _ in results])
         found = [None if index is None else results[index] for index in paired]
+        if len(replies) == 1:
+            return self._step(replies, found, portable)
+        shown: list[ChatMessage] = []
         for step in _steps(replies, found, portable):
             number = sum(len(reply.tool_calls) for reply in step)
-            yield from self._step(step, found[:number], portable)
+            shown += self._step(step, found[:number], portable)
             found = found[number:]
+        return shown
 
     def _step(
         self, replies: Sequence[ChatMessage], found: Sequence[_Found | None], portable: bool
-    ) -> Iterator[ChatMessage]:
+    ) -> list[ChatMessage]:
         """Show one reply for several, and then a result for each of its calls."""
-        for shown in self._reply(replies, portable):
-            yield shown
-            for call, result in zip(shown.tool_calls, found, strict=True):
-                if result is None:
-                    meta = {SHOWN_KEY: True}
-                    yield ChatMessage.from_tool(INTERRUPTED, origin=call, error=True, meta=meta)
-                else:
-                    part, answer = result
-                    yield self._as_shown(answer, [_shown_result(part, call, portable)], answer.meta)
+        reply = self._reply(replies, portable)
+        if reply is None:
+            return []
+        shown = [reply]
+        for call, result in zip(_parts_of_type(reply, ToolCall), found, strict=True):
+            if result is None:
+                shown.append(ChatMessage.from_tool(INTERRUPTED, origin=call, error=True, meta={SHOWN_KEY: True}))
+            else:
+                part, answer = result
+                shown.append(self._as_shown(answer, [_shown_result(part, call, portable)], answer._meta))
+        return shown
 
-    def _reply(self, replies: Sequence[ChatMessage], portable: bool) -> Iterator[ChatMessage]:
-        """Show one reply for several, if it says something."""
+    def _reply(self, replies: Sequence[ChatMessage], portable: bool) -> ChatMessage | None:
+        """Return one reply for several, or `None` if they say nothing."""
         stored = replies[0]
         if portable:  # which is done first, so that parts of one reply can be joined
             replies = [provider_content.without_provider_content(reply) for reply in replies]
         reply = replies[0] if len(replies) == 1 else _joined(replies)
-        content, meta = reply._content, reply.meta
-        if not _is_plain(reply) and portable:
-            content = _with_joined_texts(list(map(_text_for_media, said_parts(reply))))
-            if reply.tool_calls:
-                content = provider_content.with_ids_of_calls(content, self._neutral_ids(reply))
-        elif not _is_plain(reply):
+        content = reply._content
+        if _is_plain(reply):
+            pass
+        elif portable:
+            content = said_parts(reply)
+            if len(content) > 1 or not isinstance(content[0] if content else None, ToolCall):
+                content = _with_joined_texts(list(map(_text_for_media, content)))
+            content = self._with_neutral_ids(reply, content)
+        else:
             reply = self._with_unique_ids(provider_content.up_to_date(reply))
-            content, meta = said_parts(reply), reply.meta
+            content = said_parts(reply)
         if _says_something(content) or provider_content.says(reply):
-            yield self._as_shown(stored, list(content), meta)
+            return self._as_shown(stored, list(content), reply._meta)
+        return None
 
     def _as_shown(self, stored: ChatMessage, content: list[Any], meta: dict[str, Any]) -> ChatMessage:
         """
@@ -297,17 +304,19 @@ class _View:
         is_current = id(stored) in self._current
         if not (is_current or (self._requested is None and provider_content.REQUEST_KEYS.isdisjoint(meta))):
             meta = self._with_request_of_this_turn(stored, meta)
-        if content == stored._content and (meta is stored.meta or meta == stored.meta):
+        if content == stored._content and (meta is stored._meta or meta == stored._meta):
             return stored
-        return replace(stored, _content=content, _meta=meta if is_current else {**meta, SHOWN_KEY: True})
+        return changed(stored, _content=content, _meta=meta if is_current else {**meta, SHOWN_KEY: True})
 
     def _with_request_of_this_turn(self, stored: ChatMessage, meta: dict[str, Any]) -> dict[str, Any]:
         content = {key: value for key, value in meta.items() if key not in provider_content.REQUEST_KEYS}
         return {**content, **(self._requested or {}).get(message_id_of(stored), {})}
 
-    def _neutral_ids(self, reply: ChatMessage) -> list[str]:
-        """Make ids for the calls of a reply that every provider takes."""
-        return [self._new_id(reply, number, call) for number, call in enumerate(reply.tool_calls)]
+    def _with_neutral_ids(self, reply: ChatMessage, content: Sequence[Any]) -> list[Any]:
+        """Give the calls in the content of a reply ids that every provider takes."""
+        calls = [part for part in content if isinstance(part, ToolCall)]
+        ids = [self._new_id(reply, number, call) for number, call in enumerate(calls)]
+        return provider_content.with_ids_of_calls(content, ids)
 
     def _with_unique_ids(self, reply: ChatMessage) -> ChatMessage:
         """Give ids to calls that have none, or one that was shown before. Leave out reasoning whose id was."""
@@ -324,7 +333,7 @@ class _View:
             return reply
         if provider_content.is_bound_to_ids(reply):
             reply = provider_content.without_provider_content(reply)
-            return provider_content.with_call_ids(reply, self._neutral_ids(reply))
+            ids = [self._new_id(reply, number, call) for number, call in enumerate(reply.tool_calls)]
         return provider_content.with_call_ids(reply, ids)
 
     def _new_id(self, reply: ChatMessage, number: int, call: ToolCall) -> str:
@@ -338,16 +347,20 @@ class _View:
             arguments = json.dumps(call.arguments, sort_keys=True, default=str)
             seed = f"{call.id} {call.tool_name} {arguments}"
             self._seeds[seed] = number = self._seeds.get(seed, -1) + 1
-        while True:
-            digest = int.from_bytes(hashlib.sha256(f"{seed} {number}".encode("utf-8", "surrogatepass")).digest(), "big")
-            letters = ""
-            for _ in range(_CALL_ID_LENGTH):
-                digest, letter = divmod(digest, len(_CALL_ID_LETTERS))
-                letters += _CALL_ID_LETTERS[letter]
-            if (new := _CALL_ID_PREFIX + letters) not in self._call_ids:
-                self._call_ids.add(new)
-                return new
+        while (new := _short_id(f"{seed} {number}")) in self._call_ids:
             seed = f"{seed} again"
+        self._call_ids.add(new)
+        return new
+
+
+@lru_cache(maxsize=4096)
+def _short_id(seed: str) -> str:
+    digest = int.from_bytes(hashlib.sha256(seed.encode("utf-8", "surrogatepass")).digest(), "big")
+    letters = ""
+    for _ in range(_CALL_ID_LENGTH):
+        digest, letter = divmod(digest, len(_CALL_ID_LETTERS))
+        letters += _CALL_ID_LETTERS[letter]
+    return _CALL_ID_PREFIX + letters
 
 
 def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
@@ -367,6 +380,17 @@ def _is_reply(message: ChatMessage) -> bool:
     return message._role is ChatRole.ASSISTANT
 
 
+def _end_of_role(messages: Sequence[ChatMessage], index: int, role: ChatRole) -> int:
+    """Return where the messages of a role end that stand at `index`."""
+    while index < len(messages) and messages[index]._role is role:
+        index += 1
+    return index
+
+
+def _parts_of_type(message: ChatMessage, kind: type[_Part]) -> list[_Part]:
+    return [part for part in message._content if isinstance(part, kind)]
+
+
 def _is_text(message: ChatMessage) -> bool:
     content = message._content
     return len(content) == 1 and type(content[0]) is TextContent and bool(content[0].text.strip())
@@ -374,7 +398,7 @@ def _is_text(message: ChatMessage) -> bool:
 
 def _may_say_something(message: ChatMessage) -> bool:
     if message.role is ChatRole.TOOL:
-        return bool(message.tool_call_results)
+        return any(isinstance(part, ToolCallResult) for part in message._content)
     return bool(said_parts(message)) or provider_content.says(message)
 
 
@@ -438,11 +462,11 @@ def _joined(messages: Sequence[ChatMessage]) -> ChatMessage:
     others = [part for part in content if not isinstance(part, (TextContent, ToolCall))]
     reasoning = [part for part in others if isinstance(part, ReasoningContent)]
     content = [*reasoning, *texts, *(part for part in others if part not in reasoning), *calls]
-    return replace(messages[0], _content=_with_joined_texts(content))
+    return changed(messages[0], _content=_with_joined_texts(content))
 
 
 def _marked(message: ChatMessage) -> ChatMessage:
-    return replace(message, _meta={**message.meta, SHOWN_KEY: True})
+    return changed(message, _meta={**message.meta, SHOWN_KEY: True})
 
 
 def _shown_result(result: ToolCallResult, call: ToolCall, portable: bool) -> ToolCallResult:
@@ -455,7 +479,7 @@ def _shown_result(result: ToolCallResult, call: ToolCall, portable: bool) -> Too
             said = _NO_OUTPUT
     if result.origin == call and said is result.result:
         return result
-    return ToolCallResult(said, call, result.error)
+    return changed(result, result=said, origin=call)
 
 
 def _text_for_media(part: Any) -> Any:

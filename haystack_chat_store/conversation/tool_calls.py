@@ -40,6 +40,8 @@ def results_of_calls(calls: Sequence[ToolCall], results: Sequence[ToolCallResult
     :param results: Its results, in order.
     :returns: For each call, the index of its result, or `None` if it has none.
     """
+    if len(calls) == len(results) and all(map(_is_result_of, results, calls)):  # as most exchanges are
+        return list(range(len(calls)))
     ids = Counter(call.id for call in calls if call.id)
     paired: list[int | None] = [None] * len(calls)
     left = dict(enumerate(results))
@@ -52,7 +54,7 @@ def results_of_calls(calls: Sequence[ToolCall], results: Sequence[ToolCallResult
                     del left[index]
                     break
 
-    pair(lambda call, origin: bool(origin.id) and call.id == origin.id and _same_work(call, origin))
+    pair(lambda call, origin: _has_id_of(call, origin) and _same_work(call, origin))
     if left:
         pair(lambda call, origin: ids[origin.id or ""] != 1 and _same_work(call, origin))
         pair(lambda call, origin: ids[origin.id or ""] == 1 and call.id == origin.id)
@@ -60,5 +62,13 @@ def results_of_calls(calls: Sequence[ToolCall], results: Sequence[ToolCallResult
     return paired
 
 
+def _is_result_of(result: ToolCallResult, call: ToolCall) -> bool:
+    return _has_id_of(call, result.origin) and _same_work(call, result.origin)
+
+
+def _has_id_of(call: ToolCall, origin: ToolCall) -> bool:
+    return bool(origin.id) and call.id == origin.id
+
+
 def _same_work(call: ToolCall, origin: ToolCall) -> bool:
-    return (call.tool_name, call.arguments) == (origin.tool_name, origin.arguments)
+    return call.tool_name == origin.tool_name and call.arguments == origin.arguments
