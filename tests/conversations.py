@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations for the tests of their rules: messages, and hypothesis strategies."""
 
-from collections import Counter
 from dataclasses import replace
+from itertools import takewhile
 
 from haystack.dataclasses import ChatMessage, ChatRole, ToolCall, ToolCallResult
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from strict_model import call_key
 
+from haystack_chat_store.conversation.tool_calls import results_of_calls
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 
 SYSTEM = ChatMessage.from_system("Be brief.")
@@ -96,17 +97,10 @@ def pairs(messages):
     """Return (index of the call's message, index of its result's message) for each call that has a result."""
     found = []
     for index, message in enumerate(messages):
-        ids = {call.id for call in message.tool_calls if call.id is not None}
-        open_calls = Counter(ids)
-        open_calls.update(call_key(call) for call in message.tool_calls if call.id is None)
-        for answer_index in range(index + 1, len(messages)):
-            if messages[answer_index].role != ChatRole.TOOL:
-                break
-            for result in messages[answer_index].tool_call_results:
-                key = call_key(result.origin) if result.origin.id is None else result.origin.id
-                if open_calls[key] > 0:
-                    open_calls[key] -= 1
-                    found.append((index, answer_index))
+        answers = list(takewhile(lambda at: messages[at].role is ChatRole.TOOL, range(index + 1, len(messages))))
+        places = [(at, result) for at in answers for result in messages[at].tool_call_results]
+        paired = results_of_calls(message.tool_calls, [result for _, result in places])
+        found += [(index, places[number][0]) for number in paired if number is not None]
     return found
 
 

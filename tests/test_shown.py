@@ -5,7 +5,7 @@ import asyncio
 import copy
 import random
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 from conversations import (
@@ -41,6 +41,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strict_model import StrictChatGenerator, problems, problems_when_asked
 
+from haystack_chat_store.conversation.rounds import said_parts
 from haystack_chat_store.conversation.shown import (
     INTERRUPTED,
     UNANSWERED,
@@ -583,8 +584,10 @@ def test_all_calls_are_shown_and_no_result_that_was_given_to_a_call_is_lost(conv
     assert work(shown) == work(message for message in conversation if message.role is ChatRole.ASSISTANT)
     results = [result for message in shown for result in message.tool_call_results]
     assert len(results) == len(work(shown))
-    ids = [[call.id for call in message.tool_calls] for message in conversation]
-    if all(len(set(of_reply)) == len(of_reply) for of_reply in ids):  # else the arguments decide
+    said = [message for message in conversation if said_parts(message) or message.tool_call_results]
+    steps = [list(step) for is_reply, step in groupby(said, lambda each: each.role is ChatRole.ASSISTANT) if is_reply]
+    ids = [[call.id for reply in step for call in reply.tool_calls] for step in steps]
+    if all(len(set(of_step)) == len(of_step) for of_step in ids):  # else the arguments decide
         assert sum(result.result != INTERRUPTED for result in results) >= len(pairs(conversation))
 
 
