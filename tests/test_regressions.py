@@ -293,6 +293,7 @@ def test_a_child_that_frees_a_connection_of_its_parent_does_not_damage_the_file(
 
     assert in_child(free) == "freed"
     lost[0].execute("COMMIT")
+    lost[0].close()
     with closing(sqlite3.connect(store.path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert connection.execute("SELECT count(*) FROM haystack_chat_messages").fetchone() == (401,)
