@@ -49,6 +49,7 @@ class WindowReader:
         window_step: int = 1,
         portable: bool = True,
         merge_consecutive: bool = False,
+        model: str | None = None,
     ) -> None:
         """
         Check and keep the settings.
@@ -69,6 +70,7 @@ class WindowReader:
         :param portable: Whether completed rounds are shown in a form that every provider takes. Defaults to True.
         :param merge_consecutive: Whether messages of the same role that follow each other are joined. Defaults to
             False.
+        :param model: The name of the model that is asked: see `messages_for_model`. Defaults to `None`: not known.
         :raises ValueError: If a setting is wrong.
         """
         validate_last_k(last_k)
@@ -87,6 +89,9 @@ class WindowReader:
         self.window_step = window_step
         self.portable = validated_flag(portable, "portable")
         self.merge_consecutive = validated_flag(merge_consecutive, "merge_consecutive")
+        if model is not None and not isinstance(model, str):
+            raise ValueError(f"model must be a text or None, got {type(model).__name__}.")
+        self.model = model
 
     def warm_up(self) -> None:
         """Warm up the token counter, if it can be warmed up."""
@@ -146,7 +151,11 @@ class WindowReader:
         :param current_messages: The messages of this turn.
         """
         return messages_for_model(
-            window, current_messages, portable=self.portable, merge_consecutive=self.merge_consecutive
+            window,
+            current_messages,
+            portable=self.portable,
+            merge_consecutive=self.merge_consecutive,
+            model=self.model,
         )
 
     def _reads(self, store: ChatMessageStore, current_messages: Sequence[ChatMessage], last_k: int | None) -> _Reads:

@@ -411,6 +411,7 @@ class TestSerialization:
                 window_step=5,
                 portable=False,
                 merge_consecutive=True,
+                model="gpt-9",
             ).to_dict()
             assert data == {
                 "type": "haystack_integrations.components.retrievers.chat_store"
@@ -423,6 +424,7 @@ class TestSerialization:
                     "window_step": 5,
                     "portable": False,
                     "merge_consecutive": True,
+                    "model": "gpt-9",
                 },
             }
             loaded = ChatMessageRetriever.from_dict(data)

@@ -43,6 +43,7 @@ from strict_model import StrictChatGenerator, problems, problems_when_asked
 
 from haystack_chat_store.conversation.rounds import said_parts
 from haystack_chat_store.conversation.shown import (
+    GO_ON,
     INTERRUPTED,
     UNANSWERED,
     messages_for_model,
@@ -366,13 +367,25 @@ class TestPortable:
         ]
         assert shown[5].text == "Here.\n\n[image: image/png]"
 
-    def test_a_step_of_another_model_in_the_round_under_way_is_portable(self):
+    def test_steps_of_another_model_in_the_round_under_way_are_shown_as_an_interrupted_round(self):
         first = replace(calling(self.CALLED, reasoning="Hm."), _meta={"model": "one"})
         second = replace(calling(OSLO, reasoning="Ah."), _meta={"model": "two"})
         shown = messages_for_model([QUESTION, first, answer_to(self.CALLED), second, result_of(OSLO)])
         assert shown[1].reasoning is None
         assert shown[1].tool_calls[0].id != self.CALLED.id
-        assert shown[3] is second
+        assert [message.text for message in shown[3:5]] == [UNANSWERED, GO_ON]
+        assert all(message.meta[SHOWN_KEY] for message in shown[3:5])
+        assert shown[5] is second
+
+    def test_another_model_resumes_the_round_under_way_if_it_is_named(self):
+        step = [replace(calling(self.CALLED, reasoning="Hm."), _meta={"model": "gpt-9-2026-11-01"}), result_of(ROME)]
+        assert messages_for_model([QUESTION, step[0]], model="gpt-9")[1] is step[0]
+        shown = messages_for_model([QUESTION, step[0]], model="claude-9")
+        assert shown[1].reasoning is None
+        assert [message.tool_call_results[0].result for message in shown if message.tool_call_results] == [INTERRUPTED]
+        assert [message.text for message in shown[-2:]] == [UNANSWERED, GO_ON]
+        followed = messages_for_model([QUESTION, step[0], QUESTION], model="claude-9")
+        assert [message.text for message in followed[-2:]] == [UNANSWERED, QUESTION.text]
 
 
 class TestProviderContent:

@@ -19,6 +19,7 @@ def chat_history_hooks(
     window_step: int = 1,
     portable: bool = True,
     merge_consecutive: bool = False,
+    model: str | None = None,
     exit_conditions: list[str] | None = None,
     raise_on_failure: bool = True,
     hooks: Mapping[HookPoint, Sequence[Hook]] | None = None,
@@ -45,6 +46,7 @@ def chat_history_hooks(
     :param portable: Whether completed rounds are shown in a form that every provider takes. Defaults to True; see
         `ChatHistoryLoader`.
     :param merge_consecutive: Whether messages of the same role that follow each other are joined. Defaults to False.
+    :param model: The name of the agent's model, so that it can resume a round of another model. Defaults to `None`.
     :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. Defaults to `None`.
     :param raise_on_failure: Whether the run fails if saving fails. Defaults to True; see `ChatHistorySaver`.
     :param hooks: Other hooks of the agent, by hook point. The mapping is not changed. They are ordered so that the
@@ -60,6 +62,7 @@ def chat_history_hooks(
         window_step=window_step,
         portable=portable,
         merge_consecutive=merge_consecutive,
+        model=model,
         exit_conditions=exit_conditions,
     )
     saver = ChatHistorySaver(chat_message_store, raise_on_failure=raise_on_failure)

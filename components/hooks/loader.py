@@ -58,6 +58,7 @@ class ChatHistoryLoader:
         window_step: int = 1,
         portable: bool = True,
         merge_consecutive: bool = False,
+        model: str | None = None,
         exit_conditions: list[str] | None = None,
     ) -> None:
         """
@@ -78,6 +79,9 @@ class ChatHistoryLoader:
             under way is shown as it is stored, because its model needs it.
         :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
             insist on user and assistant in turns. Defaults to False.
+        :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
+            the portable form, so that another model can go on with an interrupted round. Defaults to `None`: the model
+            of the newest reply in that round.
         :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. A turn is complete if it
             ended with a successful result of one of these tools. Defaults to `None`.
         :raises ValueError: If an argument is wrong.
@@ -93,6 +97,7 @@ class ChatHistoryLoader:
             window_step=window_step,
             portable=portable,
             merge_consecutive=merge_consecutive,
+            model=model,
         )
         self.chat_message_store = protocol_calls.validated_store(chat_message_store)
         self.last_k = last_k
@@ -101,6 +106,7 @@ class ChatHistoryLoader:
         self.window_step = window_step
         self.portable = portable
         self.merge_consecutive = merge_consecutive
+        self.model = model
         self.exit_conditions = exit_conditions
 
     def run(self, state: State) -> None:
@@ -140,6 +146,7 @@ class ChatHistoryLoader:
             window_step=self.window_step,
             portable=self.portable,
             merge_consecutive=self.merge_consecutive,
+            model=self.model,
             exit_conditions=self.exit_conditions,
         )
 
@@ -179,7 +186,7 @@ class ChatHistoryLoader:
         run.collect(run.give([m for m in current if is_said(m) and message_id(m) not in new_ids]))
         if new:
             run.question_id = last_question_id(new) or last_question_id(current) or last_question_id(history)
-            loaded = messages_for_model(history, [*system, *new], portable=self.portable)
+            loaded = messages_for_model(history, [*system, *new], portable=self.portable, model=self.model)
             run.collect(_until_last_hidden(new, loaded))
         else:
             loaded = yield from self._resumed(run, system, current)
@@ -220,7 +227,7 @@ class ChatHistoryLoader:
             before = before_turn(window.messages, turn)
         run.question_id = last_question_id(turn)
         run.exit_reason = exit_reason(turn, self.exit_conditions or ())
-        return messages_for_model(run.know([*before, *turn]), system, portable=self.portable)
+        return messages_for_model(run.know([*before, *turn]), system, portable=self.portable, model=self.model)
 
     def _window_reader(self, last_k: int | None) -> WindowReader:
         return WindowReader(
@@ -230,6 +237,7 @@ class ChatHistoryLoader:
             window_step=self.window_step,
             portable=self.portable,
             merge_consecutive=self.merge_consecutive,
+            model=self.model,
         )
 
 

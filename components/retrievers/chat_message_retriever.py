@@ -58,6 +58,7 @@ class ChatMessageRetriever:
         window_step: int = 1,
         portable: bool = True,
         merge_consecutive: bool = False,
+        model: str | None = None,
     ) -> None:
         """
         Create the component.
@@ -86,6 +87,9 @@ class ChatMessageRetriever:
             under way is shown as it is stored, because its model needs it.
         :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
             insist on user and assistant in turns. Defaults to False.
+        :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
+            the portable form, so that another model can go on with an interrupted round. Defaults to `None`: the model
+            of the newest reply in that round.
         :raises ValueError: If a setting is wrong, or `chat_message_store` does not follow the protocol.
         """
         self.chat_message_store = protocol_calls.validated_store(chat_message_store)
@@ -95,6 +99,7 @@ class ChatMessageRetriever:
         self.window_step = window_step
         self.portable = portable
         self.merge_consecutive = merge_consecutive
+        self.model = model
         self._window_reader()  # raises the ValueError of a wrong setting
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +113,7 @@ class ChatMessageRetriever:
             window_step=self.window_step,
             portable=self.portable,
             merge_consecutive=self.merge_consecutive,
+            model=self.model,
         )
 
     @classmethod
@@ -191,4 +197,5 @@ class ChatMessageRetriever:
             window_step=self.window_step,
             portable=self.portable,
             merge_consecutive=self.merge_consecutive,
+            model=self.model,
         )

@@ -12,6 +12,7 @@ mistral-haystack 3.0, openrouter-haystack 2.0 and ollama-haystack 7.0.
 """
 
 import json
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,39 @@ def is_paused(reply: ChatMessage) -> bool:
     blocks = reply.meta.get(_RAW_BLOCKS)
     last = blocks[-1] if isinstance(blocks, list) and blocks else None
     return isinstance(last, dict) and last.get("type") not in ("text", "tool_use")
+
+
+def without_broken_pauses(replies: Sequence[ChatMessage], *, may_pause_at_end: bool) -> list[ChatMessage]:
+    """
+    Return the replies without raw blocks that lack their other half.
+
+    Claude may pause in the middle of a reply, while a server tool runs, and go on in its next reply. So the call of a
+    server tool may stand in one reply and its result in the next.
+
+    :param replies: Replies that follow each other. They are not changed.
+    :param may_pause_at_end: Whether the last reply may be a pause, because the model is asked to go on with it.
+    """
+    given = list(replies)
+    if all(_RAW_BLOCKS not in reply.meta for reply in given):
+        return given
+    ends: list[tuple[set[Any], set[Any]]] = [_open_ends(reply) for reply in given]
+    before: list[set[Any]] = [set(), *(calls for calls, _ in ends[:-1])]
+    after: list[set[Any]] = [*(results for _, results in ends[1:]), ends[-1][0] if may_pause_at_end else set()]
+    whole = [
+        reply if calls <= following and results <= leading else without_provider_content(reply)
+        for reply, (calls, results), leading, following in zip(given, ends, before, after, strict=True)
+    ]
+    is_whole = all(map(operator.is_, whole, given))
+    return whole if is_whole else without_broken_pauses(whole, may_pause_at_end=may_pause_at_end)
+
+
+def _open_ends(reply: ChatMessage) -> tuple[set[Any], set[Any]]:
+    """Return the ids of the server tools whose result is in the next reply, and of those whose call is in the last."""
+    blocks = reply.meta.get(_RAW_BLOCKS)
+    blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+    calls = {block.get("id") for block in blocks if block.get("type") == "server_tool_use"}
+    results = {block.get("tool_use_id") for block in blocks if "tool_use_id" in block}
+    return calls - results, results - calls
 
 
 def refusal_of(message: ChatMessage) -> str:

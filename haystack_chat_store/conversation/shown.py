@@ -38,6 +38,9 @@ INTERRUPTED = "The call was interrupted. It is not known whether the tool has ru
 #: The reply that stands for the answer of a turn that ended after the results of its tools. Mistral takes no question
 #: directly after results, and Amazon Bedrock no two messages of the user.
 UNANSWERED = "I was interrupted before I could answer."
+#: What asks a model to go on with the round that another model began. Claude and Gemini take calls without their own
+#: thoughts in completed rounds only. So the other model's steps are shown as a round that ended with `UNANSWERED`.
+GO_ON = "Please go on."
 _NO_OUTPUT = "(no output)"
 # `fc`, which OpenAI's Responses API wants, and seven letters and digits: Mistral takes exactly nine.
 _CALL_ID_PREFIX = "fc"
@@ -94,6 +97,7 @@ def messages_for_model(
     *,
     portable: bool = True,
     merge_consecutive: bool = False,
+    model: str | None = None,
 ) -> list[ChatMessage]:
     """
     Put the messages of this turn around a window of history, in a form that model providers accept.
@@ -105,6 +109,7 @@ def messages_for_model(
     - Replies that follow each other and call tools are joined, so that the results come directly after their calls.
     - Calls without an id, or with one that was given before, get one.
     - Between tool results and the next question stands a reply that says that no answer was given.
+    - Where another model goes on with the round under way, such a reply and a question to go on stand before its steps.
     - What a generator keeps for its provider goes, if the message was edited since.
 
     Left out are results without a call, blank texts, messages that say nothing, all but the first of several
@@ -122,9 +127,12 @@ def messages_for_model(
         result. Defaults to True. If False, they are shown as they are stored.
     :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
         insist on user and assistant in turns. Defaults to False.
+    :param model: The name of the model that is asked. In the round under way, replies of other models are shown in the
+        portable form, as a round that was interrupted. A name with a version, such as the one in a reply's
+        `meta["model"]`, is the same model. Defaults to the model of the newest reply in that round.
     """
     system, shown, current = split_system_history_current(history, current_messages)
-    view = _View([*_from_first_user(shown), *current], current, current_messages, portable=portable)
+    view = _View([*_from_first_user(shown), *current], current, current_messages, portable=portable, model=model)
     messages = [*system, *view.messages()]
     return merged(messages) if merge_consecutive else messages
 
@@ -159,6 +167,7 @@ class _View:
     :param current: Those of this turn that are not in the history.
     :param current_messages: All messages of this turn.
     :param portable: Whether completed rounds are shown in a portable form.
+    :param model: The name of the model that is asked, if it is known.
     """
 
     def __init__(
@@ -168,6 +177,7 @@ class _View:
         current_messages: Sequence[ChatMessage],
         *,
         portable: bool,
+        model: str | None,
     ) -> None:
         texts = self._texts = {id(message) for message in given if _is_text(message)}
         self._given = [message for message in given if id(message) in texts or _may_say_something(message)]
@@ -175,7 +185,7 @@ class _View:
         # A stored message that this turn brings along again has the marks that this turn puts on it.
         self._requested = provider_content.requests_of(current_messages)
         self._under_way = len(self._given)
-        self._model = None
+        self._model = model
         while self._under_way > 0:
             self._under_way -= 1
             message = self._given[self._under_way]
@@ -184,6 +194,7 @@ class _View:
             if self._model is None and _is_reply(message):
                 self._model = message.meta.get("model")
         self._portable = portable
+        self._stored_of: dict[int, ChatMessage] = {}  # by the id() of a reply that is worked on
         self._call_ids: set[str] = set()
         self._reasoning_ids: set[str] = set()
         self._seeds: dict[str, int] = {}
@@ -205,12 +216,13 @@ class _View:
                 shown.append(message)  # as most replies are
                 index += 1
             else:
-                after_replies = _end_of_role(given, index, ChatRole.ASSISTANT)
+                portable = self._is_portable(index)
+                after_replies = self._end_of_replies(index, portable)
                 after = _end_of_role(given, after_replies, ChatRole.TOOL)
                 replies = given[index:after_replies]
-                if after < end and provider_content.is_paused(replies[-1]):  # no reply goes on with it
-                    replies[-1] = _marked(provider_content.without_provider_content(replies[-1]))
-                shown += self._exchange(replies, given[after_replies:after], self._is_portable(index))
+                shown += self._exchange(replies, given[after_replies:after], portable, is_last=after == end)
+                if self._ends_steps_of_other_model(index, after, portable):
+                    self._hand_over(shown)
                 index = after
         return shown
 
@@ -218,6 +230,26 @@ class _View:
         """Whether a message is one text without anything that only one provider takes. It is shown as it is."""
         is_text = id(message) in self._texts
         return is_text and self._requested is None and provider_content.ALL_KEYS.isdisjoint(message._meta)
+
+    def _end_of_replies(self, index: int, portable: bool) -> int:
+        """Return where the replies end that stand at `index`, or those of one model in the round under way."""
+        end = index + 1
+        while end < len(self._given) and _is_reply(self._given[end]) and self._is_portable(end) == portable:
+            end += 1
+        return end
+
+    def _ends_steps_of_other_model(self, index: int, after: int, portable: bool) -> bool:
+        """Whether the exchange that begins at `index` is the last one of another model in the round under way."""
+        if index < self._under_way or not portable:
+            return False
+        following = self._given[after] if after < len(self._given) else None
+        return following is None or (_is_reply(following) and not self._is_portable(after))
+
+    @staticmethod
+    def _hand_over(shown: list[ChatMessage]) -> None:
+        if shown[-1]._role is ChatRole.TOOL:
+            shown.append(ChatMessage.from_assistant(UNANSWERED, meta={SHOWN_KEY: True}))
+            shown.append(ChatMessage.from_user(GO_ON, meta={SHOWN_KEY: True}))
 
     @staticmethod
     def _close_round(shown: list[ChatMessage], following: ChatMessage) -> None:
@@ -229,7 +261,7 @@ class _View:
         if index < self._under_way or not _is_reply(self._given[index]):
             return self._portable and index < self._under_way
         model = self._given[index].meta.get("model")
-        return self._portable and None not in (model, self._model) and model != self._model
+        return self._portable and not _is_same_model(model, self._model)
 
     def _said(self, message: ChatMessage, portable: bool) -> ChatMessage:
         """Show a message of the user or the system."""
@@ -239,9 +271,14 @@ class _View:
         return self._as_shown(message, content, message.meta)
 
     def _exchange(
-        self, replies: Sequence[ChatMessage], answers: Sequence[ChatMessage], portable: bool
+        self, replies: Sequence[ChatMessage], answers: Sequence[ChatMessage], portable: bool, *, is_last: bool
     ) -> list[ChatMessage]:
         """Show replies that follow each other, and the tool messages after them."""
+        if not portable:
+            stored = replies
+            current = list(map(provider_content.up_to_date, replies))
+            replies = provider_content.without_broken_pauses(current, may_pause_at_end=is_last)
+            self._stored_of = {id(reply): original for reply, original in zip(replies, stored, strict=True)}
         results = [(result, answer) for answer in answers for result in _parts_of_type(answer, ToolCallResult)]
         if len(replies) > 1:
             replies = _without_alternatives(replies)
@@ -275,7 +312,7 @@ class _View:
 
     def _reply(self, replies: Sequence[ChatMessage], portable: bool) -> ChatMessage | None:
         """Return one reply for several, or `None` if they say nothing."""
-        stored = replies[0]
+        stored = self._stored_of.get(id(replies[0]), replies[0])
         if portable:  # which is done first, so that parts of one reply can be joined
             replies = [provider_content.without_provider_content(reply) for reply in replies]
         reply = replies[0] if len(replies) == 1 else _joined(replies)
@@ -369,6 +406,13 @@ def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
         if is_question(message):
             return [*(message for message in history[:index] if message.role is ChatRole.SYSTEM), *history[index:]]
     return [message for message in history if message.role is ChatRole.SYSTEM]
+
+
+def _is_same_model(one: Any, other: Any) -> bool:
+    """Whether two names may be the same model: providers name the version in their replies."""
+    if not (isinstance(one, str) and isinstance(other, str)):
+        return True  # one of them is not known
+    return one.startswith(other) or other.startswith(one)
 
 
 def _begins_round(message: ChatMessage) -> bool:

@@ -245,7 +245,12 @@ def test_the_agent_pipeline_continues_in_the_next_process(tmp_path):
 def test_the_simulation_shows_that_a_step_keeps_prompts_cacheable(tmp_path):
     result = run(tmp_path, ROOT / "benchmarks" / "prompt_cache.py", "--turns", "40")
     assert result.returncode == 0, result.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:]]
-    cacheable = {(row[0], row[1]): int(row[4].removesuffix("%")) for row in rows}
+    steps, forms = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")][2:]
+        for table in result.stdout.split("Replies with reasoning:")
+    )
+    cacheable = {(row[0], row[1]): int(row[4].removesuffix("%")) for row in steps}
     for window in ("`last_k=10`", "`max_tokens=4000`"):
         assert cacheable[window, "1"] + 25 < cacheable[window, "8"]
+    tokens = {(row[0], row[1]): int(row[2].replace(",", "")) for row in forms}
+    assert tokens["everything", "True"] < tokens["everything", "False"]

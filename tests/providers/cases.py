@@ -51,7 +51,7 @@ class Case:
     """
     :param stored: The history.
     :param current: The messages of this turn.
-    :param own: The last question, if it is of this turn: it must be shown.
+    :param model: The model that is asked, if the retriever is told.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Case:
     merges: bool = False
     gone: list[str] = field(default_factory=list)
     history_id: str | None = None
+    model: str | None = None
 
     @property
     def provider(self) -> str:
@@ -89,6 +90,7 @@ def show(case: Case) -> list[ChatMessage]:
     """Return what the retriever shows the model."""
     history_id = case.history_id or store(case.stored)
     wanted = {**case.window.settings, "portable": case.portable, "merge_consecutive": case.merges or None}
+    wanted["model"] = case.model
     wanted = {name: value for name, value in wanted.items() if not (name not in case.window.settings and value is None)}
     init = {name: value for name, value in wanted.items() if name in _INIT}
     run = {name: value for name, value in wanted.items() if name not in _INIT and name in _RUN}
@@ -292,6 +294,21 @@ def after_switch(seed: Any, first: str, second: str) -> Iterator[Case]:
     for case in _cases_of(f"{first}>{second} {name}", switch, asked, [turn], rng):
         if case.portable is not False:
             yield case
+
+
+def after_resumption(seed: Any, first: str, second: str) -> Iterator[Case]:
+    """Yield the cases of one conversation whose interrupted last round another model resumes."""
+    rng = random.Random(f"resumed {seed} {first} {second}")
+    talk = Talk(rng)
+    before = speaker(rng, first)
+    after = speaker(rng, second, other_model=first == second)
+    stored = flat(talk.rounds(before, rng.choice((0, 1, 2))))
+    begun = talk._named([talk.question(before), *talk.step(before), *talk.step(before)], before)
+    stored += begun[: rng.randint(2, len(begun))]
+    asked = Asked(second, after.model, after.thinking)
+    for case in _cases_of(f"{first}>{second} resumed", Damaged(stored), asked, [[]], rng):
+        if case.portable is not False:
+            yield replace(case, model=after.model)
 
 
 def switched(seed: Any, providers: list[str]) -> Iterator[Case]:

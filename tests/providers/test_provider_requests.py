@@ -9,16 +9,14 @@ is the smallest one found: messages that it does not need were removed.
 from itertools import chain
 
 import pytest
-from cases import after_damage, after_switch, explained, refused
+from cases import after_damage, after_resumption, after_switch, explained, refused
 from damages import DAMAGES
 from histories import PROVIDERS
 
 #: What is not repaired with `portable=False`: reasoning, signatures and raw blocks are shown as they are stored.
 KNOWN = {
-    ("anthropic", "edited"): {"server-tool-unpaired"},  # what followed a pause was edited
-    ("anthropic", "blanked"): {"server-tool-unpaired"},
-    ("anthropic", "deleted"): {"server-tool-unpaired"},
     ("gemini", "deleted_question"): {"call-turn"},  # replies to two questions follow each other
+    ("gemini", "stored_twice"): {"call-turn"},
     ("bedrock", "deleted_question"): {"alternation"},
     ("bedrock", "stored_twice"): {"alternation"},
 }
@@ -42,3 +40,10 @@ def test_a_damaged_history_is_good_for_its_own_provider(provider, damage, is_ful
 def test_another_model_goes_on_with_the_conversation(first, second, is_full):
     seeds = range(20 if is_full else 1)
     check(chain.from_iterable(after_switch(f"test {seed}", first, second) for seed in seeds))
+
+
+@pytest.mark.parametrize("second", PROVIDERS)
+@pytest.mark.parametrize("first", PROVIDERS)
+def test_another_model_resumes_an_interrupted_round(first, second, is_full):
+    seeds = range(20 if is_full else 1)
+    check(chain.from_iterable(after_resumption(f"test {seed}", first, second) for seed in seeds))
