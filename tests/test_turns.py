@@ -325,6 +325,18 @@ class TestOwnQuestionIsLast:
         messages = run(retriever, "h", current_messages=[question("q0")])["messages"]
         assert [message.role.value for message in messages] == ["user", "assistant", "tool"]
 
+    @pytest.mark.parametrize("last_k", [1, 2, 3])
+    def test_an_answer_to_an_older_question_passes_for_nobody_elses(self, run, store, writer, retriever, last_k):
+        for text in ("older", "other", "mine"):
+            run(writer, "h", [question(text)])
+        run(writer, "h", [question("older")], [ASSISTANT("to the older")])
+        outputs = run(retriever, "h", last_k=last_k, current_messages=[question("mine")])
+        shown = texts(outputs["messages"])
+        assert shown[-1] == "mine"
+        assert "to the older" not in shown or shown[shown.index("to the older") - 1] == "older"
+        run(writer, "h", [question("mine")], [ASSISTANT("to me")])
+        assert texts(run(retriever, "h", last_k=last_k, current_messages=[question("mine")])["replies"]) == ["to me"]
+
 
 @pytest.fixture
 def rounds(store):

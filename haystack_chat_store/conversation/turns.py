@@ -59,18 +59,19 @@ def up_to_turn(messages: Sequence[ChatMessage], question_id: str | int) -> tuple
     """
     Return the messages before a turn, and the messages of the turn. What other turns have said since is left out.
 
+    So are answers to questions that are not among the messages: they would pass for answers to another question.
+
     :param messages: The end of a history, oldest first.
     :param question_id: The id of the turn's question.
-    :returns: Both in the order of the history. If the turn is not found, all messages, and an empty list.
+    :returns: Both in question order. If the turn is not found, all messages as they are, and an empty list.
     """
     if all(message_id_of(message) != question_id for message in messages):
         return list(messages), []
-    groups = question_groups(messages)
+    groups = question_groups(messages, with_strays=False)
     place = next((at for at, group in enumerate(groups) if group and message_id_of(group[0]) == question_id), None)
     if place is None:
         return list(messages), []
-    earlier = {id(message) for group in groups[:place] for message in group}
-    return [message for message in messages if id(message) in earlier], groups[place]
+    return [message for group in groups[:place] for message in group], groups[place]
 
 
 def answer_of(turn: Sequence[ChatMessage]) -> ChatMessage | None:
