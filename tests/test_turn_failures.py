@@ -125,11 +125,10 @@ def test_a_turn_that_fails_anywhere_and_comes_again_is_stored_once(request, stor
     assert repeated or number < 10
 
 
+@pytest.mark.parametrize("engine", ["memory", "sqlite"], indirect=True)  # the moments are the same on all engines
 @pytest.mark.parametrize("way", ["sync", "async"])
 @pytest.mark.parametrize("moment", range(1, MOMENTS + 1))
-def test_at_each_moment_the_question_is_there_or_the_model_was_not_asked(store, engine, way, moment):
-    if engine not in ("memory", "sqlite"):
-        pytest.skip("The moments of a turn are the same on all engines.")
+def test_at_each_moment_the_question_is_there_or_the_model_was_not_asked(store, way, moment):
     moments = Moments(moment, CrashError)
     try:
         take_turn(store, way, moments, "question", "request")
