@@ -236,7 +236,9 @@ print(json.dumps([message.text for message in SQLiteChatMessageStore("chat_histo
 
 
 @pytest.mark.parametrize(
-    ("name", "is_rewritten"), [("rag_pipeline.yaml", False), ("rag_followup_pipeline.yaml", True)], ids=["rag", "followup"]
+    ("name", "is_rewritten"),
+    [("rag_pipeline.yaml", False), ("rag_followup_pipeline.yaml", True)],
+    ids=["rag", "followup"],
 )
 def test_rag_from_yaml_stores_what_was_typed_and_asks_once(run_script, name, is_rewritten):
     result = run_script(RAG_SCRIPT, EXAMPLES / name)
