@@ -10,10 +10,12 @@ import asyncio
 import random
 import threading
 import uuid
+from dataclasses import replace
 from functools import partial
 
 import pytest
 from haystack.core.errors import PipelineRuntimeError
+from haystack.dataclasses import ChatMessage
 from haystack.utils import Secret
 from turn_pipelines import CrashError, FailingEngine, Model, Moments, ask, ask_async, turn_pipeline
 
@@ -197,3 +199,19 @@ class TestTwoAtOnce:
         assert len(rounds) == 5
         for number, result in enumerate(results):
             assert result["replies"][0].text == rounds[f"question {number % 5}"]
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_every_engine_looks_up_where_a_message_is(store, way):
+    def position(message_id, chat_history_id="h", scope=store.scope):
+        place = (store.engine.position, scope, chat_history_id, message_id)
+        return store.engine.run(*place) if way == "sync" else asyncio.run(store.engine.run_async(*place))
+
+    store.write_messages(
+        "h", [ChatMessage.from_user(each, meta={"chat_message_id": each}) for each in ("a", "b", "ß 🌍")]
+    )
+    assert [position(message_id) for message_id in ("a", "b", "ß 🌍", "A", "nowhere")] == [0, 1, 2, None, None]
+    assert position("a", "another history") is None
+    assert position("a", scope=replace(store.scope, namespace="another")) is None
+    store.delete_messages("h", message_ids=["b"])
+    assert [position(message_id) for message_id in ("b", "ß 🌍")] == [None, 2]
