@@ -53,10 +53,11 @@ _PAGE = """
     WHERE namespace = ?1 AND chat_history_id = ?2 ORDER BY message_key {order} LIMIT ?5
 """
 _PAGE_BEFORE, _PAGE_AFTER = _PAGE.format(order="DESC"), _PAGE.format(order="ASC")
+# The plus lets SQLite use the index by id: without it, the column's type would have to be applied to the expression.
 _POSITION = """
     SELECT message_key & 0xffffffff
     FROM haystack_chat_histories
-        CROSS JOIN haystack_chat_messages ON message_key >> 32 = history_key AND message_id = ?3
+        CROSS JOIN haystack_chat_messages ON message_key >> 32 = +history_key AND message_id = ?3
     WHERE namespace = ?1 AND chat_history_id = ?2
 """
 
