@@ -224,7 +224,7 @@ class WindowReader:
         :raises MessageNotFoundError: If the history does not have `until_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        end = _End(_validated_until(until_message_id), usable_id_of(last_question(current_messages)))
+        end = _End.before_turn_of(current_messages, until_message_id)
         before = self._run(self._turn_reads(store, current_messages, last_k, end), store, chat_history_id)
         return TurnWindow(before=before, turn=end.turn, rounds_after=end.rounds_after, rounds=end.rounds)
 
@@ -238,7 +238,7 @@ class WindowReader:
         until_message_id: str | None = None,
     ) -> TurnWindow:
         """Do what `read_turn` does, without blocking the event loop."""
-        end = _End(_validated_until(until_message_id), usable_id_of(last_question(current_messages)))
+        end = _End.before_turn_of(current_messages, until_message_id)
         reads = self._turn_reads(store, current_messages, last_k, end)
         before = await self._run_async(reads, store, chat_history_id)
         return TurnWindow(before=before, turn=end.turn, rounds_after=end.rounds_after, rounds=end.rounds)
@@ -409,8 +409,14 @@ class _End:
     rounds_after: int = 0
     rounds: int | None = None
     may_be_further_back: bool = False
-    # The number of rounds or messages, in the store's unit, that a page has after the end.
+    # The number of rounds or messages, in the store's unit, that a page is to have after the end.
     _size_after: int = 0
+
+    @classmethod
+    def before_turn_of(cls, current_messages: Sequence[ChatMessage], until_message_id: str | None) -> "_End":
+        """Return the end before the turn of the last question. If it has an id, it is probably stored, and the last."""
+        question_id = usable_id_of(last_question(current_messages))
+        return cls(_validated_until(until_message_id), question_id, _size_after=0 if question_id is None else 1)
 
     def page(self, store: ChatMessageStore, last_k: int | None, window_step: int) -> _Reads:
         """Read the last rounds or messages before the end, and what comes after it, so that it is found."""
@@ -423,10 +429,9 @@ class _End:
             self.rounds = len(round_starts(read)) if is_whole else None
             before, is_found = self._before(read, is_whole=is_whole)
             if is_whole or (is_found and _size(before, store) >= (limit or 0)):
-                is_cut = limit is not None and len(before) < len(read)
-                return (
-                    _last(before, Window(protocol_calls.last_k_unit(store), limit, window_step)) if is_cut else before
-                )
+                if limit is None or (len(before) == len(read) and self._size_after == 0):
+                    return before
+                return _last(before, Window(protocol_calls.last_k_unit(store), limit, window_step))
             growth = max(self._size_after * _PAGE_GROWTH, _FIRST_PAGE_SIZE)
             self._size_after = size - _size(before, store) if is_found else growth
 
