@@ -7,11 +7,14 @@ process may end, or the task may be cancelled. Then the same request comes again
 """
 
 import asyncio
+import os
 import random
+import signal
 import threading
 import uuid
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 from haystack.core.errors import PipelineRuntimeError
@@ -28,6 +31,7 @@ from haystack_chat_store import (
 )
 from haystack_chat_store.conversation.rounds import question_groups
 from haystack_chat_store.testing.concurrency import in_threads
+from haystack_chat_store.testing.fork_server import run_python
 
 # A turn that comes again has this many moments: six calls of the store and one of the model.
 MOMENTS = 14
@@ -215,3 +219,39 @@ def test_every_engine_looks_up_where_a_message_is(store, way):
     assert position("a", scope=replace(store.scope, namespace="another")) is None
     store.delete_messages("h", message_ids=["b"])
     assert [position(message_id) for message_id in ("b", "ß 🌍")] == [None, 2]
+
+
+KILLED = """
+import os, signal, sys
+from turn_pipelines import FailingEngine, Model, Moments, ask, turn_pipeline
+from haystack_chat_store import SQLiteChatMessageStore
+
+class KillingMoments(Moments):
+    def next(self):
+        if self.begins():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+path, moment = sys.argv[1], int(sys.argv[2])
+moments = KillingMoments(moment)
+store = SQLiteChatMessageStore(path, last_k=None)
+store.engine = FailingEngine(store.engine, moments)
+print(ask(turn_pipeline(store, Model(moments)), "question", "request")["replies"][0].text)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+@pytest.mark.parametrize(
+    "moment", [each if each in (2, 5, 8) else pytest.param(each, marks=pytest.mark.full) for each in range(1, 11)]
+)
+def test_a_process_that_is_killed_anywhere_leaves_a_turn_that_can_be_sent_again(tmp_path, moment):
+    path = tmp_path / "h.db"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    options = {"capture_output": True, "text": True, "env": environment, "timeout": 120}
+    killed = run_python(["-c", KILLED, str(path), str(moment)], **options)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = run_python(["-c", KILLED, str(path), "0"], **options)
+    assert again.returncode == 0, again.stderr
+
+    store = SQLiteChatMessageStore(path, last_k=None)
+    assert [message.text for message in store.retrieve_messages("h")] == ["question", again.stdout.strip()]
+    store.close()
