@@ -113,6 +113,7 @@ def test_a_turn_that_fails_anywhere_and_comes_again_is_stored_once(request, stor
         query, request_id = f"question {turn}", f"request {turn}"
         while failed_turn(store, way, rng, query, request_id) is None:
             failed += 1
+            assert failed < 50 * number, "The turn never succeeds."
         if rng.random() < 0.3 and turn:  # somebody repeats an older request
             older = rng.randrange(turn)
             result, asked = take_turn(store, way, Moments(), f"question {older}", f"request {older}")

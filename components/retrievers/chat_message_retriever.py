@@ -22,6 +22,9 @@ class ChatMessageRetriever:
     stand together. The store keeps everything as it was said. A message that is not shown as it is stored carries
     `meta["chat_shown"]`.
 
+    The question of this turn stands last, also if it is stored already and others have asked since. If it is answered
+    already, the stored answer comes out instead.
+
     ```python
     from haystack import Pipeline
     from haystack.components.generators.chat import MockChatGenerator

@@ -15,7 +15,11 @@ from haystack_chat_store.validation import validated_messages
 @component
 class ChatMessageWriter:
     """
-    Writes the messages of a turn to a chat history: the question and its answer as one batch, in this order.
+    Writes the messages of a turn to a chat history, and says what the history has of it.
+
+    One writer can write question and answer as one batch, in this order. Two can write the question before the model is
+    asked and the answer after it, so that no question is lost: connect the `messages` of the first to the `messages` of
+    the second. A turn that is sent again, with the same id of its question, is stored once.
 
     ```python
     from haystack.dataclasses import ChatMessage
