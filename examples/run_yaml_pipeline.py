@@ -4,6 +4,7 @@ Runs one turn of a pipeline in a YAML file. Run it twice: the second run remembe
 
     python examples/run_yaml_pipeline.py "Hello, I am Ada."
     python examples/run_yaml_pipeline.py --file agent_pipeline.yaml "How much is pi?"
+    python examples/run_yaml_pipeline.py --request-id 1 "Hello?"     run it twice: it is asked once, and answered twice
 """
 
 import argparse
@@ -16,6 +17,7 @@ from haystack import Pipeline
 
 parser = argparse.ArgumentParser(description="Runs one turn of a pipeline in a YAML file.")
 parser.add_argument("--file", type=Path, default="chat_pipeline.yaml", help="here or beside this script (%(default)s)")
+parser.add_argument("--request-id", help="a request that is sent again with the same id is answered once")
 parser.add_argument("question", nargs="*", default=["Hello!"])
 options = parser.parse_args()
 file = options.file if options.file.exists() else Path(__file__).with_name(options.file.name)
@@ -24,17 +26,20 @@ if not file.exists():
 
 pipeline = Pipeline.loads(file.read_text(encoding="utf-8"))
 data = {"query": " ".join(options.question), "chat_history_id": file.stem}
-results = pipeline.run(data, include_outputs_from={"retriever", "llm"} & set(pipeline.graph.nodes))
+if options.request_id is not None:
+    data["request_id"] = options.request_id
+results = pipeline.run(data, include_outputs_from={"retriever"} & set(pipeline.graph.nodes))
 
 if "agent" in results:
     *seen, answer = results["agent"]["messages"]
 else:
-    seen, (answer,) = results["retriever"]["messages"], results["llm"]["replies"]
+    # If the question was answered before, the model is not asked and sees nothing.
+    seen, answer = results["retriever"].get("messages", []), results["answer_writer"]["replies"][-1]
 print("What the model saw:")
 for message in seen:
     calls = ", ".join(call.tool_name for call in message.tool_calls)
     content = message.text or calls or message.tool_call_result.result
     print(f"  {message.role.value:>9}: {content}")
 print(f"It answered: {answer.text}")
-if "writer" in results:
-    print(f"Messages written now: {results['writer']['messages_written']}")
+if "answer_writer" in results:
+    print(f"Messages written with the answer: {results['answer_writer']['messages_written']}")

@@ -61,18 +61,21 @@ def print_chunk(chunk: StreamingChunk) -> None:
 
 
 def build_pipeline(store: ChatMessageStore, llm: str) -> Pipeline:
-    """Build the pipeline: the question joins its history, goes to the model, and is stored together with the answer."""
+    """Build the pipeline: the question is stored, joins its history, goes to the model, and the answer is stored."""
     generator: Any = OpenAIChatGenerator() if llm == "openai" else MockChatGenerator(response_fn=answer_from_memory)
     pipeline = Pipeline()
     template = [ChatMessage.from_system(SYSTEM_PROMPT), ChatMessage.from_user("{{ query }}")]
     pipeline.add_component("prompt_builder", ChatPromptBuilder(template, required_variables="*"))
+    pipeline.add_component("question_writer", ChatMessageWriter(store))
     pipeline.add_component("retriever", ChatMessageRetriever(store, last_k=None))
     pipeline.add_component("llm", generator)
-    pipeline.add_component("writer", ChatMessageWriter(store))
-    pipeline.connect("prompt_builder.prompt", "retriever.current_messages")
-    pipeline.connect("prompt_builder.prompt", "writer.messages")
+    pipeline.add_component("answer_writer", ChatMessageWriter(store))
+    pipeline.connect("prompt_builder.prompt", "question_writer.messages")
+    pipeline.connect("question_writer.messages", "retriever.current_messages")
+    pipeline.connect("question_writer.messages", "answer_writer.messages")
     pipeline.connect("retriever.messages", "llm.messages")
-    pipeline.connect("llm.replies", "writer.replies")
+    pipeline.connect("llm.replies", "answer_writer.replies")
+    pipeline.connect("retriever.replies", "answer_writer.replies")
     return pipeline
 
 
@@ -82,9 +85,10 @@ def say(pipeline: Pipeline, chat_history_id: str, text: str) -> None:
         pipeline.run(
             {
                 "prompt_builder": {"query": text},
+                "question_writer": {"chat_history_id": chat_history_id},
                 "retriever": {"chat_history_id": chat_history_id},
                 "llm": {"streaming_callback": print_chunk},
-                "writer": {"chat_history_id": chat_history_id},
+                "answer_writer": {"chat_history_id": chat_history_id},
             }
         )
     except KeyboardInterrupt as interrupt:
@@ -135,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 say(pipeline, options.history, options.say)
     except TurnInterruptedError:
-        parser.exit(130, "\nGoodbye! I may not remember this last turn.\n")
+        parser.exit(130, "\nGoodbye! I remember what you said, but not my answer.\n")
     except KeyboardInterrupt:
         parser.exit(130, "\nGoodbye!\n")
     except PipelineRuntimeError as error:

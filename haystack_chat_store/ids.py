@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ids that messages carry in their `meta`."""
 
+import hashlib
 import os
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 
 from haystack.dataclasses import ChatMessage
 
 #: The key of a message's id in its `meta`. haystack-experimental uses the same key.
 MESSAGE_ID_KEY = "chat_message_id"
 
-#: The key in the `meta` of a message that an agent's run produced: the id of the user message that the run answers.
+#: The key in the `meta` of a reply and of all else that a turn produced: the id of the user message that it answers.
 QUESTION_ID_KEY = "chat_question_id"
+
+#: The longest id of a message or a history, in characters. Every engine can use it as a key.
+MAX_ID_LENGTH = 512
 
 #: The key in the `meta` of a message that is shown otherwise than it is stored. Such a message is never stored.
 SHOWN_KEY = "chat_shown"
@@ -24,6 +30,45 @@ def new_message_id() -> str:
     (the idea of UUID version 7, RFC 9562). The time is never read back: positions alone decide the order.
     """
     return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
+
+
+def with_message_ids(messages: Iterable[ChatMessage]) -> list[ChatMessage]:
+    """
+    Return the messages with ids, so that they can be written again without being stored twice.
+
+    ```python
+    from haystack.dataclasses import ChatMessage
+    from haystack_chat_store import with_message_ids
+
+    (question,) = with_message_ids([ChatMessage.from_user("Hello!")])
+    question.meta["chat_message_id"]  # a new id, such as "019ac0f3a1b2…"
+    ```
+
+    :param messages: The messages. They are not changed.
+    :returns: A copy with a new id of each message that has none. A message that has an id is returned as it is.
+    """
+    return [
+        replace(message, _meta={**message.meta, MESSAGE_ID_KEY: new_message_id()})
+        if message.meta.get(MESSAGE_ID_KEY) is None
+        else message
+        for message in messages
+    ]
+
+
+def reply_id(question_id: str | int, number: int) -> str:
+    """
+    Return the id of a reply to a question.
+
+    It is the same at each call, so that a turn that is sent again is stored once. It begins with the question's id, so
+    that both lie side by side in an index.
+
+    :param question_id: The question's id.
+    :param number: The number of the reply among those to this question, 0 for the first.
+    """
+    readable = f"{question_id}:reply:{number}"
+    if len(readable) <= MAX_ID_LENGTH:
+        return readable
+    return hashlib.sha256(readable.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def message_id_of(message: ChatMessage) -> str | int | None:

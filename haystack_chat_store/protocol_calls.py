@@ -14,6 +14,8 @@ from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.conversation.rounds import LastKUnit, Window, last_rounds
+from haystack_chat_store.errors import UnsupportedOperationError
+from haystack_chat_store.ids import message_id_of
 from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore
 from haystack_chat_store.validation import validated_policy
 
@@ -109,6 +111,56 @@ def _read_of(store: ChatMessageStore, last_k: int | None, window_step: int) -> _
         return _Read(last_k, {"window_step": window_step}, None)
     count = default_last_k(store) if last_k is None else last_k
     return _Read(_LARGE_LAST_K, {}, Window("round", count, window_step))
+
+
+def has_message(store: ChatMessageStore, chat_history_id: str, message_id: str) -> bool:
+    """
+    Whether a history has a message. This is a look into an index.
+
+    If the store's engine has no such operation, or the store has no engine, read the whole history.
+    """
+    engine: Any = getattr(store, "engine", None)
+    try:
+        if hasattr(engine, "position"):
+            scope = store.scope  # type: ignore[attr-defined]  # what has an engine has a scope
+            return engine.run(engine.position, scope, chat_history_id, message_id) is not None
+    except UnsupportedOperationError:
+        pass
+    return message_id in map(message_id_of, store.retrieve_messages(chat_history_id, _LARGE_LAST_K))
+
+
+async def has_message_async(store: ChatMessageStore, chat_history_id: str, message_id: str) -> bool:
+    """Do what `has_message` does, without blocking the event loop."""
+    engine: Any = getattr(store, "engine", None)
+    try:
+        if hasattr(engine, "position"):
+            scope = store.scope  # type: ignore[attr-defined]  # what has an engine has a scope
+            return await engine.run_async(engine.position, scope, chat_history_id, message_id) is not None
+    except UnsupportedOperationError:
+        pass
+    return message_id in map(message_id_of, await retrieve_async(store, chat_history_id, _LARGE_LAST_K))
+
+
+def count_rounds(store: ChatMessageStore, chat_history_id: str) -> int | None:
+    """Return the number of rounds in a history, from a counter, or `None` if the store has none."""
+    if not hasattr(store, "get_chat_history"):
+        return None
+    try:
+        history = store.get_chat_history(chat_history_id)
+    except UnsupportedOperationError:
+        return None
+    return 0 if history is None else int(history.round_count)
+
+
+async def count_rounds_async(store: ChatMessageStore, chat_history_id: str) -> int | None:
+    """Do what `count_rounds` does, without blocking the event loop."""
+    if not hasattr(store, "get_chat_history_async"):
+        return None
+    try:
+        history = await store.get_chat_history_async(chat_history_id)
+    except UnsupportedOperationError:
+        return None
+    return 0 if history is None else int(history.round_count)
 
 
 def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_count: int | None) -> dict[str, Any]:

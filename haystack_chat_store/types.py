@@ -62,6 +62,13 @@ class ChatMessageStore(Protocol):
     16. **Schema versions.** A durable store records its schema version, upgrades an older database in place, and does
         not touch a database that a newer version wrote.
 
+    Components and hooks keep this rule on any store that keeps those above:
+
+    26. **A turn, once.** Every reply that a component or a hook stores names its question, in
+        `meta["chat_question_id"]`. The writer gives the i-th reply of a batch an id that is made from its question's id
+        and i; messages of an agent's run have ids of their own. A turn that is sent again is stored once, with its
+        first answer. What others have said after a turn's question is not shown in this turn.
+
     The stores of this package can do more than this protocol asks for. These rules hold for it:
 
     17. **Directory.** `list_chat_histories` returns pages of the histories whose ids begin with a literal prefix. The

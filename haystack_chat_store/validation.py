@@ -8,12 +8,11 @@ from typing import Any
 from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 
+from haystack_chat_store.ids import MAX_ID_LENGTH, message_id_of
 from haystack_chat_store.json_values import encode_meta, parse_json
 from haystack_chat_store.stores.rows import UNCHANGED, Unchanged
 from haystack_chat_store.stores.times import EPOCH, MICROSECOND
 
-#: The longest `chat_history_id` and message id, in characters. Every engine can use them as keys.
-MAX_ID_LENGTH = 512
 #: The longest `namespace`, in characters.
 MAX_NAMESPACE_LENGTH = 128
 #: The longest title, in characters.
@@ -37,6 +36,14 @@ def validated_id(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str:
     if not text:
         raise ValueError(f"{name} must have 1 to {max_length} characters, got 0.")
     return text
+
+
+def usable_id_of(message: ChatMessage | None) -> str | None:
+    """Return a message's id, or `None` if there is no message, or it has no id that a store takes."""
+    try:
+        return None if message is None else validated_id(message_id_of(message), "id")
+    except ValueError:
+        return None
 
 
 def validated_text(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str:

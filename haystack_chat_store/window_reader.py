@@ -4,8 +4,9 @@
 import asyncio
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.token_counters import ApproximateTokenCounter
@@ -14,22 +15,88 @@ from haystack.token_counters.types import TokenCounter
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.provider_content import as_text
 from haystack_chat_store.conversation.rounds import (
+    Window,
     in_question_order,
+    last_messages,
+    last_rounds,
     question_groups,
     question_of,
     round_starts,
 )
 from haystack_chat_store.conversation.shown import messages_for_model
+from haystack_chat_store.conversation.turns import answer_of, last_question, up_to_turn
+from haystack_chat_store.errors import MessageNotFoundError
+from haystack_chat_store.ids import message_id_of
 from haystack_chat_store.types import ChatMessageStore
-from haystack_chat_store.validation import validate_last_k, validate_window_step, validated_flag
+from haystack_chat_store.validation import (
+    usable_id_of,
+    validate_last_k,
+    validate_window_step,
+    validated_flag,
+    validated_id,
+)
 
 # If only the token budget limits the window, the first page has this many rounds, and each next page is larger by this
 # factor.
 _FIRST_PAGE_SIZE = 8
 _PAGE_GROWTH = 4
 
-# Yields the `last_k` of each read, receives the messages that were read, and returns the window.
-_Reads: TypeAlias = Generator[int | None, list[ChatMessage], list[ChatMessage]]
+
+class _Page(NamedTuple):
+    """A request for the last rounds of a history, with the `last_k` of the read."""
+
+    last_k: int | None
+
+
+class _IsStored(NamedTuple):
+    """The question whether a history has a message."""
+
+    message_id: str
+
+
+# Yields requests, receives what they ask for, and returns the messages of a window.
+_Reads: TypeAlias = Generator[_Page | _IsStored, Any, list[ChatMessage]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnWindow:
+    """
+    What a model is shown of a history in a turn, and what the history has of the turn itself.
+
+    :param before: The window: rounds before the turn, in question order.
+    :param turn: The messages of the turn, its question first. Empty if its question is not stored.
+    :param rounds_after: The number of rounds that were stored after the turn, or after `until_message_id`.
+    :param rounds: The number of rounds in the history if it was read whole, otherwise `None`.
+    """
+
+    before: list[ChatMessage]
+    turn: list[ChatMessage]
+    rounds_after: int
+    rounds: int | None
+
+    def answer(self, current_messages: Sequence[ChatMessage]) -> ChatMessage | None:
+        """
+        Return the stored answer of the turn, or `None` if the model is to be asked.
+
+        :param current_messages: The messages of this turn. If one comes after the question that is not stored, such as
+            the result of a tool, the turn goes on. If the answer itself is there, it is not asked for.
+        """
+        answer = answer_of(self.turn)
+        question = last_question(current_messages)
+        if answer is None or question is None:
+            return None
+        known = {message_id_of(message) for message in self.turn if message is not answer}
+        after = current_messages[next(at for at, each in enumerate(current_messages) if each is question) :]
+        goes_on = any(message.role is not ChatRole.SYSTEM and message_id_of(message) not in known for message in after)
+        return None if goes_on else answer
+
+    def omitted_rounds(self, rounds: int) -> int:
+        """
+        Return how many rounds before the turn are not shown.
+
+        :param rounds: The number of rounds in the history.
+        """
+        return max(rounds - self.rounds_after - len(round_starts([*self.before, *self.turn])), 0)
 
 
 class WindowReader:
@@ -105,6 +172,8 @@ class WindowReader:
         chat_history_id: str,
         current_messages: Sequence[ChatMessage] = (),
         last_k: int | None = None,
+        *,
+        until_message_id: str | None = None,
     ) -> list[ChatMessage]:
         """
         Read the part of a history that the model is shown.
@@ -114,16 +183,14 @@ class WindowReader:
         :param current_messages: The messages of this turn, which the model is shown around the history. They count
             towards `max_tokens`, and are not returned. Defaults to none.
         :param last_k: The number of rounds; 0 for none. Defaults to this reader's `last_k`.
+        :param until_message_id: The id of the last message to read. Defaults to `None`: the last one of the history.
         :returns: The messages of the window, in question order.
         :raises ValueError: If an argument is wrong.
+        :raises MessageNotFoundError: If the history does not have `until_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        reads = self._reads(store, current_messages, last_k)
-        next_last_k, window = _advance(reads)
-        while window is None:
-            page = protocol_calls.retrieve(store, chat_history_id, next_last_k, self.window_step)
-            next_last_k, window = _advance(reads, page)
-        return window
+        end = _End(_validated_until(until_message_id))
+        return self._run(self._reads(store, current_messages, last_k, end), store, chat_history_id)
 
     async def read_async(
         self,
@@ -131,17 +198,55 @@ class WindowReader:
         chat_history_id: str,
         current_messages: Sequence[ChatMessage] = (),
         last_k: int | None = None,
+        *,
+        until_message_id: str | None = None,
     ) -> list[ChatMessage]:
         """Do what `read` does, without blocking the event loop: neither for the store nor for the token counter."""
-        reads = self._reads(store, current_messages, last_k)
-        next_last_k, window = _advance(reads)
-        while window is None:
-            page = await protocol_calls.retrieve_async(store, chat_history_id, next_last_k, self.window_step)
-            if self.max_tokens is None:
-                next_last_k, window = _advance(reads, page)
-            else:  # a token counter may be slow, or call a server
-                next_last_k, window = await asyncio.to_thread(_advance, reads, page)
-        return window
+        end = _End(_validated_until(until_message_id))
+        return await self._run_async(self._reads(store, current_messages, last_k, end), store, chat_history_id)
+
+    def read_turn(
+        self,
+        store: ChatMessageStore,
+        chat_history_id: str,
+        current_messages: Sequence[ChatMessage] = (),
+        last_k: int | None = None,
+        *,
+        until_message_id: str | None = None,
+    ) -> TurnWindow:
+        """
+        Read the part of a history before a turn, and what is stored of the turn itself.
+
+        The turn is known by the id of the last question in `current_messages`. What other turns have stored after this
+        question is left out.
+
+        :param store: The store that keeps the history.
+        :param chat_history_id: The history's id.
+        :param current_messages: The messages of this turn.
+        :param last_k: The number of rounds before the turn; 0 for none. Defaults to this reader's `last_k`.
+        :param until_message_id: The id of the last message to read. Defaults to `None`: the last one of the history.
+        :raises ValueError: If an argument is wrong.
+        :raises MessageNotFoundError: If the history does not have `until_message_id`.
+        :raises ChatMessageStoreError: If the store fails.
+        """
+        end = _End.before_turn_of(current_messages, until_message_id)
+        before = self._run(self._turn_reads(store, current_messages, last_k, end), store, chat_history_id)
+        return TurnWindow(before=before, turn=end.turn, rounds_after=end.rounds_after, rounds=end.rounds)
+
+    async def read_turn_async(
+        self,
+        store: ChatMessageStore,
+        chat_history_id: str,
+        current_messages: Sequence[ChatMessage] = (),
+        last_k: int | None = None,
+        *,
+        until_message_id: str | None = None,
+    ) -> TurnWindow:
+        """Do what `read_turn` does, without blocking the event loop."""
+        end = _End.before_turn_of(current_messages, until_message_id)
+        reads = self._turn_reads(store, current_messages, last_k, end)
+        before = await self._run_async(reads, store, chat_history_id)
+        return TurnWindow(before=before, turn=end.turn, rounds_after=end.rounds_after, rounds=end.rounds)
 
     def shown(self, window: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """
@@ -158,23 +263,95 @@ class WindowReader:
             model=self.model,
         )
 
-    def _reads(self, store: ChatMessageStore, current_messages: Sequence[ChatMessage], last_k: int | None) -> _Reads:
+    def shown_turn(self, window: TurnWindow, current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+        """
+        Return what the model is shown in a turn: the window, then the turn, in a form that providers accept.
+
+        The question is shown as `current_messages` have it.
+
+        :param window: The window that was read for these messages.
+        :param current_messages: The messages of this turn.
+        """
+        return self.shown([*window.before, *_steps_of(window.turn, current_messages)], current_messages)
+
+    def _run(self, reads: _Reads, store: ChatMessageStore, chat_history_id: str) -> list[ChatMessage]:
+        request, window = _advance(reads)
+        while window is None:
+            found: Any
+            if isinstance(request, _IsStored):
+                found = protocol_calls.has_message(store, chat_history_id, request.message_id)
+            else:
+                found = protocol_calls.retrieve(store, chat_history_id, request.last_k, self.window_step)
+            request, window = _advance(reads, found)
+        return window
+
+    async def _run_async(self, reads: _Reads, store: ChatMessageStore, chat_history_id: str) -> list[ChatMessage]:
+        request, window = _advance(reads)
+        while window is None:
+            found: Any
+            if isinstance(request, _IsStored):
+                found = await protocol_calls.has_message_async(store, chat_history_id, request.message_id)
+            else:
+                found = await protocol_calls.retrieve_async(store, chat_history_id, request.last_k, self.window_step)
+            if self.max_tokens is None:
+                request, window = _advance(reads, found)
+            else:  # a token counter may be slow, or call a server
+                request, window = await asyncio.to_thread(_advance, reads, found)
+        return window
+
+    def _turn_reads(
+        self, store: ChatMessageStore, current_messages: Sequence[ChatMessage], last_k: int | None, end: "_End"
+    ) -> _Reads:
+        shows_nothing = (self.last_k if last_k is None else last_k) == 0
+        if shows_nothing and end != _End():
+            yield from end.page(store, 1, self.window_step)  # which finds the end
+        window = yield from self._reads(store, current_messages, last_k, end)
+        if end.may_be_further_back and (yield _IsStored(str(end.question_id))):
+            end.is_turn_stored = True
+            yield from end.page(store, 1, self.window_step)
+            window = yield from self._reads(store, current_messages, last_k, end)
+        return window
+
+    def _reads(
+        self, store: ChatMessageStore, current_messages: Sequence[ChatMessage], last_k: int | None, end: "_End"
+    ) -> _Reads:
         validate_last_k(last_k)
         last_k = self.last_k if last_k is None else last_k
         if last_k == 0:
             return []  # A store of another package may slice with `messages[-0:]`, which is the whole history.
         if last_k is not None or self.max_tokens is None:
-            page = yield from _whole_rounds(store, last_k)
-            return self._newest_that_fit(page, current_messages)
+            page = yield from self._whole_rounds(store, last_k, end)
+            return self._newest_that_fit(page, current_messages, end)
         count = _FIRST_PAGE_SIZE
         while True:
-            page = yield from _whole_rounds(store, count)
-            fitting = self._newest_that_fit(page, current_messages)
+            page = yield from self._whole_rounds(store, count, end)
+            fitting = self._newest_that_fit(page, current_messages, end)
             if len(fitting) < len(in_question_order(page)) or _size(page, store) < count:
                 return fitting
             count *= _PAGE_GROWTH
 
-    def _newest_that_fit(self, page: list[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    def _whole_rounds(self, store: ChatMessageStore, last_k: int | None, end: "_End") -> _Reads:
+        """
+        Read a window. If it begins in the middle of a round, read more pages, back to the round's question.
+
+        In a store that counts messages, a window can begin anywhere. In a store that counts rounds, it can begin at a
+        user message that a hook added to a round.
+        """
+        window = page = yield from end.page(store, last_k, self.window_step)
+        limit = protocol_calls.default_last_k(store) if last_k is None else last_k
+        if not window or limit is None or _size(window, store) < limit:
+            return window
+        more = _FIRST_PAGE_SIZE
+        while (question := question_of(page, len(page) - len(window))) is None:
+            longer = yield from end.page(store, _size(window, store) + more, self.window_step)
+            if len(longer) <= len(page):
+                return window  # the page is the whole history
+            page, more = longer, more * _PAGE_GROWTH
+        return page[question:]
+
+    def _newest_that_fit(
+        self, page: list[ChatMessage], current_messages: Sequence[ChatMessage], end: "_End"
+    ) -> list[ChatMessage]:
         """Return the newest part of a page that fits `max_tokens`, in question order."""
         history = in_question_order(page)
         counter, max_tokens = self.token_counter, self.max_tokens
@@ -182,7 +359,8 @@ class WindowReader:
             return history
 
         def fits(part: list[ChatMessage]) -> bool:
-            return counter.count([as_text(message) for message in self.shown(part, current_messages)]) <= max_tokens
+            shown = self.shown([*part, *_steps_of(end.turn, current_messages)], current_messages)
+            return counter.count([as_text(message) for message in shown]) <= max_tokens
 
         def longest(starts: Sequence[int], part_from: Callable[[int], list[ChatMessage]]) -> list[ChatMessage] | None:
             # Each part is shorter than the one before, so bisection finds the first that fits.
@@ -219,32 +397,97 @@ class WindowReader:
         )
 
 
-def _advance(reads: _Reads, page: list[ChatMessage] | None = None) -> tuple[int | None, list[ChatMessage] | None]:
-    """Pass on the page that was read, and return the `last_k` of the next read or, after the last read, the window."""
+@dataclass
+class _End:
+    """
+    Where a window ends: at the end of the history, at a message, or before a turn, which is read apart.
+
+    :param until_message_id: The id of the last message to read, or `None` for all.
+    :param question_id: The id of the turn's question, or `None`.
+    :param is_turn_stored: Whether the history is known to have the question. It is looked for until it is found then.
+    :param turn: The messages of the turn, its question first, as the last page had them.
+    :param rounds_after: The number of rounds after the end, on the last page.
+    :param rounds: The number of rounds on the last page if it was the whole history, otherwise `None`.
+    :param may_be_further_back: Whether the question may be stored before the last page.
+    """
+
+    until_message_id: str | None = None
+    question_id: str | None = None
+    is_turn_stored: bool = False
+    turn: list[ChatMessage] = field(default_factory=list)
+    rounds_after: int = 0
+    rounds: int | None = None
+    may_be_further_back: bool = False
+    # The number of rounds or messages, in the store's unit, that a page is to have after the end.
+    _size_after: int = 0
+
+    @classmethod
+    def before_turn_of(cls, current_messages: Sequence[ChatMessage], until_message_id: str | None) -> "_End":
+        """Return the end before the turn of the last question. If it has an id, it is probably stored, and the last."""
+        question_id = usable_id_of(last_question(current_messages))
+        return cls(_validated_until(until_message_id), question_id, _size_after=0 if question_id is None else 1)
+
+    def page(self, store: ChatMessageStore, last_k: int | None, window_step: int) -> _Reads:
+        """Read the last rounds or messages before the end, and what comes after it, so that it is found."""
+        limit = protocol_calls.default_last_k(store) if last_k is None else last_k
+        while True:
+            asked = last_k if limit is None or self._size_after == 0 else limit + self._size_after
+            read = yield _Page(asked)
+            size = _size(read, store)
+            is_whole = limit is None or size < limit + self._size_after
+            self.rounds = len(round_starts(read)) if is_whole else None
+            before, is_found = self._before(read, is_whole=is_whole)
+            if is_whole or (is_found and _size(before, store) >= (limit or 0)):
+                if limit is None or (len(before) == len(read) and self._size_after == 0):
+                    return before
+                return _last(before, Window(protocol_calls.last_k_unit(store), limit, window_step))
+            growth = max(self._size_after * _PAGE_GROWTH, _FIRST_PAGE_SIZE)
+            self._size_after = size - _size(before, store) if is_found else growth
+
+    def _before(self, read: list[ChatMessage], *, is_whole: bool) -> tuple[list[ChatMessage], bool]:
+        """Return the messages before the end, and whether it was found."""
+        page = read
+        if self.until_message_id is not None:
+            place = next((at for at, each in enumerate(read) if message_id_of(each) == self.until_message_id), None)
+            if place is None and is_whole:
+                raise MessageNotFoundError(f"The history has no message with the id {self.until_message_id!r}.")
+            if place is None:
+                return read, False
+            page = read[: place + 1]
+        before, self.turn = (page, []) if self.question_id is None else up_to_turn(page, self.question_id)
+        self.rounds_after = len(round_starts(read)) - len(round_starts([*before, *self.turn]))
+        is_after = any(message_id_of(message) == self.question_id for message in read[len(page) :])
+        self.may_be_further_back = not (self.question_id is None or self.turn or is_whole or is_after)
+        return before, bool(self.turn) or not self.is_turn_stored
+
+
+def _advance(reads: _Reads, found: Any = None) -> tuple[_Page | _IsStored, list[ChatMessage] | None]:
+    """Pass on what was found, and return the next request or, after the last one, the window."""
     try:
-        return (next(reads) if page is None else reads.send(page)), None
+        return reads.send(found), None
     except StopIteration as done:
-        return None, done.value
+        return _Page(None), done.value
 
 
-def _whole_rounds(store: ChatMessageStore, last_k: int | None) -> _Reads:
+def _validated_until(until_message_id: str | None) -> str | None:
+    return None if until_message_id is None else validated_id(until_message_id, "until_message_id")
+
+
+def _steps_of(turn: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """
-    Read a window. If it begins in the middle of a round, read more pages, back to the round's question.
+    Return the turn as the history of this turn shows it: nothing if it is only the question, which this turn brings.
 
-    In a store that counts messages, a window can begin anywhere. In a store that counts rounds, it can begin at a user
-    message that a hook added to a round.
+    Otherwise the question as this turn has it, and the steps after it.
     """
-    window = page = yield last_k
-    limit = protocol_calls.default_last_k(store) if last_k is None else last_k
-    if not window or limit is None or _size(window, store) < limit:
-        return window
-    more = _FIRST_PAGE_SIZE
-    while (question := question_of(page, len(page) - len(window))) is None:
-        longer = yield _size(window, store) + more
-        if len(longer) <= len(page):
-            return window  # the page is the whole history
-        page, more = longer, more * _PAGE_GROWTH
-    return page[question:]
+    question = last_question(current_messages)
+    return [] if len(turn) < 2 or question is None else [question, *turn[1:]]
+
+
+def _last(messages: Sequence[ChatMessage], window: Window) -> list[ChatMessage]:
+    """Return the last rounds or messages."""
+    if window.unit == "round":
+        return last_rounds(messages, window)
+    return last_messages(messages, window.size(len(messages)))
 
 
 def _size(messages: Sequence[ChatMessage], store: ChatMessageStore) -> int:

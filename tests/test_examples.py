@@ -4,6 +4,7 @@ The examples run as they are: each here in a process of its own, as a user would
 forked from one that has imported Haystack; those that restart or that run YAML are fresh.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -116,7 +117,7 @@ terminal_chatbot.main([])
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
 @pytest.mark.parametrize(("arguments", "text_in"), [(["--say", "Hello."], ""), ([], "Hello.\n")])
-def test_the_chatbot_does_not_claim_to_remember_a_turn_that_ctrl_c_ended(run_script, arguments, text_in):
+def test_the_chatbot_remembers_the_question_of_a_turn_that_ctrl_c_ended(run_script, arguments, text_in):
     script = """
 import signal, sys, terminal_chatbot
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
@@ -131,8 +132,9 @@ terminal_chatbot.main(sys.argv[1:])
     result = run_script(script, *arguments, text_in=text_in)
 
     assert result.returncode == 130
-    assert result.stderr == "\nGoodbye! I may not remember this last turn.\n"
+    assert result.stderr == "\nGoodbye! I remember what you said, but not my answer.\n"
     assert "I will remember" not in result.stdout
+    assert "I remember 1 messages of ours." in run_script("import terminal_chatbot\nterminal_chatbot.main([])").stdout
 
 
 def test_the_chatbot_remembers_in_the_store_that_a_url_names(run):
@@ -198,7 +200,59 @@ def test_the_yaml_pipeline_continues_in_the_next_process(run_fresh):
         ["assistant:", "I", "am", "Ada."],
         ["user:", "Who", "am", "I?"],
     ]
-    assert "Messages written now: 2" in second.stdout
+    assert "Messages written with the answer: 1" in second.stdout
+
+
+def test_the_yaml_pipeline_answers_a_request_that_is_sent_again_once(run):
+    first = run("run_yaml_pipeline.py", "--request-id", "1", "I am Ada.")
+    again = run("run_yaml_pipeline.py", "--request-id", "1", "I am Ada.")
+
+    assert "Messages written with the answer: 1" in first.stdout
+    assert again.stdout.splitlines() == [
+        "What the model saw:",
+        "It answered: I am Ada.",
+        "Messages written with the answer: 0",
+    ]
+
+
+RAG_SCRIPT = """
+import json, sys
+from pathlib import Path
+from haystack import Document, Pipeline
+from haystack.document_stores.in_memory import InMemoryDocumentStore
+
+texts = ["The palace in Kyoto opens at nine.", "In Oslo one needs a coat."]
+InMemoryDocumentStore(index="examples").write_documents([Document(content=text) for text in texts])
+pipeline = Pipeline.loads(Path(sys.argv[1]).read_text())
+for number, query in enumerate(["When does the palace in Kyoto open?", "And is that early?", "And is that early?"]):
+    data = {"query": query, "chat_history_id": "h", "request_id": str(min(number, 1))}
+    outputs = pipeline.run(data, include_outputs_from={"prompt_builder"})
+    shown = [message.text for message in outputs.get("prompt_builder", {}).get("prompt", [])]
+    print(json.dumps([shown, outputs["answer_writer"]["replies"][0].text]))
+
+from haystack_chat_store import SQLiteChatMessageStore
+print(json.dumps([message.text for message in SQLiteChatMessageStore("chat_history.db").retrieve_messages("h")]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "is_rewritten"),
+    [("rag_pipeline.yaml", False), ("rag_followup_pipeline.yaml", True)],
+    ids=["rag", "followup"],
+)
+def test_rag_from_yaml_stores_what_was_typed_and_asks_once(run_script, name, is_rewritten):
+    result = run_script(RAG_SCRIPT, EXAMPLES / name)
+    assert result.returncode == 0, result.stderr
+    first, second, again, stored = map(json.loads, result.stdout.splitlines())
+
+    questions = ["When does the palace in Kyoto open?", "And is that early?"]
+    document = "Document: The palace in Kyoto opens at nine.\n\nQuestion: "
+    assert first[0] == ["Answer from the documents.", f"{document}{questions[0]}"]
+    assert second[0][1:3] == [questions[0], first[1]]
+    assert ("Kyoto" in second[0][3]) is is_rewritten
+    assert second[0][3].endswith(questions[1])
+    assert again == [[], second[1]]
+    assert stored == [questions[0], first[1], questions[1], second[1]]
 
 
 def test_the_yaml_script_takes_the_readers_own_file(run, tmp_path):

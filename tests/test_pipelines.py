@@ -155,7 +155,8 @@ class TestConnected:
         pipeline = chat_pipeline(store, StrictChatGenerator())
         for question in ("q0", "q1", "q2", "q3"):
             outputs = run(pipeline, inputs(question), include_outputs_from={"llm"})
-            assert outputs["writer"] == {"messages_written": 2}
+            assert outputs["writer"]["messages_written"] == 2
+            assert texts(outputs["writer"]["messages"]) == ["Be brief.", question, outputs["llm"]["replies"][0].text]
         assert outputs["llm"]["replies"][0].text == "You said: q1, q2, q3."
         expected = ["q2", "You said: q0, q1, q2.", "q3", "You said: q1, q2, q3."]
         assert texts(store.retrieve_messages("h", last_k=2)) == expected

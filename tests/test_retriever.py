@@ -373,7 +373,7 @@ class TestOtherStores:
             return await retrieval
 
         loop_went_on = threading.Event()
-        assert asyncio.run(main()) == {"messages": [USER("q0")]}
+        assert asyncio.run(main()) == {"messages": [USER("q0")], "omitted_rounds": 0}
 
     def test_one_that_hands_out_its_own_list_gets_it_back_unchanged(self, run):
         class OpenStore(MinimalStore):

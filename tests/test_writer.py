@@ -148,7 +148,7 @@ class TestOtherStores:
             return await writing
 
         loop_went_on = threading.Event()
-        assert asyncio.run(main()) == {"messages_written": 1}
+        assert asyncio.run(main())["messages_written"] == 1
 
 
 class TestSerialization:

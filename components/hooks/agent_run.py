@@ -19,6 +19,9 @@ from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, is_shown_on
 #: The key of the chat history's id, in the `hook_context` of the run or else in its state.
 CHAT_HISTORY_ID_KEY = "chat_history_id"
 
+#: The key of the id of the last message of the history that the run is shown, in its `hook_context`.
+UNTIL_MESSAGE_ID_KEY = "until_message_id"
+
 _RUN_KEY = "_haystack_chat_store"
 # Haystack sets this key in the meta of a message that a compactor created.
 _COMPACTION_KEY = "context_compaction"
@@ -31,6 +34,7 @@ class AgentRun:
     The record of one run.
 
     :param chat_history_id: The id of the history that its messages are stored in.
+    :param until_message_id: The id of the last message of the history that the run is shown, or `None` for all.
     :param question_id: The id of the user message that the run answers.
     :param given: The ids of the messages that the run began with. The run produced all other messages.
     :param known: The ids of the messages that are stored or wait to be stored.
@@ -39,6 +43,7 @@ class AgentRun:
     """
 
     chat_history_id: str
+    until_message_id: str | None = None
     question_id: str | None = None
     given: set[str] = field(default_factory=set)
     known: set[str] = field(default_factory=set)
@@ -130,7 +135,7 @@ def begin_run(state: State) -> AgentRun:
             f"{type(chat_history_id).__name__}. Pass hook_context={{'{CHAT_HISTORY_ID_KEY}': ...}} to the run, or "
             f"{CHAT_HISTORY_ID_KEY}=... if the agent's state_schema has this key."
         )
-    run = AgentRun(chat_history_id)
+    run = AgentRun(chat_history_id, hook_context.get(UNTIL_MESSAGE_ID_KEY))
     # The caller may use the same context for the next run, so it is replaced by a new dict and not changed. Its values
     # are not copied, as State.get would do, because they may be connections.
     state.set("hook_context", {**hook_context, _RUN_KEY: run}, handler_override=replace_values)

@@ -38,6 +38,9 @@ def chat_history_hooks(
     agent.run([ChatMessage.from_user("Hello!")], hook_context={"chat_history_id": "user_456"})
     ```
 
+    The keys of `hook_context` are `chat_history_id` and, optionally, `until_message_id`: the id of the last message of
+    the history that the agent is shown, to answer a question anew or to go on from an earlier one.
+
     :param chat_message_store: The store of the chat histories: any object that follows the `ChatMessageStore` protocol.
     :param last_k: The number of rounds of the history to load. Defaults to 10; see `ChatHistoryLoader`.
     :param max_tokens: The largest number of tokens that the model is shown. Defaults to `None`: any number.

@@ -11,6 +11,7 @@ from haystack.token_counters import TokenCounter
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.rounds import round_starts
 from haystack_chat_store.conversation.shown import merged, messages_for_model, split_system_history_current
+from haystack_chat_store.conversation.turns import before_turn, exit_reason, is_whole, turn_of
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.window_reader import WindowReader
 
@@ -24,7 +25,6 @@ from .agent_run import (
     message_id,
     set_messages,
 )
-from .interrupted_turn import before_turn, exit_reason, is_whole, turn_of
 
 # If a page does not contain the turn's question, the next page is larger by this factor.
 _PAGE_GROWTH = 8
@@ -42,6 +42,9 @@ class ChatHistoryLoader:
     `messages=[]`, or if its user message is stored already, by its id. Tool calls of the last step that have no result
     are answered by a result that says that they were interrupted. If the turn is complete, the run ends at once,
     returns the messages of the history and does not call the model.
+
+    With `hook_context["until_message_id"]`, the conversation is shown up to and including this message, as if nothing
+    had been said since.
 
     What the model is shown of the history is in a form that providers accept, as `ChatMessageRetriever` shows it.
     """
@@ -116,11 +119,14 @@ class ChatHistoryLoader:
         :param state: The state of the agent's run.
         :raises ValueError: If the run has no chat history id, one of its messages has an invalid id, or its new
             messages have no content for a model.
+        :raises MessageNotFoundError: If the history does not have the `until_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
         run = begin_run(state)
         for read in self._loading(state, run):
-            read.messages = read.reader.read(self.chat_message_store, run.chat_history_id, read.current)
+            read.messages = read.reader.read(
+                self.chat_message_store, run.chat_history_id, read.current, until_message_id=run.until_message_id
+            )
 
     async def run_async(self, state: State) -> None:
         """
@@ -129,11 +135,14 @@ class ChatHistoryLoader:
         :param state: The state of the agent's run.
         :raises ValueError: If the run has no chat history id, one of its messages has an invalid id, or its new
             messages have no content for a model.
+        :raises MessageNotFoundError: If the history does not have the `until_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
         run = begin_run(state)
         for read in self._loading(state, run):
-            read.messages = await read.reader.read_async(self.chat_message_store, run.chat_history_id, read.current)
+            read.messages = await read.reader.read_async(
+                self.chat_message_store, run.chat_history_id, read.current, until_message_id=run.until_message_id
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Serialize the hook, its store and its token counter."""

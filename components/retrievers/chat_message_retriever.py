@@ -8,7 +8,7 @@ from haystack.token_counters import TokenCounter
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_messages
-from haystack_chat_store.window_reader import WindowReader
+from haystack_chat_store.window_reader import TurnWindow, WindowReader
 
 
 @component
@@ -21,6 +21,9 @@ class ChatMessageRetriever:
     user message are left out. If several agents ran on the history at the same time, the messages of each question
     stand together. The store keeps everything as it was said. A message that is not shown as it is stored carries
     `meta["chat_shown"]`.
+
+    The question of this turn stands last, also if it is stored already and others have asked since. If it is answered
+    already, the stored answer comes out instead.
 
     ```python
     from haystack import Pipeline
@@ -126,55 +129,80 @@ class ChatMessageRetriever:
         """
         return protocol_calls.component_from_dict(cls, data)
 
-    @component.output_types(messages=list[ChatMessage])
+    @component.output_types(messages=list[ChatMessage], replies=list[ChatMessage], omitted_rounds=int)
     def run(
         self,
         chat_history_id: str,
         *,
         last_k: int | None = None,
         current_messages: list[ChatMessage] | None = None,
-    ) -> dict[str, list[ChatMessage]]:
+        until_message_id: str | None = None,
+    ) -> dict[str, Any]:
         """
         Retrieve the end of a history and put the messages of this turn around it.
 
+        If the question of this turn is stored already, by its id, it is not repeated. What others have asked since is
+        left out, so the question stands last. If it is answered already, the model need not be asked: the answer comes
+        out as `replies`, and there are no `messages`.
+
         :param chat_history_id: The history's id. A history that does not exist is empty.
-        :param last_k: The number of rounds of the history to retrieve; 0 for none. Defaults to the component's
+        :param last_k: The number of rounds before this turn to retrieve; 0 for none. Defaults to the component's
             `last_k`.
         :param current_messages: The messages of this turn. System messages come before the history, all others after
             it. Messages of the retrieved history are not repeated: a message with the id of a retrieved one is left
-            out, and so are the messages with ids before it, as in a whole transcript. Tool results answer stored calls.
-        :returns: A dictionary with the key `messages`: a list of `ChatMessage`s for a ChatGenerator.
+            out, and so are the messages with ids before it, as in a whole transcript. The turn's question, which is the
+            last user message, is shown as it stands here, also if it is stored otherwise. Tool results answer stored
+            calls.
+        :param until_message_id: The id of a message: the conversation is shown up to and including it, as if nothing
+            had been said since. Defaults to `None`: the whole conversation.
+        :returns: A dictionary with the keys
+
+            - `messages`: a list of `ChatMessage`s for a ChatGenerator. The key is missing if there are `replies`.
+            - `replies`: a list with the stored answer to the question of this turn. The key is missing if it is not
+              answered yet.
+            - `omitted_rounds`: the number of rounds before this turn that are not shown. (A store of another package
+              may not count rounds. Then the key is missing, unless the whole history is shown.)
         :raises ValueError: If an argument is wrong.
+        :raises MessageNotFoundError: If the history does not have `until_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
-        reader = self._window_reader()
-        window = reader.read(self.chat_message_store, chat_history_id, current, last_k)
-        return {"messages": reader.shown(window, current)}
+        reader, store = self._window_reader(), self.chat_message_store
+        window = reader.read_turn(store, chat_history_id, current, last_k, until_message_id=until_message_id)
+        rounds = protocol_calls.count_rounds(store, chat_history_id) if window.rounds is None else window.rounds
+        return _outputs(reader, window, current, rounds)
 
-    @component.output_types(messages=list[ChatMessage])
+    @component.output_types(messages=list[ChatMessage], replies=list[ChatMessage], omitted_rounds=int)
     async def run_async(
         self,
         chat_history_id: str,
         *,
         last_k: int | None = None,
         current_messages: list[ChatMessage] | None = None,
-    ) -> dict[str, list[ChatMessage]]:
+        until_message_id: str | None = None,
+    ) -> dict[str, Any]:
         """
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
 
         :param chat_history_id: The history's id. A history that does not exist is empty.
-        :param last_k: The number of rounds of the history to retrieve; 0 for none. Defaults to the component's
+        :param last_k: The number of rounds before this turn to retrieve; 0 for none. Defaults to the component's
             `last_k`.
         :param current_messages: The messages of this turn.
-        :returns: A dictionary with the key `messages`: a list of `ChatMessage`s for a ChatGenerator.
+        :param until_message_id: The id of the last message to show. Defaults to `None`: the last one of the history.
+        :returns: A dictionary with the keys `messages` or `replies`, and `omitted_rounds`.
         :raises ValueError: If an argument is wrong.
+        :raises MessageNotFoundError: If the history does not have `until_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
-        reader = self._window_reader()
-        window = await reader.read_async(self.chat_message_store, chat_history_id, current, last_k)
-        return {"messages": reader.shown(window, current)}
+        reader, store = self._window_reader(), self.chat_message_store
+        window = await reader.read_turn_async(
+            store, chat_history_id, current, last_k, until_message_id=until_message_id
+        )
+        rounds = window.rounds
+        if rounds is None:
+            rounds = await protocol_calls.count_rounds_async(store, chat_history_id)
+        return _outputs(reader, window, current, rounds)
 
     def warm_up(self) -> None:
         """Warm up the token counter, if it can be warmed up."""
@@ -199,3 +227,13 @@ class ChatMessageRetriever:
             merge_consecutive=self.merge_consecutive,
             model=self.model,
         )
+
+
+def _outputs(
+    reader: WindowReader, window: TurnWindow, current: list[ChatMessage], rounds: int | None
+) -> dict[str, Any]:
+    outputs: dict[str, Any] = {} if rounds is None else {"omitted_rounds": window.omitted_rounds(rounds)}
+    answer = window.answer(current)
+    if answer is None:
+        return {"messages": reader.shown_turn(window, current), **outputs}
+    return {"replies": [answer], **outputs}

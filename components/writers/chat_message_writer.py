@@ -7,6 +7,7 @@ from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.ids import is_shown_only
+from haystack_chat_store.turn_writer import TurnWriter, WrittenTurn
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_messages
 
@@ -14,7 +15,11 @@ from haystack_chat_store.validation import validated_messages
 @component
 class ChatMessageWriter:
     """
-    Writes the messages of a turn to a chat history: the question and its answer as one batch, in this order.
+    Writes the messages of a turn to a chat history, and says what the history has of it.
+
+    One writer can write question and answer as one batch, in this order. Two can write the question before the model is
+    asked and the answer after it, so that no question is lost: connect the `messages` of the first to the `messages` of
+    the second. A turn that is sent again, with the same id of its question, is stored once.
 
     ```python
     from haystack.dataclasses import ChatMessage
@@ -23,7 +28,7 @@ class ChatMessageWriter:
 
     writer = ChatMessageWriter(InMemoryChatMessageStore())
     question, answer = ChatMessage.from_user("Hello!"), ChatMessage.from_assistant("Hi, how can I help?")
-    writer.run("user_456", messages=[question], replies=[answer])  # {"messages_written": 2}
+    writer.run("user_456", messages=[question], replies=[answer])["messages_written"]  # 2
     ```
     """
 
@@ -63,7 +68,7 @@ class ChatMessageWriter:
             data = {**data, "init_parameters": {**settings, "policy": DuplicatePolicy[settings["policy"]]}}
         return protocol_calls.component_from_dict(cls, data)
 
-    @component.output_types(messages_written=int)
+    @component.output_types(messages_written=int, messages=list[ChatMessage], replies=list[ChatMessage])
     def run(
         self,
         chat_history_id: str,
@@ -71,28 +76,40 @@ class ChatMessageWriter:
         replies: list[ChatMessage] | None = None,
         *,
         expected_count: int | None = None,
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         """
         Write `messages`, then `replies`, as one batch that is stored whole or not at all.
+
+        A reply names its question in `meta["chat_question_id"]`: the last question in `messages` or, if there is none,
+        the last one in the history. Its id is made from the id of the question. So if the same question, by its id, is
+        answered again, the first answer stays.
 
         :param chat_history_id: The history's id. A history that does not exist is created.
         :param messages: The messages of this turn, oldest first. The `policy` decides about messages whose ids the
             history already has.
-        :param replies: The model's replies: connect a ChatGenerator's `replies` here. (If both were connected to one
-            list input, Haystack would not promise their order.) Defaults to none.
+        :param replies: The replies to them: connect a ChatGenerator's `replies` here, and the retriever's `replies`,
+            too. One of them arrives. (If replies and messages were connected to one list input, Haystack would not
+            promise their order.) Defaults to none.
         :param expected_count: The number of messages that the history must have; if it has another number, nothing is
             written. The store's `write_messages` must take it. Defaults to `None`: any number.
-        :returns: A dictionary with the key `messages_written`: the number of messages that this call wrote. Messages
-            that a retriever or an agent's hook has shown otherwise than they are stored are not written.
+        :returns: A dictionary with the keys
+
+            - `messages_written`: the number of messages that this call wrote. Messages that a retriever or an agent's
+              hook has shown otherwise than they are stored are not written.
+            - `messages`: the batch as the history has it now, with ids. Of a turn that is sent again, these are the
+              stored messages. System messages are among them as they came, though the store may skip them.
+            - `replies`: the replies of the turn as the history has them. If the question was answered before, this is
+              the stored answer.
         :raises ValueError: If an argument is wrong. Nothing was written.
         :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        batch = _batch(messages, replies)
-        options = protocol_calls.write_options(self.chat_message_store, self.policy, expected_count)
-        return {"messages_written": self.chat_message_store.write_messages(chat_history_id, batch, **options)}
+        writer = TurnWriter(self.chat_message_store, self.policy, expected_count)
+        return _outputs(
+            writer.write(chat_history_id, _stored(messages), _stored([] if replies is None else replies, "replies"))
+        )
 
-    @component.output_types(messages_written=int)
+    @component.output_types(messages_written=int, messages=list[ChatMessage], replies=list[ChatMessage])
     async def run_async(
         self,
         chat_history_id: str,
@@ -100,24 +117,26 @@ class ChatMessageWriter:
         replies: list[ChatMessage] | None = None,
         *,
         expected_count: int | None = None,
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         """
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
 
         :param chat_history_id: The history's id. A history that does not exist is created.
         :param messages: The messages of this turn, oldest first.
-        :param replies: The model's replies. Defaults to none.
+        :param replies: The replies to them. Defaults to none.
         :param expected_count: The number of messages that the history must have; if it has another number, nothing is
             written. Defaults to `None`: any number.
-        :returns: A dictionary with the key `messages_written`: the number of messages that this call wrote.
+        :returns: A dictionary with the keys `messages_written`, `messages` and `replies`.
         :raises ValueError: If an argument is wrong. Nothing was written.
         :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        batch = _batch(messages, replies)
-        options = protocol_calls.write_options(self.chat_message_store, self.policy, expected_count)
-        written = await protocol_calls.write_async(self.chat_message_store, chat_history_id, batch, **options)
-        return {"messages_written": written}
+        writer = TurnWriter(self.chat_message_store, self.policy, expected_count)
+        return _outputs(
+            await writer.write_async(
+                chat_history_id, _stored(messages), _stored([] if replies is None else replies, "replies")
+            )
+        )
 
     def close(self) -> None:
         """Close the store. The next run opens it again."""
@@ -128,6 +147,10 @@ class ChatMessageWriter:
         await protocol_calls.close_async(self.chat_message_store)
 
 
-def _batch(messages: list[ChatMessage], replies: list[ChatMessage] | None) -> list[ChatMessage]:
-    given = validated_messages(messages) + validated_messages([] if replies is None else replies, "replies")
-    return [message for message in given if not is_shown_only(message)]
+def _stored(messages: Any, name: str = "messages") -> list[ChatMessage]:
+    """Return the messages without those that are not as they are stored."""
+    return [message for message in validated_messages(messages, name) if not is_shown_only(message)]
+
+
+def _outputs(turn: WrittenTurn) -> dict[str, Any]:
+    return {"messages_written": turn.messages_written, "messages": turn.messages, "replies": turn.replies}

@@ -333,6 +333,12 @@ class Engine(ABC, Generic[SessionT]):
         raise self.unsupported("pages of messages")
 
     @reads_only
+    @is_brief
+    def position(self, session: SessionT, scope: Scope, chat_history_id: str, message_id: str) -> Operation[int | None]:
+        """Return the position of a message, or `None` if the history does not have it. This is a look into an index."""
+        raise self.unsupported("finding a message by its id")
+
+    @reads_only
     def search(
         self,
         session: SessionT,

@@ -45,6 +45,7 @@ _MODULES = (
     "contract_moving",
     "contract_random_walk",
     "contract_search",
+    "contract_turns",
     "contract_windows",
     "contract_writes",
     "kit",
@@ -66,6 +67,7 @@ from haystack_chat_store.testing.contract_management import ManagementContract
 from haystack_chat_store.testing.contract_moving import Rule23MovingTest
 from haystack_chat_store.testing.contract_random_walk import RandomWalkTest
 from haystack_chat_store.testing.contract_search import Rule21SearchTest
+from haystack_chat_store.testing.contract_turns import Rule26TurnsTest
 from haystack_chat_store.testing.contract_windows import Rule07WindowsTest, Rule08CostTest
 from haystack_chat_store.testing.contract_writes import (
     Rule03AtomicBatchesTest,
@@ -106,6 +108,7 @@ __all__ = [
     "Rule21SearchTest",
     "Rule22ErasingTest",
     "Rule23MovingTest",
+    "Rule26TurnsTest",
     "StoreFactory",
     "only_where",
 ]

@@ -5,6 +5,7 @@ from haystack_chat_store.testing.contract_arguments import Rule01SignaturesTest,
 from haystack_chat_store.testing.contract_content import Rule11LosslessTest
 from haystack_chat_store.testing.contract_isolation import Rule09IsolationTest, Rule10NoAliasingTest
 from haystack_chat_store.testing.contract_lifecycle import Rule13LifecycleTest, Rule14SerializationTest
+from haystack_chat_store.testing.contract_turns import Rule26TurnsTest
 from haystack_chat_store.testing.contract_windows import Rule07WindowsTest, Rule08CostTest
 from haystack_chat_store.testing.contract_writes import (
     Rule03AtomicBatchesTest,
@@ -29,6 +30,7 @@ class ChatMessageStoreContract(
     Rule13LifecycleTest,
     Rule14SerializationTest,
     Rule15ErrorsTest,
+    Rule26TurnsTest,
 ):
     """
     All rules of the contract that one thread can check. Subclass it and override the fixture `make_store`.

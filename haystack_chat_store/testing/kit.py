@@ -99,8 +99,8 @@ class Calls:
 
         return self._loop.run_until_complete(walked())
 
-    def call(self, store: ClosableStore, method: str, *arguments: Any, **options: Any) -> Any:
-        """Call a method by its name, without `_async`."""
+    def call(self, store: Any, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of a store, or of what uses one, by its name without `_async`."""
         if self._loop is None:
             return getattr(store, method)(*arguments, **options)
 

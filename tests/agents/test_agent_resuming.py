@@ -13,6 +13,7 @@ from haystack.dataclasses import ChatMessage, ChatRole, ImageContent, TextConten
 from haystack.hooks import hook
 from haystack_integrations.hooks.chat_store import chat_history_hooks
 
+from haystack_chat_store import MessageNotFoundError
 from haystack_chat_store.conversation.shown import INTERRUPTED
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 
@@ -53,6 +54,30 @@ def test_a_new_question_after_an_interrupted_turn_is_answered(store, run):
     stored = stored_in(store)
     assert says(stored) == says([*begun, user("Hi"), reply("Hello!")])
     assert questions(stored)[-1] == ids(stored)[-2]
+
+
+def test_a_question_is_answered_anew_if_the_agent_sees_the_conversation_until_it(store, run):
+    begun = [user("Hi"), reply("Hello!"), user("Look!", chat_message_id="q"), reply("No."), user("Why?"), reply("So.")]
+    store.write_messages("h", begun)
+    agent = agent_with(store, reply("Yes."))
+    outcome = run(agent, [], hook_context={**HISTORY, "until_message_id": "q"})
+    assert asked(agent) == says(begun[:3])
+    assert outcome["last_message"].text == "Yes."
+    assert questions(stored_in(store))[-1] == "q"
+
+
+def test_a_question_is_edited_if_the_agent_sees_the_conversation_before_it(store, run):
+    store.write_messages("h", [user("Hi"), reply("Hello!", chat_message_id="a"), user("Look!"), reply("No.")])
+    agent = agent_with(store, reply("Yes."))
+    run(agent, [user("Listen!")], hook_context={**HISTORY, "until_message_id": "a"})
+    assert asked(agent) == says([user("Hi"), reply("Hello!"), user("Listen!")])
+
+
+def test_a_conversation_until_a_message_that_is_not_there_is_an_error(store, run):
+    store.write_messages("h", [user("Hi")])
+    for messages in ([], [user("Look!")]):
+        with pytest.raises(MessageNotFoundError, match="nowhere"):
+            run(agent_with(store), messages, hook_context={**HISTORY, "until_message_id": "nowhere"})
 
 
 def test_a_complete_history_costs_no_call_of_the_model(store, run):

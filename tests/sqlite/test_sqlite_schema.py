@@ -181,6 +181,7 @@ def plans_of_all_calls(store, other_store, path):
     store.retrieve_messages("history", last_k=10**9)
     store.retrieve_messages("history")
     store.count_messages("history")
+    store.engine.run(store.engine.position, store.scope, "history", "an id")
     say(other_store, "new")
     other_store.delete_messages("history")
     say(other_store, "new")

@@ -29,3 +29,9 @@ class Reading(Engine[Memory]):
         with session.lock:
             history = session.of(scope).find(chat_history_id)
             return [] if history is None else history.page(before, after, limit)
+
+    def position(self, session: Memory, scope: Scope, chat_history_id: str, message_id: str) -> int | None:
+        """Look up the position of a message."""
+        with session.lock:
+            history = session.of(scope).find(chat_history_id)
+            return None if history is None else history.caught_up().positions.get(message_id)

@@ -47,3 +47,9 @@ class Reading(Engine[Session]):
             place = [key, MAX_POSITION if before is None else min(before, MAX_POSITION), limit]
             rows = (await session.fetch(statements.page_before, place, prepare=True))[::-1]
         return list(starmap(MessageRow, rows))
+
+    async def position(self, session: Session, scope: Scope, chat_history_id: str, message_id: str) -> int | None:
+        """Look up the position of a message."""
+        place = [history_key(scope, chat_history_id), message_id]
+        rows = await session.fetch(session.statements.position_of, place, prepare=True)
+        return int(rows[0][0]) if rows else None

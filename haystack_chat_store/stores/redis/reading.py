@@ -65,6 +65,10 @@ class Reading(RedisOperations):
         end = MAX_COUNT if before is None else before
         return (await read_part(session, self.keys(scope), chat_history_id, limit, after=after, before=end)).rows
 
+    async def position(self, session: Session, scope: Scope, chat_history_id: str, message_id: str) -> int | None:
+        """Look up the position of a message."""
+        return (await read_positions(session, self.keys(scope), chat_history_id, [message_id]))[0]
+
 
 async def read_part(
     session: Session,

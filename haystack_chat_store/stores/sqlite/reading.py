@@ -53,6 +53,13 @@ _PAGE = """
     WHERE namespace = ?1 AND chat_history_id = ?2 ORDER BY message_key {order} LIMIT ?5
 """
 _PAGE_BEFORE, _PAGE_AFTER = _PAGE.format(order="DESC"), _PAGE.format(order="ASC")
+# The plus lets SQLite use the index by id: without it, the column's type would have to be applied to the expression.
+_POSITION = """
+    SELECT message_key & 0xffffffff
+    FROM haystack_chat_histories
+        CROSS JOIN haystack_chat_messages ON message_key >> 32 = +history_key AND message_id = ?3
+    WHERE namespace = ?1 AND chat_history_id = ?2
+"""
 
 # More messages than a history can have, and an integer that SQLite takes.
 _MAX_COUNT = 2**62
@@ -91,3 +98,9 @@ class Reading(Engine[Database]):
                 last = MAX_POSITION if before is None else before - 1
                 rows = readable_rows(connection, _PAGE_BEFORE, (*history, 0, last, limit))[::-1]
         return list(starmap(MessageRow, rows))
+
+    def position(self, session: Database, scope: Scope, chat_history_id: str, message_id: str) -> int | None:
+        """Look up the key of a message."""
+        with session.connection() as connection:
+            found = connection.execute(_POSITION, (scope.namespace, chat_history_id, message_id)).fetchone()
+            return None if found is None else int(found[0])

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds a turn that a run began, and tells whether it was completed and, if not, where to go on."""
+"""
+The rules of turns: which messages belong to one, whether it is answered, and where it goes on if it was interrupted.
+
+A turn is a round while it happens: a question, and what answers it. It is known by the id of its question.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +11,8 @@ from typing import Any
 from haystack.dataclasses import ChatMessage, ChatRole
 
 from haystack_chat_store.conversation.provider_content import is_paused, refusal_of
-from haystack_chat_store.conversation.rounds import is_question, question_groups
-from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
+from haystack_chat_store.conversation.rounds import is_alternative, is_question, question_groups
+from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, message_id_of, question_id_of, reply_id
 
 # The finish reasons of incomplete replies. Haystack ends the run after them, too.
 _INCOMPLETE_REPLY = ("length", "content_filter")
@@ -44,6 +48,50 @@ def before_turn(messages: Sequence[ChatMessage], turn: Sequence[ChatMessage]) ->
     # Messages are compared as a whole, because a store of another package may not keep ids.
     starts = [index for index, message in enumerate(messages) if message == turn[0]]
     return list(messages[: starts[-1]]) if starts else []
+
+
+def last_question(messages: Sequence[ChatMessage]) -> ChatMessage | None:
+    """Return the last question. A user message that a hook added is none."""
+    return next((each for each in reversed(messages) if is_question(each) and question_id_of(each) is None), None)
+
+
+def up_to_turn(messages: Sequence[ChatMessage], question_id: str | int) -> tuple[list[ChatMessage], list[ChatMessage]]:
+    """
+    Return the messages before a turn, and the messages of the turn. What other turns have said since is left out.
+
+    So are answers to questions that are not among the messages: they would pass for answers to another question.
+
+    :param messages: The end of a history, oldest first.
+    :param question_id: The id of the turn's question.
+    :returns: Both in question order. If the turn is not found, all messages as they are, and an empty list.
+    """
+    if all(message_id_of(message) != question_id for message in messages):
+        return list(messages), []
+    groups = question_groups(messages, with_strays=False)
+    place = next((at for at, group in enumerate(groups) if group and message_id_of(group[0]) == question_id), None)
+    if place is None:
+        return list(messages), []
+    return [message for group in groups[:place] for message in group], groups[place]
+
+
+def answer_of(turn: Sequence[ChatMessage]) -> ChatMessage | None:
+    """
+    Return the answer of a turn: its last reply, if the turn ends with it. `None` if it is not answered yet.
+
+    A reply of an agent that calls tools is a step, and not an answer. A reply that `ChatMessageWriter` stored is an
+    answer even if it calls tools, because the application runs them. Of alternative replies, the first is the answer.
+
+    :param turn: The messages of the turn, its question first.
+    """
+    replies = list(turn[1:])
+    while replies and is_alternative(replies[-1]) and len(replies) > 1 and replies[-2].role is ChatRole.ASSISTANT:
+        replies.pop()
+    if not replies or replies[-1].role is not ChatRole.ASSISTANT:
+        return None
+    reply, question_id = replies[-1], message_id_of(turn[0])
+    own_ids = set() if question_id is None else {reply_id(question_id, number) for number in range(len(turn))}
+    is_written_with_calls = bool(reply.tool_calls) and message_id_of(reply) in own_ids
+    return reply if is_written_with_calls or exit_reason(replies, ()) is not None else None
 
 
 def exit_reason(messages: Sequence[ChatMessage], exit_conditions: Sequence[str]) -> str | None:

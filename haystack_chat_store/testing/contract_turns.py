@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rule 26: a turn, once. The calls are those of the components and hooks that write and show turns."""
+
+from typing import Any
+
+import pytest
+from haystack.dataclasses import ChatMessage
+from haystack.document_stores.types import DuplicatePolicy
+
+from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, ids, texts
+from haystack_chat_store.testing.messages import user, with_id
+from haystack_chat_store.turn_writer import TurnWriter, WrittenTurn
+from haystack_chat_store.window_reader import TurnWindow, WindowReader
+
+
+def _reply(text: str) -> ChatMessage:
+    return ChatMessage.from_assistant(text)
+
+
+class Rule26TurnsTest(ContractTest):
+    """Rule 26: a turn that is sent again is stored once."""
+
+    def _write(self, store: ClosableStore, calls: Calls, messages: Any, replies: Any = ()) -> WrittenTurn:
+        turn: WrittenTurn = calls.call(
+            TurnWriter(store, DuplicatePolicy.SKIP), "write", "chat", messages, list(replies)
+        )
+        return turn
+
+    def _read(self, store: ClosableStore, calls: Calls, current: Any, last_k: int = 2, **until: Any) -> TurnWindow:
+        window: TurnWindow = calls.call(WindowReader(last_k), "read_turn", store, "chat", current, **until)
+        return window
+
+    def test_turn_that_is_written_again_is_stored_once_with_its_first_answer(
+        self, store: ClosableStore, calls: Calls
+    ) -> None:
+        first = self._write(store, calls, [with_id("q", "question")], [_reply("answer")])
+        again = self._write(store, calls, [with_id("q", "question")], [_reply("another answer")])
+        stored = calls.retrieve(store, "chat")
+        assert (first.messages_written, again.messages_written) == (2, 0)
+        assert first.messages == again.messages == stored
+        assert first.replies == again.replies == stored[1:]
+        assert stored[1].meta["chat_question_id"] == "q"
+
+    @pytest.mark.parametrize("other_turns", [0, 1, 30])
+    def test_question_is_written_first_and_its_answer_later(
+        self, store: ClosableStore, calls: Calls, other_turns: int
+    ) -> None:
+        question = self._write(store, calls, [user("question")]).messages
+        for number in range(other_turns):
+            self._write(store, calls, [user(f"question {number}")], [_reply(f"answer {number}")])
+        assert self._write(store, calls, question, [_reply("answer")]).messages_written == 1
+        turn = self._read(store, calls, question).turn
+        assert texts(turn) == ["question", "answer"]
+        assert ids(turn)[:1] == ids(question)
+
+    def test_reply_without_messages_names_the_last_question(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", [with_id("a", "first"), with_id("b", "second")])
+        for _ in range(2):
+            self._write(store, calls, [], [_reply("answer")])
+        assert [message.meta.get("chat_question_id") for message in calls.retrieve(store, "chat")] == [None, None, "b"]
+
+    @pytest.mark.parametrize("other_turns", [0, 1, 30])
+    def test_what_others_say_after_a_question_is_left_out(
+        self, store: ClosableStore, calls: Calls, other_turns: int
+    ) -> None:
+        for number in range(3):
+            self._write(store, calls, [with_id(f"q{number}", f"q{number}")], [_reply(f"a{number}")])
+        calls.write(store, "chat", [with_id("mine", "mine")])
+        for number in range(other_turns):
+            calls.write(store, "chat", [user(f"other question {number}")])
+        window = self._read(store, calls, [with_id("mine", "mine")])
+        assert texts(window.before) == ["q1", "a1", "q2", "a2"]
+        assert texts(window.turn) == ["mine"]
+        assert window.rounds_after == other_turns
+        assert window.answer([with_id("mine", "mine")]) is None
+
+    def test_stored_answer_is_found_outside_the_window(self, store: ClosableStore, calls: Calls) -> None:
+        for number in range(40):
+            self._write(store, calls, [with_id(f"q{number}", f"q{number}")], [_reply(f"a{number}")])
+        for number in (0, 20, 39):
+            answer = self._read(store, calls, [with_id(f"q{number}")]).answer([with_id(f"q{number}")])
+            assert answer is not None
+            assert answer.text == f"a{number}"
+        assert self._read(store, calls, [with_id("new")]).turn == []
+
+    @pytest.mark.parametrize("unit", ["round", "message"])
+    def test_conversation_is_read_until_a_message(self, new_store: StoreFactory, calls: Calls, unit: str) -> None:
+        store = new_store(last_k_unit=unit)
+        for number in range(20):
+            self._write(store, calls, [with_id(f"q{number}", f"q{number}")], [_reply(f"a{number}")])
+        for number in (1, 10, 19):
+            window = self._read(store, calls, [], until_message_id=f"q{number}")
+            assert texts(window.before)[-3:] == [f"q{number - 1}", f"a{number - 1}", f"q{number}"]
+            assert window.rounds_after == 19 - number

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the messages of a turn, and says what the history has of it afterwards."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, NamedTuple, TypeAlias
+
+from haystack.dataclasses import ChatMessage, ChatRole
+from haystack.document_stores.types import DuplicatePolicy
+
+from haystack_chat_store import protocol_calls
+from haystack_chat_store.conversation.rounds import round_starts
+from haystack_chat_store.conversation.turns import answer_of, is_whole, last_question, turn_of
+from haystack_chat_store.ids import (
+    MESSAGE_ID_KEY,
+    QUESTION_ID_KEY,
+    message_id_of,
+    question_id_of,
+    reply_id,
+    with_message_ids,
+)
+from haystack_chat_store.types import ChatMessageStore
+from haystack_chat_store.validation import usable_id_of, validated_policy
+
+# If a page does not have what is looked for, the next page is larger by this factor.
+_PAGE_GROWTH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenTurn:
+    """
+    What a history has of a turn after it was written.
+
+    :param messages_written: The number of messages that were written now.
+    :param messages: The batch as the history has it, with ids. System messages that the store skips stand among them.
+    :param replies: The replies of the batch as the history has them. If the question was answered before, this answer.
+    """
+
+    messages_written: int
+    messages: list[ChatMessage]
+    replies: list[ChatMessage]
+
+
+class _Write(NamedTuple):
+    """A request to write a batch."""
+
+    batch: list[ChatMessage]
+
+
+class _Page(NamedTuple):
+    """A request for the last rounds of the history."""
+
+    last_k: int
+
+
+class _IsStored(NamedTuple):
+    """The question whether the history has a message."""
+
+    message_id: str
+
+
+# Yields requests, and receives the number of messages written, the messages of the page, or the answer.
+_Requests: TypeAlias = Generator[_Write | _Page | _IsStored, Any, WrittenTurn]
+_Reads: TypeAlias = Generator[_Page | _IsStored, Any, list[ChatMessage]]
+
+
+class TurnWriter:
+    """
+    Writes the messages of a turn so that a turn that is sent again is stored once.
+
+    What answers a question names it in `meta["chat_question_id"]`, and has an id that is made from the question's id
+    and its number in the turn. So a second answer to the same question has the id of the first, and the store skips it.
+    """
+
+    def __init__(self, store: ChatMessageStore, policy: DuplicatePolicy, expected_count: int | None = None) -> None:
+        """
+        Keep the store and the options of the write.
+
+        :param store: The store that keeps the histories.
+        :param policy: Decides about messages whose ids the history already has.
+        :param expected_count: The number of messages that the history must have. Defaults to `None`: any number.
+        :raises ValueError: If the store does not take one of the options.
+        """
+        self._store = store
+        self._policy = policy
+        self._is_skipping = validated_policy(policy) is DuplicatePolicy.SKIP
+        self._options = protocol_calls.write_options(store, policy, expected_count)
+
+    def write(
+        self, chat_history_id: str, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]
+    ) -> WrittenTurn:
+        """
+        Write the messages of a turn, then the replies.
+
+        :param chat_history_id: The history's id.
+        :param messages: The messages of this turn, oldest first. They are not changed.
+        :param replies: The replies to them. They are not changed.
+        :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises ConflictError: If the options forbid the write. Nothing was written.
+        :raises ChatMessageStoreError: If the store fails.
+        """
+        requests = self._requests(messages, replies)
+        request, turn = _advance(requests)
+        while turn is None:
+            found: Any
+            if isinstance(request, _Write):
+                found = self._store.write_messages(chat_history_id, request.batch, **self._options)
+            elif isinstance(request, _IsStored):
+                found = protocol_calls.has_message(self._store, chat_history_id, request.message_id)
+            else:
+                found = protocol_calls.retrieve(self._store, chat_history_id, request.last_k)
+            request, turn = _advance(requests, found)
+        return turn
+
+    async def write_async(
+        self, chat_history_id: str, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]
+    ) -> WrittenTurn:
+        """Do what `write` does, without blocking the event loop."""
+        requests = self._requests(messages, replies)
+        request, turn = _advance(requests)
+        while turn is None:
+            found: Any
+            if isinstance(request, _Write):
+                found = await protocol_calls.write_async(self._store, chat_history_id, request.batch, **self._options)
+            elif isinstance(request, _IsStored):
+                found = await protocol_calls.has_message_async(self._store, chat_history_id, request.message_id)
+            else:
+                found = await protocol_calls.retrieve_async(self._store, chat_history_id, request.last_k)
+            request, turn = _advance(requests, found)
+        return turn
+
+    def _requests(self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]) -> _Requests:
+        turn = yield from self._stored_turn(messages, replies)
+        if self._is_skipping:
+            messages = [_known(message, turn) for message in messages]
+            answer = answer_of(turn)
+            said = {id(message) for message in messages if message.role is not ChatRole.SYSTEM}
+            if replies and answer is not None and said <= set(map(id, turn)) and not any(map(message_id_of, replies)):
+                return WrittenTurn(messages_written=0, messages=[*messages, answer], replies=[answer])
+
+        given, answers = self._identified(messages, replies, turn)
+        ids = {message_id_of(message) for message in [*given, *answers] if not self._is_skipped(message)}
+        written = yield _Write([*given, *answers])
+        self._options = protocol_calls.write_options(self._store, self._policy, None)  # of a further write
+        if written >= len(ids):
+            return WrittenTurn(messages_written=written, messages=[*given, *answers], replies=answers)
+
+        while True:
+            page = yield from _page_with(ids, len(round_starts(given)))
+            stored = {message_id_of(message): message for message in page}
+            turn = _turn_of_reply(page, answers)
+            answer = answer_of(turn)
+            skipped = [each for each in answers if stored.get(message_id_of(each), each)._content != each._content]
+            if not skipped or answer is not None or not turn:
+                break
+            # A step of the turn has the id, such as a call whose tool the application ran. The reply comes after it.
+            question_id = message_id_of(turn[0]) or ""
+            free = (number for number in count(len(turn) - 1) if reply_id(question_id, number) not in stored)
+            moved = {id(reply): _answering(reply, question_id, next(free)) for reply in skipped}
+            answers = [moved.get(id(reply), reply) for reply in answers]
+            ids.update(map(message_id_of, answers))
+            written += yield _Write(list(moved.values()))
+        stored_answers = [stored.get(message_id_of(reply), reply) for reply in answers]
+        if skipped and answer is not None:
+            stored_answers = [answer]
+        stored_given = [
+            message if self._is_skipped(message) else stored.get(message_id_of(message), message) for message in given
+        ]
+        return WrittenTurn(messages_written=written, messages=[*stored_given, *stored_answers], replies=stored_answers)
+
+    def _stored_turn(self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]) -> _Reads:
+        """
+        Read the stored turn that the messages go on with, if the ids of what answers depend on it. It may be empty.
+
+        A question with its replies needs no turn: if it is stored, the ids of the replies show it.
+        """
+        question = last_question(messages)
+        if question is None:
+            return (yield from _last_turn()) if replies else []
+        question_id = usable_id_of(question)
+        if question_id is None or not any(_is_answer(each) and message_id_of(each) is None for each in messages):
+            return []
+        page = yield _Page(1)
+        if any(message_id_of(message) == question_id for message in page):
+            return turn_of(page, question_id)
+        if not (yield _IsStored(question_id)):
+            return []
+        return turn_of((yield from _page_with({question_id}, _PAGE_GROWTH)), question_id)
+
+    def _identified(
+        self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage], turn: Sequence[ChatMessage]
+    ) -> tuple[list[ChatMessage], list[ChatMessage]]:
+        """
+        Give ids to the messages and to the replies, and let those that answer a question name it.
+
+        :param turn: The stored turn that the messages go on with. It may be empty.
+        """
+        question, number = (turn[0] if turn else None), self._first_number(turn)
+        taken = set(map(message_id_of, turn)) if self._is_skipping else set()
+        identified: list[ChatMessage] = []
+        ids: set[str | int | None] = set()
+        for place, message in enumerate([*messages, *replies]):
+            is_reply = place >= len(messages)
+            own_id = message_id_of(message)
+            if is_reply and own_id in ids:  # a generator may give its reply the meta of the question
+                message, own_id = _without_ids(message), None  # noqa: PLW2901
+            is_answer = is_reply or _is_answer(message)
+            if self._is_skipped(message):
+                identified.append(message)
+                continue
+            question_id = None if question is None else message_id_of(question)
+            while question_id is not None and reply_id(question_id, number) in taken:
+                number += 1
+            if is_answer and question_id is not None and own_id is None:
+                message = _answering(message, question_id, number)  # noqa: PLW2901
+            elif is_reply and question_id is not None and question_id_of(message) is None:
+                message = replace(message, _meta={**message.meta, QUESTION_ID_KEY: question_id})  # noqa: PLW2901
+            elif own_id is None:
+                (message,) = with_message_ids([message])  # noqa: PLW2901
+            if is_answer and not any(message is each for each in turn):
+                number += 1
+            elif last_question([message]) is not None:
+                is_stored = bool(turn) and message_id_of(turn[0]) == message_id_of(message)
+                question, number = message, self._first_number(turn) if is_stored else 0
+            identified.append(message)
+            ids.add(message_id_of(message))
+        return identified[: len(messages)], identified[len(messages) :]
+
+    def _first_number(self, turn: Sequence[ChatMessage]) -> int:
+        """Return the number of the next reply to a stored turn. Other policies than SKIP are meant for its replies."""
+        return max(len(turn) - 1, 0) if self._is_skipping else 0
+
+    def _is_skipped(self, message: ChatMessage) -> bool:
+        """Whether the store leaves the message out."""
+        return message.role is ChatRole.SYSTEM and bool(getattr(self._store, "skip_system_messages", True))
+
+
+def _advance(requests: _Requests, found: Any = None) -> tuple[_Write | _Page | _IsStored, WrittenTurn | None]:
+    """Pass on what was found, and return the next request or, after the last one, the result."""
+    try:
+        return requests.send(found), None
+    except StopIteration as done:
+        return _Page(0), done.value
+
+
+def _last_turn() -> _Reads:
+    """Read the last turn of the history. It is empty if the history has no question."""
+    rounds = 1
+    while True:
+        page: list[ChatMessage] = yield _Page(rounds)
+        turn = turn_of(page, None)
+        if is_whole(turn):
+            return turn
+        if len(page) < rounds:
+            return []
+        rounds *= _PAGE_GROWTH
+
+
+def _page_with(ids: set[str | int | None], rounds: int) -> _Reads:
+    """Read the end of the history that has all these messages."""
+    rounds = max(rounds, 1)
+    while True:
+        page: list[ChatMessage] = yield _Page(rounds)
+        if ids <= set(map(message_id_of, page)) or len(page) < rounds:
+            return page
+        rounds *= _PAGE_GROWTH
+
+
+def _known(message: ChatMessage, turn: Sequence[ChatMessage]) -> ChatMessage:
+    """Return the stored message with the same id or, if it has none, the one that says the same. If none, itself."""
+    own_id = message_id_of(message)
+    for stored in turn:
+        says_the_same = _is_answer(message) and stored.role is message.role and stored._content == message._content
+        if says_the_same if own_id is None else message_id_of(stored) == own_id:
+            return stored
+    return message
+
+
+def _is_answer(message: ChatMessage) -> bool:
+    return message.role in (ChatRole.ASSISTANT, ChatRole.TOOL)
+
+
+def _turn_of_reply(page: Sequence[ChatMessage], answers: Sequence[ChatMessage]) -> list[ChatMessage]:
+    question_id = question_id_of(answers[-1]) if answers else None
+    return turn_of(page, str(question_id)) if question_id is not None else []
+
+
+def _answering(reply: ChatMessage, question_id: str | int, number: int) -> ChatMessage:
+    """Return a copy of a reply that names its question, with the id of the reply with this number."""
+    question_id = question_id_of(reply) or question_id
+    ids = {QUESTION_ID_KEY: question_id, MESSAGE_ID_KEY: reply_id(question_id, number)}
+    return replace(reply, _meta={**reply.meta, **ids})
+
+
+def _without_ids(reply: ChatMessage) -> ChatMessage:
+    meta = {key: value for key, value in reply.meta.items() if key not in (MESSAGE_ID_KEY, QUESTION_ID_KEY)}
+    return replace(reply, _meta=meta)
