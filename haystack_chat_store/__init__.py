@@ -25,6 +25,7 @@ from haystack_chat_store.errors import (
     StoreUnavailableError,
     UnsupportedOperationError,
 )
+from haystack_chat_store.ids import with_message_ids
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory import InMemoryChatMessageStore
@@ -90,6 +91,7 @@ __all__ = [
     "UnsupportedOperationError",
     "Window",
     "store_from_url",
+    "with_message_ids",
 ]
 
 

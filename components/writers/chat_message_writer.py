@@ -70,7 +70,7 @@ class ChatMessageWriter:
         messages: list[ChatMessage],
         replies: list[ChatMessage] | None = None,
         *,
-        expected_count: int | None = None,
+        expected_revision: int | None = None,
     ) -> dict[str, int]:
         """
         Write `messages`, then `replies`, as one batch that is stored whole or not at all.
@@ -80,16 +80,16 @@ class ChatMessageWriter:
             history already has.
         :param replies: The model's replies: connect a ChatGenerator's `replies` here. (If both were connected to one
             list input, Haystack would not promise their order.) Defaults to none.
-        :param expected_count: The number of messages that the history must have; if it has another number, nothing is
-            written. The store's `write_messages` must take it. Defaults to `None`: any number.
+        :param expected_revision: The revision that the history must have, 0 if it must not exist; if it has another
+            one, nothing is written. The store's `write_messages` must take it. Defaults to `None`: any revision.
         :returns: A dictionary with the key `messages_written`: the number of messages that this call wrote. Messages
             that a retriever or an agent's hook has shown otherwise than they are stored are not written.
         :raises ValueError: If an argument is wrong. Nothing was written.
-        :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
+        :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
         batch = _batch(messages, replies)
-        options = protocol_calls.write_options(self.chat_message_store, self.policy, expected_count)
+        options = protocol_calls.write_options(self.chat_message_store, self.policy, expected_revision)
         return {"messages_written": self.chat_message_store.write_messages(chat_history_id, batch, **options)}
 
     @component.output_types(messages_written=int)
@@ -99,7 +99,7 @@ class ChatMessageWriter:
         messages: list[ChatMessage],
         replies: list[ChatMessage] | None = None,
         *,
-        expected_count: int | None = None,
+        expected_revision: int | None = None,
     ) -> dict[str, int]:
         """
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
@@ -107,15 +107,15 @@ class ChatMessageWriter:
         :param chat_history_id: The history's id. A history that does not exist is created.
         :param messages: The messages of this turn, oldest first.
         :param replies: The model's replies. Defaults to none.
-        :param expected_count: The number of messages that the history must have; if it has another number, nothing is
-            written. Defaults to `None`: any number.
+        :param expected_revision: The revision that the history must have, 0 if it must not exist; if it has another
+            one, nothing is written. Defaults to `None`: any revision.
         :returns: A dictionary with the key `messages_written`: the number of messages that this call wrote.
         :raises ValueError: If an argument is wrong. Nothing was written.
-        :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
+        :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
         batch = _batch(messages, replies)
-        options = protocol_calls.write_options(self.chat_message_store, self.policy, expected_count)
+        options = protocol_calls.write_options(self.chat_message_store, self.policy, expected_revision)
         written = await protocol_calls.write_async(self.chat_message_store, chat_history_id, batch, **options)
         return {"messages_written": written}
 
