@@ -60,6 +60,8 @@ def change_at_random(store, report, seed):
         some = [f"{choose.randrange(30)}" for _ in range(3)]
         role = choose.choice([ChatMessage.from_user, ChatMessage.from_assistant])
         messages = [role(f"{seed} {number}", meta={"chat_message_id": message_id}) for message_id in some]
+        info = store.get_chat_history(history)
+        revision = 0 if info is None else info.revision
         try:
             choose.choice(
                 [
@@ -67,8 +69,11 @@ def change_at_random(store, report, seed):
                     lambda history=history, messages=messages: store.write_messages(
                         history, messages, policy=DuplicatePolicy.OVERWRITE
                     ),
-                    lambda history=history, messages=messages: store.write_messages(
-                        history, messages, expected_count=store.count_messages(history)
+                    lambda history=history, messages=messages, revision=revision: store.write_messages(
+                        history, messages, expected_revision=revision
+                    ),
+                    lambda history=history, messages=messages, some=some: store.replace_messages(
+                        history, some[0], messages
                     ),
                     lambda history=history, some=some: store.delete_messages(history, message_ids=some),
                     lambda history=history, some=some: store.delete_messages(history, from_message_id=some[0]),
@@ -100,14 +105,14 @@ def test_processes_that_change_the_same_histories_at_once_leave_them_sound(serve
         }
 
 
-def test_of_two_who_expect_the_same_count_one_writes(server, make_store):
+def test_of_two_who_expect_the_same_revision_one_writes(server, make_store):
     store = make_store()
     say(store, "question")
     outcomes = []
 
     def answer():
         try:
-            outcomes.append(store.write_messages("history", [ChatMessage.from_user("answer")], expected_count=1))
+            outcomes.append(store.write_messages("history", [ChatMessage.from_user("answer")], expected_revision=1))
         except ChatHistoryChangedError:
             outcomes.append(None)
 
@@ -121,7 +126,7 @@ def test_of_two_who_begin_the_same_history_one_does(server, make_store):
 
     def begin(number):
         try:
-            store.write_messages(f"history {number}", [ChatMessage.from_user("Hi!")], expected_count=0)
+            store.write_messages(f"history {number}", [ChatMessage.from_user("Hi!")], expected_revision=0)
             outcomes.append(number)
         except ChatHistoryChangedError:
             pass
@@ -169,7 +174,7 @@ def test_what_is_refused_costs_no_connection(server):
             with pytest.raises(DuplicateMessageError):
                 store.write_messages("history", [with_id("a")], policy=DuplicatePolicy.FAIL)
             with pytest.raises(ChatHistoryChangedError):
-                store.write_messages("other", [with_id("a")], expected_count=5)
+                store.write_messages("other", [with_id("a")], expected_revision=5)
             with pytest.raises(MessageNotFoundError):
                 store.delete_messages("history", from_message_id="none")
         assert store.engine.run(process_of) == before

@@ -407,7 +407,7 @@ def test_a_change_whose_answer_was_lost_is_not_taken_for_somebody_elses(make_sto
         for policy in (DuplicatePolicy.FAIL, DuplicatePolicy.OVERWRITE):
             store.delete_messages("history")
             assert (
-                losing(lambda policy=policy: store.write_messages("history", batch, policy=policy, expected_count=0))
+                losing(lambda policy=policy: store.write_messages("history", batch, policy=policy, expected_revision=0))
                 == 2
             )
         keys = store.engine.keys(store.scope)
@@ -444,14 +444,14 @@ def test_what_others_do_before_a_change_is_tried_again_does_not_hide_that_it_was
 
     def go_on_with_the_conversation():
         for count in range(1, 11):
-            assert other.write_messages("history", [ChatMessage.from_user(str(count))], expected_count=count) == 1
+            assert other.write_messages("history", [ChatMessage.from_user(str(count))], expected_revision=count) == 1
 
     with closing(LosesAnswers(server)) as proxy:
         monkeypatch.setenv("CHAT_STORE_URL", proxy.url)
         assert store.count_messages("history") == 0  # so that there is a connection
         proxy.meanwhile = go_on_with_the_conversation
         proxy.to_lose = 1
-        assert store.write_messages("history", [ChatMessage.from_user("0")], expected_count=0) == 1
+        assert store.write_messages("history", [ChatMessage.from_user("0")], expected_revision=0) == 1
         store.close()
     assert proxy.to_lose == 0
     assert said(other) == [str(number) for number in range(11)]

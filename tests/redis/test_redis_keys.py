@@ -65,7 +65,7 @@ def test_what_is_kept_can_be_read_by_anyone(store, client):
 @on_one_server
 def test_the_documentation_names_all_that_is_kept_of_a_history_and_no_more(make_store, client):
     store = make_store(ttl=60)
-    store.write_messages("history", [with_id("a"), with_id("b")], expected_count=0)
+    store.write_messages("history", [with_id("a"), with_id("b")], expected_revision=0)
     store.delete_messages("history", message_ids=["a"])
     store.update_chat_history("history", title="Weather", meta={"pinned": True})
     (described,) = re.findall(r"^\| `\S+:history` \| hash \| (.*) \|$", DOCUMENTATION, re.MULTILINE)

@@ -162,7 +162,7 @@ async def _delete_expected(session: Session, key: uuid.UUID, expected_revision: 
     """Delete a history. If it has another revision, raise an error, which undoes the transaction."""
     for _, revision in await session.fetch(session.statements.delete_histories, {"keys": [key]}):
         check_revision(expected_revision, revision)
-    await session.run(session.statements.delete_messages, [[key]])
+        await session.run(session.statements.delete_messages, [[key]])
 
 
 async def _delete_histories(session: Session, keys: Sequence[uuid.UUID], updated_before: int | None = None) -> int:
