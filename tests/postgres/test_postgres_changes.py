@@ -4,11 +4,13 @@
 import threading
 from contextlib import ExitStack
 
+import psycopg
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 from imported import assert_sound
-from postgres_stores import DIRECTLY_OR_POOLED, NEWEST_AND_OLDEST, say, stores_on
+from postgres_stores import DIRECTLY_OR_POOLED, NEWEST_AND_OLDEST, say, statements_of, stores_on
+from servers import wait_until
 
 from haystack_chat_store.errors import (
     ChatHistoryChangedError,
@@ -16,6 +18,7 @@ from haystack_chat_store.errors import (
     DuplicateMessageError,
     MessageNotFoundError,
 )
+from haystack_chat_store.stores.postgres.schema import history_key
 from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.messages import with_id
 from haystack_chat_store.testing.processes import Program
@@ -118,6 +121,30 @@ def test_of_two_who_expect_the_same_revision_one_writes(server, make_store):
 
     in_threads(*[answer] * 8)
     assert sorted(outcomes, key=str) == [1, *[None] * 7]
+
+
+@pytest.mark.parametrize("expected", [None, 0], ids=["any", "none"])
+def test_a_history_that_is_deleted_while_a_write_waits_begins_anew_with_a_greater_revision(server, make_store, expected):
+    store = make_store()
+    for _ in range(5):
+        say(store, "question")
+    revision = store.get_chat_history("history").revision
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    with psycopg.connect(server.url) as other:
+        other.execute(statements_of(store).delete_histories, {"keys": [history_key(store.scope, "history")]})
+        other.execute(statements_of(store).delete_messages, [[history_key(store.scope, "history")]])
+
+        def delete():
+            wait_until(lambda: server.execute(waiting) == [(1,)], "the write to wait")
+            other.commit()
+
+        def write():
+            return store.write_messages("history", [with_id("a")], expected_revision=expected)
+
+        assert in_threads(write, delete)[0] == 1
+    assert store.count_messages("history") == 1
+    assert store.get_chat_history("history").revision > revision
+    assert_sound(server, store)
 
 
 def test_of_two_who_begin_the_same_history_one_does(server, make_store):
