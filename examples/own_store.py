@@ -120,7 +120,9 @@ def lines_of(file: Path) -> list[Any]:
     Return id and revision of a history, then its messages: lists of id, role, content and time. Without a file, the id
     is None and the revision 0.
     """
-    return [json.loads(line) for line in file.read_text(encoding="ascii").splitlines()] if file.exists() else [[None, 0]]
+    return (
+        [json.loads(line) for line in file.read_text(encoding="ascii").splitlines()] if file.exists() else [[None, 0]]
+    )
 
 
 def deleted_revision(session: Path, scope: Scope) -> int:

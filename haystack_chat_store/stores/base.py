@@ -328,9 +328,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
             return
         chosen = validation.validated_choice(message_ids, from_message_id)
         if chosen != ([], None):
-            await self.engine.run_async(
-                self.engine.delete_messages, self.scope, history, *chosen, expected_revision
-            )
+            await self.engine.run_async(self.engine.delete_messages, self.scope, history, *chosen, expected_revision)
 
     def delete_all_messages(self) -> None:
         """

@@ -21,7 +21,8 @@ store whose histories do not outlive the process, set the class attribute `durab
 `make_unreachable_store`, too, to check how the store reports an engine that does not answer. `ContractTest` and
 `ConcurrencyTest` describe the other attributes. Each rule of the contract (see
 `haystack_chat_store.types.ChatMessageStore`) is also a separate test class, so a store can be built rule by rule.
-`ManagementContract` has the rules beyond the published protocol (17 to 23, and 27): the directory, pages, search and so on.
+`ManagementContract` has the rules beyond the published protocol (17 to 23, and 27): the directory, pages, search and so
+on.
 Tests with the parameter `sync` call the store's methods, and tests with `async` call their asynchronous twins.
 
 Hypothesis makes the cases of some tests. Their number follows the loaded profile: one with `max_examples=20` tries a

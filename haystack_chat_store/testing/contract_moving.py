@@ -196,8 +196,9 @@ def _contents(calls: Calls, store: Any) -> Any:
     page = calls.call(store, "list_chat_histories", limit=1000)
     for info in page.items:
         stored = calls.iterate(store, info.chat_history_id)
-        info = dataclasses.replace(info, revision=0)
-        found[info.chat_history_id] = (info, exactly([each.message for each in stored]), [s.created_at for s in stored])
+        times = [each.created_at for each in stored]
+        messages = exactly([each.message for each in stored])
+        found[info.chat_history_id] = (dataclasses.replace(info, revision=0), messages, times)
     return found
 
 

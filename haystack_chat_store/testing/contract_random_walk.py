@@ -167,14 +167,12 @@ class _Walk(RuleBasedStateMachine):
             if message_id is None or place is None:
                 model.append(message_id or f"unknown {number}", role, text)
                 changed.add(model.messages[-1].message_id)
-            elif policy is DuplicatePolicy.OVERWRITE and message_id not in changed:
-                continue_with = [(r, t) for each, r, t in wanted if each == message_id][-1]  # the last one counts
+            elif policy is DuplicatePolicy.OVERWRITE:
                 kept = model.messages[place]
-                if (kept.role, kept.text) == continue_with:
-                    continue
-                role, text = continue_with
-                model.messages[place] = dataclasses.replace(model.messages[place], role=role, text=text)
-                changed.add(message_id)
+                last = [each[1:] for each in wanted if each[0] == message_id][-1]  # of several, the last one counts
+                if (kept.role, kept.text) != last:
+                    model.messages[place] = dataclasses.replace(kept, role=last[0], text=last[1])
+                    changed.add(message_id)
         return len(changed)
 
     @staticmethod

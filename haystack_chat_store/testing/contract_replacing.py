@@ -240,17 +240,18 @@ class Rule27ReplacingTest(ContractTest):
         store = new_store(last_k=None)
         results: list[Any] = []
 
-        def write(name: str, revision: int) -> None:
+        def write(name: str) -> None:
             try:
-                results.append(replace(calls, store, "1", [answer(name)], expected_revision=revision))
+                results.append(replace(calls, store, "1", [answer(name)], expected_revision=revisions[-1]))
             except ChatMessageStoreError as error:
                 results.append(type(error))
 
+        revisions: list[int] = []
         for number in range(10):
             calls.delete(store, "chat")
             calls.write(store, "chat", named("ua"))
-            revision = revision_of(calls, store)
+            revisions.append(revision_of(calls, store))
             results.clear()
-            in_threads(*(lambda name=name: write(name, revision) for name in (f"a{number}", f"b{number}")))
+            in_threads(*(lambda name=name: write(name) for name in (f"a{number}", f"b{number}")))
             assert sorted(results, key=str) == [1, ChatHistoryChangedError]
             assert calls.count(store, "chat") == 2

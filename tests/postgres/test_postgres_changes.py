@@ -124,7 +124,9 @@ def test_of_two_who_expect_the_same_revision_one_writes(server, make_store):
 
 
 @pytest.mark.parametrize("expected", [None, 0], ids=["any", "none"])
-def test_a_history_that_is_deleted_while_a_write_waits_begins_anew_with_a_greater_revision(server, make_store, expected):
+def test_a_history_that_is_deleted_while_a_write_waits_begins_anew_with_a_greater_revision(
+    server, make_store, expected
+):
     store = make_store()
     for _ in range(5):
         say(store, "question")

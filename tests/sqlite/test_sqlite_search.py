@@ -375,7 +375,8 @@ def test_a_message_of_another_program_is_found_after_a_repair(searching, path):
         path,
         """
         INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, revision, content)
-        SELECT message_key + 1, 'theirs', role, created_at, 1, replace(content, 'fox', 'cat') FROM haystack_chat_messages
+        SELECT message_key + 1, 'theirs', role, created_at, 1, replace(content, 'fox', 'cat')
+        FROM haystack_chat_messages
         """,
     )
     assert found(searching, "cat") == []

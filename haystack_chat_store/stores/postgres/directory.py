@@ -34,9 +34,7 @@ _EPOCH = date(1970, 1, 1)
 class Directory(Engine[Session]):
     """The operations on whole histories."""
 
-    async def delete(
-        self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None
-    ) -> None:
+    async def delete(self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
         """Delete a history and its messages in one transaction."""
         await session.in_transaction(_delete_expected, history_key(scope, chat_history_id), expected_revision)
 

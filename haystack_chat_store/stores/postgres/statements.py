@@ -211,7 +211,8 @@ _DELETE_HISTORIES = """
         SELECT namespace, greatest_revision
         FROM (SELECT namespace, max(revision) AS greatest_revision FROM gone GROUP BY namespace) AS greatest
         WHERE NOT EXISTS (
-            SELECT FROM {{namespaces}} AS k WHERE k.namespace = greatest.namespace AND deleted_revision >= greatest_revision
+            SELECT FROM {{namespaces}} AS k
+            WHERE k.namespace = greatest.namespace AND deleted_revision >= greatest_revision
         )
         ON CONFLICT (namespace) DO UPDATE SET deleted_revision = greatest(n.deleted_revision, excluded.deleted_revision)
     )
@@ -265,7 +266,8 @@ class Statements(NamedTuple):
     lock_key: str = "SELECT FROM {histories} WHERE history_key = %s FOR UPDATE"
     # A history that this transaction has made has revision 0 until its first change.
     lock_history: str = """
-        SELECT next_position, message_count, revision, CASE WHEN revision = 0 THEN {first_revision} ELSE revision + 1 END
+        SELECT next_position, message_count, revision,
+            CASE WHEN revision = 0 THEN {first_revision} ELSE revision + 1 END
         FROM {histories} WHERE history_key = %(key)s FOR UPDATE
     """
     make_history: str = """
@@ -290,7 +292,8 @@ class Statements(NamedTuple):
     position_of: str = "SELECT position FROM {messages} WHERE history_key = %s AND message_id = %s"
     copy_messages: str = """
         WITH copied AS (
-            INSERT INTO {messages} (history_key, position, created_at, message_id, role, content, search_terms, revision)
+            INSERT INTO {messages}
+                (history_key, position, created_at, message_id, role, content, search_terms, revision)
             SELECT %(target)s, %(start)s + row_number() OVER (ORDER BY position) - 1,
                 created_at, message_id, role, content, search_terms, %(revision)s
             FROM {messages} WHERE history_key = %(source)s AND position BETWEEN 0 AND %(end)s
@@ -311,7 +314,8 @@ class Statements(NamedTuple):
     """
     import_messages: str = """
         INSERT INTO {messages} (history_key, position, created_at, message_id, role, content, search_terms, revision)
-        SELECT %(key)s, %(start)s + place - 1, {time_sent}, message_id, role, content::json, terms::tsvector, %(revision)s
+        SELECT %(key)s, %(start)s + place - 1, {time_sent}, message_id, role, content::json, terms::tsvector,
+            %(revision)s
         FROM {sent_with_numbers}
     """
     imported: str = """

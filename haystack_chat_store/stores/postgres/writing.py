@@ -117,7 +117,9 @@ class Writing(Engine[Session]):
         expected_revision: int,
     ) -> int:
         """Read and send the batches in one transaction, in which each part has a time limit of its own."""
-        return await session.in_transaction(_import_locked, scope, history, batches, expected_revision, repeatable=False)
+        return await session.in_transaction(
+            _import_locked, scope, history, batches, expected_revision, repeatable=False
+        )
 
     async def import_histories(
         self, session: Session, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
@@ -283,7 +285,9 @@ async def _import_several_locked(
     for history, _ in histories:
         if not await _make(session, scope, history.chat_history_id):
             raise history_exists(history.chat_history_id)
-    return sum([await _append_imported(session, scope, history, [rows], _NO_HISTORY, True) for history, rows in histories])
+    return sum(
+        [await _append_imported(session, scope, history, [rows], _NO_HISTORY, True) for history, rows in histories]
+    )
 
 
 async def _import_locked(

@@ -60,9 +60,7 @@ class Writing(RedisOperations):
         )
         return written(answer, expected_revision)
 
-    async def delete(
-        self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None
-    ) -> None:
+    async def delete(self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
         """Delete the keys of a history, and its entries in the lists of its bucket."""
         await delete_histories(
             session,
@@ -97,8 +95,15 @@ class Writing(RedisOperations):
             return
 
         async def remove(ids: Sequence[str], next_position: int) -> Any:
-            options = {"required": from_message_id, "next_position": next_position}
-            return await remove_ids(session, keys, chat_history_id, ids, expected_revision, **options)
+            return await remove_ids(
+                session,
+                keys,
+                chat_history_id,
+                ids,
+                expected_revision,
+                required=from_message_id,
+                next_position=next_position,
+            )
 
         await _with_ids_from(session, keys, chat_history_id, from_message_id, remove, expected_revision)
 

@@ -136,9 +136,7 @@ class Histories:
     def equal(self, messages: Iterable[EncodedMessage], known: Mapping[str, tuple[int, str]]) -> set[str]:
         """Return the ids among the known ones whose stored messages are equal."""
         values = [(m.role, m.content, known[m.message_id][0], m.message_id) for m in messages if m.message_id in known]
-        return {
-            message_id for *each, message_id in values if self.connection.execute(_IS_EQUAL, each).fetchone()[0]
-        }
+        return {message_id for *each, message_id in values if self.connection.execute(_IS_EQUAL, each).fetchone()[0]}
 
     def has_replaced(self, history: StoredHistory, from_message_id: str, messages: Sequence[EncodedMessage]) -> bool:
         """Whether an earlier attempt has replaced messages by these."""
@@ -179,7 +177,10 @@ class Histories:
         for batch in batches:
             first_key, revision = history.next_key + imported, history.revision + 1
             self._insert(
-                [(key, m.message_id, m.role, m.created_at, revision, m.content) for key, m in enumerate(batch, first_key)]
+                [
+                    (key, m.message_id, m.role, m.created_at, revision, m.content)
+                    for key, m in enumerate(batch, first_key)
+                ]
             )
             imported += len(batch)
             rounds += round_count(batch)

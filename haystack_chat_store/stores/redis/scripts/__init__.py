@@ -47,7 +47,8 @@ local round_count = tonumber(fields[3] or 0)
 local expires_at, created_at, last_updated_at, is_new = fields[4], fields[5], fields[6], not fields[5]
 local revision = is_new and 0 or tonumber(fields[7] or nil)
 -- Another program may have changed a part of the history, or the server may have evicted it.
-if not round_count or not revision or redis.call('LLEN', contents) ~= position or redis.call('STRLEN', roles) ~= position
+if not round_count or not revision
+        or redis.call('LLEN', contents) ~= position or redis.call('STRLEN', roles) ~= position
         or redis.call('STRLEN', times) ~= {TIME_LENGTH} * (position or 0)
         or redis.call('HLEN', message_ids) ~= message_count then
     return redis.error_reply('DAMAGED ' .. history)

@@ -70,9 +70,9 @@ end
 #: Append the waiting messages to a history, all at once. Keys: those of the bucket, of the history, of the waiting
 #: messages. Arguments: the history's id; milliseconds until it expires, 0 for never; how many messages wait; how many
 #: of them are user messages; the revision that the history must have, or nothing if it must have no messages; a name
-#: for this call; the time of the change, or nothing for now; for a new history, names of fields and values of its hash, in turn. If no messages wait, nothing
-#: changes, except that a new history is made if a time is given. Returns how many messages waited, or CHANGED and the
-#: history's revision, or DUPLICATE and the id of a message that it has.
+#: for this call; the time of the change, or nothing for now; for a new history, names of fields and values of its hash,
+#: in turn. If no messages wait, nothing changes, except that a new history is made if a time is given. Returns how many
+#: messages waited, or CHANGED and the history's revision, or DUPLICATE and the id of a message that it has.
 FINISH = Script(
     "local call = ARGV[6]",
     ONCE,
@@ -118,8 +118,8 @@ if position > 0 then
     redis.call('UNLINK', unpack(KEYS, 11))
 end
 revision = next_revision
-redis.call('HSET', history, 'revision', revision, 'next_position', position + waiting, 'message_count', message_count + waiting,
-    'round_count', round_count + tonumber(ARGV[4]), 'updated_at', updated_at)
+redis.call('HSET', history, 'revision', revision, 'next_position', position + waiting,
+    'message_count', message_count + waiting, 'round_count', round_count + tonumber(ARGV[4]), 'updated_at', updated_at)
 if is_new then redis.call('HSET', history, 'created_at', microseconds, unpack(ARGV, 8)) end
 if position == 0 then
     {TAKE_THE_PLACE}
