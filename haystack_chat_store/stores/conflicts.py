@@ -65,8 +65,7 @@ def planned(
     :raises ChatHistoryChangedError: If the history has another revision, unless the whole batch is stored already.
     :raises DuplicateMessageError: If an id is known, and the policy is FAIL.
     """
-    is_repeated = bool(messages) and all(message.message_id in equal for message in messages)
-    if is_repeated and policy is not DuplicatePolicy.FAIL:
+    if equal and policy is not DuplicatePolicy.FAIL and all(message.message_id in equal for message in messages):
         return Plan([], {})
     check_revision(expected_revision, revision)
     if known and policy is DuplicatePolicy.FAIL:
