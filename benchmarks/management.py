@@ -365,7 +365,8 @@ def _postgres(_folder: Path, plan: Plan, running: ExitStack) -> Place:
         # Copies within the same table, because pages of a large table are less full than those of a small one.
         source = history_key(stores[0].scope, "long")
         bare.execute(
-            "INSERT INTO large.haystack_chat_messages SELECT %s, position, created_at, message_id, role, content "
+            "INSERT INTO large.haystack_chat_messages "
+            "SELECT %s, position, created_at, message_id, role, content, search_terms, revision "
             "FROM large.haystack_chat_messages WHERE history_key = %s",
             [uuid.uuid4(), source],
         )

@@ -20,7 +20,7 @@ from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import BaseChatMessageStore, EncodedMessage, Engine, Scope, StoreUnavailableError, Window
 from haystack_chat_store.conversation.rounds import window_start
-from haystack_chat_store.stores.conflicts import check_count, planned
+from haystack_chat_store.stores.conflicts import check_revision, planned
 from haystack_chat_store.stores.times import microseconds_now
 
 _lock = threading.Lock()
@@ -49,13 +49,14 @@ class FolderEngine(Engine[Path]):
         chat_history_id: str,
         messages: Sequence[EncodedMessage],
         policy: DuplicatePolicy,
-        expected_count: int | None,
+        expected_revision: int | None,
     ) -> int:
         file = file_of(session, scope, chat_history_id)
-        _, *rows = lines_of(file)
-        check_count(expected_count, len(rows))
-        brought = {message.message_id for message in messages}
-        plan = planned(messages, {row[0]: place for place, row in enumerate(rows) if row[0] in brought}, policy)
+        (_, revision), *rows = lines_of(file)
+        brought = {message.message_id: [message.role, message.content] for message in messages}
+        known = {row[0]: place for place, row in enumerate(rows) if row[0] in brought}
+        equal = [message_id for message_id, place in known.items() if rows[place][1:3] == brought[message_id]]
+        plan = planned(messages, known, equal, policy, expected_revision, revision)
         for place, message in plan.replaced.items():
             rows[place][1:3] = [message.role, message.content]
         rows += [[message.message_id, message.role, message.content, microseconds_now()] for message in plan.new]
@@ -65,7 +66,8 @@ class FolderEngine(Engine[Path]):
         file.parent.mkdir(parents=True, exist_ok=True)
         # Write a new file and move it over the old one, so that a crash leaves either the old file or the new one.
         temporary = file.with_suffix(".new")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in [chat_history_id, *rows]), encoding="ascii")
+        first_line = [chat_history_id, (revision or deleted_revision(session, scope)) + 1]
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in [first_line, *rows]), encoding="ascii")
         os.replace(temporary, file)
         return changed
 
@@ -77,12 +79,20 @@ class FolderEngine(Engine[Path]):
     def count(self, session: Path, scope: Scope, chat_history_id: str) -> int:
         return len(lines_of(file_of(session, scope, chat_history_id))) - 1
 
-    def delete(self, session: Path, scope: Scope, chat_history_id: str) -> None:
-        file_of(session, scope, chat_history_id).unlink(missing_ok=True)
+    def delete(self, session: Path, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
+        file = file_of(session, scope, chat_history_id)
+        (_, revision), *_ = lines_of(file)
+        if revision:
+            check_revision(expected_revision, revision)
+            # A history that begins anew has greater revisions than before.
+            kept = max(revision, deleted_revision(session, scope))
+            _revision_file(session, scope).write_text(str(kept), encoding="ascii")
+            file.unlink()
 
     def delete_all(self, session: Path, scope: Scope) -> None:
-        for file in folder_of(session, scope).glob("*"):
-            file.unlink()
+        for file in folder_of(session, scope).glob("*[!w]"):  # not what a crash left: .new
+            (chat_history_id, _), *_ = lines_of(file)
+            self.delete(session, scope, chat_history_id, None)
 
 
 class FolderChatMessageStore(BaseChatMessageStore):
@@ -107,9 +117,21 @@ def file_of(session: Path, scope: Scope, chat_history_id: str) -> Path:
 
 def lines_of(file: Path) -> list[Any]:
     """
-    Return the id of a history, then its messages: lists of id, role, content and time. Without a file, the id is None.
+    Return id and revision of a history, then its messages: lists of id, role, content and time. Without a file, the id
+    is None and the revision 0.
     """
-    return [json.loads(line) for line in file.read_text(encoding="ascii").splitlines()] if file.exists() else [None]
+    return (
+        [json.loads(line) for line in file.read_text(encoding="ascii").splitlines()] if file.exists() else [[None, 0]]
+    )
+
+
+def deleted_revision(session: Path, scope: Scope) -> int:
+    file = _revision_file(session, scope)
+    return int(file.read_text(encoding="ascii")) if file.exists() else 0
+
+
+def _revision_file(session: Path, scope: Scope) -> Path:
+    return folder_of(session, scope).with_suffix(".revision")
 
 
 def _hashed(text: str) -> str:

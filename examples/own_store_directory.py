@@ -102,13 +102,14 @@ def _rows(session: Path, scope: Scope, prefix: str) -> Iterator[HistoryRow]:
 
 
 def _history_row(file: Path) -> HistoryRow:
-    chat_history_id, *messages = lines_of(file)
+    (chat_history_id, revision), *messages = lines_of(file)
     return HistoryRow(
         chat_history_id=chat_history_id,
         message_count=len(messages),
         round_count=sum(role == "user" for _, role, _, _ in messages),
         created_at=messages[0][3],
         updated_at=file.stat().st_mtime_ns // 1000,
+        revision=revision,
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from haystack.core.serialization import allow_deserialization_module
 
 from haystack_chat_store.conversation.rounds import Window
+from haystack_chat_store.conversation.turns import with_message_ids
 from haystack_chat_store.errors import (
     ChatHistoryChangedError,
     ChatHistoryExistsError,
@@ -25,7 +26,6 @@ from haystack_chat_store.errors import (
     StoreUnavailableError,
     UnsupportedOperationError,
 )
-from haystack_chat_store.ids import with_message_ids
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory import InMemoryChatMessageStore

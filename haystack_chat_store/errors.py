@@ -12,7 +12,7 @@ ChatMessageStoreError            the base of all errors below
 ├── MessageDecodingError         a stored message cannot be read back
 ├── ConflictError                the stored data is not what the call expects; nothing was changed
 │   ├── DuplicateMessageError    the history already has a message's id, and the policy is FAIL
-│   ├── ChatHistoryChangedError  the history has another number of messages than expected
+│   ├── ChatHistoryChangedError  the history has another revision than expected
 │   └── ChatHistoryExistsError   the target of a copy or import already has other messages
 ├── ChatHistoryNotFoundError     the history does not exist (also a LookupError)
 ├── MessageNotFoundError         the message does not exist in the history (also a LookupError)
@@ -79,9 +79,9 @@ class DuplicateMessageError(ConflictError):
 
 class ChatHistoryChangedError(ConflictError):
     """
-    The history has another number of messages than the call expects: another writer changed it.
+    The history has another revision than the call expects: another writer changed it.
 
-    Nothing was written. Read the new messages, then decide again.
+    Nothing was changed. Read the history again, then decide again.
     """
 
 

@@ -4,8 +4,6 @@
 import hashlib
 import os
 import time
-from collections.abc import Iterable
-from dataclasses import replace
 
 from haystack.dataclasses import ChatMessage
 
@@ -30,29 +28,6 @@ def new_message_id() -> str:
     (the idea of UUID version 7, RFC 9562). The time is never read back: positions alone decide the order.
     """
     return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
-
-
-def with_message_ids(messages: Iterable[ChatMessage]) -> list[ChatMessage]:
-    """
-    Return the messages with ids, so that they can be written again without being stored twice.
-
-    ```python
-    from haystack.dataclasses import ChatMessage
-    from haystack_chat_store import with_message_ids
-
-    (question,) = with_message_ids([ChatMessage.from_user("Hello!")])
-    question.meta["chat_message_id"]  # a new id, such as "019ac0f3a1b2…"
-    ```
-
-    :param messages: The messages. They are not changed.
-    :returns: A copy with a new id of each message that has none. A message that has an id is returned as it is.
-    """
-    return [
-        replace(message, _meta={**message.meta, MESSAGE_ID_KEY: new_message_id()})
-        if message.meta.get(MESSAGE_ID_KEY) is None
-        else message
-        for message in messages
-    ]
 
 
 def reply_id(question_id: str | int, number: int) -> str:

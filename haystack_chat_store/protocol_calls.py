@@ -2,7 +2,7 @@
 """
 Calls of components to any store that follows the protocol, also to stores of other packages.
 
-The protocol requires no asynchronous methods, and no `close`, `window_step`, `policy` or `expected_count`.
+The protocol requires no asynchronous methods, and no `close`, `window_step`, `policy` or `expected_revision`.
 """
 
 import asyncio
@@ -163,7 +163,7 @@ async def count_rounds_async(store: ChatMessageStore, chat_history_id: str) -> i
     return 0 if history is None else int(history.round_count)
 
 
-def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_count: int | None) -> dict[str, Any]:
+def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_revision: int | None) -> dict[str, Any]:
     """
     Return the keyword arguments of a store's `write_messages` that differ from their defaults.
 
@@ -172,8 +172,8 @@ def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_cou
     options: dict[str, Any] = {}
     if validated_policy(policy) is not DuplicatePolicy.SKIP:
         options["policy"] = policy
-    if expected_count is not None:
-        options["expected_count"] = expected_count
+    if expected_revision is not None:
+        options["expected_revision"] = expected_revision
     for name in options:
         if name not in inspect.signature(store.write_messages).parameters:
             raise ValueError(f"write_messages of {type(store).__name__} does not take {name}.")

@@ -11,14 +11,13 @@ from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.rounds import round_starts
-from haystack_chat_store.conversation.turns import answer_of, is_whole, last_question, turn_of
+from haystack_chat_store.conversation.turns import answer_of, is_whole, last_question, turn_of, with_message_ids
 from haystack_chat_store.ids import (
     MESSAGE_ID_KEY,
     QUESTION_ID_KEY,
     message_id_of,
     question_id_of,
     reply_id,
-    with_message_ids,
 )
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import usable_id_of, validated_policy
@@ -73,19 +72,19 @@ class TurnWriter:
     and its number in the turn. So a second answer to the same question has the id of the first, and the store skips it.
     """
 
-    def __init__(self, store: ChatMessageStore, policy: DuplicatePolicy, expected_count: int | None = None) -> None:
+    def __init__(self, store: ChatMessageStore, policy: DuplicatePolicy, expected_revision: int | None = None) -> None:
         """
         Keep the store and the options of the write.
 
         :param store: The store that keeps the histories.
         :param policy: Decides about messages whose ids the history already has.
-        :param expected_count: The number of messages that the history must have. Defaults to `None`: any number.
+        :param expected_revision: The number of messages that the history must have. Defaults to `None`: any number.
         :raises ValueError: If the store does not take one of the options.
         """
         self._store = store
         self._policy = policy
         self._is_skipping = validated_policy(policy) is DuplicatePolicy.SKIP
-        self._options = protocol_calls.write_options(store, policy, expected_count)
+        self._options = protocol_calls.write_options(store, policy, expected_revision)
 
     def write(
         self, chat_history_id: str, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]

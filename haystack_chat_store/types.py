@@ -80,9 +80,13 @@ class ChatMessageStore(Protocol):
         those just after one. Positions rise, and are not used again as long as the history lives. `iterate_messages`
         walks through a whole history, in memory that does not grow with the history.
     19. **Changing what was said.** A write takes a `DuplicatePolicy`: OVERWRITE puts a message in the place of the
-        stored message with the same id, FAIL refuses the batch. With `expected_count`, a write is refused if the
-        history has another number of messages. Single messages, or a message and all after it, can be deleted. Rounds,
-        counts and windows are right afterwards.
+        stored message with the same id, FAIL refuses the batch. Single messages, or a message and all after it, can
+        be deleted. Rounds, counts and windows are right afterwards. A history's `revision` grows with every change of
+        its messages, edits in place included; a history that does not exist has revision 0, and one that is deleted
+        and begins anew has greater revisions than before. With `expected_revision`, a write or a deletion is refused
+        if the history has another revision. A call that finds its work done is no conflict with itself: a batch whose
+        messages are all stored already, equal, returns 0 whatever `expected_revision` says (unless the policy is FAIL),
+        and a deletion of what is not there does nothing.
     20. **Forking.** `copy_messages` copies a history, or its beginning, to a history without messages. The copy appears
         whole or not at all.
     21. **Search.** `search_messages` finds exactly the messages that have all words and phrases of the query, for any
@@ -91,6 +95,12 @@ class ChatMessageStore(Protocol):
         for a long time. Both work in batches, and delete each history whole.
     23. **Moving.** Export and import preserve messages, ids, order, titles and meta, on any engine. A second import
         adds nothing. A damaged file is refused. A history is never imported in part.
+
+    27. **Replacing.** `replace_messages` takes back a message and all messages after it, and appends others, in one
+        atomic step: a reader sees the old end of the history or the new one. Ids of messages that were taken back can
+        be used again; messages whose ids the history keeps are skipped; positions are not used again. If the history
+        does not have the message to take back, nothing is changed. A repeated call that finds its messages, equal, at
+        the end of the history returns 0.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,6 +176,8 @@ class ChatHistoryInfo(Result):
     :param chat_history_id: The history's id.
     :param message_count: The number of its messages.
     :param round_count: The number of its rounds. A round is a user message and everything up to the next one.
+    :param revision: Its revision, 1 or greater. It grows with every change of its messages, edits in place included. A
+        history that is deleted and begins anew has greater revisions than before.
     :param created_at: The time when its first message was stored. Aware, in UTC.
     :param updated_at: The time when its messages last changed. Aware, in UTC. A new title or meta does not count.
     :param title: The title that `update_chat_history` set, or `None`.
@@ -175,6 +187,7 @@ class ChatHistoryInfo(Result):
     chat_history_id: str
     message_count: int
     round_count: int
+    revision: int
     created_at: datetime
     updated_at: datetime
     title: str | None

@@ -24,6 +24,8 @@ MAX_LIMIT = 1_000
 
 #: Greater than the position of any message.
 MAX_POSITION = 2**32
+#: Greater than the revision of any history. A double takes it exactly.
+MAX_REVISION = 2**53
 
 
 def validated_id(value: Any, name: str, max_length: int = MAX_ID_LENGTH) -> str:
@@ -121,6 +123,11 @@ def validated_page(
     if before is not None and after is not None:
         raise ValueError("Only one of before and after can be given. Leave one of them out.")
     return history, before, after, validated_number(limit, "limit", 1, MAX_LIMIT)
+
+
+def validated_revision(value: Any) -> int | None:
+    """Return the revision that a call expects, or `None`. Revisions beyond those of all histories become the limit."""
+    return None if value is None else min(validated_number(value, "expected_revision", 0), MAX_REVISION)
 
 
 def validated_query(query: Any) -> str:

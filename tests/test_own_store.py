@@ -66,7 +66,7 @@ def test_registered_store_is_made_from_its_url(tmp_path):
 @pytest.mark.usefixtures("_registered")
 def test_writing_nothing_makes_no_history_and_what_a_crash_left_hides_none(tmp_path):
     store = store_from_url(f"folder:///{tmp_path}/chats")
-    assert store.write_messages("empty", [], expected_count=0) == 0
+    assert store.write_messages("empty", [], expected_revision=0) == 0
     assert list(store.list_chat_histories().items) == []
     store.write_messages("chat", conversation("ua"))
     (file,) = [path for path in (tmp_path / "chats").rglob("*") if path.is_file()]

@@ -281,8 +281,8 @@ def test_a_child_that_frees_a_connection_of_its_parent_does_not_damage_the_file(
     lost[0].execute("BEGIN IMMEDIATE")
     rows = [(1_000 + number, str(number), "x" * 10_000) for number in range(400)]  # more than SQLite's cache holds
     lost[0].executemany(
-        "INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, content)"
-        " VALUES ((1 << 32) + ?, ?, 'user', 0, ?)",
+        "INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, revision, content)"
+        " VALUES ((1 << 32) + ?, ?, 'user', 0, 1, ?)",
         rows,
     )
 
@@ -311,8 +311,8 @@ def test_a_call_that_forks_in_its_middle_stays_the_parents(new_sqlite_store, chi
         nonlocal child
         with session.transaction() as connection:
             connection.executemany(
-                "INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, content)"
-                " VALUES ((1 << 32) + ?, ?, 'user', 0, ?)",
+                "INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, revision, content)"
+                " VALUES ((1 << 32) + ?, ?, 'user', 0, 1, ?)",
                 rows,
             )
             child = os.fork()

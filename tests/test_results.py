@@ -36,6 +36,7 @@ def test_a_page_of_histories_is_ready_for_json(store):
                 "chat_history_id": "trip",
                 "message_count": 2,
                 "round_count": 1,
+                "revision": 1,
                 "created_at": info.created_at.isoformat(),
                 "updated_at": info.updated_at.isoformat(),
                 "title": "Trip",

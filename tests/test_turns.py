@@ -71,7 +71,7 @@ class TestIds:
     def test_messages_get_ids_before_they_are_written(self, store):
         messages = [USER("q0"), question("q1", "1")]
         identified = with_message_ids(messages)
-        assert identified[1] is messages[1]
+        assert identified[1] == messages[1]
         assert messages == [USER("q0"), question("q1", "1")]
         for _ in range(2):
             store.write_messages("h", identified)

@@ -223,10 +223,10 @@ class TestPolicy:
             run(writer, "h", [with_id("1", "again")], [ASSISTANT("second")])
         assert texts(store.retrieve_messages("h")) == ["first"]
 
-    def test_unexpected_count_writes_nothing(self, run, store, writer):
-        assert run(writer, "h", [USER("first")], expected_count=0) == 1
+    def test_unexpected_revision_writes_nothing(self, run, store, writer):
+        assert run(writer, "h", [USER("first")], expected_revision=0) == 1
         with pytest.raises(ChatHistoryChangedError):
-            run(writer, "h", [USER("second")], expected_count=0)
+            run(writer, "h", [USER("second")], expected_revision=0)
         assert texts(store.retrieve_messages("h")) == ["first"]
 
     @pytest.mark.parametrize("policy", DuplicatePolicy)
@@ -257,5 +257,5 @@ class TestPolicy:
         assert run(ChatMessageWriter(MinimalStore(), policy=DuplicatePolicy.NONE), "h", [USER("first")]) == 1
         with pytest.raises(ValueError, match="MinimalStore does not take policy"):
             ChatMessageWriter(MinimalStore(), policy=DuplicatePolicy.OVERWRITE)
-        with pytest.raises(ValueError, match="MinimalStore does not take expected_count"):
-            run(ChatMessageWriter(MinimalStore()), "h", [USER("first")], expected_count=0)
+        with pytest.raises(ValueError, match="MinimalStore does not take expected_revision"):
+            run(ChatMessageWriter(MinimalStore()), "h", [USER("first")], expected_revision=0)

@@ -75,7 +75,7 @@ class ChatMessageWriter:
         messages: list[ChatMessage],
         replies: list[ChatMessage] | None = None,
         *,
-        expected_count: int | None = None,
+        expected_revision: int | None = None,
     ) -> dict[str, Any]:
         """
         Write `messages`, then `replies`, as one batch that is stored whole or not at all.
@@ -90,8 +90,8 @@ class ChatMessageWriter:
         :param replies: The replies to them: connect a ChatGenerator's `replies` here, and the retriever's `replies`,
             too. One of them arrives. (If replies and messages were connected to one list input, Haystack would not
             promise their order.) Defaults to none.
-        :param expected_count: The number of messages that the history must have; if it has another number, nothing is
-            written. The store's `write_messages` must take it. Defaults to `None`: any number.
+        :param expected_revision: The revision that the history must have, 0 if it must not exist; if it has another
+            one, nothing is written. The store's `write_messages` must take it. Defaults to `None`: any revision.
         :returns: A dictionary with the keys
 
             - `messages_written`: the number of messages that this call wrote. Messages that a retriever or an agent's
@@ -101,10 +101,10 @@ class ChatMessageWriter:
             - `replies`: the replies of the turn as the history has them. If the question was answered before, this is
               the stored answer.
         :raises ValueError: If an argument is wrong. Nothing was written.
-        :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
+        :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        writer = TurnWriter(self.chat_message_store, self.policy, expected_count)
+        writer = TurnWriter(self.chat_message_store, self.policy, expected_revision)
         return _outputs(
             writer.write(chat_history_id, _stored(messages), _stored([] if replies is None else replies, "replies"))
         )
@@ -116,7 +116,7 @@ class ChatMessageWriter:
         messages: list[ChatMessage],
         replies: list[ChatMessage] | None = None,
         *,
-        expected_count: int | None = None,
+        expected_revision: int | None = None,
     ) -> dict[str, Any]:
         """
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
@@ -124,14 +124,14 @@ class ChatMessageWriter:
         :param chat_history_id: The history's id. A history that does not exist is created.
         :param messages: The messages of this turn, oldest first.
         :param replies: The replies to them. Defaults to none.
-        :param expected_count: The number of messages that the history must have; if it has another number, nothing is
-            written. Defaults to `None`: any number.
+        :param expected_revision: The revision that the history must have, 0 if it must not exist; if it has another
+            one, nothing is written. Defaults to `None`: any revision.
         :returns: A dictionary with the keys `messages_written`, `messages` and `replies`.
         :raises ValueError: If an argument is wrong. Nothing was written.
-        :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
+        :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        writer = TurnWriter(self.chat_message_store, self.policy, expected_count)
+        writer = TurnWriter(self.chat_message_store, self.policy, expected_revision)
         return _outputs(
             await writer.write_async(
                 chat_history_id, _stored(messages), _stored([] if replies is None else replies, "replies")

@@ -5,17 +5,57 @@ The rules of turns: which messages belong to one, whether it is answered, and wh
 A turn is a round while it happens: a question, and what answers it. It is known by the id of its question.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from haystack.dataclasses import ChatMessage, ChatRole
 
 from haystack_chat_store.conversation.provider_content import is_paused, refusal_of
 from haystack_chat_store.conversation.rounds import is_alternative, is_question, question_groups
-from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, message_id_of, question_id_of, reply_id
+from haystack_chat_store.ids import (
+    MESSAGE_ID_KEY,
+    QUESTION_ID_KEY,
+    message_id_of,
+    new_message_id,
+    question_id_of,
+    reply_id,
+)
+from haystack_chat_store.validation import validated_id, validated_messages
 
 # The finish reasons of incomplete replies. Haystack ends the run after them, too.
 _INCOMPLETE_REPLY = ("length", "content_filter")
+
+
+def with_message_ids(messages: Iterable[ChatMessage]) -> list[ChatMessage]:
+    """
+    Return copies of messages that carry ids, so that writing them can be repeated without storing them twice.
+
+    ```python
+    from haystack.dataclasses import ChatMessage
+    from haystack_chat_store import InMemoryChatMessageStore, with_message_ids
+
+    store = InMemoryChatMessageStore()
+    turn = with_message_ids([ChatMessage.from_user("Hi!"), ChatMessage.from_assistant("Hello!")])
+    print(store.write_messages("user_456", turn))  # 2
+    print(store.write_messages("user_456", turn))  # 0
+    ```
+
+    :param messages: A list or other iterable of `ChatMessage`s. They are not changed.
+    :returns: The copies, each with an id in `meta["chat_message_id"]`. A message that has an id keeps it.
+    :raises ValueError: If an item is not a `ChatMessage`, or its id is not valid.
+    """
+    return [
+        replace(message, _meta={**message.meta, MESSAGE_ID_KEY: _valid_id(message, index)})
+        for index, message in enumerate(validated_messages(messages))
+    ]
+
+
+def _valid_id(message: ChatMessage, index: int) -> str:
+    own_id = message.meta.get(MESSAGE_ID_KEY)
+    if own_id is None:
+        return new_message_id()
+    return validated_id(own_id, f"messages[{index}].meta[{MESSAGE_ID_KEY!r}]")
 
 
 def turn_of(messages: Sequence[ChatMessage], question_id: str | None) -> list[ChatMessage]:

@@ -37,7 +37,7 @@ class _Write:
     chat_history_id: str
     named: list[tuple[str, ChatMessage]]
     policy: DuplicatePolicy
-    expected_count: int | None
+    expected_revision: int | None
     strict: bool
 
 
@@ -116,7 +116,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         messages: Iterable[ChatMessage],
         *,
         policy: DuplicatePolicy = DuplicatePolicy.SKIP,
-        expected_count: int | None = None,
+        expected_revision: int | None = None,
     ) -> int:
         """
         Append messages to a history, as one batch that becomes visible and durable whole or not at all.
@@ -131,23 +131,26 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         :param policy: Decides about a message whose id the history already has. With SKIP, the default, and NONE, the
             message is skipped. With OVERWRITE, it replaces the stored message, at the same position. (Of several
             messages in the batch with the same id, the last one counts.) With FAIL, nothing is written.
-        :param expected_count: The number of messages that the history must have; if it has another number, nothing is
-            written. If two writers answer the same message, the second one gets an error. Defaults to `None`: any
-            number.
-        :returns: The number of messages that this call wrote, including replacements.
+        :param expected_revision: The history's `revision` (see `get_chat_history`) that this write follows, 0 if the
+            history must not exist. If the history has another one, nothing is written. So if two writers answer the
+            same message, the second one gets an error. Defaults to `None`: any revision.
+        :returns: The number of messages that this call wrote, including replacements. A message that the history has
+            already, equal, is not replaced. If the history has all messages already, equal, the call returns 0
+            whatever `expected_revision` says: a call that is repeated is no conflict with itself.
         :raises ValueError: If an argument is wrong. If a message contains a value that cannot be stored, the error is a
             `MessageEncodingError`. Nothing was written.
         :raises DuplicateMessageError: If the policy is FAIL, and the history already has an id, or the batch has an id
             twice. Nothing was written.
-        :raises ChatHistoryChangedError: If the history does not have `expected_count` messages. Nothing was written.
+        :raises ChatHistoryChangedError: If the history has another revision than `expected_revision`. Nothing was
+            written.
         :raises ChatMessageStoreError: If the engine fails. None or all of the batch was written.
         """
-        write = self._checked_write(chat_history_id, messages, policy, expected_count)
+        write = self._checked_write(chat_history_id, messages, policy, expected_revision)
         encoded = _encoded(write)
-        if not encoded and expected_count is None:
+        if not encoded and write.expected_revision is None:
             return 0
         return self.engine.run(
-            self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, expected_count
+            self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, write.expected_revision
         )
 
     async def write_messages_async(
@@ -156,15 +159,15 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         messages: Iterable[ChatMessage],
         *,
         policy: DuplicatePolicy = DuplicatePolicy.SKIP,
-        expected_count: int | None = None,
+        expected_revision: int | None = None,
     ) -> int:
         """Do what `write_messages` does, without blocking the event loop."""
-        write = self._checked_write(chat_history_id, messages, policy, expected_count)
+        write = self._checked_write(chat_history_id, messages, policy, expected_revision)
         encoded = await to_thread_if_large(_work_to_encode(write), _encoded, write)
-        if not encoded and expected_count is None:
+        if not encoded and write.expected_revision is None:
             return 0
         return await self.engine.run_async(
-            self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, expected_count
+            self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, write.expected_revision
         )
 
     def retrieve_messages(
@@ -221,8 +224,68 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         history = validation.validated_id(chat_history_id, "chat_history_id")
         return await self.engine.run_async(self.engine.count, self.scope, history)
 
+    def replace_messages(
+        self,
+        chat_history_id: str,
+        from_message_id: str,
+        messages: Iterable[ChatMessage],
+        *,
+        expected_revision: int | None = None,
+    ) -> int:
+        """
+        Take back a message and all messages after it, and append others, in one atomic step.
+
+        For an answer that is asked for again, or a question that is edited: ask the model first and replace afterwards,
+        so that a failing model costs nothing.
+
+        The new messages get new positions. They may have ids of messages that are taken back. A message whose id the
+        history has before `from_message_id` is skipped. To repeat a call that may have failed, give its messages ids
+        before the first call (see `with_message_ids`): if the first call was successful, and its messages are still
+        the end of the history, the second one changes nothing and returns 0.
+
+        :param chat_history_id: The history's id.
+        :param from_message_id: The id of the first message to take back.
+        :param messages: The messages to append, oldest first. If there are none, the others are only taken back.
+        :param expected_revision: The history's `revision` that this change follows. If the history has another one,
+            nothing is changed. Defaults to `None`: any revision.
+        :returns: The number of messages that this call appended.
+        :raises ValueError: If an argument is wrong. If a message contains a value that cannot be stored, the error is a
+            `MessageEncodingError`. Nothing was changed.
+        :raises MessageNotFoundError: If the history does not have `from_message_id`. Nothing was changed.
+        :raises ChatHistoryChangedError: If the history has another revision than `expected_revision`. Nothing was
+            changed.
+        :raises ChatMessageStoreError: If the engine fails. The messages were replaced, or nothing was changed.
+        """
+        write = self._checked_write(chat_history_id, messages, DuplicatePolicy.SKIP, expected_revision)
+        first = validation.validated_id(from_message_id, "from_message_id")
+        encoded = _encoded(write)
+        return self.engine.run(
+            self.engine.replace, self.scope, write.chat_history_id, first, encoded, write.expected_revision
+        )
+
+    async def replace_messages_async(
+        self,
+        chat_history_id: str,
+        from_message_id: str,
+        messages: Iterable[ChatMessage],
+        *,
+        expected_revision: int | None = None,
+    ) -> int:
+        """Do what `replace_messages` does, without blocking the event loop."""
+        write = self._checked_write(chat_history_id, messages, DuplicatePolicy.SKIP, expected_revision)
+        first = validation.validated_id(from_message_id, "from_message_id")
+        encoded = await to_thread_if_large(_work_to_encode(write), _encoded, write)
+        return await self.engine.run_async(
+            self.engine.replace, self.scope, write.chat_history_id, first, encoded, write.expected_revision
+        )
+
     def delete_messages(
-        self, chat_history_id: str, *, message_ids: Iterable[str] | None = None, from_message_id: str | None = None
+        self,
+        chat_history_id: str,
+        *,
+        message_ids: Iterable[str] | None = None,
+        from_message_id: str | None = None,
+        expected_revision: int | None = None,
     ) -> None:
         """
         Delete a history, or some of its messages, for good. Histories and ids that do not exist are ignored.
@@ -232,29 +295,40 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
             has no messages any more. Defaults to `None`: the whole history is deleted.
         :param from_message_id: The id of a message. It is deleted with all messages after it, so that the conversation
             can go on from before it. Cannot be given together with `message_ids`.
+        :param expected_revision: The history's `revision` that this deletion follows. If the history has another one,
+            nothing is deleted. If there is nothing to delete, it does not matter. Defaults to `None`: any revision.
         :raises ValueError: If an argument is wrong.
         :raises MessageNotFoundError: If the history does not have `from_message_id`. Nothing was deleted.
+        :raises ChatHistoryChangedError: If the history has another revision than `expected_revision`. Nothing was
+            deleted.
         :raises ChatMessageStoreError: If the engine fails. All of the messages were deleted, or none.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
+        expected_revision = validation.validated_revision(expected_revision)
         if message_ids is None and from_message_id is None:
-            self.engine.run(self.engine.delete, self.scope, history)
+            self.engine.run(self.engine.delete, self.scope, history, expected_revision)
             return
         chosen = validation.validated_choice(message_ids, from_message_id)
         if chosen != ([], None):
-            self.engine.run(self.engine.delete_messages, self.scope, history, *chosen)
+            self.engine.run(self.engine.delete_messages, self.scope, history, *chosen, expected_revision)
 
     async def delete_messages_async(
-        self, chat_history_id: str, *, message_ids: Iterable[str] | None = None, from_message_id: str | None = None
+        self,
+        chat_history_id: str,
+        *,
+        message_ids: Iterable[str] | None = None,
+        from_message_id: str | None = None,
+        expected_revision: int | None = None,
     ) -> None:
         """Do what `delete_messages` does, without blocking the event loop."""
         history = validation.validated_id(chat_history_id, "chat_history_id")
+        expected_revision = validation.validated_revision(expected_revision)
         if message_ids is None and from_message_id is None:
-            await self.engine.run_async(self.engine.delete, self.scope, history)
+            await self.engine.run_async(self.engine.delete, self.scope, history, expected_revision)
             return
         chosen = validation.validated_choice(message_ids, from_message_id)
         if chosen != ([], None):
-            await self.engine.run_async(self.engine.delete_messages, self.scope, history, *chosen)
+            await self.engine.run_async(self.engine.delete_messages, self.scope, history, *chosen, expected_revision)
 
     def delete_all_messages(self) -> None:
         """
@@ -322,18 +396,17 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         chat_history_id: str,
         messages: Iterable[ChatMessage],
         policy: DuplicatePolicy,
-        expected_count: int | None,
+        expected_revision: int | None,
     ) -> _Write:
         history = validation.validated_id(chat_history_id, "chat_history_id")
         policy = validation.validated_policy(policy)
-        if expected_count is not None:
-            validation.validated_number(expected_count, "expected_count", 0)
+        expected_revision = validation.validated_revision(expected_revision)
         named = [
             (f"messages[{index}]", message)
             for index, message in enumerate(validation.validated_messages(messages))
             if not (self.skip_system_messages and message.role is ChatRole.SYSTEM)
         ]
-        return _Write(history, named, policy, expected_count, self.strict)
+        return _Write(history, named, policy, expected_revision, self.strict)
 
     def _checked_window(self, last_k: int | None, window_step: int) -> Window:
         validation.validate_last_k(last_k)

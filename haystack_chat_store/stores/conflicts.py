@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans a write to a history that already has some of the messages, and creates the errors of refused calls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,36 +30,81 @@ class Plan:
     replaced: dict[Any, EncodedMessage]
 
 
-def planned(messages: Sequence[EncodedMessage], known: Mapping[str, Any], policy: DuplicatePolicy) -> Plan:
+def compares_contents(policy: DuplicatePolicy, expected_revision: int | None, revision: int) -> bool:
+    """
+    Whether `planned` needs to know which messages of a batch are stored already, equal.
+
+    :param policy: SKIP, OVERWRITE or FAIL.
+    :param expected_revision: The revision that the call expects, or `None` for any revision.
+    :param revision: The revision of the history, 0 if it does not exist.
+    """
+    if policy is DuplicatePolicy.SKIP:
+        return expected_revision not in (None, revision)
+    return policy is DuplicatePolicy.OVERWRITE
+
+
+def planned(
+    messages: Sequence[EncodedMessage],
+    known: Mapping[str, Any],
+    equal: Collection[str],
+    policy: DuplicatePolicy,
+    expected_revision: int | None,
+    revision: int,
+) -> Plan:
     """
     Plan the write of a batch.
 
     :param messages: The batch. All ids are different.
     :param known: The ids of the batch that the history already has. Each maps to the stored message's key, which the
         engine chooses.
+    :param equal: Those of the known ids whose stored messages equal the batch's, with the same role and content. They
+        are needed only if `compares_contents` says so.
     :param policy: Decides about messages whose ids are known: SKIP, OVERWRITE or FAIL.
+    :param expected_revision: The revision that the call expects, or `None` for any revision.
+    :param revision: The revision of the history, 0 if it does not exist.
+    :raises ChatHistoryChangedError: If the history has another revision, unless the whole batch is stored already.
     :raises DuplicateMessageError: If an id is known, and the policy is FAIL.
     """
+    if equal and policy is not DuplicatePolicy.FAIL and all(message.message_id in equal for message in messages):
+        return Plan([], {})
+    check_revision(expected_revision, revision)
     if known and policy is DuplicatePolicy.FAIL:
         raise duplicate(next(iter(known)))
     new = [message for message in messages if message.message_id not in known]
     if policy is not DuplicatePolicy.OVERWRITE:
         return Plan(new, {})
-    return Plan(new, {known[message.message_id]: message for message in messages if message.message_id in known})
+    different = [message for message in messages if message.message_id in known and message.message_id not in equal]
+    return Plan(new, {known[message.message_id]: message for message in different})
 
 
-def check_count(expected_count: int | None, count: int) -> None:
+def is_replaced_already(positions: Sequence[int | None], start: int, following: int) -> bool:
     """
-    Check that a history has the number of messages that a call expects.
+    Whether a call of `replace_messages` finds what it would write: an earlier attempt has done its work.
 
-    :param expected_count: The expected number, or `None` for any number.
-    :param count: The number of messages that the history has.
-    :raises ChatHistoryChangedError: If the numbers differ.
+    :param positions: Of each message of the batch, the position at which the history has it, or `None` if the history
+        does not have it, or has another message with its id.
+    :param start: The position of the message to take back or, if the history does not have it, of the last message of
+        the batch.
+    :param following: The number of messages that the history has at `start` and after it.
     """
-    if expected_count not in (None, count):
+    found = [position for position in positions if position is not None]
+    if not found or len(found) < len(positions) or found != sorted(found):
+        return False
+    return sum(position >= start for position in found) == following
+
+
+def check_revision(expected_revision: int | None, revision: int) -> None:
+    """
+    Check that a history has the revision that a call expects.
+
+    :param expected_revision: The expected revision, or `None` for any revision.
+    :param revision: The revision of the history, 0 if it does not exist.
+    :raises ChatHistoryChangedError: If the two differ.
+    """
+    if expected_revision not in (None, revision):
         raise ChatHistoryChangedError(
-            f"The history has {count} messages, not {expected_count} as expected. Nothing was written. Read the new "
-            "messages, then write again with the new expected_count."
+            f"The history has revision {revision}{'' if revision else ' (it does not exist)'}, not {expected_revision} "
+            "as expected. Nothing was changed. Read the history again, then repeat the call with its new revision."
         )
 
 

@@ -147,12 +147,12 @@ class DirectoryMethods:
         :raises ChatMessageStoreError: If the engine fails. The whole history was deleted, or nothing of it.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
-        self.engine.run(self.engine.delete, self.scope, history)
+        self.engine.run(self.engine.delete, self.scope, history, None)
 
     async def delete_chat_history_async(self, chat_history_id: str) -> None:
         """Do what `delete_chat_history` does, without blocking the event loop."""
         history = validation.validated_id(chat_history_id, "chat_history_id")
-        await self.engine.run_async(self.engine.delete, self.scope, history)
+        await self.engine.run_async(self.engine.delete, self.scope, history, None)
 
     def delete_chat_histories(self, *, prefix: str, vacuum: bool = False) -> int:
         """
@@ -257,6 +257,7 @@ def _info(row: HistoryRow) -> ChatHistoryInfo:
         chat_history_id=row.chat_history_id,
         message_count=row.message_count,
         round_count=row.round_count,
+        revision=row.revision,
         created_at=readable_time(row.created_at),
         updated_at=readable_time(row.updated_at),
         title=row.title,

@@ -130,20 +130,24 @@ class Engine(ABC, Generic[SessionT]):
         chat_history_id: str,
         messages: Sequence[EncodedMessage],
         policy: DuplicatePolicy,
-        expected_count: int | None,
+        expected_revision: int | None,
     ) -> Operation[int]:
         """
         Append a batch of messages to a history. A history that does not exist is created, unless the batch is empty.
 
         The policy decides about messages whose ids the history already has: see `conflicts.planned`. A message that
-        replaces a stored message gets its position and time.
+        replaces a stored message gets its position and time. If anything was appended or replaced, the history's
+        revision becomes greater. The first revision of a history is greater than those of all histories of the
+        namespace that were deleted.
 
-        :param messages: The batch. All ids are different. It may be empty if `expected_count` is given.
+        :param messages: The batch. All ids are different. It may be empty if `expected_revision` is given.
         :param policy: SKIP, OVERWRITE or FAIL.
-        :param expected_count: The number of messages that the history must have, or `None` for any number.
-        :returns: The number of messages appended or replaced.
+        :param expected_revision: The revision that the history must have, 0 if it must not exist, or `None` for any.
+        :returns: The number of messages appended or replaced. Messages that are stored already, equal, are not
+            replaced.
         :raises DuplicateMessageError: If the policy is FAIL, and the history already has an id.
-        :raises ChatHistoryChangedError: If the history has another number of messages (see `conflicts.check_count`).
+        :raises ChatHistoryChangedError: If the history has another revision, unless all messages of the batch are
+            stored already, equal (see `conflicts.planned`).
         """
 
     @reads_only
@@ -166,8 +170,15 @@ class Engine(ABC, Generic[SessionT]):
         """Return the number of messages in a history, from a counter."""
 
     @abstractmethod
-    def delete(self, session: SessionT, scope: Scope, chat_history_id: str) -> Operation[None]:
-        """Delete a history with its messages, title and meta."""
+    def delete(
+        self, session: SessionT, scope: Scope, chat_history_id: str, expected_revision: int | None
+    ) -> Operation[None]:
+        """
+        Delete a history with its messages, title and meta. A history that does not exist is ignored.
+
+        :param expected_revision: The revision that a history that exists must have, or `None` for any.
+        :raises ChatHistoryChangedError: If it has another revision.
+        """
 
     @abstractmethod
     def delete_all(self, session: SessionT, scope: Scope) -> Operation[None]:
@@ -182,17 +193,46 @@ class Engine(ABC, Generic[SessionT]):
         chat_history_id: str,
         message_ids: Sequence[str] | None,
         from_message_id: str | None,
+        expected_revision: int | None,
     ) -> Operation[None]:
         """
         Delete single messages: those with some ids, or a message and all messages after it.
 
-        The history stays, even if it has no messages any more, and no position is used again.
+        The history stays, even if it has no messages any more, and no position is used again. If anything was deleted,
+        its revision becomes greater.
 
         :param message_ids: The ids of the messages to delete, or `None`. Unknown ids are ignored.
         :param from_message_id: The id of the first message to delete, or `None`. Exactly one of the two is given.
+        :param expected_revision: The revision that the history must have, or `None` for any.
+        :raises ChatHistoryChangedError: If the history has another revision, unless it has none of `message_ids`.
         :raises MessageNotFoundError: If the history does not have `from_message_id`.
         """
         raise self.unsupported("deleting single messages")
+
+    def replace(
+        self,
+        session: SessionT,
+        scope: Scope,
+        chat_history_id: str,
+        from_message_id: str,
+        messages: Sequence[EncodedMessage],
+        expected_revision: int | None,
+    ) -> Operation[int]:
+        """
+        Delete a message and all messages after it, and append a batch in their place, at new positions.
+
+        Messages of the batch whose ids the history has before the deleted ones are skipped. The history's revision
+        becomes greater, unless an earlier attempt of the call has done its work (see `conflicts.is_replaced_already`).
+
+        :param from_message_id: The id of the first message to delete.
+        :param messages: The batch. All ids are different. It may be empty.
+        :param expected_revision: The revision that the history must have, or `None` for any.
+        :returns: The number of messages appended, 0 if an earlier attempt has appended them.
+        :raises ChatHistoryChangedError: If the history has another revision, unless an earlier attempt was successful.
+        :raises MessageNotFoundError: If the history does not have `from_message_id`, unless an earlier attempt was
+            successful.
+        """
+        raise self.unsupported("replacing messages")
 
     def copy(
         self, session: SessionT, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
@@ -217,7 +257,7 @@ class Engine(ABC, Generic[SessionT]):
         scope: Scope,
         history: HistoryRow,
         batches: Iterable[Sequence[MessageRow]],
-        expected_count: int,
+        expected_revision: int,
     ) -> Operation[int]:
         """
         Append messages in batches. All batches become visible together or not at all.
@@ -228,9 +268,9 @@ class Engine(ABC, Generic[SessionT]):
         :param batches: Yields lists of rows, whose positions are ignored. It may be slow, because it reads a file or
             another store. All ids are different, and the history has none of them. It raises an error if its source is
             damaged; then nothing is stored.
-        :param expected_count: The number of messages that the history must have, 0 if it does not exist.
+        :param expected_revision: The revision that the history must have, 0 if it does not exist.
         :returns: The number of messages imported.
-        :raises ChatHistoryChangedError: If the history has another number of messages.
+        :raises ChatHistoryChangedError: If the history has another revision.
         """
         raise self.unsupported("importing")
 

@@ -78,6 +78,7 @@ class HistoryRow:
     :param round_count: The number of its user messages.
     :param title: Its title, or `None`.
     :param meta: Its meta, as the text of a JSON object, or `None` for an empty meta.
+    :param revision: Its revision, which grows with every change of its messages. An import does not look at it.
     """
 
     chat_history_id: str
@@ -87,6 +88,7 @@ class HistoryRow:
     round_count: int = 0
     title: str | None = None
     meta: str | None = None
+    revision: int = 0
 
 
 @dataclass(slots=True)

@@ -21,7 +21,8 @@ store whose histories do not outlive the process, set the class attribute `durab
 `make_unreachable_store`, too, to check how the store reports an engine that does not answer. `ContractTest` and
 `ConcurrencyTest` describe the other attributes. Each rule of the contract (see
 `haystack_chat_store.types.ChatMessageStore`) is also a separate test class, so a store can be built rule by rule.
-`ManagementContract` has the rules beyond the published protocol (17 to 23): the directory, pages, search and so on.
+`ManagementContract` has the rules beyond the published protocol (17 to 23, and 27): the directory, pages, search and so
+on.
 Tests with the parameter `sync` call the store's methods, and tests with `async` call their asynchronous twins.
 
 Hypothesis makes the cases of some tests. Their number follows the loaded profile: one with `max_examples=20` tries a
@@ -44,6 +45,7 @@ _MODULES = (
     "contract_management",
     "contract_moving",
     "contract_random_walk",
+    "contract_replacing",
     "contract_search",
     "contract_turns",
     "contract_windows",
@@ -66,6 +68,7 @@ from haystack_chat_store.testing.contract_lifecycle import Rule13LifecycleTest, 
 from haystack_chat_store.testing.contract_management import ManagementContract
 from haystack_chat_store.testing.contract_moving import Rule23MovingTest
 from haystack_chat_store.testing.contract_random_walk import RandomWalkTest
+from haystack_chat_store.testing.contract_replacing import Rule27ReplacingTest
 from haystack_chat_store.testing.contract_search import Rule21SearchTest
 from haystack_chat_store.testing.contract_turns import Rule26TurnsTest
 from haystack_chat_store.testing.contract_windows import Rule07WindowsTest, Rule08CostTest
@@ -109,6 +112,7 @@ __all__ = [
     "Rule22ErasingTest",
     "Rule23MovingTest",
     "Rule26TurnsTest",
+    "Rule27ReplacingTest",
     "StoreFactory",
     "only_where",
 ]

@@ -38,6 +38,12 @@ def places(stored: list[Any]) -> list[tuple[int, str]]:
     return [(each.position, each.message.meta[MESSAGE_ID_KEY]) for each in stored]
 
 
+def revision_of(calls: Calls, store: ClosableStore, chat_history_id: str = "chat") -> int:
+    """Return the revision of a history, 0 if it does not exist."""
+    info = calls.call(store, "get_chat_history", chat_history_id)
+    return 0 if info is None else int(info.revision)
+
+
 class Rule18PagesTest(ContractTest):
     """Rule 18: any page of a history can be read, by position."""
 
@@ -154,27 +160,141 @@ class Rule19ChangesTest(ContractTest):
         assert texts(calls.retrieve(store, "chat")) == ["1"]
 
     @pytest.mark.parametrize("policy", [DuplicatePolicy.SKIP, OVERWRITE, FAIL])
-    def test_write_is_refused_where_the_count_is_another(
+    def test_write_is_refused_where_the_revision_is_another(
         self, store: ClosableStore, calls: Calls, policy: DuplicatePolicy
     ) -> None:
-        assert calls.write(store, "chat", [user("1"), user("2")], policy=policy, expected_count=0) == 2
-        for wrong in (0, 1, 3):
+        assert calls.write(store, "chat", [user("1"), user("2")], policy=policy, expected_revision=0) == 2
+        revision = revision_of(calls, store)
+        for wrong in (0, revision - 1, revision + 1, 2**60):
             for batch in ([user("3")], []):
-                with pytest.raises(ChatHistoryChangedError, match=f"2 messages.*{wrong}"):
-                    calls.write(store, "chat", batch, policy=policy, expected_count=wrong)
-        with pytest.raises(ChatHistoryChangedError):
-            calls.write(store, "never", [user()], policy=policy, expected_count=1)
-        assert calls.write(store, "chat", [], policy=policy, expected_count=2) == 0
-        assert calls.write(store, "chat", [user("3")], policy=policy, expected_count=2) == 1
+                with pytest.raises(ChatHistoryChangedError, match=f"revision {revision}, not {min(wrong, 2**53)}"):
+                    calls.write(store, "chat", batch, policy=policy, expected_revision=wrong)
+        with pytest.raises(ChatHistoryChangedError, match=r"revision 0 \(it does not exist\), not 1 "):
+            calls.write(store, "never", [user()], policy=policy, expected_revision=1)
+        assert calls.write(store, "chat", [], policy=policy, expected_revision=revision) == 0
+        assert calls.write(store, "chat", [user("3")], policy=policy, expected_revision=revision) == 1
         assert texts(calls.retrieve(store, "chat")) == ["1", "2", "3"]
         assert calls.call(store, "get_chat_history", "never") is None
 
+    @pytest.mark.parametrize("policy", [DuplicatePolicy.SKIP, OVERWRITE])
+    def test_batch_that_is_stored_already_is_no_conflict_with_itself(
+        self, store: ClosableStore, calls: Calls, policy: DuplicatePolicy
+    ) -> None:
+        batch = [each for each in sample_messages().values() if each.role.value != "system"]
+        for number, message in enumerate(batch):
+            message.meta[MESSAGE_ID_KEY] = str(number)
+        assert calls.write(store, "chat", batch, policy=policy, expected_revision=0) == len(batch)
+        calls.write(store, "chat", [with_id("later")])
+        before = calls.call(store, "get_chat_history", "chat")
+        for expected in (0, before.revision, None):
+            assert calls.write(store, "chat", batch, policy=policy, expected_revision=expected) == 0
+            assert calls.write(store, "chat", batch[2:4], policy=policy, expected_revision=expected) == 0
+        assert calls.call(store, "get_chat_history", "chat") == before
+        for others in ([*batch, with_id("new")], [*batch[1:], with_id(batch[0].meta[MESSAGE_ID_KEY], "edited")]):
+            with pytest.raises(ChatHistoryChangedError):
+                calls.write(store, "chat", others, policy=policy, expected_revision=0)
+        assert calls.call(store, "get_chat_history", "chat") == before
+
+    def test_message_with_another_role_is_not_the_same(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", [with_id("a", "Hi!")])
+        other = ChatMessage.from_assistant("Hi!", meta={MESSAGE_ID_KEY: "a"})
+        with pytest.raises(ChatHistoryChangedError):
+            calls.write(store, "chat", [other], expected_revision=0)
+        assert calls.write(store, "chat", [other], policy=OVERWRITE) == 1
+        assert calls.call(store, "get_chat_history", "chat").round_count == 0
+
+    def test_revision_grows_with_every_change_of_messages(self, store: ClosableStore, calls: Calls) -> None:
+
+        def rewritten() -> None:
+            calls.write(store, "chat", named("ua"), expected_revision=0)
+
+        def deleted() -> None:
+            calls.delete(store, "chat")
+            rewritten()
+
+        def all_deleted() -> None:
+            calls.delete_all(store)
+            rewritten()
+
+        def erased() -> None:
+            calls.call(store, "delete_chat_histories", prefix="ch")
+            rewritten()
+
+        def deleted_by_the_other_name() -> None:
+            calls.call(store, "delete_chat_history", "chat")
+            rewritten()
+
+        def copied_anew() -> None:
+            calls.delete(store, "chat")
+            calls.write(store, "source", named("ua"))
+            calls.call(store, "copy_messages", "source", "chat")
+
+        changes: list[Callable[[], object]] = [
+            lambda: calls.write(store, "chat", named("uaua")),
+            lambda: calls.write(store, "chat", [with_id("1", "edited")], policy=OVERWRITE),
+            lambda: calls.write(store, "chat", [with_id("1", "again"), user()], policy=OVERWRITE),
+            lambda: calls.delete(store, "chat", message_ids=["1"]),
+            lambda: calls.delete(store, "chat", from_message_id="2"),
+            lambda: calls.call(store, "replace_messages", "chat", "0", [user()]),
+            deleted,
+            all_deleted,
+            erased,
+            deleted_by_the_other_name,
+            copied_anew,
+            lambda: calls.delete(store, "chat", from_message_id="0"),
+            lambda: calls.write(store, "chat", named("ua")),
+        ]
+        revisions = [0]
+        for change in changes:
+            change()
+            revisions.append(revision_of(calls, store))
+        assert revisions == sorted(set(revisions))
+
+    def test_what_changes_no_message_leaves_the_revision(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", named("ua"))
+        before = revision_of(calls, store)
+        calls.write(store, "chat", named("ua"))
+        calls.write(store, "chat", named("ua"), policy=OVERWRITE)
+        calls.write(store, "chat", [])
+        calls.delete(store, "chat", message_ids=["never there"])
+        calls.call(store, "update_chat_history", "chat", title="title", meta={"a": 1})
+        calls.write(store, "other", named("ua"))
+        calls.delete(store, "other")
+        assert revision_of(calls, store) == before
+        page = calls.call(store, "list_chat_histories")
+        assert [info.revision for info in page.items] == [before]
+
+    @pytest.mark.parametrize("options", [{"message_ids": ["1", "2"]}, {"from_message_id": "1"}, {}])
+    def test_deletion_is_refused_where_the_revision_is_another(
+        self, store: ClosableStore, calls: Calls, options: dict[str, Any]
+    ) -> None:
+        calls.write(store, "chat", named("uaa"))
+        before = calls.call(store, "get_chat_history", "chat")
+        for wrong in (0, before.revision + 1):
+            with pytest.raises(ChatHistoryChangedError, match=f"revision {before.revision}, not {wrong}"):
+                calls.delete(store, "chat", **options, expected_revision=wrong)
+        assert calls.call(store, "get_chat_history", "chat") == before
+        calls.delete(store, "chat", **options, expected_revision=before.revision)
+        assert calls.count(store, "chat") == (1 if options else 0)
+
+    def test_deletion_of_what_is_gone_is_no_conflict(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", named("ua"))
+        before = revision_of(calls, store)
+        for _ in range(2):
+            calls.delete(store, "chat", message_ids=["1"], expected_revision=before)
+        before = revision_of(calls, store)
+        for _ in range(2):
+            calls.delete(store, "chat", expected_revision=before)
+        calls.delete(store, "chat", message_ids=["1"], expected_revision=before)
+        with pytest.raises(ChatHistoryChangedError, match="revision 0"):
+            calls.delete(store, "chat", from_message_id="1", expected_revision=before)
+
     def test_empty_write_makes_no_history(self, store: ClosableStore, calls: Calls) -> None:
-        assert calls.write(store, "chat", [], expected_count=0) == 0
+        assert calls.write(store, "chat", [], expected_revision=0) == 0
         assert calls.write(store, "chat", [], policy=OVERWRITE) == 0
         assert calls.call(store, "get_chat_history", "chat") is None
 
-    @pytest.mark.parametrize("wrong", [{"policy": "skip"}, {"policy": None}, {"expected_count": -1}])
+    @pytest.mark.parametrize("wrong", [{"policy": "skip"}, {"policy": None}, {"expected_revision": -1}])
     def test_wrong_arguments_are_refused(self, store: ClosableStore, calls: Calls, wrong: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             calls.write(store, "chat", [user()], **wrong)
@@ -253,6 +373,8 @@ class Rule19ChangesTest(ContractTest):
             {"from_message_id": ""},
             {"from_message_id": 1},
             {"message_ids": ["a"], "from_message_id": "a"},
+            {"expected_revision": "1", "message_ids": ["a"]},
+            {"expected_revision": -1},
         ],
     )
     def test_wrong_deletions_are_refused(self, store: ClosableStore, calls: Calls, wrong: dict[str, Any]) -> None:

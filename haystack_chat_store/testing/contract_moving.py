@@ -2,6 +2,7 @@
 """Rule 23: moving histories."""
 
 import asyncio
+import dataclasses
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -190,12 +191,14 @@ def _fill(calls: Calls, store: Any) -> None:
 
 
 def _contents(calls: Calls, store: Any) -> Any:
-    """Return all histories with their messages, without positions, which an import assigns anew."""
+    """Return all histories with their messages, without positions and revisions, which an import assigns anew."""
     found = {}
     page = calls.call(store, "list_chat_histories", limit=1000)
     for info in page.items:
         stored = calls.iterate(store, info.chat_history_id)
-        found[info.chat_history_id] = (info, exactly([each.message for each in stored]), [s.created_at for s in stored])
+        times = [each.created_at for each in stored]
+        messages = exactly([each.message for each in stored])
+        found[info.chat_history_id] = (dataclasses.replace(info, revision=0), messages, times)
     return found
 
 

@@ -29,6 +29,7 @@ from haystack_chat_store.testing.messages import expected_rounds
 
 _HISTORIES = st.sampled_from(["a", "a/1", "a/2", "b\n%", "東京"])
 _IDS = st.sampled_from([None, *"0123456789"])
+_REVISION_IS = st.sampled_from(["any", "any", "right", "wrong"])
 _WORDS = st.sampled_from(["fox", "quick brown", "東京都", "Grüße", ""])
 _ROLES: dict[str, Callable[..., ChatMessage]] = {
     "user": ChatMessage.from_user,
@@ -53,6 +54,7 @@ class _Model:
 
     messages: list[_Kept] = field(default_factory=list)
     next_position: int = 0
+    revision: int = 0
     title: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -99,6 +101,8 @@ class _Walk(RuleBasedStateMachine):
         self._stores, self._ways, self._searches = stores, ways, searches
         self._model: dict[str, _Model] = {}
         self._order: list[str] = []  # the ids by their last change, the latest at the end
+        self._changed: set[str] = set()  # the ids of the histories whose messages the last call has changed
+        self._greatest: dict[str, int] = {}  # the greatest revision of each id, also of histories that were deleted
         self._steps = 0
         self._call("delete_all_messages")
 
@@ -110,13 +114,14 @@ class _Walk(RuleBasedStateMachine):
         if history in self._order:
             self._order.remove(history)
         self._order.append(history)
+        self._changed.add(history)
         time.sleep(0.001)  # makes the times differ, so that they give the order of the calls
 
     @rule(
         history=_HISTORIES,
         batch=st.lists(st.tuples(_IDS, st.sampled_from([*_ROLES, "user"]), _WORDS), max_size=5),
         policy=st.sampled_from(DuplicatePolicy),
-        count_is=st.sampled_from(["any", "any", "right", "wrong"]),
+        revision_is=_REVISION_IS,
         keeps_system=st.booleans(),
     )
     def write(
@@ -124,17 +129,13 @@ class _Walk(RuleBasedStateMachine):
         history: str,
         batch: list[tuple[str | None, str, str]],
         policy: DuplicatePolicy,
-        count_is: str,
+        revision_is: str,
         *,
         keeps_system: bool,
     ) -> None:
         model = self._model.get(history, _Model())
-        count = len(model.messages)
-        options = {"any": {}, "right": {"expected_count": count}, "wrong": {"expected_count": count + 1}}[count_is]
-        messages = [
-            _ROLES[role](text, meta={} if message_id is None else {MESSAGE_ID_KEY: message_id})
-            for message_id, role, text in batch
-        ]
+        options = _expecting(model, revision_is)
+        messages = _messages(batch)
         wanted = [each for each in batch if keeps_system or each[1] != "system"]
         brought = [message_id for message_id, _, _ in wanted if message_id is not None]
         self._steps += 1
@@ -145,7 +146,7 @@ class _Walk(RuleBasedStateMachine):
 
         if policy is DuplicatePolicy.FAIL and len(set(brought)) < len(brought):
             _raises(DuplicateMessageError, write)
-        elif count_is == "wrong":
+        elif revision_is == "wrong" and (policy is DuplicatePolicy.FAIL or not self._has_all(model, wanted, policy)):
             _raises(ChatHistoryChangedError, write)
         elif policy is DuplicatePolicy.FAIL and any(model.place_of(each) is not None for each in brought):
             _raises(DuplicateMessageError, write)
@@ -167,9 +168,25 @@ class _Walk(RuleBasedStateMachine):
                 model.append(message_id or f"unknown {number}", role, text)
                 changed.add(model.messages[-1].message_id)
             elif policy is DuplicatePolicy.OVERWRITE:
-                model.messages[place] = dataclasses.replace(model.messages[place], role=role, text=text)
-                changed.add(message_id)
+                kept = model.messages[place]
+                last = [each[1:] for each in wanted if each[0] == message_id][-1]  # of several, the last one counts
+                if (kept.role, kept.text) != last:
+                    model.messages[place] = dataclasses.replace(kept, role=last[0], text=last[1])
+                    changed.add(message_id)
         return len(changed)
+
+    @staticmethod
+    def _has_all(model: _Model, wanted: list[tuple[str | None, str, str]], policy: DuplicatePolicy) -> bool:
+        """Whether all messages of a batch are stored already, equal."""
+        counting: dict[str | None, tuple[str, str]] = {}
+        for message_id, role, text in wanted:
+            if message_id not in counting or policy is DuplicatePolicy.OVERWRITE:
+                counting[message_id] = (role, text)
+        return bool(wanted) and all(
+            (place := model.place_of(message_id)) is not None
+            and (model.messages[place].role, model.messages[place].text) == what
+            for message_id, what in counting.items()
+        )
 
     def _learn_ids(self, history: str, model: _Model) -> None:
         stored = self._call("list_messages", history, limit=1000)
@@ -177,34 +194,106 @@ class _Walk(RuleBasedStateMachine):
             if kept.message_id.startswith("unknown"):
                 kept.message_id = found.message.meta[MESSAGE_ID_KEY]
 
-    @rule(history=_HISTORIES)
-    def delete(self, history: str) -> None:
-        self._call("delete_messages", history)
-        self._forget(history)
+    @rule(history=_HISTORIES, revision_is=_REVISION_IS)
+    def delete(self, history: str, revision_is: str) -> None:
+        options = _expecting(self._model.get(history, _Model()), revision_is)
+        if history in self._model and revision_is == "wrong":
+            _raises(ChatHistoryChangedError, lambda: self._call("delete_messages", history, **options))
+        else:
+            self._call("delete_messages", history, **options)
+            self._forget(history)
         self._check(history)
 
-    @rule(history=_HISTORIES, message_ids=st.lists(_IDS.filter(bool), max_size=4))
-    def delete_some(self, history: str, message_ids: list[str]) -> None:
-        self._call("delete_messages", history, message_ids=message_ids)
-        model = self._model.get(history)
-        if model is not None:
-            left = [kept for kept in model.messages if kept.message_id not in message_ids]
-            if len(left) < len(model.messages):
+    @rule(history=_HISTORIES, message_ids=st.lists(_IDS.filter(bool), max_size=4), revision_is=_REVISION_IS)
+    def delete_some(self, history: str, message_ids: list[str], revision_is: str) -> None:
+        model = self._model.get(history, _Model())
+        options = {"message_ids": message_ids, **_expecting(model, revision_is)}
+        left = [kept for kept in model.messages if kept.message_id not in message_ids]
+        is_there = len(left) < len(model.messages)
+        if is_there and revision_is == "wrong":
+            _raises(ChatHistoryChangedError, lambda: self._call("delete_messages", history, **options))
+        else:
+            self._call("delete_messages", history, **options)
+            if is_there:
                 model.messages = left
                 self._is_changed(history)
         self._check(history)
 
-    @rule(history=_HISTORIES, message_id=_IDS.filter(bool))
-    def rewind(self, history: str, message_id: str) -> None:
+    @rule(history=_HISTORIES, message_id=_IDS.filter(bool), revision_is=_REVISION_IS)
+    def rewind(self, history: str, message_id: str, revision_is: str) -> None:
         model = self._model.get(history, _Model())
+        options = {"from_message_id": message_id, **_expecting(model, revision_is)}
         place = model.place_of(message_id)
-        if place is None:
-            _raises(MessageNotFoundError, lambda: self._call("delete_messages", history, from_message_id=message_id))
+        if revision_is == "wrong":
+            _raises(ChatHistoryChangedError, lambda: self._call("delete_messages", history, **options))
+        elif place is None:
+            _raises(MessageNotFoundError, lambda: self._call("delete_messages", history, **options))
         else:
-            self._call("delete_messages", history, from_message_id=message_id)
+            self._call("delete_messages", history, **options)
             del model.messages[place:]
             self._is_changed(history)
         self._check(history)
+
+    @rule(
+        history=_HISTORIES,
+        message_id=_IDS.filter(bool),
+        batch=st.lists(st.tuples(_IDS, st.sampled_from([*_ROLES, "user"]), _WORDS), max_size=4),
+        revision_is=_REVISION_IS,
+        is_repeated=st.booleans(),
+    )
+    def replace(
+        self,
+        history: str,
+        message_id: str,
+        batch: list[tuple[str | None, str, str]],
+        revision_is: str,
+        *,
+        is_repeated: bool,
+    ) -> None:
+        model = self._model.get(history, _Model())
+        messages, options = _messages(batch), _expecting(model, revision_is)
+        first_ones: dict[str, tuple[str | None, str, str]] = {}
+        for number, each in enumerate(batch):
+            if each[1] != "system":
+                first_ones.setdefault(each[0] or f"unknown {number}", each)
+
+        def replace() -> Any:
+            return self._call("replace_messages", history, message_id, messages, **options)
+
+        place = model.place_of(message_id)
+        if self._has_replaced(model, place, list(first_ones.values())):
+            assert replace() == 0
+        elif revision_is == "wrong":
+            _raises(ChatHistoryChangedError, replace)
+        elif place is None:
+            _raises(MessageNotFoundError, replace)
+        else:
+            del model.messages[place:]
+            new = [(key, each) for key, each in first_ones.items() if model.place_of(each[0]) is None]
+            assert replace() == len(new)
+            for key, (_, role, text) in new:
+                model.append(key, role, text)
+            self._is_changed(history)
+            self._learn_ids(history, model)
+            if is_repeated and new and new[-1][1] == list(first_ones.values())[-1] and _has_ids(first_ones):
+                kept = {key: model.messages[model.place_of(key) or 0] for key in first_ones}
+                if all((kept[key].role, kept[key].text) == each[1:] for key, each in first_ones.items()) and _rises(
+                    [each.position for each in kept.values()]
+                ):
+                    assert replace() == 0
+        self._check(history)
+
+    @staticmethod
+    def _has_replaced(model: _Model, place: int | None, wanted: list[tuple[str | None, str, str]]) -> bool:
+        """Whether a history has what a replacement would make of it."""
+        found = [model.place_of(message_id) for message_id, _, _ in wanted]
+        if not wanted or None in found:
+            return False
+        stored = [(model.messages[each or 0].role, model.messages[each or 0].text) for each in found]
+        if stored != [each[1:] for each in wanted] or not _rises([each or 0 for each in found]):
+            return False
+        start = (found[-1] or 0) if place is None else place
+        return sum((each or 0) >= start for each in found) == len(model.messages) - start
 
     @rule(source=_HISTORIES, copy=_HISTORIES, until=_IDS)
     def copy(self, source: str, copy: str, until: str | None) -> None:
@@ -347,6 +436,11 @@ class _Walk(RuleBasedStateMachine):
         if model is None:
             assert (info, stored) == (None, [])
             return
+        if history in self._changed:
+            assert info.revision > self._greatest.get(history, 0)
+            self._changed.discard(history)
+            model.revision = self._greatest[history] = info.revision
+        assert info.revision == model.revision
         rounds = sum(kept.role == "user" for kept in model.messages)
         expected = (len(model.messages), rounds, model.title, model.meta)
         assert (info.message_count, info.round_count, info.title, info.meta) == expected
@@ -354,6 +448,27 @@ class _Walk(RuleBasedStateMachine):
             (each.position, each.message.meta[MESSAGE_ID_KEY], each.message.role.value, each.message.text)
             for each in stored
         ] == [(kept.position, kept.message_id, kept.role, kept.text) for kept in model.messages]
+
+
+def _messages(batch: list[tuple[str | None, str, str]]) -> list[ChatMessage]:
+    return [
+        _ROLES[role](text, meta={} if message_id is None else {MESSAGE_ID_KEY: message_id})
+        for message_id, role, text in batch
+    ]
+
+
+def _expecting(model: _Model, revision_is: str) -> dict[str, Any]:
+    if revision_is == "any":
+        return {}
+    return {"expected_revision": model.revision + (revision_is == "wrong")}
+
+
+def _has_ids(wanted: dict[str, tuple[str | None, str, str]]) -> bool:
+    return all(message_id is not None for message_id, _, _ in wanted.values())
+
+
+def _rises(numbers: list[int]) -> bool:
+    return numbers == sorted(numbers)
 
 
 def _raises(errors: Any, call: Callable[[], Any]) -> None:

@@ -2,6 +2,7 @@
 """Rules 3 to 6: writes, as far as one thread can check them."""
 
 import copy
+import re
 import time
 
 import pytest
@@ -184,14 +185,17 @@ class Rule06IdempotentWritesTest(ContractTest):
         assert texts(calls.retrieve(store, "chat")) == ["new", "kept", "last"]
 
     @only_where("takes_policy")
-    def test_write_to_a_history_of_another_length_than_expected_is_refused(
+    def test_write_to_a_history_of_another_revision_than_expected_is_refused(
         self, store: ClosableStore, calls: Calls
     ) -> None:
-        assert calls.write(store, "chat", [with_id("a", "first")], expected_count=0) == 1
-        for expected_count in (0, 2):
-            with pytest.raises(ChatHistoryChangedError):
-                calls.write(store, "chat", [user("refused")], expected_count=expected_count)
-        assert calls.write(store, "chat", [user("second")], expected_count=1) == 1
+        batch = [with_id("a", "first")]
+        assert [calls.write(store, "chat", batch, expected_revision=0) for _ in range(2)] == [1, 0]
+        with pytest.raises(ChatHistoryChangedError, match="not 0 as expected") as caught:
+            calls.write(store, "chat", [user("refused")], expected_revision=0)
+        revision = int(re.findall(r"has revision (\d+)", str(caught.value))[0])
+        with pytest.raises(ChatHistoryChangedError, match=f"revision {revision}, not {revision + 1} as expected"):
+            calls.write(store, "chat", [user("refused")], expected_revision=revision + 1)
+        assert calls.write(store, "chat", [user("second")], expected_revision=revision) == 1
         assert texts(calls.retrieve(store, "chat")) == ["first", "second"]
 
     def test_skipped_message_leaves_no_gap(self, store: ClosableStore, calls: Calls) -> None:

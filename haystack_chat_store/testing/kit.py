@@ -155,7 +155,7 @@ class ContractTest:
     #: Whether `retrieve_messages` accepts `window_step`, which is not part of the published protocol.
     takes_window_step = True
 
-    #: Whether `write_messages` accepts `policy` and `expected_count`, which are not part of the published protocol.
+    #: Whether `write_messages` accepts `policy` and `expected_revision`, which are not part of the published protocol.
     takes_policy = True
 
     #: Override it with a fixture like `make_store` whose stores use an engine that does not answer: a server that does

@@ -296,15 +296,17 @@ def _import_one(store: BaseChatMessageStore, history: HistoryRow, rows: Rows) ->
     """Import one history, or the messages by which it continues the stored one. Return `None` if the two differ."""
     changed: ChatHistoryChangedError | None = None
     for _ in range(_MAX_ATTEMPTS):
-        exists = store.engine.run(store.engine.history, store.scope, history.chat_history_id) is not None
-        overlap = _overlap(walk_pages(store, history.chat_history_id), rows) if exists else _Overlap(0, True)
+        stored = store.engine.run(store.engine.history, store.scope, history.chat_history_id)
+        pages = walk_pages(store, history.chat_history_id)
+        overlap = _Overlap(0, True) if stored is None else _overlap(pages, rows)
         if overlap is None:
             return None
-        if exists and not overlap.has_more:
+        if stored is not None and not overlap.has_more:
             return _Imported(0, overlap.messages, False)
         try:
             rest = _RowsFrom(rows, overlap.messages)
-            number = store.engine.run(store.engine.import_history, store.scope, history, rest, overlap.messages)
+            revision = 0 if stored is None else stored.revision
+            number = store.engine.run(store.engine.import_history, store.scope, history, rest, revision)
             return _Imported(number, overlap.messages, True)
         except ChatHistoryChangedError as error:  # another writer may have added the same messages: compare again
             changed = error

@@ -20,8 +20,8 @@ def rows(start, end, created_at=1_500_000, text="imported"):
     ]
 
 
-def import_rows(store, *batches, history=NEW, expected_count=0):
-    return store.engine.run(store.engine.import_history, store.scope, history, batches, expected_count)
+def import_rows(store, *batches, history=NEW, expected_revision=0):
+    return store.engine.run(store.engine.import_history, store.scope, history, batches, expected_revision)
 
 
 def assert_sound(server, store):

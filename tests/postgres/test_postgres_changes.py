@@ -4,11 +4,13 @@
 import threading
 from contextlib import ExitStack
 
+import psycopg
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 from imported import assert_sound
-from postgres_stores import DIRECTLY_OR_POOLED, NEWEST_AND_OLDEST, say, stores_on
+from postgres_stores import DIRECTLY_OR_POOLED, NEWEST_AND_OLDEST, say, statements_of, stores_on
+from servers import wait_until
 
 from haystack_chat_store.errors import (
     ChatHistoryChangedError,
@@ -16,6 +18,7 @@ from haystack_chat_store.errors import (
     DuplicateMessageError,
     MessageNotFoundError,
 )
+from haystack_chat_store.stores.postgres.schema import history_key
 from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.messages import with_id
 from haystack_chat_store.testing.processes import Program
@@ -60,6 +63,8 @@ def change_at_random(store, report, seed):
         some = [f"{choose.randrange(30)}" for _ in range(3)]
         role = choose.choice([ChatMessage.from_user, ChatMessage.from_assistant])
         messages = [role(f"{seed} {number}", meta={"chat_message_id": message_id}) for message_id in some]
+        info = store.get_chat_history(history)
+        revision = 0 if info is None else info.revision
         try:
             choose.choice(
                 [
@@ -67,8 +72,11 @@ def change_at_random(store, report, seed):
                     lambda history=history, messages=messages: store.write_messages(
                         history, messages, policy=DuplicatePolicy.OVERWRITE
                     ),
-                    lambda history=history, messages=messages: store.write_messages(
-                        history, messages, expected_count=store.count_messages(history)
+                    lambda history=history, messages=messages, revision=revision: store.write_messages(
+                        history, messages, expected_revision=revision
+                    ),
+                    lambda history=history, messages=messages, some=some: store.replace_messages(
+                        history, some[0], messages
                     ),
                     lambda history=history, some=some: store.delete_messages(history, message_ids=some),
                     lambda history=history, some=some: store.delete_messages(history, from_message_id=some[0]),
@@ -100,19 +108,45 @@ def test_processes_that_change_the_same_histories_at_once_leave_them_sound(serve
         }
 
 
-def test_of_two_who_expect_the_same_count_one_writes(server, make_store):
+def test_of_two_who_expect_the_same_revision_one_writes(server, make_store):
     store = make_store()
     say(store, "question")
     outcomes = []
 
     def answer():
         try:
-            outcomes.append(store.write_messages("history", [ChatMessage.from_user("answer")], expected_count=1))
+            outcomes.append(store.write_messages("history", [ChatMessage.from_user("answer")], expected_revision=1))
         except ChatHistoryChangedError:
             outcomes.append(None)
 
     in_threads(*[answer] * 8)
     assert sorted(outcomes, key=str) == [1, *[None] * 7]
+
+
+@pytest.mark.parametrize("expected", [None, 0], ids=["any", "none"])
+def test_a_history_that_is_deleted_while_a_write_waits_begins_anew_with_a_greater_revision(
+    server, make_store, expected
+):
+    store = make_store()
+    for _ in range(5):
+        say(store, "question")
+    revision = store.get_chat_history("history").revision
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    with psycopg.connect(server.url) as other:
+        other.execute(statements_of(store).delete_histories, {"keys": [history_key(store.scope, "history")]})
+        other.execute(statements_of(store).delete_messages, [[history_key(store.scope, "history")]])
+
+        def delete():
+            wait_until(lambda: server.execute(waiting) == [(1,)], "the write to wait")
+            other.commit()
+
+        def write():
+            return store.write_messages("history", [with_id("a")], expected_revision=expected)
+
+        assert in_threads(write, delete)[0] == 1
+    assert store.count_messages("history") == 1
+    assert store.get_chat_history("history").revision > revision
+    assert_sound(server, store)
 
 
 def test_of_two_who_begin_the_same_history_one_does(server, make_store):
@@ -121,7 +155,7 @@ def test_of_two_who_begin_the_same_history_one_does(server, make_store):
 
     def begin(number):
         try:
-            store.write_messages(f"history {number}", [ChatMessage.from_user("Hi!")], expected_count=0)
+            store.write_messages(f"history {number}", [ChatMessage.from_user("Hi!")], expected_revision=0)
             outcomes.append(number)
         except ChatHistoryChangedError:
             pass
@@ -169,7 +203,7 @@ def test_what_is_refused_costs_no_connection(server):
             with pytest.raises(DuplicateMessageError):
                 store.write_messages("history", [with_id("a")], policy=DuplicatePolicy.FAIL)
             with pytest.raises(ChatHistoryChangedError):
-                store.write_messages("other", [with_id("a")], expected_count=5)
+                store.write_messages("other", [with_id("a")], expected_revision=5)
             with pytest.raises(MessageNotFoundError):
                 store.delete_messages("history", from_message_id="none")
         assert store.engine.run(process_of) == before

@@ -47,7 +47,7 @@ def test_the_time_of_a_change_never_goes_back(server, make_store):
         lambda: store.write_messages("history", [with_id("a"), with_id("b")]),
         lambda: store.write_messages("history", [with_id("a", "other")], policy=DuplicatePolicy.OVERWRITE),
         lambda: store.delete_messages("history", from_message_id="a"),
-        lambda: import_rows(store, rows(10, 12), expected_count=5),
+        lambda: import_rows(store, rows(10, 12), expected_revision=store.get_chat_history("history").revision),
         lambda: store.delete_messages("history", message_ids=[f"{number}" for number in range(12)]),
         lambda: store.copy_messages("source", "history"),
     ]
@@ -147,8 +147,8 @@ def test_a_page_of_the_oldest_histories_does_not_pass_all_newer_ones(server):
         store.count_messages("history")
         server.execute(
             f"INSERT INTO {store.schema_name}.haystack_chat_histories (history_key, namespace, chat_history_id, "
-            "next_position, message_count, round_count, updated_at) SELECT gen_random_uuid(), 'default', "
-            "CASE WHEN n <= 1100 THEN 'old/' ELSE 'new/' END || n, 0, 0, 0, "
+            "next_position, message_count, round_count, revision, updated_at) SELECT gen_random_uuid(), 'default', "
+            "CASE WHEN n <= 1100 THEN 'old/' ELSE 'new/' END || n, 0, 0, 0, 1, "
             "'2020-01-01Z'::timestamptz + n * interval '1s' FROM generate_series(1, 150000) n"
         )
         server.execute("ANALYZE")  # as the server's autovacuum does within a minute

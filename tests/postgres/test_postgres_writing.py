@@ -96,11 +96,11 @@ def fill(server, store, histories, messages):
     store.count_messages("history")
     server.execute(
         f"INSERT INTO {schema_name}.haystack_chat_histories "
-        f"SELECT {key}, 'default', 'filler ' || h, {messages}, {messages}, {messages} "
+        f"SELECT {key}, 'default', 'filler ' || h, {messages}, {messages}, {messages}, 1 "
         f"FROM generate_series(1, {histories}) h"
     )
     server.execute(
-        f"INSERT INTO {schema_name}.haystack_chat_messages SELECT {key}, p, now(), p, 'user', '{{}}' "
+        f"INSERT INTO {schema_name}.haystack_chat_messages SELECT {key}, p, now(), p, 'user', '{{}}', NULL, 1 "
         f"FROM generate_series(1, {histories}) h, generate_series(0, {messages - 1}) p"
     )
 

@@ -69,6 +69,11 @@ def said(store, history="history"):
 
 
 def keys_of(store, client):
+    """The keys of a store's histories and of their buckets, without the one that a bucket keeps for ever."""
+    return [key for key in all_keys_of(store, client) if not key.endswith("}:deleted_revision")]
+
+
+def all_keys_of(store, client):
     options = {"target_nodes": "primaries"} if isinstance(client, redis.RedisCluster) else {}
     keys = client.keys(f"*{store.key_prefix}*", **options)
     return sorted(key.decode() for key in keys)

@@ -35,7 +35,7 @@ from servers import HOST, RedisServer, wait_until
 
 from haystack_chat_store import ChatMessageStoreError, RedisChatMessageStore
 from haystack_chat_store.errors import StoreUnavailableError
-from haystack_chat_store.stores.redis import directory
+from haystack_chat_store.stores.redis import directory, writing
 from haystack_chat_store.stores.redis.keys import bucket_of
 from haystack_chat_store.stores.redis.writing import remove_ids
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
@@ -378,16 +378,16 @@ def test_the_size_is_what_the_servers_say(store, server):
 # ---------------------------------------------------------------------- calls whose answer was lost
 
 
-def lose_answer_of(proxy, operation, monkeypatch):
-    """Have the proxy lose the first answer in an operation, whatever a call does before."""
-    original = getattr(directory, operation)
+def lose_answer_of(proxy, operation, monkeypatch, module=directory):
+    """Have the proxy lose the first answer after a function is called, whatever a call does before."""
+    original = getattr(module, operation)
 
-    async def losing(*arguments):
-        monkeypatch.setattr(directory, operation, original)
+    def losing(*arguments):
+        monkeypatch.setattr(module, operation, original)
         proxy.to_lose = 1
-        return await original(*arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(directory, operation, losing)
+    monkeypatch.setattr(module, operation, losing)
 
 
 @on_every_server
@@ -407,9 +407,19 @@ def test_a_change_whose_answer_was_lost_is_not_taken_for_somebody_elses(make_sto
         for policy in (DuplicatePolicy.FAIL, DuplicatePolicy.OVERWRITE):
             store.delete_messages("history")
             assert (
-                losing(lambda policy=policy: store.write_messages("history", batch, policy=policy, expected_count=0))
+                losing(lambda policy=policy: store.write_messages("history", batch, policy=policy, expected_revision=0))
                 == 2
             )
+        repeated = [with_id("b", "two"), with_id("c", "three")]
+        revision = store.get_chat_history("history").revision
+        assert losing(lambda: store.delete_messages("history", message_ids=["a"], expected_revision=revision)) is None
+        say(store, "more")
+        lose_answer_of(proxy, "letters_of", monkeypatch, writing)
+        assert store.replace_messages("history", "b", repeated) == 2
+        assert proxy.to_lose == 0
+        assert said(store) == ["two", "three"]
+        store.delete_messages("history")
+        store.write_messages("history", batch)
         keys = store.engine.keys(store.scope)
         assert losing(lambda: store.engine.run(remove_ids, keys, "history", ["b"], required="b", next_position=2)) == 1
         say(store, "three")
@@ -444,14 +454,14 @@ def test_what_others_do_before_a_change_is_tried_again_does_not_hide_that_it_was
 
     def go_on_with_the_conversation():
         for count in range(1, 11):
-            assert other.write_messages("history", [ChatMessage.from_user(str(count))], expected_count=count) == 1
+            assert other.write_messages("history", [ChatMessage.from_user(str(count))], expected_revision=count) == 1
 
     with closing(LosesAnswers(server)) as proxy:
         monkeypatch.setenv("CHAT_STORE_URL", proxy.url)
         assert store.count_messages("history") == 0  # so that there is a connection
         proxy.meanwhile = go_on_with_the_conversation
         proxy.to_lose = 1
-        assert store.write_messages("history", [ChatMessage.from_user("0")], expected_count=0) == 1
+        assert store.write_messages("history", [ChatMessage.from_user("0")], expected_revision=0) == 1
         store.close()
     assert proxy.to_lose == 0
     assert said(other) == [str(number) for number in range(11)]

@@ -145,7 +145,7 @@ for first = 0, ARGV[1] - 1000, 1000 do
 end
 redis.call('SETRANGE', KEYS[2], 0, string.rep('a', ARGV[1]))
 redis.call('SETRANGE', KEYS[5], 0, string.rep('0', 18 * ARGV[1]))
-redis.call('HSET', KEYS[4], 'next_position', ARGV[1], 'message_count', ARGV[1], 'created_at', 0)
+redis.call('HSET', KEYS[4], 'next_position', ARGV[1], 'message_count', ARGV[1], 'created_at', 0, 'revision', 1)
 """
 
 

@@ -13,6 +13,7 @@ from redis_stores import (
     DOCUMENTATION,
     KINDS,
     SECRET,
+    all_keys_of,
     everything,
     key_of,
     keys_of,
@@ -27,6 +28,7 @@ from redis_stores import (
 )
 
 from haystack_chat_store.errors import MessageDecodingError, SchemaVersionError, StoreConfigurationError
+from haystack_chat_store.ids import MESSAGE_ID_KEY as ID
 from haystack_chat_store.stores.redis import writing
 from haystack_chat_store.testing.messages import with_id
 
@@ -56,6 +58,7 @@ def test_what_is_kept_can_be_read_by_anyone(store, client):
         b"message_count": b"2",
         b"round_count": b"1",
         b"chat_history_id": b"user 456",
+        b"revision": b"1",
     }
     assert client.get(f"{history}:times") == (2 * b"%018d") % (created_at, created_at)
     assert client.zrange(f"{tag}:histories", 0, -1, withscores=True) == [(b"user 456", updated_at)]
@@ -65,12 +68,38 @@ def test_what_is_kept_can_be_read_by_anyone(store, client):
 @on_one_server
 def test_the_documentation_names_all_that_is_kept_of_a_history_and_no_more(make_store, client):
     store = make_store(ttl=60)
-    store.write_messages("history", [with_id("a"), with_id("b")], expected_count=0)
+    store.write_messages("history", [with_id("a"), with_id("b")], expected_revision=0)
     store.delete_messages("history", message_ids=["a"])
     store.update_chat_history("history", title="Weather", meta={"pinned": True})
     (described,) = re.findall(r"^\| `\S+:history` \| hash \| (.*) \|$", DOCUMENTATION, re.MULTILINE)
     fields = [field.decode() for field in client.hkeys(key_of(store, client, "history:history"))]
     assert sorted(set(re.findall("`(.*?)`", described)) - {"ttl"}) == sorted(fields)
+
+
+@on_every_engine
+def test_a_history_that_has_expired_begins_anew_with_a_greater_revision(make_store, client):
+    store, mortal = make_store(), make_store(ttl=0.1)
+    changes = [
+        lambda: say(mortal, "one", "two"),
+        lambda: mortal.delete_messages("history", message_ids=[mortal.retrieve_messages("history")[0].meta[ID]]),
+        lambda: mortal.replace_messages("history", mortal.retrieve_messages("history")[0].meta[ID], [with_id("a")]),
+    ]
+    revision = 0
+    for number in range(1, 1 + len(changes)):
+        for change in changes[:number]:
+            change()
+            before, revision = revision, mortal.get_chat_history("history").revision
+            assert revision > before
+        time.sleep(0.2)
+        assert store.get_chat_history("history") is None
+    say(store, "Hi!")
+    assert store.get_chat_history("history").revision > revision
+    (kept,) = set(all_keys_of(store, client)) - set(keys_of(store, client))
+    assert kept.endswith("}:deleted_revision")
+    assert (client.get(kept), client.ttl(kept)) == (b"%d" % revision, -1)
+    store.delete_all_messages()
+    assert all_keys_of(store, client) == [kept]
+    assert client.get(kept) == b"%d" % (revision + 1)
 
 
 HOSTILE = [

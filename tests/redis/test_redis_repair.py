@@ -107,7 +107,10 @@ def test_a_history_that_the_bucket_does_not_list_is_listed_again(store, client, 
     assert [fault.chat_history_id for fault in found] == ["history"]
     assert [fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True)] == [True]
     assert store.engine.run(store.engine.check, store.scope, False) == []
-    assert store.list_chat_histories().items == store.list_chat_histories(prefix="h").items == [info]
+    (listed,) = store.list_chat_histories().items
+    assert store.list_chat_histories(prefix="h").items == [listed]
+    assert replace(listed, revision=info.revision) == info
+    assert listed.revision > info.revision
     by_id = store.engine.run(store.engine.histories_by_id, store.scope, "", "", 9)
     assert [row.chat_history_id for row in by_id] == ["history"]
 

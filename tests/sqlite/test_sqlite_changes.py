@@ -85,11 +85,12 @@ def change_everything(store, report, name, count):
         made = chance.choice([ChatMessage.from_user, ChatMessage.from_assistant])
         message = made(f"fox {name} {number}", meta={"chat_message_id": message_id})
         try:
-            match chance.randrange(7):
+            match chance.randrange(8):
                 case 0 | 1:
                     store.write_messages(history, [message, made(name)], policy=DuplicatePolicy.OVERWRITE)
                 case 2:
-                    store.write_messages(history, [message], expected_count=store.count_messages(history))
+                    info = store.get_chat_history(history)
+                    store.write_messages(history, [message], expected_revision=info.revision if info else 0)
                 case 3:
                     store.delete_messages(history, message_ids=[message_id])
                 case 4:
@@ -98,6 +99,8 @@ def change_everything(store, report, name, count):
                     store.copy_messages(history, other)
                 case 6:
                     store.delete_chat_histories(prefix=other)
+                case 7:
+                    store.replace_messages(history, message_id, [message, made(name)])
         except (ConflictError, ChatHistoryNotFoundError, MessageNotFoundError) as error:
             report(type(error).__name__)
     store.close()
@@ -126,16 +129,18 @@ def answer_what_was_read(store, report, name, count):
 
     won = 0
     while won < count:
+        info = store.get_chat_history("chat")
         read = store.retrieve_messages("chat")
         try:
-            store.write_messages("chat", [ChatMessage.from_user(str(len(read)))], expected_count=len(read))
+            revision = info.revision if info else 0
+            store.write_messages("chat", [ChatMessage.from_user(str(len(read)))], expected_revision=revision)
         except ChatHistoryChangedError:
             report("lost")
         else:
             won += 1
 
 
-def test_of_those_who_expect_the_same_count_one_writes(store):
+def test_of_those_who_expect_the_same_revision_one_writes(store):
     run_together(answer_what_was_read, store, ("1", 30), ("2", 30), ("3", 30))
     assert texts(store.retrieve_messages("chat")) == [str(number) for number in range(90)]
 
@@ -209,9 +214,9 @@ def test_an_import_that_fails_in_the_middle_leaves_nothing(store):
         raise OSError("the disk with the file is gone")
 
     store.engine.run(store.engine.import_history, store.scope, new_history("there"), [imported_rows(5)], 0)
-    for name, count in (("new", 0), ("there", 5)):
+    for name, revision in (("new", 0), ("there", store.get_chat_history("there").revision)):
         with pytest.raises(OSError, match="gone"):
-            store.engine.run(store.engine.import_history, store.scope, new_history(name), batches(), count)
+            store.engine.run(store.engine.import_history, store.scope, new_history(name), batches(), revision)
     assert store.get_chat_history("new") is None
     assert store.count_messages("there") == 5
     assert store.engine.run(store.engine.check, store.scope, False) == []
@@ -299,7 +304,7 @@ def test_a_call_that_is_refused_keeps_its_connection(store, path):
     store.write_messages("chat", [with_id("1", "fox"), with_id("2", "fox")])
     before = connections_of_stores(path)
     refused = {
-        ChatHistoryChangedError: lambda: store.write_messages("chat", [user()], expected_count=1),
+        ChatHistoryChangedError: lambda: store.write_messages("chat", [user()], expected_revision=7),
         DuplicateMessageError: lambda: store.write_messages(
             "chat", [user(), with_id("1", "x")], policy=DuplicatePolicy.FAIL
         ),
@@ -356,7 +361,11 @@ CHANGES = {
     "delete": lambda store: store.delete_messages("chat", message_ids=["1"]),
     "copy": lambda store: store.copy_messages("source", "chat"),
     "import": lambda store: store.engine.run(
-        store.engine.import_history, store.scope, new_history("chat"), [imported_rows(3, 5)], 2
+        store.engine.import_history,
+        store.scope,
+        new_history("chat"),
+        [imported_rows(3, 5)],
+        store.get_chat_history("chat").revision,
     ),
     "remove": lambda store: store.engine.run(store.engine.remove, store.scope, "chat", [0]),
 }

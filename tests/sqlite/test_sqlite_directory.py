@@ -14,8 +14,9 @@ from haystack_chat_store.testing.messages import user
 
 INSERT = """
     INSERT INTO haystack_chat_histories
-        (namespace, chat_history_id, next_position, message_count, round_count, created_at, updated_at, title, meta)
-    VALUES ('default', ?, 1, 1, 1, 0, ?, ?, ?)
+        (namespace, chat_history_id, revision, next_position, message_count, round_count, created_at, updated_at, title,
+        meta)
+    VALUES ('default', ?, 1, 1, 1, 1, 0, ?, ?, ?)
 """
 
 

@@ -115,13 +115,13 @@ def import_some(store, history, count, words):
                 content=json.dumps(message.to_dict()),
             )
         )
-    there = store.count_messages(history)
+    stored = store.get_chat_history(history)
     store.engine.run(
         store.engine.import_history,
         store.scope,
         HistoryRow(chat_history_id=history, created_at=1, updated_at=1),
         [rows[:1], rows[1:]],
-        there,
+        0 if stored is None else stored.revision,
     )
 
 
@@ -374,8 +374,9 @@ def test_a_message_of_another_program_is_found_after_a_repair(searching, path):
     execute(
         path,
         """
-        INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, content)
-        SELECT message_key + 1, 'theirs', role, created_at, replace(content, 'fox', 'cat') FROM haystack_chat_messages
+        INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, revision, content)
+        SELECT message_key + 1, 'theirs', role, created_at, 1, replace(content, 'fox', 'cat')
+        FROM haystack_chat_messages
         """,
     )
     assert found(searching, "cat") == []

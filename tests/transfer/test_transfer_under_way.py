@@ -3,6 +3,7 @@
 
 import asyncio
 import threading
+import time
 import tracemalloc
 
 import pytest
@@ -183,7 +184,7 @@ def changes_while_it_is_read(change, times=1):
 
 def edit_both_ends(store):
     ends = [store.list_messages("a", after=position, limit=1)[0].message for position in (0, 1_998)]
-    edited = [user("edited", chat_message_id=message.meta["chat_message_id"]) for message in ends]
+    edited = [user(f"edited {time.time_ns()}", chat_message_id=message.meta["chat_message_id"]) for message in ends]
     store.write_messages("a", edited, policy=DuplicatePolicy.OVERWRITE)
 
 

@@ -35,6 +35,7 @@ class History:
     """
 
     created_at: int
+    revision: int
     updated_at: int = 0
     title: str | None = None
     meta: str | None = None
@@ -78,8 +79,20 @@ class History:
         """Return the number of messages."""
         return len(self.caught_up().positions)
 
+    def equal(self, messages: Sequence[EncodedMessage]) -> dict[str, int]:
+        """Return the ids of messages that the history already has, equal, with their positions."""
+        known = self.known(messages)
+        stored = {message_id: self.messages[position] for message_id, position in known.items()}
+        return {
+            message.message_id: known[message.message_id]
+            for message in messages
+            if (found := stored.get(message.message_id)) is not None
+            and (found.role, found.content) == (message.role, message.content)
+        }
+
     def append(self, messages: Sequence[Stored], now: int) -> None:
-        """Append messages in a single step."""
+        """Append messages in a single step. If a greater revision is all that Ctrl-C leaves of it, it does no harm."""
+        self.revision += 1
         self.updated_at = max(self.updated_at, now)
         self.messages.extend(messages)
 
@@ -96,6 +109,7 @@ class History:
             messages[position] = message
         changed = replace(
             self,
+            revision=self.revision + 1,
             updated_at=max(self.updated_at, now),
             messages=messages,
             positions={},
@@ -161,6 +175,7 @@ class History:
             updated_at=self.updated_at,
             title=self.title,
             meta=self.meta,
+            revision=self.revision,
         )
 
 
@@ -170,6 +185,7 @@ class Namespace:
 
     histories: dict[str, History] = field(default_factory=dict)
     index: SearchIndex = field(default_factory=SearchIndex)
+    deleted_revision: int = 0  # the greatest that a deleted history had
 
     def find(self, chat_history_id: str) -> History | None:
         """Return a history, or `None` if it does not exist."""
@@ -185,6 +201,7 @@ class Namespace:
                 if old is not None and old is not new:
                     self.index.forget((chat_history_id, position), searchable_text_of_content(old.content))
         if history is None:
+            self.deleted_revision = max(self.deleted_revision, 0 if before is None else before.revision)
             self.index.unindexed.pop(chat_history_id, None)
             self.histories.pop(chat_history_id, None)
         else:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.stores.conflicts import (
-    check_count,
+    check_revision,
+    compares_contents,
     history_exists,
     history_has_messages,
     history_not_found,
+    is_replaced_already,
     message_not_found,
     planned,
 )
@@ -30,7 +32,7 @@ class Writing(Engine[Memory]):
         chat_history_id: str,
         messages: Sequence[EncodedMessage],
         policy: DuplicatePolicy,
-        expected_count: int | None,
+        expected_revision: int | None,
     ) -> int:
         """
         Append messages in a single step, which Ctrl-C cannot split. If messages are replaced, replace the history.
@@ -38,8 +40,11 @@ class Writing(Engine[Memory]):
         with session.lock:
             namespace, now = session.of(scope), microseconds_now()
             history = namespace.find(chat_history_id)
-            check_count(expected_count, 0 if history is None else history.count())
-            plan = planned(messages, {} if history is None else history.known(messages), policy)
+            revision = 0 if history is None else history.revision
+            known = {} if history is None else history.known(messages)
+            compares = history is not None and compares_contents(policy, expected_revision, revision)
+            equal = history.equal(messages) if history is not None and compares else {}
+            plan = planned(messages, known, equal, policy, expected_revision, revision)
             new = [_stored(message, now) for message in plan.new]
             if history is not None and plan.replaced:
                 times = {place: message.created_at for place in plan.replaced if (message := history.messages[place])}
@@ -49,15 +54,21 @@ class Writing(Engine[Memory]):
                 _append(namespace, chat_history_id, new, now)
             return len(plan.new) + len(plan.replaced)
 
-    def delete(self, session: Memory, scope: Scope, chat_history_id: str) -> None:
+    def delete(self, session: Memory, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
         """Remove the history."""
         with session.lock:
-            session.of(scope).put(chat_history_id, None)
+            namespace = session.of(scope)
+            history = namespace.find(chat_history_id)
+            if history is not None:
+                check_revision(expected_revision, history.revision)
+                namespace.put(chat_history_id, None)
 
     def delete_all(self, session: Memory, scope: Scope) -> None:
         """Remove the namespace's histories and its index."""
         with session.lock:
             namespace = session.of(scope)
+            revisions = [history.revision for history in namespace.histories.values()]
+            namespace.deleted_revision = max([namespace.deleted_revision, *revisions])
             namespace.histories, namespace.index = {}, SearchIndex()
 
     def delete_messages(
@@ -67,19 +78,49 @@ class Writing(Engine[Memory]):
         chat_history_id: str,
         message_ids: Sequence[str] | None,
         from_message_id: str | None,
+        expected_revision: int | None,
     ) -> None:
         """Leave a gap at the position of each message."""
         with session.lock:
             namespace = session.of(scope)
             history = namespace.find(chat_history_id)
             positions = {} if history is None else history.caught_up().positions
+            revision = 0 if history is None else history.revision
             if from_message_id is not None:
+                check_revision(expected_revision, revision)
                 if from_message_id not in positions:
                     raise message_not_found(from_message_id)
                 gone = [position for position in positions.values() if position >= positions[from_message_id]]
             else:
                 gone = [positions[message_id] for message_id in message_ids or () if message_id in positions]
+                if gone:
+                    check_revision(expected_revision, revision)
             _remove(namespace, chat_history_id, gone)
+
+    def replace(
+        self,
+        session: Memory,
+        scope: Scope,
+        chat_history_id: str,
+        from_message_id: str,
+        messages: Sequence[EncodedMessage],
+        expected_revision: int | None,
+    ) -> int:
+        """Leave gaps and append in one step: a new `History` takes the place of the old one."""
+        with session.lock:
+            namespace, now = session.of(scope), microseconds_now()
+            history = namespace.find(chat_history_id)
+            positions = {} if history is None else history.caught_up().positions
+            if history is not None and _has_replaced(history, from_message_id, messages):
+                return 0
+            check_revision(expected_revision, 0 if history is None else history.revision)
+            if history is None or from_message_id not in positions:
+                raise message_not_found(from_message_id)
+            start = positions[from_message_id]
+            gone = [position for position in positions.values() if position >= start]
+            new = [_stored(each, now) for each in messages if positions.get(each.message_id, start) >= start]
+            namespace.put(chat_history_id, history.changed(now, dict.fromkeys(gone), new))
+            return len(new)
 
     def copy(self, session: Memory, scope: Scope, source_id: str, target_id: str, until_message_id: str | None) -> int:
         """Append the source's messages to the target, without gaps."""
@@ -106,12 +147,12 @@ class Writing(Engine[Memory]):
         scope: Scope,
         history: HistoryRow,
         batches: Iterable[Sequence[MessageRow]],
-        expected_count: int,
+        expected_revision: int,
     ) -> int:
         """Read all batches without the lock, because that may take long, and then append them in one step."""
         imported = [_imported(row) for rows in batches for row in rows]
         with session.lock:
-            return _import(session.of(scope), history, imported, expected_count)
+            return _import(session.of(scope), history, imported, expected_revision)
 
     def import_histories(
         self, session: Memory, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
@@ -132,9 +173,19 @@ class Writing(Engine[Memory]):
 
 
 def _append(namespace: Namespace, chat_history_id: str, new: Sequence[Stored], now: int) -> None:
-    history = namespace.histories.setdefault(chat_history_id, History(now))
+    history = namespace.histories.setdefault(chat_history_id, History(now, namespace.deleted_revision))
     namespace.index.unindexed.setdefault(chat_history_id, len(history.messages))
     history.append(new, now)
+
+
+def _has_replaced(history: History, from_message_id: str, messages: Sequence[EncodedMessage]) -> bool:
+    """Whether an earlier attempt has replaced the messages."""
+    positions, equal = history.positions, history.equal(messages)
+    found = [equal.get(message.message_id) for message in messages]
+    start = positions.get(from_message_id, found[-1] if found else None)
+    if start is None:
+        return False
+    return is_replaced_already(found, start, sum(position >= start for position in positions.values()))
 
 
 def _remove(namespace: Namespace, chat_history_id: str, positions: Sequence[int]) -> None:
@@ -143,11 +194,17 @@ def _remove(namespace: Namespace, chat_history_id: str, positions: Sequence[int]
         namespace.put(chat_history_id, history.changed(microseconds_now(), dict.fromkeys(positions)))
 
 
-def _import(namespace: Namespace, history: HistoryRow, imported: Sequence[Stored], expected_count: int) -> int:
+def _import(namespace: Namespace, history: HistoryRow, imported: Sequence[Stored], expected_revision: int) -> int:
     target = namespace.find(history.chat_history_id)
-    check_count(expected_count, 0 if target is None else target.count())
+    check_revision(expected_revision, 0 if target is None else target.revision)
     if target is None:
-        target = History(history.created_at, title=history.title, meta=history.meta, exists_without_messages=True)
+        target = History(
+            history.created_at,
+            namespace.deleted_revision,
+            title=history.title,
+            meta=history.meta,
+            exists_without_messages=True,
+        )
     updated_at = max(target.updated_at, history.updated_at)
     namespace.put(history.chat_history_id, target.changed(updated_at, {}, imported))
     return len(imported)

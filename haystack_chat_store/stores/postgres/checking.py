@@ -125,7 +125,7 @@ async def _wrong_terms(session: Session, scope: Scope) -> list[_Found]:
 
 
 async def _recount(session: Session, found: _Found) -> None:
-    await session.fetch(session.statements.lock_history, [found.key])
+    await session.fetch(session.statements.lock_key, [found.key])
     await session.run(session.statements.recount, {"key": found.key})
 
 

@@ -9,6 +9,7 @@ from itertools import starmap
 from typing import Any
 
 from haystack_chat_store.errors import UnsupportedOperationError
+from haystack_chat_store.stores.conflicts import check_revision
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import history_key
 from haystack_chat_store.stores.postgres.session import Session
@@ -33,9 +34,9 @@ _EPOCH = date(1970, 1, 1)
 class Directory(Engine[Session]):
     """The operations on whole histories."""
 
-    async def delete(self, session: Session, scope: Scope, chat_history_id: str) -> None:
+    async def delete(self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
         """Delete a history and its messages in one transaction."""
-        await session.in_transaction(_delete_histories, [history_key(scope, chat_history_id)])
+        await session.in_transaction(_delete_expected, history_key(scope, chat_history_id), expected_revision)
 
     async def delete_all(self, session: Session, scope: Scope) -> None:
         """Delete in batches, each with a time limit of its own, so that any number of histories can be deleted."""
@@ -155,14 +156,21 @@ async def _statistics(session: Session, parameters: dict[str, Any]) -> StoreStat
     )
 
 
+async def _delete_expected(session: Session, key: uuid.UUID, expected_revision: int | None) -> None:
+    """Delete a history. If it has another revision, raise an error, which undoes the transaction."""
+    for _, revision in await session.fetch(session.statements.delete_histories, {"keys": [key]}):
+        check_revision(expected_revision, revision)
+        await session.run(session.statements.delete_messages, [[key]])
+
+
 async def _delete_histories(session: Session, keys: Sequence[uuid.UUID], updated_before: int | None = None) -> int:
     """Delete histories, but only those that have not changed since a time, if that is given. Return their number."""
     if updated_before is None:
-        rows = await session.fetch(session.statements.delete_histories, [keys])
+        rows = await session.fetch(session.statements.delete_histories, {"keys": keys})
     else:
         parameters = {"keys": keys, "updated_before": updated_before}
         rows = await session.fetch(session.statements.delete_old_histories, parameters)
-    await session.run(session.statements.delete_messages, [[key for (key,) in rows]])
+    await session.run(session.statements.delete_messages, [[key for key, _ in rows]])
     return len(rows)
 
 

@@ -7,7 +7,7 @@ from textwrap import dedent
 
 from psycopg import sql
 
-from haystack_chat_store.stores.postgres.statements import FRAGMENTS, Statements
+from haystack_chat_store.stores.postgres.statements import FIRST_REVISION, FRAGMENTS, Statements
 from haystack_chat_store.stores.rows import Scope
 
 #: The greatest position: that of a bigint.
@@ -18,7 +18,7 @@ BEGINNING = (uuid.UUID(int=0), -1)
 # Each item takes a database from the version of its index to the next. A released one never changes: add another.
 #
 # Both large tables lead with history_key, a hash of namespace and id, so that they can be distributed by that. No time
-# is infinite, because that is no number of microseconds. Nothing fills user_id, revision, expires_at, branch_of,
+# is infinite, because that is no number of microseconds. Nothing fills user_id, expires_at, branch_of,
 # preview, last_message, summary and question_id yet; their indexes are partial, so that they cost nothing meanwhile.
 MIGRATIONS: list[list[str]] = [
     [
@@ -30,12 +30,12 @@ MIGRATIONS: list[list[str]] = [
             next_position bigint NOT NULL,
             message_count bigint NOT NULL,
             round_count bigint NOT NULL,
+            revision bigint NOT NULL,
             created_at timestamptz NOT NULL DEFAULT clock_timestamp() CHECK (isfinite(created_at)),
             updated_at timestamptz NOT NULL DEFAULT clock_timestamp() CHECK (isfinite(updated_at)),
             title text,
             meta json,
             user_id text,
-            revision bigint,
             expires_at timestamptz CHECK (isfinite(expires_at)),
             branch_of text,
             preview json,
@@ -52,7 +52,7 @@ MIGRATIONS: list[list[str]] = [
             role text NOT NULL,
             content json NOT NULL,
             search_terms tsvector,
-            revision bigint,
+            revision bigint NOT NULL,  -- of the history, when this message was last written
             question_id text,
             PRIMARY KEY (history_key, position)
         ) {partitioned}
@@ -66,10 +66,6 @@ MIGRATIONS: list[list[str]] = [
         """,
         "CREATE UNIQUE INDEX IF NOT EXISTS {messages_by_id} ON {messages} (history_key, message_id)",
         "CREATE INDEX IF NOT EXISTS {messages_from_user} ON {messages} (history_key, position) WHERE role = 'user'",
-        """
-        CREATE INDEX IF NOT EXISTS {messages_by_revision} ON {messages} (history_key, revision)
-        WHERE revision IS NOT NULL
-        """,
         """
         CREATE INDEX IF NOT EXISTS {messages_by_question} ON {messages} (history_key, question_id, position)
         WHERE question_id IS NOT NULL
@@ -125,7 +121,6 @@ _TABLES = ("histories", "messages", "namespaces", "version")
 _INDEXES = (
     "messages_by_id",
     "messages_from_user",
-    "messages_by_revision",
     "messages_by_question",
     "messages_by_terms",
     "messages_unindexed",
@@ -173,6 +168,7 @@ class Tables:
         self._names |= {
             f"{name}_name": sql.Literal(self._names[name].as_string(None)) for name in ("histories", "messages")
         }
+        self._names["first_revision"] = sql.SQL(self._named(FIRST_REVISION))
         self.statements = Statements(*map(self._named, Statements()))
         self.lock = self._named(_LOCK_TABLES)
         self.create_search_index = self._named(_CREATE_SEARCH_INDEX)

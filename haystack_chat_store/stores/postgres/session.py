@@ -128,10 +128,14 @@ class Session:
         return await asyncio.to_thread(function, *arguments) if self._is_async else function(*arguments)
 
     async def try_append(self, statement: str, parameters: Parameters) -> bool:
-        """Execute a statement that appends messages. Return False if the history has one of them already."""
+        """
+        Execute a statement that appends messages.
+
+        :returns: False if nothing was appended: the history has one of the messages, or was deleted meanwhile.
+        """
         try:
             return bool((await self.run(statement, parameters, prepare=True)).rowcount)
-        except psycopg.errors.UniqueViolation:
+        except (psycopg.errors.UniqueViolation, psycopg.errors.NotNullViolation):
             return False
 
     async def vacuum(self, statement: str) -> bool:

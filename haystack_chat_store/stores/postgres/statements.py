@@ -65,7 +65,7 @@ _UPDATED_AT_OF_CURSOR = (
 FRAGMENTS = {
     "history_row": (
         f"chat_history_id, {_microseconds('created_at')}, {_microseconds('updated_at')}, message_count, round_count, "
-        "title, meta"
+        "title, meta, revision"
     ),
     "message_row": f"position, {_microseconds('created_at')}, message_id, role, content",
     "by_id": _BY_ID,
@@ -105,19 +105,27 @@ FRAGMENTS = {
     """,
 }
 
+#: The first revision of a history that begins now, under the name `first_revision`.
+FIRST_REVISION = "coalesce((SELECT deleted_revision FROM {namespaces} WHERE namespace = %(namespace)s), 0) + 1"
+
 # The history's row is the lock that gives out positions. A writer holds it until its messages are committed.
 _APPEND = """
-    WITH history AS ({move_on} RETURNING next_position - %(count)s AS start)
-    INSERT INTO {{messages}} (history_key, position, message_id, role, content, search_terms)
-    SELECT %(key)s, start + place - 1, message_id, role, content::json, terms::tsvector
+    WITH history AS ({move_on} RETURNING next_position - %(count)s AS start, nullif(revision, 0) AS revision)
+    INSERT INTO {{messages}} (history_key, position, message_id, role, content, search_terms, revision)
+    SELECT %(key)s, start + place - 1, message_id, role, content::json, terms::tsvector, revision
     FROM history, {{sent}}
 """
+# A history that the statement sees needs no first revision, and gets 0. If it is deleted while the statement waits for
+# its lock, it would begin anew with 0, which becomes NULL, and messages cannot have that: the statement fails. Then the
+# append is repeated with a lock, and sees the revision that the deleted history had.
 _APPEND_ALL = _APPEND.format(
     move_on="""
         INSERT INTO {histories} AS h
-            (history_key, namespace, chat_history_id, next_position, message_count, round_count)
-        VALUES (%(key)s, %(namespace)s, %(id)s, %(count)s, %(count)s, %(rounds)s)
+            (history_key, namespace, chat_history_id, next_position, message_count, round_count, revision)
+        VALUES (%(key)s, %(namespace)s, %(id)s, %(count)s, %(count)s, %(rounds)s,
+            CASE WHEN EXISTS (SELECT FROM {histories} WHERE history_key = %(key)s) THEN 0 ELSE {first_revision} END)
         ON CONFLICT (history_key) DO UPDATE SET
+            revision = coalesce(%(revision)s::bigint, h.revision + 1),
             next_position = h.next_position + excluded.next_position,
             message_count = h.message_count + excluded.message_count,
             round_count = h.round_count + excluded.round_count,
@@ -131,6 +139,7 @@ _APPEND_REST = _APPEND.format(
             next_position = next_position + %(count)s,
             message_count = message_count + %(count)s,
             round_count = round_count + %(rounds)s,
+            revision = revision + 1,
             updated_at = {now}
         WHERE history_key = %(key)s AND xmin = %(version)s::xid
     """
@@ -174,6 +183,7 @@ _DELETE_SOME = """
     UPDATE {{histories}} SET
         message_count = message_count - messages,
         round_count = round_count - rounds,
+        revision = %(revision)s,
         updated_at = {{now}}
     FROM counted WHERE history_key = %(key)s AND messages > 0
 """
@@ -190,6 +200,24 @@ _ERASABLE = """
 """
 _ERASABLE_BY_PREFIX = _ERASABLE.format(before="true", order="{by_id}")
 _ERASABLE_BY_AGE = _ERASABLE.format(before="updated_at < {updated_before}", order="updated_at, {by_id}")
+
+# The namespace keeps the greatest revision. Its row is written, and locked, only if that grows.
+_DELETE_HISTORIES = """
+    WITH gone AS (
+        DELETE FROM {{histories}} WHERE history_key = ANY (%(keys)s) AND {before}
+        RETURNING history_key, namespace, revision
+    ), kept AS (
+        INSERT INTO {{namespaces}} AS n (namespace, deleted_revision)
+        SELECT namespace, greatest_revision
+        FROM (SELECT namespace, max(revision) AS greatest_revision FROM gone GROUP BY namespace) AS greatest
+        WHERE NOT EXISTS (
+            SELECT FROM {{namespaces}} AS k
+            WHERE k.namespace = greatest.namespace AND deleted_revision >= greatest_revision
+        )
+        ON CONFLICT (namespace) DO UPDATE SET deleted_revision = greatest(n.deleted_revision, excluded.deleted_revision)
+    )
+    SELECT history_key, revision FROM gone
+"""
 
 # ------------------------------------------------------------------ search
 
@@ -232,18 +260,30 @@ class Statements(NamedTuple):
         WHERE namespace = %s AND chat_history_id COLLATE "C" > %s ORDER BY chat_history_id COLLATE "C" LIMIT %s
     """
     # The history's row goes first: its lock keeps writers out until the messages are deleted, too.
-    delete_histories: str = "DELETE FROM {histories} WHERE history_key = ANY (%s) RETURNING history_key"
+    delete_histories: str = _DELETE_HISTORIES.format(before="true")
     delete_messages: str = "DELETE FROM {messages} WHERE history_key = ANY (%s)"
 
+    lock_key: str = "SELECT FROM {histories} WHERE history_key = %s FOR UPDATE"
+    # A history that this transaction has made has revision 0 until its first change.
     lock_history: str = """
-        SELECT next_position, message_count FROM {histories} WHERE history_key = %s FOR UPDATE
+        SELECT next_position, message_count, revision,
+            CASE WHEN revision = 0 THEN {first_revision} ELSE revision + 1 END
+        FROM {histories} WHERE history_key = %(key)s FOR UPDATE
     """
     make_history: str = """
-        INSERT INTO {histories} (history_key, namespace, chat_history_id, next_position, message_count, round_count)
-        VALUES (%s, %s, %s, 0, 0, 0) ON CONFLICT (history_key) DO NOTHING
+        INSERT INTO {histories}
+            (history_key, namespace, chat_history_id, next_position, message_count, round_count, revision)
+        VALUES (%(key)s, %(namespace)s, %(id)s, 0, 0, 0, 0) ON CONFLICT (history_key) DO NOTHING
     """
+    # The messages that are stored as they are sent.
+    equal: str = """
+        SELECT m.message_id FROM {messages} AS m JOIN {sent} USING (message_id)
+        WHERE history_key = %(key)s AND m.role = sent.role AND m.content::text = sent.content
+    """
+    count_from: str = "SELECT count(*) FROM {messages} WHERE history_key = %s AND position >= %s"
     overwrite: str = """
-        UPDATE {messages} AS m SET role = sent.role, content = sent.content::json, search_terms = sent.terms::tsvector
+        UPDATE {messages} AS m SET role = sent.role, content = sent.content::json, search_terms = sent.terms::tsvector,
+            revision = %(revision)s
         FROM {sent_with_numbers} WHERE history_key = %(key)s AND position = number
     """
     delete_by_id: str = _DELETE_BY_ID
@@ -252,9 +292,10 @@ class Statements(NamedTuple):
     position_of: str = "SELECT position FROM {messages} WHERE history_key = %s AND message_id = %s"
     copy_messages: str = """
         WITH copied AS (
-            INSERT INTO {messages} (history_key, position, created_at, message_id, role, content, search_terms)
+            INSERT INTO {messages}
+                (history_key, position, created_at, message_id, role, content, search_terms, revision)
             SELECT %(target)s, %(start)s + row_number() OVER (ORDER BY position) - 1,
-                created_at, message_id, role, content, search_terms
+                created_at, message_id, role, content, search_terms, %(revision)s
             FROM {messages} WHERE history_key = %(source)s AND position BETWEEN 0 AND %(end)s
             RETURNING role
         ), counted AS (SELECT count(*) AS messages, count(*) FILTER (WHERE role = 'user') AS rounds FROM copied)
@@ -262,17 +303,19 @@ class Statements(NamedTuple):
             next_position = next_position + messages,
             message_count = message_count + messages,
             round_count = round_count + rounds,
+            revision = %(revision)s,
             updated_at = {now}
         FROM counted WHERE history_key = %(target)s RETURNING messages
     """
     import_history: str = """
         UPDATE {histories} SET created_at = {created_at}, updated_at = {updated_at},
             title = %(title)s, meta = %(meta)s::json
-        WHERE history_key = %(key)s
+        WHERE history_key = %(key)s RETURNING {first_revision}
     """
     import_messages: str = """
-        INSERT INTO {messages} (history_key, position, created_at, message_id, role, content, search_terms)
-        SELECT %(key)s, %(start)s + place - 1, {time_sent}, message_id, role, content::json, terms::tsvector
+        INSERT INTO {messages} (history_key, position, created_at, message_id, role, content, search_terms, revision)
+        SELECT %(key)s, %(start)s + place - 1, {time_sent}, message_id, role, content::json, terms::tsvector,
+            %(revision)s
         FROM {sent_with_numbers}
     """
     imported: str = """
@@ -280,6 +323,7 @@ class Statements(NamedTuple):
             next_position = next_position + %(count)s,
             message_count = message_count + %(count)s,
             round_count = round_count + %(rounds)s,
+            revision = %(revision)s,
             updated_at = greatest(updated_at, {updated_at})
         WHERE history_key = %(key)s
     """
@@ -324,10 +368,7 @@ class Statements(NamedTuple):
     """
     erasable_by_prefix: str = _ERASABLE_BY_PREFIX
     erasable_by_age: str = _ERASABLE_BY_AGE
-    delete_old_histories: str = """
-        DELETE FROM {histories} WHERE history_key = ANY (%(keys)s) AND updated_at < {updated_before}
-        RETURNING history_key
-    """
+    delete_old_histories: str = _DELETE_HISTORIES.format(before="updated_at < {updated_before}")
 
     page_before: str = """
         SELECT {message_row} FROM {messages} WHERE history_key = %s AND position < %s ORDER BY position DESC LIMIT %s

@@ -9,15 +9,17 @@ history, for which appends queue, too.
 import json
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.stores.conflicts import (
-    check_count,
+    check_revision,
+    compares_contents,
     history_exists,
     history_has_messages,
     history_not_found,
+    is_replaced_already,
     message_not_found,
     planned,
 )
@@ -32,6 +34,23 @@ from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 _STATEMENT_CHARACTERS = 8_000_000
 
 
+class _Locked(NamedTuple):
+    """
+    A history that the transaction has locked.
+
+    :param revision: Its revision, 0 if this transaction has made it.
+    :param next_revision: The revision that it gets by the change.
+    """
+
+    next_position: int
+    message_count: int
+    revision: int
+    next_revision: int
+
+
+_NO_HISTORY = _Locked(0, 0, 0, 0)
+
+
 class Writing(Engine[Session]):
     """The operations that change messages."""
 
@@ -42,14 +61,14 @@ class Writing(Engine[Session]):
         chat_history_id: str,
         messages: Sequence[EncodedMessage],
         policy: DuplicatePolicy,
-        expected_count: int | None,
+        expected_revision: int | None,
     ) -> int:
         """Append in one statement if nothing is replaced or expected, and no other writer interferes."""
-        if policy is DuplicatePolicy.SKIP and expected_count is None:
+        if policy is DuplicatePolicy.SKIP and expected_revision is None:
             appended = await _append_new(session, scope, chat_history_id, messages)
             if appended is not None:
                 return appended
-        return await session.in_transaction(_append_locked, scope, chat_history_id, messages, policy, expected_count)
+        return await session.in_transaction(_append_locked, scope, chat_history_id, messages, policy, expected_revision)
 
     async def delete_messages(
         self,
@@ -58,9 +77,26 @@ class Writing(Engine[Session]):
         chat_history_id: str,
         message_ids: Sequence[str] | None,
         from_message_id: str | None,
+        expected_revision: int | None,
     ) -> None:
         """Delete messages in a transaction that has the history locked."""
-        await session.in_transaction(_delete_locked, scope, chat_history_id, message_ids, from_message_id)
+        await session.in_transaction(
+            _delete_locked, scope, chat_history_id, message_ids, from_message_id, expected_revision
+        )
+
+    async def replace(
+        self,
+        session: Session,
+        scope: Scope,
+        chat_history_id: str,
+        from_message_id: str,
+        messages: Sequence[EncodedMessage],
+        expected_revision: int | None,
+    ) -> int:
+        """Delete and append in a transaction that has the history locked."""
+        return await session.in_transaction(
+            _replace_locked, scope, chat_history_id, from_message_id, messages, expected_revision
+        )
 
     async def remove(self, session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
         """Delete messages in a transaction that has the history locked."""
@@ -78,10 +114,12 @@ class Writing(Engine[Session]):
         scope: Scope,
         history: HistoryRow,
         batches: Iterable[Sequence[MessageRow]],
-        expected_count: int,
+        expected_revision: int,
     ) -> int:
         """Read and send the batches in one transaction, in which each part has a time limit of its own."""
-        return await session.in_transaction(_import_locked, scope, history, batches, expected_count, repeatable=False)
+        return await session.in_transaction(
+            _import_locked, scope, history, batches, expected_revision, repeatable=False
+        )
 
     async def import_histories(
         self, session: Session, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
@@ -107,7 +145,7 @@ async def _append_new(
         return 0
     statement = session.statements.append_rest if known else session.statements.append_all
     parameters = await _append_parameters(session, scope, chat_history_id, new)
-    parameters["version"] = known[0][3] if known else None
+    parameters |= {"version": known[0][3] if known else None, "revision": None}
     return len(new) if await session.try_append(statement, parameters) else None
 
 
@@ -117,23 +155,25 @@ async def _append_locked(
     chat_history_id: str,
     messages: Sequence[EncodedMessage],
     policy: DuplicatePolicy,
-    expected_count: int | None,
+    expected_revision: int | None,
 ) -> int:
     key = history_key(scope, chat_history_id)
-    _, count = await _lock(session, scope, chat_history_id, make=bool(messages)) or (0, 0)
-    check_count(expected_count, count)
+    history = await _lock(session, scope, chat_history_id, make=bool(messages)) or _NO_HISTORY
     ids = _caller_ids(messages)
     found = await session.fetch(session.statements.known_ids, [key, ids], prepare=True) if ids else []
     places = {message_id: (position, role) for message_id, position, role, _ in found}
     known = {message_id: places[message_id] for message_id in ids if message_id in places}
-    plan = planned(messages, known, policy)
+    compares = known and compares_contents(policy, expected_revision, history.revision)
+    equal = await _equal(session, key, [each for each in messages if each.message_id in known]) if compares else ()
+    plan = planned(messages, known, equal, policy, expected_revision, history.revision)
     if not plan.new and not plan.replaced:
         return 0
     parameters = await _append_parameters(session, scope, chat_history_id, plan.new)
+    parameters["revision"] = history.next_revision
     if plan.replaced:
         sent = await _sent(session, list(plan.replaced.values()))
         sent["numbers"] = " ".join(str(position) for position, _ in plan.replaced)
-        await session.run(session.statements.overwrite, {**sent, "key": key})
+        await session.run(session.statements.overwrite, {**sent, "key": key, "revision": history.next_revision})
         parameters["rounds"] += round_count(list(plan.replaced.values()))
         parameters["rounds"] -= sum(role == "user" for _, role in plan.replaced)
     await session.run(session.statements.append_all, parameters, prepare=True)
@@ -146,21 +186,64 @@ async def _delete_locked(
     chat_history_id: str,
     message_ids: Sequence[str] | None,
     from_message_id: str | None,
+    expected_revision: int | None,
 ) -> None:
     key = history_key(scope, chat_history_id)
-    history = await _lock(session, scope, chat_history_id)
+    locked = await _lock(session, scope, chat_history_id)
+    history = locked or _NO_HISTORY
+    parameters = {"key": key, "revision": history.next_revision}
     if from_message_id is not None:
-        start = await _position_of(session, key, from_message_id) if history else None
+        check_revision(expected_revision, history.revision)
+        start = await _position_of(session, key, from_message_id) if locked else None
         if start is None:
             raise message_not_found(from_message_id)
-        await session.run(session.statements.delete_from, {"key": key, "start": start, "end": MAX_POSITION})
-    elif history:
-        await session.run(session.statements.delete_by_id, {"key": key, "ids": list(message_ids or ())})
+        await session.run(session.statements.delete_from, {**parameters, "start": start, "end": MAX_POSITION})
+    elif locked:
+        deleted = await session.run(session.statements.delete_by_id, {**parameters, "ids": list(message_ids or ())})
+        if deleted.rowcount:
+            check_revision(expected_revision, history.revision)  # undoes the transaction
+
+
+async def _replace_locked(
+    session: Session,
+    scope: Scope,
+    chat_history_id: str,
+    from_message_id: str,
+    messages: Sequence[EncodedMessage],
+    expected_revision: int | None,
+) -> int:
+    key = history_key(scope, chat_history_id)
+    history = await _lock(session, scope, chat_history_id)
+    if history is None:
+        check_revision(expected_revision, 0)
+        raise message_not_found(from_message_id)
+    start = await _position_of(session, key, from_message_id)
+    ids = _caller_ids(messages)
+    found = await session.fetch(session.statements.known_ids, [key, ids], prepare=True) if ids else []
+    known = {message_id: position for message_id, position, _, _ in found}
+    if messages and len(known) == len(messages) and len(await _equal(session, key, messages)) == len(messages):
+        positions = [known[message.message_id] for message in messages]
+        first = positions[-1] if start is None else start
+        ((following,),) = await session.fetch(session.statements.count_from, [key, first])
+        if is_replaced_already(positions, first, following):
+            return 0
+    check_revision(expected_revision, history.revision)
+    if start is None:
+        raise message_not_found(from_message_id)
+    revision = {"revision": history.next_revision}
+    parameters = {"key": key, "start": start, "end": MAX_POSITION, **revision}
+    await session.run(session.statements.delete_from, parameters)
+    new = [message for message in messages if known.get(message.message_id, start) >= start]
+    if new:
+        parameters = await _append_parameters(session, scope, chat_history_id, new)
+        await session.run(session.statements.append_all, {**parameters, **revision}, prepare=True)
+    return len(new)
 
 
 async def _remove_locked(session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
-    if await _lock(session, scope, chat_history_id):
-        parameters = {"key": history_key(scope, chat_history_id), "places": list(positions)}
+    if history := await _lock(session, scope, chat_history_id):
+        key = history_key(scope, chat_history_id)
+        parameters = {"key": key, "places": list(positions), "revision": history.next_revision}
         await session.run(session.statements.delete_by_position, parameters)
 
 
@@ -172,7 +255,7 @@ async def _copy_locked(
     source, target = locked[source_id], locked[target_id]
     if source is None:
         raise history_not_found(source_id)
-    has_messages_to_copy = source[1] > 0
+    has_messages_to_copy = source.message_count > 0
     source_key, end = history_key(scope, source_id), MAX_POSITION
     if until_message_id is not None:
         found = await _position_of(session, source_key, until_message_id)
@@ -181,12 +264,17 @@ async def _copy_locked(
         end = found
     if target is None and has_messages_to_copy:
         target = await _lock(session, scope, target_id, make=True)
-    start, count = target or (0, 0)
-    if count:
+    if target is not None and target.message_count:
         raise history_has_messages(target_id)
-    if not has_messages_to_copy:
+    if target is None or not has_messages_to_copy:
         return 0
-    parameters = {"source": source_key, "target": history_key(scope, target_id), "start": start, "end": end}
+    parameters = {
+        "source": source_key,
+        "target": history_key(scope, target_id),
+        "start": target.next_position,
+        "end": end,
+        "revision": target.next_revision,
+    }
     ((copied,),) = await session.fetch(session.statements.copy_messages, parameters)
     return int(copied)
 
@@ -197,18 +285,19 @@ async def _import_several_locked(
     for history, _ in histories:
         if not await _make(session, scope, history.chat_history_id):
             raise history_exists(history.chat_history_id)
-    return sum([await _append_imported(session, scope, history, [rows], 0, True) for history, rows in histories])
+    return sum(
+        [await _append_imported(session, scope, history, [rows], _NO_HISTORY, True) for history, rows in histories]
+    )
 
 
 async def _import_locked(
-    session: Session, scope: Scope, history: HistoryRow, batches: Iterable[Sequence[MessageRow]], expected_count: int
+    session: Session, scope: Scope, history: HistoryRow, batches: Iterable[Sequence[MessageRow]], expected_revision: int
 ) -> int:
     is_new = False
     while (locked := await _lock(session, scope, history.chat_history_id)) is None:
         is_new = await _make(session, scope, history.chat_history_id)
-    start, count = locked
-    check_count(expected_count, count)
-    return await _append_imported(session, scope, history, batches, start, is_new)
+    check_revision(expected_revision, locked.revision)
+    return await _append_imported(session, scope, history, batches, locked, is_new)
 
 
 async def _append_imported(
@@ -216,57 +305,66 @@ async def _append_imported(
     scope: Scope,
     history: HistoryRow,
     batches: Iterable[Sequence[MessageRow]],
-    start: int,
+    locked: _Locked,
     is_new: bool,
 ) -> int:
     """
     Append to a history that is locked.
 
-    :param start: Its next position.
+    :param locked: The state in which it was locked.
     :param is_new: Whether it gets title, meta and times.
     """
-    key = history_key(scope, history.chat_history_id)
+    key, revision = history_key(scope, history.chat_history_id), locked.next_revision
     if is_new:
         parameters = {
             "key": key,
+            "namespace": scope.namespace,
             "title": history.title,
             "meta": history.meta,
             "created_at": history.created_at,
             "updated_at": history.updated_at,
         }
-        await session.run(session.statements.import_history, parameters)
+        ((revision,),) = await session.fetch(session.statements.import_history, parameters)
     imported = rounds = 0
     parts = _parts(batches)
     while (rows := await session.to_thread(next, parts, None)) is not None:
         session.renew_deadline()
         sent = await _sent(session, rows)
         sent["numbers"] = " ".join([str(row.created_at) for row in rows])
-        await session.run(session.statements.import_messages, {**sent, "key": key, "start": start + imported})
+        place = {"key": key, "start": locked.next_position + imported, "revision": revision}
+        await session.run(session.statements.import_messages, {**sent, **place})
         imported += len(rows)
         rounds += round_count(rows)
     session.renew_deadline()
     counted = {"key": key, "count": imported, "rounds": rounds, "updated_at": history.updated_at}
-    await session.run(session.statements.imported, counted)
+    await session.run(session.statements.imported, {**counted, "revision": revision})
     return imported
 
 
-async def _lock(session: Session, scope: Scope, chat_history_id: str, *, make: bool = False) -> tuple[int, int] | None:
+async def _lock(session: Session, scope: Scope, chat_history_id: str, *, make: bool = False) -> _Locked | None:
     """
-    Lock a history until the transaction ends. Return its next position and its number of messages.
+    Lock a history until the transaction ends.
 
     :param make: Whether to make the history if it does not exist.
     :returns: `None` if it does not exist and is not made.
     """
-    key = history_key(scope, chat_history_id)
-    while not (rows := await session.fetch(session.statements.lock_history, [key])) and make:
+    parameters = {"key": history_key(scope, chat_history_id), "namespace": scope.namespace}
+    while not (rows := await session.fetch(session.statements.lock_history, parameters)) and make:
         await _make(session, scope, chat_history_id)
-    return (rows[0][0], rows[0][1]) if rows else None
+    return _Locked(*rows[0]) if rows else None
 
 
 async def _make(session: Session, scope: Scope, chat_history_id: str) -> bool:
     """Make a history unless it exists. Return whether this transaction has made it, and so holds its lock."""
-    parameters = [history_key(scope, chat_history_id), scope.namespace, chat_history_id]
+    key = history_key(scope, chat_history_id)
+    parameters = {"key": key, "namespace": scope.namespace, "id": chat_history_id}
     return bool((await session.run(session.statements.make_history, parameters)).rowcount)
+
+
+async def _equal(session: Session, key: uuid.UUID, messages: Sequence[EncodedMessage]) -> set[str]:
+    """Return the ids of the messages that are stored already, equal."""
+    sent = await _sent(session, messages, with_terms=False)
+    return {message_id for (message_id,) in await session.fetch(session.statements.equal, {**sent, "key": key})}
 
 
 async def _position_of(session: Session, key: uuid.UUID, message_id: str) -> int | None:
@@ -287,12 +385,14 @@ async def _append_parameters(
     }
 
 
-async def _sent(session: Session, messages: Sequence[EncodedMessage] | Sequence[MessageRow]) -> dict[str, Any]:
-    """Return messages as parameters of the statements that write them (see the fragment `sent`)."""
+async def _sent(
+    session: Session, messages: Sequence[EncodedMessage] | Sequence[MessageRow], *, with_terms: bool = True
+) -> dict[str, Any]:
+    """Return messages as parameters of the statements that write or compare them (see the fragment `sent`)."""
     # Another program's JSON may have line breaks. They are white space there, and separate the contents here.
     contents = [message.content.replace("\n", " ") for message in messages]
     terms = None
-    if session.database.has_search:
+    if session.database.has_search and with_terms:
         is_long = sum(map(len, contents)) > MAX_CHARACTERS_ON_LOOP
         terms = await session.to_thread(tsvectors, contents) if is_long else tsvectors(contents)
     return {

@@ -49,6 +49,7 @@ class _Inspected:
     updated_at: str
     expires_at: str
     edits: str
+    revision: str
     contents_length: int
     roles_length: int
     index_length: int
@@ -150,6 +151,8 @@ class _Examination:
             "round_count": self._letters.count("u"),
             "created_at": number(self.inspected.created_at) or self._first_time or self._last_time(),
             "updated_at": self._last_time(),
+            # Without it, a number that is hardly less: most changes append messages.
+            "revision": number(self.inspected.revision) or self.inspected.end() + 1,
         }
 
     def _last_time(self) -> int:

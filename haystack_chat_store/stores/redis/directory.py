@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.stores.conflicts import check_revision
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, TIME_LENGTH, number
@@ -211,17 +212,25 @@ async def next_ids(
 
 
 async def delete_histories(
-    session: Session, keys: Keys, bucket: int, chat_history_ids: list[str], updated_before: int | None = None
+    session: Session,
+    keys: Keys,
+    bucket: int,
+    chat_history_ids: list[str],
+    updated_before: int | None = None,
+    expected_revision: int | None = None,
 ) -> int:
     """
     Delete histories of a bucket, and return how many there were.
 
     :param updated_before: Only those that have not changed since this time.
+    :param expected_revision: The revision that the only one of them must have, if it exists.
     """
     names = [name for chat_history_id in chat_history_ids for name in keys.of_history(chat_history_id)]
-    only = "" if updated_before is None else updated_before
-    deleted: int = await session.run(scripts.DELETE, [*keys.of_bucket(bucket), *names], [only, *chat_history_ids])
-    return deleted
+    conditions = ["" if each is None else each for each in (updated_before, expected_revision)]
+    answer = await session.run(scripts.DELETE, [*keys.of_bucket(bucket), *names], [*conditions, *chat_history_ids])
+    if not isinstance(answer, int):
+        check_revision(expected_revision, answer[1])
+    return int(answer)
 
 
 async def _merged(session: Session, keys: Keys, order: _Order, start: _Place | None, limit: int) -> list[HistoryRow]:
@@ -316,7 +325,7 @@ async def _info(session: Session, section: str) -> list[dict[str, str]]:
 
 
 def _listed_history(chat_history_id: str, fields: Sequence[str | None]) -> _ListedHistory | None:
-    message_count, round_count, created_at, updated_at, title, meta, next_position = fields
+    message_count, round_count, created_at, updated_at, title, meta, next_position, revision = fields
     if message_count is None:
         return None
     row = HistoryRow(
@@ -327,6 +336,7 @@ def _listed_history(chat_history_id: str, fields: Sequence[str | None]) -> _List
         updated_at=number(updated_at),
         title=title,
         meta=meta,
+        revision=number(revision),
     )
     return _ListedHistory(row=row, next_position=number(next_position))
 

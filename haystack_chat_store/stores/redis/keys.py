@@ -13,12 +13,13 @@ BUCKETS = 64
 
 
 class BucketKeys(NamedTuple):
-    """The keys of a bucket: its version, and the lists of its histories."""
+    """The keys of a bucket: its version, the lists of its histories, and the greatest revision of a deleted history."""
 
     schema_version: str
     directory: str
     expiries: str
     names: str
+    deleted_revision: str
 
 
 class HistoryKeys(NamedTuple):
@@ -54,7 +55,9 @@ class Keys(NamedTuple):
     def of_bucket(self, bucket: int) -> BucketKeys:
         """Return the keys of a bucket."""
         tag = self._tag(bucket)
-        return BucketKeys(f"{tag}:schema_version", f"{tag}:histories", f"{tag}:expiries", f"{tag}:names")
+        return BucketKeys(
+            f"{tag}:schema_version", f"{tag}:histories", f"{tag}:expiries", f"{tag}:names", f"{tag}:deleted_revision"
+        )
 
     def of_history(self, chat_history_id: str) -> HistoryKeys:
         """Return the keys of one history."""

@@ -104,11 +104,11 @@ class Stage:
             rows = part.rows
         return part.state == state
 
-    async def finish(self, expected_count: int, lifetime: int, history: HistoryRow | None = None) -> Any:
+    async def finish(self, expected_revision: int | None, lifetime: int, history: HistoryRow | None = None) -> Any:
         """
         Append the waiting messages to the history, and return what the script returns.
 
-        :param expected_count: How many messages the history must have.
+        :param expected_revision: The revision that the history must have, or `None` if it must have no messages.
         :param lifetime: After how many milliseconds the history expires, or 0 for never.
         :param history: Title, meta and times for a new history.
         """
@@ -117,7 +117,7 @@ class Stage:
             changed_at = str(history.updated_at)
             values = ("created_at", str(history.created_at)), ("title", history.title), ("meta", history.meta)
             fields += [each for name, value in values if value is not None for each in (name, value)]
-        counts = [self.length, self.rounds, expected_count]
+        counts = [self.length, self.rounds, "" if expected_revision is None else expected_revision]
         arguments: list[str | int] = [self._target_id, lifetime, *counts, new_name(), changed_at, *fields]
         answer = await self._session.run(scripts.FINISH, [*self._keys.to_write(self._target_id), *self.keys], arguments)
         if isinstance(answer, int):

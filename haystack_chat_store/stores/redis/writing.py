@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations that change what was said."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.errors import StoreUnavailableError
 from haystack_chat_store.stores.conflicts import (
-    check_count,
+    check_revision,
     duplicate,
     history_exists,
     history_has_messages,
@@ -41,7 +41,7 @@ class Writing(RedisOperations):
         chat_history_id: str,
         messages: Sequence[EncodedMessage],
         policy: DuplicatePolicy,
-        expected_count: int | None,
+        expected_revision: int | None,
     ) -> int:
         """Append and replace by one script."""
         answer = await session.run(
@@ -53,16 +53,22 @@ class Writing(RedisOperations):
                 letters_of(message.role for message in messages),
                 "\x00".join(message.message_id for message in messages),
                 policy.value,
-                "" if expected_count is None else expected_count,
+                "" if expected_revision is None else expected_revision,
                 new_name(),
                 *(message.content for message in messages),
             ],
         )
-        return written(answer, expected_count)
+        return written(answer, expected_revision)
 
-    async def delete(self, session: Session, scope: Scope, chat_history_id: str) -> None:
+    async def delete(self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
         """Delete the keys of a history, and its entries in the lists of its bucket."""
-        await delete_histories(session, self.keys(scope), bucket_of(chat_history_id), [chat_history_id])
+        await delete_histories(
+            session,
+            self.keys(scope),
+            bucket_of(chat_history_id),
+            [chat_history_id],
+            expected_revision=expected_revision,
+        )
 
     async def delete_all(self, session: Session, scope: Scope) -> None:
         """Go through the buckets, and delete all that each of them lists by then."""
@@ -79,27 +85,59 @@ class Writing(RedisOperations):
         chat_history_id: str,
         message_ids: Sequence[str] | None,
         from_message_id: str | None,
+        expected_revision: int | None,
     ) -> None:
-        """Delete by ids. Of a message and all that follow it, the ids are read first, until none has come meanwhile."""
+        """Delete by ids. Of a message and all that follow it, the ids are read first."""
         keys = self.keys(scope)
         if from_message_id is None:
-            await remove_ids(session, keys, chat_history_id, message_ids or ())
+            answer = await remove_ids(session, keys, chat_history_id, message_ids or (), expected_revision)
+            written(answer, expected_revision)
             return
-        (first,) = await read_positions(session, keys, chat_history_id, [from_message_id])
-        if first is None:
-            raise message_not_found(from_message_id)
-        ids: list[str] = []
-        answer: Any = None
-        while not isinstance(answer, int):
-            part = await read_part(session, keys, chat_history_id, BATCH_SIZE, after=first - 1)
-            ids += [row.message_id for row in part.rows]
-            first = part.rows[-1].position + 1 if part.rows else part.next_position
-            if first >= part.next_position:
-                answer = await remove_ids(
-                    session, keys, chat_history_id, ids, required=from_message_id, next_position=part.next_position
-                )
-                if answer == ["MISSING"]:
-                    raise message_not_found(from_message_id)
+
+        async def remove(ids: Sequence[str], next_position: int) -> Any:
+            return await remove_ids(
+                session,
+                keys,
+                chat_history_id,
+                ids,
+                expected_revision,
+                required=from_message_id,
+                next_position=next_position,
+            )
+
+        await _with_ids_from(session, keys, chat_history_id, from_message_id, remove, expected_revision)
+
+    async def replace(
+        self,
+        session: Session,
+        scope: Scope,
+        chat_history_id: str,
+        from_message_id: str,
+        messages: Sequence[EncodedMessage],
+        expected_revision: int | None,
+    ) -> int:
+        """Delete and append by one script. The ids to delete are read first."""
+        keys, call = self.keys(scope), new_name()
+
+        async def replace(ids: Sequence[str], next_position: int) -> Any:
+            return await session.run(
+                scripts.REPLACE,
+                keys.to_write(chat_history_id),
+                [
+                    chat_history_id,
+                    from_message_id,
+                    next_position,
+                    call,
+                    "\x00".join(ids),
+                    "" if expected_revision is None else expected_revision,
+                    self.lifetime(),
+                    letters_of(message.role for message in messages),
+                    "\x00".join(message.message_id for message in messages),
+                    *(message.content for message in messages),
+                ],
+            )
+
+        return await _with_ids_from(session, keys, chat_history_id, from_message_id, replace, expected_revision)
 
     async def remove(self, session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
         """Delete the messages that the index has at these positions."""
@@ -120,7 +158,7 @@ class Writing(RedisOperations):
         for _ in range(_COPY_ATTEMPTS):
             async with Stage(session, keys, target_id) as stage:
                 if await stage.add_history(source_id, until_message_id):
-                    answer = await stage.finish(0, self.lifetime())
+                    answer = await stage.finish(None, self.lifetime())
                     if not isinstance(answer, int):
                         raise history_has_messages(target_id)
                     return answer
@@ -134,17 +172,18 @@ class Writing(RedisOperations):
         scope: Scope,
         history: HistoryRow,
         batches: Iterable[Sequence[MessageRow]],
-        expected_count: int,
+        expected_revision: int,
     ) -> int:
         """Stage the messages, and append them by one script when all have come."""
         keys = self.keys(scope)
-        check_count(expected_count, await session.run(scripts.COUNT, keys.to_read(history.chat_history_id)))
+        found = await read_histories(session, keys, [history.chat_history_id])
+        check_revision(expected_revision, next((each.row.revision for each in found.values()), 0))
         remaining = iter(batches)
         async with Stage(session, keys, history.chat_history_id) as stage:
             while (rows := await session.to_thread(next, remaining, None)) is not None:
                 await stage.add(rows)
-            answer = await stage.finish(expected_count, self.lifetime(), history)
-            return written(answer, expected_count)
+            answer = await stage.finish(expected_revision, self.lifetime(), history)
+            return written(answer, expected_revision)
 
     async def import_histories(
         self, session: Session, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
@@ -161,6 +200,7 @@ async def remove_ids(
     keys: Keys,
     chat_history_id: str,
     message_ids: Sequence[str],
+    expected_revision: int | None = None,
     *,
     required: str = "",
     next_position: int | None = None,
@@ -168,19 +208,57 @@ async def remove_ids(
     """
     Delete messages by their ids, and return how many there were, or why nothing was deleted.
 
+    :param expected_revision: The revision that the history must have, or `None` for any.
     :param required: The id of a message that the history must have, and which is deleted with all that follow it.
     :param next_position: The history's next position, if nothing may have been appended meanwhile.
     """
-    expected = "" if next_position is None else next_position
-    arguments = [chat_history_id, required, expected, new_name(), "\x00".join(message_ids)]
+    position, revision = ("" if each is None else each for each in (next_position, expected_revision))
+    arguments = [chat_history_id, required, position, new_name(), "\x00".join(message_ids), revision]
     return await session.run(scripts.REMOVE, keys.to_write(chat_history_id), arguments)
 
 
-def written(answer: Any, expected_count: int | None) -> int:
+async def _with_ids_from(
+    session: Session,
+    keys: Keys,
+    chat_history_id: str,
+    from_message_id: str,
+    change: Callable[[Sequence[str], int], Awaitable[Any]],
+    expected_revision: int | None,
+) -> int:
+    """
+    Read the ids of a message and all that follow it, and make a change with them, until no message comes meanwhile.
+
+    :param change: Gets the ids, and the next position of the history: no ids and 0 if it does not have the message.
+        Returns what the script returns.
+    :returns: The number that the script returns.
+    """
+    ids: list[str] = []
+    first: int | None = None
+    while True:
+        next_position = 0
+        if first is None:
+            (first,) = await read_positions(session, keys, chat_history_id, [from_message_id])
+        if first is not None:
+            part = await read_part(session, keys, chat_history_id, BATCH_SIZE, after=first - 1)
+            ids += [row.message_id for row in part.rows]
+            first = part.rows[-1].position + 1 if part.rows else part.next_position
+            next_position = part.next_position
+            if first < next_position:
+                continue
+        answer = await change(ids, next_position)
+        if answer == ["MISSING"]:
+            raise message_not_found(from_message_id)
+        if answer == ["OTHERS"]:
+            ids, first = [], None
+        elif answer != ["MORE"]:
+            return written(answer, expected_revision)
+
+
+def written(answer: Any, expected_revision: int | None) -> int:
     """Return how many messages a script has written, or raise the error for the reason why it has written nothing."""
     if isinstance(answer, int):
         return answer
     reason, found = answer
     if reason == "CHANGED":
-        check_count(expected_count, found)
+        check_revision(expected_revision, found)
     raise duplicate(found)

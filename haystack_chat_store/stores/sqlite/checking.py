@@ -37,8 +37,10 @@ _WITHOUT_HISTORY = """
 """
 _ADOPT_MESSAGES = """
     INSERT OR IGNORE INTO haystack_chat_histories
-        (history_key, namespace, chat_history_id, next_position, message_count, round_count, created_at, updated_at)
-    VALUES (?, ?, ?, 0, 0, 0, ?, ?)
+        (history_key, namespace, chat_history_id, revision, next_position, message_count, round_count,
+        created_at, updated_at)
+    SELECT ?1, ?2, ?3, max(revision), 0, 0, 0, ?4, ?5 FROM haystack_chat_messages
+    WHERE message_key BETWEEN ?1 << 32 AND (?1 + 1 << 32) - 1
 """
 _MESSAGES_WITHOUT_TIME = f"""
     SELECT CAST(chat_history_id AS TEXT), message_key & 0xffffffff FROM haystack_chat_histories
@@ -53,7 +55,8 @@ _HISTORIES = f"""
         (SELECT count(*) FROM haystack_chat_messages
             WHERE role = 'user' AND message_key BETWEEN first_key AND last_key),
         (SELECT max(message_key) - first_key FROM haystack_chat_messages
-            WHERE message_key BETWEEN first_key AND last_key)
+            WHERE message_key BETWEEN first_key AND last_key),
+        typeof(revision) = 'integer'
     FROM (SELECT *, history_key << 32 AS first_key, (history_key + 1 << 32) - 1 AS last_key
         FROM haystack_chat_histories)
     WHERE namespace = ?
@@ -198,11 +201,12 @@ def _damages(raw_name: bytes, name: str, columns: Sequence[Any]) -> list[str]:
 
 
 def _wrong_counts(columns: Sequence[Any]) -> list[str]:
-    count, rounds, next_position, messages, user_messages, last = columns[6:]
+    count, rounds, next_position, messages, user_messages, last, has_revision = columns[6:]
     checks = {
         f"It counts {count} messages, and has {messages}.": count == messages,
         f"It counts {rounds} rounds, and has {user_messages}.": rounds == user_messages,
         f"Its next position is {next_position}, its last message at {last}.": last is None or next_position > last,
+        "Its revision is no number.": has_revision,
     }
     return [description for description, is_right in checks.items() if not is_right]
 

@@ -19,7 +19,8 @@ from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.types import StoreStatistics
 
 _SELECT_HISTORY = """
-    SELECT chat_history_id, created_at, updated_at, message_count, round_count, title, meta FROM haystack_chat_histories
+    SELECT chat_history_id, created_at, updated_at, message_count, round_count, title, meta, revision
+    FROM haystack_chat_histories
 """
 _HISTORY = _SELECT_HISTORY + "WHERE namespace = ? AND chat_history_id = ?"
 _HISTORIES_BY_ID = f"""

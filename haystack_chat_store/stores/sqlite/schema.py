@@ -22,7 +22,7 @@ MIGRATIONS: list[list[str]] = [
             namespace TEXT NOT NULL,
             chat_history_id TEXT NOT NULL,
             user_id TEXT,
-            revision INTEGER,
+            revision INTEGER NOT NULL,
             next_position INTEGER NOT NULL,
             message_count INTEGER NOT NULL,
             round_count INTEGER NOT NULL,
@@ -44,7 +44,7 @@ MIGRATIONS: list[list[str]] = [
             message_id TEXT NOT NULL,
             role TEXT NOT NULL,
             created_at INTEGER NOT NULL,  -- microseconds since 1970, UTC
-            revision INTEGER,  -- of the history, when this message was last written
+            revision INTEGER NOT NULL,  -- of the history, when this message was last written
             question_id TEXT,
             content TEXT NOT NULL  -- ChatMessage.to_dict() as JSON
         )
@@ -86,10 +86,6 @@ MIGRATIONS: list[list[str]] = [
         """
         CREATE INDEX haystack_chat_messages_by_question
         ON haystack_chat_messages (message_key >> 32, question_id) WHERE question_id IS NOT NULL
-        """,
-        """
-        CREATE INDEX haystack_chat_messages_by_revision
-        ON haystack_chat_messages (message_key >> 32, revision) WHERE revision IS NOT NULL
         """,
         # For people: the messages, with readable names and times.
         """

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.stores.conflicts import (
-    check_count,
+    check_revision,
+    compares_contents,
     history_exists,
     history_has_messages,
     history_not_found,
@@ -34,26 +35,30 @@ class Writing(Engine[Database]):
         chat_history_id: str,
         messages: Sequence[EncodedMessage],
         policy: DuplicatePolicy,
-        expected_count: int | None,
+        expected_revision: int | None,
     ) -> int:
         """Look for the ids that came with messages, and insert what is new at the next positions."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             now = microseconds_now()
             history = histories.find(chat_history_id)
-            check_count(expected_count, 0 if history is None else history.message_count)
-            plan = planned(messages, {} if history is None else histories.known(history, messages), policy)
+            revision = 0 if history is None else history.revision
+            known = {} if history is None else histories.known(history, messages)
+            compares = compares_contents(policy, expected_revision, revision)
+            equal = histories.equal(messages, known) if compares else ()
+            plan = planned(messages, known, equal, policy, expected_revision, revision)
             if plan.new or plan.replaced:
                 history = history or histories.make(_new(chat_history_id, now))
                 histories.carry_out(plan, history, now)
         return len(plan.new) + len(plan.replaced)
 
-    def delete(self, session: Database, scope: Scope, chat_history_id: str) -> None:
+    def delete(self, session: Database, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
         """Delete the history and its messages."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             history = histories.find(chat_history_id)
             if history is not None:
+                check_revision(expected_revision, history.revision)
                 histories.delete(history.history_key)
 
     def delete_all(self, session: Database, scope: Scope) -> None:
@@ -70,19 +75,49 @@ class Writing(Engine[Database]):
         chat_history_id: str,
         message_ids: Sequence[str] | None,
         from_message_id: str | None,
+        expected_revision: int | None,
     ) -> None:
         """Delete messages by ranges of keys."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             history = histories.find(chat_history_id)
             if from_message_id is not None:
+                check_revision(expected_revision, 0 if history is None else history.revision)
                 first = None if history is None else histories.find_message(history, from_message_id)
                 if history is None or first is None:
                     raise message_not_found(from_message_id)
                 histories.delete_messages(history, [(first[0], history.next_key)])
             elif history is not None:
                 found = [histories.find_message(history, message_id) for message_id in message_ids or ()]
-                histories.delete_messages(history, [(each[0], each[0]) for each in found if each is not None])
+                ranges = [(each[0], each[0]) for each in found if each is not None]
+                if ranges:
+                    check_revision(expected_revision, history.revision)
+                histories.delete_messages(history, ranges)
+
+    def replace(
+        self,
+        session: Database,
+        scope: Scope,
+        chat_history_id: str,
+        from_message_id: str,
+        messages: Sequence[EncodedMessage],
+        expected_revision: int | None,
+    ) -> int:
+        """Delete a range of keys, and insert at the next positions."""
+        with session.transaction() as connection:
+            histories = Histories(connection, scope, session.settings.search)
+            history = histories.find(chat_history_id)
+            if history is not None and histories.has_replaced(history, from_message_id, messages):
+                return 0
+            check_revision(expected_revision, 0 if history is None else history.revision)
+            first = None if history is None else histories.find_message(history, from_message_id)
+            if history is None or first is None:
+                raise message_not_found(from_message_id)
+            known = histories.known(history, messages)
+            kept = {message_id for message_id, (key, _) in known.items() if key < first[0]}
+            new = [message for message in messages if message.message_id not in kept]
+            histories.replace(history, first[0], new, microseconds_now())
+        return len(new)
 
     def copy(
         self, session: Database, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
@@ -112,12 +147,12 @@ class Writing(Engine[Database]):
         scope: Scope,
         history: HistoryRow,
         batches: Iterable[Sequence[MessageRow]],
-        expected_count: int,
+        expected_revision: int,
     ) -> int:
         """Insert all batches in one transaction."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
-            return histories.import_batches(history, batches, expected_count)
+            return histories.import_batches(history, batches, expected_revision)
 
     def import_histories(
         self, session: Database, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]

@@ -36,17 +36,19 @@ end
 
 #: Names the keys of a bucket.
 OF_BUCKET: Final = """
-local _, directory, expiries, names = unpack(KEYS)
+local _, directory, expiries, names, deleted_revision = unpack(KEYS)
 """
 
 _READ_COUNTERS = f"""
 local fields = redis.call('HMGET', history, 'next_position', 'message_count', 'round_count', 'expires_at',
-    'created_at', 'updated_at')
+    'created_at', 'updated_at', 'revision')
 local position, message_count = tonumber(fields[1] or 0), tonumber(fields[2] or 0)
 local round_count = tonumber(fields[3] or 0)
 local expires_at, created_at, last_updated_at, is_new = fields[4], fields[5], fields[6], not fields[5]
+local revision = is_new and 0 or tonumber(fields[7] or nil)
 -- Another program may have changed a part of the history, or the server may have evicted it.
-if not round_count or redis.call('LLEN', contents) ~= position or redis.call('STRLEN', roles) ~= position
+if not round_count or not revision
+        or redis.call('LLEN', contents) ~= position or redis.call('STRLEN', roles) ~= position
         or redis.call('STRLEN', times) ~= {TIME_LENGTH} * (position or 0)
         or redis.call('HLEN', message_ids) ~= message_count then
     return redis.error_reply('DAMAGED ' .. history)
@@ -55,8 +57,10 @@ end
 
 #: Names the keys of a bucket and of one of its histories. Refuses a damaged history.
 OF_BUCKET_AND_HISTORY: Final = f"""
-local _, directory, expiries, names, history, contents, roles, message_ids, times = unpack(KEYS)
+local _, directory, expiries, names, deleted_revision, history, contents, roles, message_ids, times = unpack(KEYS)
 {_READ_COUNTERS}
+local kept_revision = tonumber(redis.call('GET', deleted_revision) or 0)
+local next_revision = (is_new and kept_revision or revision) + 1
 redis.call('ZCARD', directory)
 if is_new then redis.call('ZCARD', names) end
 local expiring = redis.call('ZCARD', expiries)
@@ -84,7 +88,7 @@ end
 
 #: A call that is repeated because its answer was lost gets the result of its first attempt.
 ONCE: Final = """
-local known_calls = redis.call('HGET', KEYS[5], 'calls') or ''
+local known_calls = redis.call('HGET', KEYS[6], 'calls') or ''
 local _, found_at = string.find(known_calls, call .. '=', 1, true)
 if found_at then return tonumber(string.match(known_calls, '^%d+', found_at + 1)) end
 """
@@ -135,11 +139,17 @@ else
 end
 """
 
+#: Keeps the revision of a history that is to expire, because no script runs when it does.
+KEEP_REVISION: Final = """
+if expires_at and revision > kept_revision then redis.call('SET', deleted_revision, revision) end
+"""
+
 #: What comes last in a write: the time until the history expires starts anew.
 EXPIRE: Final = f"""
 if ttl > 0 or expires_at or is_new then
     expires_at = ttl > 0 and string.format('%.0f', milliseconds + ttl)
     {SET_EXPIRY}
+    {KEEP_REVISION}
 end
 if ttl > 0 or expiring > 0 then
     {AGE_BUCKET}

@@ -2,11 +2,11 @@
 """The scripts that look at histories which may be damaged, and rebuild them."""
 
 from haystack_chat_store.stores.redis.schema import TIME_LENGTH
-from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, LIST_HISTORY, NOW, SET_EXPIRY, Script
+from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, KEEP_REVISION, LIST_HISTORY, NOW, SET_EXPIRY, Script
 from haystack_chat_store.stores.redis.scripts.staging import TAKE_THE_PLACE
 
 _KEYS = """
-local _, directory, expiries, names, history, contents, roles, message_ids, times = unpack(KEYS)
+local _, directory, expiries, names, deleted_revision, history, contents, roles, message_ids, times = unpack(KEYS)
 """
 
 _INSPECT = f"""
@@ -15,19 +15,19 @@ local function inspected(chat_history_id)
     local expires_at = redis.call('ZSCORE', expiries, chat_history_id)
     if expires_at and tonumber(expires_at) < milliseconds then return {{'expired'}} end
     local found = redis.call('HMGET', history, 'chat_history_id', 'next_position', 'message_count', 'round_count',
-        'created_at', 'updated_at', 'expires_at', 'edits')
-    for index = 1, 8 do found[index] = found[index] or '' end
-    found[9], found[10] = redis.call('LLEN', contents), redis.call('STRLEN', roles)
-    found[11], found[12] = redis.call('HLEN', message_ids), redis.call('STRLEN', times)
+        'created_at', 'updated_at', 'expires_at', 'edits', 'revision')
+    for index = 1, 9 do found[index] = found[index] or '' end
+    found[10], found[11] = redis.call('LLEN', contents), redis.call('STRLEN', roles)
+    found[12], found[13] = redis.call('HLEN', message_ids), redis.call('STRLEN', times)
     for index, list in ipairs({{directory, names, expiries}}) do
-        found[12 + index] = redis.call('ZSCORE', list, chat_history_id) or ''
+        found[13 + index] = redis.call('ZSCORE', list, chat_history_id) or ''
     end
-    found[16] = 0
+    found[17] = 0
     for index = 1, 5 do
-        if redis.call('PTTL', KEYS[4 + index]) >= 0 then found[16] = found[16] + 1 end
+        if redis.call('PTTL', KEYS[5 + index]) >= 0 then found[17] = found[17] + 1 end
     end
-    found[17] = redis.call('EXISTS', unpack(KEYS, 5, 9))
-    found[18] = version or ''
+    found[18] = redis.call('EXISTS', unpack(KEYS, 6, 10))
+    found[19] = version or ''
     return found
 end
 """
@@ -64,9 +64,13 @@ if #ARGV == 4 then
 end
 redis.call('HSET', history, unpack(ARGV, 5))
 redis.call('HINCRBY', history, 'edits', 1)
+local kept_revision = tonumber(redis.call('GET', deleted_revision) or 0)
+local revision = math.max(tonumber(redis.call('HGET', history, 'revision')), kept_revision) + 1
+redis.call('HSET', history, 'revision', revision)
 {TAKE_THE_PLACE}
 {LIST_HISTORY}
 {SET_EXPIRY}
+{KEEP_REVISION}
 {AGE_BUCKET}
 return 1
 """,

@@ -124,7 +124,7 @@ return {#seen < wanted and '' or seen[#seen], found}
 #: the bucket. Arguments: a time, for those that have not changed since; how many ids.
 OLDEST = Script(OF_BUCKET, "return redis.call('ZRANGEBYSCORE', directory, '-inf', '(' .. ARGV[1], 'LIMIT', 0, ARGV[2])")
 
-_INFO = "'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position'"
+_INFO = "'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position', 'revision'"
 
 #: Return fields of the hashes of histories. Keys: the bucket's schema version, then each history's hash.
 INFOS = Script(f"""
@@ -138,7 +138,7 @@ return found
 UPDATE = Script(
     OF_BUCKET,
     f"""
-local history, set = KEYS[5], tonumber(ARGV[1])
+local history, set = KEYS[6], tonumber(ARGV[1])
 if redis.call('HEXISTS', history, 'message_count') == 1 then
     if set > 0 then redis.call('HSET', history, unpack(ARGV, 2, 1 + set)) end
     if #ARGV > 1 + set then redis.call('HDEL', history, unpack(ARGV, 2 + set)) end
@@ -160,23 +160,29 @@ return found
 """)
 
 #: Delete histories of a bucket. Keys: those of the bucket, then those of the histories. Arguments: a time, for those
-#: that have not changed since, or nothing; the histories' ids. Returns how many there were.
+#: that have not changed since, or nothing; the revision that a history that is there must have, or nothing; the
+#: histories' ids. Returns how many there were, or CHANGED and a revision.
 DELETE = Script(
     OF_BUCKET,
     f"""
 redis.call('ZCARD', directory)
 redis.call('ZCARD', names)
 local expiring, deleted = redis.call('ZCARD', expiries), 0
-local updated_before = tonumber(ARGV[1])
-local of_history = (#KEYS - 4) / (#ARGV - 1)
-for index = 2, #ARGV do
+local kept_revision = tonumber(redis.call('GET', deleted_revision) or 0)
+local updated_before, greatest = tonumber(ARGV[1]), kept_revision
+local of_history = (#KEYS - 5) / (#ARGV - 2)
+for index = 3, #ARGV do
     local time = updated_before and tonumber(redis.call('ZSCORE', directory, ARGV[index]) or nil)
     if not time or time < updated_before then
-        local first = 5 + (index - 2) * of_history
+        local first = 6 + (index - 3) * of_history
+        local revision = tonumber(redis.pcall('HGET', KEYS[first], 'revision') or nil)  -- it may be damaged
+        if revision and ARGV[2] ~= '' and tonumber(ARGV[2]) ~= revision then return {{'CHANGED', revision}} end
+        greatest = math.max(greatest, revision or 0)
         if redis.call('UNLINK', unpack(KEYS, first, first + of_history - 1)) > 0 then deleted = deleted + 1 end
         for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, ARGV[index]) end
     end
 end
+if greatest > kept_revision then redis.call('SET', deleted_revision, greatest) end
 if expiring > 0 then
     {NOW}
     {AGE_BUCKET}

@@ -6,6 +6,7 @@ from haystack_chat_store.stores.redis.scripts import (
     AGE_BUCKET,
     CHANGED_AT,
     EXPIRE,
+    KEEP_REVISION,
     LIST_HISTORY,
     NOW,
     OF_BUCKET_AND_HISTORY,
@@ -17,9 +18,9 @@ from haystack_chat_store.stores.redis.scripts import (
 
 #: Append messages, and replace some. Keys: those of the bucket, those of the history. Arguments: the history's id;
 #: milliseconds until it expires, 0 for never; the first letter of each message's role; the messages' ids, separated by
-#: NUL; the policy; how many messages the history must have, or nothing; a name for this call; then the messages'
+#: NUL; the policy; the revision that the history must have, or nothing; a name for this call; then the messages'
 #: contents, each an argument. Returns how many this call has written, or the reason why it has not: CHANGED and the
-#: number of messages, or DUPLICATE and an id.
+#: history's revision, or DUPLICATE and an id.
 WRITE = Script(
     "local call = ARGV[7]",
     ONCE,
@@ -28,9 +29,10 @@ WRITE = Script(
     CHANGED_AT,
     """
 local chat_history_id, ttl, letters, policy, expected = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[5], ARGV[6]
-if expected ~= '' and tonumber(expected) ~= message_count then return {'CHANGED', message_count} end
+local is_expected = expected == '' or tonumber(expected) == revision
+local compares = policy == 'overwrite' or policy == 'skip' and not is_expected
 
-local rounds, new, new_roles, new_ids, replaced = 0, {}, {}, {}, {}
+local rounds, new, new_roles, new_ids, replaced, duplicate = 0, {}, {}, {}, {}, nil
 local index = 0
 for message_id in string.gmatch(ARGV[4], '%Z+') do
     index = index + 1
@@ -42,15 +44,20 @@ for message_id in string.gmatch(ARGV[4], '%Z+') do
         new_ids[2 * #new - 1], new_ids[2 * #new] = message_id, position + #new - 1
         if role == 'u' then rounds = rounds + 1 end
     elseif policy == 'fail' then
-        return {'DUPLICATE', message_id}
-    elseif policy == 'overwrite' then
+        duplicate = duplicate or message_id
+    elseif compares then
         local was = redis.call('GETRANGE', roles, known, known)
         if was == '' or was == 'x' then return redis.error_reply('DAMAGED ' .. history) end
-        if was == 'u' then rounds = rounds - 1 end
-        if role == 'u' then rounds = rounds + 1 end
-        replaced[#replaced + 1] = {known, role, ARGV[7 + index]}
+        if was ~= role or redis.call('LINDEX', contents, known) ~= ARGV[7 + index] then
+            if was == 'u' then rounds = rounds - 1 end
+            if role == 'u' then rounds = rounds + 1 end
+            replaced[#replaced + 1] = {known, role, ARGV[7 + index]}
+        end
     end
 end
+local is_repeated = compares and index > 0 and #new + #replaced == 0  -- all is stored already, equal
+if not is_expected and not is_repeated then return {'CHANGED', revision} end
+if duplicate then return {'DUPLICATE', duplicate} end
 
 local updated_at, result = changed_at(microseconds), #new + #replaced
 if is_new and #new == 0 then return 0 end
@@ -70,8 +77,9 @@ if result > 0 then
         redis.call('LSET', contents, each[1], each[3])
         redis.call('SETRANGE', roles, each[1], each[2])
     end
+    revision = next_revision
     redis.call('HSET', history, 'next_position', position + #new, 'message_count', message_count + #new,
-        'round_count', round_count + rounds, 'updated_at', updated_at)
+        'round_count', round_count + rounds, 'updated_at', updated_at, 'revision', revision)
     if is_new then redis.call('HSET', history, 'chat_history_id', chat_history_id, 'created_at', microseconds) end
     if #replaced > 0 then redis.call('HINCRBY', history, 'edits', 1) end
     {LIST_HISTORY}
@@ -192,10 +200,47 @@ POSITIONS = Script(OF_HISTORY, "return redis.call('HMGET', message_ids, unpack(A
 #: Argument: the cursor, 0 at first. Returns the next cursor, 0 at the end, then ids and positions in turn.
 SCAN_IDS = Script("return redis.call('HSCAN', KEYS[2], ARGV[1], 'COUNT', 1000)")
 
+# Finds the messages to delete among those with some ids: the ones from `start` on. Refuses a damaged history.
+_FIND_GONE = """
+local gone, gone_ids, gone_rounds = {}, {}, 0
+for message_id in string.gmatch(ARGV[5], '%Z+') do
+    local known = redis.call('HGET', message_ids, message_id)
+    if known and not gone[known] and tonumber(known) >= start then
+        local was = redis.call('GETRANGE', roles, known, known)
+        if was == '' or was == 'x' then return redis.error_reply('DAMAGED ' .. history) end
+        if was == 'u' then gone_rounds = gone_rounds + 1 end
+        gone[known] = true
+        gone_ids[#gone_ids + 1] = message_id
+    end
+end
+"""
+# All of them must be known by their ids. Others are there if the history was deleted and has begun anew meanwhile.
+_CHECK_ALL_ARE_GONE = """
+local _, following = string.gsub(redis.call('GETRANGE', roles, start, -1), '[^x]', '')
+if #gone_ids ~= following then return {'OTHERS'} end
+"""
+_DELETE_IDS = """
+for first = 1, #gone_ids, 1000 do  -- a command that Redis takes when it is out of memory
+    redis.call('HDEL', message_ids, unpack(gone_ids, first, math.min(first + 999, #gone_ids)))
+end
+"""
+# Leaves gaps from `start` on, all at once: ten times as fast as finding each of them in a long list.
+_LEAVE_GAPS = """
+redis.call('LTRIM', contents, 0, start)
+redis.call('LSET', contents, start, '')
+local gaps = {}
+for index = 1, 1000 do gaps[index] = '' end
+for first = start + 1, position - 1, 1000 do
+    redis.call('RPUSH', contents, unpack(gaps, 1, math.min(position - first, 1000)))
+end
+redis.call('SETRANGE', roles, start, string.rep('x', position - start))
+"""
+
 #: Delete single messages. Keys: those of the bucket, those of the history. Arguments: the history's id; the id of a
 #: message that must exist and is deleted with all that follow it, or nothing; the next position that the history must
-#: have, or nothing; a name for this call; the ids, separated by NUL. Returns how many were deleted, or the reason why
-#: none were: MISSING or MORE.
+#: have, or nothing; a name for this call; the ids, separated by NUL; the revision that the history must have, or
+#: nothing. Returns how many were deleted, or the reason why none were: CHANGED and the history's revision, MISSING,
+#: MORE or OTHERS.
 REMOVE = Script(
     "local call = ARGV[4]",
     ONCE,
@@ -204,34 +249,21 @@ REMOVE = Script(
     CHANGED_AT,
     f"""
 local chat_history_id, required, expected = ARGV[1], ARGV[2], ARGV[3]
+local is_expected = ARGV[6] == '' or tonumber(ARGV[6]) == revision
+if required ~= '' and not is_expected then return {{'CHANGED', revision}} end
 local start = required == '' and 0 or tonumber(redis.call('HGET', message_ids, required) or nil)
 if not start then return {{'MISSING'}} end
 if expected ~= '' and tonumber(expected) ~= position then return {{'MORE'}} end
-local gone, gone_ids, rounds = {{}}, {{}}, 0
-for message_id in string.gmatch(ARGV[5], '%Z+') do
-    local known = redis.call('HGET', message_ids, message_id)
-    if known and not gone[known] and tonumber(known) >= start then
-        local was = redis.call('GETRANGE', roles, known, known)
-        if was == '' or was == 'x' then return redis.error_reply('DAMAGED ' .. history) end
-        if was == 'u' then rounds = rounds + 1 end
-        gone[known] = true
-        gone_ids[#gone_ids + 1] = message_id
-    end
-end
+{_FIND_GONE}
 if #gone_ids == 0 then return 0 end
-
-for first = 1, #gone_ids, 1000 do  -- a command that Redis takes when it is out of memory
-    redis.call('HDEL', message_ids, unpack(gone_ids, first, math.min(first + 999, #gone_ids)))
+if not is_expected then return {{'CHANGED', revision}} end
+if required ~= '' then
+    {_CHECK_ALL_ARE_GONE}
 end
-if required ~= '' then  -- all at once: ten times as fast as finding each of them in a long list
-    redis.call('LTRIM', contents, 0, start)
-    redis.call('LSET', contents, start, '')
-    local gaps = {{}}
-    for index = 1, 1000 do gaps[index] = '' end
-    for first = start + 1, position - 1, 1000 do
-        redis.call('RPUSH', contents, unpack(gaps, 1, math.min(position - first, 1000)))
-    end
-    redis.call('SETRANGE', roles, start, string.rep('x', position - start))
+
+{_DELETE_IDS}
+if required ~= '' then
+    {_LEAVE_GAPS}
 else
     for known in pairs(gone) do
         redis.call('LSET', contents, known, '')
@@ -239,14 +271,86 @@ else
     end
 end
 local updated_at, result = changed_at(microseconds), #gone_ids
+revision = next_revision
 redis.call('HSET', history, 'message_count', message_count - #gone_ids,
-    'round_count', round_count - rounds, 'updated_at', updated_at)
+    'round_count', round_count - gone_rounds, 'updated_at', updated_at, 'revision', revision)
 redis.call('HINCRBY', history, 'edits', 1)
 {LIST_HISTORY}
 {REMEMBER_CALL}
+{KEEP_REVISION}
 if expiring > 0 then
     {AGE_BUCKET}
 end
 return result
 """,
+)
+
+#: Delete a message and all that follow it, and append others. Keys: those of the bucket, those of the history.
+#: Arguments: the history's id; the id of the first message to delete; the next position that the history must have; a
+#: name for this call; the ids to delete, separated by NUL; the revision that the history must have, or nothing;
+#: milliseconds until it expires, 0 for never; of the messages to append, the first letter of each role and the ids,
+#: separated by NUL, then the contents, each an argument. Returns how many were appended, 0 if an earlier attempt has
+#: appended them, or the reason why nothing was changed: CHANGED and the history's revision, MISSING, MORE or OTHERS.
+REPLACE = Script(
+    "local call = ARGV[4]",
+    ONCE,
+    OF_BUCKET_AND_HISTORY,
+    NOW,
+    CHANGED_AT,
+    """
+local chat_history_id, ttl = ARGV[1], tonumber(ARGV[7])
+local start = tonumber(redis.call('HGET', message_ids, ARGV[2]) or nil)
+
+local rounds, new, new_roles, new_ids = 0, {}, {}, {}
+local index, equal_positions, is_repeated = 0, {}, true
+for message_id in string.gmatch(ARGV[9], '%Z+') do
+    index = index + 1
+    local role, content = string.sub(ARGV[8], index, index), ARGV[9 + index]
+    local known = tonumber(redis.call('HGET', message_ids, message_id) or nil)
+    is_repeated = is_repeated and known and known >= (equal_positions[index - 1] or 0)
+        and redis.call('GETRANGE', roles, known, known) == role and redis.call('LINDEX', contents, known) == content
+    equal_positions[index] = known
+    if not known or start and known >= start then
+        new[#new + 1] = content
+        new_roles[#new] = role
+        new_ids[2 * #new - 1], new_ids[2 * #new] = message_id, position + #new - 1
+        if role == 'u' then rounds = rounds + 1 end
+    end
+end
+if is_repeated and index > 0 then
+    local first, own = start or equal_positions[index], 0
+    for _, each in ipairs(equal_positions) do
+        if each >= first then own = own + 1 end
+    end
+    local _, following = string.gsub(redis.call('GETRANGE', roles, first, -1), '[^x]', '')
+    if own == following then return 0 end
+end
+if ARGV[6] ~= '' and tonumber(ARGV[6]) ~= revision then return {'CHANGED', revision} end
+if not start then return {'MISSING'} end
+if tonumber(ARGV[3]) ~= position then return {'MORE'} end
+""",
+    _FIND_GONE,
+    _CHECK_ALL_ARE_GONE,
+    f"""
+if #new > 0 then
+    redis.call('APPEND', times, string.rep(string.format('%0{TIME_LENGTH}.0f', microseconds), #new))
+    redis.call('APPEND', roles, table.concat(new_roles))
+end
+{_DELETE_IDS}
+{_LEAVE_GAPS}
+for first = 1, #new, 1000 do  -- Lua's stack may not hold more arguments
+    local last = math.min(first + 999, #new)
+    redis.call('RPUSH', contents, unpack(new, first, last))
+    redis.call('HSET', message_ids, unpack(new_ids, 2 * first - 1, 2 * last))
+end
+local updated_at, result = changed_at(microseconds), #new
+revision = next_revision
+redis.call('HSET', history, 'next_position', position + #new, 'message_count', message_count - #gone_ids + #new,
+    'round_count', round_count - gone_rounds + rounds, 'updated_at', updated_at, 'revision', revision)
+redis.call('HINCRBY', history, 'edits', 1)
+{LIST_HISTORY}
+{REMEMBER_CALL}
+""",
+    EXPIRE,
+    "return result",
 )

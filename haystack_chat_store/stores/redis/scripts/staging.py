@@ -48,7 +48,7 @@ return ''
 DISCARD = Script("return redis.call('UNLINK', unpack(KEYS, 2))")
 
 _OF_STAGED = """
-local staged_contents, staged_roles, staged_ids, staged_times = unpack(KEYS, 10)
+local staged_contents, staged_roles, staged_ids, staged_times = unpack(KEYS, 11)
 local waiting = tonumber(ARGV[3])
 if redis.call('LLEN', staged_contents) ~= waiting or redis.call('STRLEN', staged_roles) ~= waiting then
     return redis.error_reply('STAGEDLOST')
@@ -58,8 +58,8 @@ end
 #: Puts the waiting messages into the place of the history's own.
 TAKE_THE_PLACE = """
 for index, key in ipairs({contents, roles, message_ids, times}) do
-    if redis.call('EXISTS', KEYS[9 + index]) == 1 then
-        redis.call('RENAME', KEYS[9 + index], key)
+    if redis.call('EXISTS', KEYS[10 + index]) == 1 then
+        redis.call('RENAME', KEYS[10 + index], key)
         redis.call('PERSIST', key)
     else
         redis.call('UNLINK', key)
@@ -69,10 +69,10 @@ end
 
 #: Append the waiting messages to a history, all at once. Keys: those of the bucket, of the history, of the waiting
 #: messages. Arguments: the history's id; milliseconds until it expires, 0 for never; how many messages wait; how many
-#: of them are user messages; how many messages the history must have; a name for this call; the time of the change, or
-#: nothing for now; for a new history, names of fields and values of its hash, in turn. If no messages wait, nothing
-#: changes, except that a new history is made if a time is given. Returns how many messages waited, or CHANGED and how
-#: many the history has, or DUPLICATE and the id of a message that it has.
+#: of them are user messages; the revision that the history must have, or nothing if it must have no messages; a name
+#: for this call; the time of the change, or nothing for now; for a new history, names of fields and values of its hash,
+#: in turn. If no messages wait, nothing changes, except that a new history is made if a time is given. Returns how many
+#: messages waited, or CHANGED and the history's revision, or DUPLICATE and the id of a message that it has.
 FINISH = Script(
     "local call = ARGV[6]",
     ONCE,
@@ -81,7 +81,9 @@ FINISH = Script(
     CHANGED_AT,
     """
 local chat_history_id, ttl = ARGV[1], tonumber(ARGV[2])
-if tonumber(ARGV[5]) ~= message_count then return {'CHANGED', message_count} end
+if ARGV[5] == '' and message_count > 0 or ARGV[5] ~= '' and tonumber(ARGV[5]) ~= revision then
+    return {'CHANGED', revision}
+end
 """,
     _OF_STAGED,
     """
@@ -113,10 +115,11 @@ if position > 0 then
     for first = 1, #moved, 2000 do
         redis.call('HSET', message_ids, unpack(moved, first, math.min(first + 1999, #moved)))
     end
-    redis.call('UNLINK', unpack(KEYS, 10))
+    redis.call('UNLINK', unpack(KEYS, 11))
 end
-redis.call('HSET', history, 'next_position', position + waiting, 'message_count', message_count + waiting,
-    'round_count', round_count + tonumber(ARGV[4]), 'updated_at', updated_at)
+revision = next_revision
+redis.call('HSET', history, 'revision', revision, 'next_position', position + waiting,
+    'message_count', message_count + waiting, 'round_count', round_count + tonumber(ARGV[4]), 'updated_at', updated_at)
 if is_new then redis.call('HSET', history, 'created_at', microseconds, unpack(ARGV, 8)) end
 if position == 0 then
     {TAKE_THE_PLACE}
