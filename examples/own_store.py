@@ -80,9 +80,10 @@ class FolderEngine(Engine[Path]):
     def delete(self, session: Path, scope: Scope, chat_history_id: str) -> None:
         file_of(session, scope, chat_history_id).unlink(missing_ok=True)
 
-    def delete_all(self, session: Path, scope: Scope) -> None:
+    def delete_all(self, session: Path, scope: Scope) -> bool:
         for file in folder_of(session, scope).glob("*"):
             file.unlink()
+        return False
 
 
 class FolderChatMessageStore(BaseChatMessageStore):

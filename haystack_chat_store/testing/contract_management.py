@@ -5,6 +5,7 @@ from haystack_chat_store.testing.contract_changes import Rule18PagesTest, Rule19
 from haystack_chat_store.testing.contract_directory import Rule17DirectoryTest, Rule22ErasingTest
 from haystack_chat_store.testing.contract_moving import Rule23MovingTest
 from haystack_chat_store.testing.contract_random_walk import RandomWalkTest
+from haystack_chat_store.testing.contract_reading import Rule24ReadingTest
 from haystack_chat_store.testing.contract_search import Rule21SearchTest
 
 
@@ -16,6 +17,7 @@ class ManagementContract(
     Rule21SearchTest,
     Rule22ErasingTest,
     Rule23MovingTest,
+    Rule24ReadingTest,
     RandomWalkTest,
 ):
     """

@@ -54,11 +54,12 @@ class Writing(Engine[Memory]):
         with session.lock:
             session.of(scope).put(chat_history_id, None)
 
-    def delete_all(self, session: Memory, scope: Scope) -> None:
+    def delete_all(self, session: Memory, scope: Scope) -> bool:
         """Remove the namespace's histories and its index."""
         with session.lock:
             namespace = session.of(scope)
             namespace.histories, namespace.index = {}, SearchIndex()
+        return False
 
     def delete_messages(
         self,
