@@ -178,8 +178,8 @@ class ReadingMethods:
 
 def _not_indexed() -> UnsupportedOperationError:
     return UnsupportedOperationError(
-        "Some messages are not indexed yet, and searching changes nothing. Index them: call index_messages() of a store "
-        "made with search=True, or run `haystack-chat-store index`."
+        "Some messages are not indexed yet, and searching changes nothing. Index them: call index_messages() of a "
+        "store made with search=True, or run `haystack-chat-store index`."
     )
 
 

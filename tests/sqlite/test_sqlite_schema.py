@@ -80,7 +80,7 @@ def test_a_database_of_the_version_before_is_upgraded_in_place_once(store, path,
     say(store, "before")
     store.close()
     monkeypatch.setattr(schema, "MIGRATIONS", [*schema.MIGRATIONS, NEXT_MIGRATION])
-    with pytest.raises(SchemaVersionError, match="earlier version.*Upgrade it: write to it, or run .*doctor --repair"):
+    with pytest.raises(SchemaVersionError, match=r"earlier version.*Upgrade it: write to it, or run .*doctor --repair"):
         said(store)
     if by == "a write":
         say(store, "afterwards")

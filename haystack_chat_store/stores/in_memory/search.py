@@ -10,7 +10,6 @@ from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory.histories import Memory
 from haystack_chat_store.stores.rows import FoundRow, Scope
 
-
 # Other calls can go on between two batches.
 _INDEX_BATCH_SIZE = 1_000
 

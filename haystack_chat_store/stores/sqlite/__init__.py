@@ -84,6 +84,25 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
             strict=strict,
         )
 
+    def backup(self, path: "str | os.PathLike[str]") -> None:
+        """
+        Write everything in this store's file, of all namespaces, to a new file, while others go on writing.
+
+        The new file is a complete database of one moment: a store can be made with its path. It is on the disk when
+        this returns. Only its owner may read it.
+
+        :param path: The path of the new file. Nothing may be there.
+        :raises FileExistsError: If there is something at the path. It was left as it is.
+        :raises OSError: If the file cannot be written.
+        :raises StoreConfigurationError: If there is nothing to back up.
+        :raises ChatMessageStoreError: If the store's file cannot be read.
+        """
+        self.engine.run(self.engine.backup, self.scope, os.path.abspath(os.fspath(path)))
+
+    async def backup_async(self, path: "str | os.PathLike[str]") -> None:
+        """Do what `backup` does, without blocking the event loop."""
+        await self.engine.run_async(self.engine.backup, self.scope, os.path.abspath(os.fspath(path)))
+
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> Self:
         """

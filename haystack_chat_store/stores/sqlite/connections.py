@@ -24,7 +24,9 @@ from haystack_chat_store.stores.sqlite.files import (
     LOG,
     LOG_INDEX,
     Connection,
+    Files,
     Identity,
+    can_be_written,
     check_unchanged,
     connected,
     connected_read_only,
@@ -239,24 +241,29 @@ class Database:
                 raise _log_of_moved(path, "Another thread is still using it. Try again.")
             time.sleep(_POLL_SECONDS)
         with self._leaving_lock:
-            for idle in (self._idle_writers, self._idle_readers):
-                for connection in list(idle):
-                    if connection.is_to_files_at(path):
-                        continue
-                    with self._lock:
-                        if connection not in idle:  # it was lent meanwhile, to a call that finds out itself
-                            continue
-                        idle.remove(connection)
-                    try:
-                        if connection.is_writable:
-                            _write_log_to_database(connection, path, deadline)
-                        elif connection.has_log_at(path):
-                            raise _log_of_moved(path, "Another process has to write it there.")
-                    except BaseException:
-                        with self._lock:
-                            idle.append(connection)
-                        raise
-                    connection.close()
+            for connection in [*self._idle_writers, *self._idle_readers]:
+                if not connection.is_to_files_at(path):
+                    self._leave(connection, deadline)
+
+    def _leave(self, connection: Connection, deadline: float) -> None:
+        path, idle = self.settings.path, self._idle(connection)
+        with self._lock:
+            if connection not in idle:  # it was lent meanwhile, to a call that finds out itself
+                return
+            idle.remove(connection)
+        try:
+            if connection.is_writable:
+                _write_log_to_database(connection, path, deadline)
+            elif connection.has_log_at(path):
+                raise _log_of_moved(path, "Another process has to write it there.")
+        except BaseException:
+            with self._lock:
+                idle.append(connection)
+            raise
+        connection.close()
+
+    def _idle(self, connection: Connection) -> list[Connection]:
+        return self._idle_writers if connection.is_writable else self._idle_readers
 
     def _deadline(self) -> float:
         """Return until when to wait for a lock: the first time in a call, until the call's deadline."""
@@ -276,8 +283,11 @@ class Database:
             if connection.is_to_files_at(self.settings.path):
                 return connection
             self._take_back(connection, is_sound=True)
-        self._leave_moved_files(time.monotonic() + self.settings.timeout)
-        return self._new_reader()
+        while True:
+            self._leave_moved_files(time.monotonic() + self.settings.timeout)
+            connection = self._new_reader()
+            if connection is not None:
+                return connection
 
     def _writer_in_transaction(self, deadline: float) -> Connection:
         """Lend a connection for writing whose files lie at the path, in a transaction: no other process writes now."""
@@ -286,6 +296,8 @@ class Database:
             if connection is None:
                 self._leave_moved_files(deadline)
                 connection = self._new_writer()
+            if connection is None:
+                continue
             try:
                 _begin(connection, self.settings, deadline)
                 if connection.is_to_files_at(self.settings.path):
@@ -303,9 +315,9 @@ class Database:
             if database.settings.path == self.settings.path:
                 database.leave_moved_files(deadline)
 
-    def _new_reader(self) -> Connection:
+    def _new_reader(self) -> Connection | None:
         """
-        Lend a new connection for reading.
+        Lend a new connection for reading, or `None` if the file was moved or replaced meanwhile.
 
         :raises NoDatabaseError: If there is no file, or nothing in it.
         """
@@ -313,15 +325,16 @@ class Database:
         if not has_content(path):
             refuse_log_without_database(path)
             raise NoDatabaseError
+        before = identity(path)
         way = connected_without_traces if leaves_traces_of_reading(path) else connected_read_only
         connection = self._lent_new(lambda: way(path, timeout))
         try:
             try:
                 is_empty = schema.is_empty(connection, path)
             except sqlite3.OperationalError as error:
-                if "readonly" in str(error):
+                if "readonly" in str(error) and content(path + JOURNAL).size:
                     raise _interrupted_write(path) from error
-                if "unable to open" not in str(error) or os.access(os.path.dirname(path), os.W_OK):
+                if not _is_of_missing_rights(error) or os.access(os.path.dirname(path), os.W_OK):
                     raise
                 self._take_back(connection, is_sound=False)
                 connection = self._lent_new(lambda: connected_without_traces(path, timeout))
@@ -335,29 +348,44 @@ class Database:
         except BaseException:
             self._take_back(connection, is_sound=False)
             raise
+        if identity(path) != before:
+            self._take_back(connection, is_sound=False)
+            return None
         return connection
 
-    def _new_writer(self) -> Connection:
-        """Lend a new connection for writing, and make the tables of a new file."""
+    def _new_writer(self) -> Connection | None:
+        """
+        Lend a new connection for writing, or `None` if the file was moved or replaced meanwhile.
+
+        It makes the tables of a new file.
+        """
         path, timeout = self.settings.path, self.settings.timeout
         if has_content(path):
-            if os.access(path, os.R_OK) and not os.access(path, os.W_OK):
+            if os.access(path, os.R_OK) and not can_be_written(path):
                 raise StoreUnavailableError(
                     f"{path} can only be read. Give this process write access to the file and its folder."
                 )
             self._look_at(path)
         else:
             refuse_log_without_database(path)
+        before = identity(path)
         connection = self._lent_new(lambda: connected(path, timeout))
+        opened = identity(path)
+        if before not in (None, opened):
+            self._take_back(connection, is_sound=False)
+            return None
         try:
-            before = identity(path)
-            _make_ready(connection, self.settings)
-            connection.files, connection.index = files_at(path), identity(path + LOG_INDEX)
-            if connection.files.database != before:
-                raise StoreUnavailableError(f"{path} was moved or replaced while it was opened. Try again.")
+            try:
+                _make_ready(connection, self.settings)
+            finally:
+                connection.files = Files(opened, identity(path + LOG))
+                connection.index = identity(path + LOG_INDEX)
         except BaseException:
             self._take_back(connection, is_sound=False)
             raise
+        if not connection.is_to_files_at(path):
+            self._take_back(connection, is_sound=False)
+            return None
         return connection
 
     def _look_at(self, path: str) -> None:
@@ -367,7 +395,7 @@ class Database:
             schema.is_empty(connection, path)
         except sqlite3.OperationalError as error:
             # To open it for writing then either says the same, or undoes an interrupted write, as any program would.
-            if "unable to open" not in str(error) and "readonly" not in str(error):
+            if not _is_of_missing_rights(error):
                 raise
         finally:
             self._take_back(connection, is_sound=False)
@@ -408,7 +436,7 @@ class Database:
     def _take_back(self, connection: Connection, is_sound: bool) -> None:
         if connection.is_inherited:
             return  # closing it would write to the file of the parent, which still uses it
-        idle = self._idle_writers if connection.is_writable else self._idle_readers
+        idle = self._idle(connection)
         with self._lock:
             self._lent.discard(connection)
             if is_sound and not self._is_closed and not self._is_forking and len(idle) < _MAX_IDLE_CONNECTIONS:
@@ -530,6 +558,10 @@ def _write_log_to_database(connection: Connection, path: str, deadline: float) -
         "there.",
         path=path,
     )
+
+
+def _is_of_missing_rights(error: sqlite3.OperationalError) -> bool:
+    return "unable to open" in str(error) or "readonly" in str(error)
 
 
 def _log_of_moved(path: str, then: str) -> StoreUnavailableError:

@@ -18,10 +18,12 @@ from haystack_chat_store.stores.engine import (
     reads_only,
     result_without_database,
 )
+from haystack_chat_store.stores.rows import Scope
 from haystack_chat_store.stores.sqlite import failures
 from haystack_chat_store.stores.sqlite.checking import Checking
 from haystack_chat_store.stores.sqlite.connections import Database, NoDatabaseError, Settings, databases
 from haystack_chat_store.stores.sqlite.directory import Directory
+from haystack_chat_store.stores.sqlite.files import back_up
 from haystack_chat_store.stores.sqlite.reading import Reading
 from haystack_chat_store.stores.sqlite.search import Search
 from haystack_chat_store.stores.sqlite.writing import Writing
@@ -85,6 +87,11 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         if not _run_on(databases.get(self.settings), self._deadline(), _exists):
             raise StoreConfigurationError(f"{self.settings.path} is empty: it has no chat histories.")
 
+    def backup(self, session: Database, scope: Scope, path: str) -> None:  # noqa: ARG002  (the file holds all namespaces)
+        """Copy the file as of one moment with SQLite's backup API. Others can write meanwhile."""
+        with session.connection() as connection:
+            back_up(connection, path)
+
     def close(self) -> None:
         """
         Close the file, for every engine with the same settings. Calls that are under way in other threads are finished.
@@ -118,6 +125,8 @@ def _run_on(
         database.begin_call(deadline)
         return plain_result(operation(database, *arguments, **options))
     except NoDatabaseError:
+        if operation.__name__ == SQLiteEngine.backup.__name__:
+            raise StoreConfigurationError(f"There is nothing to back up at {database.settings.path}.") from None
         return cast(ResultT, result_without_database(operation))
     except sqlite3.Error as error:
         # The message about a damaged text quotes it, so it must not appear in a traceback.

@@ -3,16 +3,18 @@
 The files of a database: which ones lie at its path now, and which ones a connection has open.
 
 SQLite keeps a log (`-wal`) and an index of the log (`-shm`) beside a database, and finds them by their names. If the
-database is moved or replaced while it is in use, the log stays behind: committed messages may be in it alone, and SQLite
-would delete it for a new database of the same name, or take it for a part of another one.
+database is moved or replaced while it is in use, the log stays behind. Committed messages may be in it alone, and
+SQLite would delete it for a new database of the same name, or take it for a part of another one.
 """
 
+import errno
 import os
 import shutil
 import sqlite3
 import stat
+import tempfile
+from contextlib import closing, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
@@ -57,7 +59,7 @@ class Connection(sqlite3.Connection):
     files: Files | None = None
     index: Identity = None
     unchanging: tuple[Content, Content] | None = None
-    copies: "TemporaryDirectory[str] | None" = None
+    copies: "tempfile.TemporaryDirectory[str] | None" = None
     thread_id: int | None = None
     is_inherited = False
 
@@ -153,14 +155,20 @@ def refuse_log_without_database(path: str) -> None:
 
 def connected_read_only(path: str, timeout: float) -> Connection:
     """Connect to a database without the right to change it."""
-    return _connected(f"{Path(path).as_uri()}?mode=ro", timeout)
+    return _connected(f"{Path(path).as_uri()}?mode=ro", timeout, uri=True)
 
 
 def connected(path: str, timeout: float) -> Connection:
     """Connect to a database, or make an empty one."""
-    connection = sqlite3.connect(path, timeout=timeout, **_OPTIONS)
+    connection = _connected(path, timeout, uri=False)
     connection.is_writable = True
     return connection
+
+
+def can_be_written(path: str) -> bool:
+    """Whether this process may write to a database, and to the files beside it or make them."""
+    has_files = identity(path + LOG) is not None and identity(path + LOG_INDEX) is not None
+    return os.access(path, os.W_OK) and (has_files or os.access(os.path.dirname(path), os.W_OK))
 
 
 def leaves_traces_of_reading(path: str) -> bool:
@@ -183,7 +191,7 @@ def connected_without_traces(path: str, timeout: float) -> Connection:
     """
     before = contents_at(path)
     if before[1].size == 0:
-        connection = _connected(f"{Path(path).as_uri()}?mode=ro&immutable=1", timeout)
+        connection = _connected(f"{Path(path).as_uri()}?mode=ro&immutable=1", timeout, uri=True)
     else:
         connection = _connected_to_copies(path, timeout)
     connection.unchanging = before
@@ -200,9 +208,59 @@ def check_unchanged(connection: Connection, path: str) -> None:
         raise StoreUnavailableError(f"{path} was changed while it was read. Try again.")
 
 
+def back_up(source: sqlite3.Connection, path: str) -> None:
+    """
+    Copy a database as of one moment to a new file. Other connections can write to the database meanwhile.
+
+    The file appears when it is complete and on the disk. It needs no log: it can be read where nothing can be written.
+
+    :raises FileExistsError: If there is something at the path.
+    :raises OSError: If the file cannot be written.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    folder = os.path.dirname(path)
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=".haystack-chat-store.", dir=folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    os.close(descriptor)
+    try:
+        with closing(_connected(temporary, 0, uri=False)) as target:
+            target.execute("PRAGMA synchronous = full")
+            source.backup(target)
+            target.execute("PRAGMA journal_mode = delete")
+        _sync(temporary)
+        _move_where_nothing_is(temporary, path)
+    except sqlite3.Error as error:
+        raise StoreUnavailableError(f"The backup to {path} failed: {error}.") from error
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+    if os.name == "posix":  # Windows cannot open a folder
+        _sync(folder)
+
+
+def _move_where_nothing_is(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # which, unlike os.rename, replaces nothing
+    except OSError:
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+        os.rename(source, target)  # the file system has no links
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _connected_to_copies(path: str, timeout: float) -> Connection:
     try:
-        copies = TemporaryDirectory(prefix="haystack-chat-store-")
+        copies = tempfile.TemporaryDirectory(prefix="haystack-chat-store-")
         copy = os.path.join(copies.name, "copy.db")
         for ending in ("", LOG):
             shutil.copyfile(path + ending, copy + ending)
@@ -216,12 +274,12 @@ def _connected_to_copies(path: str, timeout: float) -> Connection:
     return connection
 
 
-def _connected(uri: str, timeout: float) -> Connection:
-    return sqlite3.connect(uri, uri=True, timeout=timeout, **_OPTIONS)
-
-
-_OPTIONS = {
-    "isolation_level": None,  # transactions begin and end where this package says
-    "check_same_thread": False,  # one thread at a time has it
-    "factory": Connection,
-}
+def _connected(place: str, timeout: float, *, uri: bool) -> Connection:
+    return sqlite3.connect(
+        place,
+        uri=uri,
+        timeout=timeout,
+        isolation_level=None,  # transactions begin and end where this package says
+        check_same_thread=False,  # one thread at a time has it
+        factory=Connection,
+    )
