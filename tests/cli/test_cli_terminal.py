@@ -81,7 +81,7 @@ def assert_harmless(text):
 
 @pytest.fixture
 def store(url):
-    return store_from_url(url, last_k=None, skip_system_messages=False)
+    return store_from_url(url, last_k=None, skip_system_messages=False, search=True)
 
 
 def hostile_messages(text):
