@@ -17,9 +17,9 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
     Keeps chat histories in one SQLite file: durable, with nothing to install and no server to run.
 
     Any number of threads, event loops and processes of one machine can use a file together; each write is a
-    transaction. The file must not lie on a network file system, where SQLite's locks do not work. Calls that read change
-    nothing, and the first write makes the file. If the file is moved or replaced, the next call writes what is in its log
-    to it, and then uses what is at the path.
+    transaction. The file must not lie on a network file system, where SQLite's locks do not work. Calls that read
+    change nothing, and the first write makes the file. If the file is moved or replaced while it is in use, the next
+    call writes what is in its log to it, and then uses what is at the path.
 
     ```python
     from haystack.dataclasses import ChatMessage
