@@ -438,11 +438,14 @@ class Database:
             return  # closing it would write to the file of the parent, which still uses it
         idle = self._idle(connection)
         with self._lock:
-            self._lent.discard(connection)
             if is_sound and not self._is_closed and not self._is_forking and len(idle) < _MAX_IDLE_CONNECTIONS:
+                self._lent.discard(connection)
                 idle.append(connection)
                 return
-        self._close(connection)
+        self._save_log_of_moved(connection)
+        with self._lock:  # a fork waits for it: the child of a half-closed connection could take no locks
+            self._lent.discard(connection)
+            connection.close()  # which rolls back what was under way
 
     def _close_idle(self) -> None:
         with self._leaving_lock:
@@ -452,10 +455,11 @@ class Database:
                         if not idle:
                             break
                         connection = idle.pop()
-                    self._close(connection)
+                    self._save_log_of_moved(connection)
+                    connection.close()
 
-    def _close(self, connection: Connection) -> None:
-        """Close a connection, which rolls back what was under way."""
+    def _save_log_of_moved(self, connection: Connection) -> None:
+        """Before a connection is closed whose file was moved, write everything that is in its log to its file."""
         path = self.settings.path
         if connection.is_writable and connection.files is not None and not connection.is_to_files_at(path):
             try:
@@ -468,7 +472,6 @@ class Database:
                     path=path,
                     error=error,
                 )
-        connection.close()
 
 
 # Files that the parent process was using at the fork. In this process, SQLite's record of their locks is wrong.
