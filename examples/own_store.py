@@ -89,10 +89,11 @@ class FolderEngine(Engine[Path]):
             _revision_file(session, scope).write_text(str(kept), encoding="ascii")
             file.unlink()
 
-    def delete_all(self, session: Path, scope: Scope) -> None:
+    def delete_all(self, session: Path, scope: Scope) -> bool:
         for file in folder_of(session, scope).glob("*[!w]"):  # not what a crash left: .new
             (chat_history_id, _), *_ = lines_of(file)
             self.delete(session, scope, chat_history_id, None)
+        return False
 
 
 class FolderChatMessageStore(BaseChatMessageStore):

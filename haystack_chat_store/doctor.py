@@ -57,7 +57,8 @@ def check(
     """
     if salvage is not None:
         checked_target(salvage)
-    found = dict.fromkeys(store.engine.run(store.engine.check, store.scope, repair))
+    operation = store.engine.repair if repair else store.engine.check
+    found = dict.fromkeys(store.engine.run(operation, store.scope))
     checked = 0
     for history in walk_histories(store):
         try:

@@ -60,7 +60,7 @@ class ChatMessageStore(Protocol):
         text nor credentials. The cause of a `StoreUnavailableError` (also a `ConnectionError`) may go away by itself; a
         `StoreTimeoutError` (also a `TimeoutError`) is one of these. The cause of a `StoreConfigurationError` does not.
     16. **Schema versions.** A durable store records its schema version, upgrades an older database in place, and does
-        not touch a database that a newer version wrote.
+        not touch a database that a newer version wrote. Writing upgrades; reading does not.
 
     Components and hooks keep this rule on any store that keeps those above:
 
@@ -95,6 +95,9 @@ class ChatMessageStore(Protocol):
         for a long time. Both work in batches, and delete each history whole.
     23. **Moving.** Export and import preserve messages, ids, order, titles and meta, on any engine. A second import
         adds nothing. A damaged file is refused. A history is never imported in part.
+
+    24. **Reading never writes.** Calls that read change nothing in the database or its files: no table, index, upgrade
+        or checkpoint. What can only be read can be read. A database that was not made yet reads as empty.
 
     27. **Replacing.** `replace_messages` takes back a message and all messages after it, and appends others, in one
         atomic step: a reader sees the old end of the history or the new one. Ids of messages that were taken back can

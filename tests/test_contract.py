@@ -104,3 +104,10 @@ class TestSQLite(OurContract):
     @pytest.fixture
     def make_unreachable_store(self, tmp_path):
         return lambda **settings: SQLiteChatMessageStore(tmp_path, **settings)  # a folder, which is no database
+
+    @pytest.fixture
+    def database_state(self, tmp_path):
+        # SQLite may create the index of a log, and an empty log.
+        names = ("chat.db", "chat.db-wal", "chat.db-journal")
+        files = [tmp_path / name for name in names]
+        return lambda: [file.read_bytes() for file in files if file.exists() and file.stat().st_size]

@@ -238,11 +238,9 @@ def lent(store, until=None):
     is_lent, is_over = threading.Event(), until or threading.Event()
 
     def hold():
-        with connections.databases.get(store.engine.settings).connection() as connection:
-            connection.execute("BEGIN IMMEDIATE")
+        with connections.databases.get(store.engine.settings).transaction():
             is_lent.set()
             is_over.wait(3 * HANG_LIMIT)
-            connection.execute("COMMIT")
 
     holder = threading.Thread(target=hold)
     holder.start()
@@ -277,8 +275,8 @@ def test_a_child_that_frees_a_connection_of_its_parent_does_not_damage_the_file(
     monkeypatch.setattr(connections, "_MIN_FORK_WAIT_SECONDS", 0.1)
     store = new_sqlite_store(timeout=0.05)
     store.write_messages("history", [ChatMessage.from_user("Hi!")])
-    lost = [connections.databases.get(store.engine.settings)._borrow()]  # as a call does that is interrupted just then
-    lost[0].execute("BEGIN IMMEDIATE")
+    database = connections.databases.get(store.engine.settings)
+    lost = [database._writer_in_transaction(time.monotonic() + 1)]  # as a call does that is interrupted just then
     rows = [(1_000 + number, str(number), "x" * 10_000) for number in range(400)]  # more than SQLite's cache holds
     lost[0].executemany(
         "INSERT INTO haystack_chat_messages (message_key, message_id, role, created_at, revision, content)"

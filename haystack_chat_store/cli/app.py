@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands."""
 
+import os
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -166,8 +167,6 @@ def search(
 ) -> None:
     """Find messages by their words, the best match first."""
     with open_store(store, namespace, search=True) as chat_store:
-        with terminal.progress("Making the search index, once") as shown:
-            chat_store.index_messages(shown)
         hits = chat_store.search_messages(query, chat_history_id=history, prefix=prefix, limit=limit)
     if as_json:
         for hit in hits:
@@ -176,6 +175,45 @@ def search(
         print_hits(terminal.output(), hits, query)
         if not hits:
             terminal.note("Nothing found.")
+
+
+@app.command()
+def index(
+    *,
+    store: Store = None,
+    namespace: Namespace = "default",
+) -> None:
+    """
+    Make the search index, so that all messages can be searched.
+
+    From then on, every store indexes what it writes to this database.
+    """
+    with (
+        open_store(store, namespace, search=True) as chat_store,
+        terminal.progress("Indexing messages") as shown,
+    ):
+        chat_store.index_messages(shown)
+    terminal.note("All messages are indexed.")
+
+
+@app.command()
+def backup(
+    *,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The file to write. It must not exist.", show_default=False)
+    ],
+    store: Store = None,
+    namespace: Namespace = "default",
+) -> None:
+    """
+    Copy an SQLite database to a file, while others go on writing.
+
+    The copy has all namespaces. For other engines, use their servers' own programs.
+    """
+    with open_store(store, namespace) as chat_store, terminal.progress("Copying") as shown:
+        shown(0, None)
+        chat_store.engine.run(chat_store.engine.backup, chat_store.scope, os.path.abspath(file))
+    terminal.note(f"Wrote {file}.")
 
 
 @app.command()

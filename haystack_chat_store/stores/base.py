@@ -334,15 +334,17 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         """
         Delete every history of this store's namespace, for good. Other namespaces are not changed.
 
-        Servers delete in batches, and each history whole. After an error, some histories may be deleted.
+        The engine deletes in batches, and each history whole. After an error, some histories may be deleted.
 
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
-        self.engine.run(self.engine.delete_all, self.scope)
+        while self.engine.run(self.engine.delete_all, self.scope):
+            pass
 
     async def delete_all_messages_async(self) -> None:
         """Do what `delete_all_messages` does, without blocking the event loop."""
-        await self.engine.run_async(self.engine.delete_all, self.scope)
+        while await self.engine.run_async(self.engine.delete_all, self.scope):
+            pass
 
     def close(self) -> None:
         """

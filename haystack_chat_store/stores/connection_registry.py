@@ -70,6 +70,11 @@ class ConnectionRegistry(Generic[SettingsT, ConnectionsT]):
                     self._alive.add(made)
         return made
 
+    def all(self) -> list[ConnectionsT]:
+        """Return the connections for all settings, with those that were closed while in use."""
+        with self._lock:
+            return list(self._alive)
+
     def close(self, settings: SettingsT) -> None:
         """Close the connections for these settings. The next use opens new ones."""
         with self._lock:

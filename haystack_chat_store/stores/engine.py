@@ -25,6 +25,18 @@ ResultT = TypeVar("ResultT")
 ArgumentsT = ParamSpec("ArgumentsT")
 OperationT = TypeVar("OperationT", bound=Callable[..., Any])
 
+_WITHOUT_DATABASE: dict[str, Callable[[], Any]] = {
+    "read": lambda: ([], 0),
+    "count": int,
+    "page": list,
+    "history": lambda: None,
+    "histories": list,
+    "histories_by_id": list,
+    "search": list,
+    "statistics": lambda: StoreStatistics(chat_histories=0, messages=0, rounds=0, size=0, messages_per_day={}),
+    "check": list,
+}
+
 #: The return type of an operation: its result or, if it is a coroutine function, a coroutine that returns the result.
 Operation: TypeAlias = ResultT | Coroutine[Any, Any, ResultT]
 
@@ -44,6 +56,11 @@ def is_brief(operation: OperationT) -> OperationT:
 def is_marked(operation: Callable[..., Any], mark: Callable[[OperationT], OperationT]) -> bool:
     """Whether `Engine` marks an operation with `reads_only` or `is_brief`. The mark holds for every engine."""
     return hasattr(getattr(Engine, operation.__name__, None), mark.__name__)
+
+
+def result_without_database(operation: Callable[..., Any]) -> Any:
+    """Return what an operation that is marked with `reads_only` returns as long as the database was not made."""
+    return _WITHOUT_DATABASE[operation.__name__]()
 
 
 def plain_result(result: Operation[ResultT]) -> ResultT:
@@ -181,8 +198,12 @@ class Engine(ABC, Generic[SessionT]):
         """
 
     @abstractmethod
-    def delete_all(self, session: SessionT, scope: Scope) -> Operation[None]:
-        """Delete every history of the scope."""
+    def delete_all(self, session: SessionT, scope: Scope) -> Operation[bool]:
+        """
+        Delete every history of the scope, or as many as others should wait for. Return whether there are more.
+
+        The caller repeats it until there are no more.
+        """
 
     # ------------------------------------------------------------------ changing messages
 
@@ -407,15 +428,33 @@ class Engine(ABC, Generic[SessionT]):
 
     # ------------------------------------------------------------------ checking and repairing
 
-    def check(self, session: SessionT, scope: Scope, repair: bool) -> Operation[list[Fault]]:
+    @reads_only
+    def check(self, session: SessionT, scope: Scope) -> Operation[list[Fault]]:
         """
         Find inconsistencies: counts, positions, rows without a history, the search index.
 
         The caller checks the contents of messages.
-
-        :param repair: Whether to correct wrong counts, and to index messages again if the index is wrong.
         """
         raise self.unsupported("checking")
+
+    def repair(self, session: SessionT, scope: Scope) -> Operation[list[Fault]]:
+        """
+        Find what `check` finds, and repair it: correct wrong counts, and index messages again if the index is wrong.
+
+        :returns: All faults, each with whether it was repaired.
+        """
+        raise self.unsupported("repairing")
+
+    @reads_only
+    def backup(self, session: SessionT, scope: Scope, path: str) -> Operation[None]:
+        """
+        Write everything that the database holds, of all namespaces, to a new file, while others go on writing.
+
+        :param path: Where the file is to be. Nothing is there yet.
+        """
+        raise UnsupportedOperationError(
+            f"{type(self).__name__} does not write backups. Use its server's own programs: see docs/backup.md."
+        )
 
     def remove(
         self, session: SessionT, scope: Scope, chat_history_id: str, positions: Sequence[int]

@@ -99,7 +99,8 @@ class ReadingMethods:
         accents and punctuation are ignored. In scripts without spaces, such as Chinese and Japanese, any part of a text
         is found. A query has no operators. The first 16,000 words of a message are searched.
 
-        The first search on a database indexes the messages that it already has: see `index_messages`.
+        A search changes nothing. What a store made with `search=True` writes to a new database is indexed as it is
+        written. Messages that a database had before are indexed by `index_messages`, which is called once.
 
         :param query: The words and phrases to find, up to 1,000 characters. A query without words finds nothing.
         :param chat_history_id: Only messages of this history. Defaults to `None`: all histories.
@@ -107,14 +108,16 @@ class ReadingMethods:
         :param limit: The largest number of hits, 1 to 1,000. Defaults to 20.
         :returns: The hits, the best first.
         :raises ValueError: If an argument is wrong.
-        :raises UnsupportedOperationError: If the store was created without `search=True`, or its engine has no search.
+        :raises UnsupportedOperationError: If the store was created without `search=True`, its engine has no search, or
+            some messages are not indexed.
         :raises ChatMessageStoreError: If the engine fails.
         """
         search = self._checked_search(query, chat_history_id, prefix, limit)
         if search is None:
             return []
-        while (found := self.engine.run(self.engine.search, self.scope, *search)) is None:
-            self.index_messages()
+        found = self.engine.run(self.engine.search, self.scope, *search)
+        if found is None:
+            raise _not_indexed()
         return _hits(found, search[0])
 
     async def search_messages_async(
@@ -124,8 +127,9 @@ class ReadingMethods:
         search = self._checked_search(query, chat_history_id, prefix, limit)
         if search is None:
             return []
-        while (found := await self.engine.run_async(self.engine.search, self.scope, *search)) is None:
-            await self.index_messages_async()
+        found = await self.engine.run_async(self.engine.search, self.scope, *search)
+        if found is None:
+            raise _not_indexed()
         return await to_thread_if_large(_characters(found), _hits, found, search[0])
 
     def index_messages(self, progress: Callable[[int, int | None], None] | None = None) -> None:
@@ -170,6 +174,13 @@ class ReadingMethods:
     def _check_searchable(self) -> None:
         if not self.search:
             raise UnsupportedOperationError("This store cannot search messages. Create it with search=True.")
+
+
+def _not_indexed() -> UnsupportedOperationError:
+    return UnsupportedOperationError(
+        "Some messages are not indexed yet, and searching changes nothing. Index them: call index_messages() of a "
+        "store made with search=True, or run `haystack-chat-store index`."
+    )
 
 
 def next_limit(rows: Sequence[MessageRow]) -> int:

@@ -21,8 +21,8 @@ store whose histories do not outlive the process, set the class attribute `durab
 `make_unreachable_store`, too, to check how the store reports an engine that does not answer. `ContractTest` and
 `ConcurrencyTest` describe the other attributes. Each rule of the contract (see
 `haystack_chat_store.types.ChatMessageStore`) is also a separate test class, so a store can be built rule by rule.
-`ManagementContract` has the rules beyond the published protocol (17 to 23, and 27): the directory, pages, search and so
-on.
+`ManagementContract` has the rules beyond the published protocol (17 to 24, and 27): the directory, pages, search and so
+on. Override the fixture `database_state`, too, to check that calls that read change nothing.
 Tests with the parameter `sync` call the store's methods, and tests with `async` call their asynchronous twins.
 
 Hypothesis makes the cases of some tests. Their number follows the loaded profile: one with `max_examples=20` tries a
@@ -46,6 +46,7 @@ _MODULES = (
     "contract_moving",
     "contract_random_walk",
     "contract_replacing",
+    "contract_reading",
     "contract_search",
     "contract_turns",
     "contract_windows",
@@ -68,6 +69,7 @@ from haystack_chat_store.testing.contract_lifecycle import Rule13LifecycleTest, 
 from haystack_chat_store.testing.contract_management import ManagementContract
 from haystack_chat_store.testing.contract_moving import Rule23MovingTest
 from haystack_chat_store.testing.contract_random_walk import RandomWalkTest
+from haystack_chat_store.testing.contract_reading import Rule24ReadingTest
 from haystack_chat_store.testing.contract_replacing import Rule27ReplacingTest
 from haystack_chat_store.testing.contract_search import Rule21SearchTest
 from haystack_chat_store.testing.contract_turns import Rule26TurnsTest
@@ -111,6 +113,7 @@ __all__ = [
     "Rule21SearchTest",
     "Rule22ErasingTest",
     "Rule23MovingTest",
+    "Rule24ReadingTest",
     "Rule26TurnsTest",
     "Rule27ReplacingTest",
     "StoreFactory",

@@ -5,6 +5,7 @@ from haystack_chat_store.testing.contract_changes import Rule18PagesTest, Rule19
 from haystack_chat_store.testing.contract_directory import Rule17DirectoryTest, Rule22ErasingTest
 from haystack_chat_store.testing.contract_moving import Rule23MovingTest
 from haystack_chat_store.testing.contract_random_walk import RandomWalkTest
+from haystack_chat_store.testing.contract_reading import Rule24ReadingTest
 from haystack_chat_store.testing.contract_replacing import Rule27ReplacingTest
 from haystack_chat_store.testing.contract_search import Rule21SearchTest
 
@@ -18,6 +19,7 @@ class ManagementContract(
     Rule22ErasingTest,
     Rule23MovingTest,
     Rule27ReplacingTest,
+    Rule24ReadingTest,
     RandomWalkTest,
 ):
     """

@@ -81,6 +81,8 @@ class RandomWalkTest(ContractTest):
         request.addfinalizer(ways[1].end)
         other = new_store(namespace="other")
         ways[0].write(other, "a", [ChatMessage.from_user("fox")])
+        if self.searches:
+            ways[0].call(stores[0], "index_messages")
         run_state_machine_as_test(
             lambda: _Walk(stores, ways, searches=self.searches),  # type: ignore[arg-type]  # hypothesis calls it
             settings=settings(
@@ -418,7 +420,7 @@ class _Walk(RuleBasedStateMachine):
     @rule()
     def find_no_faults(self) -> None:
         store: Any = self._stores[0]
-        assert store.engine.run(store.engine.check, store.scope, False) == []
+        assert store.engine.run(store.engine.check, store.scope) == []
 
     @rule()
     def close(self) -> None:

@@ -214,6 +214,7 @@ class Rule21SearchTest(ContractTest):
             calls.write(plain, f"chat {number}", [user("needle")] * 1_000 + [user("pin")])
         calls.delete(plain, "chat 0")
         searching = new_store(search=True)
+        calls.call(searching, "index_messages")
         assert len(search(calls, searching, "needle", limit=1000, chat_history_id="chat 1")) == 1_000
         assert len(search(calls, searching, "pin")) == 2
         calls.write(plain, "chat 3", [user("pin")])  # this store indexes it, although it cannot search

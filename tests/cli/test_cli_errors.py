@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What goes wrong is said in a line or two, with the status that it promises and without passwords."""
 
+import sqlite3
+from contextlib import closing
+
 import pytest
 from filled_stores import filled, names
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.cli import main
+from haystack_chat_store.testing.messages import user
 
 
 @pytest.mark.parametrize(
@@ -94,6 +98,8 @@ def test_a_path_in_place_of_a_url_is_recognized(url, path, run):
         ("ls",),
         ("show", "x"),
         ("search", "x"),
+        ("index",),
+        ("backup", "copy.db"),
         ("stats",),
         ("title", "x"),
         ("export", "-o", "out.jsonl"),
@@ -107,6 +113,91 @@ def test_a_mistyped_file_is_an_error_and_not_a_new_database(arguments, run, tmp_
     monkeypatch.chdir(tmp_path)
     assert run(*arguments, "--store", "sqlite:///chta.db") == (1, "", f"Error: There is no file {tmp_path}/chta.db.\n")
     assert list(tmp_path.iterdir()) == []
+
+
+READING = [
+    ("ls",),
+    ("show", "x"),
+    ("search", "x"),
+    ("stats",),
+    ("title", "x"),
+    ("export",),
+    ("copy", "--to", "sqlite:///target.db"),
+    ("doctor",),
+    ("backup", "copy.db"),
+]
+WRITING = [
+    ("index",),
+    ("title", "x", "A title"),
+    ("import", "histories.jsonl"),
+    ("delete", "x", "--yes"),
+    ("purge", "--older-than", "1d", "--yes"),
+    ("doctor", "--repair"),
+]
+
+
+@pytest.mark.parametrize("journal_mode", ["wal", "delete"])
+@pytest.mark.parametrize("arguments", [*READING, *WRITING])
+def test_another_programs_database_is_named_as_such_and_left_alone(
+    arguments, journal_mode, run, tmp_path, monkeypatch, path, url
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "histories.jsonl").touch()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"PRAGMA journal_mode = {journal_mode}")
+        connection.execute("CREATE TABLE bookmarks (url)")
+        connection.commit()
+    before = path.read_bytes()
+    status, out, err = run(*arguments, "--store", url)
+    if arguments[0] == "import":
+        assert status in (0, 1)
+    else:
+        assert (status, out) == (1, "")
+        assert f"{path} is a database of another program" in err
+    assert path.read_bytes() == before
+    assert not (tmp_path / "copy.db").exists()
+
+
+@pytest.mark.parametrize("arguments", [*READING, *WRITING[3:]])
+def test_an_empty_file_is_an_error(arguments, run, tmp_path, monkeypatch, path, url):
+    monkeypatch.chdir(tmp_path)
+    path.touch()
+    status, out, err = run(*arguments, "--store", url)
+    assert (status, out, err) == (1, "", f"Error: {path} is empty: it has no chat histories.\n")
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("arguments", READING)
+def test_commands_that_read_change_nothing(arguments, run, tmp_path, monkeypatch, path, url):
+    monkeypatch.chdir(tmp_path)
+    store = filled(url, timeout=29)  # with connections of its own, as in another process
+    store.write_messages("x", [user("x")])
+    files = [path, path.with_name("chat.db-wal")]
+    before = [file.read_bytes() for file in files]
+    run(*arguments, "--store", url)
+    assert [file.read_bytes() for file in files] == before
+    store.close()
+    before = path.read_bytes()
+    run(*arguments, "--store", url)
+    assert path.read_bytes() == before
+
+
+def test_backup_writes_a_store_and_replaces_nothing(run, run_json, tmp_path, url):
+    store = filled(url)
+    copy = tmp_path / "copy.db"
+    assert run("backup", copy, "--store", url) == (0, "", "")
+    assert run_json("ls", "--store", f"sqlite:///{copy}") == run_json("ls", "--store", url)
+    before = copy.read_bytes()
+    store.write_messages("later", [user()])
+    status, _, err = run("backup", copy, "--store", url)
+    assert (status, err) == (1, f"Error: {copy}: File exists\n")
+    assert copy.read_bytes() == before
+
+
+def test_backup_of_another_engine_says_what_to_use(run, tmp_path):
+    status, _, err = run("backup", tmp_path / "copy.db", "--store", "memory://")
+    assert status == 1
+    assert "docs/backup.md" in err
 
 
 def test_a_file_that_is_no_database_is_an_error(run, tmp_path):

@@ -100,7 +100,7 @@ def test_show_of_no_history_fails(url, run):
 
 
 def test_search_prints_one_hit_a_line_for_programs(url, run, run_json):
-    filled(url)
+    filled(url, search=True)
     assert run("search", "CHRYSANTHEMUM", "--store", url) == (0, "ada:2\t0\tWhy a chrysanthemum?\n", "")
     (hit,) = run_json("search", '"a chrysanthemum"', "--in", "ada:2", "--store", url)
     assert hit.pop("score") is not None
@@ -109,7 +109,7 @@ def test_search_prints_one_hit_a_line_for_programs(url, run, run_json):
 
 
 def test_search_keeps_to_a_history_a_prefix_and_a_number(url, run_json):
-    filled(url)
+    filled(url, search=True)
     count = lambda *arguments: len(run_json("search", "text", *arguments, "--store", url))  # noqa: E731
     assert count() == 4
     assert count("-n", 3) == 3
@@ -118,5 +118,5 @@ def test_search_keeps_to_a_history_a_prefix_and_a_number(url, run_json):
 
 
 def test_a_search_without_hits_is_no_failure(url, run):
-    filled(url)
+    filled(url, search=True)
     assert run("search", "nothing like it", "--store", url) == (0, "", "")

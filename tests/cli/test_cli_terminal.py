@@ -81,7 +81,7 @@ def assert_harmless(text):
 
 @pytest.fixture
 def store(url):
-    return store_from_url(url, last_k=None, skip_system_messages=False)
+    return store_from_url(url, last_k=None, skip_system_messages=False, search=True)
 
 
 def hostile_messages(text):
@@ -351,12 +351,13 @@ def test_an_export_does_not_go_to_the_terminal(url, store):
     assert "needle" not in text
 
 
-def test_the_first_search_says_that_it_makes_an_index(url):
+def test_indexing_shows_its_progress(url):
     store = store_from_url(url, durability="normal")
     for number in range(5):
         store.write_messages(str(number), [ChatMessage.from_user(f"word {n} " * 200) for n in range(1000)])
-    assert "Making the search index, once" in Terminal("search", "needle", "--store", url).end()[1]
-    assert "Making" not in Terminal("search", "needle", "--store", url).end()[1]
+    shown = Terminal("index", "--store", url).end()[1]
+    assert "Indexing messages" in shown
+    assert "All messages are indexed." in shown
 
 
 def test_results_reach_a_program_while_progress_is_shown_on_the_terminal(url, path, store):

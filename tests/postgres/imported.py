@@ -26,7 +26,7 @@ def import_rows(store, *batches, history=NEW, expected_revision=0):
 
 def assert_sound(server, store):
     """The counters say what there is, and no position is twice or to come."""
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
     counted = f"SELECT history_key, count(DISTINCT position) FROM {store.schema_name}.haystack_chat_messages GROUP BY 1"
     counters = (
         f"SELECT history_key, message_count FROM {store.schema_name}.haystack_chat_histories WHERE message_count > 0"

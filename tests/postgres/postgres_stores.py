@@ -117,6 +117,25 @@ class OnPostgres:
         with stores_on(server.url) as make:
             yield make
 
+    @pytest.fixture
+    def database_state(self, server, make_store):
+        """Its relations, the rows of its tables, and the next transaction that changes anything."""
+        schema_name = make_store().schema_name
+        relations = """
+            SELECT relname, relkind FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+            WHERE nspname = %s
+        """
+        all_rows = sql.SQL("SELECT ctid, xmin, * FROM {}")
+
+        def state():
+            with psycopg.connect(server.url, autocommit=True) as connection:
+                found = sorted(connection.execute(relations, [schema_name]).fetchall())
+                tables = [sql.Identifier(schema_name, name) for name, kind in found if kind == "r"]
+                rows = [connection.execute(all_rows.format(table)).fetchall() for table in tables]
+                return found, rows, connection.execute("SELECT pg_snapshot_xmax(pg_current_snapshot())").fetchone()
+
+        return state
+
     @contextmanager
     def stalled(self, store):
         with psycopg.connect(self.server.url) as connection:

@@ -43,7 +43,7 @@ def change(server, store):
 
 
 def faults(store, repair=False):
-    return store.engine.run(store.engine.check, store.scope, repair)
+    return store.engine.run(store.engine.repair if repair else store.engine.check, store.scope)
 
 
 def test_what_fits_together_has_no_faults(store):

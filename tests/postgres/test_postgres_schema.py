@@ -65,7 +65,7 @@ def test_an_upgrade_keeps_no_writer_waiting_while_it_waits_itself(store, server,
     later = make_store(max_pool_size=3)
     with psycopg.connect(server.url) as reader:
         reader.execute(f"SELECT FROM {store.schema_name}.haystack_chat_messages")
-        upgrade = threading.Thread(target=later.count_messages, args=["history"])
+        upgrade = threading.Thread(target=say, args=[later, "after"])
         upgrade.start()
         waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'"
         for number in range(3):
@@ -73,7 +73,7 @@ def test_an_upgrade_keeps_no_writer_waiting_while_it_waits_itself(store, server,
             say(store, f"beside {number}")
         assert upgrade.is_alive()
     upgrade.join()
-    assert later.count_messages("history") == 4
+    assert later.count_messages("history") == 5
     assert server.execute(f"SELECT max(version) FROM {store.schema_name}.haystack_chat_version") == [(2,)]
 
 
@@ -102,6 +102,7 @@ def test_the_sql_for_an_administrator_leaves_what_exists_as_it_is(make_store, se
     execute(server.url, store.create_schema_sql(partitions))
     say(store, "Hello")
     execute(server.url, searching.create_schema_sql(partitions))
+    searching.index_messages()
     assert server.execute(f"SELECT version FROM {store.schema_name}.haystack_chat_version") == [(1,)]
     assert [hit.position for hit in searching.search_messages("hello")] == [0]
 

@@ -9,6 +9,7 @@ from haystack.document_stores.types import DuplicatePolicy
 from postgres_stores import DIRECTLY_OR_POOLED, NEWEST_AND_OLDEST, counted, execute, say, statements_of, stores_on
 
 from haystack_chat_store import search_text
+from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.stores.postgres import terms
 from haystack_chat_store.testing.messages import with_id
 from haystack_chat_store.testing.processes import Program
@@ -47,13 +48,17 @@ def test_what_was_written_before_search_was_turned_on_is_found(make_store_on_any
     for history in range(4):
         say(store, *(f"message {number}" for number in range(10)), history=f"{history}")
     store.write_messages("long", [ChatMessage.from_user("long " * 1000, meta={"chat_message_id": "long"})])
+    with pytest.raises(UnsupportedOperationError, match="index_messages"):
+        searching.search_messages("message")
+    searching.index_messages()
     assert len(searching.search_messages("message", limit=100)) == 40
     assert found(searching, "long") == ["long"]
     assert indexes(server, store) == {"haystack_chat_messages_by_terms", "haystack_chat_messages_unindexed"}
     assert server.execute(f"SELECT FROM {store.schema_name}.haystack_chat_messages WHERE search_terms IS NULL") == []
 
 
-def search_everything(store, report, query):
+def index_and_search(store, report, query):
+    store.index_messages()
     report(len(store.search_messages(query, limit=1000)))
 
 
@@ -63,7 +68,7 @@ def test_many_processes_turn_search_on_at_once(make_store, server):
         say(store, *(f"message {number}" for number in range(100)), history=f"{history}")
     with ExitStack() as stack:
         searching = make_store(search=True)
-        programs = [stack.enter_context(Program(search_everything, searching, "message")) for _ in range(5)]
+        programs = [stack.enter_context(Program(index_and_search, searching, "message")) for _ in range(5)]
         Program.begin(*programs)
         assert [program.reports_to_the_end() for program in programs] == [[500]] * 5
     assert len(indexes(server, store)) == 2
@@ -75,10 +80,14 @@ def test_what_a_process_writes_that_connected_before_search_was_turned_on_is_fou
     """Its connections do not know. (A pool of its own, as in another process.)"""
     unknowing, searching = make_store_on_any_tables(max_pool_size=3), make_store_on_any_tables(search=True)
     unknowing.write_messages("history", [ChatMessage.from_user("first", meta={"chat_message_id": "1"})])
+    searching.index_messages()
     assert found(searching, "first") == ["1"]
     replaced = [ChatMessage.from_user("second", meta={"chat_message_id": "1"})]
     unknowing.write_messages("history", replaced, policy=DuplicatePolicy.OVERWRITE)
     unknowing.write_messages("history", [ChatMessage.from_user("third second", meta={"chat_message_id": "2"})])
+    with pytest.raises(UnsupportedOperationError, match="index_messages"):
+        found(searching, "second")
+    searching.index_messages()
     assert found(searching, "first") == []
     assert found(searching, "second") == ["1", "2"]
     unknowing.close()
@@ -88,7 +97,7 @@ def test_what_a_process_writes_that_connected_before_search_was_turned_on_is_fou
 
 def test_a_store_without_search_keeps_the_index_once_it_is_there(make_store, server):
     searching = make_store(search=True)
-    searching.count_messages("history")
+    searching.index_messages()  # which turns search on
     store = make_store(max_pool_size=3)
     store.write_messages("history", [with_id("a"), with_id("b")])
     store.copy_messages("history", "fork")
@@ -188,7 +197,7 @@ def test_a_search_finds_the_same_whichever_way_it_goes(make_store_on_any_tables,
 def test_a_search_reads_along_the_index(make_store, server):
     """Whatever is off on the store's connections."""
     store = make_store(search=True)
-    store.count_messages("history")
+    store.index_messages()
     execute(
         server.url,
         f"INSERT INTO {store.schema_name}.haystack_chat_messages "

@@ -11,10 +11,12 @@ from haystack.utils import Secret
 from postgres_stores import DOCUMENTATION, connections_of, execute, say, store_at
 from servers import PASSWORD, USER, wait_until
 
-from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
+from haystack_chat_store.doctor import check
+from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError, UnsupportedOperationError
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
-from haystack_chat_store.testing.kit import Calls
+from haystack_chat_store.testing.kit import Calls, texts
 from haystack_chat_store.testing.messages import conversation, with_id
+from haystack_chat_store.transfer import export_histories
 
 # ---------------------------------------------------------------------- settings
 
@@ -169,14 +171,46 @@ def test_a_role_that_may_not_do_something_with_the_tables_is_told_what_it_lacks(
     calls.close(store)
 
 
+@pytest.mark.parametrize("search", [False, True], ids=["without index", "with index"])
+def test_a_role_that_may_only_read_can_read_everything(restricted, database, calls, tmp_path, search):
+    role = psycopg.conninfo.conninfo_to_dict(restricted)["user"]
+    administrator = store_at(database, schema_name="chatbot", search=search)
+    say(administrator, "Hello")
+    execute(
+        database,
+        f"GRANT USAGE ON SCHEMA chatbot TO {role}",
+        f"GRANT SELECT ON ALL TABLES IN SCHEMA chatbot TO {role}",
+        f"ALTER ROLE {role} SET default_transaction_read_only = on",
+    )
+    store = store_at(restricted, schema_name="chatbot", search=True)
+    for _ in range(2):
+        assert texts(calls.retrieve(store, "history")) == ["Hello"]
+        assert calls.count(store, "history") == calls.call(store, "statistics").messages == 1
+        assert calls.call(store, "get_chat_history", "history").message_count == 1
+        assert len(calls.call(store, "list_chat_histories", prefix="h").items) == 1
+        assert len(calls.iterate(store, "history")) == 1
+        assert export_histories(store, tmp_path / "export.jsonl").messages == 1
+        assert check(store) == []
+        if search:
+            assert len(calls.call(store, "search_messages", "hello")) == 1
+        else:
+            with pytest.raises(UnsupportedOperationError, match="haystack-chat-store index"):
+                calls.call(store, "search_messages", "hello")
+    with pytest.raises(StoreUnavailableError, match=r"permission denied|(?i:read-?only)"):
+        calls.write(store, "history", conversation("u"))
+    for each in (store, administrator):
+        each.close()
+
+
 def test_a_role_that_may_not_turn_search_on_is_told_what_to_do(restricted, database, calls):
     role = psycopg.conninfo.conninfo_to_dict(restricted)["user"]
     administrator = store_at(database, schema_name="chatbot")
     rights = re.search(r"```sql\n(GRANT.*?)```", DOCUMENTATION, re.DOTALL)[1].replace("my_app", role)
     execute(database, administrator.create_schema_sql(), rights.replace("public", "chatbot"))
     store = store_at(restricted, schema_name="chatbot", search=True)
+    assert calls.count(store, "history") == 0
     with pytest.raises(StoreUnavailableError, match=r"must be owner.*create_schema_sql\(\)"):
-        calls.count(store, "history")
+        calls.write(store, "history", conversation("u"))
     calls.close(store)
 
 

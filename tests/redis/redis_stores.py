@@ -114,6 +114,16 @@ class OnRedis:
 
         return make
 
+    @pytest.fixture
+    def database_state(self, server, make_store):
+        store = make_store()
+
+        def state():
+            with server.client() as client:
+                return everything(store, client)
+
+        return state
+
     @pytest.fixture(autouse=True)
     def _remember_server(self, server):
         self.server = server

@@ -63,7 +63,7 @@ def test_what_is_imported_appears_at_once(store, client):
     assert (info.message_count, info.round_count, info.title, info.meta) == (3000, 3000, "Weather", {"a": 1})
     assert (info.created_at.microsecond, info.updated_at.microsecond) == (5, 7)
     assert [each.position for each in store.list_messages("imported", limit=2)] == [2998, 2999]
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 @on_every_engine
@@ -73,7 +73,7 @@ def test_an_import_goes_on_where_a_history_ends(store):
     assert import_(store, [[row(f"more {number}") for number in range(2500)]], revision_of(store)) == 2500
     positions = [each.position for each in store.iterate_messages("imported")]
     assert positions == [*range(5), *range(10, 2510)]
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
     store.delete_messages("imported", from_message_id="more 0")
     assert said(store, "imported") == 5 * ["Hi!"]
 
@@ -105,7 +105,7 @@ def test_an_import_without_messages_makes_a_history_where_there_is_none(store, c
         again = replace(HISTORY, chat_history_id=history, updated_at=9, title="New")
         assert import_(store, [[]], revision_of(store, history), again) == 0
     assert everything(store, client) == before
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 @on_every_engine
@@ -243,7 +243,7 @@ def test_a_copy_is_like_its_source(store, target):
     source, copy = (list(store.iterate_messages(each)) for each in ("history", target))
     assert [(each.created_at, each.message) for each in copy] == [(each.created_at, each.message) for each in source]
     assert store.get_chat_history(target).title is None
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
     store.delete_messages(target, from_message_id=ids[7])
     assert say(store, "Where was I?", history=target) == 1
     assert said(store, target) == [*map(str, range(7)), "Where was I?"]
@@ -253,7 +253,7 @@ def test_a_copy_is_like_its_source(store, target):
     store.delete_messages(target, from_message_id=ids[0])
     assert store.copy_messages("history", target, until_message_id=ids[2]) == 3
     assert [each.position for each in store.list_messages(target)] == [1851, 1852, 1853]
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 @on_every_engine
@@ -264,7 +264,7 @@ def test_a_copy_has_no_gaps(store, target):
     assert store.copy_messages("history", target) == 3
     copy = store.list_messages(target)
     assert [(each.position, each.message.text) for each in copy] == [(0, "1"), (1, "4"), (2, "5")]
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 @on_every_engine
@@ -356,7 +356,7 @@ def test_of_many_copies_to_one_history_one_wins(store, target):
     in_threads(*6 * [copy])
     assert sorted(results, key=str) == [1200, *5 * [None]]
     assert store.count_messages(target) == 1200
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 @on_every_engine
@@ -380,7 +380,7 @@ def test_a_server_that_is_out_of_memory_copies_and_imports_nothing(store, client
             with node.client() as each:
                 each.config_set("maxmemory", 0)
     assert said(store) == []
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 # ---------------------------------------------------------------------- deleted messages
@@ -405,7 +405,7 @@ def test_windows_are_right_however_long_the_gaps_are(make_store, unit):
         assert pages == left
         assert [each.position for each in store.list_messages("history", after=9, limit=1)] == [1200]
     assert [each.message.text for each in store.iterate_messages("history")] == left
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 @on_every_engine
@@ -417,7 +417,7 @@ def test_a_rewind_deletes_all_that_follows(make_store, client):
         store.delete_messages("history", from_message_id=start)
         assert said(store) == [str(number) for number in range(2500) if number != 1500][:left]
         assert store.get_chat_history("history").round_count == left
-        assert store.engine.run(store.engine.check, store.scope, False) == []
+        assert store.engine.run(store.engine.check, store.scope) == []
     assert say(store, "Hi!") == 1
     assert [each.position for each in store.list_messages("history")] == [5000]
 
@@ -437,7 +437,7 @@ def test_a_rewind_begins_where_its_message_is_by_then(store, monkeypatch):
         monkeypatch.setattr(writing, "remove_ids", move_and_remove)
         store.delete_messages("history", from_message_id="1")
     assert said(store) == ["0", "2"]
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 @on_every_engine

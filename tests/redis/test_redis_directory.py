@@ -132,7 +132,7 @@ def test_what_has_expired_is_neither_listed_nor_counted_nor_erased_nor_copied(ma
     assert immortal.purge(older_than=datetime.now(timezone.utc) - timedelta(seconds=0.3)) == 100
     with pytest.raises(ChatMessageStoreError, match="no chat history"):
         immortal.copy_messages(MANY[0], "copy")
-    assert immortal.engine.run(immortal.engine.check, immortal.scope, False) == []
+    assert immortal.engine.run(immortal.engine.check, immortal.scope) == []
     assert keys_of(immortal, client) == []
 
 
@@ -150,7 +150,7 @@ def test_all_that_belongs_to_a_history_expires_with_it_however_it_came(make_stor
     store.write_messages("edited", messages)
     store.delete_messages("edited", message_ids=["a"])
     assert [key for key in keys_of(store, client) if client.pttl(key) <= 0] == []
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 @on_every_engine
@@ -346,7 +346,7 @@ def test_a_user_that_may_not_vacuum_is_told_and_may_all_else(make_store, client,
         assert store.copy_messages("history", target) == 2
     assert store.statistics().size is None
     assert store.statistics().messages == 144
-    assert store.engine.run(store.engine.check, store.scope, True) == []
+    assert store.engine.run(store.engine.repair, store.scope) == []
     with pytest.raises(StoreUnavailableError, match="permit"):
         store.delete_chat_histories(prefix="user", vacuum=True)
     assert sorted(walked(store)) == ["another", "history"]
@@ -496,4 +496,4 @@ def test_a_clock_that_was_set_back_moves_no_history_back(store, change):
     change(store)
     assert store.get_chat_history("history").updated_at.timestamp() == IN_AN_HOUR / 10**6
     assert ids(store.list_chat_histories())[0] == "history"
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []

@@ -40,7 +40,7 @@ class Damaged:
         return self.key("contents").split("}")[0] + "}:" + kind
 
     def faults(self, repair=False):
-        return self.store.engine.run(self.store.engine.check, self.store.scope, repair)
+        return self.store.engine.run(self.store.engine.repair if repair else self.store.engine.check, self.store.scope)
 
     def assert_found_and_mended(self, *descriptions):
         before = everything(self.store, self.client)
@@ -103,10 +103,10 @@ def test_a_history_that_the_bucket_does_not_list_is_listed_again(store, client, 
     store.update_chat_history("history", title="Weather")
     info = store.get_chat_history("history")
     client.delete(key_of(store, client, lost))
-    found = store.engine.run(store.engine.check, store.scope, False)
+    found = store.engine.run(store.engine.check, store.scope)
     assert [fault.chat_history_id for fault in found] == ["history"]
-    assert [fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True)] == [True]
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert [fault.is_repaired for fault in store.engine.run(store.engine.repair, store.scope)] == [True]
+    assert store.engine.run(store.engine.check, store.scope) == []
     (listed,) = store.list_chat_histories().items
     assert store.list_chat_histories(prefix="h").items == [listed]
     assert replace(listed, revision=info.revision) == info
@@ -124,9 +124,9 @@ def test_orphans_of_a_bucket_that_has_lost_everything_are_found(store, client):
         if key.endswith(("}:histories", "}:names", "}:schema_version")):
             client.delete(key)
     assert store.list_chat_histories().items == []
-    found = store.engine.run(store.engine.check, store.scope, True)
+    found = store.engine.run(store.engine.repair, store.scope)
     assert sorted({fault.chat_history_id for fault in found}) == sorted(histories)
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
     assert sorted(info.chat_history_id for info in store.list_chat_histories().items) == sorted(histories)
     assert [said(store, history) for history in histories] == [[history] for history in histories]
 
@@ -195,8 +195,8 @@ def test_what_has_no_time_left_at_all_is_mended_to_be_of_now(store, client):
     say(store, "Hi!")
     client.hset(key_of(store, client, "history:history"), mapping={"created_at": "never", "updated_at": "never"})
     client.set(key_of(store, client, "times"), 18 * "?")
-    assert all(fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True))
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert all(fault.is_repaired for fault in store.engine.run(store.engine.repair, store.scope))
+    assert store.engine.run(store.engine.check, store.scope) == []
     (message,) = store.list_messages("history")
     assert timedelta() <= datetime.now(timezone.utc) - message.created_at < timedelta(minutes=5)
 
@@ -207,7 +207,7 @@ def test_times_long_after_ours_are_no_fault(store):
     rows = [row("a", created_at=253402300799999998)]
     assert store.engine.run(store.engine.import_history, store.scope, last, [rows], 0) == 1
     assert store.list_messages("imported")[0].created_at.microsecond == 999998
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 @on_every_engine
@@ -296,8 +296,8 @@ def test_a_long_history_is_rebuilt(store, client):
     store.write_messages("history", messages)
     store.delete_messages("history", message_ids=[str(number) for number in range(500, 2000)])
     client.delete(key_of(store, client, "message_ids"), key_of(store, client, "roles"))
-    assert all(fault.is_repaired for fault in store.engine.run(store.engine.check, store.scope, True))
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert all(fault.is_repaired for fault in store.engine.run(store.engine.repair, store.scope))
+    assert store.engine.run(store.engine.check, store.scope) == []
     ids = [each.message.meta["chat_message_id"] for each in store.iterate_messages("history")]
     assert ids == [str(number) for number in range(2500) if not 500 <= number < 2000]
     assert json.loads(client.lindex(key_of(store, client, "contents"), 0))["role"] == "user"

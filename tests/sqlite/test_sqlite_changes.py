@@ -112,7 +112,7 @@ def test_after_all_have_changed_everything_it_fits_together(new_store, search):
     store.write_messages("a", conversation("uauaua"))
     reports = run_together(change_everything, store, ("1", 150), ("2", 150), ("3", 150))
     assert {"ChatHistoryExistsError", "MessageNotFoundError"} <= {name for report in reports for name in report}
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
     for info in store.list_chat_histories().items:
         positions = [stored.position for stored in store.list_messages(info.chat_history_id, limit=1000)]
         assert positions == sorted(set(positions))
@@ -163,7 +163,7 @@ def test_of_those_who_fork_to_the_same_history_one_does(store):
     reports = run_together(fork_to_each, store, ("1", 40), ("2", 40), ("3", 40))
     assert sorted(number for report in reports for number in report) == list(range(40))
     assert {store.count_messages(f"target {number}") for number in range(40)} == {40}
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 # ---------------------------------------------------------------------- long writes
@@ -204,7 +204,7 @@ def test_an_import_that_is_killed_leaves_nothing(new_store, search):
         program.kill()
     assert store.get_chat_history("chat") is None
     assert store.statistics().messages == 1
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
     assert store.engine.run(store.engine.import_history, store.scope, new_history("chat"), [imported_rows(3)], 0) == 3
 
 
@@ -219,7 +219,7 @@ def test_an_import_that_fails_in_the_middle_leaves_nothing(store):
             store.engine.run(store.engine.import_history, store.scope, new_history(name), batches(), revision)
     assert store.get_chat_history("new") is None
     assert store.count_messages("there") == 5
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 def test_who_writes_during_an_import_waits_no_longer_than_its_timeout(new_store):
@@ -294,7 +294,7 @@ def test_work_in_many_steps_lets_others_write_in_between(new_store, operation, a
         assert filler.count_messages("meanwhile") > before + 5
         filler.write_messages("stop", [user()])
         assert program.reports_to_the_end()
-    assert worker.engine.run(worker.engine.check, worker.scope, False) == []
+    assert worker.engine.run(worker.engine.check, worker.scope) == []
 
 
 # ---------------------------------------------------------------------- refusals
@@ -329,7 +329,7 @@ def test_a_fork_closes_the_gaps_of_its_source(store):
     assert texts(store.retrieve_messages("fork")) == ["0", "3", "6", "9", "12", "15", "new"]
     assert texts(store.retrieve_messages("fork", last_k=2)) == ["15", "new"]
     assert [stored.position for stored in store.list_messages("fork")] == list(range(2, 9))
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 def test_a_fork_of_a_history_without_messages_changes_nothing(store):

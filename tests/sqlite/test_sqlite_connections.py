@@ -3,14 +3,22 @@
 
 import asyncio
 import os
+import re
+import shutil
+import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
 from haystack.dataclasses import ChatMessage
-from sqlite_stores import connections_of_stores, said, say
+from sqlite_stores import connections_of_stores, opened, rows, said, say
 
 from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store.errors import StoreTimeoutError
+from haystack_chat_store.stores.sqlite import connections, schema
 
 
 @pytest.mark.parametrize(("durability", "synchronous"), [("full", 2), ("normal", 1)])
@@ -72,3 +80,155 @@ def test_stores_with_other_settings_have_connections_of_their_own(new_store, pat
     normal.close()
     assert len(connections_of_stores(path)) == 1
     assert said(full) == said(normal) == ["Hi!", "Hi!"]
+
+
+@pytest.mark.parametrize("durability", ["full", "normal"])
+def test_the_tables_survive_a_power_cut_whatever_the_durability(new_store, monkeypatch, durability):
+    """SQLite's `synchronous` is 2 for full, and 1 for normal."""
+    levels = []
+    migrate = schema.migrate
+
+    def watched(connection, path):
+        levels.append(connection.execute("PRAGMA synchronous").fetchone()[0])
+        migrate(connection, path)
+        levels.append(connection.execute("PRAGMA synchronous").fetchone()[0])
+
+    monkeypatch.setattr(schema, "migrate", watched)
+    store = new_store(durability=durability)
+    say(store, "Hi!")
+    database = connections.databases.get(store.engine.settings)
+    with database.transaction() as connection:
+        levels.append(connection.execute("PRAGMA synchronous").fetchone()[0])
+    assert levels == [2, 2, 2 if durability == "full" else 1]
+
+
+def test_a_file_that_was_made_is_synced_before_anything_is_acknowledged(tmp_path):
+    """As the system saw it: the log and the folder are flushed, though the durability is normal."""
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("needs strace")
+    code = f"""
+from haystack.dataclasses import ChatMessage
+from haystack_chat_store import SQLiteChatMessageStore
+store = SQLiteChatMessageStore({str(tmp_path / "chat.db")!r}, durability="normal")
+store.write_messages("history", [ChatMessage.from_user("Hi!")])
+print("acknowledged", flush=True)
+"""
+    record = tmp_path / "record"
+    command = [strace, "-f", "-y", "-e", "trace=fsync,fdatasync,write", "-o", record, sys.executable, "-c", code]
+    subprocess.run(command, check=True, capture_output=True)
+    calls = record.read_text().partition("acknowledged")[0]
+    synced = set(re.findall(r"(?:fsync|fdatasync)\(\d+<([^>]*)>", calls))
+    assert {str(tmp_path), str(tmp_path / "chat.db-wal")} <= synced
+
+
+def test_one_call_waits_for_threads_and_for_the_file_no_longer_than_the_timeout(new_store, path):
+    store = new_store(timeout=1)
+    say(store, "before")
+    database = connections.databases.get(store.engine.settings)
+    is_held = threading.Event()
+
+    def hold_for_a_while():
+        with database._write_lock:
+            is_held.set()
+            time.sleep(0.7)
+
+    with opened(path) as other:
+        other.execute("BEGIN IMMEDIATE")
+        thread = threading.Thread(target=hold_for_a_while)
+        thread.start()
+        is_held.wait()
+        start = time.monotonic()
+        with pytest.raises(StoreTimeoutError):
+            say(store, "late")
+        assert 0.9 < time.monotonic() - start < 1.5
+        thread.join()
+    say(store, "after")
+    with database.transaction() as connection:
+        assert connection.execute("PRAGMA busy_timeout").fetchone() == (1000,)
+
+
+def test_each_of_many_waiting_calls_hears_at_the_timeout(new_store, path):
+    store = new_store(timeout=1)
+    say(store, "before")
+
+    async def timed(number):
+        start = time.monotonic()
+        with pytest.raises(StoreTimeoutError, match="Nothing was changed"):
+            await store.write_messages_async(f"history {number}", [ChatMessage.from_user("late")])
+        return time.monotonic() - start
+
+    async def all_of_them():
+        return await asyncio.gather(*map(timed, range(100)))
+
+    with opened(path) as other:
+        other.execute("BEGIN IMMEDIATE")
+        waited = asyncio.run(all_of_them())
+        assert 0.9 < min(waited)
+        assert max(waited) < 2
+        threads_waited = in_threads(lambda number: sync_timed(store, number), 20)
+        assert max(threads_waited) < 2
+    assert store.statistics().messages == 1
+
+
+def sync_timed(store, number):
+    start = time.monotonic()
+    with pytest.raises(StoreTimeoutError):
+        say(store, "late", f"history {number}")
+    return time.monotonic() - start
+
+
+def in_threads(call, count):
+    with ThreadPoolExecutor(count) as executor:
+        return list(executor.map(call, range(count)))
+
+
+def test_a_call_that_waits_for_a_long_one_of_this_process_hears_at_the_timeout(new_store):
+    store = new_store(timeout=0.5)
+    say(store, "before")
+    may_end = threading.Event()
+
+    def long_call(session):
+        may_end.wait(30)
+
+    async def main():
+        running = asyncio.ensure_future(store.engine.run_async(long_call))
+        await asyncio.sleep(0.1)
+        start = time.monotonic()
+        with pytest.raises(StoreTimeoutError, match="other calls of this process"):
+            await store.write_messages_async("history", [ChatMessage.from_user("late")])
+        waited = time.monotonic() - start
+        cancelled = asyncio.ensure_future(store.delete_messages_async("history"))
+        await asyncio.sleep(0.1)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        may_end.set()
+        await running
+        return waited
+
+    assert 0.4 < asyncio.run(main()) < 1
+    assert said(store) == ["before"]
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_deleting_everything_goes_in_steps_between_which_others_write(new_store, path, monkeypatch, way):
+    monkeypatch.setattr("haystack_chat_store.stores.sqlite.directory._MESSAGES_PER_STEP", 10)
+    store, other = new_store(), new_store(namespace="other")
+    say(other, "theirs")
+    for number in range(20):
+        store.write_messages(f"history {number}", [ChatMessage.from_user("Hi!")] * 5)
+    left = []
+    wait = connections.Database.pause_for_other_writers
+
+    def watched(database):
+        left.append(rows(path, "SELECT count(*) FROM haystack_chat_messages")[0][0])
+        say(other, "meanwhile")
+        wait(database)
+
+    monkeypatch.setattr(connections.Database, "pause_for_other_writers", watched)
+    asyncio.run(store.delete_all_messages_async()) if way == "async" else store.delete_all_messages()
+    assert left == [100 - 10 * (number + 1) + number + 1 for number in range(len(left))]
+    assert len(left) >= 9
+    assert store.statistics().messages == 0
+    assert said(other) == ["theirs"] + ["meanwhile"] * len(left)

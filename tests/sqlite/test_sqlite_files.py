@@ -123,7 +123,7 @@ def locked_before_its_first_use(path):
         (missing_folder, StoreConfigurationError, "folder .* does not exist.*Create it"),
         (folder_in_its_place, StoreUnavailableError, "It must be a file|Is it a file"),
         (other_file_in_its_place, StoreConfigurationError, "not a database.*another path"),
-        (other_tables_of_the_same_name, StoreConfigurationError, "table haystack_chat_messages already exists"),
+        (other_tables_of_the_same_name, StoreConfigurationError, "database of another program.*left untouched"),
         (locked_before_its_first_use, StoreTimeoutError, "locked.*Try again"),
     ],
 )
@@ -137,8 +137,11 @@ def test_a_file_that_cannot_be_opened_is_explained_and_used_when_it_can(
         with pytest.raises(error) as raised:
             write(store, SECRET)
         assert_says(raised.value, os.path.dirname(path), says)
-        with pytest.raises(error):
-            store.count_messages("history")
+        if error is StoreTimeoutError:
+            assert store.count_messages("history") == 0  # there is nothing yet, and reading takes no lock
+        else:
+            with pytest.raises(error):
+                store.count_messages("history")
     assert said(store) == []
     assert write(store, "Hi!") == 2
 
@@ -191,7 +194,7 @@ def test_a_write_that_fails_is_explained_and_stores_nothing(store, path, write, 
     write(store, "afterwards")
     assert said(store) == ["before", "You said: before"] * earlier + ["afterwards", "You said: afterwards"]
     assert store.count_messages("history") == 2 + 2 * earlier
-    assert len(connections_of_stores(path)) == 1
+    assert len(connections_of_stores(path)) <= 2  # one that writes, and one that reads
     assert rows(path, "PRAGMA integrity_check") == [("ok",)]
 
 

@@ -75,14 +75,19 @@ NEXT_MIGRATION = [
 ]
 
 
-def test_a_database_of_the_version_before_is_upgraded_in_place_once(store, path, monkeypatch):
+@pytest.mark.parametrize("by", ["a write", "a repair"])
+def test_a_database_of_the_version_before_is_upgraded_in_place_once(store, path, monkeypatch, by):
     say(store, "before")
     store.close()
     monkeypatch.setattr(schema, "MIGRATIONS", [*schema.MIGRATIONS, NEXT_MIGRATION])
-    assert said(store) == ["before"]
-    say(store, "afterwards")
+    with pytest.raises(SchemaVersionError, match=r"earlier version.*Upgrade it: write to it, or run .*doctor --repair"):
+        said(store)
+    if by == "a write":
+        say(store, "afterwards")
+    else:
+        store.engine.run(store.engine.repair, store.scope)
     store.close()
-    assert said(store) == ["before", "afterwards"]
+    assert said(store) == ["before", "afterwards"][: 1 + (by == "a write")]
     assert rows(path, "SELECT version FROM haystack_chat_schema") == [(len(schema.MIGRATIONS),)]
     assert rows(path, "SELECT mood FROM haystack_chat_histories") == [("fine",)]
     assert rows(path, "SELECT count(*) FROM upgrades") == [(1,)]
@@ -132,12 +137,14 @@ def test_an_upgrade_that_fails_leaves_the_version_before_intact(store, path, mon
     say(store, "afterwards")
 
 
-def test_the_file_may_hold_other_tables(store, path):
+def test_the_file_may_get_other_tables(store, path):
+    say(store, "Hi!")
     with opened(path) as connection:
         connection.execute("CREATE TABLE notes (text)")
         connection.execute("INSERT INTO notes VALUES ('mine')")
         connection.execute("PRAGMA user_version = 42")
         connection.execute("PRAGMA application_id = 7")
+    store.close()
     say(store, "Hi!")
     store.delete_all_messages()
     assert rows(path, "SELECT * FROM notes") == [("mine",)]

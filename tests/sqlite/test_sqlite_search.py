@@ -79,12 +79,15 @@ def test_in_a_new_database_messages_are_indexed_as_they_are_written(searching, p
     assert found(searching, "fox") == [("chat", 0)]
 
 
-def test_what_is_there_is_indexed_by_the_first_search(new_store, path):
+def test_what_is_there_is_indexed_when_it_is_asked_for(new_store, path):
     before = new_store()
     for number in range(30):
         before.write_messages(f"chat {number % 7}", [user(f"fox {number}")])
     searching = new_store(search=True)
     assert searching.engine.run(searching.engine.search, searching.scope, parsed_query("fox"), None, "", 20) is None
+    with pytest.raises(UnsupportedOperationError, match=r"index_messages\(\).*haystack-chat-store index"):
+        searching.search_messages("fox")
+    searching.index_messages()
     assert len(found(searching, "fox", limit=1000)) == 30
     assert index_says_what_messages_say(path)
 
@@ -94,6 +97,7 @@ def test_whoever_writes_keeps_the_index(new_store, searching, path):
     unsearching = new_store()
     unsearching.write_messages("chat", [user("early fox")])  # before the index is there
     searching.write_messages("chat", [user("fox")])
+    searching.index_messages()
     unsearching.write_messages("chat", [user("later fox")])
     other.write_messages("chat", [user("their fox")])
     assert found(searching, "fox") == [("chat", 0), ("chat", 1), ("chat", 2)]
@@ -171,11 +175,11 @@ def test_after_any_changes_the_index_says_what_the_messages_say(new_store, path,
         while store.engine.run(store.engine.index_some, store.scope, 3):
             change_at_random(store, chance, 10)
             assert store.count_messages("b") < 100
-    store.search_messages("fox")
+    store.index_messages()
     assert index_says_what_messages_say(path)
     change_at_random(store, chance, 50)
     assert index_says_what_messages_say(path)
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
 
 
 def test_a_write_that_fails_leaves_nothing_in_the_index(searching, path):
@@ -210,6 +214,7 @@ def test_a_damaged_message_neither_stops_a_write_nor_the_indexing(new_store, pat
     text = "CAST(? AS TEXT)" if isinstance(content, bytes) else "?"
     execute(path, f"UPDATE haystack_chat_messages SET content = {text} WHERE message_key & 0xffffffff = 1", content)
     searching = new_store(search=True)
+    searching.index_messages()
     assert found(searching, "fox") == [("chat", 0), ("chat", 2)]
     searching.copy_messages("chat", "copy")
     searching.engine.run(searching.engine.remove, searching.scope, "chat", [1])
@@ -279,6 +284,7 @@ def test_indexing_that_was_killed_goes_on(new_store, path):
         program.kill()
     ((indexed,),) = execute(path, "SELECT count(*) FROM haystack_chat_terms")
     assert 100 <= indexed < 2000
+    searching.index_messages()
     assert len(found(searching, "fox", limit=1000)) == 1000
     assert index_says_what_messages_say(path)
 
@@ -363,7 +369,7 @@ def test_other_programs_can_change_and_delete_messages(searching, path):
     execute(path, f"UPDATE haystack_chat_messages SET content = {changed} WHERE message_key & 0xffffffff = 2")
     assert found(searching, "fox") == [("chat", 1)]
     assert found(searching, "fox", limit=1) == [("chat", 1)]
-    searching.engine.run(searching.engine.check, searching.scope, True)
+    searching.engine.run(searching.engine.repair, searching.scope)
     assert found(searching, "dog") == [("chat", 2)]
     assert found(searching, "cat") == []
     assert index_says_what_messages_say(path)
@@ -380,20 +386,27 @@ def test_a_message_of_another_program_is_found_after_a_repair(searching, path):
         """,
     )
     assert found(searching, "cat") == []
-    faults = searching.engine.run(searching.engine.check, searching.scope, True)
+    faults = searching.engine.run(searching.engine.repair, searching.scope)
     assert "The search index says something else than its messages." in [fault.description for fault in faults]
     assert found(searching, "cat") == [("chat", 1)]
-    assert searching.engine.run(searching.engine.check, searching.scope, False) == []
+    assert searching.engine.run(searching.engine.check, searching.scope) == []
 
 
-def test_the_key_of_a_history_that_another_program_deleted_is_used_again(searching, path):
+@pytest.mark.parametrize("deleted", ["its row", "all of it"])
+def test_the_key_of_a_history_that_another_program_deleted_is_not_used_again(searching, path, deleted):
     searching.write_messages("chat", [user("old fox"), user("old fox")])
-    execute(path, "DELETE FROM haystack_chat_messages")
+    ((key,),) = execute(path, "SELECT history_key FROM haystack_chat_histories")
     execute(path, "DELETE FROM haystack_chat_histories")
+    if deleted == "all of it":
+        execute(path, "DELETE FROM haystack_chat_messages")
+    searching.close()
     searching.write_messages("new", [user("cat")])
+    assert searching.count_messages("new") == 1
+    assert [each.message.text for each in searching.list_messages("new")] == ["cat"]
     assert found(searching, "fox") == []
-    searching.write_messages("new", [user("dog")])
-    assert found(searching, "fox") == []
+    ((new_key,),) = execute(path, "SELECT history_key FROM haystack_chat_histories")
+    assert new_key > key
+    searching.engine.run(searching.engine.repair, searching.scope)
     assert index_says_what_messages_say(path)
 
 
@@ -419,7 +432,7 @@ def version_of_index(path):
     return version
 
 
-def test_the_next_search_of_a_later_version_makes_the_index_anew(new_store, path, become):
+def test_a_later_version_makes_the_index_anew_when_it_is_asked_for(new_store, path, become):
     with closing(new_store(search=True)) as before:
         before.write_messages("chat", [user("fox", "1"), user("fox", "2"), user("fox", "3")])
     become(2)
@@ -427,15 +440,19 @@ def test_the_next_search_of_a_later_version_makes_the_index_anew(new_store, path
     later.delete_messages("chat", message_ids=["1"])
     later.write_messages("chat", [user("late fox", "2")], policy=DuplicatePolicy.OVERWRITE)
     assert version_of_index(path) == 1
-    assert later.engine.run(later.engine.check, later.scope, False) == []
+    assert later.engine.run(later.engine.check, later.scope) == []
+    with pytest.raises(UnsupportedOperationError, match="index_messages"):
+        later.search_messages("newfox")
+    assert version_of_index(path) == 1
+    later.index_messages()
     assert found(later, "newfox") == [("chat", 1), ("chat", 2)]
     assert indexed_terms(path) == ["newfox", "newfox", "newlate"]
     assert version_of_index(path) == 2
-    assert later.engine.run(later.engine.check, later.scope, False) == []
+    assert later.engine.run(later.engine.check, later.scope) == []
 
 
 @pytest.mark.parametrize("searches", [False, True], ids=["without search", "with search"])
-def test_what_an_earlier_version_writes_is_found_by_the_next_search_of_a_later_one(new_store, path, become, searches):
+def test_what_an_earlier_version_writes_is_found_once_a_later_one_has_indexed_it(new_store, path, become, searches):
     become(2)
     later = new_store(search=True)
     later.write_messages("chat", [user("fox", "1"), user("cat", "2"), user("dog", "3")])
@@ -448,10 +465,11 @@ def test_what_an_earlier_version_writes_is_found_by_the_next_search_of_a_later_o
     earlier.copy_messages("chat", "copy")
     assert not {"newcat", "newdog"} & set(indexed_terms(path))
     become(2)
+    later.index_messages()
     assert found(later, "newfox", chat_history_id="chat") == [("chat", 0), ("chat", 1), ("chat", 3)]
     assert len(found(later, "newfox")) == 7
     assert found(later, "newcat") == []
-    assert later.engine.run(later.engine.check, later.scope, False) == []
+    assert later.engine.run(later.engine.check, later.scope) == []
 
 
 def test_an_earlier_version_neither_searches_nor_spoils_the_index_of_a_later_one(new_store, path, become):
@@ -462,9 +480,9 @@ def test_an_earlier_version_neither_searches_nor_spoils_the_index_of_a_later_one
     earlier, unsearching = new_store(search=True), new_store()
     with pytest.raises(UnsupportedOperationError, match="newer version"):
         earlier.search_messages("fox")
-    assert unsearching.engine.run(unsearching.engine.check, unsearching.scope, True) == []
+    assert unsearching.engine.run(unsearching.engine.repair, unsearching.scope) == []
     assert version_of_index(path) == 2
-    assert [fault.is_repaired for fault in earlier.engine.run(earlier.engine.check, earlier.scope, True)] == [True]
+    assert [fault.is_repaired for fault in earlier.engine.run(earlier.engine.repair, earlier.scope)] == [True]
     assert found(earlier, "fox") == [("chat", 0)]
     assert version_of_index(path) == 1
 
@@ -477,10 +495,11 @@ def test_an_index_of_the_same_terms_is_kept(new_store):
 
 
 def open_and_write(store, report, name):
-    """Open a database whose index has other terms, write, and search."""
+    """Open a database whose index has other terms, write, index and search."""
     from haystack.dataclasses import ChatMessage
 
     store.write_messages(name, [ChatMessage.from_user(f"fox {name}")])
+    store.index_messages()
     report(len(store.search_messages("early fox")))
     store.close()
 

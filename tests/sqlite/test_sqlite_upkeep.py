@@ -115,7 +115,7 @@ def test_no_byte_of_what_was_erased_is_left_in_the_files(store, path, erase):
     erase(store)
     assert left_in_files(path) == set()
     assert store.count_messages("user_2/chat") == 240
-    assert store.engine.run(store.engine.check, store.scope, False) == []
+    assert store.engine.run(store.engine.check, store.scope) == []
     if store.search:
         assert store.search_messages("Kuckucksuhr") == []
         assert len(store.search_messages("kept", limit=1000)) == 120
@@ -158,7 +158,7 @@ def test_the_file_becomes_smaller(store, path):
 
 
 def faults_of(store, repair=False):
-    return store.engine.run(store.engine.check, store.scope, repair)
+    return store.engine.run(store.engine.repair if repair else store.engine.check, store.scope)
 
 
 def damage(path, *statements):

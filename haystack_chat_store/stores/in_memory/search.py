@@ -10,6 +10,9 @@ from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory.histories import Memory
 from haystack_chat_store.stores.rows import FoundRow, Scope
 
+# Other calls can go on between two batches.
+_INDEX_BATCH_SIZE = 1_000
+
 
 class Search(Engine[Memory]):
     """The operations on the index of words."""
@@ -22,12 +25,16 @@ class Search(Engine[Memory]):
         chat_history_id: str | None,
         prefix: str,
         limit: int,
-    ) -> list[FoundRow] | None:
-        """Check each message that has all terms. Its score is the share of the query's terms among its words."""
+    ) -> list[FoundRow]:
+        """
+        Index what is not indexed yet. Then check each message that has all terms.
+
+        Its score is the share of the query's terms among its words.
+        """
+        while self.index_some(session, scope, _INDEX_BATCH_SIZE):
+            pass
         with session.lock:
             namespace = session.of(scope)
-            if namespace.index.unindexed:
-                return None
             found = []
             for history, position in namespace.index.candidates(phrases):
                 if not history.startswith(prefix) or chat_history_id not in (None, history):

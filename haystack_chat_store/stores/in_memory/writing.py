@@ -63,13 +63,14 @@ class Writing(Engine[Memory]):
                 check_revision(expected_revision, history.revision)
                 namespace.put(chat_history_id, None)
 
-    def delete_all(self, session: Memory, scope: Scope) -> None:
+    def delete_all(self, session: Memory, scope: Scope) -> bool:
         """Remove the namespace's histories and its index."""
         with session.lock:
             namespace = session.of(scope)
             revisions = [history.revision for history in namespace.histories.values()]
             namespace.deleted_revision = max([namespace.deleted_revision, *revisions])
             namespace.histories, namespace.index = {}, SearchIndex()
+        return False
 
     def delete_messages(
         self,

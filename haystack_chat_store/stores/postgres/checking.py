@@ -38,10 +38,18 @@ class _Found:
 
 
 class Checking(Engine[Session]):
-    """The operation that checks a namespace."""
+    """The operations that check a namespace."""
 
-    async def check(self, session: Session, scope: Scope, repair: bool) -> list[Fault]:
+    async def check(self, session: Session, scope: Scope) -> list[Fault]:
+        """Look at everything as of one moment."""
+        return await self._check(session, scope, repair=False)
+
+    async def repair(self, session: Session, scope: Scope) -> list[Fault]:
         """Look at everything as of one moment. Then repair one fault after the other."""
+        return await self._check(session, scope, repair=True)
+
+    @staticmethod
+    async def _check(session: Session, scope: Scope, *, repair: bool) -> list[Fault]:
         faults: list[Fault] = []
         for found in await session.in_transaction(_find_faults, scope, begin=BEGIN_READING):
             is_repaired = repair and found.repair is not None

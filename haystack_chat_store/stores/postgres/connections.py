@@ -201,11 +201,13 @@ class Pool(ServerConnections):
         self._is_closed = False
 
     @contextmanager
-    def session(self, *, search: bool = False) -> Iterator[Session]:
+    def session(self, *, search: bool = False, reads: bool = False) -> Iterator[Session]:
         """
         Lend a connection to a synchronous call.
 
         :param search: Whether to turn search on in the database, if it is off.
+        :param reads: Whether the call only reads: then nothing is made, upgraded or turned on.
+        :raises NoTablesError: If the call only reads, and there are no tables.
         :raises StoreTimeoutError: If all are in use for longer than the timeout.
         """
         deadline = time.monotonic() + self._settings.timeout
@@ -219,7 +221,7 @@ class Pool(ServerConnections):
                 connection = _Connection.connect(self.location, **options)
             with self._lent(connection, self._idle, deadline) as session:
                 try:
-                    run_sync(self._prepare(session, search=search))
+                    run_sync(self._prepare(session, search=search, reads=reads))
                     yield session
                 except psycopg.errors.ConnectionTimeout:
                     run_sync(session.cancel())
@@ -228,11 +230,13 @@ class Pool(ServerConnections):
             self._limit.release()
 
     @asynccontextmanager
-    async def session_async(self, *, search: bool = False) -> AsyncIterator[Session]:
+    async def session_async(self, *, search: bool = False, reads: bool = False) -> AsyncIterator[Session]:
         """
         Lend a connection of the running event loop to an asynchronous call.
 
         :param search: Whether to turn search on in the database, if it is off.
+        :param reads: Whether the call only reads: then nothing is made, upgraded or turned on.
+        :raises NoTablesError: If the call only reads, and there are no tables.
         :raises StoreTimeoutError: If all are in use for longer than the timeout.
         """
         deadline = time.monotonic() + self._settings.timeout
@@ -253,7 +257,7 @@ class Pool(ServerConnections):
                 connection.loop = asyncio.get_running_loop()
             with self._lent(connection, own.idle, deadline) as session:
                 try:
-                    await self._prepare(session, search=search)
+                    await self._prepare(session, search=search, reads=reads)
                     yield session
                 except psycopg.errors.ConnectionTimeout:
                     await session.cancel()
@@ -302,14 +306,14 @@ class Pool(ServerConnections):
             "prepare_threshold": 2**31,
         }
 
-    async def _prepare(self, session: Session, *, search: bool) -> None:
+    async def _prepare(self, session: Session, *, search: bool, reads: bool) -> None:
         """Prepare a new connection and, once in a process, the database."""
         if not session.connection.is_ready:
             session.connection.adapters.register_loader("json", TextLoader)  # the codec parses a window at once
-            await upgrading.prepare(session)
+            await upgrading.prepare(session, reads=reads)
             await self._keep_plans(session)
             session.connection.is_ready = True
-        if search and not self.database.has_search:
+        if search and not reads and not self.database.has_search:
             await upgrading.turn_search_on(session)
 
     @staticmethod

@@ -38,7 +38,7 @@ class Directory(Engine[Session]):
         """Delete a history and its messages in one transaction."""
         await session.in_transaction(_delete_expected, history_key(scope, chat_history_id), expected_revision)
 
-    async def delete_all(self, session: Session, scope: Scope) -> None:
+    async def delete_all(self, session: Session, scope: Scope) -> bool:
         """Delete in batches, each with a time limit of its own, so that any number of histories can be deleted."""
         last_id = ""
         while found := await session.fetch(
@@ -48,6 +48,7 @@ class Directory(Engine[Session]):
             last_id = batch[-1][0]
             await session.in_transaction(_delete_histories, [key for _, key, _ in batch])
             session.renew_deadline()
+        return False
 
     async def history(self, session: Session, scope: Scope, chat_history_id: str) -> HistoryRow | None:
         """Return one history, or `None` if it does not exist."""

@@ -7,7 +7,14 @@ from typing import Any, Concatenate, cast
 import psycopg
 
 from haystack_chat_store.errors import ChatMessageStoreError
-from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT
+from haystack_chat_store.stores.engine import (
+    ArgumentsT,
+    Operation,
+    ResultT,
+    is_marked,
+    reads_only,
+    result_without_database,
+)
 from haystack_chat_store.stores.postgres.checking import Checking
 from haystack_chat_store.stores.postgres.connections import Pool, Settings, pools
 from haystack_chat_store.stores.postgres.directory import Directory
@@ -15,6 +22,7 @@ from haystack_chat_store.stores.postgres.failures import store_error
 from haystack_chat_store.stores.postgres.reading import Reading
 from haystack_chat_store.stores.postgres.search import Search
 from haystack_chat_store.stores.postgres.session import Session
+from haystack_chat_store.stores.postgres.upgrading import NoTablesError
 from haystack_chat_store.stores.postgres.writing import Writing
 from haystack_chat_store.stores.sync_async import run_sync
 
@@ -41,8 +49,10 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         """Run an operation on a synchronous connection, with which it never waits for an event loop."""
         pool = pools.get(self.settings)
         try:
-            with pool.session(search=self.search_wanted) as session:
+            with pool.session(search=self.search_wanted, reads=is_marked(operation, reads_only)) as session:
                 return run_sync(_coroutine(operation(session, *arguments, **options)))
+        except NoTablesError:
+            return cast(ResultT, result_without_database(operation))
         except psycopg.Error as error:
             raise self._explained(error, pool) from error
 
@@ -55,8 +65,11 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         """Run an operation on a connection of the running event loop."""
         pool = pools.get(self.settings)
         try:
-            async with pool.session_async(search=self.search_wanted) as session:
+            reads = is_marked(operation, reads_only)
+            async with pool.session_async(search=self.search_wanted, reads=reads) as session:
                 return await _coroutine(operation(session, *arguments, **options))
+        except NoTablesError:
+            return cast(ResultT, result_without_database(operation))
         except psycopg.Error as error:
             raise self._explained(error, pool) from error
 

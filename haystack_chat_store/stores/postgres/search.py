@@ -42,7 +42,10 @@ class Search(Engine[Session]):
     ) -> list[FoundRow] | None:
         """Choose between the index of all terms and the messages of few histories, whichever looks at less."""
         statements = session.statements
-        if not session.database.is_indexed or await session.fetch(statements.an_unindexed):
+        if not session.database.is_indexed:
+            ((has_messages,),) = await session.fetch(session.database.tables.has_messages)
+            return None if has_messages else []
+        if await session.fetch(statements.an_unindexed):
             return None
         parameters = {**prefix_parameters(scope, prefix), "query": tsquery(phrases), "limit": limit}
         if chat_history_id is None:

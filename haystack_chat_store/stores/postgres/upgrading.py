@@ -25,13 +25,29 @@ _FIND_RELATIONS = """
 """
 
 
-async def prepare(session: Session) -> None:
+class NoTablesError(Exception):
+    """There is nothing to read: the tables were not made yet."""
+
+
+async def prepare(session: Session, *, reads: bool) -> None:
     """
     Look at the database when a connection is new. Make or upgrade the tables, if the first one finds it necessary.
+
+    :param reads: Whether the call only reads, and so changes nothing.
+    :raises NoTablesError: If the call only reads, and there are no tables.
+    :raises SchemaVersionError: If the call only reads, and the tables are those of an earlier version.
     """
     has_tables = await look(session)
     if not session.database.is_current:
-        if not has_tables or await _version(session) < len(MIGRATIONS):
+        version = await _version(session) if has_tables else 0
+        if version < len(MIGRATIONS):
+            if reads and version == 0:
+                raise NoTablesError
+            if reads:
+                raise SchemaVersionError(
+                    f"The database has schema version {version}, of an earlier version of haystack-chat-store, and "
+                    "reading it changes nothing. Upgrade it: write to it, or run `haystack-chat-store doctor --repair`."
+                )
             await _change_schema(session, _bring_up_to_date)
         session.database.is_current = True
 

@@ -169,8 +169,15 @@ class _Examination:
 class Checking(RedisOperations):
     """The operation that finds and repairs damage."""
 
-    async def check(self, session: Session, scope: Scope, repair: bool) -> list[Fault]:
+    async def check(self, session: Session, scope: Scope) -> list[Fault]:
         """Check each history by itself: those in the lists of the buckets, and those whose keys a scan finds."""
+        return await self._check(session, scope, repair=False)
+
+    async def repair(self, session: Session, scope: Scope) -> list[Fault]:
+        """Check each history, and write those with faults anew."""
+        return await self._check(session, scope, repair=True)
+
+    async def _check(self, session: Session, scope: Scope, *, repair: bool) -> list[Fault]:
         keys = self.keys(scope)
         ids: dict[str, None] = {}
         for bucket in range(BUCKETS):

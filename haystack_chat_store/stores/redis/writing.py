@@ -70,13 +70,14 @@ class Writing(RedisOperations):
             expected_revision=expected_revision,
         )
 
-    async def delete_all(self, session: Session, scope: Scope) -> None:
+    async def delete_all(self, session: Session, scope: Scope) -> bool:
         """Go through the buckets, and delete all that each of them lists by then."""
         keys = self.keys(scope)
         for bucket in range(BUCKETS):
             found = await session.run(of_directory.ALL, keys.of_bucket(bucket))
             for first in range(0, len(found), _DELETED_HISTORIES_PER_STEP):
                 await delete_histories(session, keys, bucket, found[first : first + _DELETED_HISTORIES_PER_STEP])
+        return False
 
     async def delete_messages(
         self,

@@ -17,7 +17,9 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
     Keeps chat histories in one SQLite file: durable, with nothing to install and no server to run.
 
     Any number of threads, event loops and processes of one machine can use a file together; each write is a
-    transaction. The file must not lie on a network file system, where SQLite's locks do not work.
+    transaction. The file must not lie on a network file system, where SQLite's locks do not work. Calls that read
+    change nothing, and the first write makes the file. If the file is moved or replaced while it is in use, the next
+    call writes what is in its log to it, and then uses what is at the path.
 
     ```python
     from haystack.dataclasses import ChatMessage
@@ -43,14 +45,15 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         timeout: float = 30.0,
     ) -> None:
         """
-        Create the store. The file is opened, and made if need be, on first use.
+        Create the store. The file is opened on first use, and made by the first write.
 
         :param path: The database file; its folder must exist. Defaults to `chat_history.db` in the current folder.
         :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
         :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
         :param namespace: Separates tenants, applications or test runs in one file. Defaults to `"default"`.
-        :param search: Whether messages can be searched. What is written is then indexed with it. Defaults to False.
+        :param search: Whether messages can be searched. What is written is then indexed with it; what the file had
+            before is indexed by `index_messages`. Defaults to False.
         :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
             the value's `repr` is stored.
         :param durability: `"full"`, the default: a write that has returned survives a power cut. `"normal"`: it
@@ -83,6 +86,25 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
             search=search,
             strict=strict,
         )
+
+    def backup(self, path: "str | os.PathLike[str]") -> None:
+        """
+        Write everything in this store's file, of all namespaces, to a new file, while others go on writing.
+
+        The new file is a complete database of one moment: a store can be made with its path. It is on the disk when
+        this returns. Only its owner may read it.
+
+        :param path: The path of the new file. Nothing may be there.
+        :raises FileExistsError: If there is something at the path. It was left as it is.
+        :raises OSError: If the file cannot be written.
+        :raises StoreConfigurationError: If there is nothing to back up.
+        :raises ChatMessageStoreError: If the store's file cannot be read.
+        """
+        self.engine.run(self.engine.backup, self.scope, os.path.abspath(os.fspath(path)))
+
+    async def backup_async(self, path: "str | os.PathLike[str]") -> None:
+        """Do what `backup` does, without blocking the event loop."""
+        await self.engine.run_async(self.engine.backup, self.scope, os.path.abspath(os.fspath(path)))
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> Self:

@@ -80,15 +80,32 @@ _DROP_VOCABULARY = "DROP TABLE temp.vocabulary"
 _INSTANCES = "SELECT coalesce(sum(cnt), 0) FROM temp.vocabulary"
 _TERMS = "SELECT terms FROM haystack_chat_terms"
 
+_INDEX_BATCH_SIZE = 1_000
+
 #: A repair puts messages whose history is missing into histories of this namespace.
 RECOVERED = "recovered"
 
 
 class Checking(Engine[Database]):
-    """The operation that checks a file."""
+    """The operations that check a file."""
 
-    def check(self, session: Database, scope: Scope, repair: bool) -> list[Fault]:
-        """Look for faults while others write, and repair each in a transaction of its own: no writer waits for long."""
+    def check(self, session: Database, scope: Scope) -> list[Fault]:
+        """Look for faults while others write."""
+        return self._check(session, scope, repair=False)
+
+    def repair(self, session: Database, scope: Scope) -> list[Fault]:
+        """Look for faults, and repair each in a transaction of its own: no writer waits for long."""
+        with session.transaction():  # which upgrades the file of an earlier version
+            pass
+        faults = self._check(session, scope, repair=True)
+        with session.connection() as connection:
+            index = TermIndex.of(connection)
+        while index.exists and not index.is_of_newer_version and self.index_some(session, scope, _INDEX_BATCH_SIZE):
+            pass
+        return faults
+
+    @staticmethod
+    def _check(session: Database, scope: Scope, *, repair: bool) -> list[Fault]:
         faults = [
             *_faults_of_schema(session, repair),
             *_faults_of_file(session, repair),
@@ -212,7 +229,7 @@ def _wrong_counts(columns: Sequence[Any]) -> list[str]:
 
 
 def _faults_of_index(session: Database, scope: Scope, repair: bool) -> list[Fault]:
-    """Compare the index of words with the messages, and have the next search make it anew if they differ."""
+    """Compare the index of words with the messages, and begin it anew if they differ."""
     try:
         with session.snapshot() as connection, damaged_texts_escaped(connection):
             faults = list(_differences(connection, scope, session.settings.search))

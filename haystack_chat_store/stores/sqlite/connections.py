@@ -11,12 +11,35 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple
+
+from haystack import logging
 
 from haystack_chat_store.errors import ChatMessageStoreError, StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.stores.connection_registry import ConnectionRegistry, keep_alive_forever
 from haystack_chat_store.stores.sqlite import failures, schema
+from haystack_chat_store.stores.sqlite.files import (
+    JOURNAL,
+    LOG,
+    LOG_INDEX,
+    Connection,
+    Files,
+    Identity,
+    can_be_written,
+    check_unchanged,
+    connected,
+    connected_read_only,
+    connected_without_traces,
+    content,
+    files_at,
+    has_content,
+    identity,
+    leaves_traces_of_reading,
+    refuse_log_without_database,
+)
+
+logger = logging.getLogger(__name__)
 
 #: How much of what a call has acknowledged survives a power cut: everything, or everything but the last moments.
 Durability = Literal["full", "normal"]
@@ -30,6 +53,8 @@ _POLL_SECONDS = 0.002
 _PAUSE_SECONDS = 0.02
 # A fork waits for the calls under way, which may themselves wait for a lock.
 _MIN_FORK_WAIT_SECONDS = 60
+# A wait for other threads that was shorter is not counted.
+_MIN_WAIT_SECONDS = 0.01
 
 
 class Settings(NamedTuple):
@@ -48,45 +73,60 @@ class Settings(NamedTuple):
     search: bool
 
 
-class _Connection(sqlite3.Connection):
-    file_identity: tuple[int, int] | None = None
-    thread_id: int | None = None
-    is_inherited = False
+class NoDatabaseError(Exception):
+    """There is nothing to read: no file, or nothing in it."""
 
 
 class Database:
-    """The connections to one file, and the threads that use them for asynchronous calls."""
+    """
+    The connections to one file, and the threads that use them for asynchronous calls.
+
+    Calls that read open connections that cannot change the file. The first call that writes makes it.
+    """
 
     def __init__(self, settings: Settings) -> None:
         """Open nothing yet."""
         self.settings = settings
-        self._idle: list[_Connection] = []
-        self._lent: weakref.WeakSet[_Connection] = weakref.WeakSet()  # weak: an interrupted call may lose one
+        self._idle_readers: list[Connection] = []
+        self._idle_writers: list[Connection] = []
+        self._lent: weakref.WeakSet[Connection] = weakref.WeakSet()  # weak: an interrupted call may lose one
         self._lock = threading.Lock()
         self._is_closed = False
         self._is_forking = False
         # Writers of this process wait here, which is faster and fairer than polling the file's lock. Only the thread
         # that holds an RLock can release it: so an interrupted call may try to, whether it got the lock or not.
         self._write_lock = threading.RLock()
+        self._leaving_lock = threading.RLock()
+        self._deadlines = threading.local()
         self._readers: ThreadPoolExecutor | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._executors_lock = threading.Lock()
 
+    def begin_call(self, deadline: float) -> None:
+        """
+        Begin a call in this thread.
+
+        :param deadline: How long the call may wait for locks, as a time of `time.monotonic`. If it writes more than
+            once, each further write may wait for the timeout.
+        """
+        self._deadlines.of_call = deadline
+
     @contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection to the calling thread. Each statement sees the database as of one moment."""
-        connection = self._borrow()
+        """Lend a connection for reading to the calling thread. Each statement sees the database as of one moment."""
+        connection = self._reader()
         try:
             yield connection
+            if connection.unchanging is not None:
+                check_unchanged(connection, self.settings.path)
         except BaseException as error:
-            is_refusal = isinstance(error, ChatMessageStoreError) and not connection.in_transaction
-            self._take_back(connection, is_sound=is_refusal)
+            self._take_back_after(error, connection)
             raise
         self._take_back(connection, is_sound=True)
 
     @contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection whose statements all see the database as of one moment."""
+        """Lend a connection for reading whose statements all see the database as of one moment."""
         with self.connection() as connection:
             connection.execute("BEGIN")
             yield connection
@@ -95,21 +135,29 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """
-        Lend a connection for one write transaction: committed at the end, rolled back if anything is raised.
+        Lend a connection for one write transaction: rolled back if anything is raised.
+
+        It is committed at the end, unless the caller has committed it. Then no other thread writes until the end.
 
         :raises StoreTimeoutError: If other threads keep the database busy for longer than the timeout.
         """
+        deadline = self._deadline()
         try:
-            if not self._write_lock.acquire(timeout=self.settings.timeout):
+            if not self._write_lock.acquire(timeout=max(0, deadline - time.monotonic())):
                 raise failures.timed_out(self.settings.path, self.settings.timeout, "other threads of this process")
-            with self.connection() as connection:
-                connection.execute("BEGIN IMMEDIATE")
+            connection = self._writer_in_transaction(deadline)
+            try:
                 try:
                     yield connection
                 except ChatMessageStoreError:
                     connection.execute("ROLLBACK")
                     raise
-                connection.execute("COMMIT")
+                if connection.in_transaction:
+                    connection.execute("COMMIT")
+            except BaseException as error:
+                self._take_back_after(error, connection)
+                raise
+            self._take_back(connection, is_sound=True)
         finally:
             try:
                 self._write_lock.release()
@@ -140,7 +188,7 @@ class Database:
         """Close idle connections now, and each other one when its call ends."""
         with self._lock:
             self._is_closed = True
-            self._close_idle()
+        self._close_idle()
         with self._executors_lock:
             executors = [executor for executor in (self._readers, self._writer) if executor is not None]
             self._readers = self._writer = None
@@ -158,10 +206,9 @@ class Database:
         waits_until = time.monotonic() + max(_MIN_FORK_WAIT_SECONDS, 2 * self.settings.timeout)
         if self._lent:
             gc.collect()  # a connection that an interrupted call has lost may be part of a cycle
-        while self._is_lent_to_other_threads() and time.monotonic() < waits_until:
+        while self._lent_to_others() and time.monotonic() < waits_until:
             time.sleep(_POLL_SECONDS)
-        with self._lock:
-            self._close_idle()
+        self._close_idle()
 
     def after_fork_in_parent(self) -> None:
         """Lend connections again."""
@@ -173,50 +220,262 @@ class Database:
             keep_alive_forever(connection)
             connection.is_inherited = True
             connection.set_authorizer(_deny)  # if this thread forked in the middle of a call, the call fails here
-            _locked_by_parent.add(connection.file_identity or _file_identity(self.settings.path))
+            _locked_by_parent.add(connection.files.database if connection.files else identity(self.settings.path))
 
-    def _is_lent_to_other_threads(self) -> bool:
-        # A call of the forking thread itself cannot end before the fork.
-        return any(connection.thread_id != threading.get_ident() for connection in list(self._lent))
+    def leave_moved_files(self, deadline: float) -> None:
+        """
+        Close the idle connections to files that lie no longer at the path: they were moved, replaced or deleted.
 
-    def _borrow(self) -> _Connection:
-        # If the file was deleted or replaced, idle connections still write to the old one.
-        identity = _file_identity(self.settings.path)
-        while True:
-            with self._lock:
-                if not self._is_forking:
-                    while self._idle and self._idle[-1].file_identity != identity:
-                        self._idle.pop().close()
-                    connection = self._idle.pop() if self._idle else _connected(self.settings)
-                    connection.thread_id = threading.get_ident()
-                    self._lent.add(connection)
-                    break
+        Before that, everything that is in their log is written to their database, wherever that lies now, and the log
+        at the path is removed. Nothing that a call has acknowledged is lost with it.
+
+        :param deadline: How long to wait for others that use these files, as a time of `time.monotonic`.
+        :raises StoreUnavailableError: If there is a log at the path that belongs to such a database, and it cannot be
+            written there now. Nothing was changed.
+        """
+        path = self.settings.path
+        while self._is_forking:
             time.sleep(_POLL_SECONDS)
+        while any(connection.has_log_at(path) for connection in self._lent_to_others()):
+            if time.monotonic() > deadline:
+                raise _log_of_moved(path, "Another thread is still using it. Try again.")
+            time.sleep(_POLL_SECONDS)
+        with self._leaving_lock:
+            for connection in [*self._idle_writers, *self._idle_readers]:
+                if not connection.is_to_files_at(path):
+                    self._leave(connection, deadline)
+
+    def _leave(self, connection: Connection, deadline: float) -> None:
+        path, idle = self.settings.path, self._idle(connection)
+        with self._lock:
+            if connection not in idle:  # it was lent meanwhile, to a call that finds out itself
+                return
+            idle.remove(connection)
         try:
-            if connection.file_identity is None:
-                _make_ready(connection, self.settings)
+            if connection.is_writable:
+                _write_log_to_database(connection, path, deadline)
+            elif connection.has_log_at(path):
+                raise _log_of_moved(path, "Another process has to write it there.")
+        except BaseException:
+            with self._lock:
+                idle.append(connection)
+            raise
+        connection.close()
+
+    def _idle(self, connection: Connection) -> list[Connection]:
+        return self._idle_writers if connection.is_writable else self._idle_readers
+
+    def _deadline(self) -> float:
+        """Return until when to wait for a lock: the first time in a call, until the call's deadline."""
+        deadline: float | None = getattr(self._deadlines, "of_call", None)
+        self._deadlines.of_call = None
+        return time.monotonic() + self.settings.timeout if deadline is None else deadline
+
+    def _lent_to_others(self) -> list[Connection]:
+        # A call of the forking thread itself cannot end before the fork.
+        return [connection for connection in list(self._lent) if connection.thread_id != threading.get_ident()]
+
+    def _reader(self) -> Connection:
+        """Lend an idle connection whose files lie at the path, or a new one that can only read."""
+        # One that writes comes first: it has the pages that it wrote in memory.
+        connection = self._lent_idle(self._idle_writers, self._idle_readers)
+        if connection is not None:
+            if connection.is_to_files_at(self.settings.path):
+                return connection
+            self._take_back(connection, is_sound=True)
+        while True:
+            self._leave_moved_files(time.monotonic() + self.settings.timeout)
+            connection = self._new_reader()
+            if connection is not None:
+                return connection
+
+    def _writer_in_transaction(self, deadline: float) -> Connection:
+        """Lend a connection for writing whose files lie at the path, in a transaction: no other process writes now."""
+        while True:
+            connection = self._lent_idle(self._idle_writers)
+            if connection is None:
+                self._leave_moved_files(deadline)
+                connection = self._new_writer()
+            if connection is None:
+                continue
+            try:
+                _begin(connection, self.settings, deadline)
+                if connection.is_to_files_at(self.settings.path):
+                    return connection
+                connection.execute("ROLLBACK")
+            except BaseException:
+                self._take_back(connection, is_sound=False)
+                raise
+            self._take_back(connection, is_sound=True)
+            self._leave_moved_files(deadline)
+
+    def _leave_moved_files(self, deadline: float) -> None:
+        """Have all stores of this process on this file do so."""
+        for database in databases.all():
+            if database.settings.path == self.settings.path:
+                database.leave_moved_files(deadline)
+
+    def _new_reader(self) -> Connection | None:
+        """
+        Lend a new connection for reading, or `None` if the file was moved or replaced meanwhile.
+
+        :raises NoDatabaseError: If there is no file, or nothing in it.
+        """
+        path, timeout = self.settings.path, self.settings.timeout
+        if not has_content(path):
+            refuse_log_without_database(path)
+            raise NoDatabaseError
+        before = identity(path)
+        way = connected_without_traces if leaves_traces_of_reading(path) else connected_read_only
+        connection = self._lent_new(lambda: way(path, timeout))
+        try:
+            try:
+                is_empty = schema.is_empty(connection, path)
+            except sqlite3.OperationalError as error:
+                if "readonly" in str(error) and content(path + JOURNAL).size:
+                    raise _interrupted_write(path) from error
+                if not _is_of_missing_rights(error) or os.access(os.path.dirname(path), os.W_OK):
+                    raise
+                self._take_back(connection, is_sound=False)
+                connection = self._lent_new(lambda: connected_without_traces(path, timeout))
+                is_empty = schema.is_empty(connection, path)
+            if is_empty:
+                raise NoDatabaseError
+            schema.check_current(connection, path)
+            connection.execute("PRAGMA trusted_schema = OFF")
+            if connection.unchanging is None:
+                connection.files = files_at(path)
         except BaseException:
             self._take_back(connection, is_sound=False)
             raise
+        if identity(path) != before:
+            self._take_back(connection, is_sound=False)
+            return None
         return connection
 
-    def _take_back(self, connection: _Connection, is_sound: bool) -> None:
+    def _new_writer(self) -> Connection | None:
+        """
+        Lend a new connection for writing, or `None` if the file was moved or replaced meanwhile.
+
+        It makes the tables of a new file.
+        """
+        path, timeout = self.settings.path, self.settings.timeout
+        if has_content(path):
+            if os.access(path, os.R_OK) and not can_be_written(path):
+                raise StoreUnavailableError(
+                    f"{path} can only be read. Give this process write access to the file and its folder."
+                )
+            self._look_at(path)
+        else:
+            refuse_log_without_database(path)
+        before = identity(path)
+        connection = self._lent_new(lambda: connected(path, timeout))
+        opened = identity(path)
+        if before not in (None, opened):
+            self._take_back(connection, is_sound=False)
+            return None
+        try:
+            try:
+                _make_ready(connection, self.settings)
+            finally:
+                connection.files = Files(opened, identity(path + LOG))
+                connection.index = identity(path + LOG_INDEX)
+        except BaseException:
+            self._take_back(connection, is_sound=False)
+            raise
+        if not connection.is_to_files_at(path):
+            self._take_back(connection, is_sound=False)
+            return None
+        return connection
+
+    def _look_at(self, path: str) -> None:
+        """Refuse another program's file before it is opened for writing, which already may change it."""
+        connection = self._lent_new(lambda: connected_read_only(path, self.settings.timeout))
+        try:
+            schema.is_empty(connection, path)
+        except sqlite3.OperationalError as error:
+            # To open it for writing then either says the same, or undoes an interrupted write, as any program would.
+            if not _is_of_missing_rights(error):
+                raise
+        finally:
+            self._take_back(connection, is_sound=False)
+
+    def _lent_new(self, connect: Callable[[], Connection]) -> Connection:
+        path = self.settings.path
+        if _locked_by_parent and identity(path) in _locked_by_parent:
+            raise StoreUnavailableError(
+                f"This process was forked while another thread was using {path}, so SQLite cannot use the file safely "
+                "here. Start processes with multiprocessing's 'spawn' method instead."
+            )
+        while True:
+            with self._lock:
+                if not self._is_forking:
+                    return self._lent_to_this_thread(connect())
+            time.sleep(_POLL_SECONDS)
+
+    def _lent_idle(self, *kinds: list[Connection]) -> Connection | None:
+        """Lend an idle connection of the first kind that has any, as soon as this process does not fork."""
+        while True:
+            with self._lock:
+                if not self._is_forking:
+                    for idle in kinds:
+                        if idle:
+                            return self._lent_to_this_thread(idle.pop())
+                    return None
+            time.sleep(_POLL_SECONDS)
+
+    def _lent_to_this_thread(self, connection: Connection) -> Connection:
+        connection.thread_id = threading.get_ident()
+        self._lent.add(connection)
+        return connection
+
+    def _take_back_after(self, error: BaseException, connection: Connection) -> None:
+        is_refusal = isinstance(error, ChatMessageStoreError) and not connection.in_transaction
+        self._take_back(connection, is_sound=is_refusal)
+
+    def _take_back(self, connection: Connection, is_sound: bool) -> None:
         if connection.is_inherited:
             return  # closing it would write to the file of the parent, which still uses it
+        idle = self._idle(connection)
         with self._lock:
+            if is_sound and not self._is_closed and not self._is_forking and len(idle) < _MAX_IDLE_CONNECTIONS:
+                self._lent.discard(connection)
+                idle.append(connection)
+                return
+        self._save_log_of_moved(connection)
+        with self._lock:  # a fork waits for it: the child of a half-closed connection could take no locks
             self._lent.discard(connection)
-            if is_sound and not self._is_closed and not self._is_forking and len(self._idle) < _MAX_IDLE_CONNECTIONS:
-                self._idle.append(connection)
-            else:
-                connection.close()  # which rolls back what was under way
+            connection.close()  # which rolls back what was under way
 
     def _close_idle(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
+        with self._leaving_lock:
+            for idle in (self._idle_writers, self._idle_readers):
+                while True:
+                    with self._lock:
+                        if not idle:
+                            break
+                        connection = idle.pop()
+                    self._save_log_of_moved(connection)
+                    connection.close()
+
+    def _save_log_of_moved(self, connection: Connection) -> None:
+        """Before a connection is closed whose file was moved, write everything that is in its log to its file."""
+        path = self.settings.path
+        if connection.is_writable and connection.files is not None and not connection.is_to_files_at(path):
+            try:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                _write_log_to_database(connection, path, time.monotonic() + self.settings.timeout)
+            except (sqlite3.Error, ChatMessageStoreError) as error:
+                logger.warning(
+                    "{path} was moved, replaced or deleted while it was in use. Its log may be left: {error}",
+                    path=path,
+                    error=error,
+                )
 
 
 # Files that the parent process was using at the fork. In this process, SQLite's record of their locks is wrong.
-_locked_by_parent: set[tuple[int, int] | None] = set()
+_locked_by_parent: set[Identity] = set()
 
 #: The databases of this process.
 databases = ConnectionRegistry(Database)
@@ -245,32 +504,82 @@ def damaged_texts_escaped(connection: sqlite3.Connection) -> Iterator[None]:
         connection.text_factory = str
 
 
-def _connected(settings: Settings) -> _Connection:
-    folder = os.path.dirname(settings.path)
-    if not os.path.isdir(folder):
-        raise StoreConfigurationError(f"The folder {folder} does not exist. Create it, or choose another path.")
-    if _locked_by_parent and _file_identity(settings.path) in _locked_by_parent:
-        raise StoreUnavailableError(
-            f"This process was forked while another thread was using {settings.path}, so SQLite cannot use the file "
-            "safely here. Start processes with multiprocessing's 'spawn' method instead."
-        )
-    return sqlite3.connect(
-        settings.path,
-        timeout=settings.timeout,
-        isolation_level=None,  # transactions begin and end where this package says
-        check_same_thread=False,  # one thread at a time has it
-        factory=_Connection,
-    )
+def _begin(connection: Connection, settings: Settings, deadline: float) -> None:
+    """Begin a write transaction. If there is less time left than the timeout, SQLite waits no longer than that."""
+    left = deadline - time.monotonic()
+    if left > settings.timeout - _MIN_WAIT_SECONDS:
+        connection.execute("BEGIN IMMEDIATE")
+        return
+    connection.execute(f"PRAGMA busy_timeout = {max(1, round(1000 * left))}")
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {round(1000 * settings.timeout)}")
 
 
-def _make_ready(connection: _Connection, settings: Settings) -> None:
-    """Prepare a new connection for its work, and make the tables of a new file."""
+def _make_ready(connection: Connection, settings: Settings) -> None:
+    """
+    Prepare a new connection for writing, and make the tables of a new file.
+
+    Only what comes after that has the durability that was chosen: a power cut never takes a file with its tables.
+    """
     is_current = schema.is_current(connection, settings.path)  # first: a newer database stays untouched
-    connection.execute(f"PRAGMA synchronous = {settings.durability}")
+    connection.execute("PRAGMA trusted_schema = OFF")
+    connection.execute("PRAGMA synchronous = full")
     _switch_to_wal(connection, settings.path, time.monotonic() + settings.timeout)
     if not is_current:
         schema.migrate(connection, settings.path)
-    connection.file_identity = _file_identity(settings.path)
+    connection.execute(f"PRAGMA synchronous = {settings.durability}")
+
+
+def _write_log_to_database(connection: Connection, path: str, deadline: float) -> None:
+    """
+    Write everything in the log of a database that lies no longer at the path to it, and remove the log.
+
+    :raises StoreUnavailableError: If other processes use the log for too long. Nothing was lost.
+    """
+    while True:
+        is_busy, _, _ = connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()
+        if not is_busy:
+            # No other process can write to the log while it is removed. Each finds out before its next write.
+            connection.execute("BEGIN IMMEDIATE")
+            files, is_own_log = files_at(path), False
+            if connection.files is not None:
+                is_own_log = files.log is not None and files.log == connection.files.log
+            if not is_own_log or content(path + LOG).size == 0:
+                for ending, own in ((LOG, is_own_log), (LOG_INDEX, identity(path + LOG_INDEX) == connection.index)):
+                    if own:
+                        with suppress(FileNotFoundError):
+                            os.remove(path + ending)
+                connection.execute("ROLLBACK")
+                break
+            connection.execute("ROLLBACK")
+        if time.monotonic() > deadline:
+            raise _log_of_moved(path, "Another process is still reading it. Try again.")
+    logger.warning(
+        "{path} was moved, replaced or deleted while it was in use. All messages up to then are in the file that was "
+        "there.",
+        path=path,
+    )
+
+
+def _is_of_missing_rights(error: sqlite3.OperationalError) -> bool:
+    return "unable to open" in str(error) or "readonly" in str(error)
+
+
+def _log_of_moved(path: str, then: str) -> StoreUnavailableError:
+    return StoreUnavailableError(
+        f"{path} was moved or replaced while it was in use, and {path}{LOG} still holds messages of the file that was "
+        f"there before. Nothing was changed. {then}"
+    )
+
+
+def _interrupted_write(path: str) -> StoreUnavailableError:
+    return StoreUnavailableError(
+        f"Beside {path} lies the journal of a write that was interrupted ({path}{JOURNAL}). Until it is undone, the "
+        "file cannot be read. Any call that writes undoes it first; where nothing can be written, copy both files to "
+        "another folder."
+    )
 
 
 def _switch_to_wal(connection: sqlite3.Connection, path: str, deadline: float) -> None:
@@ -289,11 +598,3 @@ def _switch_to_wal(connection: sqlite3.Connection, path: str, deadline: float) -
 
 def _deny(*_: object) -> int:
     return sqlite3.SQLITE_DENY
-
-
-def _file_identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

@@ -173,9 +173,10 @@ class Directory(Engine[Database]):
 
     def vacuum(self, session: Database, scope: Scope) -> None:  # noqa: ARG002  (the file holds all namespaces)
         """Write the file anew, and empty the log beside it."""
-        with session.connection() as connection:
+        with session.transaction() as connection:
             if TermIndex.of(connection).exists:
                 connection.execute(_MERGE_TERMS)  # which leaves out the terms of what was deleted
+            connection.execute("COMMIT")
             connection.execute("VACUUM")
             is_busy, _, _ = connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()
         if is_busy:

@@ -4,15 +4,26 @@
 import asyncio
 import os
 import sqlite3
+import time
 from collections.abc import Callable
-from typing import Concatenate
+from typing import Any, Concatenate, cast
 
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
-from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT, is_marked, plain_result, reads_only
+from haystack_chat_store.stores.engine import (
+    ArgumentsT,
+    Operation,
+    ResultT,
+    is_marked,
+    plain_result,
+    reads_only,
+    result_without_database,
+)
+from haystack_chat_store.stores.rows import Scope
 from haystack_chat_store.stores.sqlite import failures
 from haystack_chat_store.stores.sqlite.checking import Checking
-from haystack_chat_store.stores.sqlite.connections import Database, Settings, databases
+from haystack_chat_store.stores.sqlite.connections import Database, NoDatabaseError, Settings, databases
 from haystack_chat_store.stores.sqlite.directory import Directory
+from haystack_chat_store.stores.sqlite.files import back_up
 from haystack_chat_store.stores.sqlite.reading import Reading
 from haystack_chat_store.stores.sqlite.search import Search
 from haystack_chat_store.stores.sqlite.writing import Writing
@@ -32,7 +43,7 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
         """Run an operation in this thread."""
-        return _run_on(databases.get(self.settings), operation, *arguments, **options)
+        return _run_on(databases.get(self.settings), self._deadline(), operation, *arguments, **options)
 
     async def run_async(
         self,
@@ -41,22 +52,45 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
         """Run an operation in a thread: sqlite3 can wait for a lock or a disk only by blocking."""
-        database = databases.get(self.settings)
+        database, deadline = databases.get(self.settings), self._deadline()
         submit = database.submit_read if is_marked(operation, reads_only) else database.submit_write
         try:
-            future = submit(_run_on, database, operation, *arguments, **options)
+            future = submit(_run_on, database, deadline, operation, *arguments, **options)
         except RuntimeError as error:  # no thread can be started any more
             raise StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.") from error
-        return await asyncio.wrap_future(future)
+        is_late = False
+
+        def give_up() -> None:
+            """Do not begin a call any more that still waits for a thread at its deadline."""
+            nonlocal is_late
+            is_late = future.cancel()
+
+        timer = asyncio.get_running_loop().call_later(self.settings.timeout, give_up)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if is_late and not _is_being_cancelled(asyncio.current_task()):
+                path, timeout = self.settings.path, self.settings.timeout
+                raise failures.timed_out(path, timeout, "other calls of this process") from None
+            raise
+        finally:
+            timer.cancel()
 
     def check_exists(self) -> None:
         """
-        Check that the file exists.
+        Check that there is a chat store at the path. Creates nothing.
 
-        :raises StoreConfigurationError: If there is no such file.
+        :raises StoreConfigurationError: If there is no such file, or nothing in it.
         """
         if not os.path.exists(self.settings.path):
             raise StoreConfigurationError(f"There is no file {self.settings.path}.")
+        if not _run_on(databases.get(self.settings), self._deadline(), _exists):
+            raise StoreConfigurationError(f"{self.settings.path} is empty: it has no chat histories.")
+
+    def backup(self, session: Database, scope: Scope, path: str) -> None:  # noqa: ARG002  (the file holds all namespaces)
+        """Copy the file as of one moment with SQLite's backup API. Others can write meanwhile."""
+        with session.connection() as connection:
+            back_up(connection, path)
 
     def close(self) -> None:
         """
@@ -64,15 +98,36 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         """
         databases.close(self.settings)
 
+    def _deadline(self) -> float:
+        return time.monotonic() + self.settings.timeout
+
+
+def _is_being_cancelled(task: "asyncio.Task[Any] | None") -> bool:
+    return bool(getattr(task, "cancelling", int)())  # Python 3.10 does not tell
+
+
+def _exists(session: Database) -> bool:
+    try:
+        with session.connection():
+            return True
+    except NoDatabaseError:
+        return False
+
 
 def _run_on(
     database: Database,
+    deadline: float,
     operation: Callable[Concatenate[Database, ArgumentsT], Operation[ResultT]],
     *arguments: ArgumentsT.args,
     **options: ArgumentsT.kwargs,
 ) -> ResultT:
     try:
+        database.begin_call(deadline)
         return plain_result(operation(database, *arguments, **options))
+    except NoDatabaseError:
+        if operation.__name__ == SQLiteEngine.backup.__name__:
+            raise StoreConfigurationError(f"There is nothing to back up at {database.settings.path}.") from None
+        return cast(ResultT, result_without_database(operation))
     except sqlite3.Error as error:
         # The message about a damaged text quotes it, so it must not appear in a traceback.
         cause = None if failures.is_of_damaged_text(error) else error

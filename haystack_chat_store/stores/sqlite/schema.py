@@ -7,7 +7,7 @@ from itertools import chain
 
 from haystack import logging
 
-from haystack_chat_store.errors import SchemaVersionError
+from haystack_chat_store.errors import SchemaVersionError, StoreConfigurationError
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ MIGRATIONS: list[list[str]] = [
     [
         """
         CREATE TABLE haystack_chat_histories (
-            history_key INTEGER PRIMARY KEY,
+            history_key INTEGER PRIMARY KEY AUTOINCREMENT,  -- messages that were left behind join no later history
             namespace TEXT NOT NULL,
             chat_history_id TEXT NOT NULL,
             user_id TEXT,
@@ -106,7 +106,7 @@ _APPLICATION_ID = 0x48435354
 
 _INDEX_OR_VIEW = re.compile(r"\s*CREATE (?:UNIQUE INDEX|INDEX|VIEW) (\w+)")
 _CREATE_VERSION = "CREATE TABLE IF NOT EXISTS haystack_chat_schema (version INTEGER NOT NULL)"
-_HAS_VERSION = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'haystack_chat_schema'"
+_COUNT_NAMES = "SELECT count(*), max(type = 'table' AND name = 'haystack_chat_schema') FROM sqlite_master"
 
 
 def key_range(history_key: int) -> tuple[int, int]:
@@ -114,12 +114,33 @@ def key_range(history_key: int) -> tuple[int, int]:
     return history_key << _POSITION_BITS, (history_key << _POSITION_BITS) + MAX_POSITION
 
 
+def is_empty(connection: sqlite3.Connection, path: str) -> bool:
+    """
+    Whether there is nothing in the database yet. Only reads.
+
+    :raises StoreConfigurationError: If it is another program's.
+    """
+    application_id = connection.execute("PRAGMA application_id").fetchone()[0]
+    count, is_ours = connection.execute(_COUNT_NAMES).fetchone()  # one statement: others may be making the tables
+    if is_ours:
+        return False
+    if count or application_id not in (0, _APPLICATION_ID):
+        raise StoreConfigurationError(
+            f"{path} is a database of another program: it has no chat histories. It was left untouched. Choose another "
+            "path."
+        )
+    return True
+
+
 def is_current(connection: sqlite3.Connection, path: str) -> bool:
     """
     Whether the database has this version's tables. Only reads.
 
     :raises SchemaVersionError: If a newer version wrote it.
+    :raises StoreConfigurationError: If it is another program's.
     """
+    if is_empty(connection, path):
+        return False
     version = _version(connection)
     if version > len(MIGRATIONS):
         raise SchemaVersionError(
@@ -127,6 +148,19 @@ def is_current(connection: sqlite3.Connection, path: str) -> bool:
             f"up to {len(MIGRATIONS)}. It was left untouched. Upgrade haystack-chat-store to use it."
         )
     return version == len(MIGRATIONS)
+
+
+def check_current(connection: sqlite3.Connection, path: str) -> None:
+    """
+    Check that the database can be read as it is.
+
+    :raises SchemaVersionError: If an earlier or a newer version wrote it.
+    """
+    if not is_current(connection, path):
+        raise SchemaVersionError(
+            f"{path} has the tables of an earlier version of haystack-chat-store, and reading it changes nothing. "
+            "Upgrade it: write to it, or run `haystack-chat-store doctor --repair`."
+        )
 
 
 def migrate(connection: sqlite3.Connection, path: str) -> None:
@@ -166,7 +200,5 @@ def _names(connection: sqlite3.Connection) -> set[str]:
 
 
 def _version(connection: sqlite3.Connection) -> int:
-    if connection.execute(_HAS_VERSION).fetchone() is None:
-        return 0
     found = connection.execute("SELECT max(version) FROM haystack_chat_schema").fetchone()
     return int(found[0] or 0)

@@ -70,8 +70,10 @@ class Search(Engine[Database]):
         ids = id_range(prefix) if chat_history_id is None else (chat_history_id, f"{chat_history_id}\x00")
         histories = (scope.namespace, *ids)
         with session.snapshot() as connection:
-            if not TermIndex.of(connection).is_complete:
-                return None
+            index = TermIndex.of(connection)
+            index.check_not_newer()
+            if not index.is_complete:
+                return None if index.has_messages else []
             count, first, last = connection.execute(_HISTORIES, (*histories, _FEW_HISTORIES + 1)).fetchone()
             if count == 0:
                 return []

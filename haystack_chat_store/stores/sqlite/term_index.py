@@ -89,12 +89,25 @@ class TermIndex:
         """Whether all messages are indexed, with the terms of this version."""
         return self.is_of_this_version and self.indexed_up_to == ALL_KEYS
 
+    @property
+    def has_messages(self) -> bool:
+        """Whether there are messages, indexed or not."""
+        return bool(self._connection.execute(_HAS_MESSAGES).fetchone()[0])
+
+    def check_not_newer(self) -> None:
+        """
+        Check that this version can use the index.
+
+        :raises UnsupportedOperationError: If the index is of a newer version.
+        """
+        if self.is_of_newer_version:
+            raise UnsupportedOperationError(_OF_NEWER)
+
     def begin(self) -> None:
         """Begin an index without terms. Messages that are there already are left to `add_next`."""
         self._connection.execute("DROP TABLE IF EXISTS haystack_chat_terms")
         self._connection.execute(_CREATE)
-        (has_messages,) = self._connection.execute(_HAS_MESSAGES).fetchone()
-        self._set(TERMS_VERSION, 0 if has_messages else ALL_KEYS)
+        self._set(TERMS_VERSION, 0 if self.has_messages else ALL_KEYS)
 
     def add(self, messages: Iterable[tuple[int, str]]) -> None:
         """
@@ -125,8 +138,7 @@ class TermIndex:
 
         :raises UnsupportedOperationError: If the index is of a newer version.
         """
-        if self.is_of_newer_version:
-            raise UnsupportedOperationError(_OF_NEWER)
+        self.check_not_newer()
         if not self.is_of_this_version:
             self.begin()
         if self.indexed_up_to < ALL_KEYS:

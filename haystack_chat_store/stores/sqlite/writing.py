@@ -22,7 +22,9 @@ from haystack_chat_store.stores.sqlite.schema import key_range
 from haystack_chat_store.stores.times import microseconds_now
 
 _HAS_MESSAGES = "SELECT EXISTS (SELECT 1 FROM haystack_chat_messages WHERE message_key BETWEEN ? AND ?)"
-_HISTORY_KEYS = "SELECT history_key FROM haystack_chat_histories WHERE namespace = ?"
+
+# Up to this many histories are deleted by one step of `delete_all`, or fewer if they are long.
+_HISTORIES_PER_STEP = 1_000
 
 
 class Writing(Engine[Database]):
@@ -61,12 +63,9 @@ class Writing(Engine[Database]):
                 check_revision(expected_revision, history.revision)
                 histories.delete(history.history_key)
 
-    def delete_all(self, session: Database, scope: Scope) -> None:
-        """Delete the histories of the namespace in one transaction."""
-        with session.transaction() as connection:
-            histories = Histories(connection, scope, session.settings.search)
-            for (history_key,) in connection.execute(_HISTORY_KEYS, (scope.namespace,)).fetchall():
-                histories.delete(history_key)
+    def delete_all(self, session: Database, scope: Scope) -> bool:
+        """Delete some histories, so that no other writer waits for long."""
+        return bool(self.erase_some(session, scope, "", None, _HISTORIES_PER_STEP))
 
     def delete_messages(
         self,

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The files of a database: which ones lie at its path now, and which ones a connection has open.
+
+SQLite keeps a log (`-wal`) and an index of the log (`-shm`) beside a database, and finds them by their names. If the
+database is moved or replaced while it is in use, the log stays behind. Committed messages may be in it alone, and
+SQLite would delete it for a new database of the same name, or take it for a part of another one.
+"""
+
+import errno
+import os
+import shutil
+import sqlite3
+import stat
+import tempfile
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
+
+LOG, LOG_INDEX, JOURNAL = "-wal", "-shm", "-journal"
+
+#: Device and inode of a file, or `None` if there is no file.
+Identity = tuple[int, int] | None
+
+
+class Files(NamedTuple):
+    """The database and its log, as they lie at a path or as a connection has them open."""
+
+    database: Identity
+    log: Identity
+
+
+class Content(NamedTuple):
+    """What tells whether a file has been changed: its identity, its size and the time of its last change."""
+
+    identity: Identity
+    size: int
+    changed_at: int
+
+
+_NOTHING = Content(None, 0, 0)
+
+
+class Connection(sqlite3.Connection):
+    """
+    A connection of this package.
+
+    :ivar is_writable: Whether it may change the database.
+    :ivar files: What it has open. `None` until it is ready, and for a connection to `unchanging` files or to none.
+    :ivar unchanging: The contents of a database and its log that nothing in their place can change. The connection is
+        of use only as long as they are these.
+    :ivar thread_id: The thread that uses it.
+    :ivar is_inherited: Whether a parent process opened it.
+    """
+
+    is_writable = False
+    files: Files | None = None
+    index: Identity = None
+    unchanging: tuple[Content, Content] | None = None
+    copies: "tempfile.TemporaryDirectory[str] | None" = None
+    thread_id: int | None = None
+    is_inherited = False
+
+    def is_to_files_at(self, path: str) -> bool:
+        """Whether the files that it has open still lie at the path. Every call asks."""
+        if self.files is None:
+            return self.unchanging is not None and self.unchanging == contents_at(path)
+        try:
+            database, log = os.stat(path), os.stat(path + LOG)
+        except OSError:
+            return self.files == files_at(path)
+        return self.files == ((database.st_dev, database.st_ino), (log.st_dev, log.st_ino))
+
+    def has_log_at(self, path: str) -> bool:
+        """Whether a log lies at the path that belongs to its database, while its database does not lie there."""
+        if self.files is None or self.files.log is None:
+            return False
+        now = files_at(path)
+        return now.log == self.files.log and now.database != self.files.database and content(path + LOG).size > 0
+
+    def close(self) -> None:
+        """Close it, and remove the copies that it reads."""
+        super().close()
+        if self.copies is not None:
+            self.copies.cleanup()
+
+
+def identity(path: str) -> Identity:
+    """Return which file lies at a path."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def content(path: str) -> Content:
+    """Return what lies at a path, and when it was changed."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return _NOTHING
+    return Content((status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns)
+
+
+def files_at(path: str) -> Files:
+    """Return which database and which log lie at a path."""
+    return Files(identity(path), identity(path + LOG))
+
+
+def contents_at(path: str) -> tuple[Content, Content]:
+    """Return what tells whether the database at a path, or its log, has been changed."""
+    return content(path), content(path + LOG)
+
+
+def has_content(path: str) -> bool:
+    """
+    Whether there is a file with anything in it.
+
+    :raises StoreConfigurationError: If its folder does not exist.
+    :raises StoreUnavailableError: If it is something else than a file.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        folder = os.path.dirname(path)
+        if not os.path.isdir(folder):
+            raise StoreConfigurationError(
+                f"The folder {folder} does not exist. Create it, or choose another path."
+            ) from None
+        return False
+    except OSError as error:
+        raise StoreUnavailableError(f"{path} cannot be opened: {error.strerror}.") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise StoreUnavailableError(f"{path} cannot be opened. It must be a file that this process may read and write.")
+    return status.st_size > 0
+
+
+def refuse_log_without_database(path: str) -> None:
+    """
+    Refuse to take the place of a database of which only the log is left: SQLite would delete it.
+
+    :raises StoreConfigurationError: If there is a log with content.
+    """
+    log = content(path + LOG)
+    if log.size:
+        raise StoreConfigurationError(
+            f"There is no database {path}, but {path}{LOG} holds messages of the one that was there. Nothing was "
+            f"changed. If the database was moved, move it back beside this file, or move this file along with it (to "
+            f"the same name with {LOG} at its end). If it is not needed any more, delete this file."
+        )
+
+
+def connected_read_only(path: str, timeout: float) -> Connection:
+    """Connect to a database without the right to change it."""
+    return _connected(f"{Path(path).as_uri()}?mode=ro", timeout, uri=True)
+
+
+def connected(path: str, timeout: float) -> Connection:
+    """Connect to a database, or make an empty one."""
+    connection = _connected(path, timeout, uri=False)
+    connection.is_writable = True
+    return connection
+
+
+def can_be_written(path: str) -> bool:
+    """Whether this process may write to a database, and to the files beside it or make them."""
+    has_files = identity(path + LOG) is not None and identity(path + LOG_INDEX) is not None
+    return os.access(path, os.W_OK) and (has_files or os.access(os.path.dirname(path), os.W_OK))
+
+
+def leaves_traces_of_reading(path: str) -> bool:
+    """
+    Whether SQLite would create a log when this process reads the database, which it may not write.
+
+    The log would belong to this process' user, and those who may write to the database could not write to the log.
+    """
+    return not os.access(path, os.W_OK) and identity(path + LOG_INDEX) is None
+
+
+def connected_without_traces(path: str, timeout: float) -> Connection:
+    """
+    Connect to a database beside which nothing can be created, or should be.
+
+    Without a log, SQLite reads the file as it is. With a log it would leave the log out, and with it the messages that
+    were stored last. So it reads copies of both.
+
+    :raises StoreUnavailableError: If there is a log, and no room for copies.
+    """
+    before = contents_at(path)
+    if before[1].size == 0:
+        connection = _connected(f"{Path(path).as_uri()}?mode=ro&immutable=1", timeout, uri=True)
+    else:
+        connection = _connected_to_copies(path, timeout)
+    connection.unchanging = before
+    return connection
+
+
+def check_unchanged(connection: Connection, path: str) -> None:
+    """
+    Check that a database that was read without locks was not changed meanwhile.
+
+    :raises StoreUnavailableError: If it was.
+    """
+    if connection.unchanging is not None and connection.copies is None and not connection.is_to_files_at(path):
+        raise StoreUnavailableError(f"{path} was changed while it was read. Try again.")
+
+
+def back_up(source: sqlite3.Connection, path: str) -> None:
+    """
+    Copy a database as of one moment to a new file. Other connections can write to the database meanwhile.
+
+    The file appears when it is complete and on the disk. It needs no log: it can be read where nothing can be written.
+
+    :raises FileExistsError: If there is something at the path.
+    :raises OSError: If the file cannot be written.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    folder = os.path.dirname(path)
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=".haystack-chat-store.", dir=folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    os.close(descriptor)
+    try:
+        with closing(_connected(temporary, 0, uri=False)) as target:
+            target.execute("PRAGMA synchronous = full")
+            source.backup(target)
+            target.execute("PRAGMA journal_mode = delete")
+        _sync(temporary)
+        _move_where_nothing_is(temporary, path)
+    except sqlite3.Error as error:
+        raise StoreUnavailableError(f"The backup to {path} failed: {error}.") from error
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+    if os.name == "posix":  # Windows cannot open a folder
+        _sync(folder)
+
+
+def _move_where_nothing_is(source: str, target: str) -> None:
+    try:
+        os.link(source, target)  # which, unlike os.rename, replaces nothing
+    except OSError:
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+        os.rename(source, target)  # the file system has no links
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _connected_to_copies(path: str, timeout: float) -> Connection:
+    try:
+        copies = tempfile.TemporaryDirectory(prefix="haystack-chat-store-")
+        copy = os.path.join(copies.name, "copy.db")
+        for ending in ("", LOG):
+            shutil.copyfile(path + ending, copy + ending)
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"{path} lies where nothing can be written, beside a log ({path}{LOG}), and they could not be copied to be "
+            f"read: {error.strerror}. Copy both files to a folder that this process may write to, and read them there."
+        ) from error
+    connection = connected_read_only(copy, timeout)
+    connection.copies = copies
+    return connection
+
+
+def _connected(place: str, timeout: float, *, uri: bool) -> Connection:
+    return sqlite3.connect(
+        place,
+        uri=uri,
+        timeout=timeout,
+        isolation_level=None,  # transactions begin and end where this package says
+        check_same_thread=False,  # one thread at a time has it
+        factory=Connection,
+    )

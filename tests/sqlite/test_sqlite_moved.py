@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A database that is moved, replaced or deleted while it is in use: no acknowledged message is lost by it."""
+
+import asyncio
+import os
+import shutil
+import sqlite3
+import threading
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+from haystack.dataclasses import ChatMessage
+from sqlite_stores import SIDE_FILES, rows, said, say
+
+from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store.errors import ChatMessageStoreError, StoreConfigurationError, StoreUnavailableError
+from haystack_chat_store.stores.sqlite import connections
+from haystack_chat_store.testing.processes import Program
+
+TEXTS = "SELECT json_extract(content, '$.content[0].text') FROM haystack_chat_messages ORDER BY message_key"
+
+
+def texts_in(path):
+    """What a program finds in a file that knows nothing of our stores. It may not exist, or was moved when new."""
+    if not os.path.exists(path):
+        return []
+    assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+    if not rows(path, "SELECT 1 FROM sqlite_master WHERE name = 'haystack_chat_messages'"):
+        return []
+    return [text for (text,) in rows(path, TEXTS)]
+
+
+def move_database(path, moved):
+    os.rename(path, moved)
+
+
+def move_all_files(path, moved):
+    for ending in ("", *SIDE_FILES):
+        os.rename(path + ending, moved + ending)
+
+
+def replace_database(path, moved):
+    """As one who restores a backup, and keeps what was there."""
+    with closing(SQLiteChatMessageStore(f"{path}.new")) as other:
+        say(other, "from the backup")
+    os.rename(path, moved)
+    os.rename(f"{path}.new", path)
+
+
+def delete_log(path, moved):
+    os.remove(f"{path}-wal")
+
+
+def move_log(path, moved):
+    os.rename(f"{path}-wal", f"{moved}-wal")
+
+
+def delete_side_files(path, moved):
+    for ending in SIDE_FILES:
+        os.remove(path + ending)
+
+
+WAYS = [move_database, move_all_files, replace_database, delete_log, move_log, delete_side_files]
+
+
+@pytest.fixture
+def moved(tmp_path):
+    return str(tmp_path / "moved.db")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("then", ["write", "read and write", "close"])
+def test_no_message_is_lost(store, path, moved, way, then):
+    for number in range(5):
+        say(store, f"before {number}")
+    way(path, moved)
+    if then == "write":
+        say(store, "after")
+    elif then == "read and write":
+        store.count_messages("history")
+        say(store, "after")
+    store.close()
+    expected = [f"before {number}" for number in range(5)] + ["after"] * (then != "close")
+    found = texts_in(moved) + texts_in(path)
+    assert [text for text in found if text != "from the backup"] == expected
+    assert found.count("from the backup") == (way is replace_database)
+    assert said(store) == texts_in(path)
+
+
+def write_when_told(store, report):
+    """Write once now, and once more at each line of input."""
+    import sys
+
+    from haystack.dataclasses import ChatMessage
+
+    from haystack_chat_store import ChatMessageStoreError
+
+    number = 0
+    while True:
+        try:
+            store.write_messages("history", [ChatMessage.from_user(f"theirs {number}")])
+            report(f"theirs {number}")
+        except ChatMessageStoreError as error:
+            report([type(error).__name__, str(error)])
+        number += 1
+        if not sys.stdin.readline():
+            return
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+@pytest.mark.parametrize("end", ["closed", "killed"])
+def test_no_message_is_lost_with_another_process_beside_it(store, path, moved, way, first, end):
+    acknowledged = []
+
+    def ours(number):
+        say(store, f"ours {number}")
+        acknowledged.append(f"ours {number}")
+
+    with Program(write_when_told, store) as program:
+        program.begin()
+        reports = program.reports()
+        acknowledged.append(next(reports))
+
+        def theirs():
+            program.tell("go on")
+            acknowledged.append(next(reports))
+
+        ours(0)
+        theirs()
+        way(path, moved)
+        for _ in range(2):
+            if first == "ours":
+                ours(len(acknowledged))
+                theirs()
+            else:
+                theirs()
+                ours(len(acknowledged))
+        if end == "killed":
+            program.kill()
+        else:
+            program.tell("")
+    store.close()
+    found = texts_in(moved) + texts_in(path)
+    assert sorted(text for text in found if text != "from the backup") == sorted(acknowledged)
+
+
+def test_a_store_with_other_settings_in_the_same_process_notices_too(new_store, path, moved):
+    writing, other = new_store(timeout=5), new_store(timeout=6)
+    say(writing, "before")
+    move_database(path, moved)
+    say(other, "after")
+    say(writing, "after that")
+    for each in (writing, other):
+        each.close()
+    assert (texts_in(moved), texts_in(path)) == (["before"], ["after", "after that"])
+
+
+def test_a_process_that_only_reads_does_not_take_the_log_for_another_files(new_store, path, moved):
+    reading = new_store(timeout=0.2)
+    with Program(write_when_told, new_store()) as program:
+        program.begin()
+        assert next(program.reports()) == "theirs 0"
+        assert said(reading) == ["theirs 0"]
+        replace_database(path, moved)
+        before = [Path(path + ending).read_bytes() for ending in ("", "-wal")]
+        for _ in range(2):
+            with pytest.raises(StoreUnavailableError, match=r"moved.*still holds messages.*Another process"):
+                said(reading)
+            with pytest.raises(StoreUnavailableError, match=r"moved or replaced.*still holds messages"):
+                say(reading, "mine")
+        assert [Path(path + ending).read_bytes() for ending in ("", "-wal")] == before
+        program.tell("go on")
+        assert next(program.reports()) == "theirs 1"
+        assert said(reading) == ["from the backup", "theirs 1"]
+        assert texts_in(moved) == ["theirs 0"]
+
+
+@pytest.mark.parametrize("is_empty", [False, True], ids=["missing", "empty"])
+def test_a_log_without_its_database_is_left_alone(new_store, store, tmp_path, path, is_empty):
+    say(store, "before")
+    crashed = str(tmp_path / "crashed.db")
+    for ending in ("", *SIDE_FILES):
+        shutil.copy(path + ending, crashed + ending)
+    os.rename(crashed, f"{crashed}.moved")
+    if is_empty:
+        Path(crashed).touch()
+    log = Path(f"{crashed}-wal").read_bytes()
+    after_crash = new_store(crashed)
+    for call in (
+        lambda: say(after_crash, "after"),
+        lambda: said(after_crash),
+        lambda: asyncio.run(after_crash.write_messages_async("history", [ChatMessage.from_user("after")])),
+    ):
+        with pytest.raises(StoreConfigurationError, match=r"crashed\.db-wal holds messages.*move it back"):
+            call()
+    assert Path(f"{crashed}-wal").read_bytes() == log
+    os.replace(f"{crashed}.moved", crashed)
+    assert said(after_crash) == ["before"]
+    say(after_crash, "after")
+    assert said(after_crash) == ["before", "after"]
+
+
+def test_a_reader_that_does_not_end_keeps_the_log_in_its_place(new_store, path, moved):
+    store = new_store(timeout=0.3)
+    say(store, "before")
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM haystack_chat_messages").fetchone()
+        say(store, "before that ends")
+        move_database(path, moved)
+        for _ in range(2):
+            with pytest.raises(StoreUnavailableError, match=r"still holds messages.*still reading"):
+                say(store, "after")
+        assert not os.path.exists(path)
+        reader.execute("COMMIT")
+        say(store, "after")
+    store.close()
+    assert (texts_in(moved), texts_in(path)) == (["before", "before that ends"], ["after"])
+
+
+@pytest.mark.parametrize("durability", ["full", "normal"])
+def test_a_database_that_is_moved_again_and_again_loses_nothing(new_store, tmp_path, path, durability):
+    """Threads and processes write all the time, whatever moment it is."""
+    store = new_store(durability=durability)
+    acknowledged, is_over = [], threading.Event()
+    say(store, "first")
+
+    def write(name):
+        number = 0
+        while not is_over.is_set():
+            with suppress(ChatMessageStoreError):  # of the moment when the file is made and moved at once
+                say(store, f"{name} {number}", f"history {name}")
+                acknowledged.append(f"{name} {number}")
+            number += 1
+
+    with Program(write_until_told, store) as program:
+        program.begin()
+        threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+        for thread in threads:
+            thread.start()
+        places = []
+        for number in range(12):
+            time.sleep(0.1)
+            places.append(str(tmp_path / f"moved {number}.db"))
+            if os.path.exists(path):
+                os.rename(path, places[-1])
+        is_over.set()
+        for thread in threads:
+            thread.join()
+        program.tell("end")
+        reports = program.reports_to_the_end()
+    store.close()
+    found = [text for place in [*places, path] for text in texts_in(place)]
+    assert len(found) == len(set(found))
+    assert {"first", *acknowledged, *reports} <= set(found)
+    assert len(acknowledged) > 20
+    assert len(reports) > 10
+
+
+def write_until_told(store, report):
+    """Write until there is a line of input."""
+    import select
+    import sys
+    from contextlib import suppress
+
+    from haystack.dataclasses import ChatMessage
+
+    from haystack_chat_store import ChatMessageStoreError
+
+    number = 0
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        with suppress(ChatMessageStoreError):
+            store.write_messages("theirs", [ChatMessage.from_user(f"theirs {number}")])
+            report(f"theirs {number}")
+        number += 1
+
+
+def test_no_file_is_asked_for_more_than_twice_in_a_call(store, monkeypatch):
+    """To notice costs two questions to the system."""
+    say(store, "Hi!")
+    asked = []
+    stat = os.stat
+
+    def counted(path, *arguments, **options):
+        asked.append(path)
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", counted)
+    say(store, "Hi!")
+    store.count_messages("history")
+    assert len(asked) == 4
+
+
+def test_connections_to_files_that_are_gone_are_closed(store, path, moved):
+    say(store, "before")
+    database = connections.databases.get(store.engine.settings)
+    move_database(path, moved)
+    say(store, "after")
+    assert len(database._idle_writers) + len(database._idle_readers) == 1
