@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """How operations on PostgreSQL run: each on a connection of its own from a pool, until it ends or its time is up."""
 
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, cast
 
 import psycopg
 
 from haystack_chat_store.errors import ChatMessageStoreError
-from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT
+from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT, is_marked, reads_only
 from haystack_chat_store.stores.postgres.checking import Checking
 from haystack_chat_store.stores.postgres.connections import Pool, Settings, pools
 from haystack_chat_store.stores.postgres.directory import Directory
-from haystack_chat_store.stores.postgres.failures import store_error
+from haystack_chat_store.stores.postgres.failures import is_lost_connection, store_error
 from haystack_chat_store.stores.postgres.reading import Reading
 from haystack_chat_store.stores.postgres.search import Search
 from haystack_chat_store.stores.postgres.session import Session
@@ -39,9 +40,17 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
         """Run an operation on a synchronous connection, with which it never waits for an event loop."""
+        deadline = time.monotonic() + self.settings.timeout
         pool = pools.get(self.settings)
+        session: Session | None = None
         try:
-            with pool.session(search=self.search_wanted) as session:
+            try:
+                with pool.session(deadline, search=self.search_wanted) as session:
+                    return run_sync(_coroutine(operation(session, *arguments, **options)))
+            except psycopg.OperationalError as error:
+                if session is None or not _is_tried_again(operation, error):
+                    raise
+            with pool.session(deadline, search=self.search_wanted) as session:
                 return run_sync(_coroutine(operation(session, *arguments, **options)))
         except psycopg.Error as error:
             raise self._explained(error, pool) from error
@@ -53,9 +62,17 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
         """Run an operation on a connection of the running event loop."""
+        deadline = time.monotonic() + self.settings.timeout
         pool = pools.get(self.settings)
+        session: Session | None = None
         try:
-            async with pool.session_async(search=self.search_wanted) as session:
+            try:
+                async with pool.session_async(deadline, search=self.search_wanted) as session:
+                    return await _coroutine(operation(session, *arguments, **options))
+            except psycopg.OperationalError as error:
+                if session is None or not _is_tried_again(operation, error):
+                    raise
+            async with pool.session_async(deadline, search=self.search_wanted) as session:
                 return await _coroutine(operation(session, *arguments, **options))
         except psycopg.Error as error:
             raise self._explained(error, pool) from error
@@ -74,3 +91,8 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
 
 def _coroutine(result: Operation[ResultT]) -> Coroutine[Any, Any, ResultT]:
     return cast(Coroutine[Any, Any, ResultT], result)
+
+
+def _is_tried_again(operation: Callable[..., Any], error: psycopg.OperationalError) -> bool:
+    # A write may have been done before its answer was lost.
+    return is_marked(operation, reads_only) and is_lost_connection(error)
