@@ -34,7 +34,7 @@ def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore:
     | `postgresql://user:password@host:5432/database` | `PostgresChatMessageStore` |
     | `redis://:password@host:6379/0`, `rediss://…` with TLS | `RedisChatMessageStore` |
     | `redis+cluster://:password@host:6379`, `rediss+cluster://…` | `RedisChatMessageStore` on a Redis Cluster |
-    | `redis+sentinel://:password@host:26379,host:26379/0?service=name` | `RedisChatMessageStore` behind Redis Sentinel |
+    | `redis+sentinel://:password@host:26379,host:26379/0?service=name` | `RedisChatMessageStore` with Sentinel |
     | `memory://` | `InMemoryChatMessageStore` |
 
     Other packages can register stores for more schemes. A driver that SQLAlchemy's URLs name in the scheme, such as

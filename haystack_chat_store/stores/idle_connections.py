@@ -2,8 +2,8 @@
 """
 When an idle connection to a server is taken for dead.
 
-Balancers, firewalls and NAT gateways forget idle connections, many of them after 4 to 10 minutes, and tell neither side.
-What is sent on such a connection vanishes. Keepalive packets prevent most of this. A connection that was idle is probed
+Balancers, firewalls and NAT gateways forget idle connections, many after 4 to 10 minutes, and tell neither side. What
+is sent on such a connection vanishes. Keepalive packets prevent most of this. A connection that was idle is probed
 before a call uses it, so that a call waits for the probe and not for its whole timeout. When one connection has died,
 all that were idle for as long are closed.
 """

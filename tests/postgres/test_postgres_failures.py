@@ -41,7 +41,7 @@ def test_an_absent_server_is_reported(calls):
 
 
 def test_a_wrong_password_is_reported(server, calls):
-    with pytest.raises(StoreConfigurationError, match="refused the user name or the password.*: ") as raised:
+    with pytest.raises(StoreConfigurationError, match=r"refused the user name or the password.*: ") as raised:
         calls.count(store_at(server.url.replace(PASSWORD, PASSWORD[::-1])), "history")
     assert_tells_where_and_no_secret(raised.value, server.port)
 

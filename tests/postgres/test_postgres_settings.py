@@ -155,7 +155,7 @@ def test_a_server_that_takes_only_tls_says_so():
         connection.execute("SELECT pg_reload_conf()")
 
         def is_refused():
-            with pytest.raises(StoreConfigurationError, match="does not admit this user.*no encryption"):
+            with pytest.raises(StoreConfigurationError, match=r"does not admit this user.*no encryption"):
                 store_at(server.url, schema_name=f"test_{uuid.uuid4().hex}").count_messages("history")
             return True
 

@@ -60,8 +60,9 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         Create the store. It connects on first use.
 
         :param connection_string: A secret with a URL, `postgresql://user:password@host:port/database`, or with libpq's
-            `key=value` pairs. A driver in its scheme (`postgresql+psycopg://`) is passed over. Defaults to the environment variable `PG_CONN_STR`. Read at each call: when it has
-            changed, the store closes its connections and connects to where the string leads now.
+            `key=value` pairs. A driver in its scheme (`postgresql+psycopg://`) is passed over. Defaults to the
+            environment variable `PG_CONN_STR`. Read at each call: when it has changed, the store closes its connections
+            and connects to where the string leads now.
         :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
         :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.

@@ -16,7 +16,7 @@ from haystack_chat_store.urls import without_driver
 DEFAULT_SCHEMA = "public"
 
 _FORM = "It must be like postgresql://user:password@host:port/database."
-# In the options for the server: -c search_path=app, -csearch_path=app or --search_path=app. A backslash escapes a space.
+# Of the options for the server: -c search_path=app, -csearch_path=app or --search_path=app. A backslash escapes.
 _SEARCH_PATH = re.compile(r"(?:-c\s*|--)search_path\s*=\s*((?:\\.|\S)+)")
 _SCHEMA_ADVICE = "For a schema, give the store its schema_name, or write ?options=-csearch_path%3Dname."
 _POOL_ADVICE = "The size of the pool is the store's max_pool_size."
@@ -89,8 +89,8 @@ def _has_sound_ports(netloc: str) -> bool:
 
 def _schema_name(options: str) -> str | None:
     found = _SEARCH_PATH.findall(options)
-    for name in re.sub(r"\\(.)", r"\1", found[-1]).split(",") if found else ():
-        name = name.strip()
+    for listed in re.sub(r"\\(.)", r"\1", found[-1]).split(",") if found else ():
+        name = listed.strip()
         unquoted = name[1:-1].replace('""', '"') if name.startswith('"') else name.lower()
         if unquoted and unquoted != "$user":
             return unquoted
