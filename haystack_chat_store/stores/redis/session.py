@@ -66,6 +66,7 @@ class Call:
     :param deadline: When the call must end, as `time.monotonic` counts.
     :param is_asking: Whether the node is one that is taking over the keys.
     :param idle_since: Since when the connection that the call uses was idle.
+    :param attempts: How often it was sent.
     """
 
     script: Script | None
@@ -74,6 +75,7 @@ class Call:
     deadline: float
     is_asking: bool = False
     idle_since: float = -math.inf
+    attempts: int = 0
 
 
 class _Idle(NamedTuple):
@@ -126,8 +128,16 @@ class Session(ABC):
         :returns: What the script returns.
         :raises ChatMessageStoreError: If that fails, or takes longer than the timeout.
         """
+        answer, _ = await self.run_reporting(script, keys, arguments)
+        return answer
+
+    async def run_reporting(
+        self, script: Script, keys: Sequence[str], arguments: Sequence[str | int] = ()
+    ) -> tuple[Any, bool]:
+        """Do what `run` does, and also return whether the script may have run before this answer, too."""
         call = self._call(script, (len(keys), *keys, *arguments), self._nodes.start)
-        return await self._translated(call, self._run_script)
+        answer = await self._translated(call, self._run_script)
+        return answer, call.attempts > 1
 
     async def masters(self) -> list[Address]:
         """Return the addresses of the servers that hold keys."""
@@ -266,6 +276,7 @@ class Session(ABC):
             await self._disconnect(each.connection)
 
     async def _run_on(self, connection: Any, call: Call) -> Any:
+        call.attempts += 1
         try:
             answer = await self._ask_for(connection, call)
         except exceptions.ResponseError:  # the connection is as good as after any other answer
