@@ -86,16 +86,17 @@ def test_a_master_that_is_known_is_used_while_no_sentinel_answers(own_sentinels,
     calls.close(store)
 
 
-def test_sentinels_that_hang_delay_a_call_by_no_more_than_a_moment(own_sentinels, calls):
+@pytest.mark.parametrize("hanging", [1, 3])
+def test_sentinels_that_hang_delay_a_call_by_no_more_than_a_moment(own_sentinels, calls, hanging):
     store = store_from_url(own_sentinels.url)
     calls.write(store, "history", [with_id("a")])
-    for sentinel in own_sentinels.sentinels:
+    for sentinel in own_sentinels.sentinels[:hanging]:
         sentinel._process.send_signal(signal.SIGSTOP)
     time.sleep(MASTER_KNOWN_SECONDS)
     began = time.monotonic()
     for number in range(20):
         assert calls.write(store, "history", [with_id(f"{number}")]) == 1
-    assert time.monotonic() - began < 2 * PROBE_SECONDS
+    assert time.monotonic() - began < hanging * PROBE_SECONDS + 1
     calls.close(store)
 
 

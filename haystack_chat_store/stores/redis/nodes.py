@@ -67,8 +67,9 @@ class Nodes:
         return self.slots is not None and time.monotonic() > self._known_until
 
     def rely_on_master(self) -> None:
-        """Go on with the master that is known, since no Sentinel answers."""
-        self._known_until = time.monotonic() + _WITHOUT_SENTINELS_SECONDS
+        """Go on with the master that is known, since no Sentinel has answered. The next call asks those that are left."""
+        if self.silent.issuperset(self.target.addresses):
+            self._known_until = time.monotonic() + _WITHOUT_SENTINELS_SECONDS
 
     def to_ask(self) -> list[Address]:
         """Return the addresses of nodes to ask about the cluster, or of Sentinels: those that were silent come last."""
