@@ -67,7 +67,7 @@ class Nodes:
         return self.slots is not None and time.monotonic() > self._known_until
 
     def rely_on_master(self) -> None:
-        """Go on with the master that is known, since no Sentinel has answered. The next call asks those that are left."""
+        """Go on with the master that is known, since no Sentinel answers. The next call asks those that are left."""
         if self.silent.issuperset(self.target.addresses):
             self._known_until = time.monotonic() + _WITHOUT_SENTINELS_SECONDS
 
