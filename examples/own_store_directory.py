@@ -70,6 +70,8 @@ class SearchableFolderEngine(FolderEngine):
                 chat_history_id=history.chat_history_id,
                 position=row.position,
                 message_id=row.message_id,
+                role=row.role,
+                created_at=row.created_at,
                 content=row.content,
                 score=1.0,
             )

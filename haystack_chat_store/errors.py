@@ -49,7 +49,8 @@ class StoreConfigurationError(ChatMessageStoreError):
     """
     The store is set up wrongly. A retry does not help.
 
-    Examples are a file that is not a database, a folder that does not exist, and a table of another program.
+    Examples are a file that is not a database, a folder that does not exist, a table of another program, a refused
+    password, a missing right, and an environment variable that is not set.
     """
 
 

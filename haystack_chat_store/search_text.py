@@ -13,10 +13,13 @@ Engines only store terms and intersect them. The terms of a text are its folded 
 | `don't`, `e-mail`, `snake_case` | `don` `t`, `e` `mail`, `snake` `case`: only letters, digits and their marks |
 | `東京都` | `東京` `京都` `都`: text without spaces, and Hangul, becomes overlapping pairs and the last character |
 | `iPhone15を買う` | `iphone15` `を買` `買う` `う`: a word ends where a script without spaces begins |
-| a soft hyphen, a joiner, a variation selector | nothing |
+| `C++`, `#42` | also `c＋＋`, `＃42`: a word with the `+` or `#` that it touches |
+| `😀`, `→`, `€` | `😀`, `→`, `€` |
+| a soft hyphen, a joiner, a variation selector, a skin tone | nothing |
 
 A term contains no character that is an operator in an engine's query syntax. In a script without spaces, a sequence of
-characters is found as a sequence of pairs, and a single character is found as the beginning of a term.
+characters is found as a sequence of pairs, and a single character is found as the beginning of a term. The terms of
+symbols come after all words, so that a phrase is found across a symbol.
 """
 
 import re
@@ -63,6 +66,17 @@ _written_out = re.compile("[\u2e80-\u2fdf\u3200-\u33ff]")
 
 # Letters that Unicode does not decompose, and the Arabic tatweel, which only stretches a word.
 _UNDECOMPOSED = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "ـ": ""})
+
+# Symbols, and pairs of the letters that make flags. Of these ranges, only what Unicode calls a symbol counts.
+_symbol = re.compile(
+    "[\U0001f1e6-\U0001f1ff]{2}|[\xa2-\xae\xb0\xb1\xd7\xf7\u2044\u2052\u20a0-\u20cf\u2100-\u2bff\u3004\u3012\u3013\u3020"
+    "\u3030-\u303f\U0001f000-\U0001f3fa\U0001f400-\U0001faff]"
+)
+# What belongs to a word that it touches.
+_PLUS_AND_NUMBER_SIGN = str.maketrans("+#", "＋＃")
+_marks = re.compile("[+#＋＃]+")
+_word = re.compile(r"[^\W_]+")
+_word_at_end = re.compile(r"[^\W_]+\Z")
 
 _quotation_mark = re.compile('["«»“”„‟「」『』\uff02\uff62\uff63]')
 _blanks = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
@@ -168,21 +182,63 @@ _folding_table = _FoldingTable()
 
 def terms(text: str) -> list[str]:
     """
-    Return the terms of a text in order. A term's index in the list is its position.
+    Return the terms of a text: its words in order, and then its symbols. A term's index in the list is its position.
 
     :param text: Any text.
     """
-    # NFKD of each character, and then NFC of the whole text, are together NFKC.
-    folded = normalize("NFC", text[:MAX_CHARACTERS].translate(_folding_table))
-    if folded.isascii() or not _unspaced_character.search(folded):
-        words = folded.split(None, MAX_TERMS)[:MAX_TERMS]
-        found = [word[:MAX_TERM_LENGTH] for word in words]
-    else:
-        found = list(islice(_terms_of_runs(folded), MAX_TERMS))
+    text = text[:MAX_CHARACTERS]
+    found = _words(text)
+    symbols = dict.fromkeys(term for term, _, _ in _symbol_terms(text))
+    if symbols:
+        found += islice(symbols, MAX_TERMS - len(found))
     if len(found) * MAX_TERM_LENGTH * _MAX_UTF8_BYTES_PER_CHARACTER > MAX_BYTES:
         sizes = accumulate(len(term.encode()) for term in found)
         found = found[: sum(size <= MAX_BYTES for size in sizes)]
     return found
+
+
+def _words(text: str) -> list[str]:
+    # NFKD of each character, and then NFC of the whole text, are together NFKC.
+    folded = normalize("NFC", text.translate(_folding_table))
+    if folded.isascii() or not _unspaced_character.search(folded):
+        return [word[:MAX_TERM_LENGTH] for word in folded.split(None, MAX_TERMS)[:MAX_TERMS]]
+    return list(islice(_terms_of_runs(folded), MAX_TERMS))
+
+
+def _symbol_terms(text: str, *, is_query: bool = False) -> Iterator[tuple[str, int, int]]:
+    """
+    Find the terms of symbols, each with the places in the text where it begins and ends.
+
+    :param text: Any text. Of text that is not in NFC, the places are those in its NFC.
+    :param is_query: Whether a word and the `+` or `#` that it touches count only where both end. `C++11` has `c＋＋`
+        as a text, and as a query it means two words.
+    """
+    if not text.isascii():
+        text = normalize("NFC", text)
+        for found in _symbol.finditer(text):
+            symbol = found[0]
+            if category(symbol[0]) in ("So", "Sm", "Sc") and not _is_word_character(symbol[0]):
+                yield symbol, *found.span()
+    if "+" in text or "#" in text or "＋" in text or "＃" in text:
+        for found in _marks.finditer(text):
+            start, end = found.span()
+            before = _word_at_end.search(text[max(0, start - MAX_TERM_LENGTH) : start])
+            after = _word.match(text, end)
+            if before and not (is_query and after):
+                term = f"{_end_of_word(before[0])}{found[0].translate(_PLUS_AND_NUMBER_SIGN)}"
+                yield term[:MAX_TERM_LENGTH], start - len(before[0]), end
+            if after and found[0][-1] in "#＃" and not (is_query and before):
+                yield f"＃{_beginning_of_word(after[0])}"[:MAX_TERM_LENGTH], end - 1, after.end()
+
+
+def _end_of_word(word: str) -> str:
+    last = (_words(word) or [""])[-1]
+    return last[-1:] if _unspaced_character.match(last) else last
+
+
+def _beginning_of_word(word: str) -> str:
+    first = (_words(word[:MAX_TERM_LENGTH]) or [""])[0]
+    return first[:1] if _unspaced_character.match(first) else first
 
 
 def _terms_of_runs(folded: str) -> Iterator[str]:
@@ -195,35 +251,41 @@ def _terms_of_runs(folded: str) -> Iterator[str]:
             yield text[:MAX_TERM_LENGTH]
 
 
-def parsed_query(query: str) -> list[Phrase]:
+def parsed_query(query: str, *, match_prefix: bool = False) -> list[Phrase]:
     """
     Return the phrases of a query. A text matches the query if it has all of them. Any text is a valid query.
 
     :param query: Words, and phrases in quotation marks of any kind. A phrase without a closing mark goes to the end.
-    :returns: The phrases; a single word is a phrase, too. The list is empty if the query contains no word.
+    :param match_prefix: Whether the last word may be the beginning of a word. Defaults to False.
+    :returns: The phrases; a single word is a phrase, too. The list is empty if the query has no word and no symbol.
     """
+    parts = enumerate(_quotation_mark.split(query[:MAX_QUERY_CHARACTERS]))
+    chunks = [words for index, part in parts for words in ([part] if index % 2 else part.split()) if terms(words)]
     phrases: list[Phrase] = []
     room = MAX_QUERY_TERMS
-    for index, part in enumerate(_quotation_mark.split(query[:MAX_QUERY_CHARACTERS])):
-        for words in [part] if index % 2 else part.split():
-            for phrase in _phrases(terms(words)):
-                if room:
-                    phrases.append(phrase._replace(terms=phrase.terms[:room]))
-                    room -= len(phrases[-1].terms)
+    for number, words in enumerate(chunks, 1):
+        for phrase in _phrases(words, match_prefix=match_prefix and number == len(chunks)):
+            if room:
+                phrases.append(phrase._replace(terms=phrase.terms[:room]))
+                room -= len(phrases[-1].terms)
     return phrases
 
 
-def _phrases(found: list[str]) -> Iterator[Phrase]:
+def _phrases(words: str, *, match_prefix: bool) -> Iterator[Phrase]:
     """
-    Make phrases of a query's terms. In a script without spaces, the last term is a prefix: the text may continue it.
+    Make phrases of words of a query. In a script without spaces, the last term is a prefix: the text may continue it.
     """
-    is_continuable = bool(found and _unspaced_character.match(found[-1]))
+    found = _words(words)
+    is_unspaced = bool(found and _unspaced_character.match(found[-1]))
+    is_continuable = bool(found) and (is_unspaced or match_prefix)
     exact = found[:-1] if is_continuable else found
     if exact:
         yield Phrase(tuple(exact), is_prefix=False)
-    # The pair before it may already end with the last character.
-    if is_continuable and not (exact and exact[-1][1:] == found[-1]):
+    # In a script without spaces, the pair before it may already end with the last character.
+    if is_continuable and not (is_unspaced and exact and exact[-1][1:] == found[-1]):
         yield Phrase((found[-1],), is_prefix=True)
+    for term in dict.fromkeys(term for term, _, _ in _symbol_terms(words, is_query=True)):
+        yield Phrase((term,), is_prefix=match_prefix)
 
 
 def matches(phrases: Sequence[Phrase], text_terms: Sequence[str]) -> bool:
@@ -294,14 +356,21 @@ def _first_match(text: str, phrases: Sequence[Phrase], reach: int) -> tuple[int,
 
     :param reach: The largest number of characters to search for the end of the match.
     """
-    text_terms = terms(text)
-    found = [(index, phrase) for phrase in phrases if (index := _index_of(phrase, text_terms)) is not None]
+    words = _words(text)
+    found = [(index, phrase) for phrase in phrases if (index := _index_of(phrase, words)) is not None]
     if not found:
-        return 0, 0
+        return min((place for phrase in phrases for place in _places_of_symbol(text, phrase)), default=(0, 0))
     index, phrase = min(found)
     start = _start_of_term(text, index)
     matched = text[start : start + reach]
     return start, start + _start_of_term(matched, len(phrase.terms))
+
+
+def _places_of_symbol(text: str, phrase: Phrase) -> Iterator[tuple[int, int]]:
+    for term, start, end in _symbol_terms(text):
+        if term == phrase.terms[0] or (phrase.is_prefix and term.startswith(phrase.terms[0])):
+            yield start, end
+            return
 
 
 def _start_of_term(text: str, index: int) -> int:
@@ -314,7 +383,7 @@ def _start_of_term(text: str, index: int) -> int:
     start, end = 0, len(text)
     while start < end:
         middle = (start + end) // 2 + 1
-        count = len(terms(text[start:middle]))
+        count = len(_words(text[start:middle]))
         if index < count:
             end = middle - 1
         else:
@@ -325,4 +394,4 @@ def _start_of_term(text: str, index: int) -> int:
 
 def _extra_terms(left: str, right: str) -> int:
     """Return how many more terms two parts of a text have than the whole, because the cut splits a word."""
-    return len(terms(left)) + len(terms(right)) - len(terms(left + right))
+    return len(_words(left)) + len(_words(right)) - len(_words(left + right))

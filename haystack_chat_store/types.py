@@ -89,8 +89,9 @@ class ChatMessageStore(Protocol):
         and a deletion of what is not there does nothing.
     20. **Forking.** `copy_messages` copies a history, or its beginning, to a history without messages. The copy appears
         whole or not at all.
-    21. **Search.** `search_messages` finds exactly the messages that have all words and phrases of the query, for any
-        query and in any language. A message can be found as soon as it is written, and no longer once it is deleted.
+    21. **Search.** `search_messages` finds exactly the messages that have all words, symbols and phrases of the query,
+        for any query and in any language. A message can be found as soon as it is written, and no longer once it is
+        deleted.
     22. **Erasing.** `delete_chat_histories` deletes the histories with a prefix, `purge` those that have not changed
         for a long time. Both work in batches, and delete each history whole.
     23. **Moving.** Export and import preserve messages, ids, order, titles and meta, on any engine. A second import
@@ -235,6 +236,8 @@ class SearchHit(Result):
     :param chat_history_id: The id of the message's history.
     :param message_id: The message's id.
     :param position: The message's position in its history.
+    :param role: The message's role: `"user"`, `"assistant"`, `"tool"` or `"system"`.
+    :param created_at: The time when the message was stored, in UTC.
     :param snippet: The part of the message's text around the first match, on one line.
     :param score: The quality of the match. A higher score is better. Scores of different searches cannot be compared.
     """
@@ -242,6 +245,8 @@ class SearchHit(Result):
     chat_history_id: str
     message_id: str
     position: int
+    role: str
+    created_at: datetime
     snippet: str
     score: float
 

@@ -17,6 +17,11 @@ from typing import Any
 from haystack_chat_store.stores.base import BaseChatMessageStore
 
 _ENTRY_POINTS = "haystack_chat_store.engines"
+# What other libraries write into the scheme, behind a plus: the stores have drivers of their own.
+_DRIVERS = {
+    "postgresql": {"psycopg", "psycopg_async", "psycopg2", "psycopg2cffi", "asyncpg", "pg8000"},
+    "sqlite": {"pysqlite", "aiosqlite"},
+}
 
 
 def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore:
@@ -29,9 +34,11 @@ def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore:
     | `postgresql://user:password@host:5432/database` | `PostgresChatMessageStore` |
     | `redis://:password@host:6379/0`, `rediss://…` with TLS | `RedisChatMessageStore` |
     | `redis+cluster://:password@host:6379`, `rediss+cluster://…` | `RedisChatMessageStore` on a Redis Cluster |
+    | `redis+sentinel://:password@host:26379,host:26379/0?service=name` | `RedisChatMessageStore` with Sentinel |
     | `memory://` | `InMemoryChatMessageStore` |
 
-    Other packages can register stores for more schemes.
+    Other packages can register stores for more schemes. A driver that SQLAlchemy's URLs name in the scheme, such as
+    `postgresql+psycopg://`, is passed over.
 
     ```python
     from haystack_chat_store import store_from_url
@@ -50,12 +57,23 @@ def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore:
         password.
     :raises ImportError: If the engine's driver is not installed.
     """
-    scheme, separator, _ = url.partition("://") if isinstance(url, str) else ("", "", "")
-    for entry_point in entry_points(group=_ENTRY_POINTS, name=scheme) if separator else ():
-        store: BaseChatMessageStore = entry_point.load().from_url(url, **settings)
-        return store
+    url = without_driver(url) if isinstance(url, str) else ""
+    scheme, separator, _ = url.partition("://")
+    for name in dict.fromkeys([scheme, scheme.partition("+")[0]]) if separator else ():
+        for entry_point in entry_points(group=_ENTRY_POINTS, name=name):
+            store: BaseChatMessageStore = entry_point.load().from_url(url, **settings)
+            return store
     schemes = ", ".join(sorted(f"{entry_point.name}://" for entry_point in entry_points(group=_ENTRY_POINTS)))
     raise ValueError(
         f"The URL must begin with one of {schemes}. For example: sqlite:///relative.db, sqlite:////absolute.db, "
         "postgresql://user:password@host:port/database, redis://:password@host:port/0, memory://."
     )
+
+
+def without_driver(url: str) -> str:
+    """Return a URL without the name of another library's driver in its scheme, such as `postgresql+psycopg://`."""
+    scheme, separator, rest = url.partition("://")
+    engine, _, driver = scheme.partition("+")
+    if separator and driver in _DRIVERS.get("postgresql" if engine == "postgres" else engine, ()):
+        return f"{engine}://{rest}"
+    return url

@@ -580,5 +580,124 @@ class RedisCluster:
         self.wait_until_ok()
 
 
+class _Sentinel(_Server):
+    """
+    One of the Redis Sentinels that watch a master.
+
+    :param binary: The server's program.
+    :param master: The master.
+    :param password: The Sentinel's own password.
+    """
+
+    stop_signal = signal.SIGKILL
+
+    def __init__(self, binary: Path, master: RedisServer, password: str) -> None:
+        super().__init__({})
+        self.binary, self.master, self.password = binary, master, password
+
+    def _prepare(self) -> None:
+        name = RedisSentinels.service
+        (self.folder / "sentinel.conf").write_text(
+            f"""
+bind {HOST}
+port {self.port}
+{f"requirepass {self.password}" if self.password else ""}
+{f"sentinel sentinel-pass {self.password}" if self.password else ""}
+sentinel monitor {name} {HOST} {self.master.port} 2
+sentinel auth-pass {name} {PASSWORD}
+sentinel down-after-milliseconds {name} 500
+sentinel failover-timeout {name} 3000
+"""
+        )
+
+    def _command(self) -> list[Any]:
+        return [self.binary, "sentinel.conf", "--sentinel"]
+
+    def _answers(self) -> bool:
+        with suppress(redis.ConnectionError), self.client() as client:
+            return client.ping()
+        return False
+
+    def client(self) -> redis.Redis:
+        """A client of the Sentinel; a context manager."""
+        return redis.Redis(host=HOST, port=self.port, password=self.password or None, retry=None, decode_responses=True)
+
+
+class RedisSentinels:
+    """
+    A Redis server with a replica, and three Sentinels that watch them.
+
+    :param binary: The server's program.
+    :param password: The Sentinels' own password.
+    """
+
+    service = "chats"
+
+    def __init__(self, binary: Path | None = None, password: str = "") -> None:
+        binary = binary or require(redis_binaries(), "Redis")
+        settings = {"masterauth": PASSWORD, "repl_diskless_sync_delay": 0, "appendfsync": "no"}
+        self.servers = [RedisServer(binary, **settings) for _ in range(2)]
+        self.sentinels = [_Sentinel(binary, self.servers[0], password) for _ in range(3)]
+        self._password = password
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            for server in self.servers:
+                stack.enter_context(server)
+            with self.servers[1].client() as client:
+                client.replicaof(HOST, self.servers[0].port)
+            for sentinel in self.sentinels:
+                stack.enter_context(sentinel)
+            self.wait_until_ok()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def url(self) -> str:
+        """Where the Sentinels are, with the servers' password."""
+        hosts = ",".join(f"{HOST}:{sentinel.port}" for sentinel in self.sentinels)
+        own = f"&sentinel_password={self._password}" if self._password else ""
+        return f"redis+sentinel://:{PASSWORD}@{hosts}/0?service={self.service}{own}"
+
+    @property
+    def master(self) -> RedisServer:
+        """The server that the Sentinels name."""
+        wait_until(lambda: len(self._named()) == 1, "the Sentinels to agree")
+        return next(server for server in self.servers if {server.port} == self._named())
+
+    def wait_until_ok(self) -> None:
+        """Until each Sentinel knows the others and the replica, which follows its master."""
+        wait_until(self._is_ok, "the Sentinels to know all")
+
+    def failover(self) -> None:
+        """Have the replica become the master. It takes Redis up to ten seconds to tell the former one."""
+        before = self.master
+        with self.sentinels[0].client() as client:
+            client.sentinel_failover(self.service)
+
+        wait_until(lambda: before.port not in self._named(), "the replica to take over")
+
+    def _named(self) -> set[int]:
+        return {self._named_by(sentinel) for sentinel in self.sentinels if sentinel.running}
+
+    def _named_by(self, sentinel: _Sentinel) -> int:
+        with sentinel.client() as client:
+            return int(client.sentinel_get_master_addr_by_name(self.service)[1])
+
+    def _is_ok(self) -> bool:
+        for sentinel in self.sentinels:
+            with sentinel.client() as client:
+                state = client.sentinel_master(self.service)
+                if (state["num-other-sentinels"], state["num-slaves"]) != (2, 1) or state["flags"] != "master":
+                    return False
+                replicas = client.execute_command("SENTINEL REPLICAS", self.service)
+                if "ok" not in str(replicas):
+                    return False
+        return True
+
+
 def _postgres_url(port: int, database: str) -> str:
     return f"postgresql://{USER}:{PASSWORD}@{HOST}:{port}/{database}"

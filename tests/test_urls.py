@@ -34,6 +34,13 @@ TOKEN = Secret.from_token
             )
         ),
         *((url, RedisChatMessageStore(TOKEN(url))) for url in ("redis://:p@host:6380/1", "rediss://u:p@host")),
+        ("postgresql+psycopg://u:p@host/db", PostgresChatMessageStore(TOKEN("postgresql://u:p@host/db"))),
+        ("postgres+asyncpg://u:p@host/db", PostgresChatMessageStore(TOKEN("postgres://u:p@host/db"))),
+        ("sqlite+aiosqlite:///relative.db", SQLiteChatMessageStore("relative.db")),
+        (
+            "redis+sentinel://:p@a,b:1/0?service=s",
+            RedisChatMessageStore(TOKEN("redis+sentinel://:p@a,b:1/0?service=s")),
+        ),
         ("redis+cluster://:p@host:7000", RedisChatMessageStore(TOKEN("redis://:p@host:7000"), cluster=True)),
         ("rediss+cluster://host", RedisChatMessageStore(TOKEN("rediss://host"), cluster=True)),
     ],
@@ -74,6 +81,10 @@ def test_an_engines_own_settings_go_to_it_too():
         "redis:/s3cret",
         "mysql://user:s3cret@host/db",
         "REDIS//:s3cret@host",
+        "redis+psycopg://:s3cret@host",
+        "postgresql+mysql://user:s3cret@host/db",
+        "sqlite+psycopg:///s3cret.db",
+        "memory+s3cret://",
     ],
 )
 def test_other_forms_are_refused_and_not_repeated(url):

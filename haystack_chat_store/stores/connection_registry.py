@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 from haystack.utils import Secret
 
-from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.errors import StoreConfigurationError
 
 
 class Connections(Protocol):
@@ -143,12 +143,12 @@ def resolved(secret: Secret, name: str) -> str:
     Return the value of a secret.
 
     :param name: The name of the setting, for errors.
-    :raises StoreUnavailableError: If it has no value, such as an environment variable that is not set.
+    :raises StoreConfigurationError: If it has no value, such as an environment variable that is not set.
     """
     try:
         return secret.resolve_value() or ""
     except ValueError as error:
-        raise StoreUnavailableError(f"The {name} cannot be used. {error}") from error
+        raise StoreConfigurationError(f"The {name} cannot be used. {error}") from error
 
 
 def keep_alive_forever(connection: object) -> None:

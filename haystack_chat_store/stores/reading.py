@@ -90,14 +90,21 @@ class ReadingMethods:
             after, limit = rows[-1].position, next_limit(rows)
 
     def search_messages(
-        self, query: str, *, chat_history_id: str | None = None, prefix: str = "", limit: int = 20
+        self,
+        query: str,
+        *,
+        chat_history_id: str | None = None,
+        prefix: str = "",
+        match_prefix: bool = False,
+        limit: int = 20,
     ) -> list[SearchHit]:
         """
         Find messages by their words. Texts and tool results are searched.
 
         A message is found if it has all words of the query, in any order, and all phrases in quotation marks. Case,
-        accents and punctuation are ignored. In scripts without spaces, such as Chinese and Japanese, any part of a text
-        is found. A query has no operators. The first 16,000 words of a message are searched.
+        accents and punctuation are ignored. Emoji and other symbols are found, as are `C++` and `#42`. In scripts
+        without spaces, such as Chinese and Japanese, any part of a text is found. A query has no operators. The first
+        16,000 words of a message are searched.
 
         A search changes nothing. What a store made with `search=True` writes to a new database is indexed as it is
         written. Messages that a database had before are indexed by `index_messages`, which is called once.
@@ -105,6 +112,8 @@ class ReadingMethods:
         :param query: The words and phrases to find, up to 1,000 characters. A query without words finds nothing.
         :param chat_history_id: Only messages of this history. Defaults to `None`: all histories.
         :param prefix: Only messages of histories whose ids begin with this text, taken literally. Defaults to all.
+        :param match_prefix: Whether the query's last word may be the beginning of a word, for searching while somebody
+            types: `kyo` finds Kyoto. Defaults to False.
         :param limit: The largest number of hits, 1 to 1,000. Defaults to 20.
         :returns: The hits, the best first.
         :raises ValueError: If an argument is wrong.
@@ -112,7 +121,7 @@ class ReadingMethods:
             some messages are not indexed.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        search = self._checked_search(query, chat_history_id, prefix, limit)
+        search = self._checked_search(query, chat_history_id, prefix, match_prefix, limit)
         if search is None:
             return []
         found = self.engine.run(self.engine.search, self.scope, *search)
@@ -121,10 +130,16 @@ class ReadingMethods:
         return _hits(found, search[0])
 
     async def search_messages_async(
-        self, query: str, *, chat_history_id: str | None = None, prefix: str = "", limit: int = 20
+        self,
+        query: str,
+        *,
+        chat_history_id: str | None = None,
+        prefix: str = "",
+        match_prefix: bool = False,
+        limit: int = 20,
     ) -> list[SearchHit]:
         """Do what `search_messages` does, without blocking the event loop."""
-        search = self._checked_search(query, chat_history_id, prefix, limit)
+        search = self._checked_search(query, chat_history_id, prefix, match_prefix, limit)
         if search is None:
             return []
         found = await self.engine.run_async(self.engine.search, self.scope, *search)
@@ -158,10 +173,11 @@ class ReadingMethods:
                 progress(indexed, None)
 
     def _checked_search(
-        self, query: str, chat_history_id: str | None, prefix: str, limit: int
+        self, query: str, chat_history_id: str | None, prefix: str, match_prefix: bool, limit: int
     ) -> tuple[list[Phrase], str | None, str, int] | None:
         """Return the arguments of the engine's search, or `None` if the query cannot match any message."""
-        phrases = search_text.parsed_query(validation.validated_query(query))
+        match_prefix = validation.validated_flag(match_prefix, "match_prefix")
+        phrases = search_text.parsed_query(validation.validated_query(query), match_prefix=match_prefix)
         if chat_history_id is not None:
             chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
         prefix = validation.validated_text(prefix, "prefix")
@@ -207,6 +223,8 @@ def _hits(rows: Sequence[FoundRow], phrases: Sequence[Phrase]) -> list[SearchHit
             chat_history_id=row.chat_history_id,
             message_id=row.message_id,
             position=row.position,
+            role=row.role,
+            created_at=readable_time(row.created_at),
             snippet=search_text.snippet(search_text.searchable_text_of_content(row.content), phrases),
             score=row.score,
         )

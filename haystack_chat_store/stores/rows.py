@@ -99,6 +99,8 @@ class FoundRow:
     :param chat_history_id: The id of the message's history.
     :param position: The message's position in its history.
     :param message_id: The message's id.
+    :param role: The message's role.
+    :param created_at: The time when the message was stored, in microseconds since 1970, UTC.
     :param content: The whole message as JSON text.
     :param score: The quality of the match, in the engine's own measure. A higher score is better.
     """
@@ -106,6 +108,8 @@ class FoundRow:
     chat_history_id: str
     position: int
     message_id: str
+    role: str
+    created_at: int
     content: str
     score: float
 

@@ -196,7 +196,7 @@ class Rule27ReplacingTest(ContractTest):
         newest = places(calls.call(store, "list_messages", "chat", limit=1))
         assert newest == [(2_500 + 2_299, "new 2299")]
         store_with_engine: Any = store
-        assert store_with_engine.engine.run(store_with_engine.engine.check, store_with_engine.scope, False) == []
+        assert store_with_engine.engine.run(store_with_engine.engine.check, store_with_engine.scope) == []
 
     def test_history_stays_in_its_namespace(self, new_store: StoreFactory, calls: Calls) -> None:
         ours, others = new_store(), new_store(namespace="other")

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF001  (these are letters that look alike)
 """Rule 21: search."""
 
 from typing import Any
@@ -27,7 +28,7 @@ SAYINGS = {
     "en": "The quick brown fox jumps over the lazy dog.",
     "de": "Straße, Fuß und Grüße: übermütig!",
     "fr": "L'été, déjà vu à Orléans…",
-    "tr": "İstanbul'da ılık bir gün",  # noqa: RUF001  (it is a letter)
+    "tr": "İstanbul'da ılık bir gün",
     "ru": "Съешь ещё этих мягких французских булок",
     "ar": "مرحبا بالعالم",
     "hi": "नमस्ते दुनिया",
@@ -68,6 +69,52 @@ FOUND = [
     ("", set()),
     ("!?… ''", set()),
 ]
+SYMBOLS = {
+    "cpp": "Why is C++ so hard? C++11 was fine.",
+    "csharp": "And C# too",
+    "c": "Plain c, and a + b",
+    "issue": "See #42 😀 tomorrow",
+    "number": "It is 42 👍🏽 or 420",
+    "tag": "#haystack #東京タワー",
+}
+FOUND_SYMBOLS = [
+    ("C++", {"cpp"}),
+    ("c++ hard", {"cpp"}),
+    ('"is C++ so"', {"cpp"}),
+    ("Ｃ＋＋", {"cpp"}),
+    ("C++11", {"cpp"}),
+    ("c#", {"csharp"}),
+    ("C", {"cpp", "csharp", "c"}),
+    ("a+b", {"c"}),
+    ("#42", {"issue"}),
+    ("42", {"issue", "number"}),
+    ("😀", {"issue"}),
+    ("👍", {"number"}),
+    ("👍🏿", {"number"}),
+    ("42 😀", {"issue"}),
+    ('"42 tomorrow"', {"issue"}),
+    ("🎉", set()),
+    ("#Haystack", {"tag"}),
+    ("#東京", {"tag"}),
+    ("+", set()),
+]
+FOUND_BEGINNINGS = [
+    ("kyo", {"en"}),
+    ("KYŌ", {"en"}),
+    ("in kyo", {"en"}),
+    ("kyo in", {"en"}),
+    ("ky temple", set()),  # only the last word is a beginning
+    ('"in kyo', {"en"}),
+    ('"see kyo"', set()),
+    ("kyoto", {"en"}),
+    ("kyotos", set()),
+    ("e-ma", {"en"}),
+    ("#4", {"en"}),
+    ("東", {"ja"}),
+    ("東京", {"ja"}),
+    ("京", {"ja"}),
+    ("", set()),
+]
 HOSTILE_QUERIES = [
     *HOSTILE_IDS,
     *('"', '""', '"a', "a AND", "NOT a", "a OR b", "a*", "*", "a NEAR b", "NEAR(a b, 5)", "col:a", "{a} : b", "^a"),
@@ -93,6 +140,26 @@ class Rule21SearchTest(ContractTest):
             assert {hit.chat_history_id for hit in search(calls, searching, query)} == expected, query
 
     @only_where("searches")
+    def test_emoji_and_other_symbols_are_found(self, searching: ClosableStore, calls: Calls) -> None:
+        for name, text in SYMBOLS.items():
+            calls.write(searching, name, [with_id("1", text)])
+        for query, expected in FOUND_SYMBOLS:
+            hits = search(calls, searching, query)
+            assert {hit.chat_history_id for hit in hits} == expected, query
+            assert all(hit.snippet == SYMBOLS[hit.chat_history_id] for hit in hits)
+
+    @only_where("searches")
+    def test_last_word_may_be_the_beginning_of_a_word(self, searching: ClosableStore, calls: Calls) -> None:
+        calls.write(searching, "en", [with_id("1", "The temples in Kyoto: e-mail about #42")])
+        calls.write(searching, "ja", [with_id("1", "東京都")])
+        for query, expected in FOUND_BEGINNINGS:
+            found = search(calls, searching, query, match_prefix=True)
+            assert {hit.chat_history_id for hit in found} == expected, query
+        assert search(calls, searching, "kyo") == []
+        (hit,) = search(calls, searching, "kyo", match_prefix=True, chat_history_id="en", prefix="e", limit=1)
+        assert "Kyoto" in hit.snippet
+
+    @only_where("searches")
     def test_index_can_be_made_before_the_first_search(self, new_store: StoreFactory, calls: Calls) -> None:
         calls.write(new_store(), "chat", [user("a needle"), user("hay")])
         searching, steps = new_store(search=True), []
@@ -108,7 +175,8 @@ class Rule21SearchTest(ContractTest):
         text = f"{'before ' * 100}the needle{' after' * 100}"
         calls.write(searching, "chat", [user(), with_id("mine", text), user()])
         (hit,) = search(calls, searching, "needle")
-        assert (hit.chat_history_id, hit.message_id, hit.position) == ("chat", "mine", 1)
+        assert (hit.chat_history_id, hit.message_id, hit.position, hit.role) == ("chat", "mine", 1, "user")
+        assert hit.created_at == calls.call(searching, "list_messages", "chat")[1].created_at
         assert "before the needle after" in hit.snippet
         assert len(hit.snippet) < 300
         assert isinstance(hit.score, float)
@@ -157,7 +225,9 @@ class Rule21SearchTest(ContractTest):
 
     @only_where("searches")
     def test_search_finds_what_matches_and_nothing_else(self, searching: ClosableStore, calls: Calls) -> None:
-        words = st.sampled_from("fox Fox fóx quick brown 東京 京都 東 a b e-mail 22 한국 İ ß ss".split())
+        words = st.sampled_from(
+            "fox Fox fóx fo quick brown 東京 東 a b e-mail 22 한국 İ ß ss C++ c# #22 😀 a+b".split()
+        )
         phrases = st.lists(words, max_size=6).map(" ".join)
         quoted = st.lists(words, min_size=1, max_size=3).map(lambda some: f'"{" ".join(some)}"')
         written = 0
@@ -169,19 +239,22 @@ class Rule21SearchTest(ContractTest):
             database=None,
             suppress_health_check=list(HealthCheck),
         )
-        @example(said=["fox"], query="fox")
+        @example(said=["fox"], query="fox", match_prefix=False)
+        @example(said=["C++ foxes"], query="C++ fo", match_prefix=True)
         @given(
             said=st.lists(phrases | any_texts(), min_size=1, max_size=4),
             query=st.lists(words | quoted | any_texts(), max_size=3).map(" ".join),
+            match_prefix=st.booleans(),
         )
-        def compare(said: list[str], query: str) -> None:
+        def compare(said: list[str], query: str, match_prefix: bool) -> None:
             nonlocal written
             written += 1
             name = f"chat {written}"
             calls.write(searching, name, [user(text) for text in said])
-            wanted = parsed_query(query)
+            wanted = parsed_query(query, match_prefix=match_prefix)
             expected = [n for n, text in enumerate(said) if wanted and matches(wanted, terms(text))]
-            assert sorted(hit.position for hit in search(calls, searching, query, chat_history_id=name)) == expected
+            hits = search(calls, searching, query, chat_history_id=name, match_prefix=match_prefix)
+            assert sorted(hit.position for hit in hits) == expected
 
         compare()
 
@@ -231,7 +304,14 @@ class Rule21SearchTest(ContractTest):
 
     @only_where("searches")
     @pytest.mark.parametrize(
-        "wrong", [{"query": 1}, {"query": "a" * 1001}, {"query": "a", "limit": 0}, {"query": "a", "prefix": None}]
+        "wrong",
+        [
+            {"query": 1},
+            {"query": "a" * 1001},
+            {"query": "a", "limit": 0},
+            {"query": "a", "prefix": None},
+            {"query": "a", "match_prefix": 1},
+        ],
     )
     def test_wrong_arguments_are_refused(self, searching: ClosableStore, calls: Calls, wrong: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=list(wrong)[-1]):

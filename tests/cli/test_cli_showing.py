@@ -105,7 +105,8 @@ def test_search_prints_one_hit_a_line_for_programs(url, run, run_json):
     (hit,) = run_json("search", '"a chrysanthemum"', "--in", "ada:2", "--store", url)
     assert hit.pop("score") is not None
     assert len(hit.pop("message_id")) == 32
-    assert hit == {"chat_history_id": "ada:2", "position": 0, "snippet": "Why a chrysanthemum?"}
+    assert hit.pop("created_at").endswith("+00:00")
+    assert hit == {"chat_history_id": "ada:2", "position": 0, "role": "user", "snippet": "Why a chrysanthemum?"}
 
 
 def test_search_keeps_to_a_history_a_prefix_and_a_number(url, run_json):

@@ -45,7 +45,7 @@ def test_an_import_that_fails_on_the_way_leaves_nothing(server, make_store):
         store.engine.run(store.engine.import_history, store.scope, NEW, batches(), 0)
     with pytest.raises(OSError, match=r"^the file is damaged$"):
         asyncio.run(store.engine.run_async(store.engine.import_history, store.scope, NEW, batches(), 0))
-    with pytest.raises(Exception, match="UniqueViolation"):
+    with pytest.raises(Exception, match="unique violation"):
         import_rows(store, rows(0, 10), rows(5, 6))
     assert store.get_chat_history("history") is None
     assert server.execute(f"SELECT FROM {store.schema_name}.haystack_chat_messages") == []

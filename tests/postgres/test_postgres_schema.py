@@ -89,7 +89,7 @@ def test_a_role_that_may_not_upgrade_is_told_what_to_run(store, server, monkeypa
     monkeypatch.setattr(schema, "MIGRATIONS", [*schema.MIGRATIONS, upgrade])
     monkeypatch.setattr("haystack_chat_store.stores.postgres.upgrading.MIGRATIONS", schema.MIGRATIONS)
     restricted = store_at(server.url.replace("chat:", f"{store.schema_name}:"), schema_name=store.schema_name)
-    with pytest.raises(StoreUnavailableError, match=r"create_schema_sql\(\)"):
+    with pytest.raises(StoreConfigurationError, match=r"create_schema_sql\(\)"):
         say(restricted, "Hello")
     execute(server.url, restricted.create_schema_sql())
     assert say(restricted, "Hello") == 1

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of the store, and what the role of a database may do."""
 
+import os
 import re
 import traceback
 import uuid
+from urllib.parse import quote
 
 import psycopg
 import pytest
 from haystack.utils import Secret
 from postgres_stores import DOCUMENTATION, connections_of, execute, say, store_at
-from servers import PASSWORD, USER, wait_until
+from servers import PASSWORD, USER, PostgresServer, wait_until
 
 from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError, UnsupportedOperationError
@@ -28,10 +30,10 @@ from haystack_chat_store.transfer import export_histories
         {"schema_name": ""},
         {"schema_name": "x" * 64},
         {"schema_name": "a\x00b"},
-        {"schema_name": None},
         {"table_prefix": ""},
         {"table_prefix": "x" * 41},
         {"table_prefix": "a\x00b"},
+        {"table_prefix": "app.chat"},
         {"min_pool_size": -1},
         {"min_pool_size": 3, "max_pool_size": 2},
         {"min_pool_size": None},
@@ -56,7 +58,7 @@ def test_a_store_without_its_environment_variable_loads_and_says_so_when_used(mo
     store = PostgresChatMessageStore(table_prefix="other", timeout=5)
     assert PostgresChatMessageStore.from_dict(store.to_dict()) == store
     assert "CREATE TABLE" in store.create_schema_sql()
-    with pytest.raises(StoreUnavailableError, match="PG_CONN_STR"):
+    with pytest.raises(StoreConfigurationError, match="PG_CONN_STR"):
         calls.count(store, "history")
     calls.close(store)
 
@@ -107,6 +109,113 @@ def test_a_connection_string_that_is_none_is_refused_and_not_repeated(connection
     assert "secret" not in "".join(traceback.format_exception(raised.value)).replace(connection_string, "")
 
 
+@pytest.mark.parametrize(
+    ("connection_string", "says"),
+    [
+        ("postgresql://u:my-secret@localhost/db?ssl=require", "no option 'ssl'.*sslmode=require"),
+        ("postgresql://u:my-secret@localhost/db?sslmode=require&pool_size=5", "no option 'pool_size'.*max_pool_size"),
+        ("postgresql://u:my-secret@localhost/db?pgbouncer=true&connection_limit=1", "no option 'pgbouncer'.*no option"),
+        ("postgresql://u:my-secret@localhost/db?schema=app", "no option 'schema'.*schema_name"),
+        ("postgresql://u:my-secret@localhost/db?search_path=app", "no option 'search_path'.*options=-csearch_path"),
+        ("postgresql://u:my-secret@localhost/db?colour=my-secret", "no option 'colour'. Leave it out"),
+        ("postgresql+asyncpg://u:my-secret@localhost/db?colour", "no option 'colour'"),
+        ("postgresql://u:p@ss:my-secret/rd#%?@localhost/db?colour=blue", "Percent-encode"),
+        ("postgresql+mysql://u:my-secret@localhost/db", "must be like"),
+        ("mysql://u:my-secret@localhost/db", "must be like"),
+    ],
+)
+def test_the_wrong_part_of_a_connection_string_is_named(connection_string, says, calls):
+    store = store_at(connection_string)
+    with pytest.raises(StoreConfigurationError, match=says) as raised:
+        calls.count(store, "history")
+    assert "secret" not in "".join(traceback.format_exception(raised.value)).replace(connection_string, "")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("/postgres", "/nowhere", "does not have the database.*nowhere"),
+        (f"{USER}:", "nobody:", "refused the user name or the password"),
+        (f":{PASSWORD}@", "@", "asks for a password"),
+        ("/postgres", "/postgres?sslmode=require", "has no TLS.*sslmode"),
+        ("/postgres", "/postgres?sslmode=perhaps", "TLS settings.*sslmode.*perhaps"),
+        ("/postgres", "/postgres?options=-cnothing%3D1", "refused the options.*nothing"),
+        ("/postgres", "/postgres?target_session_attrs=any-other", "one of whose values is wrong.*target_session_attrs"),
+    ],
+)
+def test_what_a_retry_does_not_change_is_an_error_of_configuration(server, calls, monkeypatch, old, new, says):
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(StoreConfigurationError, match=says) as raised:
+        calls.count(store_at(server.url.replace(old, new)), "history")
+    assert PASSWORD not in str(raised.value)
+
+
+def test_a_server_that_takes_only_tls_says_so():
+    with PostgresServer(fsync="off") as server, psycopg.connect(server.url) as connection:
+        (server.folder / "data" / "pg_hba.conf").write_text("hostssl all all all scram-sha-256\n")
+        connection.execute("SELECT pg_reload_conf()")
+
+        def is_refused():
+            with pytest.raises(StoreConfigurationError, match=r"does not admit this user.*no encryption"):
+                store_at(server.url, schema_name=f"test_{uuid.uuid4().hex}").count_messages("history")
+            return True
+
+        wait_until(lambda: suppressed(is_refused), "the server to read its rules")
+
+
+def suppressed(check):
+    try:
+        return check()
+    except pytest.fail.Exception:  # it is admitted still
+        return False
+
+
+# ---------------------------------------------------------------------- schemas and encodings
+
+
+@pytest.mark.parametrize(
+    ("options", "schema"),
+    [
+        ("-csearch_path=app1", "app1"),
+        ("-c search_path=App2,public", "app2"),
+        ("-cjit=off --search_path=app3", "app3"),
+        (r'-csearch_path="$user",\ "App\ 4",public', "App 4"),
+        ("-cjit=off", "public"),
+    ],
+)
+@pytest.mark.parametrize("form", ["postgresql", "postgresql+psycopg", "pairs"])
+def test_the_schema_of_the_connection_string_is_that_of_the_tables(server, database, calls, form, options, schema):
+    url = psycopg.conninfo.make_conninfo(database, options=options)
+    if form != "pairs":
+        url = f"{database.replace('postgresql', form, 1)}?options={quote(options)}"
+    store = store_at(url)
+    assert f'"{schema}"' in store.create_schema_sql()
+    assert calls.write(store, "history", [with_id("a")]) == 1
+    found = "SELECT schemaname FROM pg_tables WHERE tablename = 'haystack_chat_messages'"
+    assert execute(database, found) == [(schema,)]
+    other = store_at(url, schema_name="other")
+    assert calls.count(other, "history") == 0
+    assert store_at(url, schema_name=schema).count_messages("history") == 1
+    calls.close(store)
+    calls.close(other)
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+@pytest.mark.parametrize("way", ["directly", "behind PgBouncer"])
+def test_a_database_that_is_not_utf_8_is_refused_when_it_is_opened(server, pooler, calls, encoding, way):
+    name = f"test_{uuid.uuid4().hex}"
+    execute(server.url, f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'")
+    url = (server if way == "directly" else pooler).url.replace("/postgres", f"/{name}")
+    store = store_at(url)
+    for _ in range(2):
+        with pytest.raises(StoreConfigurationError, match=f"{name}.*{encoding}.*UTF8"):
+            calls.write(store, "history", [with_id("a", "hello")])
+    calls.close(store)
+    assert execute(url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'") == []
+    server.drop_database(server.url.replace("/postgres", f"/{name}"))
+
+
 HOSTILE = ["Ünïcode", "a b", 'quoted"name', "it's; DROP TABLE x; --", "100%s", "%(key)s", "{0}", "{histories}", "\\"]
 
 
@@ -150,7 +259,7 @@ def restricted(database):
 
 @pytest.mark.parametrize("settings", [{}, {"schema_name": "chatbot"}], ids=["no tables", "no schema"])
 def test_a_role_that_may_not_create_the_tables_is_told_what_to_do(restricted, calls, settings):
-    with pytest.raises(StoreUnavailableError, match=r"permission denied.*create_schema_sql\(\)"):
+    with pytest.raises(StoreConfigurationError, match=r"permission denied.*create_schema_sql\(\)"):
         calls.write(store_at(restricted, **settings), "history", conversation("ua"))
 
 
@@ -165,7 +274,7 @@ def test_a_role_that_may_not_do_something_with_the_tables_is_told_what_it_lacks(
         execute(database, f"GRANT USAGE ON SCHEMA chatbot TO {role}")
     if "SELECT" in rights:
         execute(database, f"GRANT SELECT ON ALL TABLES IN SCHEMA chatbot TO {role}")
-    with pytest.raises(StoreUnavailableError, match=f"permission denied.*grant.*{missing}") as raised:
+    with pytest.raises(StoreConfigurationError, match=f"permission denied.*grant.*{missing}") as raised:
         calls.call(store, "update_chat_history", "history", title="new")
     assert "create_schema_sql" not in str(raised.value)
     calls.close(store)
@@ -209,7 +318,7 @@ def test_a_role_that_may_not_turn_search_on_is_told_what_to_do(restricted, datab
     execute(database, administrator.create_schema_sql(), rights.replace("public", "chatbot"))
     store = store_at(restricted, schema_name="chatbot", search=True)
     assert calls.count(store, "history") == 0
-    with pytest.raises(StoreUnavailableError, match=r"must be owner.*create_schema_sql\(\)"):
+    with pytest.raises(StoreConfigurationError, match=r"must be owner.*create_schema_sql\(\)"):
         calls.write(store, "history", conversation("u"))
     calls.close(store)
 

@@ -83,7 +83,7 @@ def test_messages_without_their_history_are_an_error_and_not_waited_for(store, s
     """Only by hand can they get so."""
     store.write_messages("history", [with_id("a")])
     server.execute(f"DELETE FROM {store.schema_name}.haystack_chat_histories")
-    with pytest.raises(StoreUnavailableError, match="UniqueViolation"):
+    with pytest.raises(StoreUnavailableError, match="unique violation"):
         store.write_messages("history", [with_id("a"), with_id("b")])
 
 

@@ -34,7 +34,7 @@ from redis_stores import (
 from servers import HOST, RedisServer, wait_until
 
 from haystack_chat_store import ChatMessageStoreError, RedisChatMessageStore
-from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.stores.redis import directory, writing
 from haystack_chat_store.stores.redis.keys import bucket_of
 from haystack_chat_store.stores.redis.writing import remove_ids
@@ -347,7 +347,7 @@ def test_a_user_that_may_not_vacuum_is_told_and_may_all_else(make_store, client,
     assert store.statistics().size is None
     assert store.statistics().messages == 144
     assert store.engine.run(store.engine.repair, store.scope) == []
-    with pytest.raises(StoreUnavailableError, match="permit"):
+    with pytest.raises(StoreConfigurationError, match="permit"):
         store.delete_chat_histories(prefix="user", vacuum=True)
     assert sorted(walked(store)) == ["another", "history"]
 
@@ -431,19 +431,20 @@ def test_a_change_whose_answer_was_lost_is_not_taken_for_somebody_elses(make_sto
 
 
 @on_every_server
-def test_an_erasure_whose_answer_was_lost_does_not_count_what_was_gone_by_then(make_store, server, monkeypatch):
+def test_an_erasure_whose_answer_was_lost_counts_what_it_has_erased(make_store, server, monkeypatch):
     with closing(LosesAnswers(server)) as proxy:
         monkeypatch.setenv("CHAT_STORE_URL", proxy.url)
         store = make_store()
-        for erase in (
-            lambda: store.delete_chat_histories(prefix="history"),
-            lambda: store.purge(older_than=datetime.now(timezone.utc) + timedelta(days=1)),
+        for erase, erased in (
+            (lambda: store.delete_chat_histories(prefix="history"), 1),
+            (lambda: store.purge(older_than=datetime.now(timezone.utc) + timedelta(days=1)), 2),
         ):
             say(store, "Hi!")
+            say(store, "Hi!", history=next(neighbours("history")))
             lose_answer_of(proxy, "delete_histories", monkeypatch)
-            assert erase() == 0
+            assert erase() == erased
             assert proxy.to_lose == 0
-            assert walked(store) == []
+            assert len(walked(store)) == 2 - erased
         store.close()
 
 

@@ -96,7 +96,7 @@ def test_a_refused_password_is_not_repeated(server, write, password):
     port = nodes_of(server)[0].port
     url = Secret.from_token(f"redis://{password}{HOST}:{port}")
     store = RedisChatMessageStore(url, cluster=isinstance(server, RedisCluster))
-    with pytest.raises(StoreUnavailableError) as raised:
+    with pytest.raises(StoreConfigurationError) as raised:
         write(store, SECRET)
     assert_says(raised.value, f"{HOST}:{port}", "user name or password")
     assert "wrong" not in "".join(map(str, raised.value.args))
@@ -192,7 +192,7 @@ def test_a_server_that_is_out_of_memory_stores_all_or_nothing(store, client, ser
 def test_a_user_that_may_too_little_is_told(make_store, client, server, monkeypatch):
     client.acl_setuser("guest", enabled=True, passwords=["+guest-pw"], keys=["*"], categories=["+@all", "-@scripting"])
     monkeypatch.setenv("CHAT_STORE_URL", f"redis://guest:guest-pw@{HOST}:{server.port}")
-    with pytest.raises(StoreUnavailableError) as raised:
+    with pytest.raises(StoreConfigurationError) as raised:
         say(make_store(), SECRET)
     assert_says(raised.value, f"{HOST}:{server.port}", "permit")
 

@@ -4,6 +4,7 @@
 import asyncio
 import json
 import re
+import shutil
 import subprocess
 import sys
 import traceback
@@ -12,8 +13,8 @@ from contextlib import closing
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.utils import Secret
-from redis_stores import clients_of, on_one_server, say
-from servers import HOST, PASSWORD, RedisServer, wait_until
+from redis_stores import clients_of, on_a_cluster, on_one_server, say
+from servers import HOST, PASSWORD, RedisServer, unused_port, wait_until
 
 from haystack_chat_store.errors import (
     StoreConfigurationError,
@@ -61,7 +62,7 @@ def test_a_store_loads_where_the_environment_variable_is_missing(monkeypatch):
     assert loaded == store
     assert loaded.to_dict() == data
     loaded.close()
-    with pytest.raises(StoreUnavailableError, match="REDIS_URL"):
+    with pytest.raises(StoreConfigurationError, match="REDIS_URL"):
         say(loaded, "Hi!")
 
 
@@ -96,6 +97,67 @@ def test_a_url_that_cannot_work_is_not_repeated(url, write):
     shown = "".join(traceback.format_exception(raised.value))
     assert PASSWORD not in shown
     assert "4711" not in shown
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        (f"redis://:{PASSWORD}@{HOST}?colour={PASSWORD}", "no option 'colour'"),
+        (f"redis://:{PASSWORD}@{HOST}?ssl_cert_reqs=none", "no option 'ssl_cert_reqs'.*rediss://"),
+        (f"redis://:{PASSWORD}@{HOST}?ssl=true", "no option 'ssl'.*rediss://"),
+        (f"redis://:{PASSWORD}@{HOST}/chats", "database behind the slash must be a number"),
+        (f"redis://:{PASSWORD}@{HOST}:4711x/0", "port must be a number"),
+        (f"redis://user:{PASSWORD}@{HOST}?db=nought", "option 'db'"),
+        (f"redis://:4711@{PASSWORD}@{HOST}#1", "Percent-encode"),
+        (f"http://:{PASSWORD}@{HOST}", "must be like redis://"),
+    ],
+)
+def test_the_wrong_part_of_a_url_is_named(url, says, write):
+    with pytest.raises(StoreConfigurationError, match=says) as raised:
+        write(RedisChatMessageStore(Secret.from_token(url)), "Hi!")
+    shown = "".join(traceback.format_exception(raised.value))
+    assert PASSWORD not in shown
+    assert "4711" not in shown
+
+
+@on_one_server
+def test_what_the_server_refuses_of_a_url_is_named(server, write):
+    store = RedisChatMessageStore(Secret.from_token(f"{server.url.removesuffix('/0')}/4711"))
+    with pytest.raises(StoreConfigurationError, match="does not have the database"):
+        write(store, "Hi!")
+
+
+@on_a_cluster
+def test_a_database_of_a_cluster_is_refused(server, write):
+    url = Secret.from_token(server.url.replace("+cluster", "") + "/3")
+    with pytest.raises(StoreConfigurationError, match="only database 0"):
+        write(RedisChatMessageStore(url, cluster=True), "Hi!")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate that signs itself, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", f"subjectAltName=IP:{HOST}", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl for a certificate")
+def test_tls_is_used_and_a_certificate_that_is_not_trusted_is_named(certificate, write):
+    tls_port = unused_port()
+    files = {"tls_cert_file": certificate / "cert.pem", "tls_key_file": certificate / "key.pem"}
+    files["tls_ca_cert_file"] = certificate / "cert.pem"
+    with RedisServer(tls_port=tls_port, tls_auth_clients="no", **files) as server:
+        url = f"rediss://:{PASSWORD}@{HOST}:{tls_port}/0"
+        with pytest.raises(StoreConfigurationError, match=r"does not trust.*ssl_ca_certs"):
+            write(RedisChatMessageStore(Secret.from_token(url)), "Hi!")
+        store = RedisChatMessageStore(Secret.from_token(f"{url}?ssl_ca_certs={certificate / 'cert.pem'}"))
+        assert write(store, "Hi!") == 1
+        store.close()
+        with pytest.raises(StoreUnavailableError, match="rediss://"):
+            write(RedisChatMessageStore(Secret.from_token(server.url.replace(f"{server.port}", f"{tls_port}"))), "Hi!")
 
 
 def test_without_the_driver_the_error_says_what_to_install():

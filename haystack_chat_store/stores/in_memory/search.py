@@ -49,6 +49,8 @@ class Search(Engine[Memory]):
                             chat_history_id=history,
                             position=position,
                             message_id=message.message_id,
+                            role=message.role,
+                            created_at=message.created_at,
                             content=message.content,
                             score=score,
                         )

@@ -8,10 +8,12 @@ from typing_extensions import Self
 from haystack_chat_store import validation
 from haystack_chat_store.conversation.rounds import LastKUnit
 from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.urls import without_driver
 
 with LazyImport(
     'It comes with the extra \'postgres\': pip install "haystack-chat-store[postgres]", or "psycopg[binary]>=3.3,<4".'
 ) as psycopg_import:
+    from haystack_chat_store.stores.postgres.connection_string import DEFAULT_SCHEMA, parsed
     from haystack_chat_store.stores.postgres.connections import Settings
     from haystack_chat_store.stores.postgres.engine import PostgresEngine
     from haystack_chat_store.stores.postgres.schema import Tables
@@ -48,7 +50,7 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         namespace: str = "default",
         search: bool = False,
         strict: bool = False,
-        schema_name: str = "public",
+        schema_name: str | None = None,
         table_prefix: str = "haystack_chat",
         min_pool_size: int = 1,
         max_pool_size: int = 10,
@@ -58,8 +60,9 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         Create the store. It connects on first use.
 
         :param connection_string: A secret with a URL, `postgresql://user:password@host:port/database`, or with libpq's
-            `key=value` pairs. Defaults to the environment variable `PG_CONN_STR`. Read at each call: when it has
-            changed, the store closes its connections and connects to where the string leads now.
+            `key=value` pairs. A driver in its scheme (`postgresql+psycopg://`) is passed over. Defaults to the
+            environment variable `PG_CONN_STR`. Read at each call: when it has changed, the store closes its connections
+            and connects to where the string leads now.
         :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
         :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
@@ -67,14 +70,15 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         :param search: Whether messages can be searched. What is written is then indexed with it. Defaults to False.
         :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
             such a value is stored as its `repr`, and logged.
-        :param schema_name: The PostgreSQL schema that holds the tables. Defaults to `"public"`; made if it is missing.
+        :param schema_name: The PostgreSQL schema that holds the tables; made if it is missing. Defaults to `None`: the
+            first one of the connection string's `search_path` (`?options=-csearch_path%3Dapp`), else `"public"`.
         :param table_prefix: What the tables' names begin with. Defaults to `"haystack_chat"`. 1 to 40 characters.
         :param min_pool_size: How many idle connections stay open. The first call after others were idle for ten minutes
             closes those. Defaults to 1.
         :param max_pool_size: How many connections are open at most for all synchronous calls of the process, and how
             many for each event loop. Defaults to 10.
-        :param timeout: How long a call may take, in seconds: waiting for a connection, connecting (2 seconds at least
-            for each address of the server), and waiting for the server. In `delete_all_messages`, each step may take as
+        :param timeout: How long a call may take, in seconds: waiting for a connection, connecting, and waiting for the
+            server. In `delete_all_messages`, each step may take as
             long. Defaults to 30.
         :raises ValueError: If a setting is not one of these.
         :raises ImportError: If psycopg is not installed.
@@ -82,8 +86,13 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         psycopg_import.check()
         if not isinstance(connection_string, Secret):
             raise ValueError("connection_string must be a Secret, such as Secret.from_env_var('PG_CONN_STR').")
-        _validate_name(schema_name, "schema_name", 63)
+        if schema_name is not None:
+            _validate_name(schema_name, "schema_name", 63)
         _validate_name(table_prefix, "table_prefix", _MAX_PREFIX_LENGTH)
+        if "." in table_prefix:
+            raise ValueError(
+                f"table_prefix must not contain a dot, got {table_prefix!r}. A schema goes to schema_name."
+            )
         self.connection_string = connection_string
         self.schema_name = schema_name
         self.table_prefix = table_prefix
@@ -110,9 +119,10 @@ class PostgresChatMessageStore(BaseChatMessageStore):
 
         :param url: A connection string as a URL.
         :param settings: Further settings of the constructor.
-        :raises ValueError: If the URL has nothing after its scheme.
+        :raises ValueError: If the URL has nothing after its scheme, or a scheme of another engine.
         """
-        if not url.partition("://")[2]:
+        scheme, _, rest = without_driver(url).partition("://")
+        if not rest or scheme not in ("postgresql", "postgres"):
             raise ValueError("The URL must be like postgresql://user:password@host:port/database.")
         return cls(Secret.from_token(url), **settings)
 
@@ -143,7 +153,13 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         """
         if partitions is not None and (isinstance(partitions, bool) or partitions not in range(1, 1001)):
             raise ValueError(f"partitions must be a number from 1 to 1000, or None; got {partitions!r}.")
-        return Tables(self.schema_name, self.table_prefix).script(partitions or 0, search=self.search)
+        schema_name = self.schema_name
+        if schema_name is None:
+            try:
+                schema_name = parsed(self.connection_string.resolve_value() or "").schema_name
+            except ValueError:  # its environment variable is missing: the SQL does not need it
+                schema_name = None
+        return Tables(schema_name or DEFAULT_SCHEMA, self.table_prefix).script(partitions or 0, search=self.search)
 
 
 def _validate_name(name: Any, setting: str, max_length: int) -> None:

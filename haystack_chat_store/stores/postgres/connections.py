@@ -17,17 +17,19 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from haystack import logging
 from haystack.utils import Secret
 from psycopg import abc
-from psycopg.conninfo import conninfo_attempts, conninfo_attempts_async, conninfo_to_dict, timeout_from_conninfo
+from psycopg.conninfo import conninfo_attempts, conninfo_attempts_async, timeout_from_conninfo
 from psycopg.pq import Conninfo, TransactionStatus
 from psycopg.types.string import TextLoader
 
-from haystack_chat_store.errors import StoreConfigurationError, StoreTimeoutError
+from haystack_chat_store.errors import StoreTimeoutError
+from haystack_chat_store.stores import idle_connections
 from haystack_chat_store.stores.connection_registry import (
     ServerConnectionRegistry,
     ServerConnections,
@@ -35,6 +37,7 @@ from haystack_chat_store.stores.connection_registry import (
     resolved,
 )
 from haystack_chat_store.stores.postgres import upgrading
+from haystack_chat_store.stores.postgres.connection_string import DEFAULT_SCHEMA, parsed
 from haystack_chat_store.stores.postgres.session import Database, Session
 from haystack_chat_store.stores.sync_async import run_sync
 
@@ -50,7 +53,7 @@ class Settings(NamedTuple):
     """What stores have in common that share their connections."""
 
     connection_string: Secret
-    schema_name: str
+    schema_name: str | None
     table_prefix: str
     min_pool_size: int
     max_pool_size: int
@@ -69,9 +72,34 @@ if hasattr(os, "register_at_fork"):
         before=_connecting.acquire, after_in_parent=_connecting.release, after_in_child=_connecting.release
     )
 
+_KEEPALIVES = {
+    "keepalives_idle": idle_connections.KEEPALIVE_IDLE_SECONDS,
+    "keepalives_interval": idle_connections.KEEPALIVE_INTERVAL_SECONDS,
+    "keepalives_count": idle_connections.KEEPALIVE_COUNT,
+}
+
 # A plan that is kept from when a table was small would read the whole table when it has grown. Compiling a plan takes
 # longer than each of these statements.
 _KEEP_TO_INDEXES = "SELECT set_config('enable_seqscan', 'off', false), set_config('jit', 'off', false)"
+
+
+class _Attempts:
+    """The addresses of a server that are tried one after the other. They share the time that a call has left."""
+
+    def __init__(self, number: int, deadline: float) -> None:
+        self._left = number
+        self._deadline = deadline
+
+    def next_deadline(self) -> float:
+        """Return until when the next address may take."""
+        now = time.monotonic()
+        share = (self._deadline - now) / max(1, self._left)
+        self._left -= 1
+        return now + share
+
+
+# Of the call that connects. psycopg hands nothing else through to the generator that connects.
+_attempts: ContextVar[_Attempts] = ContextVar("_attempts")
 
 
 class _Limited:
@@ -82,7 +110,7 @@ class _Limited:
     """
 
     deadline = math.inf
-    idle_since = 0.0
+    idle_since = -math.inf
     is_ready = False
     prepares = False
     loop: asyncio.AbstractEventLoop | None = None
@@ -90,9 +118,12 @@ class _Limited:
     @classmethod
     def _connect_gen(cls, *arguments: Any, **options: Any) -> "Generator[Any, Any, Any]":
         steps = super()._connect_gen(*arguments, **options)  # type: ignore[misc]  # a mixin: psycopg's class comes next
+        deadline = _attempts.get().next_deadline()
         ready = None
         try:
             while True:
+                if time.monotonic() > deadline:
+                    raise psycopg.errors.ConnectionTimeout
                 with _connecting:
                     wanted = steps.send(ready)
                 ready = yield wanted
@@ -158,6 +189,11 @@ class _Idle:
             _close(connection)
         return None
 
+    def close_idle_since(self, moment: float) -> None:
+        """Close the connections that nothing has used after a moment."""
+        while self._connections and self._connections[0].idle_since <= moment:
+            _close(self._connections.pop(0))
+
     def close_old(self) -> None:
         while len(self._connections) > self._kept and self._is_old(self._connections[0]):
             _close(self._connections.pop(0))
@@ -189,10 +225,10 @@ class Pool(ServerConnections):
         :param settings: What the stores have in common.
         :raises StoreConfigurationError: If the connection string cannot be used.
         """
-        self.database = Database(settings.schema_name, settings.table_prefix)
         self.location = settings.location()
+        self._connection_string, self._connection_info, schema_name = parsed(self.location)
+        self.database = Database(settings.schema_name or schema_name or DEFAULT_SCHEMA, settings.table_prefix)
         self._settings = settings
-        self._connection_info = _parsed(self.location)
         self._lock = threading.Lock()
         self._limit = threading.Semaphore(settings.max_pool_size)
         self._idle = _Idle(settings.min_pool_size)
@@ -201,24 +237,24 @@ class Pool(ServerConnections):
         self._is_closed = False
 
     @contextmanager
-    def session(self, *, search: bool = False, reads: bool = False) -> Iterator[Session]:
+    def session(self, deadline: float, *, search: bool = False, reads: bool = False) -> Iterator[Session]:
         """
         Lend a connection to a synchronous call.
 
+        :param deadline: When the call must end, as `time.monotonic` counts.
         :param search: Whether to turn search on in the database, if it is off.
         :param reads: Whether the call only reads: then nothing is made, upgraded or turned on.
         :raises NoTablesError: If the call only reads, and there are no tables.
-        :raises StoreTimeoutError: If all are in use for longer than the timeout.
+        :raises StoreTimeoutError: If all are in use until then.
         """
-        deadline = time.monotonic() + self._settings.timeout
-        if not self._limit.acquire(timeout=self._settings.timeout):
+        if not self._limit.acquire(timeout=max(0, deadline - time.monotonic())):
             raise self._all_in_use()
         try:
-            with self._lock:
-                connection = self._idle.pop()
+            connection = run_sync(self._idle_and_alive(self._idle, deadline))
             if connection is None:
                 options = self._connect_options(conninfo_attempts(self._connection_info), deadline)
-                connection = _Connection.connect(self.location, **options)
+                connection = _Connection.connect(self._connection_string, **options)
+                connection.idle_since = time.monotonic()
             with self._lent(connection, self._idle, deadline) as session:
                 try:
                     run_sync(self._prepare(session, search=search, reads=reads))
@@ -230,30 +266,32 @@ class Pool(ServerConnections):
             self._limit.release()
 
     @asynccontextmanager
-    async def session_async(self, *, search: bool = False, reads: bool = False) -> AsyncIterator[Session]:
+    async def session_async(
+        self, deadline: float, *, search: bool = False, reads: bool = False
+    ) -> AsyncIterator[Session]:
         """
         Lend a connection of the running event loop to an asynchronous call.
 
+        :param deadline: When the call must end, as `time.monotonic` counts.
         :param search: Whether to turn search on in the database, if it is off.
         :param reads: Whether the call only reads: then nothing is made, upgraded or turned on.
         :raises NoTablesError: If the call only reads, and there are no tables.
-        :raises StoreTimeoutError: If all are in use for longer than the timeout.
+        :raises StoreTimeoutError: If all are in use until then.
         """
-        deadline = time.monotonic() + self._settings.timeout
         own = self._of_running_loop()
         if own.limit.locked():
             try:
-                await asyncio.wait_for(own.limit.acquire(), self._settings.timeout)
+                await asyncio.wait_for(own.limit.acquire(), deadline - time.monotonic())
             except asyncio.TimeoutError:
                 raise self._all_in_use() from None
         else:
             await own.limit.acquire()
         try:
-            with self._lock:
-                connection = own.idle.pop()
+            connection = await self._idle_and_alive(own.idle, deadline)
             if connection is None:
                 options = self._connect_options(await conninfo_attempts_async(self._connection_info), deadline)
-                connection = await _AsyncConnection.connect(self.location, **options)
+                connection = await _AsyncConnection.connect(self._connection_string, **options)
+                connection.idle_since = time.monotonic()
                 connection.loop = asyncio.get_running_loop()
             with self._lent(connection, own.idle, deadline) as session:
                 try:
@@ -294,10 +332,44 @@ class Pool(ServerConnections):
         for connection in self._open:
             keep_alive_forever(connection)
 
+    async def _idle_and_alive(self, idle: _Idle, deadline: float) -> Any | None:
+        """Return an idle connection that leads to the server, or `None`. Close those that do not."""
+        while True:
+            with self._lock:
+                connection = idle.pop()
+            if connection is None or await self._is_alive(connection, deadline):
+                return connection
+            logger.info("An idle connection does not answer. Connecting again.")
+            self._close_idle_since(connection.idle_since)
+
+    async def _is_alive(self, connection: Any, deadline: float) -> bool:
+        now = time.monotonic()
+        if now - connection.idle_since < idle_connections.PROBED_AFTER_SECONDS:
+            return True
+        connection.deadline = min(deadline, now + idle_connections.probe_seconds(self._settings.timeout))
+        try:
+            await Session(connection, self.database, self._settings.timeout).run("SELECT 1")
+        except psycopg.Error:
+            _close(connection)
+            return False
+        except BaseException:  # such as a cancelled task
+            _close(connection)
+            raise
+        return True
+
+    def _close_idle_since(self, moment: float) -> None:
+        with self._lock:
+            for idle in self._all_idle():
+                idle.close_idle_since(moment)
+
     def _connect_options(self, attempts: Sequence[Any], deadline: float) -> dict[str, Any]:
-        # The timeout of each address of the server. psycopg takes whole seconds, at least two.
+        _attempts.set(_Attempts(len(attempts), deadline))
+        # The timeout of each address of the server, which psycopg takes in whole seconds, at least two. `_Attempts` is
+        # more precise.
         share = max(2, round((deadline - time.monotonic()) / len(attempts)))
+        keepalives = {} if "service" in self._connection_info else _KEEPALIVES  # a service may have its own
         return {
+            **{name: value for name, value in keepalives.items() if name not in self._connection_info},
             "autocommit": True,
             "connect_timeout": min(share, timeout_from_conninfo(self._connection_info)),
             "client_encoding": "utf8",  # whatever the database's encoding is
@@ -310,6 +382,7 @@ class Pool(ServerConnections):
         """Prepare a new connection and, once in a process, the database."""
         if not session.connection.is_ready:
             session.connection.adapters.register_loader("json", TextLoader)  # the codec parses a window at once
+            await upgrading.check_encoding(session)
             await upgrading.prepare(session, reads=reads)
             await self._keep_plans(session)
             session.connection.is_ready = True
@@ -348,6 +421,10 @@ class Pool(ServerConnections):
         connection.deadline = deadline
         try:
             yield Session(connection, self.database, self._settings.timeout)
+        except psycopg.OperationalError as error:
+            if connection.closed or isinstance(error, psycopg.errors.ConnectionTimeout):
+                self._close_idle_since(connection.idle_since)
+            raise
         finally:
             with self._lock:
                 if self._is_closed or connection.info.transaction_status != TransactionStatus.IDLE:
@@ -366,23 +443,6 @@ class Pool(ServerConnections):
 
 #: The pools of this process.
 pools: ServerConnectionRegistry[Settings, Pool] = ServerConnectionRegistry(Pool)
-
-
-def _parsed(connection_string: str) -> dict[str, Any]:
-    try:
-        parts = conninfo_to_dict(connection_string)
-    except psycopg.ProgrammingError:
-        # Without its cause, which quotes the connection string.
-        raise StoreConfigurationError(
-            "The connection string cannot be used. It must be like postgresql://user:password@host:port/database."
-        ) from None
-    if "@" in str(parts.get("host", "")) or not str(parts.get("port", 0)).replace(",", "").isdigit():
-        # Most likely part of a password, which errors must not repeat.
-        raise StoreConfigurationError(
-            "The connection string cannot be used. Percent-encode what is neither letter nor digit in its password, "
-            "such as %40 for @."
-        )
-    return parts
 
 
 def _close(connection: Any) -> None:

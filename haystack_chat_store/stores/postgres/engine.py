@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How operations on PostgreSQL run: each on a connection of its own from a pool, until it ends or its time is up."""
 
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, cast
 
@@ -18,7 +19,7 @@ from haystack_chat_store.stores.engine import (
 from haystack_chat_store.stores.postgres.checking import Checking
 from haystack_chat_store.stores.postgres.connections import Pool, Settings, pools
 from haystack_chat_store.stores.postgres.directory import Directory
-from haystack_chat_store.stores.postgres.failures import store_error
+from haystack_chat_store.stores.postgres.failures import is_lost_connection, store_error
 from haystack_chat_store.stores.postgres.reading import Reading
 from haystack_chat_store.stores.postgres.search import Search
 from haystack_chat_store.stores.postgres.session import Session
@@ -47,9 +48,18 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
         """Run an operation on a synchronous connection, with which it never waits for an event loop."""
+        deadline = time.monotonic() + self.settings.timeout
+        reads = is_marked(operation, reads_only)
         pool = pools.get(self.settings)
+        session: Session | None = None
         try:
-            with pool.session(search=self.search_wanted, reads=is_marked(operation, reads_only)) as session:
+            try:
+                with pool.session(deadline, search=self.search_wanted, reads=reads) as session:
+                    return run_sync(_coroutine(operation(session, *arguments, **options)))
+            except psycopg.OperationalError as error:
+                if session is None or not _is_tried_again(operation, error):
+                    raise
+            with pool.session(deadline, search=self.search_wanted, reads=reads) as session:
                 return run_sync(_coroutine(operation(session, *arguments, **options)))
         except NoTablesError:
             return cast(ResultT, result_without_database(operation))
@@ -63,10 +73,18 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
         """Run an operation on a connection of the running event loop."""
+        deadline = time.monotonic() + self.settings.timeout
+        reads = is_marked(operation, reads_only)
         pool = pools.get(self.settings)
+        session: Session | None = None
         try:
-            reads = is_marked(operation, reads_only)
-            async with pool.session_async(search=self.search_wanted, reads=reads) as session:
+            try:
+                async with pool.session_async(deadline, search=self.search_wanted, reads=reads) as session:
+                    return await _coroutine(operation(session, *arguments, **options))
+            except psycopg.OperationalError as error:
+                if session is None or not _is_tried_again(operation, error):
+                    raise
+            async with pool.session_async(deadline, search=self.search_wanted, reads=reads) as session:
                 return await _coroutine(operation(session, *arguments, **options))
         except NoTablesError:
             return cast(ResultT, result_without_database(operation))
@@ -87,3 +105,8 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
 
 def _coroutine(result: Operation[ResultT]) -> Coroutine[Any, Any, ResultT]:
     return cast(Coroutine[Any, Any, ResultT], result)
+
+
+def _is_tried_again(operation: Callable[..., Any], error: psycopg.OperationalError) -> bool:
+    # A write may have been done before its answer was lost.
+    return is_marked(operation, reads_only) and is_lost_connection(error)

@@ -68,6 +68,7 @@ FRAGMENTS = {
         "title, meta, revision"
     ),
     "message_row": f"position, {_microseconds('created_at')}, message_id, role, content",
+    "message_time": _microseconds("created_at"),
     "by_id": _BY_ID,
     "with_prefix": f"namespace = %(namespace)s AND {_BY_ID} >= %(prefix)s AND {_BY_ID} < %(end)s",
     "further": f"(updated_at, {_BY_ID}) < ({_UPDATED_AT_OF_CURSOR}, %(id)s)",
@@ -223,7 +224,7 @@ _DELETE_HISTORIES = """
 
 # Histories are looked up in the order of the scores, until there are enough hits.
 _SEARCH = """
-    SELECT chat_history_id, position, message_id, content, score FROM (
+    SELECT chat_history_id, position, message_id, role, {{message_time}}, content, score FROM (
         SELECT chat_history_id, history_key, position, score FROM (
             SELECT history_key, position, ts_rank(search_terms, %(query)s::tsquery) AS score FROM {searched}
             WHERE search_terms @@ %(query)s::tsquery AND search_terms IS NOT NULL {restrict}

@@ -52,6 +52,23 @@ async def prepare(session: Session, *, reads: bool) -> None:
         session.database.is_current = True
 
 
+async def check_encoding(session: Session) -> None:
+    """
+    Check that the database can hold every text.
+
+    :raises StoreConfigurationError: If it is not encoded in UTF-8.
+    """
+    encoding = session.connection.info.parameter_status("server_encoding")
+    if encoding is None:  # a pooler may leave it out
+        ((encoding,),) = await session.fetch("SHOW server_encoding")
+    if encoding != "UTF8":
+        raise StoreConfigurationError(
+            f"The encoding of the database {session.connection.info.dbname!r} is {encoding}, which cannot hold every "
+            "text. Nothing was stored. Use a database that was made with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE "
+            "template0."
+        )
+
+
 async def look(session: Session) -> bool:
     """Find out whether search is on, and whether the tables exist. Return the latter."""
     database, tables = session.database, session.database.tables

@@ -16,6 +16,8 @@ with LazyImport(
 ) as redis_import:
     from haystack_chat_store.stores.redis.engine import RedisEngine
 
+_SCHEMES = {f"{protocol}{kind}" for protocol in ("redis", "rediss") for kind in ("", "+cluster", "+sentinel")}
+
 
 class RedisChatMessageStore(BaseChatMessageStore):
     """
@@ -51,8 +53,10 @@ class RedisChatMessageStore(BaseChatMessageStore):
         Create the store. It connects on first use.
 
         :param url: A secret with a URL as redis-py takes it: `redis://user:password@host:port/database`, `rediss://`
-            for TLS, `unix://` for a socket. Defaults to the environment variable `REDIS_URL`. It is read at each call:
-            when it has changed, the store connects to the new address, and closes what it had open.
+            for TLS, `unix://` for a socket. Or with Redis Sentinels:
+            `redis+sentinel://user:password@host:port,host:port/database?service=name`. Defaults to the environment
+            variable `REDIS_URL`. It is read at each call: when it has changed, the store connects to the new address,
+            and closes what it had open.
         :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
         :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
@@ -67,9 +71,9 @@ class RedisChatMessageStore(BaseChatMessageStore):
         :param ttl: After how many seconds without a write a history expires, all of it at once. A write starts the time
             anew. Defaults to `None`: never.
         :param timeout: How long a call may take, in seconds: waiting for a connection, connecting, waiting for the
-            answer (in a synchronous call: each of them). A call waits as long for a server that is starting, and for a
-            cluster to replace a master; a node of a cluster that does not answer for a quarter of it counts as failed.
-            Defaults to 30.
+            answer. A call waits as long for a server that is starting, and for another master; a node of a cluster, or
+            a master of Sentinels, that does not answer for a quarter of it counts as failed. An operation of several
+            steps, such as a list or an import, takes as long for each. Defaults to 30.
         :raises ValueError: If a setting is not one of these.
         :raises ImportError: If redis-py is not installed.
         """
@@ -113,14 +117,18 @@ class RedisChatMessageStore(BaseChatMessageStore):
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> Self:
         """
-        Make a store from `redis://…` or `rediss://…`, with `+cluster` in the scheme for a Redis Cluster.
+        Make a store from `redis://…` or `rediss://…`, with `+cluster` or `+sentinel` in the scheme.
 
         :param url: The URL, with its scheme. The store holds it as a token secret, which cannot be serialized.
         :param settings: Further settings of the constructor.
-        :raises ValueError: If the URL names no host.
+        :raises ValueError: If the URL names no host, or has another scheme.
         """
-        if not urlsplit(url).netloc:
-            raise ValueError("The URL of a Redis server must name its host: redis://:password@host:6379/0.")
         scheme, _, rest = url.partition("://")
-        protocol, _, cluster = scheme.partition("+")
-        return cls(Secret.from_token(f"{protocol}://{rest}"), cluster=bool(cluster), **settings)
+        if not urlsplit(url).netloc or scheme not in _SCHEMES:
+            raise ValueError(
+                "The URL of a Redis server must name its host: redis://:password@host:6379/0, or with one of the "
+                f"schemes {', '.join(sorted(_SCHEMES))}."
+            )
+        if scheme.endswith("+cluster"):
+            return cls(Secret.from_token(f"{scheme.partition('+')[0]}://{rest}"), cluster=True, **settings)
+        return cls(Secret.from_token(url), **settings)

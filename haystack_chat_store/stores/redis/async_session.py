@@ -38,7 +38,7 @@ class AsyncSession(ClusterSession):
     def __init__(self, nodes: Nodes) -> None:
         """Open nothing yet. Connections will belong to the running loop."""
         super().__init__(nodes, redis.asyncio.connection)
-        if not nodes.settings.cluster:
+        if not nodes.are_asked:
             self._options["socket_timeout"] = None  # `_limited` suffices, and costs less
         self._loop = asyncio.get_running_loop()
         self._free = asyncio.Semaphore(self._max_connections)
@@ -138,6 +138,23 @@ class AsyncSession(ClusterSession):
                 if has_begun:
                     raise
                 raise self._all_in_use() from None
+
+    async def _answers(self, connection: Any, seconds: float) -> bool:
+        try:
+            async with time_limit(seconds):
+                await connection.send_command("PING", check_health=False)
+                await connection.read_response()
+        except exceptions.ResponseError:
+            return True
+        except (exceptions.RedisError, TimeoutError, asyncio.TimeoutError):
+            return False
+        return True
+
+    async def _read(self, connection: Any, deadline: float) -> Any:  # noqa: ARG002  (`_limited` ends it)
+        return await connection.read_response()
+
+    def _options_until(self, deadline: float) -> dict[str, Any]:
+        return super()._options_until(deadline) if self._nodes.are_asked else {}  # `_limited` ends it
 
     async def _done(self, result: Any) -> Any:
         return await result

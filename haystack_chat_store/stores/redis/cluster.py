@@ -1,30 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The roads of a cluster: calls go to the node that has their keys, wherever it is by now."""
+"""The roads of a cluster, and of a master that Sentinels watch: calls go to the node that has their keys by now."""
 
+import time
 from typing import Any
 
 from haystack import logging
 from redis import exceptions
 from redis.crc import key_slot
 
-from haystack_chat_store.stores.redis.failures import Address, may_pass, redirection
+from haystack_chat_store.stores import idle_connections
+from haystack_chat_store.stores.redis.failures import (
+    Address,
+    SentinelRefusalError,
+    UnknownServiceError,
+    may_pass,
+    redirection,
+)
 from haystack_chat_store.stores.redis.session import Call, Session
 
 logger = logging.getLogger(__name__)
 
 
 class ClusterSession(Session):
-    """A session that knows the nodes of a cluster, if it is one."""
+    """A session that knows the nodes of a cluster, or the master that Sentinels name, if there are any."""
 
     async def masters(self) -> list[Address]:
         """Return the addresses of the servers that hold keys."""
-        if not self._nodes.settings.cluster:
+        if not self._nodes.are_asked:
             return await super().masters()
-        call = Call(None, (), self._nodes.start)
+        call = self._call(None, (), self._nodes.start)
         return sorted(set(self._nodes.slots or await self._translated(call, self._discover)))
 
     async def _run_script(self, call: Call) -> Any:
-        return await (self._run_in_cluster if self._nodes.settings.cluster else self._run)(call)
+        return await (self._run_in_cluster if self._nodes.are_asked else self._run)(call)
 
     async def _run_in_cluster(self, call: Call) -> Any:
         slot = key_slot(call.arguments[1].encode())
@@ -32,13 +40,13 @@ class ClusterSession(Session):
         unanswered: exceptions.RedisError | None = None
         while True:
             if not redirections:
-                slots = self._nodes.slots or await self._discover(call, unanswered)
-                call.address = slots[slot]
+                call.address = (await self._slots(call, unanswered))[slot]
             try:
                 return await self._run_once(call)
             except exceptions.RedisError as error:
                 if isinstance(error, exceptions.TimeoutError):  # it hangs: the cluster may have replaced it
                     self._nodes.silent.add(call.address)
+                    await self._close_idle_since(call.idle_since, call.address)
                     unanswered = error
                 if self._is_late(call):
                     raise (unanswered or error) from None
@@ -48,13 +56,22 @@ class ClusterSession(Session):
                     call.address, call.is_asking = redirected
                 elif may_pass(error, in_cluster=True):
                     redirections, call.is_asking = 0, False
-                    logger.debug("Trying a call at the Redis Cluster again.")
+                    logger.debug("Trying a call at another node of Redis again.")
                 else:
                     raise
                 if not call.is_asking:
                     self._nodes.slots = None
                 if redirections != 1:  # nodes that disagree redirect a call to each other without end
                     await self.pause()
+
+    async def _slots(self, call: Call, unanswered: exceptions.RedisError | None) -> list[Address]:
+        if self._nodes.is_outdated:
+            deadline = time.monotonic() + idle_connections.probe_seconds(self._nodes.settings.timeout)
+            try:
+                return await self._discover(Call(None, (), self._nodes.start, deadline))
+            except exceptions.RedisError:
+                self._nodes.rely_on_master()
+        return self._nodes.slots or await self._discover(call, unanswered)
 
     async def _discover(self, call: Call, unanswered: exceptions.RedisError | None = None) -> list[Address]:
         """
@@ -64,17 +81,26 @@ class ClusterSession(Session):
         :param unanswered: The error of an earlier attempt of the call that may have been executed. It is reported then.
         """
         failure: exceptions.RedisError = exceptions.ClusterDownError("No node knows which nodes serve the slots.")
+        service, options = self._nodes.target.service, self._nodes.target.sentinel_options
         for address in self._nodes.to_ask():
             try:
-                connection = await self._connected(address, socket_timeout=self._nodes.timeout)
+                connection = await self._connected(address, call.deadline, **options)
                 try:
-                    rows = await self._ask(connection, "CLUSTER", "SLOTS")
+                    if service is None:
+                        rows = await self._ask(connection, call.deadline, "CLUSTER", "SLOTS")
+                        if rows:
+                            return self._nodes.learn(rows, address)
+                    else:
+                        question = "SENTINEL", "GET-MASTER-ADDR-BY-NAME", service
+                        where = await self._ask(connection, call.deadline, *question)
+                        if where:
+                            return self._nodes.learn_master(Address(where[0], int(where[1])), address)
+                        failure = UnknownServiceError(service)
                 finally:
                     await self._disconnect(connection)
-                if rows:
-                    return self._nodes.learn(rows, address)
             except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
-                failure = error
+                is_refusal = service is not None and isinstance(error, exceptions.AuthenticationError)
+                failure = SentinelRefusalError(address) if is_refusal else error
                 self._nodes.silent.add(address)
                 if self._is_late(call):
                     break

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.stores.conflicts import check_revision
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
@@ -227,10 +227,14 @@ async def delete_histories(
     """
     names = [name for chat_history_id in chat_history_ids for name in keys.of_history(chat_history_id)]
     conditions = ["" if each is None else each for each in (updated_before, expected_revision)]
-    answer = await session.run(scripts.DELETE, [*keys.of_bucket(bucket), *names], [*conditions, *chat_history_ids])
+    keys_of_script, arguments = [*keys.of_bucket(bucket), *names], [*conditions, *chat_history_ids]
+    answer, is_repeated = await session.run_reporting(scripts.DELETE, keys_of_script, arguments)
     if not isinstance(answer, int):
         check_revision(expected_revision, answer[1])
-    return int(answer)
+    deleted = int(answer)
+    if is_repeated:  # the first attempt may have deleted them, and only its answer was lost
+        deleted = len(chat_history_ids) - len(await read_histories(session, keys, chat_history_ids))
+    return deleted
 
 
 async def _merged(session: Session, keys: Keys, order: _Order, start: _Place | None, limit: int) -> list[HistoryRow]:
@@ -298,7 +302,7 @@ async def _messages_per_day(
 async def _used_memory(session: Session) -> int | None:
     try:
         return sum(int(info["used_memory"]) for info in await _info(session, "memory"))
-    except (StoreUnavailableError, LookupError):  # this user may not ask
+    except (StoreConfigurationError, StoreUnavailableError, LookupError):  # this user may not ask
         return None
 
 

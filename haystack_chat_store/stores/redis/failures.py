@@ -31,6 +31,18 @@ class Address(NamedTuple):
 _OF_SCRIPT = re.compile(r"Error running script .*?@user_script: ?\d+: -?")
 _REDIRECTION = re.compile(r"(MOVED|ASK) \d+ (\S*):(\d+)$")
 _PASSING = ("LOADING", "BUSYLOADING", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
+# What can be wrong with TLS, as OpenSSL says it.
+_TLS_REASONS = {
+    "CERTIFICATE_VERIFY_FAILED|certificate verify failed": (
+        "shows a certificate that this machine does not trust, or that is for another host (ssl_ca_certs in the url)."
+    ),
+    "WRONG_VERSION_NUMBER|wrong version number|RECORD_LAYER_FAILURE": (
+        "does not speak TLS at this port. Write redis:// instead of rediss://."
+    ),
+    "CERTIFICATE_REQUIRED|certificate required": (
+        "asks for a certificate of the client (ssl_certfile and ssl_keyfile in the url)."
+    ),
+}
 # What an error means, by how `_reply` begins.
 _REASONS = {
     ("NEWERSCHEMA",): (
@@ -46,6 +58,13 @@ _REASONS = {
     ("AUTHENTICATION", "AUTHORIZATION", "NOAUTH", "WRONGPASS", "Protocol error: unauthenticated"): (
         "refused the user name or password in the url."
     ),
+    ("SELECT is not allowed in cluster mode", "ERR SELECT is not allowed in cluster mode"): (
+        "is a cluster, which has only database 0. Leave the database out of the url."
+    ),
+    ("DB index is out of range", "ERR DB index is out of range", "invalid DB index", "ERR invalid DB index"): (
+        "does not have the database that the url names."
+    ),
+    ("DENIED",): "admits only clients of its own machine (protected-mode). Give it a password.",
     ("NOPERM", "The user executing the script can't", "ACL failure in script"): (
         "does not permit this user what the store has to do. See docs/redis.md for the commands."
     ),
@@ -70,9 +89,35 @@ _REASONS = {
 _EXCEPTIONS = {
     "NEWERSCHEMA": SchemaVersionError,
     "DAMAGED": MessageDecodingError,
-    "WRONGTYPE": StoreConfigurationError,
+    **dict.fromkeys(
+        (
+            *("AUTHENTICATION", "AUTHORIZATION", "NOAUTH", "WRONGPASS", "Protocol error: unauthenticated", "NOPERM"),
+            *("The user executing the script can't", "ACL failure in script", "DENIED", "WRONGTYPE"),
+            *("SELECT is not", "ERR SELECT is not", "DB index", "ERR DB index", "invalid DB", "ERR invalid DB"),
+        ),
+        StoreConfigurationError,
+    ),
     "This instance has cluster support disabled": StoreConfigurationError,
 }
+
+
+class UnknownServiceError(exceptions.RedisError):
+    """The Sentinels do not know the name of the service."""
+
+    def __init__(self, service: str) -> None:
+        """Say which name."""
+        super().__init__(f"The Sentinels do not know the service {service!r} that the url names.")
+
+
+class SentinelRefusalError(exceptions.RedisError):
+    """A Sentinel refuses the user name or password."""
+
+    def __init__(self, address: Address) -> None:
+        """Say which Sentinel."""
+        super().__init__(
+            f"The Sentinel at {address} refused the user name or password. Its own are sentinel_username and "
+            "sentinel_password in the url."
+        )
 
 
 def redirection(error: Exception, host: str) -> "tuple[Address, bool] | None":
@@ -87,24 +132,32 @@ def redirection(error: Exception, host: str) -> "tuple[Address, bool] | None":
 
 
 def may_pass(error: Exception, *, in_cluster: bool = False) -> bool:
-    """Whether the same call may succeed soon: the server is starting, or the cluster replaces a master."""
+    """
+    Whether the same call may succeed soon: the server is starting, or a master is being replaced.
+
+    :param in_cluster: Whether there are other servers, one of which may become the master.
+    """
     if in_cluster and isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError)):
         return not isinstance(error, (exceptions.AuthenticationError, exceptions.AuthorizationError))
-    return _reply(error).startswith(_PASSING)
+    return _reply(error).startswith((*_PASSING, "READONLY") if in_cluster else _PASSING)
 
 
-def explained(error: Exception, address: Address, timeout: float) -> ChatMessageStoreError:
+def explained(error: Exception, address: Address, timeout: float, *, is_tls: bool = False) -> ChatMessageStoreError:
     """
     Return the exception of this package for an exception of redis-py, or for a timeout.
 
     :param error: The exception.
     :param address: The address of the server that was asked last.
     :param timeout: The store's timeout, in seconds.
+    :param is_tls: Whether the URL asks for TLS, and no connection has come about yet.
     """
     server = f"Redis at {address}"
+    advice = " If its port has no TLS, write redis:// instead of rediss://." if is_tls else ""
+    if isinstance(error, (UnknownServiceError, SentinelRefusalError)):
+        return StoreConfigurationError(str(error))
     if not isinstance(error, exceptions.RedisError) or isinstance(error, exceptions.TimeoutError):
         return StoreTimeoutError(
-            f"{server} did not answer within {timeout} seconds. A write was stored whole or not at all."
+            f"{server} did not answer within {timeout} seconds. A write was stored whole or not at all.{advice}"
         )
     reply = _reply(error)
     for beginnings, reason in _REASONS.items():
@@ -112,8 +165,12 @@ def explained(error: Exception, address: Address, timeout: float) -> ChatMessage
             exceptions_found = (kind for beginning, kind in _EXCEPTIONS.items() if reply.startswith(beginning))
             return next(exceptions_found, StoreUnavailableError)(f"{server} {reason}{_history(reply)}")
     if isinstance(error, exceptions.ConnectionError):
+        for pattern, reason in _TLS_REASONS.items():
+            if re.search(pattern, str(error)):
+                return StoreConfigurationError(f"{server} {reason}")
         return StoreUnavailableError(
-            f"{server} cannot be reached, or closed the connection. Check the url, and whether the server runs. {error}"
+            f"{server} cannot be reached, or closed the connection. Check the url (rediss:// if its port wants TLS), "
+            f"and whether the server runs.{advice} {error}"
         )
     return StoreUnavailableError(f"{server} failed: {error}")
 

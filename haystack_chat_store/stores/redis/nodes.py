@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the server is, or the nodes of a cluster: the settings, and which node serves which slot."""
 
+import math
+import time
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from haystack.utils import Secret
-from redis.connection import Connection, parse_url
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 
-from haystack_chat_store.errors import StoreConfigurationError
 from haystack_chat_store.stores.connection_registry import resolved
 from haystack_chat_store.stores.redis.failures import Address
+from haystack_chat_store.stores.redis.target import parsed
 
-# The share of the timeout in which a node of a cluster must answer. The rest is for asking which node replaces it.
+# The share of the timeout in which one of several nodes must answer. The rest is for asking which node replaces it.
 _NODE_TIMEOUT_SHARE = 0.25
+
+#: How long a store relies on what a Sentinel has said about the master. A master that was replaced in good order takes
+#: writes, which get lost, for up to ten seconds, until a Sentinel makes it a replica.
+MASTER_KNOWN_SECONDS = 1.0
+# How long it relies on it when no Sentinel has answered.
+_WITHOUT_SENTINELS_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +37,7 @@ class Settings:
 
 
 class Nodes:
-    """The server that the URL names, and the other nodes of its cluster."""
+    """The server that the URL names, the other nodes of its cluster, or the master that its Sentinels name."""
 
     def __init__(self, settings: Settings) -> None:
         """
@@ -42,18 +48,32 @@ class Nodes:
         """
         self.settings = settings
         self.location = settings.location()
-        self.start = _address_of(self.location)
-        #: How long a synchronous call waits for each answer, and any call for a node of a cluster, in seconds.
-        self.timeout = settings.timeout * (_NODE_TIMEOUT_SHARE if settings.cluster else 1)
+        self.target = parsed(self.location, cluster=settings.cluster)
+        self.start = self.target.addresses[0]
+        #: Whether other servers have to be asked which one serves a slot: nodes of a cluster, or Sentinels.
+        self.are_asked = settings.cluster or self.target.service is not None
+        #: How long a synchronous call waits for each answer, and any call for one of several nodes, in seconds.
+        self.timeout = settings.timeout * (_NODE_TIMEOUT_SHARE if self.are_asked else 1)
         #: The node that serves each slot, or `None` if that has to be asked.
         self.slots: list[Address] | None = None
         #: The nodes that did not answer when they were last asked.
         self.silent: set[Address] = set()
         self._others: list[Address] = []
+        self._known_until = math.inf
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the Sentinels have to be asked again which server is the master."""
+        return self.slots is not None and time.monotonic() > self._known_until
+
+    def rely_on_master(self) -> None:
+        """Go on with the master that is known, since no Sentinel answers. The next call asks those that are left."""
+        if self.silent.issuperset(self.target.addresses):
+            self._known_until = time.monotonic() + _WITHOUT_SENTINELS_SECONDS
 
     def to_ask(self) -> list[Address]:
-        """Return the addresses of nodes to ask about the cluster: those that were silent come last."""
-        return sorted([self.start, *self._others], key=self.silent.__contains__)
+        """Return the addresses of nodes to ask about the cluster, or of Sentinels: those that were silent come last."""
+        return sorted(dict.fromkeys([*self.target.addresses, *self._others]), key=self.silent.__contains__)
 
     def learn(self, rows: list[Any], asked: Address) -> list[Address]:
         """
@@ -73,21 +93,14 @@ class Nodes:
         self.slots = slots
         return slots
 
+    def learn_master(self, master: Address, asked: Address) -> list[Address]:
+        """
+        Remember which server is the master, as a Sentinel says.
 
-def _address_of(url: str) -> Address:
-    try:
-        parts = urlsplit(url)
-        if parts.fragment or "@" in parts.path + parts.query:  # the end of a password that is not percent-encoded
-            raise ValueError
-        options = parse_url(url)  # type: ignore[no-untyped-call]  # redis-py has no types for it
-        options.pop("max_connections", None)
-        connection_class: Any = options.pop("connection_class", Connection)
-        connection = connection_class(**options)  # refuses options that connections do not have
-        path = getattr(connection, "path", None)
-        return Address(path) if path else Address(connection.host, connection.port)
-    except (ValueError, TypeError):  # which may quote the password
-        raise StoreConfigurationError(
-            "The url cannot be used. It must be like redis://user:password@host:6379/0 (rediss:// for TLS), "
-            "perhaps with options that redis-py's connections have. Percent-encode what is not a letter or a digit "
-            "in the user name and the password."
-        ) from None
+        :param master: The master.
+        :param asked: The Sentinel.
+        """
+        self.silent.discard(asked)
+        self._known_until = time.monotonic() + MASTER_KNOWN_SECONDS
+        self.slots = [master] * REDIS_CLUSTER_HASH_SLOTS
+        return self.slots

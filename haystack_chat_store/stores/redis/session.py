@@ -7,21 +7,24 @@ What synchronous and asynchronous sessions share is written as coroutines. In a 
 
 import asyncio
 import inspect
+import math
 import re
+import socket
 import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis.connection
 from haystack import logging
 from redis import exceptions
 
 from haystack_chat_store.errors import StoreTimeoutError
+from haystack_chat_store.stores import idle_connections
 from haystack_chat_store.stores.connection_registry import keep_alive_forever
 from haystack_chat_store.stores.redis.failures import Address, explained, may_pass
 from haystack_chat_store.stores.redis.nodes import Nodes
@@ -32,8 +35,23 @@ logger = logging.getLogger(__name__)
 # redis-py tells a server its own version by default, which takes longer than the rest of connecting.
 _HAS_DRIVER_INFO = "driver_info" in inspect.signature(redis.connection.AbstractConnection.__init__).parameters
 _WITHOUT_VERSION = {"driver_info": None} if _HAS_DRIVER_INFO else {"lib_name": None, "lib_version": None}
+# By the names that this system has for them.
+_KEEPALIVES = {
+    "socket_keepalive": True,
+    "socket_keepalive_options": {
+        getattr(socket, name): value
+        for name, value in (
+            ("TCP_KEEPIDLE", idle_connections.KEEPALIVE_IDLE_SECONDS),
+            ("TCP_KEEPINTVL", idle_connections.KEEPALIVE_INTERVAL_SECONDS),
+            ("TCP_KEEPCNT", idle_connections.KEEPALIVE_COUNT),
+        )
+        if hasattr(socket, name)
+    },
+}
 # The most connections of all synchronous calls, and of each event loop. Further calls wait.
 _MAX_CONNECTIONS = 32
+# A socket with less would not wait at all.
+_LEAST_SECONDS = 0.001
 # The time between two attempts of a call, in seconds.
 RETRY_PAUSE = 0.1
 
@@ -45,14 +63,26 @@ class Call:
 
     :param script: The script, or `None` for a command.
     :param arguments: For a script, the number of keys, the keys and further arguments; or the whole command.
+    :param deadline: When the call must end, as `time.monotonic` counts.
     :param is_asking: Whether the node is one that is taking over the keys.
+    :param idle_since: Since when the connection that the call uses was idle.
+    :param attempts: How often it was sent.
     """
 
     script: Script | None
     arguments: tuple[Any, ...]
     address: Address
+    deadline: float
     is_asking: bool = False
-    begun_at: float = field(default_factory=time.monotonic)
+    idle_since: float = -math.inf
+    attempts: int = 0
+
+
+class _Idle(NamedTuple):
+    """A connection, and since when it is idle."""
+
+    connection: Any
+    since: float
 
 
 class Session(ABC):
@@ -66,10 +96,13 @@ class Session(ABC):
         :param driver: redis-py's module of synchronous or of asynchronous connections.
         """
         self._nodes = nodes
-        options = driver.parse_url(nodes.location)
+        options = driver.parse_url(nodes.target.url)
         self._connection_class = options.pop("connection_class", driver.Connection)
         self._max_connections = options.pop("max_connections", _MAX_CONNECTIONS)
+        self._is_tls = issubclass(self._connection_class, driver.SSLConnection)
+        is_tcp = not issubclass(self._connection_class, driver.UnixDomainSocketConnection)
         self._options = {
+            **(_KEEPALIVES if is_tcp else {}),
             **options,
             "encoding": "utf-8",
             "encoding_errors": "surrogateescape",  # the codec refuses what is not text
@@ -79,9 +112,10 @@ class Session(ABC):
             "socket_timeout": nodes.timeout,
             "socket_connect_timeout": nodes.timeout,
         }
-        self._idle: dict[Address, list[Any]] = {}
+        self._idle: dict[Address, list[_Idle]] = {}
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()
         self._is_closed = False
+        self._has_connected = False  # ever
         self._lock = threading.Lock()
 
     async def run(self, script: Script, keys: Sequence[str], arguments: Sequence[str | int] = ()) -> Any:
@@ -94,8 +128,16 @@ class Session(ABC):
         :returns: What the script returns.
         :raises ChatMessageStoreError: If that fails, or takes longer than the timeout.
         """
-        call = Call(script, (len(keys), *keys, *arguments), self._nodes.start)
-        return await self._translated(call, self._run_script)
+        answer, _ = await self.run_reporting(script, keys, arguments)
+        return answer
+
+    async def run_reporting(
+        self, script: Script, keys: Sequence[str], arguments: Sequence[str | int] = ()
+    ) -> tuple[Any, bool]:
+        """Do what `run` does, and also return whether the script may have run before this answer, too."""
+        call = self._call(script, (len(keys), *keys, *arguments), self._nodes.start)
+        answer = await self._translated(call, self._run_script)
+        return answer, call.attempts > 1
 
     async def masters(self) -> list[Address]:
         """Return the addresses of the servers that hold keys."""
@@ -107,7 +149,7 @@ class Session(ABC):
 
         :raises ChatMessageStoreError: If that fails, or takes longer than the timeout.
         """
-        return await self._translated(Call(None, command, address), self._run)
+        return await self._translated(self._call(None, command, address), self._run)
 
     async def ask_masters(self, *command: str | int) -> list[Any]:
         """Have every server that holds keys run a command, and return their answers."""
@@ -151,6 +193,14 @@ class Session(ABC):
         """Run a call within the timeout, when one of the connections is free."""
 
     @abstractmethod
+    async def _answers(self, connection: Any, seconds: float) -> bool:
+        """Whether the server answers on an idle connection within some seconds."""
+
+    @abstractmethod
+    async def _read(self, connection: Any, deadline: float) -> Any:
+        """Return the answer to what was sent, or raise it if it is an error."""
+
+    @abstractmethod
     async def _done(self, result: Any) -> Any:
         """Return the result of a method of a connection."""
 
@@ -167,7 +217,12 @@ class Session(ABC):
             raise
         except (exceptions.RedisError, TimeoutError, asyncio.TimeoutError) as error:
             self._nodes.slots = None
-            raise explained(error, call.address, self._nodes.settings.timeout) from error
+            if isinstance(error, (exceptions.TimeoutError, TimeoutError, asyncio.TimeoutError)):
+                await self._close_idle_since(call.idle_since, call.address)
+            never_answered = not self._has_connected
+            raise explained(
+                error, call.address, self._nodes.settings.timeout, is_tls=self._is_tls and never_answered
+            ) from error
 
     async def _run_script(self, call: Call) -> Any:
         return await self._run(call)
@@ -182,19 +237,46 @@ class Session(ABC):
                 await self.pause()
 
     async def _run_once(self, call: Call) -> Any:
-        connection = self._pop_idle(call.address)
+        connection = await self._idle_and_alive(call)
         if connection is not None:
             try:
                 return await self._run_on(connection, call)
             except (exceptions.ConnectionError, exceptions.ReadOnlyError):
                 # The server has closed the connection, or has become a replica, since it was last used. The other idle
                 # connections are as old. A new one leads to the server that has the address now.
-                while (connection := self._pop_idle(call.address)) is not None:
-                    await self._disconnect(connection)
+                await self._close_idle_since(math.inf, call.address)
                 logger.debug("Connecting to Redis at {address} again.", address=str(call.address))
-        return await self._run_on(await self._connected(call.address), call)
+        call.idle_since = time.monotonic()
+        return await self._run_on(await self._connected_to_master(call), call)
+
+    async def _idle_and_alive(self, call: Call) -> Any | None:
+        """Return an idle connection that leads to the server, or `None`. Close those that do not."""
+        while (idle := self._pop_idle(call.address)) is not None:
+            call.idle_since = idle.since
+            if time.monotonic() - idle.since < idle_connections.PROBED_AFTER_SECONDS:
+                return idle.connection
+            try:
+                if await self._answers(idle.connection, idle_connections.probe_seconds(self._nodes.timeout)):
+                    return idle.connection
+            except BaseException:  # such as a cancelled task
+                await self._disconnect(idle.connection)
+                raise
+            await self._disconnect(idle.connection)
+            logger.info("An idle connection to Redis does not answer. Connecting again.")
+            await self._close_idle_since(idle.since, call.address)
+        return None
+
+    async def _close_idle_since(self, moment: float, address: Address) -> None:
+        """Close the connections to a server that nothing has used after a moment: they are as dead as another one."""
+        with self._lock:
+            idle = self._idle.get(address, [])
+            closed = [each for each in idle if each.since <= moment]
+            self._idle[address] = [each for each in idle if each.since > moment]
+        for each in closed:
+            await self._disconnect(each.connection)
 
     async def _run_on(self, connection: Any, call: Call) -> Any:
+        call.attempts += 1
         try:
             answer = await self._ask_for(connection, call)
         except exceptions.ResponseError:  # the connection is as good as after any other answer
@@ -207,22 +289,39 @@ class Session(ABC):
         return answer
 
     async def _ask_for(self, connection: Any, call: Call) -> Any:
+        if call.is_asking:  # holds for the next command on this connection
+            await self._ask(connection, call.deadline, "ASKING")
         if call.script is None:
-            return await self._ask(connection, *call.arguments)
+            return await self._ask(connection, call.deadline, *call.arguments)
         try:
-            return await self._ask(connection, "EVALSHA", call.script.digest, *call.arguments, asking=call.is_asking)
+            return await self._ask(connection, call.deadline, "EVALSHA", call.script.digest, *call.arguments)
         except exceptions.NoScriptError:
-            return await self._ask(connection, "EVAL", call.script.text, *call.arguments, asking=call.is_asking)
+            if call.is_asking:
+                await self._ask(connection, call.deadline, "ASKING")
+            return await self._ask(connection, call.deadline, "EVAL", call.script.text, *call.arguments)
 
-    async def _ask(self, connection: Any, *command: Any, asking: bool = False) -> Any:
-        if asking:  # holds for the next command on this connection
-            await self._ask(connection, "ASKING")
+    async def _ask(self, connection: Any, deadline: float, *command: Any) -> Any:
         await self._done(connection.send_command(*command))
-        return await self._done(connection.read_response())
+        return await self._read(connection, deadline)
 
-    async def _connected(self, address: Address, **options: Any) -> Any:
+    async def _connected_to_master(self, call: Call) -> Any:
+        connection = await self._connected(call.address, call.deadline)
+        if self._nodes.target.service is not None:  # a Sentinel names a master that it does not yet know to be none
+            try:
+                if not await self._is_master(connection, call):
+                    raise exceptions.ReadOnlyError("READONLY It has become a replica.")
+            except BaseException:
+                await self._disconnect(connection)
+                raise
+        return connection
+
+    async def _is_master(self, connection: Any, call: Call) -> bool:
+        properties = await self._ask(connection, call.deadline, "HELLO")
+        return ("role", "master") in zip(properties[::2], properties[1::2], strict=True)
+
+    async def _connected(self, address: Address, deadline: float, **options: Any) -> Any:
         where = {} if address.port is None else address._asdict()
-        connection = self._connection_class(**{**self._options, **where, **options})
+        connection = self._connection_class(**{**self._options, **self._options_until(deadline), **where, **options})
         self._open.add(connection)
         try:
             await self._done(connection.connect())
@@ -231,13 +330,22 @@ class Session(ABC):
             if type(error) is exceptions.ResponseError:
                 # The server may quote the password.
                 raise exceptions.ResponseError(re.split("[\"'`]", str(error))[0]) from None
-            if self._nodes.settings.cluster and isinstance(error, exceptions.TimeoutError):
+            if self._nodes.are_asked and isinstance(error, exceptions.TimeoutError):
                 raise exceptions.ConnectionError(str(error)) from error  # nothing was sent: others may be asked
             raise
+        self._has_connected = True
         return connection
 
+    def _options_until(self, deadline: float) -> dict[str, Any]:
+        """Return the options of a connection with which connecting ends at a deadline."""
+        seconds = min(self._nodes.timeout, max(_LEAST_SECONDS, deadline - time.monotonic()))
+        return {"socket_timeout": seconds, "socket_connect_timeout": seconds}
+
     def _is_late(self, call: Call) -> bool:
-        return time.monotonic() + RETRY_PAUSE > call.begun_at + self._nodes.settings.timeout
+        return time.monotonic() + RETRY_PAUSE > call.deadline
+
+    def _call(self, script: Script | None, arguments: tuple[Any, ...], address: Address) -> Call:
+        return Call(script, arguments, address, time.monotonic() + self._nodes.settings.timeout)
 
     def _all_in_use(self) -> StoreTimeoutError:
         return StoreTimeoutError(
@@ -245,7 +353,7 @@ class Session(ABC):
             f"{self._nodes.settings.timeout} seconds. Nothing was stored."
         )
 
-    def _pop_idle(self, address: Address) -> Any | None:
+    def _pop_idle(self, address: Address) -> "_Idle | None":
         with self._lock:
             idle = self._idle.get(address)
             return idle.pop() if idle else None
@@ -253,13 +361,15 @@ class Session(ABC):
     def _take_idle(self) -> list[Any]:
         with self._lock:
             self._is_closed = True
-            idle = [connection for connections in self._idle.values() for connection in connections]
+            idle = [each.connection for connections in self._idle.values() for each in connections]
             self._idle.clear()
         return idle
 
     async def _give_back(self, connection: Any, address: Address) -> None:
+        # What a call has opened in its last moments waits too shortly for other calls.
+        is_hasty = (connection.socket_timeout or math.inf) < self._nodes.timeout / 2
         with self._lock:
-            if not self._is_closed:
-                self._idle.setdefault(address, []).append(connection)
+            if not self._is_closed and not is_hasty:
+                self._idle.setdefault(address, []).append(_Idle(connection, time.monotonic()))
                 return
         await self._disconnect(connection)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import redis.connection
+from redis import exceptions
 
 from haystack_chat_store.stores.redis.cluster import ClusterSession
 from haystack_chat_store.stores.redis.nodes import Nodes
@@ -42,6 +43,23 @@ class SyncSession(ClusterSession):
             return await running
         finally:
             self._free.release()
+
+    async def _answers(self, connection: Any, seconds: float) -> bool:
+        try:
+            connection.send_command("PING", check_health=False)
+            if not connection.can_read(seconds):
+                return False
+            connection.read_response()
+        except exceptions.ResponseError:
+            return True
+        except exceptions.RedisError:
+            return False
+        return True
+
+    async def _read(self, connection: Any, deadline: float) -> Any:
+        if not connection.can_read(min(self._nodes.timeout, max(0.0, deadline - time.monotonic()))):
+            raise exceptions.TimeoutError("Timeout reading from socket")
+        return connection.read_response()
 
     async def _done(self, result: Any) -> Any:
         return result

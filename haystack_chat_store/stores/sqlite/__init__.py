@@ -115,8 +115,8 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         :param settings: Further settings of the constructor.
         :raises ValueError: If the URL has none of these forms.
         """
-        _, _, rest = url.partition("://")
-        if not rest.startswith("/") or len(rest) == 1 or {"?", "#"} & set(rest):
+        scheme, _, rest = url.partition("://")
+        if scheme != "sqlite" or not rest.startswith("/") or len(rest) == 1 or {"?", "#"} & set(rest):
             raise ValueError("The URL of an SQLite file must be sqlite:///relative.db or sqlite:////absolute.db.")
         return cls(unquote(rest[1:]), **settings)
 

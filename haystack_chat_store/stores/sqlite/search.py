@@ -20,7 +20,8 @@ _HISTORIES = """
 """
 # {found} finds the keys of the best messages. The join leaves out those that another program has deleted.
 _SEARCH = """
-    SELECT chat_history_id, message_key & 0xffffffff, CAST(message_id AS TEXT), CAST(content AS TEXT), -score
+    SELECT chat_history_id, message_key & 0xffffffff, CAST(message_id AS TEXT), CAST(role AS TEXT),
+        haystack_chat_messages.created_at, CAST(content AS TEXT), -score
     FROM ({found}) CROSS JOIN haystack_chat_messages ON message_key = found_key
         CROSS JOIN haystack_chat_histories ON history_key = found_key >> 32
     ORDER BY score

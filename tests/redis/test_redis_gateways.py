@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Balancers that forget idle connections, servers without TLS, and deadlines."""
+
+import asyncio
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from gateways import Gateway
+from haystack.dataclasses import ChatMessage
+from haystack.document_stores.types import DuplicatePolicy
+from haystack.utils import Secret
+from redis_stores import nodes_of, on_every_engine, on_one_server, say
+from servers import HOST, PASSWORD, RedisCluster, silent_port, wait_until
+
+from haystack_chat_store.errors import StoreConfigurationError, StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.stores.idle_connections import PROBE_SECONDS
+from haystack_chat_store.stores.redis import RedisChatMessageStore
+from haystack_chat_store.stores.redis.connections import servers
+from haystack_chat_store.testing.kit import Calls, texts
+from haystack_chat_store.testing.messages import with_id
+
+
+@pytest.fixture(params=["sync", "async"])
+def calls(request):
+    calls = Calls(is_async=request.param == "async")
+    yield calls
+    calls.end()
+
+
+@contextmanager
+def announced(cluster, gateways):
+    """Have the nodes of a cluster name gateways as their addresses."""
+
+    def announce(ports):
+        for node, port in zip(cluster.nodes, ports, strict=True):
+            with node.client() as client:
+                client.config_set("cluster-announce-port", port)
+
+    def are_named(ports):
+        for node in cluster.nodes:
+            with node.client() as client:
+                if {int(address.rpartition(":")[2]) for address in client.execute_command("CLUSTER NODES")} != ports:
+                    return False
+        return True
+
+    try:
+        announce([gateway.own_port for gateway in gateways])
+        wait_until(lambda: are_named({gateway.own_port for gateway in gateways}), "the nodes to know the gateways")
+        yield
+    finally:
+        announce([0 for _ in gateways])
+        wait_until(lambda: are_named({node.port for node in cluster.nodes}), "the nodes to know each other")
+
+
+@pytest.fixture
+def gateways(server):
+    with ExitStack() as stack:
+        gateways = [stack.enter_context(Gateway(node.port)) for node in nodes_of(server)]
+        if isinstance(server, RedisCluster):
+            stack.enter_context(announced(server, gateways))
+        yield gateways
+
+
+@pytest.fixture
+def make_store(server, gateways, make_store, monkeypatch):
+    monkeypatch.setenv("CHAT_STORE_URL", f"redis://:{PASSWORD}@{HOST}:{gateways[0].own_port}")
+    return make_store
+
+
+@pytest.fixture
+def a_quiet_hour(monkeypatch):
+    """Idle connections count as idle for long."""
+    monkeypatch.setattr("haystack_chat_store.stores.idle_connections.PROBED_AFTER_SECONDS", 0)
+
+
+class AtOnce:
+    """Makes calls while the servers pause, so that each has a connection of its own."""
+
+    def __init__(self, server, store):
+        self._server, self._store = server, store
+
+    def count_messages(self, number):
+        with self._paused(), ThreadPoolExecutor(number) as executor:
+            list(executor.map(self._store.count_messages, ["history"] * number))
+
+    async def count_messages_async(self, number):
+        with self._paused():
+            await asyncio.gather(*(self._store.count_messages_async("history") for _ in range(number)))
+
+    @contextmanager
+    def _paused(self):
+        for node in nodes_of(self._server):
+            with node.client() as client:
+                client.client_pause(300, all=True)
+        yield
+
+
+@on_every_engine
+@pytest.mark.parametrize("timeout", [4, 30])
+@pytest.mark.parametrize("first", ["read", "write"])
+def test_connections_that_a_gateway_has_forgotten_cost_one_call_a_moment(
+    server, gateways, make_store, calls, a_quiet_hour, timeout, first
+):
+    store = make_store(timeout=timeout)
+    calls.write(store, "history", [with_id("a", "before")])
+    calls.call(AtOnce(server, store), "count_messages", 6)
+    for gateway in gateways:
+        gateway.forget()
+    began = time.monotonic()
+    if first == "write":
+        assert calls.write(store, "history", [with_id("b", "after")]) == 1
+    assert texts(calls.retrieve(store, "history"))[0] == "before"
+    assert time.monotonic() - began < PROBE_SECONDS + 1
+    began = time.monotonic()
+    for number in range(6):
+        assert calls.write(store, "history", [with_id(f"{number}")]) == 1
+    calls.call(AtOnce(server, store), "count_messages", 6)
+    assert time.monotonic() - began < PROBE_SECONDS
+    calls.close(store)
+
+
+@on_every_engine
+def test_after_one_timeout_no_other_call_gets_a_connection_that_was_idle_as_long(server, gateways, make_store, calls):
+    store = make_store(timeout=1)
+    calls.write(store, "history", [with_id("a", "before")])
+    calls.call(AtOnce(server, store), "count_messages", 4)
+    for gateway in gateways:
+        gateway.forget()
+    with ExitStack() as stack:
+        if not isinstance(server, RedisCluster):  # which asks another node in time
+            stack.enter_context(pytest.raises(StoreTimeoutError))
+        assert calls.count(store, "history") == 1
+    began = time.monotonic()
+    assert [calls.count(store, "history") for _ in range(4)] == [1] * 4
+    assert time.monotonic() - began < 0.5
+    calls.close(store)
+
+
+@on_one_server
+def test_a_connection_that_is_in_use_all_the_time_is_not_probed(gateways, make_store, calls):
+    store = make_store()
+    calls.write(store, "history", [with_id("a")])
+    sent = []
+    gateways[0].is_answered = lambda request: sent.append(request) or True
+    for _ in range(5):
+        calls.count(store, "history")
+    assert len(sent) == 5
+    assert not any(b"PING" in request for request in sent)
+    calls.close(store)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="this system names the option otherwise")
+@on_one_server
+@pytest.mark.parametrize(("options", "expected"), [("", [1, 60, 10, 3]), ("?socket_keepalive=no", [0])])
+def test_connections_are_kept_alive_unless_the_url_says_otherwise(make_store, monkeypatch, server, options, expected):
+    monkeypatch.setenv("CHAT_STORE_URL", server.url + options)
+    store = make_store()
+
+    def found(end):
+        found = [end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)]
+        names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT) if found[0] else ()
+        return found + [end.getsockopt(socket.IPPROTO_TCP, name) for name in names]
+
+    async def use():
+        await store.count_messages_async("history")
+        ((idle,),) = (await servers.get(store.engine.settings).session_async())._idle.values()
+        return found(idle.connection._writer.get_extra_info("socket"))
+
+    say(store, "Hi!")
+    ((idle,),) = servers.get(store.engine.settings).session()._idle.values()
+    assert found(idle.connection._sock) == expected
+    assert asyncio.run(use()) == expected
+
+
+# ---------------------------------------------------------------------- answers that get lost
+
+LATER = datetime.now(timezone.utc) + timedelta(days=1)
+CHANGES = {
+    "write": lambda call: call("write_messages", "history", [with_id("b"), with_id("c")]),
+    "overwrite": lambda call: call("write_messages", "history", [with_id("b"), with_id("c")], policy=OVERWRITE),
+    "fail": lambda call: call("write_messages", "history", [with_id("c"), with_id("d")], policy=FAIL),
+    "delete messages": lambda call: call("delete_messages", "history", message_ids=["a"]),
+    "delete from a message on": lambda call: call("delete_messages", "history", from_message_id="b"),
+    "delete a history": lambda call: call("delete_messages", "history"),
+    "delete all": lambda call: call("delete_all_messages"),
+    "delete by prefix": lambda call: call("delete_chat_histories", prefix="hist"),
+    "purge": lambda call: call("purge", older_than=LATER),
+    "copy": lambda call: call("copy_messages", "history", "copy"),
+    "update": lambda call: call("update_chat_history", "history", title="new", meta={"a": 1}).title,
+}
+OVERWRITE, FAIL = DuplicatePolicy.OVERWRITE, DuplicatePolicy.FAIL
+
+
+@on_every_engine
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_reports_what_it_did_whichever_answer_was_lost(gateways, make_store, calls, change):
+    store = make_store(last_k=None)
+
+    def outcome():
+        result = CHANGES[change](lambda name, *arguments, **options: calls.call(store, name, *arguments, **options))
+        histories = calls.call(store, "list_chat_histories").items
+        left = {info.chat_history_id: texts(calls.retrieve(store, info.chat_history_id)) for info in histories}
+        return result, left, {info.title for info in histories}
+
+    def begin():
+        calls.delete_all(store)
+        calls.write(store, "history", [with_id("a"), with_id("b")])
+        calls.write(store, "another", [with_id("x")])
+
+    begin()
+    expected = outcome()
+    for lost in range(4):  # the answers that a call gets, one after the other
+        begin()
+        left = [lost]
+
+        def is_answered(request, left=left):
+            if b"EVAL" not in request:
+                return True
+            left[0] -= 1
+            return left[0] != -1
+
+        for gateway in gateways:
+            gateway.is_answered = is_answered
+        assert outcome() == expected
+        assert left[0] < 0
+        for gateway in gateways:
+            gateway.is_answered = lambda _: True
+    calls.close(store)
+
+
+# ---------------------------------------------------------------------- TLS
+
+
+@on_one_server
+@pytest.mark.parametrize("cluster", [False, True])
+def test_tls_to_a_port_without_tls_says_so(server, calls, cluster):
+    url = Secret.from_token(f"rediss://:{PASSWORD}@{HOST}:{server.port}")
+    store = RedisChatMessageStore(url, timeout=1, cluster=cluster)
+    with pytest.raises((StoreUnavailableError, StoreConfigurationError), match="redis:// instead of rediss://"):
+        calls.count(store, "history")
+    calls.close(store)
+
+
+# ---------------------------------------------------------------------- deadlines
+
+
+@on_every_engine
+@pytest.mark.parametrize("is_connected", [False, True], ids=["connecting", "connected"])
+def test_each_of_a_hundred_calls_hears_after_the_timeout(server, make_store, monkeypatch, is_connected):
+    ends = []
+
+    def count():
+        with pytest.raises(StoreUnavailableError):
+            store.count_messages("history")
+        ends.append(time.monotonic() - began)
+
+    async def count_async():
+        with pytest.raises(StoreUnavailableError):
+            await store.write_messages_async("history", [ChatMessage.from_user("Hi!")])
+        ends.append(time.monotonic() - began)
+
+    async def count_all():
+        await asyncio.gather(*(count_async() for _ in range(50)))
+
+    with ExitStack() as stack:
+        if is_connected:
+            store = make_store(timeout=1)
+            say(store, "before")
+            for node in nodes_of(server):
+                client = stack.enter_context(node.client())
+                client.client_pause(60_000, all=False)
+                stack.callback(client.client_unpause)
+        else:
+            port = stack.enter_context(silent_port())
+            url = Secret.from_token(f"redis://:{PASSWORD}@{HOST}:{port}")
+            store = stack.enter_context(
+                closing(RedisChatMessageStore(url, timeout=1, cluster=isinstance(server, RedisCluster)))
+            )
+        executor = stack.enter_context(ThreadPoolExecutor(51))
+        began = time.monotonic()
+        waiting = [executor.submit(count) for _ in range(50)]
+        waiting.append(executor.submit(asyncio.run, count_all()))
+        for call in waiting:
+            call.result()
+    assert len(ends) == 100
+    assert max(ends) < 2
