@@ -46,6 +46,7 @@ from haystack_chat_store.doctor import ExaminedMessage, examine, examined_messag
 from haystack_chat_store.iteration import walk_pages
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.conflicts import history_not_found
+from haystack_chat_store.stores.directory import deletions_stated
 from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage
 from haystack_chat_store.validation import MAX_LIMIT
 
@@ -366,7 +367,8 @@ def delete(
                     chat_store.delete_messages(history)
                     shown(number, len(chat_history_ids))
                 if vacuum:
-                    chat_store.engine.run(chat_store.engine.vacuum, chat_store.scope)
+                    with deletions_stated():
+                        chat_store.engine.run(chat_store.engine.vacuum, chat_store.scope)
     _report_deleted(deleted, as_json)
 
 
