@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 from engine_stores import store_on
 from haystack.document_stores.types import DuplicatePolicy
-from transferred import everything, moved
+from transferred import MOMENT, everything, moved
 
 from haystack_chat_store import (
     SQLiteChatMessageStore,
@@ -16,6 +16,8 @@ from haystack_chat_store import (
 from haystack_chat_store.doctor import check
 from haystack_chat_store.stores import reading
 from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
+from haystack_chat_store.stores.rows import HistoryRow
+from haystack_chat_store.stores.times import microseconds_now
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import conversation, user
 from haystack_chat_store.transfer import (
@@ -193,9 +195,13 @@ def erase_the_rest(store):
     )
 
 
+# The time of the last change never goes back. If a clock was wrong once, it stays where it is for a while.
+@pytest.mark.parametrize("updated_at", [MOMENT, microseconds_now() + 10**12], ids=["past", "future"])
 @pytest.mark.parametrize("change", [edit_both_ends, erase_the_rest])
-def test_a_history_that_changes_while_it_is_read_is_exported_as_of_one_moment(target, file, change):
+def test_a_history_that_changes_while_it_is_read_is_exported_as_of_one_moment(target, file, change, updated_at):
     store = changes_while_it_is_read(change)
+    history = HistoryRow(chat_history_id="a", created_at=MOMENT, updated_at=updated_at)
+    store.engine.run(store.engine.import_history, store.scope, history, [], 0)
     store.write_messages("a", [user(str(number)) for number in range(2_000)])
 
     assert export_histories(store, file).faults == ()
