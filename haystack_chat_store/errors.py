@@ -11,7 +11,7 @@ ChatMessageStoreError            the base of all errors below
 ├── MessageEncodingError         a message contains a value that cannot be stored (also a ValueError)
 ├── MessageDecodingError         a stored message cannot be read back
 ├── ConflictError                the stored data is not what the call expects; nothing was changed
-│   ├── DuplicateMessageError    the history already has a message's id, and the policy is FAIL
+│   ├── DuplicateMessageError    the history or the batch already has a message's id, and the policy is FAIL
 │   ├── ChatHistoryChangedError  the history has another number of messages than expected
 │   └── ChatHistoryExistsError   the target of a copy or import already has other messages
 ├── ChatHistoryNotFoundError     the history does not exist (also a LookupError)
@@ -74,7 +74,11 @@ class ConflictError(ChatMessageStoreError):
 
 
 class DuplicateMessageError(ConflictError):
-    """The history already has a message's id, and the policy is `DuplicatePolicy.FAIL`. Nothing was written."""
+    """
+    The history, or the batch itself, already has a message's id, and the policy is `DuplicatePolicy.FAIL`.
+
+    Nothing was written.
+    """
 
 
 class ChatHistoryChangedError(ConflictError):

@@ -88,9 +88,10 @@ class ChatMessageWriter:
         :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        batch = _batch(messages, replies)
+        batch, names = _batch(messages, replies)
         options = protocol_calls.write_options(self.chat_message_store, self.policy, expected_count)
-        return {"messages_written": self.chat_message_store.write_messages(chat_history_id, batch, **options)}
+        with protocol_calls.arguments_named(names):
+            return {"messages_written": self.chat_message_store.write_messages(chat_history_id, batch, **options)}
 
     @component.output_types(messages_written=int)
     async def run_async(
@@ -114,9 +115,10 @@ class ChatMessageWriter:
         :raises ConflictError: If the policy or `expected_count` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        batch = _batch(messages, replies)
+        batch, names = _batch(messages, replies)
         options = protocol_calls.write_options(self.chat_message_store, self.policy, expected_count)
-        written = await protocol_calls.write_async(self.chat_message_store, chat_history_id, batch, **options)
+        with protocol_calls.arguments_named(names):
+            written = await protocol_calls.write_async(self.chat_message_store, chat_history_id, batch, **options)
         return {"messages_written": written}
 
     def close(self) -> None:
@@ -128,6 +130,13 @@ class ChatMessageWriter:
         await protocol_calls.close_async(self.chat_message_store)
 
 
-def _batch(messages: list[ChatMessage], replies: list[ChatMessage] | None) -> list[ChatMessage]:
-    given = validated_messages(messages) + validated_messages([] if replies is None else replies, "replies")
-    return [message for message in given if not is_shown_only(message)]
+def _batch(messages: list[ChatMessage], replies: list[ChatMessage] | None) -> tuple[list[ChatMessage], list[str]]:
+    """Return the messages to write, and the name of each in errors, such as `replies[0]`."""
+    arguments = {"messages": messages, "replies": [] if replies is None else replies}
+    named = [
+        (message, f"{name}[{index}]")
+        for name, argument in arguments.items()
+        for index, message in enumerate(validated_messages(argument, name))
+        if not is_shown_only(message)
+    ]
+    return [message for message, _ in named], [name for _, name in named]
