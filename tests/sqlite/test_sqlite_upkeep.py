@@ -517,10 +517,16 @@ def test_messages_without_a_history_get_one(two_histories, new_store, path):
     (fault,) = [fault for fault in faults_of(two_histories) if "no history" in fault.description]
     assert "4 messages" in fault.description
     assert not fault.is_repaired
+    assert fault in faults_of(two_histories)
+    # A history of another file may have come to this namespace, and has the same name there.
+    new_store(namespace="recovered").write_messages("1", [user("kept")])
+    (fault,) = [fault for fault in faults_of(two_histories) if "no history" in fault.description]
+    assert "'1 (2)'" in fault.description
     assert all(fault.is_repaired for fault in faults_of(two_histories, repair=True))
     assert two_histories.get_chat_history("chat") is None
     recovered = new_store(namespace="recovered")
-    (info,) = recovered.list_chat_histories().items
+    info = recovered.get_chat_history("1 (2)")
+    assert texts(recovered.retrieve_messages("1")) == ["kept"]
     assert (info.message_count, info.round_count) == (4, 2)
     assert texts(recovered.retrieve_messages(info.chat_history_id)) == ["fox 0", "1", "fox 2", "3"]
     assert_sound(two_histories)
