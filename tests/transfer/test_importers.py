@@ -551,8 +551,12 @@ def test_a_table_by_another_name_is_found_if_it_is_the_only_one(store, library, 
     assert import_histories(store, database, format=library).chat_histories == 2
 
     execute(database, ['CREATE TABLE other AS SELECT * FROM "my ""own"" table"'])
-    with pytest.raises(DamagedFileError, match=f"no table {table} with the columns"):
+    with pytest.raises(DamagedFileError, match="has 2 tables with the columns") as caught:
         import_histories(store, database, format=library)
+    for name in ('my "own" table', "other", table):
+        assert name in str(caught.value)
+    execute(database, [f"ALTER TABLE other RENAME TO {table}"])
+    assert import_histories(store, database, format=library).chat_histories == 0  # the store has them
 
 
 def test_a_database_of_something_else_is_refused(store, library, tmp_path):
