@@ -81,7 +81,7 @@ def retrieve(
     """
     last_k, options, window = _read_of(store, last_k, window_step)
     messages = store.retrieve_messages(chat_history_id, last_k, **options)
-    return messages if window is None else last_rounds(messages, window)
+    return _cut(messages, window)
 
 
 async def retrieve_async(
@@ -97,7 +97,7 @@ async def retrieve_async(
         messages = await store.retrieve_messages_async(chat_history_id, last_k, **options)
     else:
         messages = await asyncio.to_thread(store.retrieve_messages, chat_history_id, last_k, **options)
-    return messages if window is None else last_rounds(messages, window)
+    return _cut(messages, window)
 
 
 class _Read(NamedTuple):
@@ -117,6 +117,12 @@ def _read_of(store: ChatMessageStore, last_k: int | None, window_step: int) -> _
         return _Read(last_k, {"window_step": window_step}, None)
     count = default_last_k(store) if last_k is None else last_k
     return _Read(_LARGE_LAST_K, {}, Window("round", count, window_step))
+
+
+def _cut(messages: list[ChatMessage], window: Window | None) -> list[ChatMessage]:
+    if window is None:
+        return messages
+    return [] if window.count == 0 else last_rounds(messages, window)
 
 
 def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_count: int | None) -> dict[str, Any]:
