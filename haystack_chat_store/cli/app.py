@@ -145,9 +145,10 @@ def show(
         if terminal.is_terminal(console):
             console.print(Text(harmless_line(info.title or history), "bold underline"), end="\n\n")
         print_messages(console, messages, full=full)
-        if not show_all and len(page) == limit and page[0].position > 0:
-            direction, position = ("--before", page[0].position) if after is None else ("--after", page[-1].position)
-            terminal.note(f"To go on: {direction} {position}")
+        if not show_all and len(page) == limit:
+            direction, position = ("before", page[0].position) if after is None else ("after", page[-1].position)
+            if examined_messages(chat_store, history, **{direction: position}, limit=1):
+                terminal.note(f"To go on: --{direction} {position}")
 
 
 @app.command()
