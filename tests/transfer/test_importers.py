@@ -105,7 +105,7 @@ def test_sessions_of_the_openai_agents_sdk(store, tmp_path):
         message(TOOL, ToolCallResult("22 °C", call, False)),
         message(ASSISTANT, "It is 22 °C.", id="msg_1", status="completed"),
         message(USER, "What is this?", image("low"), file()),
-        message(ASSISTANT, "I cannot do that.", id="msg_2", status="completed", refusal=True),
+        message(ASSISTANT, id="msg_2", status="completed", refusal="I cannot do that."),
         message(TOOL, ToolCallResult("late", unknown_call, False)),
         message(USER, "And this?"),
     ]
@@ -351,6 +351,38 @@ def test_langchain_messages_of_early_versions(store, tmp_path):
     call, result, empty = store.retrieve_messages("old")
     assert call.tool_call == result.tool_call_result.origin == ToolCall("f", {"a": 1}, "1")
     assert empty._content == []
+
+
+def test_refusals_are_kept_as_haystack_keeps_them(store, library, database):
+    no = {"type": "refusal", "refusal": "No."}
+    rows = {
+        "openai-agents": [
+            {"type": "message", "role": "assistant", "content": [no], "status": "completed"},
+            {"type": "message", "role": "assistant", "content": [no, {"type": "output_text", "text": "But."}, no]},
+        ],
+        "langchain": [
+            {"type": "ai", "data": {"content": "", "additional_kwargs": {"refusal": "No.", "status": "completed"}}},
+            {"type": "ai", "data": {"content": [no, "But."], "additional_kwargs": {"refusal": "No."}}},
+        ],
+        "llama-index": [
+            {"role": "assistant", "blocks": [], "additional_kwargs": {"refusal": "No.", "status": "completed"}},
+            {
+                "role": "assistant",
+                "blocks": [{"block_type": "text", "text": "But."}],
+                "additional_kwargs": {"refusal": "No."},
+            },
+        ],
+    }
+    insert(library, database, "refusals", *rows[library])
+    imported = import_histories(store, database, format=library)
+    alone, beside_text = without_ids(store.retrieve_messages("refusals"))
+    assert (alone.meta["refusal"], alone._content) == ("No.", [])
+    assert beside_text == message(ASSISTANT, "But.", refusal="No.")
+    assert not [fault for fault in imported.faults if fault.chat_history_id == "refusals"]
+    others = {key: value for key, value in alone.meta.items() if key != "refusal"}
+    if library == "langchain":
+        others = others["additional_kwargs"]
+    assert others == {"status": "completed"}
 
 
 def test_llama_index_messages_of_early_versions(store, tmp_path):
