@@ -65,19 +65,20 @@ class SearchableFolderEngine(FolderEngine):
         prefix: str,
         limit: int,
     ) -> list[FoundRow]:
-        return [
+        found = [
             FoundRow(
                 chat_history_id=history.chat_history_id,
                 position=row.position,
                 message_id=row.message_id,
                 content=row.content,
-                score=1.0,
+                score=sum(map(words.count, (term for phrase in phrases for term in phrase.terms))) / len(words),
             )
             for history in _rows(session, scope, prefix)
             if chat_history_id in (None, history.chat_history_id)
             for row in _message_rows(file_of(session, scope, history.chat_history_id))
-            if matches(phrases, terms(searchable_text_of_content(row.content)))
-        ][:limit]
+            if matches(phrases, words := terms(searchable_text_of_content(row.content)))
+        ]
+        return sorted(found, key=lambda row: row.score, reverse=True)[:limit]
 
 
 class SearchableFolderChatMessageStore(BaseChatMessageStore):

@@ -102,7 +102,17 @@ class MessageNotFoundError(ChatMessageStoreError, LookupError):
 
 
 class UnsupportedOperationError(ChatMessageStoreError):
-    """The store does not support the operation: its engine does not have it, or a setting does not allow it."""
+    """
+    The store does not support the operation: its engine does not have it, or a setting does not allow it.
+
+    :param operation: The name of the operation that the engine does not have, such as `"search"`, or `None` if it has
+        the operation.
+    """
+
+    def __init__(self, message: str, operation: str | None = None) -> None:
+        """Keep the name of the operation beside the message."""
+        super().__init__(message)
+        self.operation = operation
 
 
 class DamagedFileError(ChatMessageStoreError, ValueError):

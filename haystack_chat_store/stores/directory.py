@@ -238,9 +238,9 @@ def deletions_stated() -> Iterator[None]:
     try:
         yield
     except ChatMessageStoreError as error:
-        raise type(error)(
-            f"The histories were deleted, but their bytes may still be in the engine's files. {error}"
-        ) from error.__cause__
+        stated = type(error)(f"The histories were deleted, but their bytes may still be in the engine's files. {error}")
+        vars(stated).update(vars(error))
+        raise stated from error.__cause__
 
 
 def _checked_listing(prefix: str, limit: int, cursor: str | None) -> tuple[str, int, tuple[int, str] | None]:
