@@ -24,7 +24,7 @@ def image_from_base64(data: Any, mime_type: Any, detail: Any = None) -> ImageCon
     """Return an image made from base64 text."""
     if not isinstance(data, str) or not data:
         return None
-    return ImageContent(data, text_or_none(mime_type), text_or_none(detail), validation=False)  # type: ignore[arg-type]
+    return ImageContent(data, text_or_none(mime_type), text_or_none(detail), validation=False)  # type: ignore[arg-type]  # any detail
 
 
 def file_from_base64(data: Any, mime_type: Any, filename: Any = None) -> FileContent | None:
