@@ -65,7 +65,7 @@ class SearchableFolderEngine(FolderEngine):
         prefix: str,
         limit: int,
     ) -> list[FoundRow]:
-        return [
+        found = [
             FoundRow(
                 chat_history_id=history.chat_history_id,
                 position=row.position,
@@ -73,13 +73,14 @@ class SearchableFolderEngine(FolderEngine):
                 role=row.role,
                 created_at=row.created_at,
                 content=row.content,
-                score=1.0,
+                score=sum(map(words.count, (term for phrase in phrases for term in phrase.terms))) / len(words),
             )
             for history in _rows(session, scope, prefix)
             if chat_history_id in (None, history.chat_history_id)
             for row in _message_rows(file_of(session, scope, history.chat_history_id))
-            if matches(phrases, terms(searchable_text_of_content(row.content)))
-        ][:limit]
+            if matches(phrases, words := terms(searchable_text_of_content(row.content)))
+        ]
+        return sorted(found, key=lambda row: row.score, reverse=True)[:limit]
 
 
 class SearchableFolderChatMessageStore(BaseChatMessageStore):

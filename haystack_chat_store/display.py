@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from haystack.dataclasses import (
+    ChatMessage,
     FileContent,
     ImageContent,
     ReasoningContent,
@@ -16,6 +17,7 @@ from haystack.dataclasses import (
 )
 
 from haystack_chat_store.codec import decode_messages
+from haystack_chat_store.conversation.provider_content import refusal_of
 from haystack_chat_store.json_values import encode_meta
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.stores.times import readable_time
@@ -31,6 +33,7 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 _LABELS = {
     "text": "",
     "reasoning": "Reasoning",
+    "refusal": "Refusal",
     "call": "Tool call: ",
     "result": "Result of ",
     "error": "Error of ",
@@ -51,7 +54,7 @@ class Part(NamedTuple):
     :param call_id: The id of the call, or an empty text.
     """
 
-    kind: Literal["text", "reasoning", "call", "result", "error", "image", "file"]
+    kind: Literal["text", "reasoning", "refusal", "call", "result", "error", "image", "file"]
     name: str = ""
     text: str = ""
     call_id: str = ""
@@ -101,11 +104,17 @@ def shown_messages(rows: Sequence[MessageRow]) -> Iterator[tuple[str, str, list[
         speaker = message.role.value.capitalize()
         if message.name:
             speaker = f"{speaker} ({harmless_line(message.name)})"
-        yield speaker, shown_time(row.created_at), list(shown_parts(message._content))
+        yield speaker, shown_time(row.created_at), list(shown_parts(message))
 
 
-def shown_parts(content: Sequence[Any]) -> Iterator[Part]:
+def shown_parts(message: ChatMessage) -> Iterator[Part]:
     """Yield the parts of a message. The images and files in a tool's result follow the result."""
+    yield from _shown_content(message._content)
+    if refusal := refusal_of(message):
+        yield Part("refusal", text=harmless(refusal))
+
+
+def _shown_content(content: Sequence[Any]) -> Iterator[Part]:
     for part in content:
         if isinstance(part, TextContent):
             yield Part("text", text=harmless(part.text))
@@ -119,7 +128,7 @@ def shown_parts(content: Sequence[Any]) -> Iterator[Part]:
             text = "\n".join(str(each.text) for each in parts if isinstance(each, TextContent))
             kind: Literal["result", "error"] = "error" if part.error else "result"
             yield Part(kind, harmless_line(part.origin.tool_name), harmless(text), _id_of(part.origin))
-            yield from shown_parts([each for each in parts if not isinstance(each, TextContent)])
+            yield from _shown_content([each for each in parts if not isinstance(each, TextContent)])
         elif isinstance(part, ImageContent):
             yield Part("image", _described(part.mime_type, part.base64_image))
         elif isinstance(part, FileContent):

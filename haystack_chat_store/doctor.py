@@ -5,7 +5,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 
 from haystack.dataclasses import ChatMessage
@@ -60,17 +60,22 @@ def check(
     operation = store.engine.repair if repair else store.engine.check
     found = dict.fromkeys(store.engine.run(operation, store.scope))
     checked = 0
+    removed: set[tuple[str | None, int | None]] = set()
     for history in walk_histories(store):
         try:
             for rows in walk_readable_pages(store, history.chat_history_id):
                 # A dict, because the engine may have found some of these faults already.
-                found |= dict.fromkeys(_faults_of(store, history.chat_history_id, rows, salvage if repair else None))
+                faults = list(_faults_of(store, history.chat_history_id, rows, salvage if repair else None))
+                found |= dict.fromkeys(faults)
+                removed |= {_place(fault) for fault in faults if fault.is_repaired}
                 checked += len(rows)
                 if progress is not None:
                     progress(checked, None)
         except MessageDecodingError:
             found[Fault(chat_history_id=history.chat_history_id, description="Its messages cannot be read.")] = None
-    return list(found)
+    # The engine may have found more faults of messages that are removed by now.
+    faults_now = (replace(fault, is_repaired=True) if _place(fault) in removed else fault for fault in found)
+    return list(dict.fromkeys(faults_now))
 
 
 async def check_async(
@@ -82,6 +87,10 @@ async def check_async(
 ) -> list[Fault]:
     """Do what `check` does, without blocking the event loop."""
     return await asyncio.to_thread(check, store, repair=repair, salvage=salvage, progress=progress)
+
+
+def _place(fault: Fault) -> tuple[str | None, int | None]:
+    return fault.chat_history_id, fault.position
 
 
 def _faults_of(

@@ -11,7 +11,7 @@ ChatMessageStoreError            the base of all errors below
 ├── MessageEncodingError         a message contains a value that cannot be stored (also a ValueError)
 ├── MessageDecodingError         a stored message cannot be read back
 ├── ConflictError                the stored data is not what the call expects; nothing was changed
-│   ├── DuplicateMessageError    the history already has a message's id, and the policy is FAIL
+│   ├── DuplicateMessageError    the history or the batch already has a message's id, and the policy is FAIL
 │   ├── ChatHistoryChangedError  the history has another revision than expected
 │   └── ChatHistoryExistsError   the target of a copy or import already has other messages
 ├── ChatHistoryNotFoundError     the history does not exist (also a LookupError)
@@ -75,7 +75,11 @@ class ConflictError(ChatMessageStoreError):
 
 
 class DuplicateMessageError(ConflictError):
-    """The history already has a message's id, and the policy is `DuplicatePolicy.FAIL`. Nothing was written."""
+    """
+    The history, or the batch itself, already has a message's id, and the policy is `DuplicatePolicy.FAIL`.
+
+    Nothing was written.
+    """
 
 
 class ChatHistoryChangedError(ConflictError):
@@ -99,7 +103,17 @@ class MessageNotFoundError(ChatMessageStoreError, LookupError):
 
 
 class UnsupportedOperationError(ChatMessageStoreError):
-    """The store does not support the operation: its engine does not have it, or a setting does not allow it."""
+    """
+    The store does not support the operation: its engine does not have it, or a setting does not allow it.
+
+    :param operation: The name of the operation that the engine does not have, such as `"search"`, or `None` if it has
+        the operation.
+    """
+
+    def __init__(self, message: str, operation: str | None = None) -> None:
+        """Keep the name of the operation beside the message."""
+        super().__init__(message)
+        self.operation = operation
 
 
 class DamagedFileError(ChatMessageStoreError, ValueError):

@@ -7,6 +7,9 @@ The protocol requires no asynchronous methods, and no `close`, `window_step`, `p
 
 import asyncio
 import inspect
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from haystack import DeserializationError, default_from_dict
@@ -14,7 +17,7 @@ from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.conversation.rounds import LastKUnit, Window, last_rounds
-from haystack_chat_store.errors import UnsupportedOperationError
+from haystack_chat_store.errors import DuplicateMessageError, MessageEncodingError, UnsupportedOperationError
 from haystack_chat_store.ids import message_id_of
 from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore
 from haystack_chat_store.validation import validated_policy
@@ -23,6 +26,10 @@ ComponentT = TypeVar("ComponentT")
 
 # A `last_k` that is larger than any history, and small enough for any database.
 _LARGE_LAST_K = 2**31 - 1
+
+# How the errors of a write begin that concern one message of the batch, and their types.
+_ITEM = re.compile(r"messages\[(\d+)\]")
+_RENAMED_ERRORS = (ValueError, MessageEncodingError, DuplicateMessageError)
 
 
 def component_from_dict(kind: type[ComponentT], data: dict[str, Any]) -> ComponentT:
@@ -75,7 +82,7 @@ def retrieve(
     """
     last_k, options, window = _read_of(store, last_k, window_step)
     messages = store.retrieve_messages(chat_history_id, last_k, **options)
-    return messages if window is None else last_rounds(messages, window)
+    return _cut(messages, window)
 
 
 async def retrieve_async(
@@ -91,7 +98,7 @@ async def retrieve_async(
         messages = await store.retrieve_messages_async(chat_history_id, last_k, **options)
     else:
         messages = await asyncio.to_thread(store.retrieve_messages, chat_history_id, last_k, **options)
-    return messages if window is None else last_rounds(messages, window)
+    return _cut(messages, window)
 
 
 class _Read(NamedTuple):
@@ -111,6 +118,12 @@ def _read_of(store: ChatMessageStore, last_k: int | None, window_step: int) -> _
         return _Read(last_k, {"window_step": window_step}, None)
     count = default_last_k(store) if last_k is None else last_k
     return _Read(_LARGE_LAST_K, {}, Window("round", count, window_step))
+
+
+def _cut(messages: list[ChatMessage], window: Window | None) -> list[ChatMessage]:
+    if window is None:
+        return messages
+    return [] if window.count == 0 else last_rounds(messages, window)
 
 
 def has_message(store: ChatMessageStore, chat_history_id: str, message_id: str) -> bool:
@@ -187,6 +200,22 @@ async def write_async(
     if isinstance(store, AsyncChatMessageStore):
         return await store.write_messages_async(chat_history_id, messages, **options)
     return await asyncio.to_thread(store.write_messages, chat_history_id, messages, **options)
+
+
+@contextmanager
+def arguments_named(names: Sequence[str]) -> Iterator[None]:
+    """
+    Make the errors of a write name the arguments that the user gave, not the items of the batch made of them.
+
+    :param names: The name of each message of the batch, such as `replies[0]`.
+    """
+    try:
+        yield
+    except (ValueError, DuplicateMessageError) as error:
+        item = _ITEM.match(str(error))
+        if item is None or int(item[1]) >= len(names) or type(error) not in _RENAMED_ERRORS:
+            raise
+        raise type(error)(names[int(item[1])] + str(error)[item.end() :]) from error.__cause__
 
 
 def close(store: ChatMessageStore) -> None:

@@ -30,6 +30,7 @@ from unicodedata import category, combining, name, normalize
 
 from haystack.dataclasses import ChatMessage, TextContent, ToolCallResult
 
+from haystack_chat_store.conversation.provider_content import refusal_in, refusal_of
 from haystack_chat_store.json_values import parse_json
 
 #: The largest number of terms of a message. Further terms are not indexed. PostgreSQL keeps positions up to 16,383.
@@ -96,11 +97,16 @@ class Phrase(NamedTuple):
 
 def searchable_text(message: ChatMessage) -> str:
     """
-    Return the searchable text of a message: its texts and the texts of its tool results, one per line.
+    Return the searchable text of a message: its texts, the texts of its tool results, and a refusal, one per line.
 
-    :param message: The message. Its reasoning, images, files, tool calls and `meta` are not searchable.
+    :param message: The message. Its reasoning, images, files and tool calls are not searchable, nor is its `meta`, but
+        for a refusal.
     """
-    return "\n".join(text for text in _texts(message._content) if isinstance(text, str))
+    return _joined(_texts(message._content), refusal_of(message))
+
+
+def _joined(texts: Iterator[Any], refusal: str) -> str:
+    return "\n".join(text for text in (*texts, *filter(None, [refusal])) if isinstance(text, str))
 
 
 def _texts(parts: Sequence[Any]) -> Iterator[Any]:
@@ -118,7 +124,8 @@ def searchable_text_of_content(content: str) -> str:
     :param content: The JSON text of `ChatMessage.to_dict()`. If it is damaged, the searchable text is empty.
     """
     try:
-        return "\n".join(text for text in _texts_of_dicts(parse_json(content)["content"]) if isinstance(text, str))
+        message = parse_json(content)
+        return _joined(_texts_of_dicts(message["content"]), refusal_in(message.get("role"), message.get("meta")))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
 

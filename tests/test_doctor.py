@@ -209,6 +209,17 @@ def test_repairing_saves_damaged_messages_before_it_removes_them(store, path, tm
     assert [message.meta["position"] for message in store.retrieve_messages("eve")] == [0, 1, 2]
 
 
+def test_all_faults_of_a_message_that_is_removed_are_repaired(store, path, tmp_path):
+    damage(path, "ada", 1, content="no JSON", created_at="noon")  # the engine finds the wrong time, too
+    damage(path, "ada", 2, created_at="noon")
+    assert places(check(store)) == [("ada", 1), ("ada", 2), ("ada", 1)]
+    faults = check(store, repair=True, salvage=tmp_path / "salvage.jsonl")
+    assert {(fault.position, fault.is_repaired) for fault in faults} == {(1, True), (2, False)}
+    assert {fault.description for fault in faults} == {NO_MESSAGE, "Its time of creation is none."}
+    assert len(faults) == 3
+    assert places(check(store)) == [("ada", 2)]
+
+
 def test_without_a_file_to_save_them_in_damaged_messages_stay(store, path):
     damage(path, "ada", 1, content="no JSON")
     (fault,) = check(store, repair=True)

@@ -120,6 +120,17 @@ def in_memory(request):
 # ---------------------------------------------------------------------- in memory
 
 
+def written_with_alarms(in_memory, seed):
+    """Write batches, each with an alarm in the middle of the write, and yield them."""
+    moments = random.Random(seed)
+    one_call = duration(lambda: in_memory.write_messages("measured", batch_of(40, "measured")))
+    for number in range(MAX_ATTEMPTS):
+        batch = batch_of(40, number)
+        call_with_alarm(lambda: in_memory.write_messages("history", batch), moments.uniform(0.1, 1.2) * one_call)  # noqa: B023
+        yield batch
+    raise AssertionError(f"Too few of {MAX_ATTEMPTS} alarms came in the middle of a write.")
+
+
 def test_an_interrupted_write_that_is_made_again_leaves_each_message_once(in_memory, on_alarm, enough_hits):
     hits = 0
 
@@ -129,15 +140,12 @@ def test_an_interrupted_write_that_is_made_again_leaves_each_message_once(in_mem
         raise KeyboardInterrupt
 
     on_alarm(interrupt)
-    moments = random.Random(1)
-    one_call = duration(lambda: in_memory.write_messages("measured", batch_of(40, "measured")))
     batches = []
-    while hits < enough_hits:
-        assert len(batches) < MAX_ATTEMPTS
-        batch = batch_of(40, len(batches))
-        batches.append(batch)
-        call_with_alarm(lambda: in_memory.write_messages("history", batch), moments.uniform(0.1, 1.2) * one_call)  # noqa: B023
+    for batch in written_with_alarms(in_memory, seed=1):
         in_memory.write_messages("history", batch)
+        batches.append(batch)
+        if hits >= enough_hits:
+            break
     expected = list(itertools.chain(*batches))
     assert texts(in_memory.retrieve_messages("history")) == texts(expected)
     assert in_memory.count_messages("history") == len(expected)
@@ -155,14 +163,11 @@ def test_a_signal_handler_writes_in_the_middle_of_a_write(in_memory, on_alarm, e
         in_memory.write_messages("history", [ChatMessage.from_user(sent[-1])])
 
     on_alarm(write)
-    moments = random.Random(2)
-    one_call = duration(lambda: in_memory.write_messages("measured", batch_of(40, "measured")))
     batches = []
-    while hits < enough_hits:
-        assert len(batches) < MAX_ATTEMPTS
-        batch = batch_of(40, len(batches))
+    for batch in written_with_alarms(in_memory, seed=2):
         batches.append(batch)
-        call_with_alarm(lambda: in_memory.write_messages("history", batch), moments.uniform(0.1, 1.2) * one_call)  # noqa: B023
+        if hits >= enough_hits:
+            break
     stored = texts(in_memory.retrieve_messages("history"))
     assert [text for text in stored if text.startswith("signal")] == sent
     assert [text for text in stored if not text.startswith("signal")] == texts(itertools.chain(*batches))

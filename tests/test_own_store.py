@@ -10,7 +10,7 @@ from breadth import ONCE
 
 from haystack_chat_store import StoreUnavailableError, store_from_url
 from haystack_chat_store.cli import main
-from haystack_chat_store.testing import ChatMessageStoreContract
+from haystack_chat_store.testing import ChatMessageStoreContract, ManagementContract
 from haystack_chat_store.testing.messages import conversation
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -41,6 +41,20 @@ class TestFolderChatMessageStore(ChatMessageStoreContract):
         from own_store import FolderChatMessageStore
 
         return lambda **settings: FolderChatMessageStore(str(tmp_path), **settings)
+
+
+class TestSearchableFolderChatMessageStore(ChatMessageStoreContract, ManagementContract):
+    breadth = ONCE
+    lacks = frozenset(
+        "copy delete_messages erase_some import_histories import_history index_some check remove statistics "
+        "update_history vacuum".split()
+    )
+
+    @pytest.fixture
+    def make_store(self, tmp_path):
+        from own_store_directory import SearchableFolderChatMessageStore
+
+        return lambda **settings: SearchableFolderChatMessageStore(str(tmp_path), **settings)
 
 
 def test_folder_that_cannot_be_used_is_an_error_of_this_package(tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strict_model import problems
 
-from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
+from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore, protocol_calls
 from haystack_chat_store.conversation.shown import INTERRUPTED, UNANSWERED
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 
@@ -84,6 +84,17 @@ class MinimalStore:
 
     def delete_all_messages(self):
         self.messages.clear()
+
+
+@pytest.mark.parametrize("window_step", [2, 3])
+@pytest.mark.parametrize("last_k", [0, None], ids=["the call's", "the store's"])
+def test_none_of_a_store_of_another_package_is_none(last_k, window_step):
+    store = MinimalStore([ChatMessage.from_user("q0"), ChatMessage.from_user("q1")])
+    store.last_k = 0
+    assert protocol_calls.retrieve(store, "h", last_k, window_step) == []
+    assert asyncio.run(protocol_calls.retrieve_async(store, "h", last_k, window_step)) == []
+    retriever = ChatMessageRetriever(store, last_k, window_step=window_step)
+    assert retriever.run("h")["messages"] == []
 
 
 cannot_be_loaded = pytest.mark.parametrize(

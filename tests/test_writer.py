@@ -3,6 +3,7 @@
 
 import asyncio
 import copy
+import re
 import threading
 import uuid
 
@@ -113,13 +114,28 @@ class TestWrongArguments:
         "replies", ["Hi!", ASSISTANT("a0"), 5, ["Hi!"]], ids=["text", "one message", "number", "text in a list"]
     )
     def test_replies_that_are_no_messages_are_refused_and_nothing_is_written(self, run, store, writer, replies):
-        with pytest.raises(ValueError, match=r"replies|messages\[1\]"):
+        with pytest.raises(ValueError, match=r"^replies(\[0\])? must be"):
             run(writer, "h", [USER("q0")], replies)
         assert store.count_messages("h") == 0
 
-    def test_what_cannot_be_stored_is_named_by_its_place_in_the_batch(self, run, store, writer):
-        with pytest.raises(MessageEncodingError, match=r"^messages\[1\]\.meta\['x'\]"):
-            run(writer, "h", [USER("q0")], [ASSISTANT("a0", meta={"x": 10**4300})])
+    def test_what_cannot_be_stored_is_named_by_its_place_in_its_argument(self, run, store, writer):
+        shown, wrong = USER("q0", meta={"chat_shown": True}), ASSISTANT("a0", meta={"x": 10**4300})
+        for messages, replies, name in (
+            ([USER("q0"), wrong], [], "messages[1]"),
+            ([shown, wrong], [ASSISTANT("a1")], "messages[1]"),
+            ([USER("q0")], [wrong], "replies[0]"),
+            ([shown], [ASSISTANT("a1"), wrong], "replies[1]"),
+        ):
+            with pytest.raises(MessageEncodingError, match=f"^{re.escape(name)}\\.meta\\['x'\\]"):
+                run(writer, "h", messages, replies)
+        with pytest.raises(ValueError, match=r"^replies\[0\]\.meta\['chat_message_id'\] must be text"):
+            run(writer, "h", [USER("q0")], [ASSISTANT("a0", meta={"chat_message_id": 5})])
+        assert store.count_messages("h") == 0
+
+    def test_an_id_twice_in_the_batch_is_named_by_its_place_in_its_argument(self, run, store):
+        writer, meta = ChatMessageWriter(store, policy=DuplicatePolicy.FAIL), {"chat_message_id": "a"}
+        with pytest.raises(DuplicateMessageError, match=r"^replies\[0\] has the id 'a' of a message before it"):
+            run(writer, "h", [USER("q0", meta=meta)], [ASSISTANT("a0", meta=meta)])
         assert store.count_messages("h") == 0
 
     @pytest.mark.parametrize("chat_history_id", ["", None, 5, "a\x00b", "\ud800", "x" * 513])

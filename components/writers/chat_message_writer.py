@@ -105,9 +105,9 @@ class ChatMessageWriter:
         :raises ChatMessageStoreError: If the store fails.
         """
         writer = TurnWriter(self.chat_message_store, self.policy, expected_revision)
-        return _outputs(
-            writer.write(chat_history_id, _stored(messages), _stored([] if replies is None else replies, "replies"))
-        )
+        stored, stored_replies, names = _stored(messages, replies)
+        with protocol_calls.arguments_named(names):
+            return _outputs(writer.write(chat_history_id, stored, stored_replies))
 
     @component.output_types(messages_written=int, messages=list[ChatMessage], replies=list[ChatMessage])
     async def run_async(
@@ -132,11 +132,9 @@ class ChatMessageWriter:
         :raises ChatMessageStoreError: If the store fails.
         """
         writer = TurnWriter(self.chat_message_store, self.policy, expected_revision)
-        return _outputs(
-            await writer.write_async(
-                chat_history_id, _stored(messages), _stored([] if replies is None else replies, "replies")
-            )
-        )
+        stored, stored_replies, names = _stored(messages, replies)
+        with protocol_calls.arguments_named(names):
+            return _outputs(await writer.write_async(chat_history_id, stored, stored_replies))
 
     def close(self) -> None:
         """Close the store. The next run opens it again."""
@@ -147,9 +145,22 @@ class ChatMessageWriter:
         await protocol_calls.close_async(self.chat_message_store)
 
 
-def _stored(messages: Any, name: str = "messages") -> list[ChatMessage]:
-    """Return the messages without those that are not as they are stored."""
-    return [message for message in validated_messages(messages, name) if not is_shown_only(message)]
+def _stored(
+    messages: list[ChatMessage], replies: list[ChatMessage] | None
+) -> tuple[list[ChatMessage], list[ChatMessage], list[str]]:
+    """
+    Return both lists without messages that are not as they are stored, and the name of each message in errors.
+
+    A name is such as `replies[0]`.
+    """
+    names: list[str] = []
+
+    def stored(argument: list[ChatMessage], name: str) -> list[ChatMessage]:
+        kept = [each for each in enumerate(validated_messages(argument, name)) if not is_shown_only(each[1])]
+        names.extend(f"{name}[{index}]" for index, _ in kept)
+        return [message for _, message in kept]
+
+    return stored(messages, "messages"), stored([] if replies is None else replies, "replies"), names
 
 
 def _outputs(turn: WrittenTurn) -> dict[str, Any]:

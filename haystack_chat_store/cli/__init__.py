@@ -5,10 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-# A shell sets this variable to request completions.
-COMPLETION_VARIABLE = "_HAYSTACK_CHAT_STORE_COMPLETE"
-
-INTERRUPTED = 130
+from haystack_chat_store.cli.process import COMPLETION_VARIABLE, FAILED, INTERRUPTED
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,7 +33,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             "The command line needs typer and rich. Install them: pip install 'haystack-chat-store[cli]'",
             file=sys.stderr,
         )
-        return 1
+        return FAILED
     from haystack_chat_store.cli.running import run
 
     return run(arguments)

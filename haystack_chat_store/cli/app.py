@@ -47,6 +47,7 @@ from haystack_chat_store.doctor import ExaminedMessage, examine, examined_messag
 from haystack_chat_store.iteration import walk_pages
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.conflicts import history_not_found
+from haystack_chat_store.stores.directory import deletions_stated
 from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage
 from haystack_chat_store.validation import MAX_LIMIT
 
@@ -145,9 +146,10 @@ def show(
         if terminal.is_terminal(console):
             console.print(Text(harmless_line(info.title or history), "bold underline"), end="\n\n")
         print_messages(console, messages, full=full)
-        if not show_all and len(page) == limit and page[0].position > 0:
-            direction, position = ("--before", page[0].position) if after is None else ("--after", page[-1].position)
-            terminal.note(f"To go on: {direction} {position}")
+        if not show_all and len(page) == limit:
+            direction, position = ("before", page[0].position) if after is None else ("after", page[-1].position)
+            if examined_messages(chat_store, history, **{direction: position}, limit=1):
+                terminal.note(f"To go on: --{direction} {position}")
 
 
 @app.command()
@@ -404,7 +406,8 @@ def delete(
                     chat_store.delete_messages(history)
                     shown(number, len(chat_history_ids))
                 if vacuum:
-                    chat_store.engine.run(chat_store.engine.vacuum, chat_store.scope)
+                    with deletions_stated():
+                        chat_store.engine.run(chat_store.engine.vacuum, chat_store.scope)
     _report_deleted(deleted, as_json)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
-from haystack_chat_store.cli import COMPLETION_VARIABLE
+from haystack_chat_store.cli.process import COMPLETION_VARIABLE, DONE, FAILED
 
 # Shells expand an offered word like a typed one, and each shell quotes in its own way. These characters have no special
 # meaning in any of them.
@@ -30,16 +30,16 @@ def complete(answer: Callable[[], Any]) -> int:
     :param answer: Prints the completions, and exits.
     :returns: The exit status.
     """
-    status, offered, kept = 0, io.StringIO(), ""
+    status, offered, kept = DONE, io.StringIO(), ""
     try:
         if os.environ[COMPLETION_VARIABLE] == "complete_bash":
             kept = _rejoin_words()
         with redirect_stdout(offered), redirect_stderr(io.StringIO()):
             answer()
     except SystemExit as exit_:
-        status = exit_.code if isinstance(exit_.code, int) else 0
+        status = exit_.code if isinstance(exit_.code, int) else DONE
     except Exception:  # errors must not appear at the prompt
-        return 1
+        return FAILED
     for line in offered.getvalue().splitlines():
         sys.stdout.write(f"{line.removeprefix(kept)}\n")
     return status

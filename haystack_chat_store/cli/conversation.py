@@ -85,7 +85,7 @@ def _damage(message: ExaminedMessage) -> list[Text]:
 
 
 def _parts(message: ExaminedMessage) -> Iterator[Part]:
-    return shown_parts([] if message.message is None else message.message._content)
+    return iter(()) if message.message is None else shown_parts(message.message)
 
 
 def _text(part: Part) -> Text:
@@ -96,6 +96,8 @@ def _text(part: Part) -> Text:
         return Text.assemble(("← ", "dim"), (part.name, "bold"), " ", failed, part.text)
     if part.kind in ("image", "file"):
         return Text(f"[{'image, ' if part.kind == 'image' else ''}{part.name}]", "blue")
+    if part.kind == "refusal":
+        return Text.assemble(("Refused: ", "bold red"), part.text)
     return Text(part.text, "dim italic" if part.kind == "reasoning" else "")
 
 

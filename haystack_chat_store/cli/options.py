@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from haystack_chat_store.cli.completion import is_plain
+from haystack_chat_store.errors import DamagedFileError
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.urls import store_from_url
 
@@ -168,10 +169,12 @@ def readable_file(file: Path) -> Iterator[Path]:
     """
     Return the named file or, for a stream such as the standard input, a temporary copy. Imports read a file twice.
 
+    Errors name the stream, not the copy.
+
     :raises typer.BadParameter: If the file does not exist, or is compressed.
     """
     if file.is_file():
-        _refuse_compressed(file)
+        _refuse_compressed(file, str(file))
         yield file
         return
     is_standard_input = str(file) == _STANDARD_INPUT
@@ -179,6 +182,7 @@ def readable_file(file: Path) -> Iterator[Path]:
         raise typer.BadParameter("Give a file, or redirect one to the standard input.")
     if not is_standard_input and (file.is_dir() or not file.exists()):
         raise typer.BadParameter(f"{file} is a folder." if file.is_dir() else f"There is no file {file}.")
+    name = "The standard input" if is_standard_input else str(file)
     with TemporaryDirectory(prefix="haystack-chat-store-") as folder:
         copy = Path(folder, "stdin")
         with copy.open("wb") as target:
@@ -187,13 +191,16 @@ def readable_file(file: Path) -> Iterator[Path]:
             else:
                 with file.open("rb") as source:
                     shutil.copyfileobj(source, target)
-        _refuse_compressed(copy)
-        yield copy
+        _refuse_compressed(copy, name)
+        try:
+            yield copy
+        except DamagedFileError as error:
+            raise DamagedFileError(str(error).replace(str(copy), name)) from error.__cause__
 
 
-def _refuse_compressed(file: Path) -> None:
+def _refuse_compressed(file: Path, name: str) -> None:
     with file.open("rb") as stream:
         if stream.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC:
             raise typer.BadParameter(
-                f"{file} is compressed. Uncompress it first: gunzip -c FILE | haystack-chat-store import -"
+                f"{name} is compressed. Uncompress it first: gunzip -c FILE | haystack-chat-store import -"
             )

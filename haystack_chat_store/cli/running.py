@@ -1,14 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Runs a command, and reports errors as a line of text and an exit status.
-
-| status | means |
-|---|---|
-| 0 | done |
-| 1 | it failed, or the doctor found faults that are not repaired |
-| 2 | wrong use |
-| 130 | interrupted with Ctrl-C |
-"""
+"""Runs a command, and reports errors as a line of text and an exit status."""
 
 import io
 import os
@@ -17,15 +8,13 @@ from collections.abc import Sequence
 
 import typer
 
-from haystack_chat_store.cli import COMPLETION_VARIABLE, INTERRUPTED
 from haystack_chat_store.cli.app import app
 from haystack_chat_store.cli.completion import complete
+from haystack_chat_store.cli.process import COMPLETION_VARIABLE, DONE, FAILED, INTERRUPTED, WRONG_USE
 from haystack_chat_store.cli.terminal import error
 from haystack_chat_store.errors import ChatMessageStoreError
 
 _NAME = "haystack-chat-store"
-
-DONE, FAILED, WRONG_USE = 0, 1, 2
 
 # If this variable is set, unexpected errors show a traceback.
 _DEBUG_VARIABLE = "HAYSTACK_CHAT_STORE_DEBUG"

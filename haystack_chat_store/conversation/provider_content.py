@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from haystack.dataclasses import ChatMessage, ReasoningContent, TextContent, ToolCall
+from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall
 
 from haystack_chat_store.conversation.copies import changed
 from haystack_chat_store.ids import message_id_of
@@ -26,8 +26,8 @@ from haystack_chat_store.ids import message_id_of
 _RAW_BLOCKS = "raw_content_for_server_tools"
 # Gemini: a list with an entry for each signed part of the reply. Parts without an entry are not sent.
 _SIGNATURES = "thought_signatures"
-# OpenAI: the text with which the model refused to answer.
-_REFUSAL = "refusal"
+#: OpenAI: the text with which the model refused to answer.
+REFUSAL_KEY = "refusal"
 # OpenAI's Responses API: the id of a call, in its `extra`. There, `ToolCall.id` is the id of the item.
 _CALL_ID = "call_id"
 
@@ -114,7 +114,12 @@ def _open_ends(reply: ChatMessage) -> tuple[set[Any], set[Any]]:
 
 def refusal_of(message: ChatMessage) -> str:
     """Return the text with which the model refused to answer. It is empty if the model did not refuse."""
-    refusal = message.meta.get(_REFUSAL)
+    return refusal_in(message.role.value, message.meta)
+
+
+def refusal_in(role: Any, meta: Any) -> str:
+    """Do what `refusal_of` does, for the stored role and meta of a message."""
+    refusal = meta.get(REFUSAL_KEY) if role == ChatRole.ASSISTANT.value and isinstance(meta, dict) else None
     return refusal if isinstance(refusal, str) else ""
 
 
@@ -255,7 +260,7 @@ def _unchanged(value: Any, _: Sequence[str | None]) -> Any:
 _META_KEYS: dict[str, _MetaKey] = {
     _RAW_BLOCKS: _MetaKey(_current_raw_blocks, _raw_blocks_with_ids),
     _SIGNATURES: _MetaKey(_current_signatures, _unchanged),
-    _REFUSAL: _MetaKey(_current_refusal, _unchanged),
+    REFUSAL_KEY: _MetaKey(_current_refusal, _unchanged),
 }
 
 #: All keys of a message's meta that this module knows.

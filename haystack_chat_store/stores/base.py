@@ -15,7 +15,7 @@ from haystack_chat_store.codec import decode_messages, encode_message
 from haystack_chat_store.conversation import rounds
 from haystack_chat_store.conversation.rounds import LastKUnit, Window
 from haystack_chat_store.ids import MESSAGE_ID_KEY, new_message_id
-from haystack_chat_store.stores.conflicts import duplicate
+from haystack_chat_store.stores.conflicts import duplicate_in_batch
 from haystack_chat_store.stores.directory import DirectoryMethods
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.reading import ReadingMethods
@@ -432,7 +432,7 @@ def _encoded(write: _Write) -> list[EncodedMessage]:
         content = encode_message(message, message_id, name, strict=write.strict)
         if message_id in encoded:
             if write.policy is DuplicatePolicy.FAIL:
-                raise duplicate(message_id)
+                raise duplicate_in_batch(name, message_id)
             if write.policy is DuplicatePolicy.SKIP:
                 continue
         encoded[message_id] = EncodedMessage(

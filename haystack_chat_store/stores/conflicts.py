@@ -113,6 +113,11 @@ def duplicate(message_id: str) -> DuplicateMessageError:
     return DuplicateMessageError(f"The history already has a message with the id {message_id!r}. Nothing was written.")
 
 
+def duplicate_in_batch(name: str, message_id: str) -> DuplicateMessageError:
+    """Return the error of a write with the policy FAIL whose batch has an id twice."""
+    return DuplicateMessageError(f"{name} has the id {message_id!r} of a message before it. Nothing was written.")
+
+
 def message_not_found(message_id: str) -> MessageNotFoundError:
     """Return the error of a call with the id of a message that the history does not have."""
     return MessageNotFoundError(f"The history has no message with the id {message_id!r}. Nothing was changed.")

@@ -4,11 +4,13 @@
 import base64
 import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
 from haystack_chat_store import validation
+from haystack_chat_store.errors import ChatMessageStoreError
 from haystack_chat_store.stores.conflicts import history_not_found
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged
@@ -215,7 +217,8 @@ class DirectoryMethods:
         while erased := self.engine.run(erase, self.scope, prefix, updated_before, _ERASE_BATCH_SIZE):
             count += erased
         if vacuum:
-            self.engine.run(self.engine.vacuum, self.scope)
+            with deletions_stated():
+                self.engine.run(self.engine.vacuum, self.scope)
         return count
 
     async def _erase_async(self, prefix: str, updated_before: int | None, vacuum: bool) -> int:
@@ -224,8 +227,20 @@ class DirectoryMethods:
         while erased := await self.engine.run_async(erase, self.scope, prefix, updated_before, _ERASE_BATCH_SIZE):
             count += erased
         if vacuum:
-            await self.engine.run_async(self.engine.vacuum, self.scope)
+            with deletions_stated():
+                await self.engine.run_async(self.engine.vacuum, self.scope)
         return count
+
+
+@contextmanager
+def deletions_stated() -> Iterator[None]:
+    """Make the errors of a vacuum say that the deletions before it are done."""
+    try:
+        yield
+    except ChatMessageStoreError as error:
+        stated = type(error)(f"The histories were deleted, but their bytes may still be in the engine's files. {error}")
+        vars(stated).update(vars(error))
+        raise stated from error.__cause__
 
 
 def _checked_listing(prefix: str, limit: int, cursor: str | None) -> tuple[str, int, tuple[int, str] | None]:

@@ -228,7 +228,7 @@ class Engine(ABC, Generic[SessionT]):
         :raises ChatHistoryChangedError: If the history has another revision, unless it has none of `message_ids`.
         :raises MessageNotFoundError: If the history does not have `from_message_id`.
         """
-        raise self.unsupported("deleting single messages")
+        raise self.unsupported("deleting single messages", "delete_messages")
 
     def replace(
         self,
@@ -253,7 +253,7 @@ class Engine(ABC, Generic[SessionT]):
         :raises MessageNotFoundError: If the history does not have `from_message_id`, unless an earlier attempt was
             successful.
         """
-        raise self.unsupported("replacing messages")
+        raise self.unsupported("replacing messages", "replace")
 
     def copy(
         self, session: SessionT, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
@@ -270,7 +270,7 @@ class Engine(ABC, Generic[SessionT]):
         :raises MessageNotFoundError: If the source does not have `until_message_id`.
         :raises ChatHistoryExistsError: If the target has messages.
         """
-        raise self.unsupported("copying histories")
+        raise self.unsupported("copying histories", "copy")
 
     def import_history(
         self,
@@ -293,7 +293,7 @@ class Engine(ABC, Generic[SessionT]):
         :returns: The number of messages imported.
         :raises ChatHistoryChangedError: If the history has another revision.
         """
-        raise self.unsupported("importing")
+        raise self.unsupported("importing", "import_history")
 
     def import_histories(
         self, session: SessionT, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
@@ -306,7 +306,7 @@ class Engine(ABC, Generic[SessionT]):
         :raises ChatHistoryChangedError: If one of the histories exists, even without messages. Nothing was imported,
             unless another writer created the history during the import.
         """
-        raise self.unsupported("importing")
+        raise self.unsupported("importing", "import_histories")
 
     # ------------------------------------------------------------------ the directory
 
@@ -314,7 +314,7 @@ class Engine(ABC, Generic[SessionT]):
     @is_brief
     def history(self, session: SessionT, scope: Scope, chat_history_id: str) -> Operation[HistoryRow | None]:
         """Return one history, or `None` if it does not exist."""
-        raise self.unsupported("the directory of histories")
+        raise self.unsupported("the directory of histories", "history")
 
     @reads_only
     def histories(
@@ -329,7 +329,7 @@ class Engine(ABC, Generic[SessionT]):
         :param before: `updated_at` and id of a history, or `None`. Only histories after it in this order are returned.
         :param limit: The largest number of histories.
         """
-        raise self.unsupported("the directory of histories")
+        raise self.unsupported("the directory of histories", "histories")
 
     @reads_only
     def histories_by_id(
@@ -340,7 +340,7 @@ class Engine(ABC, Generic[SessionT]):
 
         Ids are compared by code points.
         """
-        raise self.unsupported("the directory of histories")
+        raise self.unsupported("the directory of histories", "histories_by_id")
 
     def update_history(
         self,
@@ -356,12 +356,12 @@ class Engine(ABC, Generic[SessionT]):
         :param title: The new title, `None` to remove it, or UNCHANGED.
         :param meta: The new meta as JSON text, `None` to remove it, or UNCHANGED.
         """
-        raise self.unsupported("titles and meta")
+        raise self.unsupported("titles and meta", "update_history")
 
     @reads_only
     def statistics(self, session: SessionT, scope: Scope, prefix: str) -> Operation[StoreStatistics]:
         """Return the statistics of the histories whose ids begin with `prefix`."""
-        raise self.unsupported("statistics")
+        raise self.unsupported("statistics", "statistics")
 
     def erase_some(
         self, session: SessionT, scope: Scope, prefix: str, updated_before: int | None, limit: int
@@ -372,11 +372,11 @@ class Engine(ABC, Generic[SessionT]):
         :param updated_before: Only histories whose messages last changed before this time, in microseconds since 1970,
             UTC. `None` for all.
         """
-        raise self.unsupported("erasing by prefix or age")
+        raise self.unsupported("erasing by prefix or age", "erase_some")
 
     def vacuum(self, session: SessionT, scope: Scope) -> Operation[None]:
         """Remove the bytes of deleted messages from the engine's files."""
-        raise self.unsupported("vacuuming")
+        raise self.unsupported("vacuuming", "vacuum")
 
     # ------------------------------------------------------------------ pages and search
 
@@ -391,13 +391,13 @@ class Engine(ABC, Generic[SessionT]):
         :param before: A position, or `None`. The page ends just before it.
         :param after: A position, or `None`. The page begins just after it. At most one of the two is given.
         """
-        raise self.unsupported("pages of messages")
+        raise self.unsupported("pages of messages", "page")
 
     @reads_only
     @is_brief
     def position(self, session: SessionT, scope: Scope, chat_history_id: str, message_id: str) -> Operation[int | None]:
         """Return the position of a message, or `None` if the history does not have it. This is a look into an index."""
-        raise self.unsupported("finding a message by its id")
+        raise self.unsupported("finding a message by its id", "position")
 
     @reads_only
     def search(
@@ -412,11 +412,14 @@ class Engine(ABC, Generic[SessionT]):
         """
         Return the messages that have all phrases, the best first, or `None` if some messages are not indexed yet.
 
+        How good a match is, is for the engine to say. At least, of two messages with the same word, the one in which
+        the word is a larger part of the text has the greater score.
+
         :param chat_history_id: Only messages of this history, or `None` for all.
         :param prefix: Only messages of histories whose ids begin with this text.
         :param limit: The largest number of messages.
         """
-        raise self.unsupported("search")
+        raise self.unsupported("search", "search")
 
     def index_some(self, session: SessionT, scope: Scope, limit: int) -> Operation[bool]:
         """
@@ -424,7 +427,7 @@ class Engine(ABC, Generic[SessionT]):
 
         An engine that searches without an index returns False.
         """
-        raise self.unsupported("a search index")
+        raise self.unsupported("a search index", "index_some")
 
     # ------------------------------------------------------------------ checking and repairing
 
@@ -435,7 +438,7 @@ class Engine(ABC, Generic[SessionT]):
 
         The caller checks the contents of messages.
         """
-        raise self.unsupported("checking")
+        raise self.unsupported("checking", "check")
 
     def repair(self, session: SessionT, scope: Scope) -> Operation[list[Fault]]:
         """
@@ -443,7 +446,7 @@ class Engine(ABC, Generic[SessionT]):
 
         :returns: All faults, each with whether it was repaired.
         """
-        raise self.unsupported("repairing")
+        raise self.unsupported("repairing", "repair")
 
     @reads_only
     def backup(self, session: SessionT, scope: Scope, path: str) -> Operation[None]:
@@ -460,8 +463,15 @@ class Engine(ABC, Generic[SessionT]):
         self, session: SessionT, scope: Scope, chat_history_id: str, positions: Sequence[int]
     ) -> Operation[None]:
         """Delete messages by their positions, even if their contents are damaged."""
-        raise self.unsupported("repairing")
+        raise self.unsupported("repairing", "remove")
 
-    def unsupported(self, what: str) -> UnsupportedOperationError:
-        """Return the error of an operation that this engine does not have."""
-        return UnsupportedOperationError(f"{type(self).__name__} does not support {what}.")
+    def unsupported(self, what: str, operation: str) -> UnsupportedOperationError:
+        """
+        Return the error of an operation that this engine does not have.
+
+        :param what: What a user cannot do, in words.
+        :param operation: The name of the operation.
+        """
+        return UnsupportedOperationError(
+            f"{type(self).__name__} does not support {what}: it has no operation {operation!r}.", operation
+        )

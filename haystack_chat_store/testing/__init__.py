@@ -19,7 +19,8 @@ class TestMyStore(ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
 A test may call `make_store` several times. All its stores use one database, which is empty when the test begins. For a
 store whose histories do not outlive the process, set the class attribute `durable = False`. Override the fixture
 `make_unreachable_store`, too, to check how the store reports an engine that does not answer. `ContractTest` and
-`ConcurrencyTest` describe the other attributes. Each rule of the contract (see
+`ConcurrencyTest` describe the other attributes: `lacks` names the optional operations that an engine does not have, so
+that the tests that come to them are skipped. Each rule of the contract (see
 `haystack_chat_store.types.ChatMessageStore`) is also a separate test class, so a store can be built rule by rule.
 `ManagementContract` has the rules beyond the published protocol (17 to 24, and 27): the directory, pages, search and so
 on. Override the fixture `database_state`, too, to check that calls that read change nothing.

@@ -224,6 +224,13 @@ def _cases(values: dict[str, Any], *names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(names if len(names) > 1 else names[0], list(values.values()), ids=list(values))
 
 
+def _assert_refused(store: ClosableStore, calls: Calls, message: ChatMessage, path: str) -> None:
+    """Check that a batch with a message is refused whole, and that the error names the path of the value."""
+    with pytest.raises(MessageEncodingError, match=path):
+        calls.write(store, "chat", [user(), user(), message, user()])
+    assert calls.count(store, "chat") == 0
+
+
 class Rule11LosslessTest(ContractTest):
     """Rule 11: every written value comes back equal or in a documented form, or is refused. Nothing is dropped."""
 
@@ -316,9 +323,7 @@ class Rule11LosslessTest(ContractTest):
         make_message: Callable[[Any], ChatMessage],
         path: str,
     ) -> None:
-        with pytest.raises(MessageEncodingError, match=path):
-            calls.write(store, "chat", [user(), user(), make_message(make_value()), user()])
-        assert calls.count(store, "chat") == 0
+        _assert_refused(store, calls, make_message(make_value()), path)
 
     @_cases(_SAID_PLACES, "make_message", "path")
     @_cases(WITHOUT_FORM, "make_value")
@@ -330,9 +335,7 @@ class Rule11LosslessTest(ContractTest):
         make_message: Callable[[Any], ChatMessage],
         path: str,
     ) -> None:
-        with pytest.raises(MessageEncodingError, match=path):
-            calls.write(store, "chat", [user(), user(), make_message(make_value()), user()])
-        assert calls.count(store, "chat") == 0
+        _assert_refused(store, calls, make_message(make_value()), path)
 
     @_cases(_FREE_PLACES, "make_message", "path")
     @_cases(WITHOUT_FORM, "make_value")
@@ -364,9 +367,7 @@ class Rule11LosslessTest(ContractTest):
         path: str,
     ) -> None:
         store = new_store(strict=True)
-        with pytest.raises(MessageEncodingError, match=path):
-            calls.write(store, "chat", [user(), user(), make_message(make_value()), user()])
-        assert calls.count(store, "chat") == 0
+        _assert_refused(store, calls, make_message(make_value()), path)
 
     def test_content_that_is_no_part_of_a_message_is_refused(self, store: ClosableStore, calls: Calls) -> None:
         odd = dataclasses.replace(user(), _content=[TextContent("Hello"), "Hello"])  # type: ignore[list-item]  # on purpose

@@ -97,7 +97,7 @@ class Rule23MovingTest(ContractTest):
             written += 1
             name = f"chat {written}"
             calls.write(elsewhere, name, batch)
-            transfer.copy_histories(elsewhere, store, chat_history_ids=[name])  # type: ignore[arg-type]
+            transfer.copy_histories(elsewhere, store, chat_history_ids=[name])  # type: ignore[arg-type]  # a protocol
             assert exactly(calls.retrieve(store, name, last_k=99)) == exactly(
                 calls.retrieve(elsewhere, name, last_k=99)
             )

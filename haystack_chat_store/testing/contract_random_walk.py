@@ -75,6 +75,8 @@ class RandomWalkTest(ContractTest):
     def test_random_walk_does_what_it_does_to_lists(
         self, new_store: StoreFactory, request: pytest.FixtureRequest
     ) -> None:
+        if self.lacks:
+            pytest.skip("The walk needs all operations.")
         options = {"search": True} if self.searches else {}
         stores = [new_store(last_k=None, **options), new_store(last_k=None, skip_system_messages=False, **options)]
         ways = [Calls(is_async=False), Calls(is_async=True)]

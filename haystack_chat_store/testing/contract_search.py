@@ -182,6 +182,13 @@ class Rule21SearchTest(ContractTest):
         assert isinstance(hit.score, float)
 
     @only_where("searches")
+    def test_refusals_are_searched(self, searching: ClosableStore, calls: Calls) -> None:
+        refusal = ChatMessage.from_assistant(meta={"refusal": "I cannot help with burglary."})
+        calls.write(searching, "chat", [user(refusal="no refusal of burglary"), refusal])
+        (hit,) = search(calls, searching, "help burglary")
+        assert (hit.position, hit.snippet) == (1, "I cannot help with burglary.")
+
+    @only_where("searches")
     def test_results_of_tools_are_searched(self, searching: ClosableStore, calls: Calls) -> None:
         call = ToolCall("weather", {"city": "Zürich"}, id="1")
         calls.write(

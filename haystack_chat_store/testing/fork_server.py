@@ -171,7 +171,7 @@ class _ForkedProcess(subprocess.Popen[Any]):
             self.pid, self._lease = self._server.fork(self._request, descriptors)
             self._child_created = True
         finally:
-            self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+            self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]  # private
 
     def _internal_poll(self, *_: Any, **__: Any) -> int | None:
         return self._status(0)
@@ -414,7 +414,7 @@ def _run(arguments: Sequence[str]) -> None:
     if kind == "-m":
         sys.argv = [kind, *arguments[2:]]
         sys.path.insert(0, os.getcwd())
-        runpy._run_module_as_main(arguments[1])  # type: ignore[attr-defined]
+        runpy._run_module_as_main(arguments[1])  # type: ignore[attr-defined]  # private
         return
     if kind == "-c":
         sys.argv = [kind, *arguments[2:]]

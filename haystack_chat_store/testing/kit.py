@@ -7,8 +7,10 @@ of messages.
 """
 
 import asyncio
+import functools
 import threading
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +18,7 @@ import pytest
 from haystack.dataclasses import ChatMessage
 from hypothesis import settings
 
+from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.types import AsyncChatMessageStore
 
@@ -133,6 +136,21 @@ def number_of_examples(usual: int) -> int:
     return max(1, usual * settings().max_examples // 100)
 
 
+def _skipped_without(lacks: AbstractSet[str], test: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a test that is skipped when it comes to an operation that the engine does not have."""
+
+    @functools.wraps(test)
+    def skipping(*arguments: Any, **fixtures: Any) -> Any:
+        try:
+            return test(*arguments, **fixtures)
+        except UnsupportedOperationError as error:
+            if error.operation not in lacks:
+                raise
+            pytest.skip(f"The engine lacks the operation {error.operation!r}.")
+
+    return skipping
+
+
 class ContractTest:
     """
     The base of all tests of the contract. It has the attributes that a store's author sets, and the fixtures.
@@ -158,6 +176,10 @@ class ContractTest:
     #: Whether `write_messages` accepts `policy` and `expected_revision`, which are not part of the published protocol.
     takes_policy = True
 
+    #: The names of the optional operations that the engine does not have, such as `{"search", "index_some"}`. A test
+    #: that comes to one of them is skipped. `ManagementContract` fails if the engine has one of them.
+    lacks: AbstractSet[str] = frozenset()
+
     #: Override it with a fixture like `make_store` whose stores use an engine that does not answer: a server that does
     #: not exist, or a file in a folder that does not exist. Tests that need it exist only where it is overridden.
     make_unreachable_store: Any = None
@@ -171,6 +193,8 @@ class ContractTest:
             stated = getattr(definitions[0], "only_where", None) if definitions else None
             if stated is not None:
                 setattr(cls, name, definitions[0] if getattr(cls, stated) else None)
+            if cls.lacks and name.startswith("test_") and callable(test := getattr(cls, name)):
+                setattr(cls, name, _skipped_without(cls.lacks, test))
 
     @pytest.fixture
     def make_store(self) -> StoreFactory:

@@ -14,7 +14,6 @@ Export, import and copy chat histories, from any engine to any engine.
 
 import asyncio
 import os
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import BinaryIO, Literal, TypeAlias, TypeVar, get_args
@@ -111,11 +110,7 @@ def export_histories(
     :raises ChatMessageStoreError: If the engine fails.
     :raises OSError: If the file cannot be written.
     """
-    _checked_format(format, EXPORT_FORMATS)
-    with atomic_file(file) as stream:
-        return export_to(
-            store, stream, format=format, chat_history_ids=chat_history_ids, prefix=prefix, progress=progress
-        )
+    return _export(store, file, format, chat_history_ids, prefix, _Work(progress))
 
 
 def export_to(
@@ -132,11 +127,7 @@ def export_to(
 
     :param stream: A binary stream. This function does not flush or close it.
     """
-    write = _WRITERS[_checked_format(format, EXPORT_FORMATS)]
-    faults: Faults = {}
-    histories = _exported(store, chat_history_ids, prefix, progress, faults)
-    written = write(histories, stream)
-    return replace(written, faults=(*faults, *written.faults))
+    return _export_to(store, stream, format, chat_history_ids, prefix, _Work(progress))
 
 
 def import_histories(
@@ -175,19 +166,7 @@ def import_histories(
     :raises ChatMessageStoreError: If the engine fails. Each history was imported whole or not at all.
     :raises OSError: If the file cannot be read.
     """
-    _checked_format(format, IMPORT_FORMATS)
-    faults: Faults = {}
-    if format == "jsonl":
-        with open(file, "rb") as stream:
-            name = os.fspath(file)
-            total = jsonl.verify(stream, name, progress or _no_progress)
-            try:
-                return import_into(_checked_store(store), _reporting(jsonl.read(stream, name), progress, total), faults)
-            except DamagedFileError as error:
-                raise DamagedFileError(f"{error} The file was changed while it was imported.") from None
-    with importers.open_database(format, file) as source:
-        histories = _reporting(source.histories(faults), progress, source.message_count())
-        return import_into(_checked_store(store), histories, faults)
+    return _import(store, file, format, _Work(progress))
 
 
 def copy_histories(
@@ -219,8 +198,7 @@ def copy_histories(
     :raises UnsupportedOperationError: If the source has no directory of histories, or the target cannot import.
     :raises ChatMessageStoreError: If an engine fails. Each history was copied whole or not at all.
     """
-    faults: Faults = {}
-    return import_into(_checked_store(target), _exported(source, chat_history_ids, prefix, progress, faults), faults)
+    return _copy(source, target, chat_history_ids, prefix, _Work(progress))
 
 
 async def export_histories_async(
@@ -235,14 +213,10 @@ async def export_histories_async(
     """
     Do what `export_histories` does, without blocking the event loop.
 
-    A thread does the work and calls `progress`. If the call is cancelled, no file is written.
+    A thread does the work and calls `progress`. If the call is cancelled, no file is written, unless it was complete
+    already.
     """
-    return await _on_thread(
-        lambda step: export_histories(
-            store, file, format=format, chat_history_ids=chat_history_ids, prefix=prefix, progress=step
-        ),
-        progress,
-    )
+    return await _on_thread(lambda work: _export(store, file, format, chat_history_ids, prefix, work), progress)
 
 
 async def import_histories_async(
@@ -258,7 +232,7 @@ async def import_histories_async(
     A thread does the work and calls `progress`. If the call is cancelled, the import stops at the next batch, and the
     store has nothing of the unfinished history.
     """
-    return await _on_thread(lambda step: import_histories(store, file, format=format, progress=step), progress)
+    return await _on_thread(lambda work: _import(store, file, format, work), progress)
 
 
 async def copy_histories_async(
@@ -275,25 +249,96 @@ async def copy_histories_async(
     A thread does the work and calls `progress`. If the call is cancelled, the copy stops at the next batch, and the
     target has nothing of the unfinished history.
     """
-    return await _on_thread(
-        lambda step: copy_histories(source, target, chat_history_ids=chat_history_ids, prefix=prefix, progress=step),
-        progress,
-    )
+    return await _on_thread(lambda work: _copy(source, target, chat_history_ids, prefix, work), progress)
+
+
+class _CancelledError(Exception):
+    """Stops the work on the thread. It never leaves this module."""
+
+
+class _Work:
+    """Work under way: it reports progress, and stops when it is cancelled."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._is_cancelled = False
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether anything wants to know the progress. If not, nothing needs to be counted."""
+        return self._progress is not None
+
+    def cancel(self) -> None:
+        """Make the work stop when it next reports progress."""
+        self._is_cancelled = True
+
+    def go_on(self) -> None:
+        """Raise an error if the work is cancelled."""
+        if self._is_cancelled:
+            raise _CancelledError
+
+    def report(self, done: int, total: int | None) -> None:
+        self.go_on()
+        if self._progress is not None:
+            self._progress(done, total)
+
+
+def _export(
+    store: Store,
+    file: File,
+    format: str,  # noqa: A002
+    chat_history_ids: Iterable[str] | None,
+    prefix: str,
+    work: _Work,
+) -> TransferResult:
+    _checked_format(format, EXPORT_FORMATS)
+    with atomic_file(file, before_replacing=work.go_on) as stream:
+        return _export_to(store, stream, format, chat_history_ids, prefix, work)
+
+
+def _export_to(
+    store: Store,
+    stream: BinaryIO,
+    format: str,  # noqa: A002
+    chat_history_ids: Iterable[str] | None,
+    prefix: str,
+    work: _Work,
+) -> TransferResult:
+    write = _WRITERS[_checked_format(format, EXPORT_FORMATS)]
+    faults: Faults = {}
+    written = write(_exported(store, chat_history_ids, prefix, work, faults), stream)
+    return replace(written, faults=(*faults, *written.faults))
+
+
+def _import(store: Store, file: File, format: str, work: _Work) -> TransferResult:  # noqa: A002
+    _checked_format(format, IMPORT_FORMATS)
+    faults: Faults = {}
+    if format == "jsonl":
+        with open(file, "rb") as stream:
+            name = os.fspath(file)
+            total = jsonl.verify(stream, name, work.report)
+            try:
+                histories = with_progress(jsonl.read(stream, name), work.report, total)
+                return import_into(_checked_store(store), histories, faults)
+            except DamagedFileError as error:
+                raise DamagedFileError(f"{error} The file was changed while it was imported.") from None
+    with importers.open_database(format, file) as source:
+        rows = source.message_count() if work.has_progress else None
+        return import_into(_checked_store(store), with_progress(source.histories(faults), work.report, rows), faults)
+
+
+def _copy(
+    source: Store, target: Store, chat_history_ids: Iterable[str] | None, prefix: str, work: _Work
+) -> TransferResult:
+    faults: Faults = {}
+    return import_into(_checked_store(target), _exported(source, chat_history_ids, prefix, work, faults), faults)
 
 
 def _exported(
-    store: Store, chat_history_ids: Iterable[str] | None, prefix: str, progress: Progress | None, faults: Faults
+    store: Store, chat_history_ids: Iterable[str] | None, prefix: str, work: _Work, faults: Faults
 ) -> Histories:
     histories = StoredHistories(_checked_store(store), chat_history_ids, prefix, faults)
-    return _reporting(iter(histories), progress, None if progress is None else histories.message_count())
-
-
-def _reporting(histories: Histories, progress: Progress | None, total: int | None) -> Histories:
-    return histories if progress is None else with_progress(histories, progress, total)
-
-
-def _no_progress(_done: int, _total: int | None) -> None:
-    pass
+    return with_progress(iter(histories), work.report, histories.message_count() if work.has_progress else None)
 
 
 def _checked_format(format: str, formats: tuple[str, ...]) -> str:  # noqa: A002
@@ -308,29 +353,18 @@ def _checked_store(store: Store) -> Store:
     return store
 
 
-class _CancelledError(Exception):
-    """Stops the work on the thread. It never leaves this module."""
-
-
-async def _on_thread(work: Callable[[Progress], ResultT], progress: Progress | None) -> ResultT:
+async def _on_thread(function: Callable[[_Work], ResultT], progress: Progress | None) -> ResultT:
     """
     Run work on a thread.
 
     If the call is cancelled, the work stops when it next reports progress. The call returns after that.
     """
-    is_cancelled = threading.Event()
-
-    def step(done: int, total: int | None) -> None:
-        if is_cancelled.is_set():
-            raise _CancelledError
-        if progress is not None:
-            progress(done, total)
-
-    working = asyncio.ensure_future(asyncio.to_thread(work, step))
+    work = _Work(progress)
+    working = asyncio.ensure_future(asyncio.to_thread(function, work))
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
-        is_cancelled.set()
+        work.cancel()
         await asyncio.wait([working])
         working.exception()  # marks the exception as retrieved, so that asyncio does not log it
         raise

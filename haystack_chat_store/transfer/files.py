@@ -3,7 +3,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
@@ -13,13 +13,17 @@ _COMPANION_ENDINGS = ("-wal", "-shm", "-journal")
 
 
 @contextmanager
-def atomic_file(path: "str | os.PathLike[str]") -> Iterator[BinaryIO]:
+def atomic_file(
+    path: "str | os.PathLike[str]", before_replacing: Callable[[], None] = lambda: None
+) -> Iterator[BinaryIO]:
     """
     Open a file for writing, and move it to its path only when it is complete and on the disk.
 
     Until then, and if anything is raised, the old file stays. Only the owner of the new file may read it.
 
     :param path: The path to write to. If it exists, it must be a file. If it is a link, its target is replaced.
+    :param before_replacing: Called when the new file is complete. If it raises an error, the old file stays. Defaults
+        to nothing.
     :raises ValueError: If the path is not a file, or is a database, which may be that of the store itself.
     :raises OSError: If the file cannot be written.
     """
@@ -31,6 +35,7 @@ def atomic_file(path: "str | os.PathLike[str]") -> Iterator[BinaryIO]:
         with open(descriptor, "wb") as file:
             yield file
             _sync(file)
+        before_replacing()
         with _errors_name(path):
             os.replace(temporary, target)
     except BaseException:

@@ -69,5 +69,7 @@ def _element(part: Part) -> str:
         return f"<p>{text}</p>\n"
     if part.kind == "reasoning":
         return f"<details><summary>{label}</summary><p>{text}</p></details>\n"
+    if part.kind == "refusal":
+        return f"<figure><figcaption>{label}</figcaption><p>{text}</p></figure>\n"
     body = f"<pre>\n{text}</pre>" if text else ""  # HTML ignores a line feed right after <pre>
     return f"<figure><figcaption>{label}</figcaption>{body}</figure>\n"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads chat histories from a store, and imports them into a store."""
 
+import hashlib
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.conflicts import history_not_found
 from haystack_chat_store.stores.reading import FIRST_PAGE, PAGE_CHARACTERS, PAGE_ROWS
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
+from haystack_chat_store.stores.times import microseconds_now
 from haystack_chat_store.transfer.histories import (
     Faults,
     Histories,
@@ -142,10 +144,17 @@ class StoredHistories:
                 return left
         return 0
 
-    def _count(self) -> tuple[int, Any]:
-        """Return the number of histories, and the history that changed last, which shows whether the store changed."""
-        count = self._store.engine.run(self._store.engine.statistics, self._store.scope, "").chat_histories
-        return count, self._store.engine.run(self._store.engine.histories, self._store.scope, "", None, 1)
+    def _count(self) -> tuple[int, list[HistoryRow], list[HistoryRow]]:
+        """
+        Return the number of histories, and those that changed last, which show whether the store changed.
+
+        One of them is the last whose time of change is past: times in the future do not change.
+        """
+        engine, scope = self._store.engine, self._store.scope
+        count = engine.run(engine.statistics, scope, "").chat_histories
+        last = engine.run(engine.histories, scope, "", None, 1)
+        last_in_past = engine.run(engine.histories, scope, "", (microseconds_now(), ""), 1)
+        return count, last, last_in_past
 
 
 class _StoredRows:
@@ -158,20 +167,24 @@ class _StoredRows:
 
     def __init__(self, store: BaseChatMessageStore, history: HistoryRow, faults: Faults) -> None:
         self._store, self._id, self._faults = store, history.chat_history_id, faults
-        self._updated_at: int | None = history.updated_at
+        self._history: HistoryRow | None = history
+        self._digest: bytes | None = None
 
     def __iter__(self) -> Iterator[Sequence[MessageRow]]:
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             with SpooledTemporaryFile(PAGE_CHARACTERS) as file:  # moves to the disk when it grows large
                 count = rows = 0
+                digest = hashlib.sha256() if _is_ahead(self._history) else None
                 try:
                     for page in walk_readable_pages(self._store, self._id):
                         pickle.dump(page, file)
+                        if digest is not None:
+                            digest.update(repr(page).encode())
                         count, rows = count + 1, rows + len(page)
                 except MessageDecodingError:
                     self._report("Its messages cannot be read, and were left out.")
                     return
-                is_changed = rows >= FIRST_PAGE and self._is_changed()
+                is_changed = rows >= FIRST_PAGE and self._is_changed(None if digest is None else digest.digest())
                 if is_changed and attempt == _MAX_ATTEMPTS:
                     self._report("It changed all the time, so its messages may not be those of one moment.")
                 if not is_changed or attempt == _MAX_ATTEMPTS:
@@ -181,11 +194,16 @@ class _StoredRows:
                             yield self._sound_rows(pickle.load(file), ids)  # noqa: S301  (this process wrote it)
                     return
 
-    def _is_changed(self) -> bool:
-        before = self._updated_at
-        history = self._store.engine.run(self._store.engine.history, self._store.scope, self._id)
-        self._updated_at = None if history is None else history.updated_at
-        return self._updated_at != before
+    def _is_changed(self, digest: bytes | None) -> bool:
+        """
+        Whether the history changed since the last call.
+
+        :param digest: The digest of the messages that were read since then, if the time of change does not tell.
+        """
+        before = (_state(self._history), self._digest)
+        self._history = self._store.engine.run(self._store.engine.history, self._store.scope, self._id)
+        self._digest = digest
+        return (_state(self._history), digest) != before
 
     def _sound_rows(self, page: Sequence[MessageRow], ids: SeenIds) -> Sequence[MessageRow]:
         sound = []
@@ -200,6 +218,19 @@ class _StoredRows:
 
     def _report(self, description: str, position: int | None = None) -> None:
         self._faults[Fault(chat_history_id=self._id, position=position, description=description)] = None
+
+
+def _is_ahead(history: HistoryRow | None) -> bool:
+    """
+    Whether the time of the last change lies in the future, for example after an import.
+
+    That time never goes back, so it does not show changes until it is past.
+    """
+    return history is not None and (not is_time(history.updated_at) or history.updated_at > microseconds_now())
+
+
+def _state(history: HistoryRow | None) -> Any:
+    return None if history is None else (history.updated_at, history.message_count)
 
 
 def import_into(store: BaseChatMessageStore, histories: Histories, faults: Faults) -> TransferResult:

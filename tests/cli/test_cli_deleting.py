@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`delete` and `purge` delete what was named, after asking, and nothing else."""
 
+import sqlite3
+from contextlib import closing
+from functools import partial
+
 import pytest
 from filled_stores import age, filled, names
 
 from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store.cli.options import open_store
 from haystack_chat_store.testing.messages import conversation
 
 
@@ -50,6 +55,19 @@ def test_after_a_vacuum_the_file_has_nothing_left_of_what_was_deleted(url, path,
     assert run("delete", *arguments, "--yes", "--vacuum", "--store", url)[0] == 0
     for file in path.parent.iterdir():
         assert b"chrysanthemum" not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize("arguments", [("ada:2",), ("--prefix", "ada:2")])
+def test_a_vacuum_that_fails_says_that_the_deletions_are_done(url, path, run, monkeypatch, arguments):
+    store = filled(url)
+    monkeypatch.setattr("haystack_chat_store.cli.app.open_store", partial(open_store, timeout=0.2))
+    with closing(sqlite3.connect(path)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM haystack_chat_messages").fetchone()
+        status, out, err = run("delete", *arguments, "--yes", "--vacuum", "--store", url)
+    assert (status, out) == (1, "")
+    assert "The histories were deleted" in err
+    assert names(store) == {"ada:1", "bob:1"}
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,20 @@ def test_an_import_reads_the_standard_input(url, run, tmp_path):
 
 
 def test_a_damaged_standard_input_is_not_imported(url, tmp_path):
-    arguments = command("import", "-", "--store", url)
-    imported = run_python(arguments, input=b"no export", capture_output=True, check=False)
-    assert imported.returncode == 1
-    assert b"stdin is not an export of haystack-chat-store" in imported.stderr
+    for name, called in (("-", b"The standard input"), ("/dev/stdin", b"/dev/stdin")):
+        for format_, wrong in (
+            ("jsonl", b" is not an export of haystack-chat-store"),
+            ("langchain", b" cannot be read as an SQLite database"),
+        ):
+            arguments = command("import", name, "--format", format_, "--store", url)
+            imported = run_python(arguments, input=b"no export", capture_output=True, check=False)
+            assert imported.returncode == 1
+            assert imported.stderr.startswith(b"Error: " + called + wrong)
+            assert b"haystack-chat-store-" not in imported.stderr
+    compressed = run_python(
+        command("import", "-", "--store", url), input=gzip.compress(b"text"), capture_output=True, check=False
+    )
+    assert b"Error: The standard input is compressed" in compressed.stderr
 
 
 def test_of_a_compressed_file_it_is_said_how_to_import_it(url, run, tmp_path):

@@ -39,6 +39,13 @@ def test_show_says_what_each_part_of_a_message_is(url, run):
     assert "First, …" in out
 
 
+def test_show_and_search_print_a_refusal(url, run):
+    store = store_from_url(url, search=True)
+    store.write_messages("chat", [ChatMessage.from_assistant(meta={"refusal": "I cannot\nhelp\x1b."})])
+    assert run("show", "chat", "--store", url)[1].splitlines()[1:3] == ["    Refused: I cannot", "    help\\x1b."]
+    assert run("search", "cannot help", "--store", url)[1].startswith("chat\t0\tI cannot help")
+
+
 def test_show_as_json(url, run_json):
     store = filled(url)
     stored = store.list_messages("ada:1")

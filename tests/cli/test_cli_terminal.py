@@ -269,6 +269,10 @@ def test_it_says_how_to_go_on(url, store, shown):
     assert shown("show", "chat", "-n", "5", *at, beside=True) == "To go on: --before 15\n"
     assert shown("show", "chat", "-n", "5", "--after", "3", *at, beside=True) == "To go on: --after 8\n"
     assert shown("show", "chat", "-n", "5", "--before", "5", *at, beside=True) == ""
+    assert shown("show", "chat", "-n", "5", "--after", "14", *at, beside=True) == ""
+    first = store.list_messages("chat", limit=20)[0].message
+    store.delete_messages("chat", message_ids=[first.meta["chat_message_id"]])
+    assert shown("show", "chat", "-n", "19", *at, beside=True) == ""
     assert shown("ls", *at, beside=True) == ""
     store.write_messages("other", conversation("u"))
     assert shown("ls", "-n", "1", *at, beside=True) == "There are more: --limit or --all.\n"

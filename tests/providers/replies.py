@@ -10,11 +10,18 @@ import base64
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from haystack.dataclasses import ComponentInfo
+from haystack.utils import Secret
 
 _MARK = "sealed"
 #: How every seal begins.
 SEAL_START = base64.b64encode(b"sealed").decode()
+
+# What the generators are given that receive the replies.
+KEY = Secret.from_token("no key")
+INFO = ComponentInfo(type="generator", name="generator")
 
 
 class Seal(NamedTuple):
@@ -97,3 +104,7 @@ def pieces(text: str) -> Iterator[str]:
     """Cut a text as a stream does."""
     size = max(len(text) // 3, 6)
     return (text[at : at + size] for at in range(0, len(text), size))
+
+
+def ignore(chunk: Any) -> None:
+    """Take a piece of a streamed reply."""

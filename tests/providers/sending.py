@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from haystack.dataclasses import ChatMessage, ChatRole
-from receiving import mistral_generator, openai_generator, openrouter_generator, responses_generator
+from receiving_openai import mistral_generator, openai_generator, openrouter_generator
+from receiving_responses import responses_generator
 
 # ---------------------------------------------------------------------- requests
 

@@ -9,8 +9,10 @@ import pytest
 from redis_stores import KINDS, everything, key_of, keys_of, neighbours, on_every_engine, on_one_server, said, say
 from test_redis_copying import HISTORY, row
 
+from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import MessageDecodingError
 from haystack_chat_store.stores.redis import checking
+from haystack_chat_store.stores.redis.keys import bucket_of
 from haystack_chat_store.testing.messages import with_id
 
 WORDS = ["one", "two", "three", "four", "five"]
@@ -301,3 +303,38 @@ def test_a_long_history_is_rebuilt(store, client):
     ids = [each.message.meta["chat_message_id"] for each in store.iterate_messages("history")]
     assert ids == [str(number) for number in range(2500) if not 500 <= number < 2000]
     assert json.loads(client.lindex(key_of(store, client, "contents"), 0))["role"] == "user"
+
+
+@on_every_engine
+def test_infinite_times_in_the_directory_hide_no_history(store, client):
+    names = [*(f"early {number}" for number in range(3)), "chat", *(f"late {number}" for number in range(3))]
+    for name in names:
+        say(store, "Hi!", history=name)
+    keys = store.engine.keys(store.scope)
+    for name in names:
+        if name != "chat":
+            bucket = keys.of_bucket(bucket_of(name))
+            client.zadd(bucket.directory, {name: "inf" if name.startswith("late") else "-inf"})
+    seen, cursor = [], None
+    while cursor is not None or not seen:
+        page = store.list_chat_histories(limit=1, cursor=cursor)
+        seen += [history.chat_history_id for history in page.items]
+        cursor = page.cursor
+    assert seen == names[::-1]
+    assert {fault.chat_history_id for fault in check(store)} == set(names) - {"chat"}
+    assert all(fault.is_repaired for fault in check(store, repair=True))
+    assert check(store) == []
+    assert [history.chat_history_id for history in store.list_chat_histories().items] == names[::-1]
+
+
+@on_every_engine
+@pytest.mark.parametrize("time", ["9" * 400, "inf", "-inf", "noon"])
+def test_a_time_of_change_that_is_no_time_is_found_and_mended(store, client, time):
+    say(store, "Hi!")
+    keys = store.engine.keys(store.scope)
+    client.hset(keys.of_history("history").counters, "updated_at", time)
+    client.zadd(keys.of_bucket(bucket_of("history")).directory, {"history": "inf"})
+    assert [history.chat_history_id for history in store.list_chat_histories().items] == ["history"]
+    assert store.get_chat_history("history").message_count == 1
+    check(store, repair=True)
+    assert check(store) == []

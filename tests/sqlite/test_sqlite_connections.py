@@ -17,7 +17,7 @@ from haystack.dataclasses import ChatMessage
 from sqlite_stores import connections_of_stores, opened, rows, said, say
 
 from haystack_chat_store import SQLiteChatMessageStore
-from haystack_chat_store.errors import StoreTimeoutError
+from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.sqlite import connections, schema
 
 
@@ -70,6 +70,26 @@ def test_closing_one_of_several_stores_closes_the_file(new_store, path):
     assert open_files() == []
     assert os.listdir(os.path.dirname(path)) == ["chat_history.db"]
     assert said(stores[1]) == ["Hi!"] * 5
+
+
+def test_the_error_of_an_asynchronous_call_says_why_it_has_no_thread(new_store, monkeypatch):
+    store = new_store()
+    say(store, "Hi!")
+
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        for call in (
+            lambda: store.count_messages_async("history"),
+            lambda: store.write_messages_async("history", [ChatMessage.from_user("refused")]),
+        ):
+            with pytest.raises(StoreUnavailableError, match="can't start new thread") as caught:
+                asyncio.run(call())
+            assert "shutting down" not in str(caught.value)
+    assert asyncio.run(store.write_messages_async("history", [ChatMessage.from_user("written")])) == 1
+    assert said(store) == ["Hi!", "written"]
 
 
 def test_stores_with_other_settings_have_connections_of_their_own(new_store, path):

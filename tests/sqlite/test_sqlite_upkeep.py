@@ -7,6 +7,7 @@ import sqlite3
 import threading
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from datetime import datetime, timezone
 
 import pytest
 from haystack.dataclasses import ChatMessage
@@ -39,7 +40,7 @@ def store(request, new_store):
 @contextmanager
 def opened(path):
     """A connection that knows nothing of our stores."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as connection:
         yield connection
 
 
@@ -142,6 +143,55 @@ def test_vacuuming_that_a_reader_keeps_from_its_end_says_so(new_store, path):
         reader.execute("COMMIT")
         store.engine.run(store.engine.vacuum, store.scope)
     assert os.path.getsize(f"{path}-wal") == 0
+
+
+@pytest.mark.parametrize("calling", ["delete", "purge", "delete_async"])
+def test_a_vacuum_that_gets_no_lock_says_that_the_deletions_are_done(new_store, path, calling):
+    store = new_store(timeout=0.2)
+    store.write_messages("user_1/a", [user("before")])
+    (connection,) = connections_of_stores(path)
+    with opened(path) as other:
+
+        def lock_before_a_vacuum(statement):
+            if statement == "VACUUM":
+                other.execute("BEGIN IMMEDIATE")
+
+        connection.set_trace_callback(lock_before_a_vacuum)
+        with pytest.raises(StoreTimeoutError, match="locked") as caught:
+            if calling == "delete":
+                store.delete_chat_histories(prefix="user_1/", vacuum=True)
+            elif calling == "purge":
+                store.purge(older_than=datetime.now(timezone.utc), vacuum=True)
+            else:
+                asyncio.run(store.delete_chat_histories_async(prefix="user_1/", vacuum=True))
+        other.execute("ROLLBACK")
+    assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
+    assert str(caught.value).startswith("The histories were deleted")
+    assert "othing was changed" not in str(caught.value)
+    assert store.get_chat_history("user_1/a") is None
+
+
+def test_a_lock_in_the_middle_of_deletions_does_not_say_that_nothing_was_changed(new_store, path, monkeypatch):
+    monkeypatch.setattr("haystack_chat_store.stores.directory._ERASE_BATCH_SIZE", 1)
+    store = new_store(timeout=0.2)
+    for name in ("user_1/a", "user_1/b"):
+        store.write_messages(name, [user("before")])
+    (connection,) = connections_of_stores(path)
+    with opened(path) as other:
+        deletions = []
+
+        def lock_after_the_first_deletion(statement):
+            if statement == "COMMIT":
+                deletions.append(statement)
+            elif deletions and statement == "BEGIN IMMEDIATE":
+                other.execute("BEGIN IMMEDIATE")
+
+        connection.set_trace_callback(lock_after_the_first_deletion)
+        with pytest.raises(StoreTimeoutError) as caught:
+            store.delete_chat_histories(prefix="user_1/")
+        other.execute("ROLLBACK")
+    assert "othing was changed" not in str(caught.value)
+    assert len(store.list_chat_histories().items) == 1
 
 
 def test_the_file_becomes_smaller(store, path):
@@ -467,10 +517,16 @@ def test_messages_without_a_history_get_one(two_histories, new_store, path):
     (fault,) = [fault for fault in faults_of(two_histories) if "no history" in fault.description]
     assert "4 messages" in fault.description
     assert not fault.is_repaired
+    assert fault in faults_of(two_histories)
+    # A history of another file may have come to this namespace, and has the same name there.
+    new_store(namespace="recovered").write_messages("1", [user("kept")])
+    (fault,) = [fault for fault in faults_of(two_histories) if "no history" in fault.description]
+    assert "'1 (2)'" in fault.description
     assert all(fault.is_repaired for fault in faults_of(two_histories, repair=True))
     assert two_histories.get_chat_history("chat") is None
     recovered = new_store(namespace="recovered")
-    (info,) = recovered.list_chat_histories().items
+    info = recovered.get_chat_history("1 (2)")
+    assert texts(recovered.retrieve_messages("1")) == ["kept"]
     assert (info.message_count, info.round_count) == (4, 2)
     assert texts(recovered.retrieve_messages(info.chat_history_id)) == ["fox 0", "1", "fox 2", "3"]
     assert_sound(two_histories)

@@ -105,7 +105,7 @@ def test_sessions_of_the_openai_agents_sdk(store, tmp_path):
         message(TOOL, ToolCallResult("22 °C", call, False)),
         message(ASSISTANT, "It is 22 °C.", id="msg_1", status="completed"),
         message(USER, "What is this?", image("low"), file()),
-        message(ASSISTANT, "I cannot do that.", id="msg_2", status="completed", refusal=True),
+        message(ASSISTANT, id="msg_2", status="completed", refusal="I cannot do that."),
         message(TOOL, ToolCallResult("late", unknown_call, False)),
         message(USER, "And this?"),
     ]
@@ -353,6 +353,38 @@ def test_langchain_messages_of_early_versions(store, tmp_path):
     assert empty._content == []
 
 
+def test_refusals_are_kept_as_haystack_keeps_them(store, library, database):
+    no = {"type": "refusal", "refusal": "No."}
+    rows = {
+        "openai-agents": [
+            {"type": "message", "role": "assistant", "content": [no], "status": "completed"},
+            {"type": "message", "role": "assistant", "content": [no, {"type": "output_text", "text": "But."}, no]},
+        ],
+        "langchain": [
+            {"type": "ai", "data": {"content": "", "additional_kwargs": {"refusal": "No.", "status": "completed"}}},
+            {"type": "ai", "data": {"content": [no, "But."], "additional_kwargs": {"refusal": "No."}}},
+        ],
+        "llama-index": [
+            {"role": "assistant", "blocks": [], "additional_kwargs": {"refusal": "No.", "status": "completed"}},
+            {
+                "role": "assistant",
+                "blocks": [{"block_type": "text", "text": "But."}],
+                "additional_kwargs": {"refusal": "No."},
+            },
+        ],
+    }
+    insert(library, database, "refusals", *rows[library])
+    imported = import_histories(store, database, format=library)
+    alone, beside_text = without_ids(store.retrieve_messages("refusals"))
+    assert (alone.meta["refusal"], alone._content) == ("No.", [])
+    assert beside_text == message(ASSISTANT, "But.", refusal="No.")
+    assert not [fault for fault in imported.faults if fault.chat_history_id == "refusals"]
+    others = {key: value for key, value in alone.meta.items() if key != "refusal"}
+    if library == "langchain":
+        others = others["additional_kwargs"]
+    assert others == {"status": "completed"}
+
+
 def test_llama_index_messages_of_early_versions(store, tmp_path):
     database = copied("llama-index", tmp_path)
     insert("llama-index", database, "old", {"role": "user", "content": "Hi", "additional_kwargs": {"a": 1}})
@@ -551,8 +583,12 @@ def test_a_table_by_another_name_is_found_if_it_is_the_only_one(store, library, 
     assert import_histories(store, database, format=library).chat_histories == 2
 
     execute(database, ['CREATE TABLE other AS SELECT * FROM "my ""own"" table"'])
-    with pytest.raises(DamagedFileError, match=f"no table {table} with the columns"):
+    with pytest.raises(DamagedFileError, match="has 2 tables with the columns") as caught:
         import_histories(store, database, format=library)
+    for name in ('my "own" table', "other", table):
+        assert name in str(caught.value)
+    execute(database, [f"ALTER TABLE other RENAME TO {table}"])
+    assert import_histories(store, database, format=library).chat_histories == 0  # the store has them
 
 
 def test_a_database_of_something_else_is_refused(store, library, tmp_path):

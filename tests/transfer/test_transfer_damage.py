@@ -19,6 +19,7 @@ from haystack_chat_store import (
 from haystack_chat_store.iteration import walk_histories
 from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
 from haystack_chat_store.stores.rows import HistoryRow
+from haystack_chat_store.stores.times import microseconds_now
 from haystack_chat_store.testing.messages import user
 from haystack_chat_store.transfer import (
     EXPORT_FORMATS,
@@ -185,7 +186,8 @@ def test_a_walk_ends_at_an_engine_that_goes_on_with_an_empty_id():
     assert len(list(islice(walk_histories(store_on(Nameless())), 3))) == 1
 
 
-def test_histories_that_come_and_go_meanwhile_are_not_taken_for_damaged_ones(file):
+@pytest.mark.parametrize("ahead", [-1, 10**12], ids=["past", "future"])
+def test_histories_that_come_and_go_meanwhile_are_not_taken_for_damaged_ones(file, ahead):
     class Busy(InMemoryEngine):
         def histories_by_id(self, session, scope, prefix, after, limit):
             if not after:
@@ -196,6 +198,8 @@ def test_histories_that_come_and_go_meanwhile_are_not_taken_for_damaged_ones(fil
             return rows
 
     store = store_on(Busy())
+    history = HistoryRow(chat_history_id="a", created_at=MOMENT, updated_at=microseconds_now() + ahead)
+    store.engine.run(store.engine.import_history, store.scope, history, [], 0)
     store.write_messages("a", [user()])
     store.write_messages("z", [user()])
     assert export_histories(store, file) == moved(1, 1, 0, ())

@@ -320,6 +320,21 @@ def test_everything_that_was_said_can_be_read(store, name):
     assert "iVBOR" not in text
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("markdown", "**Refusal**\n\nI cannot *help* <b>."),
+        ("html", "<figcaption>Refusal</figcaption><p>I cannot *help* &lt;b&gt;.</p>"),
+        ("openai", '{"role":"assistant","content":[{"type":"refusal","refusal":"I cannot *help* <b>."}]}'),
+    ],
+)
+def test_a_refusal_can_be_read(store, name, expected):
+    refusal = ChatMessage.from_assistant(meta={"refusal": "I cannot *help* <b>."})
+    store.write_messages("a", [user("Do it"), refusal])
+    text = exported(store, name)
+    assert expected in (re.sub(r"\\(?=[*<>])", "", text) if name == "markdown" else text)
+
+
 @settings(max_examples=number_of_examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(any_messages(), max_size=4))
 def test_any_conversation_can_be_read(store, messages):
@@ -364,7 +379,7 @@ def test_times_are_those_of_the_messages(store):
 
 
 def parts_of(*content):
-    return list(shown_parts(content))
+    return list(shown_parts(ChatMessage(ChatRole.ASSISTANT, list(content))))
 
 
 def test_arguments_of_a_call_are_on_one_line_if_it_is_short():

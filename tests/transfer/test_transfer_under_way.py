@@ -2,6 +2,7 @@
 """What is seen and held of an export, import or copy while it is under way, and what is left when it is interrupted."""
 
 import asyncio
+import os
 import threading
 import time
 import tracemalloc
@@ -9,7 +10,7 @@ import tracemalloc
 import pytest
 from engine_stores import store_on
 from haystack.document_stores.types import DuplicatePolicy
-from transferred import everything, moved
+from transferred import MOMENT, everything, moved
 
 from haystack_chat_store import (
     SQLiteChatMessageStore,
@@ -17,6 +18,8 @@ from haystack_chat_store import (
 from haystack_chat_store.doctor import check
 from haystack_chat_store.stores import reading
 from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
+from haystack_chat_store.stores.rows import HistoryRow
+from haystack_chat_store.stores.times import microseconds_now
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import conversation, user
 from haystack_chat_store.transfer import (
@@ -28,6 +31,7 @@ from haystack_chat_store.transfer import (
     import_histories,
     import_histories_async,
 )
+from haystack_chat_store.transfer.stored import StoredHistories
 
 
 def test_progress_tells_what_is_done_of_how_much(store, target, file):
@@ -114,6 +118,44 @@ def test_cancelling_stops_at_the_next_batch_and_leaves_no_part(store, sqlite, fi
     assert everything(sqlite) == []
 
 
+@pytest.mark.parametrize("progress", [None, lambda *_: None], ids=["without progress", "with progress"])
+def test_an_export_that_is_cancelled_at_its_end_writes_no_file(store, file, monkeypatch, progress):
+    store.write_messages("a", conversation("ua"))
+    at_the_end, may_go_on = threading.Event(), threading.Event()
+    sync = os.fsync
+
+    def slow_disk(descriptor):
+        at_the_end.set()
+        may_go_on.wait(60)
+        sync(descriptor)
+
+    async def cancel():
+        task = asyncio.create_task(export_histories_async(store, file, progress=progress))
+        while not at_the_end.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        asyncio.get_running_loop().call_later(0.1, may_go_on.set)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    file.write_text("before")
+    monkeypatch.setattr(os, "fsync", slow_disk)
+    asyncio.run(cancel())
+    assert file.read_text() == "before"
+    assert list(file.parent.glob(".haystack-chat-store*")) == []
+
+
+@pytest.mark.parametrize("progress", [None, lambda *_: None], ids=["without progress", "with progress"])
+def test_messages_are_counted_beforehand_only_if_the_progress_is_wanted(store, target, file, monkeypatch, progress):
+    counted = []
+    count = StoredHistories.message_count
+    monkeypatch.setattr(StoredHistories, "message_count", lambda self: counted.append(1) or count(self))
+    store.write_messages("a", conversation("ua"))
+    asyncio.run(export_histories_async(store, file, progress=progress))
+    asyncio.run(copy_histories_async(store, target, progress=progress))
+    assert len(counted) == (0 if progress is None else 2)
+
+
 def peak_memory(work):
     tracemalloc.start()
     try:
@@ -194,9 +236,13 @@ def erase_the_rest(store):
     )
 
 
+# The time of the last change never goes back. If a clock was wrong once, it stays where it is for a while.
+@pytest.mark.parametrize("updated_at", [MOMENT, microseconds_now() + 10**12], ids=["past", "future"])
 @pytest.mark.parametrize("change", [edit_both_ends, erase_the_rest])
-def test_a_history_that_changes_while_it_is_read_is_exported_as_of_one_moment(target, file, change):
+def test_a_history_that_changes_while_it_is_read_is_exported_as_of_one_moment(target, file, change, updated_at):
     store = changes_while_it_is_read(change)
+    history = HistoryRow(chat_history_id="a", created_at=MOMENT, updated_at=updated_at)
+    store.engine.run(store.engine.import_history, store.scope, history, [], 0)
     store.write_messages("a", [user(str(number)) for number in range(2_000)])
 
     assert export_histories(store, file).faults == ()

@@ -437,7 +437,7 @@ class Pool(ServerConnections):
     def _all_in_use(self) -> StoreTimeoutError:
         return StoreTimeoutError(
             f"All {self._settings.max_pool_size} connections were in use for more than {self._settings.timeout} "
-            "seconds. Nothing was stored. Give the store a larger max_pool_size, or a longer timeout."
+            "seconds. Give the store a larger max_pool_size, or a longer timeout."
         )
 
 

@@ -137,10 +137,7 @@ class Directory(Engine[Session]):
         for statement in (session.statements.vacuum_messages, session.statements.vacuum_histories):
             session.renew_deadline(math.inf)
             if not await session.vacuum(statement):
-                raise UnsupportedOperationError(
-                    "What was deleted is deleted, but its bytes stay in the server's files for a while: this role may "
-                    "not vacuum the tables. Let their owner run VACUUM FULL."
-                )
+                raise UnsupportedOperationError("This role may not vacuum the tables. Let their owner run VACUUM FULL.")
 
 
 async def _statistics(session: Session, parameters: dict[str, Any]) -> StoreStatistics:

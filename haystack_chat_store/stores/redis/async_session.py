@@ -26,7 +26,7 @@ from haystack_chat_store.stores.sync_async import run_sync
 if sys.version_info >= (3, 11, 3):
     from asyncio import timeout as time_limit  # type: ignore[attr-defined, unused-ignore]  # not in 3.10
 else:  # redis-py requires and uses it there
-    from async_timeout import timeout as time_limit  # type: ignore[import-not-found, unused-ignore]
+    from async_timeout import timeout as time_limit  # type: ignore[import-not-found, unused-ignore]  # only there
 
 # The most scripts that one asynchronous call runs at the same time.
 _MAX_PARALLEL_SCRIPTS = 8

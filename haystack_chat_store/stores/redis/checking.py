@@ -22,6 +22,7 @@ from haystack_chat_store.stores.redis.schema import (
     letters_of,
     new_name,
     number,
+    time_of_score,
 )
 from haystack_chat_store.stores.redis.scripts import checking as scripts
 from haystack_chat_store.stores.redis.scripts.directory import ALL
@@ -158,7 +159,8 @@ class _Examination:
     def _last_time(self) -> int:
         """Return when the history last changed."""
         inspected = self.inspected
-        return number(inspected.updated_at) or int(float(inspected.directory_time or 0)) or microseconds_now()
+        times = number(inspected.updated_at), float(inspected.directory_time or 0)
+        return next(filter(None, map(time_of_score, times)), microseconds_now())
 
     def _id_and_role(self, content: str, position: int, letter: str) -> tuple[str, str]:
         stated = id_and_role(content)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations on whole histories: listing, titles, statistics, erasing."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailable
 from haystack_chat_store.stores.conflicts import check_revision
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
-from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, TIME_LENGTH, number
+from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, GREATEST_TIME, TIME_LENGTH, number, time_of_score
 from haystack_chat_store.stores.redis.scripts import Script
 from haystack_chat_store.stores.redis.scripts import directory as scripts
 from haystack_chat_store.stores.redis.session import Session
@@ -73,7 +74,7 @@ class Directory(RedisOperations):
         """Merge the newest histories of all buckets."""
 
         def arguments_of(place: _Place | None, count: int) -> list[str | int]:
-            after = ("", "") if place is None else (str(int(place.time)), place.chat_history_id)
+            after = ("", "") if place is None else (_score_text(place.time), place.chat_history_id)
             return [prefix, *_range(prefix), count, *after]
 
         def parsed(answer: Any) -> tuple[_Place | None, list[_Place]]:
@@ -82,7 +83,7 @@ class Directory(RedisOperations):
             return (_Place(float(time), chat_history_id) if time else None), places
 
         order = _Order(script=scripts.NEWEST, arguments_of=arguments_of, parsed=parsed, is_descending=True)
-        start = None if before is None else _Place(*before)
+        start = None if before is None else _Place(_score_of(before[0]), before[1])
         return await _merged(session, self.keys(scope), order, start, limit)
 
     async def histories_by_id(
@@ -271,8 +272,8 @@ async def _merged(session: Session, keys: Keys, order: _Order, start: _Place | N
             if chat_history_id in histories:  # unless it was deleted just now
                 row = histories[chat_history_id].row
                 # A history that has changed just now keeps its place in this list.
-                is_same = not order.is_descending or float(row.updated_at) == time
-                rows.append(row if is_same else replace(row, updated_at=int(time)))
+                is_same = not order.is_descending or row.updated_at == time
+                rows.append(row if is_same else replace(row, updated_at=time_of_score(time)))
         del waiting[:needed]
         if len(rows) == limit or not (waiting or continue_from):
             return rows
@@ -343,6 +344,15 @@ def _listed_history(chat_history_id: str, fields: Sequence[str | None]) -> _List
         revision=number(revision),
     )
     return _ListedHistory(row=row, next_position=number(next_position))
+
+
+def _score_of(time: int) -> float:
+    """Return the score of a time that `time_of_score` returned. The greatest stands for an infinite score."""
+    return float(time) if abs(time) < GREATEST_TIME else math.copysign(math.inf, time)
+
+
+def _score_text(score: float) -> str:
+    return str(int(score)) if math.isfinite(score) else str(score)
 
 
 def _range(prefix: str, after: str = "") -> tuple[str, str]:

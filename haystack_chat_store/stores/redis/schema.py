@@ -16,6 +16,8 @@ from haystack_chat_store.ids import MESSAGE_ID_KEY
 SCHEMA_VERSION: Final = 1
 #: How many characters the time of a message takes in `times`: enough for each valid one.
 TIME_LENGTH: Final = 18
+#: Stands for an infinite score in the directory, which another program has set.
+GREATEST_TIME: Final = 2**62
 #: The roles, by the letters that stand for them in `roles`.
 ROLES: Final = {"u": "user", "a": "assistant", "t": "tool", "s": "system"}
 #: The letter that stands in `roles` for a message that was deleted.
@@ -46,6 +48,11 @@ def number(text: str | None) -> int:
         return int(text or 0)
     except ValueError:
         return 0
+
+
+def time_of_score(score: float) -> int:
+    """Return the time that a score of the directory stands for, in microseconds since 1970. It may be infinite."""
+    return int(max(min(score, GREATEST_TIME), -GREATEST_TIME))
 
 
 def new_name() -> str:

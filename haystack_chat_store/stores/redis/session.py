@@ -350,7 +350,7 @@ class Session(ABC):
     def _all_in_use(self) -> StoreTimeoutError:
         return StoreTimeoutError(
             f"All {self._max_connections} connections to Redis at {self._nodes.start} were in use for more than "
-            f"{self._nodes.settings.timeout} seconds. Nothing was stored."
+            f"{self._nodes.settings.timeout} seconds."
         )
 
     def _pop_idle(self, address: Address) -> "_Idle | None":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
+from itertools import chain, count
 from typing import Any
 
 from haystack import logging
@@ -81,6 +82,7 @@ _INSTANCES = "SELECT coalesce(sum(cnt), 0) FROM temp.vocabulary"
 _TERMS = "SELECT terms FROM haystack_chat_terms"
 
 _INDEX_BATCH_SIZE = 1_000
+_IS_RECOVERED = "SELECT 1 FROM haystack_chat_histories WHERE namespace = ? AND chat_history_id = ?"
 
 #: A repair puts messages whose history is missing into histories of this namespace.
 RECOVERED = "recovered"
@@ -164,16 +166,25 @@ def _orphaned_messages(session: Database, repair: bool) -> list[Fault]:
     with session.connection() as connection:
         found = connection.execute(_WITHOUT_HISTORY).fetchall()
     faults = []
-    for history_key, count in found:
-        now = microseconds_now()
-        name = f"{history_key}, {now}"
-        description = f"{count} messages have no history. Repaired, they are {name!r} of the namespace {RECOVERED!r}."
+    for history_key, message_count in found:
+        name = _free_name(session, str(history_key))
+        description = (
+            f"{message_count} messages have no history. Repaired, they are {name!r} of the namespace {RECOVERED!r}."
+        )
         if repair:
+            now = microseconds_now()
             with session.transaction() as connection:
                 connection.execute(_ADOPT_MESSAGES, (history_key, RECOVERED, name, now, now))
                 Histories(connection, Scope(RECOVERED), session.settings.search).recount(history_key)
         faults.append(Fault(description=description, is_repaired=repair))
     return faults
+
+
+def _free_name(session: Database, name: str) -> str:
+    """Return an id that no recovered history has: a name, with a number if need be."""
+    with session.connection() as connection:
+        names = chain([name], (f"{name} ({number})" for number in count(2)))
+        return next(each for each in names if not connection.execute(_IS_RECOVERED, (RECOVERED, each)).fetchone())
 
 
 def _faults_of_messages(session: Database, scope: Scope) -> list[Fault]:

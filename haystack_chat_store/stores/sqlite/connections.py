@@ -182,7 +182,11 @@ class Database:
         with self._executors_lock:
             if self._writer is None:
                 self._writer = ThreadPoolExecutor(1, "haystack-chat-store-writer")
-            return self._writer.submit(function, *arguments, **options)
+            try:
+                return self._writer.submit(function, *arguments, **options)
+            except RuntimeError:  # its thread cannot be started: drop its queue, which has this call already
+                self._writer = None
+                raise
 
     def close(self) -> None:
         """Close idle connections now, and each other one when its call ends."""

@@ -181,8 +181,7 @@ class Directory(Engine[Database]):
             is_busy, _, _ = connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()
         if is_busy:
             raise StoreTimeoutError(
-                "What was deleted is still in the log beside the file, since others have been reading all the time. "
-                "Try again."
+                "The log beside the file could not be emptied, since others have been reading all the time. Try again."
             )
 
 

@@ -56,8 +56,12 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         submit = database.submit_read if is_marked(operation, reads_only) else database.submit_write
         try:
             future = submit(_run_on, database, deadline, operation, *arguments, **options)
-        except RuntimeError as error:  # no thread can be started any more
-            raise StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.") from error
+        except RuntimeError as error:
+            if "shutdown" in str(error):
+                raise StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.") from error
+            raise StoreUnavailableError(
+                f"No thread could be started: {error}. Raise the limit of threads, or use the synchronous methods."
+            ) from error
         is_late = False
 
         def give_up() -> None:

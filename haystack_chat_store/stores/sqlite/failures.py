@@ -18,7 +18,7 @@ _ADVICE: dict[str, tuple[type[ChatMessageStoreError], str]] = {
     "not a database": (StoreConfigurationError, "Choose another path for the chat histories."),
     "already exists": (StoreConfigurationError, "Another program has a table of this name here. Choose another path."),
     "readonly": (StoreUnavailableError, "Give this process write access to the file and its folder."),
-    "is full": (StoreUnavailableError, "The failed call stored nothing. Make room on the disk."),
+    "is full": (StoreUnavailableError, "Make room on the disk."),
     "I/O error": (StoreUnavailableError, "Look at its disk, quota and limits."),
     "malformed": (
         StoreUnavailableError,
@@ -65,6 +65,6 @@ def is_of_damaged_text(error: sqlite3.Error) -> bool:
 def timed_out(path: str, timeout: float, holder: str) -> StoreTimeoutError:
     """Return the error of a call that waited for a lock in vain."""
     return StoreTimeoutError(
-        f"{path} stayed locked by {holder} for more than {timeout} seconds. Nothing was changed. "
+        f"{path} stayed locked by {holder} for more than {timeout} seconds. "
         "Try again, or give the store a longer timeout."
     )

@@ -177,6 +177,8 @@ class ForeignDatabase:
         Return the quoted name of the library's table.
 
         It is the table with the default name, or else the only table with the same columns.
+
+        :raises DamagedFileError: If there is no such table, or several.
         """
         wanted = {"id", self._layout.session, self._layout.data, *filter(None, [self._layout.time])}
         tables = [name for (name,) in self._query("SELECT name FROM sqlite_master WHERE type = 'table'")]
@@ -187,10 +189,16 @@ class ForeignDatabase:
         ]
         if self._layout.table in alike:
             alike = [self._layout.table]
-        if len(alike) != 1:
+        columns = f"the columns {', '.join(sorted(wanted))}"
+        if not alike:
             raise DamagedFileError(
                 f"{self._name} is not a database of the format {self._layout.library}: it has no table "
-                f"{self._layout.table} with the columns {', '.join(sorted(wanted))}."
+                f"{self._layout.table} with {columns}."
+            )
+        if len(alike) > 1:
+            raise DamagedFileError(
+                f"{self._name} has {len(alike)} tables with {columns}: {', '.join(sorted(map(repr, alike)))}. Name the "
+                f"one to import {self._layout.table}, in a copy of the file."
             )
         quoted: str = alike[0].replace('"', '""')
         return f'"{quoted}"'

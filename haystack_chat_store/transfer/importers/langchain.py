@@ -8,6 +8,7 @@ from typing import Any
 
 from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
 
+from haystack_chat_store.conversation.provider_content import REFUSAL_KEY
 from haystack_chat_store.transfer.importers import parts
 from haystack_chat_store.transfer.importers.database import ForeignMessage, ForeignRow, Layout, Report
 
@@ -39,18 +40,33 @@ def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMes
             report(f"Row {row.key} was left out: there is no role for {parts.shown_kind(role_name)}.")
             continue
         own_calls = _calls(data) if role is ChatRole.ASSISTANT else []
+        said = data.get("content") if role is not ChatRole.ASSISTANT else parts.without_refusals(data.get("content"))
         content = [
-            *_parts(row.key, data.get("content"), {call.id for call in own_calls if call.id}, report),
+            *_parts(row.key, said, {call.id for call in own_calls if call.id}, report),
             *own_calls,
         ]
+        meta = _meta(data, is_reply=role is ChatRole.ASSISTANT)
         calls.update((call.id, call) for call in own_calls if call.id)
         name = parts.text_in(data, "name") or None
         if role is ChatRole.TOOL:
             origin = parts.answered_call(calls, data.get("tool_call_id"), name)
             result = parts.one_text_or_parts(content)
             content, name = [ToolCallResult(result, origin, error=data.get("status") == "error")], None
-        if content or not data.get("content"):
-            yield ForeignMessage(row, ChatMessage(role, content, name, parts.unused_fields(data, _USED)))
+        if content or not data.get("content") or meta.get(REFUSAL_KEY):
+            yield ForeignMessage(row, ChatMessage(role, content, name, meta))
+
+
+def _meta(data: dict[str, Any], *, is_reply: bool) -> dict[str, Any]:
+    """Return what else a message carries. A refusal is kept where Haystack keeps it."""
+    kwargs = dict(parts.object_in(data, "additional_kwargs"))
+    if not is_reply or not (refusals := _refusals(kwargs, data)):
+        return parts.unused_fields(data, _USED)
+    kwargs.pop("refusal", None)
+    return parts.unused_fields({**data, "additional_kwargs": kwargs}, _USED) | parts.refusal_meta(refusals)
+
+
+def _refusals(kwargs: dict[str, Any], data: dict[str, Any]) -> list[str]:
+    return [text for text in (parts.text_in(kwargs, "refusal"), *parts.refusals_in(data.get("content"))) if text]
 
 
 def _calls(data: dict[str, Any]) -> list[ToolCall]:

@@ -35,7 +35,7 @@ def _messages(rows: Iterable[ForeignRow], report: Report) -> Iterator[ForeignMes
             calls[parts.text_in(row.data, "call_id")] = call
             added = [call]
         elif kind == "message" and role is ChatRole.ASSISTANT:
-            added = _content(row, report)
+            added = _content(row, report, is_assistant=True)
         elif kind == "message" and role is not None:
             yield from response.finish()
             content = _content(row, report)
@@ -62,28 +62,30 @@ class _Response:
     def __init__(self) -> None:
         self._rows: list[ForeignRow] = []
         self._content: list[Any] = []
+        self._refusals: list[str] = []
 
     @property
     def is_complete(self) -> bool:
         """Whether it has text and no tool calls. The next item then belongs to another response."""
         kinds = {type(part) for part in self._content}
-        return TextContent in kinds and ToolCall not in kinds
+        return (TextContent in kinds or bool(self._refusals)) and ToolCall not in kinds
 
     def add(self, row: ForeignRow, content: list[Any]) -> None:
         self._rows.append(row)
         self._content += content
+        if row.data.get("role") == "assistant":
+            self._refusals += parts.refusals_in(row.data.get("content"))
 
     def finish(self) -> Iterator[ForeignMessage]:
         """Yield the response as a message, unless it is empty, and begin the next response."""
-        if self._content:
+        if self._content or self._refusals:
             meta: dict[str, Any] = {}
             for row in self._rows:
                 if row.data.get("role") == "assistant":
                     meta.update(parts.unused_fields(row.data, ("type", "role", "content")))
-                    if any(part.get("type") == "refusal" for part in parts.objects_in(row.data, "content")):
-                        meta["refusal"] = True
+            meta |= parts.refusal_meta(self._refusals)
             yield ForeignMessage(self._rows[-1], ChatMessage(ChatRole.ASSISTANT, self._content, None, meta))
-        self._rows, self._content = [], []
+        self._rows, self._content, self._refusals = [], [], []
 
 
 def _reasoning(item: dict[str, Any]) -> ReasoningContent:
@@ -111,8 +113,10 @@ def _result(row: ForeignRow, calls: dict[str, ToolCall], report: Report) -> Tool
     return ToolCallResult(parts.one_text_or_parts(_parts(output, row.key, report)), origin, error=False)
 
 
-def _content(row: ForeignRow, report: Report) -> list[Any]:
+def _content(row: ForeignRow, report: Report, *, is_assistant: bool = False) -> list[Any]:
     content = row.data.get("content")
+    if is_assistant:
+        content = parts.without_refusals(content)
     return (
         [TextContent(content)]
         if isinstance(content, str)
@@ -127,8 +131,6 @@ def _parts(content: list[Any], key: int, report: Report) -> list[Any]:
         found: Any = None
         if kind in ("input_text", "output_text", "text") and isinstance(part.get("text"), str):
             found = TextContent(part["text"])
-        elif kind == "refusal" and isinstance(part.get("refusal"), str):
-            found = TextContent(part["refusal"])
         elif kind == "input_image":
             found = parts.image_from_url(part.get("image_url"), part.get("detail"))
         elif kind == "input_file":

@@ -8,6 +8,7 @@ from typing import Any
 
 from haystack.dataclasses import FileContent, ImageContent, TextContent, ToolCall
 
+from haystack_chat_store.conversation.provider_content import REFUSAL_KEY
 from haystack_chat_store.json_values import encode_meta, parse_json
 
 _DATA_URL = re.compile(r"data:([^;,]*)[^,]*;base64,(.*)", re.DOTALL)
@@ -23,7 +24,7 @@ def image_from_base64(data: Any, mime_type: Any, detail: Any = None) -> ImageCon
     """Return an image made from base64 text."""
     if not isinstance(data, str) or not data:
         return None
-    return ImageContent(data, text_or_none(mime_type), text_or_none(detail), validation=False)  # type: ignore[arg-type]
+    return ImageContent(data, text_or_none(mime_type), text_or_none(detail), validation=False)  # type: ignore[arg-type]  # any detail
 
 
 def file_from_base64(data: Any, mime_type: Any, filename: Any = None) -> FileContent | None:
@@ -66,6 +67,23 @@ def objects_in(data: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 def texts_of(items: Iterable[dict[str, Any]]) -> str:
     """Return the texts of the objects, joined by line feeds."""
     return "\n".join(item["text"] for item in items if isinstance(item.get("text"), str))
+
+
+def refusals_in(content: Any) -> list[str]:
+    """Return the refusals among the parts of a message of the assistant, as OpenAI's APIs have them."""
+    found = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    return [text for part in found if part.get("type") == "refusal" and (text := text_in(part, "refusal"))]
+
+
+def without_refusals(content: Any) -> Any:
+    """Return the parts of a message of the assistant without its refusals, which the message's meta has."""
+    return [part for part in content if not refusals_in([part])] if isinstance(content, list) else content
+
+
+def refusal_meta(refusals: Iterable[str]) -> dict[str, str]:
+    """Return refusals in the form in which Haystack keeps them in a message's meta. Each is kept once."""
+    text = "\n".join(dict.fromkeys(filter(None, refusals)))
+    return {REFUSAL_KEY: text} if text else {}
 
 
 def arguments_of(value: Any) -> dict[str, Any]:
