@@ -78,7 +78,7 @@ class TurnWriter:
 
         :param store: The store that keeps the histories.
         :param policy: Decides about messages whose ids the history already has.
-        :param expected_revision: The number of messages that the history must have. Defaults to `None`: any number.
+        :param expected_revision: The revision that the history must have. Defaults to `None`: any revision.
         :raises ValueError: If the store does not take one of the options.
         """
         self._store = store

@@ -90,13 +90,13 @@ def assert_remembers_with(block, monkeypatch, **environment):
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     definition = yaml.safe_load((ROOT / "examples" / "chat_pipeline.yaml").read_text(encoding="utf-8"))
-    for component in ("retriever", "writer"):
+    for component in ("question_writer", "retriever", "answer_writer"):
         definition["components"][component]["init_parameters"]["chat_message_store"] = block
     answers = []
     for query in ("I am Ada.", "Who am I?"):
         pipeline = Pipeline.loads(yaml.safe_dump(definition))
         result = pipeline.run({"query": query, "chat_history_id": "yaml"}, include_outputs_from={"retriever"})
         answers.append([message.text for message in result["retriever"]["messages"]][1:])
-        for component in ("retriever", "writer"):
+        for component in ("question_writer", "retriever", "answer_writer"):
             pipeline.get_component(component).close()
     assert answers == [["I am Ada."], ["I am Ada.", "I am Ada.", "Who am I?"]]

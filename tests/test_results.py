@@ -55,6 +55,8 @@ def test_stored_messages_hits_and_statistics_are_ready_for_json(store):
     assert as_json(hit) == {name: getattr(hit, name) for name in ("chat_history_id", "message_id", "position")} | {
         "snippet": hit.snippet,
         "score": hit.score,
+        "role": "user",
+        "created_at": hit.created_at.isoformat(),
     }
     today = datetime.now(timezone.utc).date().isoformat()
     assert as_json(store.statistics())["messages_per_day"] == {today: 2}

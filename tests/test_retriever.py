@@ -464,9 +464,9 @@ class TestClose:
     @pytest.mark.parametrize("close", [ChatMessageRetriever.close, ChatMessageRetriever.close_async])
     def test_releases_the_store_until_its_next_use(self, run, close, tmp_path):
         store = SQLiteChatMessageStore(tmp_path / "h.db")
-        store.write_messages("h", [USER("q0")])
         retriever = ChatMessageRetriever(store)
         for _ in range(2):
+            store.write_messages("h", [USER("q0", meta={"chat_message_id": "q0"})])
             assert texts(run(retriever, "h")) == ["q0"]
             assert (tmp_path / "h.db-wal").exists()
             done = close(retriever)

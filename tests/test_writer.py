@@ -134,8 +134,9 @@ class TestWrongArguments:
 
     def test_an_id_twice_in_the_batch_is_named_by_its_place_in_its_argument(self, run, store):
         writer, meta = ChatMessageWriter(store, policy=DuplicatePolicy.FAIL), {"chat_message_id": "a"}
-        with pytest.raises(DuplicateMessageError, match=r"^replies\[0\] has the id 'a' of a message before it"):
-            run(writer, "h", [USER("q0", meta=meta)], [ASSISTANT("a0", meta=meta)])
+        shown = USER("q", meta={"chat_shown": True})
+        with pytest.raises(DuplicateMessageError, match=r"^messages\[2\] has the id 'a' of a message before it"):
+            run(writer, "h", [shown, USER("q0", meta=meta), USER("q1", meta=meta)])
         assert store.count_messages("h") == 0
 
     @pytest.mark.parametrize("chat_history_id", ["", None, 5, "a\x00b", "\ud800", "x" * 513])

@@ -9,7 +9,7 @@ from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store.errors import (
     ChatHistoryChangedError,
-    ChatMessageStoreError,
+    ConflictError,
     MessageEncodingError,
     MessageNotFoundError,
 )
@@ -243,7 +243,7 @@ class Rule27ReplacingTest(ContractTest):
         def write(name: str) -> None:
             try:
                 results.append(replace(calls, store, "1", [answer(name)], expected_revision=revisions[-1]))
-            except ChatMessageStoreError as error:
+            except ConflictError as error:
                 results.append(type(error))
 
         revisions: list[int] = []

@@ -102,7 +102,7 @@ FOUND_BEGINNINGS = [
     ("kyo", {"en"}),
     ("KYŌ", {"en"}),
     ("in kyo", {"en"}),
-    ("kyo in", {"en"}),
+    ("kyo in", set()),
     ("ky temple", set()),  # only the last word is a beginning
     ('"in kyo', {"en"}),
     ('"see kyo"', set()),

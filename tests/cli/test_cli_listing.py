@@ -39,6 +39,7 @@ def test_ls_as_json(url, run_json):
             "chat_history_id": "ada:1",
             "message_count": 4,
             "round_count": 2,
+            "revision": 1,
             "created_at": info.created_at.isoformat(),
             "updated_at": info.updated_at.isoformat(),
             "title": "Zürich",

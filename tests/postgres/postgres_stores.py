@@ -71,7 +71,7 @@ def said(store, history="history"):
 
 
 def statements_of(store):
-    return Tables(store.schema_name, store.table_prefix).statements
+    return Tables(store.schema_name or "public", store.table_prefix).statements
 
 
 def store_at(url, **settings):

@@ -144,7 +144,7 @@ def test_a_prefix_finds_the_same_whether_few_or_many_histories_have_it(
 def test_a_page_of_the_oldest_histories_does_not_pass_all_newer_ones(server):
     with stores_on(server.url) as make:
         store = make()
-        store.count_messages("history")
+        store.delete_messages("history")  # makes the tables
         server.execute(
             f"INSERT INTO {store.schema_name}.haystack_chat_histories (history_key, namespace, chat_history_id, "
             "next_position, message_count, round_count, revision, updated_at) SELECT gen_random_uuid(), 'default', "

@@ -145,7 +145,7 @@ def test_no_call_reads_a_whole_table_while_a_history_grows(server, mode):
             statement = "SELECT sum(seq_scan) FROM pg_stat_user_tables WHERE schemaname = %s"
             return server.execute(f"{statement} AND relname <> 'haystack_chat_version'", [store.schema_name])
 
-        store.count_messages("history")
+        store.write_messages("history", [with_id("first")])
         before = scans()  # some, to make the indexes
         for number in range(300):
             store.write_messages("history", [with_id(f"{number}"), *conversation("ua")])

@@ -93,7 +93,7 @@ def test_messages_without_their_history_are_an_error_and_not_waited_for(store, s
 def fill(server, store, histories, messages):
     """Put histories with some messages each into the store's tables, faster than the store could."""
     key, schema_name = "md5('filler' || h)::uuid", store.schema_name
-    store.count_messages("history")
+    store.delete_messages("history")  # makes the tables
     server.execute(
         f"INSERT INTO {schema_name}.haystack_chat_histories "
         f"SELECT {key}, 'default', 'filler ' || h, {messages}, {messages}, {messages}, 1 "

@@ -452,8 +452,9 @@ class Database:
             connection.close()  # which rolls back what was under way
 
     def _close_idle(self) -> None:
+        # The connections that write come last: the last one that is closed puts the log into the file and removes it.
         with self._leaving_lock:
-            for idle in (self._idle_writers, self._idle_readers):
+            for idle in (self._idle_readers, self._idle_writers):
                 while True:
                     with self._lock:
                         if not idle:
