@@ -27,6 +27,7 @@ from pydantic import BaseModel, field_serializer
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.conversation.shown import messages_for_model
 from haystack_chat_store.errors import MessageEncodingError, StoreUnavailableError
+from haystack_chat_store.stores.in_memory.engine import _memory
 from haystack_chat_store.stores.sqlite import connections
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import user
@@ -505,6 +506,28 @@ def test_a_call_in_memory_does_not_hold_up_the_event_loop_while_another_looks_at
     largest_gap, took = largest_gap_beside(use)
     store.delete_all_messages()
     assert largest_gap < took / 2
+
+
+def test_an_asynchronous_call_in_memory_waits_for_one_that_has_just_begun_in_a_thread():
+    store = InMemoryChatMessageStore(namespace=uuid.uuid4().hex)
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def call_of_another_thread():
+        with _memory.lock:
+            has_begun.set()
+            return may_end.wait(HANG_LIMIT)
+
+    async def main():
+        other = asyncio.create_task(asyncio.to_thread(call_of_another_thread))
+        while not has_begun.is_set():
+            await asyncio.sleep(0.001)
+        call = asyncio.create_task(store.count_messages_async("history"))
+        await asyncio.sleep(0.01)
+        assert not call.done()
+        may_end.set()
+        return [await other, await call]
+
+    assert asyncio.run(main()) == [True, 0]
 
 
 def test_an_edit_in_memory_leaves_nothing_for_the_next_append_to_make_up_for():

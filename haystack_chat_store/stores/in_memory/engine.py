@@ -4,6 +4,7 @@
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Concatenate
 
 from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT, is_brief, is_marked, plain_result
@@ -18,8 +19,6 @@ if hasattr(os, "register_at_fork"):  # a forked child must not get histories in 
     os.register_at_fork(
         before=_memory.lock.acquire, after_in_parent=_memory.lock.release, after_in_child=_memory.lock.release
     )
-# The calls that hold the lock for a long time, or wait for it. An event loop must not wait for them.
-_long_calls: set[object] = set()
 
 
 class InMemoryEngine(Writing, Reading, Directory, Search):
@@ -34,14 +33,7 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
         """Run an operation in this thread."""
-        if is_marked(operation, is_brief):
-            return plain_result(operation(_memory, *arguments, **options))
-        call = object()
-        try:
-            _long_calls.add(call)
-            return plain_result(operation(_memory, *arguments, **options))
-        finally:
-            _long_calls.discard(call)
+        return plain_result(operation(_memory, *arguments, **options))
 
     async def run_async(
         self,
@@ -49,7 +41,13 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """Run a brief operation on the event loop itself, and any other operation in a thread."""
-        if is_marked(operation, is_brief) and not _long_calls:
-            return plain_result(operation(_memory, *arguments, **options))
+        """Run a brief operation on the event loop itself if no other call holds the lock, and any other in a thread."""
+        if is_marked(operation, is_brief):
+            try:
+                if _memory.lock.acquire(blocking=False):
+                    return plain_result(operation(_memory, *arguments, **options))
+            finally:
+                # Only the thread that holds an RLock can release it. So an interrupted call may try to in any case.
+                with suppress(RuntimeError):
+                    _memory.lock.release()
         return await asyncio.to_thread(lambda: self.run(operation, *arguments, **options))
