@@ -52,6 +52,9 @@ from haystack_chat_store.conversation.shown import (
 from haystack_chat_store.ids import MESSAGE_ID_KEY, SHOWN_KEY
 
 
+MADE_UP = (UNANSWERED, GO_ON)
+
+
 class TestParted:
     def test_system_messages_come_first_then_the_history_then_the_rest(self):
         current = [QUESTION, SYSTEM, ANSWER]
@@ -377,6 +380,28 @@ class TestPortable:
         assert all(message.meta[SHOWN_KEY] for message in shown[3:5])
         assert shown[5] is second
 
+    def test_another_model_begins_where_nothing_was_said(self):
+        thought = replace(ChatMessage.from_assistant(None, reasoning="Hm."), _meta={"model": "one"})
+        assert messages_for_model([], [thought], model="two") == []
+
+    @pytest.mark.parametrize("portable", [True, False])
+    def test_ids_of_any_kind_in_provider_content_are_taken(self, portable):
+        block = {"type": "server_tool_use", "id": ["l"]}
+        reasoning = ReasoningContent("Hm.", extra={"id": ["l"]})
+        meta = {"raw_content_for_server_tools": [block]}
+        replies = [
+            ChatMessage.from_assistant("So.", reasoning=reasoning),
+            ChatMessage.from_assistant("Yes.", meta=meta),
+        ]
+        shown = messages_for_model([QUESTION, *replies, QUESTION], portable=portable)
+        assert [message.text for message in shown] == [QUESTION.text, "So.", "Yes.", QUESTION.text]
+
+    def test_between_an_answer_and_the_steps_to_a_deleted_question_stands_another(self):
+        step = replace(calling(ROME, reasoning="Hm."), _meta={"model": "one"})
+        shown = messages_for_model([QUESTION, ANSWER, step, result_of(ROME)], [QUESTION], portable=False)
+        assert [message.text for message in shown[1:3]] == [ANSWER.text, GO_ON]
+        assert shown[3] is step
+
     def test_another_model_resumes_the_round_under_way_if_it_is_named(self):
         step = [replace(calling(self.CALLED, reasoning="Hm."), _meta={"model": "gpt-9-2026-11-01"}), result_of(ROME)]
         assert messages_for_model([QUESTION, step[0]], model="gpt-9")[1] is step[0]
@@ -570,7 +595,7 @@ def test_a_valid_conversation_is_shown_as_it_is(conversation):
 @given(after_a_question, st.booleans())
 def test_what_people_and_models_said_is_never_lost_or_reordered(conversation, portable):
     def spoken(messages):
-        texts = [text for message in messages for text in message.texts if text.strip() and text != UNANSWERED]
+        texts = [text for message in messages for text in message.texts if text.strip() and text not in MADE_UP]
         return "\n\n".join(texts)
 
     shown = messages_for_model(conversation, portable=portable)

@@ -92,9 +92,9 @@ def without_broken_pauses(replies: Sequence[ChatMessage], *, may_pause_at_end: b
     given = list(replies)
     if all(_RAW_BLOCKS not in reply.meta for reply in given):
         return given
-    ends: list[tuple[set[Any], set[Any]]] = [_open_ends(reply) for reply in given]
-    before: list[set[Any]] = [set(), *(calls for calls, _ in ends[:-1])]
-    after: list[set[Any]] = [*(results for _, results in ends[1:]), ends[-1][0] if may_pause_at_end else set()]
+    ends = [_open_ends(reply) for reply in given]
+    before: list[set[str]] = [set(), *(calls for calls, _ in ends[:-1])]
+    after: list[set[str]] = [*(results for _, results in ends[1:]), ends[-1][0] if may_pause_at_end else set()]
     whole = [
         reply if calls <= following and results <= leading else without_provider_content(reply)
         for reply, (calls, results), leading, following in zip(given, ends, before, after, strict=True)
@@ -103,12 +103,12 @@ def without_broken_pauses(replies: Sequence[ChatMessage], *, may_pause_at_end: b
     return whole if is_whole else without_broken_pauses(whole, may_pause_at_end=may_pause_at_end)
 
 
-def _open_ends(reply: ChatMessage) -> tuple[set[Any], set[Any]]:
+def _open_ends(reply: ChatMessage) -> tuple[set[str], set[str]]:
     """Return the ids of the server tools whose result is in the next reply, and of those whose call is in the last."""
     blocks = reply.meta.get(_RAW_BLOCKS)
     blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
-    calls = {block.get("id") for block in blocks if block.get("type") == "server_tool_use"}
-    results = {block.get("tool_use_id") for block in blocks if "tool_use_id" in block}
+    calls = {str(block.get("id")) for block in blocks if block.get("type") == "server_tool_use"}
+    results = {str(block.get("tool_use_id")) for block in blocks if "tool_use_id" in block}
     return calls - results, results - calls
 
 

@@ -109,6 +109,8 @@ def messages_for_model(
     - Replies that follow each other and call tools are joined, so that the results come directly after their calls.
     - Calls without an id, or with one that was given before, get one.
     - Between tool results and the next question stands a reply that says that no answer was given.
+    - Where a question was deleted, and an answer and the steps to another one follow each other, a question to go on
+      stands between them, unless they are portable.
     - Where another model goes on with the round under way, such a reply and a question to go on stand before its steps.
     - What a generator keeps for its provider goes, if the message was edited since.
 
@@ -129,7 +131,8 @@ def messages_for_model(
         insist on user and assistant in turns. Defaults to False.
     :param model: The name of the model that is asked. In the round under way, replies of other models are shown in the
         portable form, as a round that was interrupted. A name with a version, such as the one in a reply's
-        `meta["model"]`, is the same model. Defaults to the model of the newest reply in that round.
+        `meta["model"]`, is the same model: one of the two names begins with the other. Without `portable`, the name
+        has no effect. Defaults to the model of the newest reply in that round.
     """
     system, shown, current = split_system_history_current(history, current_messages)
     view = _View([*_from_first_user(shown), *current], current, current_messages, portable=portable, model=model)
@@ -247,7 +250,7 @@ class _View:
 
     @staticmethod
     def _hand_over(shown: list[ChatMessage]) -> None:
-        if shown[-1]._role is ChatRole.TOOL:
+        if shown and shown[-1]._role is ChatRole.TOOL:
             shown.append(ChatMessage.from_assistant(UNANSWERED, meta={SHOWN_KEY: True}))
             shown.append(ChatMessage.from_user(GO_ON, meta={SHOWN_KEY: True}))
 
@@ -290,7 +293,10 @@ class _View:
         shown: list[ChatMessage] = []
         for step in _steps(replies, found, portable):
             number = sum(len(reply.tool_calls) for reply in step)
-            shown += self._step(step, found[:number], portable)
+            exchange = self._step(step, found[:number], portable)
+            if not portable and shown and exchange and _begins_anew(shown[-1], exchange[0]):
+                shown.append(ChatMessage.from_user(GO_ON, meta={SHOWN_KEY: True}))
+            shown += exchange
             found = found[number:]
         return shown
 
@@ -357,7 +363,9 @@ class _View:
 
     def _with_unique_ids(self, reply: ChatMessage) -> ChatMessage:
         """Give ids to calls that have none, or one that was shown before. Leave out reasoning whose id was."""
-        reasoning_ids = [part.extra.get("id") for part in reply._content if isinstance(part, ReasoningContent)]
+        reasoning_ids = [
+            str(part.extra.get("id") or "") for part in reply._content if isinstance(part, ReasoningContent)
+        ]
         if any(each in self._reasoning_ids for each in reasoning_ids if each):
             reply = provider_content.without_provider_content(reply)
         self._reasoning_ids.update(each for each in reasoning_ids if each)
@@ -412,6 +420,7 @@ def _is_same_model(one: Any, other: Any) -> bool:
     """Whether two names may be the same model: providers name the version in their replies."""
     if not (isinstance(one, str) and isinstance(other, str)):
         return True  # one of them is not known
+    one, other = one.lower(), other.lower()
     return one.startswith(other) or other.startswith(one)
 
 
@@ -449,6 +458,12 @@ def _may_say_something(message: ChatMessage) -> bool:
 def _is_plain(reply: ChatMessage) -> bool:
     """Whether a reply is one text, which every provider takes as it is."""
     return _is_text(reply) and not provider_content.is_in(reply)
+
+
+def _begins_anew(before: ChatMessage, reply: ChatMessage) -> bool:
+    """Whether the question is missing that a model thought about before it called tools: it stands behind an answer."""
+    is_answer = before._role is ChatRole.ASSISTANT and not before.tool_calls and not provider_content.is_paused(before)
+    return is_answer and bool(reply.tool_calls) and provider_content.is_in(reply)
 
 
 def _says_something(content: Sequence[Any]) -> bool:

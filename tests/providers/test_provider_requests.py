@@ -13,13 +13,7 @@ from cases import after_damage, after_resumption, after_switch, explained, refus
 from damages import DAMAGES
 from histories import PROVIDERS
 
-#: What is not repaired with `portable=False`: reasoning, signatures and raw blocks are shown as they are stored.
-KNOWN = {
-    ("gemini", "deleted_question"): {"call-turn"},  # replies to two questions follow each other
-    ("gemini", "stored_twice"): {"call-turn"},
-    ("bedrock", "deleted_question"): {"alternation"},
-    ("bedrock", "stored_twice"): {"alternation"},
-}
+KNOWN: dict[tuple[str, str], set[str]] = {}  # what is not repaired with `portable=False`, by provider and damage
 
 
 def check(cases, known=frozenset()):
