@@ -129,9 +129,7 @@ class ChatMessageRetriever:
         """
         return protocol_calls.component_from_dict(cls, data)
 
-    @component.output_types(
-        messages=list[ChatMessage], replies=list[ChatMessage], revision=int, omitted_rounds=int
-    )
+    @component.output_types(messages=list[ChatMessage], replies=list[ChatMessage], revision=int, omitted_rounds=int)
     def run(
         self,
         chat_history_id: str,
@@ -177,9 +175,7 @@ class ChatMessageRetriever:
         window = reader.read_turn(store, chat_history_id, current, last_k, until_message_id=until_message_id)
         return {**_outputs(reader, window, current, info), **_revision(store, info)}
 
-    @component.output_types(
-        messages=list[ChatMessage], replies=list[ChatMessage], revision=int, omitted_rounds=int
-    )
+    @component.output_types(messages=list[ChatMessage], replies=list[ChatMessage], revision=int, omitted_rounds=int)
     async def run_async(
         self,
         chat_history_id: str,
@@ -251,6 +247,7 @@ def _outputs(
 
 
 def _revision(store: ChatMessageStore, info: ChatHistoryInfo | protocol_calls.Missing | None) -> dict[str, int]:
-    if info is protocol_calls.MISSING or not protocol_calls.takes_revisions(store):
-        return {}
-    return {"revision": 0 if info is None else info.revision}
+    if info is None:
+        return {"revision": 0} if protocol_calls.takes_revisions(store) else {}
+    revision: int | None = getattr(info, "revision", None)  # a store of another package may have none
+    return {} if revision is None else {"revision": revision}
