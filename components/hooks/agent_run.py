@@ -65,6 +65,11 @@ class AgentRun:
     exit_reason: str | None = None
 
     @property
+    def before_message_id(self) -> str | None:
+        """The id of the message before which the history ends for the run: it ends at `until_message_id` or here."""
+        return self.replaced_id if self.until_message_id is None else None
+
+    @property
     def has_reply(self) -> bool:
         """Whether a reply of the model waits to be stored."""
         return self.brought is not None and any(map(_is_reply, self.unsaved[self.brought :]))

@@ -138,7 +138,11 @@ class ChatHistoryLoader:
                 )
             else:
                 request.messages = request.reader.read(
-                    self.chat_message_store, run.chat_history_id, request.current, **_end_of(run)
+                    self.chat_message_store,
+                    run.chat_history_id,
+                    request.current,
+                    until_message_id=run.until_message_id,
+                    before_message_id=run.before_message_id,
                 )
 
     async def run_async(self, state: State) -> None:
@@ -160,7 +164,11 @@ class ChatHistoryLoader:
                 )
             else:
                 request.messages = await request.reader.read_async(
-                    self.chat_message_store, run.chat_history_id, request.current, **_end_of(run)
+                    self.chat_message_store,
+                    run.chat_history_id,
+                    request.current,
+                    until_message_id=run.until_message_id,
+                    before_message_id=run.before_message_id,
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -322,13 +330,6 @@ class _IsStored:
 
 
 _Requests: TypeAlias = Generator[_Read | _IsStored, None, ResultT]
-
-
-def _end_of(run: AgentRun) -> dict[str, str | None]:
-    """Return where the conversation ends that a run is shown, as arguments of a read."""
-    if run.until_message_id is not None:
-        return {"until_message_id": run.until_message_id}
-    return {"before_message_id": run.replaced_id}
 
 
 def _is_stored(message_id: str) -> "_Requests[bool]":

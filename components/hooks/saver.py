@@ -61,14 +61,15 @@ class ChatHistorySaver:
         :raises ConflictError: If the history has another revision than the `expected_revision`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        run = self._collected(state)
+        run, store = self._collected(state), self.chat_message_store
         for attempt in self._attempts(run):
-            arguments = (run.chat_history_id, *attempt.replaced, attempt.messages)
             with attempt:
-                if attempt.replaced:
-                    attempt.written = protocol_calls.replace(self.chat_message_store, *arguments, **attempt.options)
+                if attempt.replaced_id is None:
+                    attempt.written = store.write_messages(run.chat_history_id, attempt.messages, **attempt.options)
                 else:
-                    attempt.written = self.chat_message_store.write_messages(*arguments, **attempt.options)
+                    attempt.written = protocol_calls.replace(
+                        store, run.chat_history_id, attempt.replaced_id, attempt.messages, **attempt.options
+                    )
 
     async def run_async(self, state: State) -> None:
         """
@@ -81,13 +82,17 @@ class ChatHistorySaver:
         :raises ConflictError: If the history has another revision than the `expected_revision`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        run = self._collected(state)
+        run, store = self._collected(state), self.chat_message_store
         for attempt in self._attempts(run):
-            write = protocol_calls.replace_async if attempt.replaced else protocol_calls.write_async
             with attempt:
-                attempt.written = await write(
-                    self.chat_message_store, run.chat_history_id, *attempt.replaced, attempt.messages, **attempt.options
-                )
+                if attempt.replaced_id is None:
+                    attempt.written = await protocol_calls.write_async(
+                        store, run.chat_history_id, attempt.messages, **attempt.options
+                    )
+                else:
+                    attempt.written = await protocol_calls.replace_async(
+                        store, run.chat_history_id, attempt.replaced_id, attempt.messages, **attempt.options
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Serialize the hook and its store."""
@@ -141,7 +146,11 @@ class ChatHistorySaver:
             yield attempt
             if attempt.error is None:
                 run.replaced_id = run.expected_revision = None
-            if attempt.written == 0 and not attempt.replaced and run.question_id in map(message_id, attempt.messages):
+            if (
+                attempt.written == 0
+                and attempt.replaced_id is None
+                and run.question_id in map(message_id, attempt.messages)
+            ):
                 raise ValueError(
                     f"The question with the {MESSAGE_ID_KEY} {run.question_id!r} was asked before, further back than "
                     "the loaded messages, or another run is answering it. Ask it again with another id, or give "
@@ -176,11 +185,12 @@ class _Attempt:
     """
     One write: its arguments and, afterwards, the number of messages written or the error that it failed with.
 
-    :param replaced: The id of the first message to replace, if there is one.
+    :param replaced_id: The id of the first message to replace, or `None` if the messages are appended.
+    :param options: Further arguments.
     """
 
     messages: list[ChatMessage]
-    replaced: tuple[str, ...] = ()
+    replaced_id: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     written: int | None = None
     error: Exception | None = None
@@ -188,9 +198,8 @@ class _Attempt:
     @classmethod
     def of(cls, run: AgentRun, size: int) -> "_Attempt":
         """Return the attempt to write the next messages of a run."""
-        replaced = () if run.replaced_id is None else (run.replaced_id,)
         options = {} if run.expected_revision is None else {"expected_revision": run.expected_revision}
-        return cls(run.unsaved[:size], replaced, options)
+        return cls(run.unsaved[:size], run.replaced_id, options)
 
     def __enter__(self) -> None: ...
 

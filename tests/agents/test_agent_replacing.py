@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that takes the place of what was said: the model is asked first, and replaced is afterwards, in one step."""
+"""A run that takes the place of what was said: the model is asked first, and replaces the old turn in one step."""
+
+import itertools
 
 import pytest
 from agent_programs import WAYS
 from agent_runs import agent_with, asked, call, reply, says, user
+from haystack.components.agents import State
 from haystack.dataclasses import ChatMessage
+from haystack.hooks import hook
 from haystack_experimental.chat_message_stores.in_memory import InMemoryChatMessageStore as ExperimentalStore
-from turn_pipelines import ENGINES, store_of
+from turn_pipelines import ENGINES, CrashError, FailingEngine, Moments, store_of
 
-from haystack_chat_store.errors import ChatHistoryChangedError, MessageNotFoundError
+from haystack_chat_store.conversation.shown import INTERRUPTED
+from haystack_chat_store.errors import ChatHistoryChangedError, MessageNotFoundError, StoreUnavailableError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 
 OLD = ["q0", "a0", "q1", "a1"]
@@ -76,7 +81,7 @@ class TestRegenerate:
 
         def second(messages):
             seen.append(texts(store))
-            return [reply("new")]
+            return reply("new")
 
         agent = agent_with(store, reply("Let me look.", call("a")), second)
         run(agent, [], **context(replace_from_message_id=last_id(store)))
@@ -144,10 +149,8 @@ class TestFailures:
         assert texts(store) == ["q0", "a0", "q1", "Let me look.", None, "new"]
 
     def test_what_hooks_add_before_the_run_is_no_reply(self, store, run):
-        from haystack.hooks import hook
-
         @hook
-        def add(state):
+        def add(state: State) -> None:
             state.set("messages", [reply("Documents, perhaps?"), user("Yes.")])
 
         options = context(replace_from_message_id=last_id(store))
@@ -162,7 +165,7 @@ class TestRefused:
     def test_if_others_have_written_meanwhile(self, store, run):
         def answer(messages):
             store.write_messages("h", [ChatMessage.from_user("by another")])
-            return [reply("new")]
+            return reply("new")
 
         revision = store.get_chat_history("h").revision
         options = context(replace_from_message_id=last_id(store), expected_revision=revision)
@@ -220,3 +223,37 @@ def test_a_store_that_cannot_is_named_before_the_model_is_asked(run, option):
         run(agent, [user("edited")], hook_context={"chat_history_id": "other store", **option})
     assert not agent.chat_generator.asked
     store.delete_all_messages()
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)  # the moments are the same on all engines
+@pytest.mark.parametrize("failure", [CrashError, StoreUnavailableError])
+@pytest.mark.parametrize("is_edit", [False, True], ids=["regenerate", "edit"])
+def test_a_run_that_fails_at_any_moment_and_comes_again_leaves_the_old_or_the_new(store, run, failure, is_edit):
+    messages = [user("edited", chat_message_id="new id")] if is_edit else []
+    kept = ["q0", "a0"] if is_edit else ["q0", "a0", "q1"]
+    added = ["edited"] if is_edit else []
+    new = [*kept, *added, "Let me look.", None, "new"]
+    old_messages = store.retrieve_messages("h")
+    options = context(replace_from_message_id="id1" if is_edit else last_id(store))
+    outcomes = set()
+    for moment in itertools.count(1):
+        copy, moments = type(store).from_dict(store.to_dict()), Moments(moment, failure)
+        copy.engine = FailingEngine(copy.engine, moments)
+        try:
+            run(agent_with(copy, reply("Let me look.", call("a")), reply("new")), messages, **options)
+        except failure:
+            stored = texts(store)
+            assert stored == OLD or (stored[: len(kept) + len(added) + 1] == new[: len(kept) + len(added) + 1])
+            outcomes.add(stored == OLD)
+        else:
+            assert moments.passed < moment
+            break
+        # The first attempt may have left a step. Then the model goes on with it, otherwise it begins.
+        replies = [reply("Let me look.", call("a"))] if texts(store) == OLD else []
+        if texts(store) != new:
+            run(agent_with(store, *replies, reply("new")), messages, **options)
+        stored = [text for text in texts(store) if text != INTERRUPTED]
+        assert [text for text in stored if text is not None] == [text for text in new if text is not None]
+        store.delete_messages("h")
+        store.write_messages("h", old_messages)
+    assert outcomes == {True, False}
