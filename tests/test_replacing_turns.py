@@ -2,6 +2,7 @@
 """Rules 26 and 27 in components: an answer given anew, or an edited question, takes the place of the old one."""
 
 import asyncio
+import itertools
 
 import pytest
 from haystack.dataclasses import ChatMessage, ToolCall
@@ -9,7 +10,7 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
 from test_retriever import MinimalStore
-from turn_pipelines import ENGINES, store_of
+from turn_pipelines import ENGINES, CrashError, FailingEngine, Model, Moments, store_of, turn_pipeline
 
 from haystack_chat_store.errors import ChatHistoryChangedError, MessageNotFoundError
 
@@ -231,3 +232,52 @@ class TestRefused:
         writer = ChatMessageWriter(MinimalStore())
         with pytest.raises(ValueError, match="MinimalStore has no replace_messages"):
             run(writer, "h", [], [ASSISTANT("new")], replace_from_message_id="id1")
+
+
+def pipeline_of(store, model, is_edit):
+    """The pipeline of docs/turns.md, with the revision connected. An edit has no writer before the model."""
+    pipeline = turn_pipeline(store, model)
+    if is_edit:
+        pipeline.remove_component("question_writer")
+        pipeline.connect("prompt_builder.prompt", "retriever.current_messages")
+        pipeline.connect("prompt_builder.prompt", "answer_writer.messages")
+    pipeline.connect("retriever.revision", "answer_writer.expected_revision")
+    return pipeline
+
+
+def turn_of(is_edit, replaced_id):
+    query, request_id = ("edited", "new id") if is_edit else ("q1", "id1")
+    until = "id0:reply:0" if is_edit else "id1"
+    return {
+        "prompt_builder": {"query": query, "request_id": request_id},
+        **({} if is_edit else {"question_writer": {"chat_history_id": "h"}}),
+        "retriever": {"chat_history_id": "h", "until_message_id": until},
+        "answer_writer": {"chat_history_id": "h", "replace_from_message_id": replaced_id},
+    }
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)  # the moments are the same on all engines
+@pytest.mark.parametrize("is_edit", [False, True], ids=["regenerate", "edit"])
+def test_a_pipeline_that_fails_at_any_moment_and_comes_again_leaves_the_old_or_the_new(store, writer, run, is_edit):
+    old = store.retrieve_messages("h")
+    replaced_id = "id1" if is_edit else ids(old)[-1]
+    question = "edited" if is_edit else "q1"
+    outcomes = set()
+    for moment in itertools.count(1):
+        copy, moments = type(store).from_dict(store.to_dict()), Moments(moment, CrashError)
+        copy.engine = FailingEngine(copy.engine, moments)
+        try:
+            run(pipeline_of(copy, Model(moments), is_edit), turn_of(is_edit, replaced_id))
+        except CrashError:
+            outcomes.add(texts(old) == history(store))
+        else:
+            assert moments.passed < moment
+            break
+        stored = history(store)
+        turn = run(pipeline_of(store, Model(), is_edit), turn_of(is_edit, replaced_id))["answer_writer"]
+        assert history(store) == ["q0", "a0", question, turn["replies"][0].text]
+        assert turn["replies"][0].text.startswith(f"{question} (answer")
+        assert stored in (texts(old), history(store))
+        store.delete_messages("h")
+        store.write_messages("h", old)
+    assert outcomes == {True, False}
