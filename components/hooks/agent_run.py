@@ -46,6 +46,8 @@ class AgentRun:
         as it was replaced.
     :param expected_revision: The revision that the history must have at the next write, or `None` for any revision.
     :param brought: The number of messages in `unsaved` before the model was first asked. `None` until the saver runs.
+    :param tried: The number of messages in a replacement that has failed, and may have been done all the same. It is
+        tried again with the same messages. Otherwise `None`.
     :param question_id: The id of the user message that the run answers.
     :param given: The ids of the messages that the run began with. The run produced all other messages.
     :param known: The ids of the messages that are stored or wait to be stored.
@@ -58,6 +60,7 @@ class AgentRun:
     replaced_id: str | None = None
     expected_revision: int | None = None
     brought: int | None = None
+    tried: int | None = None
     question_id: str | None = None
     given: set[str] = field(default_factory=set)
     known: set[str] = field(default_factory=set)

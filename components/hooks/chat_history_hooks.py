@@ -40,9 +40,9 @@ def chat_history_hooks(
 
     The keys of `hook_context` are `chat_history_id` and, optionally,
 
-    - `replace_from_message_id`: the id of the first message that the run takes the place of, to give an answer anew or to
-      edit a question. The agent is shown what comes before it. As soon as the first reply is there, it replaces the old
-      messages in one step, together with the question. So a failing model leaves the old answer.
+    - `replace_from_message_id`: the id of the first message that the run takes the place of, to give an answer anew or
+      to edit a question. The agent is shown what comes before it. As soon as the first reply is there, it replaces the
+      old messages in one step, together with the question. So a failing model leaves the old answer.
     - `until_message_id`: the id of the last message of the history that the agent is shown.
     - `expected_revision`: the revision that the history must have when the run first writes to it.
 

@@ -140,12 +140,12 @@ class ChatHistorySaver:
     def _attempts(self, run: AgentRun) -> Iterator["_Attempt"]:
         if run.replaced_id is not None and not run.has_reply:
             return  # until then, the old messages stay
-        size = len(run.unsaved)
+        size = run.tried or len(run.unsaved)
         while run.unsaved:
             attempt = _Attempt.of(run, size)
             yield attempt
             if attempt.error is None:
-                run.replaced_id = run.expected_revision = None
+                run.replaced_id = run.expected_revision = run.tried = None
             if (
                 attempt.written == 0
                 and attempt.replaced_id is None
@@ -168,6 +168,7 @@ class ChatHistorySaver:
             if is_invalid:
                 logger.error("A message of an agent's run cannot be saved: {error}", error=attempt.error)
             elif attempt.error is not None:
+                run.tried = None if attempt.replaced_id is None else len(attempt.messages)
                 logger.error(
                     "{number} messages of an agent's run are not saved yet: {error}",
                     number=len(run.unsaved),

@@ -257,3 +257,27 @@ def test_a_run_that_fails_at_any_moment_and_comes_again_leaves_the_old_or_the_ne
         store.delete_messages("h")
         store.write_messages("h", old_messages)
     assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
+def test_a_run_that_goes_on_though_saving_fails_replaces_at_the_next_hook_point(store, run, caplog):
+    old_messages, options = store.retrieve_messages("h"), context(replace_from_message_id=last_id(store))
+    for moment in itertools.count(1):
+        options["hook_context"]["expected_revision"] = store.get_chat_history("h").revision
+        copy, moments = type(store).from_dict(store.to_dict()), Moments(moment, StoreUnavailableError("It is away."))
+        copy.engine = FailingEngine(copy.engine, moments)
+        agent = agent_with(
+            copy, reply("Let me look.", call("a")), reply("new"), hook_options={"raise_on_failure": False}
+        )
+        caplog.clear()
+        try:
+            run(agent, [], **options)
+        except StoreUnavailableError:
+            assert texts(store) == OLD  # loading always raises
+        else:
+            assert texts(store) == ["q0", "a0", "q1", "Let me look.", None, "new"]
+            if moments.passed < moment:
+                break
+            assert "are not saved yet" in caplog.text
+        store.delete_messages("h")
+        store.write_messages("h", old_messages)
