@@ -16,6 +16,9 @@ QUESTION_ID_KEY = "chat_question_id"
 #: The longest id of a message or a history, in characters. Every engine can use it as a key.
 MAX_ID_LENGTH = 512
 
+# The longest id of a question that stands in the ids of its replies. The rest is left for what comes after it.
+_LONGEST_READABLE_ID = MAX_ID_LENGTH - 64
+
 #: The key in the `meta` of a message that is shown otherwise than it is stored. Such a message is never stored.
 SHOWN_KEY = "chat_shown"
 
@@ -30,7 +33,7 @@ def new_message_id() -> str:
     return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
 
 
-def reply_id(question_id: str | int, number: int) -> str:
+def reply_id(question_id: str | int, number: int, replaced_id: str | None = None) -> str:
     """
     Return the id of a reply to a question.
 
@@ -39,11 +42,40 @@ def reply_id(question_id: str | int, number: int) -> str:
 
     :param question_id: The question's id.
     :param number: The number of the reply among those to this question, 0 for the first.
+    :param replaced_id: The id of the message that is taken back for the reply and all before it in its batch. So no
+        reply has the id of one that it takes the place of. Defaults to `None`: nothing is taken back.
     """
-    readable = f"{question_id}:reply:{number}"
-    if len(readable) <= MAX_ID_LENGTH:
-        return readable
-    return hashlib.sha256(readable.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{_reply_prefix(question_id)}{number}{'' if replaced_id is None else ':' + _digest(replaced_id)}"
+
+
+def is_reply_id(message_id: str | int | None, question_id: str | int) -> bool:
+    """Whether `reply_id` made an id for a reply to this question."""
+    return isinstance(message_id, str) and message_id.startswith(_reply_prefix(question_id))
+
+
+def is_reply_id_instead_of(message_id: str | int | None, replaced_id: str) -> bool:
+    """Whether `reply_id` made an id for a reply for which this message was taken back."""
+    return isinstance(message_id, str) and message_id.endswith(":" + _digest(replaced_id))
+
+
+def first_step_id(replaced_id: str) -> str:
+    """
+    Return the id of the first reply of an agent's run that replaces a message.
+
+    It is the same at each call, so that a run that is repeated finds out that the message was replaced already.
+
+    :param replaced_id: The id of the message that is taken back.
+    """
+    return f"instead:{_digest(replaced_id)}"
+
+
+def _reply_prefix(question_id: str | int) -> str:
+    readable = str(question_id)
+    return f"{readable if len(readable) <= _LONGEST_READABLE_ID else _digest(readable)}:reply:"
+
+
+def _digest(message_id: str) -> str:
+    return hashlib.sha256(message_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def message_id_of(message: ChatMessage) -> str | int | None:

@@ -2,7 +2,8 @@
 """
 Calls of components to any store that follows the protocol, also to stores of other packages.
 
-The protocol requires no asynchronous methods, and no `close`, `window_step`, `policy` or `expected_revision`.
+The protocol requires no asynchronous methods, and no `close`, `window_step`, `policy`, `expected_revision` or
+`replace_messages`.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
 from haystack import DeserializationError, default_from_dict
@@ -19,7 +21,7 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack_chat_store.conversation.rounds import LastKUnit, Window, last_rounds
 from haystack_chat_store.errors import DuplicateMessageError, MessageEncodingError, UnsupportedOperationError
 from haystack_chat_store.ids import message_id_of
-from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore
+from haystack_chat_store.types import AsyncChatMessageStore, ChatHistoryInfo, ChatMessageStore
 from haystack_chat_store.validation import validated_policy
 
 ComponentT = TypeVar("ComponentT")
@@ -101,6 +103,15 @@ async def retrieve_async(
     return _cut(messages, window)
 
 
+class Missing(Enum):
+    """The type of `MISSING`: what a store cannot tell."""
+
+    MISSING = "missing"
+
+
+MISSING = Missing.MISSING
+
+
 class _Read(NamedTuple):
     """
     The arguments of a store's `retrieve_messages`, and the window to cut out of its result, or `None` for all of it.
@@ -154,26 +165,31 @@ async def has_message_async(store: ChatMessageStore, chat_history_id: str, messa
     return message_id in map(message_id_of, await retrieve_async(store, chat_history_id, _LARGE_LAST_K))
 
 
-def count_rounds(store: ChatMessageStore, chat_history_id: str) -> int | None:
-    """Return the number of rounds in a history, from a counter, or `None` if the store has none."""
+def history_info(store: ChatMessageStore, chat_history_id: str) -> ChatHistoryInfo | Missing | None:
+    """Return a history without its messages, `None` if it does not exist, or MISSING if the store cannot tell."""
     if not hasattr(store, "get_chat_history"):
-        return None
+        return MISSING
     try:
-        history = store.get_chat_history(chat_history_id)
+        info: ChatHistoryInfo | None = store.get_chat_history(chat_history_id)
     except UnsupportedOperationError:
-        return None
-    return 0 if history is None else int(history.round_count)
+        return MISSING
+    return info
 
 
-async def count_rounds_async(store: ChatMessageStore, chat_history_id: str) -> int | None:
-    """Do what `count_rounds` does, without blocking the event loop."""
+async def history_info_async(store: ChatMessageStore, chat_history_id: str) -> ChatHistoryInfo | Missing | None:
+    """Do what `history_info` does, without blocking the event loop."""
     if not hasattr(store, "get_chat_history_async"):
-        return None
+        return MISSING
     try:
-        history = await store.get_chat_history_async(chat_history_id)
+        info: ChatHistoryInfo | None = await store.get_chat_history_async(chat_history_id)
     except UnsupportedOperationError:
-        return None
-    return 0 if history is None else int(history.round_count)
+        return MISSING
+    return info
+
+
+def takes_revisions(store: ChatMessageStore) -> bool:
+    """Whether a store's writes take an `expected_revision`."""
+    return "expected_revision" in inspect.signature(store.write_messages).parameters
 
 
 def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_revision: int | None) -> dict[str, Any]:
@@ -200,6 +216,38 @@ async def write_async(
     if isinstance(store, AsyncChatMessageStore):
         return await store.write_messages_async(chat_history_id, messages, **options)
     return await asyncio.to_thread(store.write_messages, chat_history_id, messages, **options)
+
+
+def validate_replaces(store: ChatMessageStore) -> None:
+    """
+    Check that a store can replace messages.
+
+    :raises ValueError: If it has no `replace_messages`.
+    """
+    if not hasattr(store, "replace_messages"):
+        raise ValueError(
+            f"{type(store).__name__} has no replace_messages, so replace_from_message_id cannot be given with it."
+        )
+
+
+def replace(
+    store: ChatMessageStore, chat_history_id: str, from_message_id: str, messages: list[ChatMessage], **options: Any
+) -> int:
+    """Call a store's `replace_messages`."""
+    written: int = store.replace_messages(  # type: ignore[attr-defined]  # see validate_replaces
+        chat_history_id, from_message_id, messages, **options
+    )
+    return written
+
+
+async def replace_async(
+    store: ChatMessageStore, chat_history_id: str, from_message_id: str, messages: list[ChatMessage], **options: Any
+) -> int:
+    """Await a store's `replace_messages_async`. If the store has none, run `replace_messages` in a thread."""
+    if hasattr(store, "replace_messages_async"):
+        written: int = await store.replace_messages_async(chat_history_id, from_message_id, messages, **options)
+        return written
+    return await asyncio.to_thread(replace, store, chat_history_id, from_message_id, messages, **options)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the messages of a turn, and says what the history has of it afterwards."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple, TypeAlias
@@ -12,15 +12,17 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.rounds import round_starts
 from haystack_chat_store.conversation.turns import answer_of, is_whole, last_question, turn_of, with_message_ids
+from haystack_chat_store.errors import ChatHistoryChangedError, MessageNotFoundError
 from haystack_chat_store.ids import (
     MESSAGE_ID_KEY,
     QUESTION_ID_KEY,
+    is_reply_id_instead_of,
     message_id_of,
     question_id_of,
     reply_id,
 )
 from haystack_chat_store.types import ChatMessageStore
-from haystack_chat_store.validation import usable_id_of, validated_policy
+from haystack_chat_store.validation import usable_id_of, validated_id, validated_policy
 
 # If a page does not have what is looked for, the next page is larger by this factor.
 _PAGE_GROWTH = 8
@@ -47,6 +49,13 @@ class _Write(NamedTuple):
     batch: list[ChatMessage]
 
 
+class _Replace(NamedTuple):
+    """A request to replace messages by a batch. If the store refuses it, its error is what is found."""
+
+    from_message_id: str
+    batch: list[ChatMessage]
+
+
 class _Page(NamedTuple):
     """A request for the last rounds of the history."""
 
@@ -60,7 +69,8 @@ class _IsStored(NamedTuple):
 
 
 # Yields requests, and receives the number of messages written, the messages of the page, or the answer.
-_Requests: TypeAlias = Generator[_Write | _Page | _IsStored, Any, WrittenTurn]
+_Request: TypeAlias = _Write | _Replace | _Page | _IsStored
+_Requests: TypeAlias = Generator[_Request, Any, WrittenTurn]
 _Reads: TypeAlias = Generator[_Page | _IsStored, Any, list[ChatMessage]]
 
 
@@ -72,19 +82,33 @@ class TurnWriter:
     and its number in the turn. So a second answer to the same question has the id of the first, and the store skips it.
     """
 
-    def __init__(self, store: ChatMessageStore, policy: DuplicatePolicy, expected_revision: int | None = None) -> None:
+    def __init__(
+        self,
+        store: ChatMessageStore,
+        policy: DuplicatePolicy,
+        expected_revision: int | None = None,
+        replace_from_message_id: str | None = None,
+    ) -> None:
         """
         Keep the store and the options of the write.
 
         :param store: The store that keeps the histories.
         :param policy: Decides about messages whose ids the history already has.
         :param expected_revision: The revision that the history must have. Defaults to `None`: any revision.
+        :param replace_from_message_id: The id of a message. It is taken back with all messages after it, and the turn
+            takes their place, in one step. Defaults to `None`: the turn is appended.
         :raises ValueError: If the store does not take one of the options.
         """
         self._store = store
         self._policy = policy
         self._is_skipping = validated_policy(policy) is DuplicatePolicy.SKIP
         self._options = protocol_calls.write_options(store, policy, expected_revision)
+        self._replaced_id: str | None = None
+        if replace_from_message_id is not None:
+            self._replaced_id = validated_id(replace_from_message_id, "replace_from_message_id")
+            protocol_calls.validate_replaces(store)
+            if not self._is_skipping:
+                raise ValueError("replace_from_message_id cannot be given with another policy than SKIP.")
 
     def write(
         self, chat_history_id: str, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]
@@ -96,6 +120,7 @@ class TurnWriter:
         :param messages: The messages of this turn, oldest first. They are not changed.
         :param replies: The replies to them. They are not changed.
         :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises MessageNotFoundError: If the message to take back is not there. Nothing was written.
         :raises ConflictError: If the options forbid the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
@@ -103,7 +128,12 @@ class TurnWriter:
         request, turn = _advance(requests)
         while turn is None:
             found: Any
-            if isinstance(request, _Write):
+            if isinstance(request, _Replace):
+                try:
+                    found = protocol_calls.replace(self._store, chat_history_id, *request, **self._options)
+                except (MessageNotFoundError, ChatHistoryChangedError) as error:
+                    found = error
+            elif isinstance(request, _Write):
                 found = self._store.write_messages(chat_history_id, request.batch, **self._options)
             elif isinstance(request, _IsStored):
                 found = protocol_calls.has_message(self._store, chat_history_id, request.message_id)
@@ -120,7 +150,12 @@ class TurnWriter:
         request, turn = _advance(requests)
         while turn is None:
             found: Any
-            if isinstance(request, _Write):
+            if isinstance(request, _Replace):
+                try:
+                    found = await protocol_calls.replace_async(self._store, chat_history_id, *request, **self._options)
+                except (MessageNotFoundError, ChatHistoryChangedError) as error:
+                    found = error
+            elif isinstance(request, _Write):
                 found = await protocol_calls.write_async(self._store, chat_history_id, request.batch, **self._options)
             elif isinstance(request, _IsStored):
                 found = await protocol_calls.has_message_async(self._store, chat_history_id, request.message_id)
@@ -130,6 +165,8 @@ class TurnWriter:
         return turn
 
     def _requests(self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]) -> _Requests:
+        if self._replaced_id is not None:
+            return (yield from self._replacing_requests(messages, replies, self._replaced_id))
         turn = yield from self._stored_turn(messages, replies)
         if self._is_skipping:
             messages = [_known(message, turn) for message in messages]
@@ -163,6 +200,51 @@ class TurnWriter:
         stored_answers = [stored.get(message_id_of(reply), reply) for reply in answers]
         if skipped and answer is not None:
             stored_answers = [answer]
+        return self._written(written, given, stored_answers, stored)
+
+    def _replacing_requests(
+        self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage], replaced_id: str
+    ) -> _Requests:
+        """
+        Replace messages by the turn.
+
+        The ids of the replies are made from the id of the message that is taken back, too. So a repeated call, which
+        does not find that message any more, finds what the first call has put in its place, and writes nothing.
+        """
+        if last_question(messages) is None and replies:
+            turn = yield from _turn_that_is_replaced(replaced_id)
+        else:
+            turn = _kept((yield from self._stored_turn(messages, replies)), replaced_id)
+        messages = [_known(message, turn) for message in messages]
+        given, answers = self._identified(messages, replies, turn)
+        batch = [*given, *answers]
+        ids = {message_id_of(message) for message in batch if not self._is_skipped(message)}
+        found = yield _Replace(replaced_id, batch)
+        if not isinstance(found, Exception) and found >= len(ids):
+            return WrittenTurn(messages_written=found, messages=batch, replies=answers)
+        if isinstance(found, Exception):
+            # A repeated call may come with another answer. The first reply shows what was stored.
+            ids = {message_id_of(answers[0])} if answers else ids
+            is_done = bool(ids) and not (yield _IsStored(replaced_id))
+            for message_id in ids:
+                is_done = is_done and (yield _IsStored(str(message_id)))
+            if not is_done:
+                raise found
+        page = yield from _page_with(ids, len(round_starts(given)))
+        stored = {message_id_of(message): message for message in page}
+        if isinstance(found, Exception):
+            answers = [answer for answer in answers if message_id_of(answer) in stored]
+            found = 0
+        return self._written(found, given, [stored.get(message_id_of(each), each) for each in answers], stored)
+
+    def _written(
+        self,
+        written: int,
+        given: Sequence[ChatMessage],
+        stored_answers: list[ChatMessage],
+        stored: Mapping[str | int | None, ChatMessage],
+    ) -> WrittenTurn:
+        """Return the batch as the history has it."""
         stored_given = [
             message if self._is_skipped(message) else stored.get(message_id_of(message), message) for message in given
         ]
@@ -196,7 +278,7 @@ class TurnWriter:
         :param turn: The stored turn that the messages go on with. It may be empty.
         """
         question, number = (turn[0] if turn else None), self._first_number(turn)
-        taken = set(map(message_id_of, turn)) if self._is_skipping else set()
+        taken = set(map(message_id_of, turn)) if self._is_skipping and self._replaced_id is None else set()
         identified: list[ChatMessage] = []
         ids: set[str | int | None] = set()
         for place, message in enumerate([*messages, *replies]):
@@ -212,7 +294,7 @@ class TurnWriter:
             while question_id is not None and reply_id(question_id, number) in taken:
                 number += 1
             if is_answer and question_id is not None and own_id is None:
-                message = _answering(message, question_id, number)  # noqa: PLW2901
+                message = _answering(message, question_id, number, self._replaced_id)  # noqa: PLW2901
             elif is_reply and question_id is not None and question_id_of(message) is None:
                 message = replace(message, _meta={**message.meta, QUESTION_ID_KEY: question_id})  # noqa: PLW2901
             elif own_id is None:
@@ -227,15 +309,19 @@ class TurnWriter:
         return identified[: len(messages)], identified[len(messages) :]
 
     def _first_number(self, turn: Sequence[ChatMessage]) -> int:
-        """Return the number of the next reply to a stored turn. Other policies than SKIP are meant for its replies."""
-        return max(len(turn) - 1, 0) if self._is_skipping else 0
+        """
+        Return the number of the next reply to a stored turn. Other policies than SKIP are meant for its replies.
+
+        What takes the place of others is counted by itself, so that the ids are the same if the call is repeated.
+        """
+        return max(len(turn) - 1, 0) if self._is_skipping and self._replaced_id is None else 0
 
     def _is_skipped(self, message: ChatMessage) -> bool:
         """Whether the store leaves the message out."""
         return message.role is ChatRole.SYSTEM and bool(getattr(self._store, "skip_system_messages", True))
 
 
-def _advance(requests: _Requests, found: Any = None) -> tuple[_Write | _Page | _IsStored, WrittenTurn | None]:
+def _advance(requests: _Requests, found: Any = None) -> tuple[_Request, WrittenTurn | None]:
     """Pass on what was found, and return the next request or, after the last one, the result."""
     try:
         return requests.send(found), None
@@ -254,6 +340,29 @@ def _last_turn() -> _Reads:
         if len(page) < rounds:
             return []
         rounds *= _PAGE_GROWTH
+
+
+def _turn_that_is_replaced(replaced_id: str) -> _Reads:
+    """Read the kept part of the turn whose end is replaced. It is empty if the history does not have it."""
+    rounds = 1
+    while True:
+        page: list[ChatMessage] = yield _Page(rounds)
+        kept = _kept(page, replaced_id)
+        turn = turn_of(kept, None)
+        if len(kept) < len(page) and is_whole(turn):
+            return turn
+        if len(page) < rounds:
+            return []
+        rounds *= _PAGE_GROWTH
+
+
+def _kept(messages: Sequence[ChatMessage], replaced_id: str) -> list[ChatMessage]:
+    """Return the messages before the one that is taken back or, if it is gone, before what took its place."""
+    ids = list(map(message_id_of, messages))
+    if replaced_id in ids:
+        return list(messages[: ids.index(replaced_id)])
+    place = next((at for at, each in enumerate(ids) if is_reply_id_instead_of(each, replaced_id)), len(ids))
+    return list(messages[:place])
 
 
 def _page_with(ids: set[str | int | None], rounds: int) -> _Reads:
@@ -285,10 +394,10 @@ def _turn_of_reply(page: Sequence[ChatMessage], answers: Sequence[ChatMessage]) 
     return turn_of(page, str(question_id)) if question_id is not None else []
 
 
-def _answering(reply: ChatMessage, question_id: str | int, number: int) -> ChatMessage:
+def _answering(reply: ChatMessage, question_id: str | int, number: int, replaced_id: str | None = None) -> ChatMessage:
     """Return a copy of a reply that names its question, with the id of the reply with this number."""
     question_id = question_id_of(reply) or question_id
-    ids = {QUESTION_ID_KEY: question_id, MESSAGE_ID_KEY: reply_id(question_id, number)}
+    ids = {QUESTION_ID_KEY: question_id, MESSAGE_ID_KEY: reply_id(question_id, number, replaced_id)}
     return replace(reply, _meta={**reply.meta, **ids})
 
 

@@ -66,8 +66,10 @@ class ChatMessageStore(Protocol):
 
     26. **A turn, once.** Every reply that a component or a hook stores names its question, in
         `meta["chat_question_id"]`. The writer gives the i-th reply of a batch an id that is made from its question's id
-        and i; messages of an agent's run have ids of their own. A turn that is sent again is stored once, with its
-        first answer. What others have said after a turn's question is not shown in this turn.
+        and i and, if the batch replaces a message, from that message's id. Messages of an agent's run have ids of their
+        own; only the first reply of a run that replaces a message has an id that is made from that message's id. A turn
+        that is sent again is stored once, with its first answer. What others have said after a turn's question is not
+        shown in this turn.
 
     The stores of this package can do more than this protocol asks for. These rules hold for it:
 

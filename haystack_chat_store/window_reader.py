@@ -174,6 +174,7 @@ class WindowReader:
         last_k: int | None = None,
         *,
         until_message_id: str | None = None,
+        before_message_id: str | None = None,
     ) -> list[ChatMessage]:
         """
         Read the part of a history that the model is shown.
@@ -184,12 +185,14 @@ class WindowReader:
             towards `max_tokens`, and are not returned. Defaults to none.
         :param last_k: The number of rounds; 0 for none. Defaults to this reader's `last_k`.
         :param until_message_id: The id of the last message to read. Defaults to `None`: the last one of the history.
+        :param before_message_id: The id of the message after the last one to read. Give only one of the two. Defaults
+            to `None`.
         :returns: The messages of the window, in question order.
         :raises ValueError: If an argument is wrong.
-        :raises MessageNotFoundError: If the history does not have `until_message_id`.
+        :raises MessageNotFoundError: If the history does not have `until_message_id` or `before_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        end = _End(_validated_until(until_message_id))
+        end = _End(_validated_until(until_message_id), before_message_id=before_message_id)
         return self._run(self._reads(store, current_messages, last_k, end), store, chat_history_id)
 
     async def read_async(
@@ -200,9 +203,10 @@ class WindowReader:
         last_k: int | None = None,
         *,
         until_message_id: str | None = None,
+        before_message_id: str | None = None,
     ) -> list[ChatMessage]:
         """Do what `read` does, without blocking the event loop: neither for the store nor for the token counter."""
-        end = _End(_validated_until(until_message_id))
+        end = _End(_validated_until(until_message_id), before_message_id=before_message_id)
         return await self._run_async(self._reads(store, current_messages, last_k, end), store, chat_history_id)
 
     def read_turn(
@@ -403,6 +407,7 @@ class _End:
     Where a window ends: at the end of the history, at a message, or before a turn, which is read apart.
 
     :param until_message_id: The id of the last message to read, or `None` for all.
+    :param before_message_id: The id of the message after the last one to read, or `None` for all.
     :param question_id: The id of the turn's question, or `None`.
     :param is_turn_stored: Whether the history is known to have the question. It is looked for until it is found then.
     :param turn: The messages of the turn, its question first, as the last page had them.
@@ -418,6 +423,7 @@ class _End:
     rounds_after: int = 0
     rounds: int | None = None
     may_be_further_back: bool = False
+    before_message_id: str | None = None
     # The number of rounds or messages, in the store's unit, that a page is to have after the end.
     _size_after: int = 0
 
@@ -447,13 +453,13 @@ class _End:
     def _before(self, read: list[ChatMessage], *, is_whole: bool) -> tuple[list[ChatMessage], bool]:
         """Return the messages before the end, and whether it was found."""
         page = read
-        if self.until_message_id is not None:
-            place = next((at for at, each in enumerate(read) if message_id_of(each) == self.until_message_id), None)
+        if (end_id := self.until_message_id or self.before_message_id) is not None:
+            place = next((at for at, each in enumerate(read) if message_id_of(each) == end_id), None)
             if place is None and is_whole:
-                raise MessageNotFoundError(f"The history has no message with the id {self.until_message_id!r}.")
+                raise MessageNotFoundError(f"The history has no message with the id {end_id!r}.")
             if place is None:
                 return read, False
-            page = read[: place + 1]
+            page = read[: place + 1] if self.until_message_id is not None else read[:place]
         before, self.turn = (page, []) if self.question_id is None else up_to_turn(page, self.question_id)
         self.rounds_after = len(round_starts(read)) - len(round_starts([*before, *self.turn]))
         is_after = any(message_id_of(message) == self.question_id for message in read[len(page) :])

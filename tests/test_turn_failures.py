@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import threading
-import uuid
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,19 @@ from pathlib import Path
 import pytest
 from haystack.core.errors import PipelineRuntimeError
 from haystack.dataclasses import ChatMessage
-from haystack.utils import Secret
-from turn_pipelines import CrashError, FailingEngine, Model, Moments, ask, ask_async, turn_pipeline
+from turn_pipelines import (
+    ENGINES,
+    CrashError,
+    FailingEngine,
+    Model,
+    Moments,
+    ask,
+    ask_async,
+    store_of,
+    turn_pipeline,
+)
 
 from haystack_chat_store import (
-    InMemoryChatMessageStore,
-    PostgresChatMessageStore,
-    RedisChatMessageStore,
     SQLiteChatMessageStore,
     StoreUnavailableError,
 )
@@ -33,16 +38,10 @@ from haystack_chat_store.conversation.rounds import question_groups
 from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.fork_server import run_python
 
-# A turn that comes again has this many moments: six calls of the store and one of the model.
-MOMENTS = 14
+# A turn that comes again has this many moments: seven calls of the store and one of the model.
+MOMENTS = 16
 FAILURES = [RuntimeError, StoreUnavailableError, CrashError, None]
 
-ENGINES = [
-    "memory",
-    "sqlite",
-    pytest.param("postgres", marks=pytest.mark.servers),
-    pytest.param("redis", marks=pytest.mark.servers),
-]
 #: The number of random turns of an engine, in the fast suite and in the full one.
 TURNS = {"memory": (40, 600), "sqlite": (30, 600), "postgres": (15, 150), "redis": (15, 150)}
 
@@ -54,16 +53,7 @@ def engine(request):
 
 @pytest.fixture
 def store(request, engine, tmp_path, monkeypatch):
-    settings = {"last_k": None, "namespace": uuid.uuid4().hex}
-    if engine == "memory":
-        store = InMemoryChatMessageStore(**settings)
-    elif engine == "sqlite":
-        store = SQLiteChatMessageStore(tmp_path / "h.db", durability="normal", **settings)
-    else:
-        server = request.getfixturevalue("postgres" if engine == "postgres" else "redis_server")
-        monkeypatch.setenv("CHAT_STORE_URL", server.url)
-        kind = PostgresChatMessageStore if engine == "postgres" else RedisChatMessageStore
-        store = kind(Secret.from_env_var("CHAT_STORE_URL"), **settings)
+    store = store_of(engine, request, tmp_path, monkeypatch)
     yield store
     store.close()
 

@@ -4,18 +4,49 @@
 import asyncio
 import itertools
 import threading
+import uuid
 
+import pytest
 from haystack import Pipeline, component
 from haystack.components.builders import ChatPromptBuilder
 from haystack.dataclasses import ChatMessage
+from haystack.utils import Secret
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
 from strict_model import problems_when_asked
+
+from haystack_chat_store import (
+    InMemoryChatMessageStore,
+    PostgresChatMessageStore,
+    RedisChatMessageStore,
+    SQLiteChatMessageStore,
+)
 
 TEMPLATE = """
 {% message role="system" %}Be brief.{% endmessage %}
 {% message role="user" meta={"chat_message_id": request_id} %}{{ query }}{% endmessage %}
 """
+
+
+ENGINES = [
+    "memory",
+    "sqlite",
+    pytest.param("postgres", marks=pytest.mark.servers),
+    pytest.param("redis", marks=pytest.mark.servers),
+]
+
+
+def store_of(engine, request, tmp_path, monkeypatch):
+    """A store on an engine of `ENGINES`, in a namespace of its own, that returns whole histories."""
+    settings = {"last_k": None, "namespace": uuid.uuid4().hex}
+    if engine == "memory":
+        return InMemoryChatMessageStore(**settings)
+    if engine == "sqlite":
+        return SQLiteChatMessageStore(tmp_path / "h.db", durability="normal", **settings)
+    server = request.getfixturevalue("postgres" if engine == "postgres" else "redis_server")
+    monkeypatch.setenv("CHAT_STORE_URL", server.url)
+    kind = PostgresChatMessageStore if engine == "postgres" else RedisChatMessageStore
+    return kind(Secret.from_env_var("CHAT_STORE_URL"), **settings)
 
 
 class CrashError(BaseException):

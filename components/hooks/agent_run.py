@@ -14,13 +14,20 @@ from typing import Any
 from haystack.components.agents.state import State, replace_values
 from haystack.dataclasses import ChatMessage, ChatRole
 
-from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, is_shown_only, new_message_id
+from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, first_step_id, is_shown_only, new_message_id
+from haystack_chat_store.validation import validated_id, validated_revision
 
 #: The key of the chat history's id, in the `hook_context` of the run or else in its state.
 CHAT_HISTORY_ID_KEY = "chat_history_id"
 
 #: The key of the id of the last message of the history that the run is shown, in its `hook_context`.
 UNTIL_MESSAGE_ID_KEY = "until_message_id"
+
+#: The key of the id of the first message that the run takes the place of, in its `hook_context`.
+REPLACE_FROM_MESSAGE_ID_KEY = "replace_from_message_id"
+
+#: The key of the revision that the history must have when the run is first saved, in its `hook_context`.
+EXPECTED_REVISION_KEY = "expected_revision"
 
 _RUN_KEY = "_haystack_chat_store"
 # Haystack sets this key in the meta of a message that a compactor created.
@@ -35,6 +42,12 @@ class AgentRun:
 
     :param chat_history_id: The id of the history that its messages are stored in.
     :param until_message_id: The id of the last message of the history that the run is shown, or `None` for all.
+    :param replaced_id: The id of the first message that the run takes the place of. `None` if there is none, or as soon
+        as it was replaced.
+    :param expected_revision: The revision that the history must have at the next write, or `None` for any revision.
+    :param brought: The number of messages in `unsaved` before the model was first asked. `None` until the saver runs.
+    :param tried: The number of messages in a replacement that has failed, and may have been done all the same. It is
+        tried again with the same messages. Otherwise `None`.
     :param question_id: The id of the user message that the run answers.
     :param given: The ids of the messages that the run began with. The run produced all other messages.
     :param known: The ids of the messages that are stored or wait to be stored.
@@ -44,11 +57,25 @@ class AgentRun:
 
     chat_history_id: str
     until_message_id: str | None = None
+    replaced_id: str | None = None
+    expected_revision: int | None = None
+    brought: int | None = None
+    tried: int | None = None
     question_id: str | None = None
     given: set[str] = field(default_factory=set)
     known: set[str] = field(default_factory=set)
     unsaved: list[ChatMessage] = field(default_factory=list)
     exit_reason: str | None = None
+
+    @property
+    def before_message_id(self) -> str | None:
+        """The id of the message before which the history ends for the run: it ends at `until_message_id` or here."""
+        return self.replaced_id if self.until_message_id is None else None
+
+    @property
+    def has_reply(self) -> bool:
+        """Whether a reply of the model waits to be stored."""
+        return self.brought is not None and any(map(_is_reply, self.unsaved[self.brought :]))
 
     def know(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """
@@ -86,11 +113,18 @@ class AgentRun:
         for message in messages:
             kept = self._identified(message, first_with_id) if is_said(message) else message
             if is_said(message) and message_id(kept) not in self.known:
+                if self._is_first_step(kept):
+                    kept = replace(kept, _meta={**kept.meta, MESSAGE_ID_KEY: first_step_id(str(self.replaced_id))})
                 kept = self._with_question_id(kept)
                 self.known.add(message_id(kept))
                 self.unsaved.append(kept)
             collected.append(kept)
         return collected
+
+    def _is_first_step(self, message: ChatMessage) -> bool:
+        """Whether the message is the first reply of a run that replaces others."""
+        is_asked = self.replaced_id is not None and self.brought is not None
+        return is_asked and _is_reply(message) and not self.has_reply
 
     @staticmethod
     def _identified(message: ChatMessage, first_with_id: dict[str, ChatMessage]) -> ChatMessage:
@@ -123,7 +157,7 @@ def begin_run(state: State) -> AgentRun:
     """
     Create the run's record.
 
-    :raises ValueError: If the run has no chat history id.
+    :raises ValueError: If the run has no chat history id, or a value of its `hook_context` is wrong.
     """
     hook_context = state.data.get("hook_context") or {}
     chat_history_id = hook_context.get(CHAT_HISTORY_ID_KEY)
@@ -135,7 +169,13 @@ def begin_run(state: State) -> AgentRun:
             f"{type(chat_history_id).__name__}. Pass hook_context={{'{CHAT_HISTORY_ID_KEY}': ...}} to the run, or "
             f"{CHAT_HISTORY_ID_KEY}=... if the agent's state_schema has this key."
         )
-    run = AgentRun(chat_history_id, hook_context.get(UNTIL_MESSAGE_ID_KEY))
+    replaced_id = hook_context.get(REPLACE_FROM_MESSAGE_ID_KEY)
+    run = AgentRun(
+        chat_history_id,
+        until_message_id=hook_context.get(UNTIL_MESSAGE_ID_KEY),
+        replaced_id=None if replaced_id is None else validated_id(replaced_id, REPLACE_FROM_MESSAGE_ID_KEY),
+        expected_revision=validated_revision(hook_context.get(EXPECTED_REVISION_KEY)),
+    )
     # The caller may use the same context for the next run, so it is replaced by a new dict and not changed. Its values
     # are not copied, as State.get would do, because they may be connections.
     state.set("hook_context", {**hook_context, _RUN_KEY: run}, handler_override=replace_values)
@@ -192,6 +232,10 @@ def is_said(message: ChatMessage) -> bool:
     System messages do not, nor messages that a compactor created, nor those that are only shown.
     """
     return message.role is not ChatRole.SYSTEM and not is_compacted(message) and not is_shown_only(message)
+
+
+def _is_reply(message: ChatMessage) -> bool:
+    return message.role is ChatRole.ASSISTANT
 
 
 def message_id(message: ChatMessage) -> Any:

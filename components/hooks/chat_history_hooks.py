@@ -38,8 +38,13 @@ def chat_history_hooks(
     agent.run([ChatMessage.from_user("Hello!")], hook_context={"chat_history_id": "user_456"})
     ```
 
-    The keys of `hook_context` are `chat_history_id` and, optionally, `until_message_id`: the id of the last message of
-    the history that the agent is shown, to answer a question anew or to go on from an earlier one.
+    The keys of `hook_context` are `chat_history_id` and, optionally,
+
+    - `replace_from_message_id`: the id of the first message that the run takes the place of, to give an answer anew or
+      to edit a question. The agent is shown what comes before it. As soon as the first reply is there, it replaces the
+      old messages in one step, together with the question. So a failing model leaves the old answer.
+    - `until_message_id`: the id of the last message of the history that the agent is shown.
+    - `expected_revision`: the revision that the history must have when the run first writes to it.
 
     :param chat_message_store: The store of the chat histories: any object that follows the `ChatMessageStore` protocol.
     :param last_k: The number of rounds of the history to load. Defaults to 10; see `ChatHistoryLoader`.

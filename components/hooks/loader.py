@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from haystack import default_to_dict
 from haystack.components.agents.state import State
@@ -12,10 +12,14 @@ from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.rounds import round_starts
 from haystack_chat_store.conversation.shown import merged, messages_for_model, split_system_history_current
 from haystack_chat_store.conversation.turns import before_turn, exit_reason, is_whole, turn_of
+from haystack_chat_store.errors import MessageNotFoundError
+from haystack_chat_store.ids import QUESTION_ID_KEY, first_step_id
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.window_reader import WindowReader
 
 from .agent_run import (
+    REPLACE_FROM_MESSAGE_ID_KEY,
+    UNTIL_MESSAGE_ID_KEY,
     AgentRun,
     begin_run,
     end_before_first_step,
@@ -25,6 +29,8 @@ from .agent_run import (
     message_id,
     set_messages,
 )
+
+ResultT = TypeVar("ResultT")
 
 # If a page does not contain the turn's question, the next page is larger by this factor.
 _PAGE_GROWTH = 8
@@ -44,7 +50,8 @@ class ChatHistoryLoader:
     returns the messages of the history and does not call the model.
 
     With `hook_context["until_message_id"]`, the conversation is shown up to and including this message, as if nothing
-    had been said since.
+    had been said since. With `hook_context["replace_from_message_id"]` alone, it is shown up to that message, which the
+    run takes the place of. If it was replaced already, by the same run before, the run resumes its own turn.
 
     What the model is shown of the history is in a form that providers accept, as `ChatMessageRetriever` shows it.
     """
@@ -119,14 +126,24 @@ class ChatHistoryLoader:
         :param state: The state of the agent's run.
         :raises ValueError: If the run has no chat history id, one of its messages has an invalid id, or its new
             messages have no content for a model.
-        :raises MessageNotFoundError: If the history does not have the `until_message_id`.
+        :raises MessageNotFoundError: If the history does not have the `until_message_id` or the
+            `replace_from_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
         run = begin_run(state)
-        for read in self._loading(state, run):
-            read.messages = read.reader.read(
-                self.chat_message_store, run.chat_history_id, read.current, until_message_id=run.until_message_id
-            )
+        for request in self._loading(state, run):
+            if isinstance(request, _IsStored):
+                request.answer = protocol_calls.has_message(
+                    self.chat_message_store, run.chat_history_id, request.message_id
+                )
+            else:
+                request.messages = request.reader.read(
+                    self.chat_message_store,
+                    run.chat_history_id,
+                    request.current,
+                    until_message_id=run.until_message_id,
+                    before_message_id=run.before_message_id,
+                )
 
     async def run_async(self, state: State) -> None:
         """
@@ -135,14 +152,24 @@ class ChatHistoryLoader:
         :param state: The state of the agent's run.
         :raises ValueError: If the run has no chat history id, one of its messages has an invalid id, or its new
             messages have no content for a model.
-        :raises MessageNotFoundError: If the history does not have the `until_message_id`.
+        :raises MessageNotFoundError: If the history does not have the `until_message_id` or the
+            `replace_from_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
         run = begin_run(state)
-        for read in self._loading(state, run):
-            read.messages = await read.reader.read_async(
-                self.chat_message_store, run.chat_history_id, read.current, until_message_id=run.until_message_id
-            )
+        for request in self._loading(state, run):
+            if isinstance(request, _IsStored):
+                request.answer = await protocol_calls.has_message_async(
+                    self.chat_message_store, run.chat_history_id, request.message_id
+                )
+            else:
+                request.messages = await request.reader.read_async(
+                    self.chat_message_store,
+                    run.chat_history_id,
+                    request.current,
+                    until_message_id=run.until_message_id,
+                    before_message_id=run.before_message_id,
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Serialize the hook, its store and its token counter."""
@@ -181,10 +208,13 @@ class ChatHistoryLoader:
         """Do what `close` does, without blocking the event loop."""
         await protocol_calls.close_async(self.chat_message_store)
 
-    def _loading(self, state: State, run: AgentRun) -> Generator["_Read", None, None]:
+    def _loading(self, state: State, run: AgentRun) -> "_Requests[None]":
         # The history itself is loaded now, so a summary of it that a compactor created and the caller passes again is
         # left out. All other messages are copied, so that no two are the same object.
         current = [replace(message) for message in state.data["messages"] if not is_compacted(message)]
+        if run.replaced_id is not None and not (yield from _is_stored(run.replaced_id)):
+            yield from self._resume_replacement(state, run, current)
+            return
         window = _Read(self._window_reader(self.last_k), current)
         if any(map(is_said, current)):
             yield window
@@ -198,14 +228,47 @@ class ChatHistoryLoader:
             loaded = messages_for_model(history, [*system, *new], portable=self.portable, model=self.model)
             run.collect(_until_last_hidden(new, loaded))
         else:
-            loaded = yield from self._resumed(run, system, current)
+            stored = [message for message in current if message_id(message) in run.known]
+            loaded = yield from self._resumed(run, system, last_question_id(stored))
+            if run.replaced_id is not None and run.exit_reason is not None:
+                raise ValueError(
+                    f"The agent has nothing to answer: what it is shown of the history, up to "
+                    f"{REPLACE_FROM_MESSAGE_ID_KEY} or {UNTIL_MESSAGE_ID_KEY}, is answered already. Pass the edited "
+                    f"question, or the id of the answer that is to be replaced."
+                )
+            if run.replaced_id is None:
+                run.expected_revision = None  # the question was stored before, and that was a change
+        self._set_loaded(state, run, loaded)
+
+    def _resume_replacement(self, state: State, run: AgentRun, current: list[ChatMessage]) -> "_Requests[None]":
+        """
+        Resume the turn that has taken the place of others already, in an earlier attempt of this run.
+
+        :raises MessageNotFoundError: If no run has replaced the message, or the messages of this one are others.
+        """
+        replaced_id = str(run.replaced_id)
+        error = MessageNotFoundError(
+            f"The history has no message with the id {replaced_id!r}, which {REPLACE_FROM_MESSAGE_ID_KEY} names. "
+            "Nothing was changed. (To repeat a run that replaces messages, give its question an id.)"
+        )
+        first_step = first_step_id(replaced_id)
+        if not (yield from _is_stored(first_step)):
+            raise error
+        run.replaced_id = run.until_message_id = run.expected_revision = None
+        question_id = yield from _question_of(first_step)
+        system = [message for message in current if not is_said(message)]
+        loaded = yield from self._resumed(run, system, question_id)
+        if run.question_id is None or any(is_said(each) and message_id(each) not in run.known for each in current):
+            raise error
+        run.give([message for message in current if is_said(message)])
+        self._set_loaded(state, run, loaded)
+
+    def _set_loaded(self, state: State, run: AgentRun, loaded: list[ChatMessage]) -> None:
         set_messages(state, merged(loaded) if self.merge_consecutive else loaded)
         if run.exit_reason is not None:
             end_before_first_step(state)
 
-    def _without_last_question(
-        self, run: AgentRun, new: list[ChatMessage]
-    ) -> Generator["_Read", None, list[ChatMessage]]:
+    def _without_last_question(self, run: AgentRun, new: list[ChatMessage]) -> "_Requests[list[ChatMessage]]":
         """
         Leave out the question of the last turn if it is sent again. Read the turn if the window may not contain it.
         """
@@ -216,15 +279,14 @@ class ChatHistoryLoader:
         return split_system_history_current(run.know(last_round.messages), new).current
 
     def _resumed(
-        self, run: AgentRun, system: list[ChatMessage], current: list[ChatMessage]
-    ) -> Generator["_Read", None, list[ChatMessage]]:
+        self, run: AgentRun, system: list[ChatMessage], question_id: str | None
+    ) -> "_Requests[list[ChatMessage]]":
         """
-        Resume a turn: the one of a stored question that was sent again, otherwise the last one.
+        Resume a turn: the one of this question, otherwise the last one.
 
         The turn is read whole, because its end shows whether it is complete. `last_k` and `max_tokens` limit the
         messages before it, as they did when the turn began.
         """
-        question_id = last_question_id([message for message in current if message_id(message) in run.known])
         turn = yield from _whole_turn(question_id)
         before: list[ChatMessage] = []
         if is_whole(turn) and self.last_k != 0:
@@ -259,7 +321,39 @@ class _Read:
     messages: Sequence[ChatMessage] = ()
 
 
-def _whole_turn(question_id: str | None) -> Generator[_Read, None, list[ChatMessage]]:
+@dataclass
+class _IsStored:
+    """The question whether a history has a message and, afterwards, the answer."""
+
+    message_id: str
+    answer: bool = False
+
+
+_Requests: TypeAlias = Generator[_Read | _IsStored, None, ResultT]
+
+
+def _is_stored(message_id: str) -> "_Requests[bool]":
+    look = _IsStored(message_id)
+    yield look
+    return look.answer
+
+
+def _question_of(own_id: str) -> "_Requests[str | None]":
+    """Find the id of the question that a stored message names."""
+    count = 1
+    while True:
+        page = _Read(WindowReader(count))
+        yield page
+        for message in page.messages:
+            if message_id(message) == own_id:
+                question_id: str | None = message.meta.get(QUESTION_ID_KEY)
+                return question_id
+        if len(page.messages) < count:
+            return None
+        count *= _PAGE_GROWTH
+
+
+def _whole_turn(question_id: str | None) -> "_Requests[list[ChatMessage]]":
     count = 1
     while True:
         page = _Read(WindowReader(count))

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from haystack import default_to_dict, logging
 from haystack.components.agents.state import State
 from haystack.dataclasses import ChatMessage
+from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.errors import ChatMessageStoreError
+from haystack_chat_store.errors import ChatMessageStoreError, ConflictError, MessageNotFoundError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.types import ChatMessageStore
 
@@ -24,6 +25,11 @@ class ChatHistorySaver:
     The saver belongs at every hook point that it allows. `chat_history_hooks` puts it there, in the right order with
     other hooks. At each hook point it writes the messages that are not saved yet, as one batch. Saved messages stay,
     even if the process crashes afterwards. System messages and messages that a compactor created are not saved.
+
+    With `hook_context["replace_from_message_id"]`, the run takes the place of this message and all after it. Then
+    nothing is saved before the first reply is there. Question and reply replace the old messages in one step, and all
+    further steps are appended. With `hook_context["expected_revision"]`, the first write is refused if the history has
+    another revision.
     """
 
     allowed_hook_points = ("before_run", "before_tool", "after_tool", "on_exit", "after_run")
@@ -51,12 +57,19 @@ class ChatHistorySaver:
         :param state: The state of the agent's run.
         :raises ValueError: If the run has no chat history id, its question was asked before, or a message cannot be
             stored.
+        :raises MessageNotFoundError: If the history does not have the `replace_from_message_id` any more.
+        :raises ConflictError: If the history has another revision than the `expected_revision`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        run = _collected(state)
+        run, store = self._collected(state), self.chat_message_store
         for attempt in self._attempts(run):
             with attempt:
-                attempt.written = self.chat_message_store.write_messages(run.chat_history_id, attempt.messages)
+                if attempt.replaced_id is None:
+                    attempt.written = store.write_messages(run.chat_history_id, attempt.messages, **attempt.options)
+                else:
+                    attempt.written = protocol_calls.replace(
+                        store, run.chat_history_id, attempt.replaced_id, attempt.messages, **attempt.options
+                    )
 
     async def run_async(self, state: State) -> None:
         """
@@ -65,14 +78,21 @@ class ChatHistorySaver:
         :param state: The state of the agent's run.
         :raises ValueError: If the run has no chat history id, its question was asked before, or a message cannot be
             stored.
+        :raises MessageNotFoundError: If the history does not have the `replace_from_message_id` any more.
+        :raises ConflictError: If the history has another revision than the `expected_revision`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        run = _collected(state)
+        run, store = self._collected(state), self.chat_message_store
         for attempt in self._attempts(run):
             with attempt:
-                attempt.written = await protocol_calls.write_async(
-                    self.chat_message_store, run.chat_history_id, attempt.messages
-                )
+                if attempt.replaced_id is None:
+                    attempt.written = await protocol_calls.write_async(
+                        store, run.chat_history_id, attempt.messages, **attempt.options
+                    )
+                else:
+                    attempt.written = await protocol_calls.replace_async(
+                        store, run.chat_history_id, attempt.replaced_id, attempt.messages, **attempt.options
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Serialize the hook and its store."""
@@ -96,18 +116,49 @@ class ChatHistorySaver:
         """Do what `close` does, without blocking the event loop."""
         await protocol_calls.close_async(self.chat_message_store)
 
+    def _collected(self, state: State) -> AgentRun:
+        """
+        Collect what a run has to save.
+
+        :raises ValueError: If the store cannot do what the run asks for. That is found out before the model is asked.
+        """
+        run = run_of(state)
+        if run.replaced_id is not None:
+            protocol_calls.validate_replaces(self.chat_message_store)
+        elif run.expected_revision is not None:
+            protocol_calls.write_options(self.chat_message_store, DuplicatePolicy.SKIP, run.expected_revision)
+        # A run that ends before its first step has produced no messages, even if hooks have added some.
+        if run.exit_reason is None:
+            set_messages(state, run.collect(state.data["messages"]))
+        else:
+            correct_result(state, run.exit_reason)
+        if run.brought is None:
+            is_before_run = state.data["step_count"] == 0 and state.data["exit_reason"] is None
+            run.brought = len(run.unsaved) if is_before_run else 0
+        return run
+
     def _attempts(self, run: AgentRun) -> Iterator["_Attempt"]:
-        size = len(run.unsaved)
+        if run.replaced_id is not None and not run.has_reply:
+            return  # until then, the old messages stay
+        size = run.tried or len(run.unsaved)
         while run.unsaved:
-            attempt = _Attempt(run.unsaved[:size])
+            attempt = _Attempt.of(run, size)
             yield attempt
-            if attempt.written == 0 and run.question_id in map(message_id, attempt.messages):
+            if attempt.error is None:
+                run.replaced_id = run.expected_revision = run.tried = None
+            if (
+                attempt.written == 0
+                and attempt.replaced_id is None
+                and run.question_id in map(message_id, attempt.messages)
+            ):
                 raise ValueError(
                     f"The question with the {MESSAGE_ID_KEY} {run.question_id!r} was asked before, further back than "
                     "the loaded messages, or another run is answering it. Ask it again with another id, or give "
                     "chat_history_hooks a larger last_k."
                 )
-            if attempt.error is not None and self.raise_on_failure:
+            # Another attempt would be refused, too.
+            is_refused = isinstance(attempt.error, (ConflictError, MessageNotFoundError))
+            if attempt.error is not None and (self.raise_on_failure or is_refused):
                 raise attempt.error
             # A MessageEncodingError is one, and so is the error of an id that a store does not take.
             is_invalid = isinstance(attempt.error, ValueError)
@@ -117,6 +168,7 @@ class ChatHistorySaver:
             if is_invalid:
                 logger.error("A message of an agent's run cannot be saved: {error}", error=attempt.error)
             elif attempt.error is not None:
+                run.tried = None if attempt.replaced_id is None else len(attempt.messages)
                 logger.error(
                     "{number} messages of an agent's run are not saved yet: {error}",
                     number=len(run.unsaved),
@@ -131,24 +183,27 @@ class ChatHistorySaver:
 
 @dataclass
 class _Attempt:
-    """One write: its messages and, afterwards, the number of messages written or the error that it failed with."""
+    """
+    One write: its arguments and, afterwards, the number of messages written or the error that it failed with.
+
+    :param replaced_id: The id of the first message to replace, or `None` if the messages are appended.
+    :param options: Further arguments.
+    """
 
     messages: list[ChatMessage]
+    replaced_id: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     written: int | None = None
     error: Exception | None = None
+
+    @classmethod
+    def of(cls, run: AgentRun, size: int) -> "_Attempt":
+        """Return the attempt to write the next messages of a run."""
+        options = {} if run.expected_revision is None else {"expected_revision": run.expected_revision}
+        return cls(run.unsaved[:size], run.replaced_id, options)
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
         self.error = error if isinstance(error, Exception) else None
         return self.error is not None
-
-
-def _collected(state: State) -> AgentRun:
-    run = run_of(state)
-    # A run that ends before its first step has produced no messages, even if hooks have added some.
-    if run.exit_reason is None:
-        set_messages(state, run.collect(state.data["messages"]))
-    else:
-        correct_result(state, run.exit_reason)
-    return run

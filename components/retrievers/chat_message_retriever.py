@@ -6,7 +6,7 @@ from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.types import ChatMessageStore
+from haystack_chat_store.types import ChatHistoryInfo, ChatMessageStore
 from haystack_chat_store.validation import validated_messages
 from haystack_chat_store.window_reader import TurnWindow, WindowReader
 
@@ -129,7 +129,7 @@ class ChatMessageRetriever:
         """
         return protocol_calls.component_from_dict(cls, data)
 
-    @component.output_types(messages=list[ChatMessage], replies=list[ChatMessage], omitted_rounds=int)
+    @component.output_types(messages=list[ChatMessage], replies=list[ChatMessage], revision=int, omitted_rounds=int)
     def run(
         self,
         chat_history_id: str,
@@ -160,6 +160,9 @@ class ChatMessageRetriever:
             - `messages`: a list of `ChatMessage`s for a ChatGenerator. The key is missing if there are `replies`.
             - `replies`: a list with the stored answer to the question of this turn. The key is missing if it is not
               answered yet.
+            - `revision`: the revision of the history that was read, 0 if it does not exist: the `expected_revision` of
+              a write that follows from what was read. If others write meanwhile, it is that of before. (The key is
+              missing if the store has no revisions.)
             - `omitted_rounds`: the number of rounds before this turn that are not shown. (A store of another package
               may not count rounds. Then the key is missing, unless the whole history is shown.)
         :raises ValueError: If an argument is wrong.
@@ -168,11 +171,11 @@ class ChatMessageRetriever:
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
         reader, store = self._window_reader(), self.chat_message_store
+        info = protocol_calls.history_info(store, chat_history_id)  # first, so that it is never newer than the window
         window = reader.read_turn(store, chat_history_id, current, last_k, until_message_id=until_message_id)
-        rounds = protocol_calls.count_rounds(store, chat_history_id) if window.rounds is None else window.rounds
-        return _outputs(reader, window, current, rounds)
+        return {**_outputs(reader, window, current, info), **_revision(store, info)}
 
-    @component.output_types(messages=list[ChatMessage], replies=list[ChatMessage], omitted_rounds=int)
+    @component.output_types(messages=list[ChatMessage], replies=list[ChatMessage], revision=int, omitted_rounds=int)
     async def run_async(
         self,
         chat_history_id: str,
@@ -189,20 +192,18 @@ class ChatMessageRetriever:
             `last_k`.
         :param current_messages: The messages of this turn.
         :param until_message_id: The id of the last message to show. Defaults to `None`: the last one of the history.
-        :returns: A dictionary with the keys `messages` or `replies`, and `omitted_rounds`.
+        :returns: A dictionary with the keys `messages` or `replies`, `revision`, and `omitted_rounds`.
         :raises ValueError: If an argument is wrong.
         :raises MessageNotFoundError: If the history does not have `until_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
         reader, store = self._window_reader(), self.chat_message_store
+        info = await protocol_calls.history_info_async(store, chat_history_id)
         window = await reader.read_turn_async(
             store, chat_history_id, current, last_k, until_message_id=until_message_id
         )
-        rounds = window.rounds
-        if rounds is None:
-            rounds = await protocol_calls.count_rounds_async(store, chat_history_id)
-        return _outputs(reader, window, current, rounds)
+        return {**_outputs(reader, window, current, info), **_revision(store, info)}
 
     def warm_up(self) -> None:
         """Warm up the token counter, if it can be warmed up."""
@@ -230,10 +231,23 @@ class ChatMessageRetriever:
 
 
 def _outputs(
-    reader: WindowReader, window: TurnWindow, current: list[ChatMessage], rounds: int | None
+    reader: WindowReader,
+    window: TurnWindow,
+    current: list[ChatMessage],
+    info: ChatHistoryInfo | protocol_calls.Missing | None,
 ) -> dict[str, Any]:
+    rounds = window.rounds
+    if rounds is None and info is not protocol_calls.MISSING:
+        rounds = 0 if info is None else info.round_count
     outputs: dict[str, Any] = {} if rounds is None else {"omitted_rounds": window.omitted_rounds(rounds)}
     answer = window.answer(current)
     if answer is None:
         return {"messages": reader.shown_turn(window, current), **outputs}
     return {"replies": [answer], **outputs}
+
+
+def _revision(store: ChatMessageStore, info: ChatHistoryInfo | protocol_calls.Missing | None) -> dict[str, int]:
+    if info is None:
+        return {"revision": 0} if protocol_calls.takes_revisions(store) else {}
+    revision: int | None = getattr(info, "revision", None)  # a store of another package may have none
+    return {} if revision is None else {"revision": revision}

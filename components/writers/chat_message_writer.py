@@ -76,6 +76,7 @@ class ChatMessageWriter:
         replies: list[ChatMessage] | None = None,
         *,
         expected_revision: int | None = None,
+        replace_from_message_id: str | None = None,
     ) -> dict[str, Any]:
         """
         Write `messages`, then `replies`, as one batch that is stored whole or not at all.
@@ -92,6 +93,12 @@ class ChatMessageWriter:
             promise their order.) Defaults to none.
         :param expected_revision: The revision that the history must have, 0 if it must not exist; if it has another
             one, nothing is written. The store's `write_messages` must take it. Defaults to `None`: any revision.
+        :param replace_from_message_id: The id of a message of the history. It is taken back with all messages after it,
+            and this batch takes their place, in one step: for an answer that is given anew, or a question that is
+            edited. Messages of the batch that the history has before it are skipped. Ask the model first, so that a
+            failing model costs nothing. A repeated call, which does not find the message any more, finds what the first
+            one has put in its place, and returns that. The store must have `replace_messages`. Defaults to `None`: the
+            batch is appended.
         :returns: A dictionary with the keys
 
             - `messages_written`: the number of messages that this call wrote. Messages that a retriever or an agent's
@@ -101,10 +108,11 @@ class ChatMessageWriter:
             - `replies`: the replies of the turn as the history has them. If the question was answered before, this is
               the stored answer.
         :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises MessageNotFoundError: If the history does not have `replace_from_message_id`. Nothing was written.
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        writer = TurnWriter(self.chat_message_store, self.policy, expected_revision)
+        writer = TurnWriter(self.chat_message_store, self.policy, expected_revision, replace_from_message_id)
         stored, stored_replies, names = _stored(messages, replies)
         with protocol_calls.arguments_named(names):
             return _outputs(writer.write(chat_history_id, stored, stored_replies))
@@ -117,6 +125,7 @@ class ChatMessageWriter:
         replies: list[ChatMessage] | None = None,
         *,
         expected_revision: int | None = None,
+        replace_from_message_id: str | None = None,
     ) -> dict[str, Any]:
         """
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
@@ -126,12 +135,15 @@ class ChatMessageWriter:
         :param replies: The replies to them. Defaults to none.
         :param expected_revision: The revision that the history must have, 0 if it must not exist; if it has another
             one, nothing is written. Defaults to `None`: any revision.
+        :param replace_from_message_id: The id of the first message that the batch takes the place of. Defaults to
+            `None`: the batch is appended.
         :returns: A dictionary with the keys `messages_written`, `messages` and `replies`.
         :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises MessageNotFoundError: If the history does not have `replace_from_message_id`. Nothing was written.
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        writer = TurnWriter(self.chat_message_store, self.policy, expected_revision)
+        writer = TurnWriter(self.chat_message_store, self.policy, expected_revision, replace_from_message_id)
         stored, stored_replies, names = _stored(messages, replies)
         with protocol_calls.arguments_named(names):
             return _outputs(await writer.write_async(chat_history_id, stored, stored_replies))

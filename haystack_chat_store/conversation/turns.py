@@ -16,10 +16,10 @@ from haystack_chat_store.conversation.rounds import is_alternative, is_question,
 from haystack_chat_store.ids import (
     MESSAGE_ID_KEY,
     QUESTION_ID_KEY,
+    is_reply_id,
     message_id_of,
     new_message_id,
     question_id_of,
-    reply_id,
 )
 from haystack_chat_store.validation import validated_id, validated_messages
 
@@ -129,8 +129,8 @@ def answer_of(turn: Sequence[ChatMessage]) -> ChatMessage | None:
     if not replies or replies[-1].role is not ChatRole.ASSISTANT:
         return None
     reply, question_id = replies[-1], message_id_of(turn[0])
-    own_ids = set() if question_id is None else {reply_id(question_id, number) for number in range(len(turn))}
-    is_written_with_calls = bool(reply.tool_calls) and message_id_of(reply) in own_ids
+    is_by_writer = question_id is not None and is_reply_id(message_id_of(reply), question_id)
+    is_written_with_calls = bool(reply.tool_calls) and is_by_writer
     return reply if is_written_with_calls or exit_reason(replies, ()) is not None else None
 
 

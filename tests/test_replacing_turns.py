@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules 26 and 27 in components: an answer given anew, or an edited question, takes the place of the old one."""
+
+import asyncio
+import itertools
+
+import pytest
+from haystack.dataclasses import ChatMessage, ToolCall
+from haystack.document_stores.types import DuplicatePolicy
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+from haystack_integrations.components.writers.chat_store import ChatMessageWriter
+from test_retriever import MinimalStore
+from turn_pipelines import ENGINES, CrashError, FailingEngine, Model, Moments, store_of, turn_pipeline
+
+from haystack_chat_store.errors import ChatHistoryChangedError, MessageNotFoundError
+
+USER, ASSISTANT = ChatMessage.from_user, ChatMessage.from_assistant
+
+
+def run_sync(component, *arguments, **options):
+    return component.run(*arguments, **options)
+
+
+def run_async(component, *arguments, **options):
+    return asyncio.run(component.run_async(*arguments, **options))
+
+
+@pytest.fixture(params=[run_sync, run_async], ids=["sync", "async"])
+def run(request):
+    return request.param
+
+
+@pytest.fixture(params=ENGINES)
+def store(request, tmp_path, monkeypatch):
+    store = store_of(request.param, request, tmp_path, monkeypatch)
+    yield store
+    store.close()
+
+
+def question(text, message_id):
+    return USER(text, meta={"chat_message_id": message_id})
+
+
+def texts(messages):
+    return [message.text for message in messages]
+
+
+def history(store):
+    return texts(store.retrieve_messages("h"))
+
+
+def ids(messages):
+    return [message.meta["chat_message_id"] for message in messages]
+
+
+@pytest.fixture
+def writer(store):
+    """A writer to a history with two answered questions."""
+    writer = ChatMessageWriter(store)
+    for number in range(2):
+        writer.run("h", [question(f"q{number}", f"id{number}")], [ASSISTANT(f"a{number}")])
+    return writer
+
+
+class TestRevision:
+    def test_the_retriever_says_which_revision_it_read(self, run, store):
+        retriever = ChatMessageRetriever(store)
+        assert run(retriever, "h")["revision"] == 0
+        for number in range(12):
+            store.write_messages("h", [USER(f"q{number}"), ASSISTANT("a")])
+            assert run(retriever, "h")["revision"] == store.get_chat_history("h").revision
+
+    def test_it_is_never_newer_than_what_was_read(self, run, store, writer, monkeypatch):
+        before, retrieve = store.get_chat_history("h").revision, store.retrieve_messages
+
+        def retrieve_and_write(*arguments, **options):
+            found = retrieve(*arguments, **options)
+            store.write_messages("h", [USER("by another")])
+            return found
+
+        async def retrieve_and_write_async(*arguments, **options):
+            return retrieve_and_write(*arguments, **options)
+
+        monkeypatch.setattr(store, "retrieve_messages", retrieve_and_write)
+        monkeypatch.setattr(store, "retrieve_messages_async", retrieve_and_write_async)
+        revision = run(ChatMessageRetriever(store), "h")["revision"]
+        assert revision == before
+        with pytest.raises(ChatHistoryChangedError):
+            run(writer, "h", [USER("q2")], expected_revision=revision)
+
+    def test_a_store_without_revisions_has_none(self, run):
+        assert "revision" not in run(ChatMessageRetriever(MinimalStore()), "h")
+
+
+class TestRegenerate:
+    def test_the_new_answer_takes_the_place_of_the_old_one(self, run, store, writer):
+        old = ids(store.retrieve_messages("h"))[-1]
+        turn = run(writer, "h", [question("q1", "id1")], [ASSISTANT("new")], replace_from_message_id=old)
+        assert (turn["messages_written"], texts(turn["messages"]), texts(turn["replies"])) == (
+            1,
+            ["q1", "new"],
+            ["new"],
+        )
+        assert history(store) == ["q0", "a0", "q1", "new"]
+        assert turn["messages"] == store.retrieve_messages("h")[-2:]
+        assert ids(turn["replies"]) != [old]
+        assert turn["replies"][0].meta["chat_question_id"] == "id1"
+
+    def test_a_repeated_call_stores_it_once_whatever_the_model_says_then(self, run, store, writer):
+        old = ids(store.retrieve_messages("h"))[-1]
+        revision = store.get_chat_history("h").revision
+        for number, said in enumerate(["new", "new", "newer"]):
+            options = {"replace_from_message_id": old, "expected_revision": revision}
+            turn = run(writer, "h", [question("q1", "id1")], [ASSISTANT(said)], **options)
+            assert turn["messages_written"] == (number == 0)
+            assert texts(turn["messages"]) == ["q1", "new"]
+            assert texts(turn["replies"]) == ["new"]
+        assert history(store) == ["q0", "a0", "q1", "new"]
+
+    def test_again_and_again(self, run, store, writer):
+        seen = set(ids(store.retrieve_messages("h")))
+        for number in range(5):
+            last = ids(store.retrieve_messages("h"))[-1]
+            (reply,) = run(writer, "h", [], [ASSISTANT(f"new {number}")], replace_from_message_id=last)["replies"]
+            assert reply.text == f"new {number}"
+            assert reply.meta["chat_question_id"] == "id1"
+            assert reply.meta["chat_message_id"] not in seen
+            seen.add(reply.meta["chat_message_id"])
+        assert history(store) == ["q0", "a0", "q1", "new 4"]
+
+    def test_without_the_question_a_repeated_call_stores_it_once_too(self, run, store, writer):
+        old = ids(store.retrieve_messages("h"))[-1]
+        for said in ("new", "newer"):
+            turn = run(writer, "h", [], [ASSISTANT(said)], replace_from_message_id=old)
+            assert texts(turn["replies"]) == ["new"]
+        assert history(store) == ["q0", "a0", "q1", "new"]
+
+    def test_several_replies_and_steps_of_a_tool(self, run, store, writer):
+        call = ToolCall("look_up", {}, id="c")
+        steps = [ASSISTANT(tool_calls=[call]), ChatMessage.from_tool("found", origin=call)]
+        old = ids(store.retrieve_messages("h"))[-1]
+        for _ in range(2):
+            turn = run(
+                writer,
+                "h",
+                [question("q1", "id1"), *steps],
+                [ASSISTANT("x"), ASSISTANT("y")],
+                replace_from_message_id=old,
+            )
+            assert texts(turn["replies"]) == ["x", "y"]
+            assert history(store) == ["q0", "a0", "q1", None, None, "x", "y"]
+        # Only the last step is given anew.
+        last = ids(store.retrieve_messages("h"))[-2]
+        for _ in range(2):
+            run(writer, "h", [question("q1", "id1"), *steps], [ASSISTANT("z")], replace_from_message_id=last)
+            assert history(store) == ["q0", "a0", "q1", None, None, "z"]
+
+    def test_a_message_in_the_middle_takes_back_all_after_it(self, run, store, writer):
+        first = ids(store.retrieve_messages("h"))[1]
+        turn = run(writer, "h", [question("q0", "id0")], [ASSISTANT("new")], replace_from_message_id=first)
+        assert texts(turn["messages"]) == ["q0", "new"]
+        assert history(store) == ["q0", "new"]
+
+    def test_the_next_turn_goes_on_with_the_new_answer(self, run, store, writer):
+        old = ids(store.retrieve_messages("h"))[-1]
+        run(writer, "h", [question("q1", "id1")], [ASSISTANT("new")], replace_from_message_id=old)
+        assert texts(run(ChatMessageRetriever(store), "h", current_messages=[question("q1", "id1")])["replies"]) == [
+            "new"
+        ]
+        run(writer, "h", [question("q2", "id2")], [ASSISTANT("a2")])
+        assert history(store) == ["q0", "a0", "q1", "new", "q2", "a2"]
+
+
+class TestEdit:
+    @pytest.mark.parametrize("new_id", ["edited", "id1"], ids=["a new id", "the same id"])
+    def test_the_edited_question_and_its_answer_take_the_place_of_the_old_ones(self, run, store, writer, new_id):
+        for number in range(2):
+            edited = [question("q1, edited", new_id)]
+            turn = run(writer, "h", edited, [ASSISTANT("new")], replace_from_message_id="id1")
+            assert turn["messages_written"] == (2 if number == 0 else 0)
+            assert texts(turn["messages"]) == ["q1, edited", "new"]
+            assert texts(turn["replies"]) == ["new"]
+            assert history(store) == ["q0", "a0", "q1, edited", "new"]
+
+    def test_a_repeated_edit_gets_the_first_answer(self, run, store, writer):
+        for said in ("new", "newer"):
+            edited = [ChatMessage.from_system("s"), question("edited", "new id")]
+            turn = run(writer, "h", edited, [ASSISTANT(said)], replace_from_message_id="id0")
+            assert texts(turn["messages"]) == ["s", "edited", "new"]
+        assert history(store) == ["edited", "new"]
+
+    def test_a_question_that_was_stored_at_the_end_moves(self, run, store, writer):
+        store.write_messages("h", [question("edited", "new id")])
+        run(writer, "h", [question("edited", "new id")], [ASSISTANT("new")], replace_from_message_id="id1")
+        assert history(store) == ["q0", "a0", "edited", "new"]
+
+
+class TestRefused:
+    def test_if_others_have_written(self, run, store, writer):
+        revision = run(ChatMessageRetriever(store), "h")["revision"]
+        store.write_messages("h", [USER("by another")])
+        with pytest.raises(ChatHistoryChangedError):
+            run(
+                writer,
+                "h",
+                [question("edited", "new id")],
+                [ASSISTANT("new")],
+                replace_from_message_id="id1",
+                expected_revision=revision,
+            )
+        assert history(store) == ["q0", "a0", "q1", "a1", "by another"]
+
+    @pytest.mark.parametrize("messages", [[], [question("q1", "id1")], [question("edited", "new id")]])
+    def test_if_the_message_was_never_there(self, run, store, writer, messages):
+        for expected in (None, 1):
+            with pytest.raises((MessageNotFoundError, ChatHistoryChangedError)):
+                options = {"replace_from_message_id": "other", "expected_revision": expected}
+                run(writer, "h", messages, [ASSISTANT("new")], **options)
+        assert history(store) == ["q0", "a0", "q1", "a1"]
+
+    def test_wrong_arguments(self, run, store, writer):
+        with pytest.raises(ValueError, match="replace_from_message_id must be"):
+            run(writer, "h", [], [ASSISTANT("new")], replace_from_message_id=5)
+        with pytest.raises(ValueError, match="another policy than SKIP"):
+            overwriting = ChatMessageWriter(store, policy=DuplicatePolicy.OVERWRITE)
+            run(overwriting, "h", [], [ASSISTANT("new")], replace_from_message_id="id1")
+        with pytest.raises(ValueError, match=r"^replies\[0\]"):
+            run(writer, "h", [], [ASSISTANT("new", meta={"chat_message_id": 5})], replace_from_message_id="id1")
+        assert history(store) == ["q0", "a0", "q1", "a1"]
+
+    def test_by_a_store_that_cannot_replace(self, run):
+        writer = ChatMessageWriter(MinimalStore())
+        with pytest.raises(ValueError, match="MinimalStore has no replace_messages"):
+            run(writer, "h", [], [ASSISTANT("new")], replace_from_message_id="id1")
+
+
+def pipeline_of(store, model, is_edit):
+    """The pipeline of docs/turns.md, with the revision connected. An edit has no writer before the model."""
+    pipeline = turn_pipeline(store, model)
+    if is_edit:
+        pipeline.remove_component("question_writer")
+        pipeline.connect("prompt_builder.prompt", "retriever.current_messages")
+        pipeline.connect("prompt_builder.prompt", "answer_writer.messages")
+    pipeline.connect("retriever.revision", "answer_writer.expected_revision")
+    return pipeline
+
+
+def turn_of(is_edit, replaced_id):
+    query, request_id = ("edited", "new id") if is_edit else ("q1", "id1")
+    until = "id0:reply:0" if is_edit else "id1"
+    return {
+        "prompt_builder": {"query": query, "request_id": request_id},
+        **({} if is_edit else {"question_writer": {"chat_history_id": "h"}}),
+        "retriever": {"chat_history_id": "h", "until_message_id": until},
+        "answer_writer": {"chat_history_id": "h", "replace_from_message_id": replaced_id},
+    }
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)  # the moments are the same on all engines
+@pytest.mark.parametrize("is_edit", [False, True], ids=["regenerate", "edit"])
+def test_a_pipeline_that_fails_at_any_moment_and_comes_again_leaves_the_old_or_the_new(store, writer, run, is_edit):
+    old = store.retrieve_messages("h")
+    replaced_id = "id1" if is_edit else ids(old)[-1]
+    question = "edited" if is_edit else "q1"
+    outcomes = set()
+    for moment in itertools.count(1):
+        copy, moments = type(store).from_dict(store.to_dict()), Moments(moment, CrashError)
+        copy.engine = FailingEngine(copy.engine, moments)
+        try:
+            run(pipeline_of(copy, Model(moments), is_edit), turn_of(is_edit, replaced_id))
+        except CrashError:
+            outcomes.add(texts(old) == history(store))
+        else:
+            assert moments.passed < moment
+            break
+        stored = history(store)
+        turn = run(pipeline_of(store, Model(), is_edit), turn_of(is_edit, replaced_id))["answer_writer"]
+        assert history(store) == ["q0", "a0", question, turn["replies"][0].text]
+        assert turn["replies"][0].text.startswith(f"{question} (answer")
+        assert stored in (texts(old), history(store))
+        store.delete_messages("h")
+        store.write_messages("h", old)
+    assert outcomes == {True, False}
