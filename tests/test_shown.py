@@ -51,7 +51,6 @@ from haystack_chat_store.conversation.shown import (
 )
 from haystack_chat_store.ids import MESSAGE_ID_KEY, SHOWN_KEY
 
-
 MADE_UP = (UNANSWERED, GO_ON)
 
 

@@ -420,8 +420,8 @@ def _is_same_model(one: Any, other: Any) -> bool:
     """Whether two names may be the same model: providers name the version in their replies."""
     if not (isinstance(one, str) and isinstance(other, str)):
         return True  # one of them is not known
-    one, other = one.lower(), other.lower()
-    return one.startswith(other) or other.startswith(one)
+    names: tuple[str, str] = (one.lower(), other.lower())
+    return names[0].startswith(names[1]) or names[1].startswith(names[0])
 
 
 def _begins_round(message: ChatMessage) -> bool:
