@@ -20,6 +20,13 @@ MAX_ID_LENGTH = 512
 SHOWN_KEY = "chat_shown"
 
 
+#: The key in the `meta` of a question that came in a transcript: its place in the conversation, with a digest.
+TRANSCRIPT_KEY = "chat_transcript"
+
+#: The key in the meta of a branch: the id of the history that it was copied from.
+BRANCH_OF_KEY = "branch_of"
+
+
 def new_message_id() -> str:
     """
     Return an id that is unique everywhere: 48 bits of time in milliseconds and 80 random bits, in 32 hex digits.
@@ -41,6 +48,19 @@ def reply_id(question_id: str | int, number: int) -> str:
     :param number: The number of the reply among those to this question, 0 for the first.
     """
     readable = f"{question_id}:reply:{number}"
+    if len(readable) <= MAX_ID_LENGTH:
+        return readable
+    return hashlib.sha256(readable.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def branch_id(chat_history_id: str, revision: int) -> str:
+    """
+    Return the id of the branch that keeps what a history had at a revision.
+
+    :param chat_history_id: The history's id.
+    :param revision: The history's revision.
+    """
+    readable = f"{chat_history_id}~{revision}"
     if len(readable) <= MAX_ID_LENGTH:
         return readable
     return hashlib.sha256(readable.encode("utf-8", "surrogatepass")).hexdigest()
