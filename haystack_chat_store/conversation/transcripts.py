@@ -119,7 +119,7 @@ def plan_from_end(
         return None
     if place.number < len(asked_keys):
         return Plan("append", len(end.rounds), place.number, place)
-    if _overlap(asked_keys, asked_keys, len(asked_keys) - 1):  # such as "yes", "yes": it may also be a window
+    if len(_overlaps(asked_keys, asked_keys)) > 1:  # such as "yes", "yes": it may also be a window
         return None
     return Plan("resume", len(end.rounds), place.number, place, is_asked_again=True)
 
@@ -148,14 +148,17 @@ def plan_from_all(asked: Conversation, stored: Conversation) -> Plan:
     if same == all_stored and same < all_asked:
         return plan("append", all_stored, same)
 
-    # A client that cuts off the beginning sends the end of the history. The longest end that fits is taken: if the
-    # beginning does not fit at all, or if more of the answers agree: "yes", "yes", "yes".
-    overlap = _overlap(asked_keys, stored_keys, min(all_asked - 1, all_stored - 1))
-    start = all_stored - overlap
-    if overlap and (same == 0 or _agreeing(asked, stored, start, overlap) > _agreeing(asked, stored, 0, same)):
+    # A client that cuts off the beginning sends the end of the history. It counts if the beginning does not fit at all,
+    # or if more of the answers agree: "yes", "yes", "yes".
+    said, stored_answers = _answers(asked), _answers(stored)
+    overlaps = [length for length in _overlaps(asked_keys, stored_keys) if length < all_stored and all_asked > 1]
+    agreeing = {length: _agreeing(said, stored_answers[all_stored - length :]) for length in overlaps}
+    overlap = max(overlaps, key=lambda length: (agreeing[length], length), default=0)
+    if overlap and (same == 0 or agreeing[overlap] > _agreeing(said[:same], stored_answers)):
+        if overlap == all_asked:
+            return plan("resume", all_stored, all_asked, is_asked_again=True)
         return plan("append", all_stored, overlap)
-    if same == 0 and 1 < all_asked == _overlap(asked_keys, stored_keys, min(all_asked, all_stored - 1)):
-        return plan("resume", all_stored, all_asked, is_asked_again=True)
+
     if same == 0:
         raise TranscriptError(
             f"The transcript has nothing in common with the history: none of its {all_asked} questions is the first of "
@@ -277,11 +280,11 @@ def _digest(before: str, keys: Sequence[str]) -> str:
     return before
 
 
-def _overlap(asked: Sequence[str], stored: Sequence[str], longest: int) -> int:
+def _overlaps(asked: Sequence[str], stored: Sequence[str]) -> list[int]:
     """
-    Return the length of the longest beginning of one list that is the end of another, at most `longest`.
+    Return the lengths of all beginnings of one list that are the end of another, the longest first.
 
-    The algorithm is that of Knuth, Morris and Pratt: `borders[n]` is the answer for the first `n` items alone.
+    The algorithm is that of Knuth, Morris and Pratt: `borders[n]` is the longest for the first `n` items alone.
     """
     items: list[str | None] = [*asked, None, *stored]
     borders = [0, 0]
@@ -290,19 +293,22 @@ def _overlap(asked: Sequence[str], stored: Sequence[str], longest: int) -> int:
         while length and items[length] != item:
             length = borders[length]
         borders.append(length + (items[length] == item))
+    lengths = []
     length = borders[-1]
-    while length > longest:
+    while length:
+        lengths.append(length)
         length = borders[length]
-    return length
+    return lengths
 
 
-def _agreeing(asked: Conversation, stored: Conversation, start: int, rounds: int) -> int:
-    """Count the answers that agree if the transcript begins at a stored round."""
-    pairs = [(_answer(asked.rounds[n]), _answer(stored.rounds[start + n])) for n in range(rounds)]
-    return sum(bool(answer) and answer == other for answer, other in pairs)
+def _agreeing(answers: Sequence[str], others: Sequence[str]) -> int:
+    """Count the answers that agree."""
+    return sum(bool(answer) and answer == other for answer, other in zip(answers, others, strict=False))
 
 
-def _answer(messages: Sequence[ChatMessage]) -> str:
-    """Return what a client can have kept of an answer: its texts one after the other, without blank space."""
-    texts = [text for each in messages[1:] if each.role is ChatRole.ASSISTANT for text in each.texts]
-    return "".join("".join(texts).split())
+def _answers(conversation: Conversation) -> list[str]:
+    """Return what a client can have kept of each answer: its texts one after the other, without blank space."""
+    return [
+        "".join("".join(text for each in answer if each.role is ChatRole.ASSISTANT for text in each.texts).split())
+        for _, *answer in conversation.rounds
+    ]
