@@ -207,11 +207,11 @@ class _Matching:
         if not isinstance(store, BaseChatMessageStore):
             raise ValueError(f"store must be a BaseChatMessageStore, got {type(store).__name__}.")
         self._chat_history_id = validated_id(chat_history_id, "chat_history_id")
-        self._asked = transcripts.conversation_of(validated_messages(transcript, "transcript"))
+        self._asked = transcripts.transcript_of(validated_messages(transcript, "transcript"))
         self._question_id = None if question_id is None else validated_id(question_id, "question_id")
         self._is_retry = validated_flag(is_retry, "is_retry")
         self._keep_branches = validated_flag(keep_branches, "keep_branches")
-        if not self._asked.rounds:
+        if not self._asked.keys:
             raise TranscriptError("The transcript has no user message that says something. Nothing was changed.")
 
     def requests(self) -> _Requests:
@@ -259,6 +259,9 @@ class _Matching:
         """Delete messages of the history, and return the id of the branch that keeps them."""
         if info is None:
             return None
+        current: ChatHistoryInfo | None = yield _Find(self._chat_history_id)
+        if current is None or current.revision != info.revision:
+            raise ChatHistoryChangedError("The history has changed while it was read.")
         branch = (yield from self._branch(info, messages)) if self._keep_branches else None
         ids = [message.meta[MESSAGE_ID_KEY] for message in going]
         is_end = messages[len(messages) - len(going)] is going[0]

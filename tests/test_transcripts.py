@@ -401,6 +401,8 @@ class Client:
         else:
             asked = rounds[: rng.randrange(len(rounds)) + 1]
             asked = [*asked[:-1], [asked[-1][0], None]]
+        if not any(answer for _, answer in asked[first:]):  # a window without answers may be anywhere
+            first = 0
         self.send(asked, first, is_retry=action == "retry")
 
     def question(self):

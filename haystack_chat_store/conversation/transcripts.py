@@ -34,13 +34,32 @@ _INCIDENTAL_FIELDS = ("meta", "validation")
 _DIGEST_SIZE = 16
 
 
+class Transcript(NamedTuple):
+    """
+    What a client has sent, without system messages.
+
+    :param messages: The messages, oldest first.
+    :param starts: The indexes of the questions. Blank user messages, and those that hooks added, are none.
+    :param keys: The content of each question, in a form that is equal if the contents are.
+    """
+
+    messages: list[ChatMessage]
+    starts: list[int]
+    keys: list[Any]
+
+    def round(self, number: int) -> list[ChatMessage]:
+        """Return a question and what follows it, up to the next question."""
+        end = self.starts[number + 1] if number + 1 < len(self.starts) else len(self.messages)
+        return self.messages[self.starts[number] : end]
+
+
 class Conversation(NamedTuple):
     """
-    The messages of a transcript or a history.
+    The messages of a history, or of its end.
 
     :param preamble: The messages before the first question.
-    :param rounds: The messages of each question, the question first. In a history, messages that name a missing
-        question are left out.
+    :param rounds: The messages of each question, the question first. Messages that name a missing question are left
+        out.
     """
 
     preamble: list[ChatMessage]
@@ -67,17 +86,30 @@ class Plan:
     What a transcript means for a history.
 
     :param outcome: See `MatchedTranscript`.
-    :param kept: The number of stored rounds that stay.
+    :param kept: The number of rounds that stay, of those that were read.
     :param known: The number of rounds of the transcript that are stored.
-    :param place: The place of the last question that stays, but with all user messages that stay before the next one.
-    :param is_asked_again: Whether the last of the stored rounds that stay is the client's newest question.
+    :param keys: The contents of all questions that stay.
+    :param users: The number of user messages that stay.
+    :param is_asked_again: Whether the last of the rounds that stay is the client's newest question.
     """
 
     outcome: TranscriptOutcome
     kept: int
     known: int
-    place: Place
+    keys: list[Any]
+    users: int
     is_asked_again: bool = False
+
+
+def transcript_of(messages: Sequence[ChatMessage]) -> Transcript:
+    """Find the questions in what a client has sent. Its length is that of the conversation, so each step counts."""
+    said = [message for message in messages if message._role is not ChatRole.SYSTEM]
+    starts, keys = [], []
+    for place, message in enumerate(said):
+        if message._role is ChatRole.USER and (key := _key(message)) and question_id_of(message) is None:
+            starts.append(place)
+            keys.append(key)
+    return Transcript(said, starts, keys)
 
 
 def conversation_of(messages: Sequence[ChatMessage]) -> Conversation:
@@ -96,7 +128,7 @@ def conversation_of(messages: Sequence[ChatMessage]) -> Conversation:
 
 
 def plan_from_end(
-    asked: Conversation, end: Conversation, messages: Sequence[ChatMessage], round_count: int
+    asked: Transcript, end: Conversation, messages: Sequence[ChatMessage], round_count: int
 ) -> Plan | None:
     """
     Decide by the last stored question, without the questions before it.
@@ -111,20 +143,20 @@ def plan_from_end(
     place = place_of(end.rounds[-1][0]) if end.rounds else None
     if place is None or grouped < sum(message.role is not ChatRole.SYSTEM for message in messages):
         return None
-    place = place._replace(users_before=place.users_before + _users(end.rounds[-1]))
-    if place.users_before != round_count:  # others have written or deleted questions
+    users = place.users_before + _users(end.rounds[-1])
+    if users != round_count:  # others have written or deleted questions
         return None
-    asked_keys = [_key(round_[0]) for round_ in asked.rounds]
-    if place.number > len(asked_keys) or _digest("", asked_keys[: place.number]) != place.digest:
+    keys = asked.keys[: place.number]
+    if len(keys) < place.number or _hash_of(keys).hexdigest() != place.digest:
         return None
-    if place.number < len(asked_keys):
-        return Plan("append", len(end.rounds), place.number, place)
-    if len(_overlaps(asked_keys, asked_keys)) > 1:  # such as "yes", "yes": it may also be a window
+    if place.number < len(asked.keys):
+        return Plan("append", len(end.rounds), place.number, keys, users)
+    if len(_overlaps(keys, keys)) > 1:  # such as "yes", "yes": it may also be a window
         return None
-    return Plan("resume", len(end.rounds), place.number, place, is_asked_again=True)
+    return Plan("resume", len(end.rounds), place.number, keys, users, is_asked_again=True)
 
 
-def plan_from_all(asked: Conversation, stored: Conversation) -> Plan:
+def plan_from_all(asked: Transcript, stored: Conversation) -> Plan:
     """
     Decide by all questions.
 
@@ -133,14 +165,14 @@ def plan_from_all(asked: Conversation, stored: Conversation) -> Plan:
     :raises TranscriptError: If the transcript has nothing in common with the history.
     """
     if not stored.rounds:
-        return Plan("first", 0, 0, Place(0, _users(stored.preamble), ""))
-    asked_keys = [_key(round_[0]) for round_ in asked.rounds]
+        return Plan("first", 0, 0, [], _users(stored.preamble))
+    asked_keys = asked.keys
     stored_keys = [_key(round_[0]) for round_ in stored.rounds]
     all_asked, all_stored = len(asked_keys), len(stored_keys)
 
     def plan(outcome: TranscriptOutcome, kept: int, known: int, *, is_asked_again: bool = False) -> Plan:
         users = _users(stored.preamble) + sum(map(_users, stored.rounds[:kept]))
-        return Plan(outcome, kept, known, Place(kept, users, _digest("", stored_keys[:kept])), is_asked_again)
+        return Plan(outcome, kept, known, stored_keys[:kept], users, is_asked_again)
 
     same = 0
     while same < min(all_asked, all_stored) and asked_keys[same] == stored_keys[same]:
@@ -150,7 +182,8 @@ def plan_from_all(asked: Conversation, stored: Conversation) -> Plan:
 
     # A client that cuts off the beginning sends the end of the history. It counts if the beginning does not fit at all,
     # or if more of the answers agree: "yes", "yes", "yes".
-    said, stored_answers = _answers(asked), _answers(stored)
+    said = [_answer(asked.round(number)) for number in range(all_asked)]
+    stored_answers = list(map(_answer, stored.rounds))
     overlaps = [length for length in _overlaps(asked_keys, stored_keys) if length < all_stored and all_asked > 1]
     agreeing = {length: _agreeing(said, stored_answers[all_stored - length :]) for length in overlaps}
     overlap = max(overlaps, key=lambda length: (agreeing[length], length), default=0)
@@ -196,7 +229,7 @@ def taken_back(plan: Plan, messages: Sequence[ChatMessage], stored: Conversation
 
 
 def new_messages(
-    plan: Plan, asked: Conversation, stored: Conversation, question_id: str | None, *, with_preamble: bool
+    plan: Plan, asked: Transcript, stored: Conversation, question_id: str | None, *, with_preamble: bool
 ) -> list[ChatMessage]:
     """
     Return what is new in a transcript, or the stored question that is asked again.
@@ -212,27 +245,27 @@ def new_messages(
     """
     if plan.is_asked_again:
         return [stored.rounds[plan.kept - 1][0]]
-    place = plan.place
     new: list[ChatMessage] = []
-    if plan.kept and len(stored.rounds[plan.kept - 1]) == 1:  # the client has an answer that was never stored
-        question = stored.rounds[plan.kept - 1][0]
-        said = [
-            each for each in asked.rounds[plan.known - 1][1:] if each.role is not ChatRole.USER and said_parts(each)
-        ]
-        new += _answering(said, message_id_of(question) or place.digest)
-    for index, (question, *others) in enumerate(asked.rounds[plan.known :], plan.known + 1):
-        place = Place(place.number + 1, place.users_before, _digest(place.digest, [_key(question)]))
-        if with_preamble and index == 1:
+    if plan.kept and len(stored.rounds[plan.kept - 1]) == 1:  # the client may have an answer that was never stored
+        question_id_before = message_id_of(stored.rounds[plan.kept - 1][0])
+        said = [each for each in asked.round(plan.known - 1) if each.role is not ChatRole.USER and said_parts(each)]
+        new += _answering(said, str(question_id_before))
+    digest, users = _hash_of(plan.keys), plan.users
+    for number in range(plan.known, len(asked.keys)):
+        question, *others = asked.round(number)
+        place_number = len(plan.keys) + 1 + number - plan.known
+        digest.update(f"{', ' if place_number > 1 else ''}{_json(asked.keys[number])}".encode())
+        place = Place(place_number, users, digest.hexdigest())
+        is_newest = number == len(asked.keys) - 1
+        own_id = (question_id if is_newest else None) or message_id_of(question) or place.digest
+        if with_preamble and number == 0:
             new += [
-                _with_meta(each, {MESSAGE_ID_KEY: message_id_of(each) or f"{place.digest}:before:{number}"})
-                for number, each in enumerate(asked.preamble)
+                _with_meta(each, {MESSAGE_ID_KEY: message_id_of(each) or f"{place.digest}:before:{index}"})
+                for index, each in enumerate(asked.messages[: asked.starts[0]])
             ]
-        own_id = message_id_of(question) or place.digest
-        if index == len(asked.rounds) and question_id is not None:
-            own_id = question_id
         new.append(_with_meta(question, {MESSAGE_ID_KEY: own_id, TRANSCRIPT_KEY: ":".join(map(str, place))}))
         new += _answering(others, own_id)
-        place = place._replace(users_before=place.users_before + _users([question, *others]))
+        users += _users([question, *others])
     return new
 
 
@@ -261,9 +294,13 @@ def _users(messages: Sequence[ChatMessage]) -> int:
     return sum(message.role is ChatRole.USER for message in messages)
 
 
-def _key(question: ChatMessage) -> str:
-    """Return the content of a question as text that is equal if the contents are."""
-    return json.dumps([_part_key(part) for part in said_parts(question)], sort_keys=True, default=repr)
+def _key(question: ChatMessage) -> Any:
+    """Return what a question says, in a form that JSON knows. It is equal if the contents are, and empty if blank."""
+    content = question._content
+    if len(content) == 1 and type(content[0]) is TextContent:  # as most are
+        return str(content[0].text).strip()
+    parts = [_part_key(part) for part in said_parts(question)]
+    return parts[0] if len(parts) == 1 else parts
 
 
 def _part_key(part: Any) -> Any:
@@ -273,20 +310,22 @@ def _part_key(part: Any) -> Any:
     return [type(part).__name__, fields]
 
 
-def _digest(before: str, keys: Sequence[str]) -> str:
-    """Go on with the digest of a conversation."""
-    for key in keys:
-        before = hashlib.blake2b(f"{before}\n{key}".encode(), digest_size=_DIGEST_SIZE).hexdigest()
-    return before
+def _hash_of(keys: Sequence[Any]) -> "hashlib.blake2b":
+    """Begin the digest of a conversation."""
+    return hashlib.blake2b(_json(keys)[:-1].encode(), digest_size=_DIGEST_SIZE)  # without the end of the list
 
 
-def _overlaps(asked: Sequence[str], stored: Sequence[str]) -> list[int]:
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=repr)
+
+
+def _overlaps(asked: Sequence[Any], stored: Sequence[Any]) -> list[int]:
     """
     Return the lengths of all beginnings of one list that are the end of another, the longest first.
 
     The algorithm is that of Knuth, Morris and Pratt: `borders[n]` is the longest for the first `n` items alone.
     """
-    items: list[str | None] = [*asked, None, *stored]
+    items: list[Any] = [*asked, None, *stored]
     borders = [0, 0]
     for item in items[1:]:
         length = borders[-1]
@@ -306,9 +345,7 @@ def _agreeing(answers: Sequence[str], others: Sequence[str]) -> int:
     return sum(bool(answer) and answer == other for answer, other in zip(answers, others, strict=False))
 
 
-def _answers(conversation: Conversation) -> list[str]:
-    """Return what a client can have kept of each answer: its texts one after the other, without blank space."""
-    return [
-        "".join("".join(text for each in answer if each.role is ChatRole.ASSISTANT for text in each.texts).split())
-        for _, *answer in conversation.rounds
-    ]
+def _answer(round_: Sequence[ChatMessage]) -> str:
+    """Return what a client can have kept of an answer: its texts one after the other, without blank space."""
+    texts = [text for each in round_ if each.role is ChatRole.ASSISTANT for text in each.texts]
+    return "".join("".join(texts).split())
