@@ -100,6 +100,10 @@ class ChatMessageStore(Protocol):
     24. **Reading never writes.** Calls that read change nothing in the database or its files: no table, index, upgrade
         or checkpoint. What can only be read can be read. A database that was not made yet reads as empty.
 
+    26. **A transcript, once.** What `match_transcript` finds new in a transcript that a client sends whole is stored
+        once. What it takes back is in a branch as a whole before it is deleted, and is deleted only if the history has
+        the revision that was read.
+
     27. **Replacing.** `replace_messages` takes back a message and all messages after it, and appends others, in one
         atomic step: a reader sees the old end of the history or the new one. Ids of messages that were taken back can
         be used again; messages whose ids the history keeps are skipped; positions are not used again. If the history

@@ -227,6 +227,8 @@ class TestWindows:
         stored_turns(store, *itertools.chain(*(("yes", str(n)) for n in range(5))))
         assert match(store, "h", transcript_of("yes", "3", "yes", "4", "yes")).outcome == "append"
         assert match(store, "h", transcript_of("yes", "3", "yes"), is_retry=True).outcome == "repeat"
+        matched = match(store, "h", [*transcript_of("yes", "4", "yes"), *map(user, ["yes"] * 4)])
+        assert (matched.outcome, len(matched.messages)) == ("append", 5)
         assert match(store, "h", transcript_of("yes", "0", "yes")).outcome == "rewind"
         assert texts(store) == ["yes", "0", "yes"]
 

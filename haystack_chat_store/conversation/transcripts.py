@@ -149,10 +149,10 @@ def plan_from_end(
     keys = asked.keys[: place.number]
     if len(keys) < place.number or _hash_of(keys).hexdigest() != place.digest:
         return None
-    if place.number < len(asked.keys):
-        return Plan("append", len(end.rounds), place.number, keys, users)
     if len(_overlaps(keys, keys)) > 1:  # such as "yes", "yes": it may also be a window
         return None
+    if place.number < len(asked.keys):
+        return Plan("append", len(end.rounds), place.number, keys, users)
     return Plan("resume", len(end.rounds), place.number, keys, users, is_asked_again=True)
 
 
@@ -177,8 +177,6 @@ def plan_from_all(asked: Transcript, stored: Conversation) -> Plan:
     same = 0
     while same < min(all_asked, all_stored) and asked_keys[same] == stored_keys[same]:
         same += 1
-    if same == all_stored and same < all_asked:
-        return plan("append", all_stored, same)
 
     # A client that cuts off the beginning sends the end of the history. It counts if the beginning does not fit at all,
     # or if more of the answers agree: "yes", "yes", "yes".
@@ -197,6 +195,8 @@ def plan_from_all(asked: Transcript, stored: Conversation) -> Plan:
             f"The transcript has nothing in common with the history: none of its {all_asked} questions is the first of "
             f"the {all_stored} that are stored, nor does it begin with the last of them. Nothing was changed."
         )
+    if same == all_stored and same < all_asked:
+        return plan("append", all_stored, same)
     if same == all_asked:
         return plan("resume" if same == all_stored else "rewind", same, same, is_asked_again=True)
     return plan("rewind", same, same)
