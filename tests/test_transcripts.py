@@ -238,6 +238,56 @@ class TestWindows:
             match(store, "h", transcript_of("b"))
 
 
+class TestCost:
+    """The usual turn reads the last round, whatever the length of the history."""
+
+    @pytest.fixture
+    def reads(self, store, monkeypatch):
+        reads = []
+        retrieve = store.retrieve_messages
+
+        def noted(chat_history_id, last_k=None):
+            messages = retrieve(chat_history_id, last_k)
+            reads.append(len(messages))
+            return messages
+
+        monkeypatch.setattr(store, "retrieve_messages", noted)
+        return reads
+
+    def test_turn_that_goes_on_reads_the_last_round(self, store, reads):
+        said = transcript_of(*map(str, range(400)))
+        write(store, match_transcript(store, "h", said).messages)
+        reads.clear()
+        for options in ({}, {"is_retry": True}, {"is_retry": False}):
+            matched = match_transcript(store, "h", [*said, user("new")], **options)
+            assert reads == [2]
+            write(store, matched.messages, "answer")
+            reads.clear()
+        assert matched.outcome == "regenerate"
+
+    def test_edit_in_the_middle_is_found(self, store, reads):
+        said = transcript_of(*map(str, range(400)))
+        write(store, match_transcript(store, "h", said).messages)
+        said[100] = user("edited")
+        matched = match_transcript(store, "h", [*said, user("new")])
+        assert (matched.outcome, matched.messages[0].text) == ("rewind", "edited")
+
+    def test_messages_of_hooks_do_not_make_it_read_more_for_long(self, store, reads):
+        said = transcript_of(*map(str, range(100)))
+        write(store, match_transcript(store, "h", said).messages)
+        question_id = store.retrieve_messages("h", 1)[0].meta["chat_message_id"]
+        store.write_messages("h", [ChatMessage.from_user("Use a tool!", meta={"chat_question_id": question_id})] * 3)
+        reads.clear()
+        for number in range(2):
+            said.append(user(f"new {number}"))
+            matched = match_transcript(store, "h", said)
+            assert (matched.outcome, len(matched.messages)) == ("append", 1)
+            assert sum(reads) < 50
+            write(store, matched.messages, "answer")
+            said.append(assistant("answer"))
+            reads.clear()
+
+
 class TestIds:
     """What is new has ids, so that it is stored once."""
 

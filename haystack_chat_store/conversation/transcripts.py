@@ -88,16 +88,18 @@ class Plan:
     :param outcome: See `MatchedTranscript`.
     :param kept: The number of rounds that stay, of those that were read.
     :param known: The number of rounds of the transcript that are stored.
-    :param keys: The contents of all questions that stay.
+    :param questions: The number of all questions that stay.
     :param users: The number of user messages that stay.
+    :param digest: The digest of the questions that stay, to go on with.
     :param is_asked_again: Whether the last of the rounds that stay is the client's newest question.
     """
 
     outcome: TranscriptOutcome
     kept: int
     known: int
-    keys: list[Any]
+    questions: int
     users: int
+    digest: "hashlib.blake2b"
     is_asked_again: bool = False
 
 
@@ -147,13 +149,15 @@ def plan_from_end(
     if users != round_count:  # others have written or deleted questions
         return None
     keys = asked.keys[: place.number]
-    if len(keys) < place.number or _hash_of(keys).hexdigest() != place.digest:
+    digest = _digest_of(keys)
+    if len(keys) < place.number or digest.hexdigest() != place.digest:
         return None
-    if len(_overlaps(keys, keys)) > 1:  # such as "yes", "yes": it may also be a window
+    # An end that is the beginning, too, such as "yes" of "yes", "no", "yes": the transcript may also be a window.
+    if keys.count(keys[0]) > 1 and len(_overlaps(keys, keys)) > 1:
         return None
     if place.number < len(asked.keys):
-        return Plan("append", len(end.rounds), place.number, keys, users)
-    return Plan("resume", len(end.rounds), place.number, keys, users, is_asked_again=True)
+        return Plan("append", len(end.rounds), place.number, len(keys), users, digest)
+    return Plan("resume", len(end.rounds), place.number, len(keys), users, digest, is_asked_again=True)
 
 
 def plan_from_all(asked: Transcript, stored: Conversation) -> Plan:
@@ -165,14 +169,14 @@ def plan_from_all(asked: Transcript, stored: Conversation) -> Plan:
     :raises TranscriptError: If the transcript has nothing in common with the history.
     """
     if not stored.rounds:
-        return Plan("first", 0, 0, [], _users(stored.preamble))
+        return Plan("first", 0, 0, 0, _users(stored.preamble), _digest_of([]))
     asked_keys = asked.keys
     stored_keys = [_key(round_[0]) for round_ in stored.rounds]
     all_asked, all_stored = len(asked_keys), len(stored_keys)
 
     def plan(outcome: TranscriptOutcome, kept: int, known: int, *, is_asked_again: bool = False) -> Plan:
         users = _users(stored.preamble) + sum(map(_users, stored.rounds[:kept]))
-        return Plan(outcome, kept, known, stored_keys[:kept], users, is_asked_again)
+        return Plan(outcome, kept, known, kept, users, _digest_of(stored_keys[:kept]), is_asked_again)
 
     same = 0
     while same < min(all_asked, all_stored) and asked_keys[same] == stored_keys[same]:
@@ -250,12 +254,12 @@ def new_messages(
         question_id_before = message_id_of(stored.rounds[plan.kept - 1][0])
         said = [each for each in asked.round(plan.known - 1) if each.role is not ChatRole.USER and said_parts(each)]
         new += _answering(said, str(question_id_before))
-    digest, users = _hash_of(plan.keys), plan.users
+    digest, questions, users = plan.digest.copy(), plan.questions, plan.users
     for number in range(plan.known, len(asked.keys)):
         question, *others = asked.round(number)
-        place_number = len(plan.keys) + 1 + number - plan.known
-        digest.update(f"{', ' if place_number > 1 else ''}{_json(asked.keys[number])}".encode())
-        place = Place(place_number, users, digest.hexdigest())
+        digest.update(f"{', ' if questions else ''}{_json(asked.keys[number])}".encode())
+        questions += 1
+        place = Place(questions, users, digest.hexdigest())
         is_newest = number == len(asked.keys) - 1
         own_id = (question_id if is_newest else None) or message_id_of(question) or place.digest
         if with_preamble and number == 0:
@@ -310,7 +314,7 @@ def _part_key(part: Any) -> Any:
     return [type(part).__name__, fields]
 
 
-def _hash_of(keys: Sequence[Any]) -> "hashlib.blake2b":
+def _digest_of(keys: Sequence[Any]) -> "hashlib.blake2b":
     """Begin the digest of a conversation."""
     return hashlib.blake2b(_json(keys)[:-1].encode(), digest_size=_DIGEST_SIZE)  # without the end of the list
 
