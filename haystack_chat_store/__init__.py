@@ -24,18 +24,21 @@ from haystack_chat_store.errors import (
     StoreConfigurationError,
     StoreTimeoutError,
     StoreUnavailableError,
+    TranscriptError,
     UnsupportedOperationError,
 )
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory import InMemoryChatMessageStore
 from haystack_chat_store.stores.rows import UNCHANGED, EncodedMessage, FoundRow, HistoryRow, MessageRow, Scope
+from haystack_chat_store.transcript_matcher import match_transcript, match_transcript_async
 from haystack_chat_store.types import (
     AsyncChatMessageStore,
     ChatHistoryInfo,
     ChatHistoryPage,
     ChatMessageStore,
     Fault,
+    MatchedTranscript,
     SearchHit,
     StoredMessage,
     StoreStatistics,
@@ -73,6 +76,7 @@ __all__ = [
     "FoundRow",
     "HistoryRow",
     "InMemoryChatMessageStore",
+    "MatchedTranscript",
     "MessageDecodingError",
     "MessageEncodingError",
     "MessageNotFoundError",
@@ -88,8 +92,11 @@ __all__ = [
     "StoreTimeoutError",
     "StoreUnavailableError",
     "StoredMessage",
+    "TranscriptError",
     "UnsupportedOperationError",
     "Window",
+    "match_transcript",
+    "match_transcript_async",
     "store_from_url",
     "with_message_ids",
 ]

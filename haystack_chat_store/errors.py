@@ -16,6 +16,7 @@ ChatMessageStoreError            the base of all errors below
 │   └── ChatHistoryExistsError   the target of a copy or import already has other messages
 ├── ChatHistoryNotFoundError     the history does not exist (also a LookupError)
 ├── MessageNotFoundError         the message does not exist in the history (also a LookupError)
+├── TranscriptError              a transcript has no question, or nothing in common with the history (also a ValueError)
 ├── UnsupportedOperationError    the store or its engine does not support the operation
 └── DamagedFileError             an import file was changed or cut off (also a ValueError); nothing was imported
 ```
@@ -100,6 +101,14 @@ class ChatHistoryNotFoundError(ChatMessageStoreError, LookupError):
 
 class MessageNotFoundError(ChatMessageStoreError, LookupError):
     """No message of the history has this id. Nothing was changed."""
+
+
+class TranscriptError(ChatMessageStoreError, ValueError):
+    """
+    A transcript has no question, or nothing in common with the history that it was sent for. Nothing was changed.
+
+    It belongs to another conversation, or is a request beside it, such as one for a title.
+    """
 
 
 class UnsupportedOperationError(ChatMessageStoreError):

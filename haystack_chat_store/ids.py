@@ -23,6 +23,13 @@ _LONGEST_READABLE_ID = MAX_ID_LENGTH - 64
 SHOWN_KEY = "chat_shown"
 
 
+#: The key in the `meta` of a question that came in a transcript: its place in the conversation, with a digest.
+TRANSCRIPT_KEY = "chat_transcript"
+
+#: The key in the meta of a branch: the id of the history that it was copied from.
+BRANCH_OF_KEY = "branch_of"
+
+
 def new_message_id() -> str:
     """
     Return an id that is unique everywhere: 48 bits of time in milliseconds and 80 random bits, in 32 hex digits.
@@ -76,6 +83,19 @@ def _reply_prefix(question_id: str | int) -> str:
 
 def _digest(message_id: str) -> str:
     return hashlib.sha256(message_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def branch_id(chat_history_id: str, revision: int) -> str:
+    """
+    Return the id of the branch that keeps what a history had at a revision.
+
+    :param chat_history_id: The history's id.
+    :param revision: The history's revision.
+    """
+    readable = f"{chat_history_id}~{revision}"
+    if len(readable) <= MAX_ID_LENGTH:
+        return readable
+    return hashlib.sha256(readable.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def message_id_of(message: ChatMessage) -> str | int | None:

@@ -12,7 +12,7 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.rounds import round_starts
 from haystack_chat_store.conversation.turns import answer_of, is_whole, last_question, turn_of, with_message_ids
-from haystack_chat_store.errors import ChatHistoryChangedError, MessageNotFoundError
+from haystack_chat_store.errors import ChatHistoryChangedError, DuplicateMessageError, MessageNotFoundError
 from haystack_chat_store.ids import (
     MESSAGE_ID_KEY,
     QUESTION_ID_KEY,
@@ -185,6 +185,7 @@ class TurnWriter:
         while True:
             page = yield from _page_with(ids, len(round_starts(given)))
             stored = {message_id_of(message): message for message in page}
+            _check_roles(given, stored)
             turn = _turn_of_reply(page, answers)
             answer = answer_of(turn)
             skipped = [each for each in answers if stored.get(message_id_of(each), each)._content != each._content]
@@ -383,6 +384,21 @@ def _known(message: ChatMessage, turn: Sequence[ChatMessage]) -> ChatMessage:
         if says_the_same if own_id is None else message_id_of(stored) == own_id:
             return stored
     return message
+
+
+def _check_roles(given: Sequence[ChatMessage], stored: Mapping[str | int | None, ChatMessage]) -> None:
+    """
+    Check that no message was taken for a stored one that somebody else said.
+
+    :raises DuplicateMessageError: If a message has the id of a stored message of another role, such as a reply.
+    """
+    for message in given:
+        other = stored.get(message_id_of(message), message)
+        if other.role is not message.role:
+            raise DuplicateMessageError(
+                f"A message of the role {message.role.value!r} has the id {message_id_of(message)!r}, which a stored "
+                f"message of the role {other.role.value!r} has already, so it was not stored. Give it an id of its own."
+            )
 
 
 def _is_answer(message: ChatMessage) -> bool:

@@ -8,7 +8,7 @@ Any object that follows the protocols is a chat message store.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import date, datetime
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from haystack.dataclasses import ChatMessage
 
@@ -101,6 +101,10 @@ class ChatMessageStore(Protocol):
 
     24. **Reading never writes.** Calls that read change nothing in the database or its files: no table, index, upgrade
         or checkpoint. What can only be read can be read. A database that was not made yet reads as empty.
+
+    26. **A transcript, once.** What `match_transcript` finds new in a transcript that a client sends whole is stored
+        once. What it takes back is in a branch as a whole before it is deleted, and is deleted only if the history has
+        the revision that was read.
 
     27. **Replacing.** `replace_messages` takes back a message and all messages after it, and appends others, in one
         atomic step: a reader sees the old end of the history or the new one. Ids of messages that were taken back can
@@ -272,6 +276,33 @@ class StoreStatistics(Result):
     rounds: int
     size: int | None
     messages_per_day: Mapping[date, int]
+
+
+#: What a transcript means for a history: see `MatchedTranscript`.
+TranscriptOutcome = Literal["first", "append", "resume", "repeat", "regenerate", "rewind"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatchedTranscript(Result):
+    """
+    What is new in a transcript that a client sent whole.
+
+    :param messages: The messages of this turn, with ids: what is new, or the stored question that is asked again. Give
+        them to the components or the agent as they are.
+    :param outcome: What the transcript means:
+
+        - `"first"`: nothing was stored. All of it is new.
+        - `"append"`: it goes on after what is stored.
+        - `"resume"`: its last question is stored, and not answered yet.
+        - `"repeat"`: its last question is stored and answered, and the client tries again. The stored answer counts.
+        - `"regenerate"`: its last question is stored and answered, and is to be answered anew.
+        - `"rewind"`: the client went back: an earlier question is asked again, or was edited.
+    :param branch_id: The id of the history that keeps what was taken back, or `None` if nothing was.
+    """
+
+    messages: list[ChatMessage]
+    outcome: TranscriptOutcome
+    branch_id: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

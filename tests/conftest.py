@@ -83,6 +83,12 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"{left_out['chosen']} tests were left out by the options -m and -k.")
 
 
+@pytest.fixture
+def is_full(request):
+    """Whether the full suite runs."""
+    return bool(request.config.getoption("--full"))
+
+
 # ---------------------------------------------------------------------- servers
 
 

@@ -14,7 +14,12 @@ from haystack_integrations.components.retrievers.chat_store import ChatMessageRe
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
 from test_retriever import MinimalStore
 
-from haystack_chat_store import InMemoryChatMessageStore, MessageNotFoundError, with_message_ids
+from haystack_chat_store import (
+    DuplicateMessageError,
+    InMemoryChatMessageStore,
+    MessageNotFoundError,
+    with_message_ids,
+)
 from haystack_chat_store.conversation.turns import answer_of
 from haystack_chat_store.ids import reply_id
 
@@ -68,6 +73,13 @@ def history(store):
 
 
 class TestIds:
+    @pytest.mark.parametrize("replies", [[], [ASSISTANT("a1")]], ids=["question first", "with its reply"])
+    def test_a_question_with_the_id_of_a_reply_is_refused(self, run, writer, store, replies):
+        run(writer, "h", [question("q0", "r1")], [ASSISTANT("a0")])
+        with pytest.raises(DuplicateMessageError, match="'user' has the id 'r1:reply:0'.*role 'assistant'"):
+            run(writer, "h", [question("q1", "r1:reply:0")], replies)
+        assert history(store)[:2] == ["q0", "a0"]
+
     def test_messages_get_ids_before_they_are_written(self, store):
         messages = [USER("q0"), question("q1", "1")]
         identified = with_message_ids(messages)

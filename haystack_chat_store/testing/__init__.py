@@ -49,6 +49,7 @@ _MODULES = (
     "contract_replacing",
     "contract_reading",
     "contract_search",
+    "contract_transcripts",
     "contract_turns",
     "contract_windows",
     "contract_writes",
@@ -73,6 +74,7 @@ from haystack_chat_store.testing.contract_random_walk import RandomWalkTest
 from haystack_chat_store.testing.contract_reading import Rule24ReadingTest
 from haystack_chat_store.testing.contract_replacing import Rule27ReplacingTest
 from haystack_chat_store.testing.contract_search import Rule21SearchTest
+from haystack_chat_store.testing.contract_transcripts import Rule26TranscriptsTest
 from haystack_chat_store.testing.contract_turns import Rule26TurnsTest
 from haystack_chat_store.testing.contract_windows import Rule07WindowsTest, Rule08CostTest
 from haystack_chat_store.testing.contract_writes import (
@@ -115,6 +117,7 @@ __all__ = [
     "Rule22ErasingTest",
     "Rule23MovingTest",
     "Rule24ReadingTest",
+    "Rule26TranscriptsTest",
     "Rule26TurnsTest",
     "Rule27ReplacingTest",
     "StoreFactory",

@@ -11,6 +11,7 @@ from haystack_chat_store.testing.contract_random_walk import RandomWalkTest
 from haystack_chat_store.testing.contract_reading import Rule24ReadingTest
 from haystack_chat_store.testing.contract_replacing import Rule27ReplacingTest
 from haystack_chat_store.testing.contract_search import Rule21SearchTest
+from haystack_chat_store.testing.contract_transcripts import Rule26TranscriptsTest
 from haystack_chat_store.testing.kit import ClosableStore
 
 
@@ -24,6 +25,7 @@ class ManagementContract(
     Rule23MovingTest,
     Rule27ReplacingTest,
     Rule24ReadingTest,
+    Rule26TranscriptsTest,
     RandomWalkTest,
 ):
     """

@@ -23,8 +23,3 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "provider(*names): needs the integrations of these providers")
     # Haystack's own generators change chunks of streams.
     config.addinivalue_line("filterwarnings", "ignore:Mutating attribute")
-
-
-@pytest.fixture
-def is_full(request):
-    return request.config.getoption("--full")

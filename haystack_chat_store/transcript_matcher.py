@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says what is new in a transcript that a client sends whole, and brings the history to where the client is."""
+
+from collections.abc import Generator, Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+from haystack.dataclasses import ChatMessage
+
+from haystack_chat_store.conversation import transcripts
+from haystack_chat_store.conversation.transcripts import Conversation, Plan
+from haystack_chat_store.errors import (
+    ChatHistoryChangedError,
+    ChatHistoryExistsError,
+    ChatHistoryNotFoundError,
+    ChatMessageStoreError,
+    ConflictError,
+    MessageNotFoundError,
+    TranscriptError,
+)
+from haystack_chat_store.ids import BRANCH_OF_KEY, MESSAGE_ID_KEY, branch_id
+from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.types import ChatHistoryInfo, MatchedTranscript
+from haystack_chat_store.validation import validated_flag, validated_id, validated_messages
+
+# How many rounds, or messages, are read to find the last question: one or, if hooks have added user messages, more.
+_READS = (1, 16)
+# The errors that say that the history is not as it was read, or that a branch is there already.
+_REFUSALS = (ConflictError, ChatHistoryNotFoundError, MessageNotFoundError)
+# A `last_k` that is larger than any history, and small enough for any database.
+_ALL = 2**31 - 1
+
+
+def match_transcript(
+    store: BaseChatMessageStore,
+    chat_history_id: str,
+    transcript: Iterable[ChatMessage],
+    *,
+    question_id: str | None = None,
+    is_retry: bool = False,
+    keep_branches: bool = True,
+) -> MatchedTranscript:
+    """
+    Say what is new in a transcript that a client sent whole, and bring the history to where the client is.
+
+    Clients of OpenAI's chat completions send the whole conversation with each request, without ids. Here its questions
+    are compared with those of the history, in order, by their content. What the client does not have any more is taken
+    back. It is kept in a branch: a copy of the whole history, made before anything is deleted, whose meta has the
+    history's id as `branch_of`. What is new is returned, and not stored: give it to a pipeline or an agent.
+
+    ```python
+    from haystack.dataclasses import ChatMessage
+    from haystack_chat_store import InMemoryChatMessageStore, match_transcript
+
+    store = InMemoryChatMessageStore()
+    store.write_messages("chat", [ChatMessage.from_user("Hi!"), ChatMessage.from_assistant("Hello!")])
+    transcript = [
+        ChatMessage.from_user("Hi!"), ChatMessage.from_assistant("Hello!"), ChatMessage.from_user("How are you?")
+    ]
+    turn = match_transcript(store, "chat", transcript)
+    print(turn.outcome, [message.text for message in turn.messages])  # append ['How are you?']
+    ```
+
+    :param store: The store that keeps the history.
+    :param chat_history_id: The history's id. A history that does not exist is empty.
+    :param transcript: The client's messages, oldest first. System messages are left out. A client may have cut off the
+        beginning; then what it sends must begin with the end of the history.
+    :param question_id: The client's id of the newest question, if it names one. It becomes the id of the message.
+        Defaults to `None`: the id is made from the questions up to this one.
+    :param is_retry: Whether the client repeats a request that may have failed, such as with the header
+        `x-stainless-retry-count`. Then a stored answer counts. Defaults to False: the same transcript asks for another
+        answer.
+    :param keep_branches: Whether what is taken back is kept in a branch. Defaults to True. If False, it is deleted for
+        good.
+    :returns: The messages of this turn, what the transcript means, and the id of the branch.
+    :raises ValueError: If an argument is wrong.
+    :raises TranscriptError: If the transcript has no question, or nothing in common with the history. Nothing was
+        changed.
+    :raises ChatHistoryChangedError: If another request has changed the history meanwhile, and the change would be taken
+        back. Nothing was deleted.
+    :raises ChatHistoryExistsError: If another history has the branch's id. Nothing was changed.
+    :raises ChatMessageStoreError: If the store fails. The same request, sent again, goes on from there.
+    """
+    requests = _Matching(store, chat_history_id, transcript, question_id, is_retry, keep_branches).requests()
+    request, matched = _advance(requests)
+    while matched is None:
+        found: Any = None
+        error: ChatMessageStoreError | None = None
+        try:
+            if isinstance(request, _Find):
+                found = store.get_chat_history(request.chat_history_id)
+            elif isinstance(request, _Read):
+                found = store.retrieve_messages(request.chat_history_id, request.last_k)
+            elif isinstance(request, _Copy):
+                store.copy_messages(request.source_id, request.target_id, until_message_id=request.until_message_id)
+            elif isinstance(request, _SetMeta):
+                store.update_chat_history(request.chat_history_id, meta=request.meta)
+            else:
+                store.delete_messages(request.chat_history_id, **request.options)
+        except _REFUSALS as refusal:
+            error = refusal
+        request, matched = _advance(requests, found, error)
+    return matched
+
+
+async def match_transcript_async(
+    store: BaseChatMessageStore,
+    chat_history_id: str,
+    transcript: Iterable[ChatMessage],
+    *,
+    question_id: str | None = None,
+    is_retry: bool = False,
+    keep_branches: bool = True,
+) -> MatchedTranscript:
+    """Do what `match_transcript` does, without blocking the event loop."""
+    requests = _Matching(store, chat_history_id, transcript, question_id, is_retry, keep_branches).requests()
+    request, matched = _advance(requests)
+    while matched is None:
+        found: Any = None
+        error: ChatMessageStoreError | None = None
+        try:
+            if isinstance(request, _Find):
+                found = await store.get_chat_history_async(request.chat_history_id)
+            elif isinstance(request, _Read):
+                found = await store.retrieve_messages_async(request.chat_history_id, request.last_k)
+            elif isinstance(request, _Copy):
+                await store.copy_messages_async(
+                    request.source_id, request.target_id, until_message_id=request.until_message_id
+                )
+            elif isinstance(request, _SetMeta):
+                await store.update_chat_history_async(request.chat_history_id, meta=request.meta)
+            else:
+                await store.delete_messages_async(request.chat_history_id, **request.options)
+        except _REFUSALS as refusal:
+            error = refusal
+        request, matched = _advance(requests, found, error)
+    return matched
+
+
+class _Find(NamedTuple):
+    """A request for a history without its messages."""
+
+    chat_history_id: str
+
+
+class _Read(NamedTuple):
+    """A request for the last rounds of a history."""
+
+    chat_history_id: str
+    last_k: int
+
+
+class _Copy(NamedTuple):
+    """A request to copy a history up to a message."""
+
+    source_id: str
+    target_id: str
+    until_message_id: str
+
+
+class _SetMeta(NamedTuple):
+    """A request to set the meta of a history."""
+
+    chat_history_id: str
+    meta: dict[str, Any]
+
+
+class _Delete(NamedTuple):
+    """A request to delete messages."""
+
+    chat_history_id: str
+    options: dict[str, Any]
+
+
+_Request: TypeAlias = _Find | _Read | _Copy | _SetMeta | _Delete
+# Yields requests, and receives what was found. A refusal is raised where the request was made.
+_Requests: TypeAlias = Generator[_Request, Any, MatchedTranscript]
+
+
+class _Stored(NamedTuple):
+    """
+    A history, as far as it was read, and what the transcript means for it.
+
+    :param info: The history when the reading began, or `None` if it did not exist.
+    :param messages: Its messages, or the last of them.
+    :param conversation: The same, put together.
+    :param plan: What the transcript means.
+    """
+
+    info: ChatHistoryInfo | None
+    messages: list[ChatMessage]
+    conversation: Conversation
+    plan: Plan
+
+
+class _Matching:
+    """One call of `match_transcript`: its checked arguments, and the requests that it makes to the store."""
+
+    def __init__(
+        self,
+        store: BaseChatMessageStore,
+        chat_history_id: str,
+        transcript: Iterable[ChatMessage],
+        question_id: str | None,
+        is_retry: bool,
+        keep_branches: bool,
+    ) -> None:
+        if not isinstance(store, BaseChatMessageStore):
+            raise ValueError(f"store must be a BaseChatMessageStore, got {type(store).__name__}.")
+        self._chat_history_id = validated_id(chat_history_id, "chat_history_id")
+        self._asked = transcripts.transcript_of(validated_messages(transcript, "transcript"))
+        self._question_id = None if question_id is None else validated_id(question_id, "question_id")
+        self._is_retry = validated_flag(is_retry, "is_retry")
+        self._keep_branches = validated_flag(keep_branches, "keep_branches")
+        if not self._asked.keys:
+            raise TranscriptError("The transcript has no user message that says something. Nothing was changed.")
+
+    def requests(self) -> _Requests:
+        refusal: ChatMessageStoreError | None = None
+        while True:
+            stored = yield from self._stored()
+            going = transcripts.taken_back(stored.plan, stored.messages, stored.conversation)
+            if going and refusal is not None:  # what another request has done meanwhile is not taken back unseen
+                raise ChatHistoryChangedError(
+                    "Another request has changed the history meanwhile. Nothing was deleted. Send the request again."
+                ) from refusal
+            try:
+                branch = (yield from self._take_back(stored.info, stored.messages, going)) if going else None
+            except (ChatHistoryChangedError, ChatHistoryNotFoundError, MessageNotFoundError) as error:
+                refusal = error
+                continue
+            new = transcripts.new_messages(
+                stored.plan, self._asked, stored.conversation, self._question_id, with_preamble=not stored.messages
+            )
+            return MatchedTranscript(messages=new, outcome=stored.plan.outcome, branch_id=branch)
+
+    def _stored(self) -> Generator[_Request, Any, _Stored]:
+        """Read as much of the history as it takes to know what the transcript means."""
+        info: ChatHistoryInfo | None = yield _Find(self._chat_history_id)
+        messages: list[ChatMessage] = []
+        for last_k in _READS:
+            if info is None:
+                break
+            messages = yield _Read(self._chat_history_id, last_k)
+            end = transcripts.conversation_of(messages)
+            plan = transcripts.plan_from_end(self._asked, end, messages, info.round_count)
+            if plan is not None:
+                return _Stored(info, messages, end, transcripts.with_outcome(plan, end, is_retry=self._is_retry))
+            if end.rounds:
+                break
+        if info is not None and len(messages) < info.message_count:
+            messages = yield _Read(self._chat_history_id, _ALL)
+        whole = transcripts.conversation_of(messages)
+        plan = transcripts.plan_from_all(self._asked, whole)
+        return _Stored(info, messages, whole, transcripts.with_outcome(plan, whole, is_retry=self._is_retry))
+
+    def _take_back(
+        self, info: ChatHistoryInfo | None, messages: list[ChatMessage], going: list[ChatMessage]
+    ) -> Generator[_Request, Any, str | None]:
+        """Delete messages of the history, and return the id of the branch that keeps them."""
+        if info is None:
+            return None
+        current: ChatHistoryInfo | None = yield _Find(self._chat_history_id)
+        if current is None or current.revision != info.revision:
+            raise ChatHistoryChangedError("The history has changed while it was read.")
+        branch = (yield from self._branch(info, messages)) if self._keep_branches else None
+        ids = [message.meta[MESSAGE_ID_KEY] for message in going]
+        is_end = messages[len(messages) - len(going)] is going[0]
+        which = {"from_message_id": ids[0]} if is_end else {"message_ids": ids}
+        yield _Delete(self._chat_history_id, {**which, "expected_revision": info.revision})
+        return branch
+
+    def _branch(self, info: ChatHistoryInfo, messages: list[ChatMessage]) -> Generator[_Request, Any, str]:
+        """Copy the history as it was read. If an earlier attempt did, its copy is used."""
+        branch = branch_id(self._chat_history_id, info.revision)
+        last_id = messages[-1].meta[MESSAGE_ID_KEY]
+        meta: dict[str, Any] = {}
+        try:
+            yield _Copy(self._chat_history_id, branch, last_id)
+        except ChatHistoryExistsError:
+            copy: ChatHistoryInfo | None = yield _Find(branch)
+            end: list[ChatMessage] = yield _Read(branch, 1)
+            is_copy = copy is not None and copy.message_count == info.message_count and bool(end)
+            if copy is None or not is_copy or end[-1].meta[MESSAGE_ID_KEY] != last_id:
+                raise
+            meta = copy.meta
+        if meta.get(BRANCH_OF_KEY) != self._chat_history_id:
+            yield _SetMeta(branch, {**meta, BRANCH_OF_KEY: self._chat_history_id})
+        return branch
+
+
+def _advance(
+    requests: _Requests, found: Any = None, error: ChatMessageStoreError | None = None
+) -> tuple[_Request, MatchedTranscript | None]:
+    """Pass on what was found, or the refusal, and return the next request or, after the last one, the result."""
+    try:
+        return requests.send(found) if error is None else requests.throw(error), None
+    except StopIteration as done:
+        return _Find(""), done.value
