@@ -336,6 +336,20 @@ class TestOthers:
         assert texts(store)[:4] == ["a", "1", "b", "2"]
         assert len(texts(store)) == 5
 
+    def test_branch_has_what_was_read_and_nothing_that_came_later(self, store, monkeypatch):
+        stored_turns(store, "a", "1", "b", "2")
+        revision = store.get_chat_history("h").revision
+
+        def meanwhile(*arguments, **options):
+            monkeypatch.undo()
+            store.write_messages("h", [user("from another tab")])
+            return store.copy_messages(*arguments, **options)
+
+        monkeypatch.setattr(store, "copy_messages", meanwhile)
+        with pytest.raises(ChatHistoryChangedError):
+            match_transcript(store, "h", transcript_of("a", "1", "b"))
+        assert texts(store, f"h~{revision}") == ["a", "1", "b", "2"]
+
     def test_two_that_ask_for_another_answer_at_once_get_one(self, store, monkeypatch):
         stored_turns(store, "a", "1", "b", "2")
 
