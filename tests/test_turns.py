@@ -76,7 +76,7 @@ class TestIds:
     @pytest.mark.parametrize("replies", [[], [ASSISTANT("a1")]], ids=["question first", "with its reply"])
     def test_a_question_with_the_id_of_a_reply_is_refused(self, run, writer, store, replies):
         run(writer, "h", [question("q0", "r1")], [ASSISTANT("a0")])
-        with pytest.raises(DuplicateMessageError, match="'user' has the id 'r1:reply:0'.*role 'assistant'"):
+        with pytest.raises(DuplicateMessageError, match=r"'user' has the id 'r1:reply:0'.*role 'assistant'"):
             run(writer, "h", [question("q1", "r1:reply:0")], replies)
         assert history(store)[:2] == ["q0", "a0"]
 
