@@ -388,7 +388,7 @@ def _known(message: ChatMessage, turn: Sequence[ChatMessage]) -> ChatMessage:
 
 def _check_roles(given: Sequence[ChatMessage], stored: Mapping[str | int | None, ChatMessage]) -> None:
     """
-    Check that no message was taken for a stored one that somebody else said.
+    Check that no message was taken for a stored one of another role.
 
     :raises DuplicateMessageError: If a message has the id of a stored message of another role, such as a reply.
     """

@@ -112,7 +112,7 @@ class ReadingMethods:
         :param query: The words and phrases to find, up to 1,000 characters. A query without words finds nothing.
         :param chat_history_id: Only messages of this history. Defaults to `None`: all histories.
         :param prefix: Only messages of histories whose ids begin with this text, taken literally. Defaults to all.
-        :param match_prefix: Whether the query's last word may be the beginning of a word, for searching while somebody
+        :param match_prefix: Whether the query's last word may be the beginning of a word, for searching while a user
             types: `kyo` finds Kyoto. Defaults to False.
         :param limit: The largest number of hits, 1 to 1,000. Defaults to 20.
         :returns: The hits, the best first.
