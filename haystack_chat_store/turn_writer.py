@@ -10,7 +10,7 @@ from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.conversation.rounds import round_starts
+from haystack_chat_store.conversation.rounds import round_count
 from haystack_chat_store.conversation.turns import answer_of, is_whole, last_question, turn_of, with_message_ids
 from haystack_chat_store.errors import ChatHistoryChangedError, DuplicateMessageError, MessageNotFoundError
 from haystack_chat_store.ids import (
@@ -183,7 +183,7 @@ class TurnWriter:
             return WrittenTurn(messages_written=written, messages=[*given, *answers], replies=answers)
 
         while True:
-            page = yield from _page_with(ids, len(round_starts(given)))
+            page = yield from _page_with(ids, round_count(given))
             stored = {message_id_of(message): message for message in page}
             _check_roles(given, stored)
             turn = _turn_of_reply(page, answers)
@@ -231,7 +231,7 @@ class TurnWriter:
                 is_done = is_done and (yield _IsStored(str(message_id)))
             if not is_done:
                 raise found
-        page = yield from _page_with(ids, len(round_starts(given)))
+        page = yield from _page_with(ids, round_count(given))
         stored = {message_id_of(message): message for message in page}
         if isinstance(found, Exception):
             answers = [answer for answer in answers if message_id_of(answer) in stored]

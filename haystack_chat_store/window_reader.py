@@ -21,7 +21,7 @@ from haystack_chat_store.conversation.rounds import (
     last_rounds,
     question_groups,
     question_of,
-    round_starts,
+    round_count,
 )
 from haystack_chat_store.conversation.shown import messages_for_model
 from haystack_chat_store.conversation.turns import answer_of, last_question, up_to_turn
@@ -96,7 +96,7 @@ class TurnWindow:
 
         :param rounds: The number of rounds in the history.
         """
-        return max(rounds - self.rounds_after - len(round_starts([*self.before, *self.turn])), 0)
+        return max(rounds - self.rounds_after - round_count([*self.before, *self.turn]), 0)
 
 
 class WindowReader:
@@ -441,7 +441,7 @@ class _End:
             read = yield _Page(asked)
             size = _size(read, store)
             is_whole = limit is None or size < limit + self._size_after
-            self.rounds = len(round_starts(read)) if is_whole else None
+            self.rounds = round_count(read) if is_whole else None
             before, is_found = self._before(read, is_whole=is_whole)
             if is_whole or (is_found and _size(before, store) >= (limit or 0)):
                 if limit is None or (len(before) == len(read) and self._size_after == 0):
@@ -461,7 +461,7 @@ class _End:
                 return read, False
             page = read[: place + 1] if self.until_message_id is not None else read[:place]
         before, self.turn = (page, []) if self.question_id is None else up_to_turn(page, self.question_id)
-        self.rounds_after = len(round_starts(read)) - len(round_starts([*before, *self.turn]))
+        self.rounds_after = round_count(read) - round_count([*before, *self.turn])
         is_after = any(message_id_of(message) == self.question_id for message in read[len(page) :])
         self.may_be_further_back = not (self.question_id is None or self.turn or is_whole or is_after)
         return before, bool(self.turn) or not self.is_turn_stored
@@ -498,4 +498,4 @@ def _last(messages: Sequence[ChatMessage], window: Window) -> list[ChatMessage]:
 
 def _size(messages: Sequence[ChatMessage], store: ChatMessageStore) -> int:
     """Return the number of rounds or messages, in the store's unit of `last_k`."""
-    return len(round_starts(messages)) if protocol_calls.last_k_unit(store) == "round" else len(messages)
+    return round_count(messages) if protocol_calls.last_k_unit(store) == "round" else len(messages)

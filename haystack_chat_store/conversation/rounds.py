@@ -80,7 +80,12 @@ def window_start(roles: Sequence[str], window: Window) -> tuple[int, int]:
 
 def round_starts(messages: Sequence[ChatMessage]) -> list[int]:
     """Return the indexes of the messages at which rounds begin."""
-    return [index for index, message in enumerate(messages) if message.role is ChatRole.USER]
+    return [index for index, message in enumerate(messages) if message._role is ChatRole.USER]
+
+
+def round_count(messages: Sequence[ChatMessage]) -> int:
+    """Return the number of messages at which rounds begin."""
+    return [message._role for message in messages].count(ChatRole.USER)
 
 
 def last_rounds(messages: Sequence[ChatMessage], window: Window) -> list[ChatMessage]:
