@@ -36,6 +36,7 @@ from haystack_chat_store.stores.connection_registry import (
     keep_alive_forever,
     resolved,
 )
+from haystack_chat_store.stores.fair_semaphore import FairSemaphore
 from haystack_chat_store.stores.postgres import upgrading
 from haystack_chat_store.stores.postgres.connection_string import DEFAULT_SCHEMA, parsed
 from haystack_chat_store.stores.postgres.session import Database, Session
@@ -230,7 +231,7 @@ class Pool(ServerConnections):
         self.database = Database(settings.schema_name or schema_name or DEFAULT_SCHEMA, settings.table_prefix)
         self._settings = settings
         self._lock = threading.Lock()
-        self._limit = threading.Semaphore(settings.max_pool_size)
+        self._limit = FairSemaphore(settings.max_pool_size)
         self._idle = _Idle(settings.min_pool_size)
         self._loops: dict[asyncio.AbstractEventLoop, _LoopConnections] = {}
         self._open: weakref.WeakSet[Any] = weakref.WeakSet()

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The session of the synchronous calls."""
 
-import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import redis.connection
 from redis import exceptions
 
+from haystack_chat_store.stores.fair_semaphore import FairSemaphore
 from haystack_chat_store.stores.redis.cluster import ClusterSession
 from haystack_chat_store.stores.redis.nodes import Nodes
 from haystack_chat_store.stores.redis.scripts import Script
@@ -21,7 +21,7 @@ class SyncSession(ClusterSession):
     def __init__(self, nodes: Nodes) -> None:
         """Open nothing yet."""
         super().__init__(nodes, redis.connection)
-        self._free = threading.Semaphore(self._max_connections)
+        self._free = FairSemaphore(self._max_connections)
 
     async def run_each(self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[str | int]]]) -> list[Any]:
         """Run one after the other."""
