@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 from haystack.dataclasses import ChatMessage
@@ -19,6 +19,33 @@ from sqlite_stores import connections_of_stores, opened, rows, said, say
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.sqlite import connections, schema
+
+
+def test_threads_that_look_for_moved_files_are_not_disturbed_by_those_that_come_and_go(store):
+    say(store, "Hi!")
+    database = connections.databases.get(store.engine.settings)
+    ends_at = time.monotonic() + 1
+
+    def come_and_go():
+        while time.monotonic() < ends_at:
+            for _ in range(100):
+                with database.connection():
+                    pass
+
+    def look():
+        while time.monotonic() < ends_at:
+            for _ in range(100):
+                database._lent_to_others()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ExitStack() as others:
+            for _ in range(40):  # calls that last
+                others.enter_context(database.connection())
+            in_threads(lambda number: (look if number < 2 else come_and_go)(), 6)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize(("durability", "synchronous"), [("full", 2), ("normal", 1)])

@@ -277,7 +277,9 @@ class Database:
 
     def _lent_to_others(self) -> list[Connection]:
         # A call of the forking thread itself cannot end before the fork.
-        return [connection for connection in list(self._lent) if connection.thread_id != threading.get_ident()]
+        with self._lock:
+            lent = list(self._lent)
+        return [connection for connection in lent if connection.thread_id != threading.get_ident()]
 
     def _reader(self) -> Connection:
         """Lend an idle connection whose files lie at the path, or a new one that can only read."""
