@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from haystack import logging
@@ -24,7 +24,6 @@ from haystack_chat_store.stores.sqlite.files import (
     LOG,
     LOG_INDEX,
     Connection,
-    Files,
     Identity,
     can_be_written,
     check_unchanged,
@@ -36,7 +35,9 @@ from haystack_chat_store.stores.sqlite.files import (
     has_content,
     identity,
     leaves_traces_of_reading,
+    make_database,
     refuse_log_without_database,
+    remove_empty_log,
 )
 
 logger = logging.getLogger(__name__)
@@ -363,9 +364,24 @@ class Database:
         """
         Lend a new connection for writing, or `None` if the file was moved or replaced meanwhile.
 
-        It makes the tables of a new file.
+        If there is no file, it makes one.
         """
-        path, timeout = self.settings.path, self.settings.timeout
+        path = self.settings.path
+        if not has_content(path) and identity(path) is None:
+            remove_empty_log(path)
+            make_database(path, self.settings.timeout, lambda connection: schema.migrate(connection, path))
+        before = identity(path)
+        if before is None:
+            return None
+        try:
+            return self._writer_to(before)
+        except (sqlite3.Error, ChatMessageStoreError):
+            if identity(path) == before:
+                raise
+            return None
+
+    def _writer_to(self, database: Identity) -> Connection | None:
+        path = self.settings.path
         if has_content(path):
             if os.access(path, os.R_OK) and not can_be_written(path):
                 raise StoreUnavailableError(
@@ -374,25 +390,18 @@ class Database:
             self._look_at(path)
         else:
             refuse_log_without_database(path)
-        before = identity(path)
-        connection = self._lent_new(lambda: connected(path, timeout))
-        opened = identity(path)
-        if before not in (None, opened):
-            self._take_back(connection, is_sound=False)
-            return None
+        connection = self._lent_new(lambda: connected(path, self.settings.timeout))
         try:
-            try:
+            schema.is_current(connection, path)  # which opens the log
+            if identity(path) == database:  # else the log may be another database's: nothing was written to it
                 _make_ready(connection, self.settings)
-            finally:
-                connection.files = Files(opened, identity(path + LOG))
-                connection.index = identity(path + LOG_INDEX)
-        except BaseException:
-            self._take_back(connection, is_sound=False)
-            raise
-        if not connection.is_to_files_at(path):
-            self._take_back(connection, is_sound=False)
-            return None
-        return connection
+                files, index = files_at(path), identity(path + LOG_INDEX)
+                if files.database == database and files.log is not None:
+                    connection.files, connection.index = files, index
+        finally:
+            if connection.files is None:
+                self._take_back(connection, is_sound=False)
+        return None if connection.files is None else connection
 
     def _look_at(self, path: str) -> None:
         """Refuse another program's file before it is opened for writing, which already may change it."""
@@ -545,24 +554,21 @@ def _write_log_to_database(connection: Connection, path: str, deadline: float) -
 
     :raises StoreUnavailableError: If other processes use the log for too long. Nothing was lost.
     """
-    while True:
-        is_busy, _, _ = connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()
-        if not is_busy:
-            # No other process can write to the log while it is removed. Each finds out before its next write.
-            connection.execute("BEGIN IMMEDIATE")
-            files, is_own_log = files_at(path), False
-            if connection.files is not None:
-                is_own_log = files.log is not None and files.log == connection.files.log
-            if not is_own_log or content(path + LOG).size == 0:
-                for ending, own in ((LOG, is_own_log), (LOG_INDEX, identity(path + LOG_INDEX) == connection.index)):
-                    if own:
-                        with suppress(FileNotFoundError):
-                            os.remove(path + ending)
-                connection.execute("ROLLBACK")
-                break
-            connection.execute("ROLLBACK")
+    while connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()[0]:
         if time.monotonic() > deadline:
             raise _log_of_moved(path, "Another process is still reading it. Try again.")
+    # From now on, each process that has this database open finds out before it writes. If there is anything in the log
+    # all the same, it is of a database that was put at the path meanwhile, or moved back there: it stays.
+    connection.execute("BEGIN IMMEDIATE")  # nobody writes to the log while it is removed
+    log = content(path + LOG)
+    is_own = connection.files is not None and log.identity == connection.files.log
+    if log.identity is None or (is_own and log.size == 0):
+        # The log goes last: as long as it is there, no new database is made at the path, which could find the index.
+        if connection.index is not None and identity(path + LOG_INDEX) == connection.index:
+            os.remove(path + LOG_INDEX)
+        if is_own and log.identity is not None:
+            os.remove(path + LOG)
+    connection.execute("ROLLBACK")
     logger.warning(
         "{path} was moved, replaced or deleted while it was in use. All messages up to then are in the file that was "
         "there.",
