@@ -247,7 +247,7 @@ class _Matching:
                 return _Stored(info, messages, end, transcripts.with_outcome(plan, end, is_retry=self._is_retry))
             if end.rounds:
                 break
-        if info is not None and len(messages) < info.message_count:
+        if info is not None:  # one read: others may have written since the last one, or since the count was read
             messages = yield _Read(self._chat_history_id, _ALL)
         whole = transcripts.conversation_of(messages)
         plan = transcripts.plan_from_all(self._asked, whole)

@@ -350,6 +350,22 @@ class TestOthers:
             match_transcript(store, "h", transcript_of("a", "1", "b"))
         assert texts(store, f"h~{revision}") == ["a", "1", "b", "2"]
 
+    @pytest.mark.parametrize("known", [("a", "1"), ("a", "1", "b", "2")])
+    def test_round_that_another_adds_meanwhile_is_not_taken_for_the_whole_history(self, store, monkeypatch, known):
+        stored_turns(store, *known)
+        find = store.get_chat_history
+
+        def meanwhile(chat_history_id):
+            monkeypatch.undo()
+            info = find(chat_history_id)
+            stored_turns(store, *known, "from another tab", "3")
+            return info
+
+        monkeypatch.setattr(store, "get_chat_history", meanwhile)
+        with pytest.raises(ChatHistoryChangedError):
+            match_transcript(store, "h", transcript_of(*known, "new"))
+        assert texts(store) == [*known, "from another tab", "3"]
+
     def test_two_that_ask_for_another_answer_at_once_get_one(self, store, monkeypatch):
         stored_turns(store, "a", "1", "b", "2")
 
