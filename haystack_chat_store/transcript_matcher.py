@@ -20,7 +20,7 @@ from haystack_chat_store.errors import (
 from haystack_chat_store.ids import BRANCH_OF_KEY, MESSAGE_ID_KEY, branch_id
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.types import ChatHistoryInfo, MatchedTranscript
-from haystack_chat_store.validation import validated_flag, validated_id, validated_messages
+from haystack_chat_store.validation import validated_flag, validated_id
 
 # How many rounds, or messages, are read to find the last question: one or, if hooks have added user messages, more.
 _READS = (1, 16)
@@ -207,7 +207,7 @@ class _Matching:
         if not isinstance(store, BaseChatMessageStore):
             raise ValueError(f"store must be a BaseChatMessageStore, got {type(store).__name__}.")
         self._chat_history_id = validated_id(chat_history_id, "chat_history_id")
-        self._asked = transcripts.transcript_of(validated_messages(transcript, "transcript"))
+        self._asked = transcripts.transcript_of(transcript)
         self._question_id = None if question_id is None else validated_id(question_id, "question_id")
         self._is_retry = validated_flag(is_retry, "is_retry")
         self._keep_branches = validated_flag(keep_branches, "keep_branches")
