@@ -109,42 +109,28 @@ FRAGMENTS = {
 #: The first revision of a history that begins now, under the name `first_revision`.
 FIRST_REVISION = "coalesce((SELECT deleted_revision FROM {namespaces} WHERE namespace = %(namespace)s), 0) + 1"
 
-# The history's row is the lock that gives out positions. A writer holds it until its messages are committed.
+# The history's row is the lock that gives out positions. A writer holds it until its messages are committed. A history
+# that this transaction has made has revision 0. Its first revision is looked up by a later statement than the one that
+# has made it: that statement may have begun before another history with this id was deleted.
 _APPEND = """
-    WITH history AS ({move_on} RETURNING next_position - %(count)s AS start, nullif(revision, 0) AS revision)
+    WITH history AS (
+        UPDATE {{histories}} SET
+            next_position = next_position + %(count)s,
+            message_count = message_count + %(count)s,
+            round_count = round_count + %(rounds)s,
+            revision = {revision},
+            updated_at = {{now}}
+        WHERE history_key = %(key)s {condition} RETURNING next_position - %(count)s AS start, revision
+    )
     INSERT INTO {{messages}} (history_key, position, message_id, role, content, search_terms, revision)
     SELECT %(key)s, start + place - 1, message_id, role, content::json, terms::tsvector, revision
     FROM history, {{sent}}
 """
-# A history that the statement sees needs no first revision, and gets 0. If it is deleted while the statement waits for
-# its lock, it would begin anew with 0, which becomes NULL, and messages cannot have that: the statement fails. Then the
-# append is repeated with a lock, and sees the revision that the deleted history had.
-_APPEND_ALL = _APPEND.format(
-    move_on="""
-        INSERT INTO {histories} AS h
-            (history_key, namespace, chat_history_id, next_position, message_count, round_count, revision)
-        VALUES (%(key)s, %(namespace)s, %(id)s, %(count)s, %(count)s, %(rounds)s,
-            CASE WHEN EXISTS (SELECT FROM {histories} WHERE history_key = %(key)s) THEN 0 ELSE {first_revision} END)
-        ON CONFLICT (history_key) DO UPDATE SET
-            revision = coalesce(%(revision)s::bigint, h.revision + 1),
-            next_position = h.next_position + excluded.next_position,
-            message_count = h.message_count + excluded.message_count,
-            round_count = h.round_count + excluded.round_count,
-            updated_at = greatest(h.updated_at, excluded.updated_at)
-    """
-)
+_APPEND_ALL = _APPEND.format(revision="revision + 1", condition="")
+_APPEND_FIRST = _APPEND.format(revision="{first_revision}", condition="")
+_APPEND_LOCKED = _APPEND.format(revision="%(revision)s", condition="")
 # Appends the rest of a batch, if the history is unchanged since it was found to have the other messages.
-_APPEND_REST = _APPEND.format(
-    move_on="""
-        UPDATE {histories} SET
-            next_position = next_position + %(count)s,
-            message_count = message_count + %(count)s,
-            round_count = round_count + %(rounds)s,
-            revision = revision + 1,
-            updated_at = {now}
-        WHERE history_key = %(key)s AND xmin = %(version)s::xid
-    """
-)
+_APPEND_REST = _APPEND.format(revision="revision + 1", condition="AND xmin = %(version)s::xid")
 
 # Both bounds are subqueries, even where they exclude nothing. The planner takes a range between two bounds that it does
 # not know for 0.5 % of the rows. So it walks along the primary key, instead of sorting, or reading the whole table,
@@ -245,6 +231,8 @@ class Statements(NamedTuple):
 
     version: str = "SELECT max(version) FROM {version}"
     append_all: str = _APPEND_ALL
+    append_first: str = _APPEND_FIRST
+    append_locked: str = _APPEND_LOCKED
     append_rest: str = _APPEND_REST
     known_ids: str = """
         SELECT message_id, position, role, h.xmin::text FROM {messages} JOIN {histories} AS h USING (history_key)
