@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
+from haystack import logging
+
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
+
+logger = logging.getLogger(__name__)
 
 LOG, LOG_INDEX, JOURNAL = "-wal", "-shm", "-journal"
 
@@ -218,6 +222,42 @@ def remove_empty_log(path: str) -> None:
                 with suppress(FileNotFoundError):
                     os.remove(path + ending)
         time.sleep(_POLL_SECONDS)
+
+
+def write_log_to_database(connection: Connection, path: str, deadline: float) -> None:
+    """
+    Write everything in the log of a database that lies no longer at the path to it, and remove the log.
+
+    :raises StoreUnavailableError: If other processes use the log for too long. Nothing was lost.
+    """
+    while connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()[0]:
+        if time.monotonic() > deadline:
+            raise log_of_moved(path, "Another process is still reading it. Try again.")
+    # From now on, each process that has this database open finds out before it writes. If there is anything in the log
+    # all the same, it is of a database that was put at the path meanwhile, or moved back there: it stays.
+    connection.execute("BEGIN IMMEDIATE")  # nobody writes to the log while it is removed
+    log = content(path + LOG)
+    is_own = connection.files is not None and log.identity == connection.files.log
+    if log.identity is None or (is_own and log.size == 0):
+        # The log goes last: as long as it is there, no new database is made at the path, which could find the index.
+        if connection.index is not None and identity(path + LOG_INDEX) == connection.index:
+            os.remove(path + LOG_INDEX)
+        if is_own and log.identity is not None:
+            os.remove(path + LOG)
+    connection.execute("ROLLBACK")
+    logger.warning(
+        "{path} was moved, replaced or deleted while it was in use. All messages up to then are in the file that was "
+        "there.",
+        path=path,
+    )
+
+
+def log_of_moved(path: str, then: str) -> StoreUnavailableError:
+    """Return the error that tells of a log that cannot be written to its database now."""
+    return StoreUnavailableError(
+        f"{path} was moved or replaced while it was in use, and {path}{LOG} still holds messages of the file that was "
+        f"there before. Nothing was changed. {then}"
+    )
 
 
 def can_be_written(path: str) -> bool:
