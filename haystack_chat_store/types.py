@@ -100,8 +100,8 @@ class ChatMessageStore(Protocol):
     22. **Erasing.** `delete_chat_histories` deletes the histories with a prefix, `purge` those that have not changed
         for a long time. Both work in batches, and delete each history whole. A history that is deleted by its id takes
         its branches with it, and theirs. Erasing treats branches like other histories.
-    23. **Moving.** Export and import preserve messages, ids, order, titles and meta, on any engine, and have branches. A
-        second import adds nothing. A damaged file is refused. A history is never imported in part.
+    23. **Moving.** Export and import preserve messages, ids, order, titles and meta, on any engine. They have branches.
+        A second import adds nothing. A damaged file is refused. A history is never imported in part.
 
     24. **Reading never writes.** Calls that read change nothing in the database or its files: no table, index, upgrade
         or checkpoint. What can only be read can be read. A database that was not made yet reads as empty.

@@ -35,11 +35,16 @@ class Rule17BranchesTest(ContractTest):
         assert listed(calls, store) == listed(calls, store, limit=1) == ["another", "chat"]
         assert listed(calls, store, prefix="chat") == ["chat"]
         assert listed(calls, store, prefix=branch) == []
-        for options in ({}, {"limit": 1}):
-            assert sorted(listed(calls, store, branches=True, **options)) == sorted(["another", "chat", branch])
+        for limit in (1, 50):
+            assert sorted(listed(calls, store, branches=True, limit=limit)) == sorted(["another", "chat", branch])
         assert listed(calls, store, branches=True, prefix=branch) == [branch]
         assert calls.call(store, "get_chat_history", branch).meta == {"branch_of": "chat"}
-        for options, histories, messages in (({}, 2, 3), ({"branches": True}, 3, 5), ({"prefix": "chat"}, 1, 2)):
+        cases: list[tuple[dict[str, Any], int, int]] = [
+            ({}, 2, 3),
+            ({"branches": True}, 3, 5),
+            ({"prefix": "chat"}, 1, 2),
+        ]
+        for options, histories, messages in cases:
             found = calls.call(store, "statistics", **options)
             assert (found.chat_histories, found.messages) == (histories, messages)
             assert sum(found.messages_per_day.values()) == messages
