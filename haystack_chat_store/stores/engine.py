@@ -191,7 +191,10 @@ class Engine(ABC, Generic[SessionT]):
         self, session: SessionT, scope: Scope, chat_history_id: str, expected_revision: int | None
     ) -> Operation[None]:
         """
-        Delete a history with its messages, title and meta. A history that does not exist is ignored.
+        Delete a history with its messages, title and meta, and the branches of it and of its branches.
+
+        A history that does not exist is ignored, but its branches are not. Where that is not one atomic step, the
+        history goes first, and a repeated call deletes what is left.
 
         :param expected_revision: The revision that a history that exists must have, or `None` for any.
         :raises ChatHistoryChangedError: If it has another revision.
@@ -323,6 +326,8 @@ class Engine(ABC, Generic[SessionT]):
         """
         Return the histories whose ids begin with `prefix`, in the order of the directory.
 
+        Branches (see `rows.branch_origin`) are among them only if the scope has them.
+
         The history with the latest `updated_at` comes first. Of histories with the same time, the one with the greatest
         id (by code points) comes first.
 
@@ -360,7 +365,7 @@ class Engine(ABC, Generic[SessionT]):
 
     @reads_only
     def statistics(self, session: SessionT, scope: Scope, prefix: str) -> Operation[StoreStatistics]:
-        """Return the statistics of the histories whose ids begin with `prefix`."""
+        """Return the statistics of the histories whose ids begin with `prefix`, with branches if the scope has them."""
         raise self.unsupported("statistics", "statistics")
 
     def erase_some(
@@ -411,6 +416,8 @@ class Engine(ABC, Generic[SessionT]):
     ) -> Operation[list[FoundRow] | None]:
         """
         Return the messages that have all phrases, the best first, or `None` if some messages are not indexed yet.
+
+        Those of branches are among them only if the scope has branches.
 
         How good a match is, is for the engine to say. At least, of two messages with the same word, the one in which
         the word is a larger part of the text has the greater score.

@@ -13,6 +13,9 @@ from typing import Final
 
 from haystack.dataclasses import ChatRole
 
+from haystack_chat_store.ids import BRANCH_OF_KEY, origin_of
+from haystack_chat_store.json_values import parse_json
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -22,10 +25,12 @@ class Scope:
     :param namespace: Only histories of this namespace.
     :param user_id: Only histories of this user, or `None` for all histories of the namespace. Stores have no users yet:
         they pass `None`, and engines do not look at it.
+    :param with_branches: Whether lists, search and statistics see branches, too. Defaults to True.
     """
 
     namespace: str
     user_id: str | None = None
+    with_branches: bool = True
 
 
 @dataclass(slots=True)
@@ -112,6 +117,21 @@ class FoundRow:
     created_at: int
     content: str
     score: float
+
+
+def branch_origin(chat_history_id: str, meta: str | None) -> str | None:
+    """
+    Return the id of the history that another one is a branch of, or `None` if it is no branch.
+
+    :param meta: Its meta, as the text of a JSON object. It may be damaged.
+    """
+    if meta is None or BRANCH_OF_KEY not in meta:
+        return None
+    try:
+        parsed = parse_json(meta)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return origin_of(chat_history_id, parsed.get(BRANCH_OF_KEY)) if isinstance(parsed, dict) else None
 
 
 class Unchanged(Enum):

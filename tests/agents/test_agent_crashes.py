@@ -172,7 +172,13 @@ def chat_that_crashes(store, turns, seed):
 
 @pytest.mark.parametrize(
     ("new_store", "seed"),
-    [("sqlite", 6), pytest.param("postgres", 6, marks=[pytest.mark.servers, pytest.mark.full])],
+    [
+        ("sqlite", 6),
+        *(
+            pytest.param(engine, 6, marks=[pytest.mark.servers, pytest.mark.full])
+            for engine in ("postgres", "redis", "redis_cluster")
+        ),
+    ],
     indirect=["new_store"],
 )
 def test_turns_with_ten_crashes_each_say_the_same_as_without(new_store, seed, is_full):
@@ -182,6 +188,7 @@ def test_turns_with_ten_crashes_each_say_the_same_as_without(new_store, seed, is
 
     crashes, acknowledged = chat_that_crashes(store, turns, seed)
 
+    print(crashes, "failed and came again")
     assert crashes >= 10 * len(turns)
     stored = store.retrieve_messages("h")
     assert len(set(ids(stored))) == len(stored)
