@@ -164,10 +164,11 @@ def with_call_ids(message: ChatMessage, ids: Sequence[str | None]) -> ChatMessag
 def with_ids_of_calls(content: Sequence[Any], ids: Sequence[str | None]) -> list[Any]:
     """Return the content of a reply with other ids of its calls, in order."""
     left = iter(ids)
-    return [_with_id(part, next(left)) if isinstance(part, ToolCall) else part for part in content]
+    return [with_id(part, next(left)) if isinstance(part, ToolCall) else part for part in content]
 
 
-def _with_id(call: ToolCall, call_id: str | None) -> ToolCall:
+def with_id(call: ToolCall, call_id: str | None) -> ToolCall:
+    """Return a call with another id, which OpenAI's Responses API finds, too."""
     if call_id == call.id:
         return call
     return changed(call, id=call_id, extra={**(call.extra or {}), _CALL_ID: call_id})

@@ -12,6 +12,7 @@ All rounds before it are completed. In a **portable** form they hold only what e
 
 import hashlib
 import json
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -318,6 +319,8 @@ class _View:
 
     def _reply(self, replies: Sequence[ChatMessage], portable: bool) -> ChatMessage | None:
         """Return one reply for several, or `None` if they say nothing."""
+        if portable and len(replies) == 1 and _has_only_calls(replies[0]):  # as most steps are
+            return self._as_shown(replies[0], self._with_neutral_ids(replies[0], replies[0]._content), replies[0]._meta)
         stored = self._stored_of.get(id(replies[0]), replies[0])
         if portable:  # which is done first, so that parts of one reply can be joined
             replies = [provider_content.without_provider_content(reply) for reply in replies]
@@ -347,7 +350,8 @@ class _View:
         is_current = id(stored) in self._current
         if not (is_current or (self._requested is None and provider_content.REQUEST_KEYS.isdisjoint(meta))):
             meta = self._with_request_of_this_turn(stored, meta)
-        if content == stored._content and (meta is stored._meta or meta == stored._meta):
+        is_same = len(content) == len(stored._content) and all(map(operator.is_, content, stored._content))
+        if is_same and (meta is stored._meta or meta == stored._meta):
             return stored
         return changed(stored, _content=content, _meta=meta if is_current else {**meta, SHOWN_KEY: True})
 
@@ -357,9 +361,15 @@ class _View:
 
     def _with_neutral_ids(self, reply: ChatMessage, content: Sequence[Any]) -> list[Any]:
         """Give the calls in the content of a reply ids that every provider takes."""
-        calls = [part for part in content if isinstance(part, ToolCall)]
-        ids = [self._new_id(reply, number, call) for number, call in enumerate(calls)]
-        return provider_content.with_ids_of_calls(content, ids)
+        number = -1
+        shown = []
+        for part in content:
+            if isinstance(part, ToolCall):
+                number += 1
+                shown.append(provider_content.with_id(part, self._new_id(reply, number, part)))
+            else:
+                shown.append(part)
+        return shown
 
     def _with_unique_ids(self, reply: ChatMessage) -> ChatMessage:
         """Give ids to calls that have none, or one that was shown before. Leave out reasoning whose id was."""
@@ -453,6 +463,12 @@ def _may_say_something(message: ChatMessage) -> bool:
     if message.role is ChatRole.TOOL:
         return any(isinstance(part, ToolCallResult) for part in message._content)
     return bool(said_parts(message)) or provider_content.says(message)
+
+
+def _has_only_calls(reply: ChatMessage) -> bool:
+    """Whether a reply is tool calls and nothing else, neither text nor what only its provider takes."""
+    only_calls = all(isinstance(part, ToolCall) for part in reply._content)
+    return only_calls and bool(reply._content) and provider_content.ALL_KEYS.isdisjoint(reply._meta)
 
 
 def _is_plain(reply: ChatMessage) -> bool:
