@@ -159,6 +159,8 @@ class WindowReader:
         self.merge_consecutive = validated_flag(merge_consecutive, "merge_consecutive")
         if model is not None and not isinstance(model, str):
             raise ValueError(f"model must be a text or None, got {type(model).__name__}.")
+        if model is not None and not model.strip():
+            raise ValueError("model must be the name of a model or None, got a blank text.")
         self.model = model
 
     def warm_up(self) -> None:

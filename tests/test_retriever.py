@@ -318,6 +318,9 @@ class TestBudget:
             {"token_counter": 4},
             {"window_step": 0},
             {"window_step": None},
+            {"model": ""},
+            {"model": " "},
+            {"model": 4},
         ],
     )
     def test_settings_that_cannot_be_are_refused(self, store, setting):

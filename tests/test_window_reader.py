@@ -97,6 +97,9 @@ class TestSettings:
             {"token_counter": ApproximateTokenCounter},
             {"window_step": 0},
             {"window_step": None},
+            {"model": ""},
+            {"model": " "},
+            {"model": 4},
         ],
     )
     def test_that_cannot_be_are_refused(self, setting):

@@ -188,9 +188,11 @@ def without_provider_content(message: ChatMessage) -> ChatMessage:
     ):
         return message
     content = [part for part in message._content if not isinstance(part, ReasoningContent)]
-    refusal = refusal_of(message)
-    if refusal and not any(isinstance(part, TextContent) and part.text.strip() for part in content):
-        content.insert(0, TextContent(refusal))
+    if refusal := refusal_of(message):
+        after_texts = 1 + max(
+            (place for place, part in enumerate(content) if isinstance(part, TextContent)), default=-1
+        )
+        content.insert(after_texts, TextContent(refusal))
     meta = {key: value for key, value in message.meta.items() if key not in _META_KEYS}
     return changed(message, _content=content, _meta=meta)
 
@@ -248,9 +250,9 @@ def _current_signatures(message: ChatMessage, signatures: Any) -> Any:
     return [*text, *signatures, *calls]
 
 
-def _current_refusal(message: ChatMessage, refusal: Any) -> Any:
-    """The reply says nothing else."""
-    return None if any(text.strip() for text in message.texts) else refusal
+def _current_refusal(_: ChatMessage, refusal: Any) -> Any:
+    """A refusal stands for itself. It may follow a text."""
+    return refusal
 
 
 def _unchanged(value: Any, _: Sequence[str | None]) -> Any:

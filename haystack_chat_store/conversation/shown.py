@@ -13,6 +13,7 @@ All rounds before it are completed. In a **portable** form they hold only what e
 import hashlib
 import json
 import operator
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -47,6 +48,10 @@ _NO_OUTPUT = "(no output)"
 _CALL_ID_PREFIX = "fc"
 _CALL_ID_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _CALL_ID_LENGTH = 7
+
+# What the name of a model ends with if it names the version: a date, a number of three digits or more, or "latest".
+# Shorter numbers are parts of the name: Claude Opus 4.1 is `claude-opus-4-1`.
+_VERSION = re.compile(r"[-@:](?:latest|\d{3,8}|\d{4}-\d{2}-\d{2}|\d{2}-\d{4})\Z")
 
 _OTHERS = (ChatRole.USER, ChatRole.SYSTEM)
 _Part = TypeVar("_Part")
@@ -132,8 +137,7 @@ def messages_for_model(
         insist on user and assistant in turns. Defaults to False.
     :param model: The name of the model that is asked. In the round under way, replies of other models are shown in the
         portable form, as a round that was interrupted. A name with a version, such as the one in a reply's
-        `meta["model"]`, is the same model: one of the two names begins with the other. Without `portable`, the name
-        has no effect. Defaults to the model of the newest reply in that round.
+        `meta["model"]`, is the same model as the name without it. Without `portable`, the name has no effect. Defaults to the model of the newest reply in that round.
     """
     system, shown, current = split_system_history_current(history, current_messages)
     view = _View([*_from_first_user(shown), *current], current, current_messages, portable=portable, model=model)
@@ -427,11 +431,23 @@ def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 def _is_same_model(one: Any, other: Any) -> bool:
-    """Whether two names may be the same model: providers name the version in their replies."""
+    """
+    Whether two names may be the same model: providers name the version in their replies.
+
+    A name that goes on otherwise, such as `gpt-4o-mini` after `gpt-4o`, is another model. To take two models for one
+    can make a provider refuse the request; to take one for two cannot.
+    """
     if not (isinstance(one, str) and isinstance(other, str)):
         return True  # one of them is not known
-    names: tuple[str, str] = (one.lower(), other.lower())
-    return names[0].startswith(names[1]) or names[1].startswith(names[0])
+    (name, version), (other_name, other_version) = _name_and_version(one), _name_and_version(other)
+    return name == other_name and (not version or not other_version or version == other_version)
+
+
+def _name_and_version(model: str) -> tuple[str, str]:
+    """Split the name of a model into what comes before its version, and the digits of the version, if it has one."""
+    name = model.strip().lower()
+    found = _VERSION.search(name)
+    return (name, "") if found is None else (name[: found.start()], re.sub(r"\D", "", found[0]))
 
 
 def _begins_round(message: ChatMessage) -> bool:
