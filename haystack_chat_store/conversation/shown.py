@@ -137,7 +137,8 @@ def messages_for_model(
         insist on user and assistant in turns. Defaults to False.
     :param model: The name of the model that is asked. In the round under way, replies of other models are shown in the
         portable form, as a round that was interrupted. A name with a version, such as the one in a reply's
-        `meta["model"]`, is the same model as the name without it. Without `portable`, the name has no effect. Defaults to the model of the newest reply in that round.
+        `meta["model"]`, is the same model as the name without it. Without `portable`, the name has no effect.
+        Defaults to the model of the newest reply in that round.
     """
     system, shown, current = split_system_history_current(history, current_messages)
     view = _View([*_from_first_user(shown), *current], current, current_messages, portable=portable, model=model)
