@@ -91,7 +91,8 @@ class ChatMessageStore(Protocol):
         and begins anew has greater revisions than before. With `expected_revision`, a write or a deletion is refused
         if the history has another revision. A call that finds its work done is no conflict with itself: a batch whose
         messages are all stored already, equal, returns 0 whatever `expected_revision` says (unless the policy is FAIL),
-        and a deletion of what is not there does nothing.
+        and a deletion of what is not there does nothing. `retrieve_window` returns what `retrieve_messages` returns,
+        with the revision and the number of rounds of the same moment.
     20. **Forking.** `copy_messages` copies a history, or its beginning, to a history without messages. The copy appears
         whole or not at all.
     21. **Search.** `search_messages` finds exactly the messages that have all words, symbols and phrases of the query,
@@ -236,6 +237,22 @@ class StoredMessage(Result):
     position: int
     created_at: datetime
     message: ChatMessage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryWindow(Result):
+    """
+    The last rounds of a history, and what the history is at the same moment.
+
+    :param messages: The messages, oldest first, each with its id in `meta["chat_message_id"]`.
+    :param revision: The history's revision, 0 if it does not exist: the `expected_revision` of a write that follows
+        from these messages.
+    :param round_count: The number of rounds in the whole history.
+    """
+
+    messages: list[ChatMessage]
+    revision: int
+    round_count: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

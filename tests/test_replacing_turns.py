@@ -75,7 +75,7 @@ class TestRevision:
             assert run(retriever, "h")["revision"] == store.get_chat_history("h").revision
 
     def test_it_is_never_newer_than_what_was_read(self, run, store, writer, monkeypatch):
-        before, retrieve = store.get_chat_history("h").revision, store.retrieve_messages
+        before, retrieve = store.get_chat_history("h").revision, store.retrieve_window
 
         def retrieve_and_write(*arguments, **options):
             found = retrieve(*arguments, **options)
@@ -85,8 +85,8 @@ class TestRevision:
         async def retrieve_and_write_async(*arguments, **options):
             return retrieve_and_write(*arguments, **options)
 
-        monkeypatch.setattr(store, "retrieve_messages", retrieve_and_write)
-        monkeypatch.setattr(store, "retrieve_messages_async", retrieve_and_write_async)
+        monkeypatch.setattr(store, "retrieve_window", retrieve_and_write)
+        monkeypatch.setattr(store, "retrieve_window_async", retrieve_and_write_async)
         revision = run(ChatMessageRetriever(store), "h")["revision"]
         assert revision == before
         with pytest.raises(ChatHistoryChangedError):

@@ -38,8 +38,8 @@ from haystack_chat_store.conversation.rounds import question_groups
 from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.fork_server import run_python
 
-# A turn that comes again has this many moments: seven calls of the store and one of the model.
-MOMENTS = 16
+# A turn that comes again has this many moments: six calls of the store and one of the model.
+MOMENTS = 14
 FAILURES = [RuntimeError, StoreUnavailableError, CrashError, None]
 
 #: The number of random turns of an engine, in the fast suite and in the full one. They fail more often than that.
@@ -88,7 +88,7 @@ def failed_turn(store, way, rng, query, request_id):
     failure = rng.choice(FAILURES)
     if way == "sync" and failure is None:
         failure = CrashError
-    moments = Moments(rng.randrange(1, MOMENTS + 7), failure)
+    moments = Moments(rng.randrange(1, MOMENTS + 5), failure)
     try:
         return take_turn(store, way, moments, query, request_id)
     except (Exception, CrashError, asyncio.CancelledError):

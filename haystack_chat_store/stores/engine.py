@@ -17,7 +17,16 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.search_text import Phrase
-from haystack_chat_store.stores.rows import EncodedMessage, FoundRow, HistoryRow, MessageRow, Scope, Unchanged
+from haystack_chat_store.stores.rows import (
+    NO_ROWS,
+    EncodedMessage,
+    FoundRow,
+    HistoryRow,
+    MessageRow,
+    Scope,
+    Unchanged,
+    WindowRows,
+)
 from haystack_chat_store.types import Fault, StoreStatistics
 
 SessionT = TypeVar("SessionT")
@@ -26,7 +35,7 @@ ArgumentsT = ParamSpec("ArgumentsT")
 OperationT = TypeVar("OperationT", bound=Callable[..., Any])
 
 _WITHOUT_DATABASE: dict[str, Callable[[], Any]] = {
-    "read": lambda: ([], 0),
+    "read": lambda: NO_ROWS,
     "count": int,
     "page": list,
     "history": lambda: None,
@@ -170,11 +179,9 @@ class Engine(ABC, Generic[SessionT]):
     @reads_only
     @is_brief
     @abstractmethod
-    def read(
-        self, session: SessionT, scope: Scope, chat_history_id: str, window: Window
-    ) -> Operation[tuple[list[str], int]]:
+    def read(self, session: SessionT, scope: Scope, chat_history_id: str, window: Window) -> Operation[WindowRows]:
         """
-        Return the contents of the messages in a window, oldest first, and the window's size.
+        Return the contents of the messages in a window, oldest first, and the history's revision, as of one moment.
 
         `rounds.window_start` defines where a window begins. An engine that does not have all roles of a history in
         memory finds the same place in its own way.

@@ -9,7 +9,7 @@ that an engine can create them from rows of a query.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, NamedTuple
 
 from haystack.dataclasses import ChatRole
 
@@ -68,6 +68,26 @@ class MessageRow:
     message_id: str
     role: str
     content: str
+
+
+class WindowRows(NamedTuple):
+    """
+    The messages in a window, and what their history is at the same moment.
+
+    :param contents: The messages as JSON texts, oldest first.
+    :param size: The window's size, in its unit.
+    :param revision: The history's revision, 0 if it does not exist.
+    :param round_count: The number of its user messages.
+    """
+
+    contents: list[str]
+    size: int
+    revision: int
+    round_count: int
+
+
+#: Any window of a history that does not exist.
+NO_ROWS: Final = WindowRows([], 0, 0, 0)
 
 
 @dataclass(slots=True)

@@ -136,7 +136,7 @@ def with_moments(hooks, moments):
 def watch(store, moments):
     """Let a store pass a moment before and after each read and write, and note the ids of what it has acknowledged."""
     write, write_async = store.write_messages, store.write_messages_async
-    read, read_async = store.retrieve_messages, store.retrieve_messages_async
+    read, read_async = store.retrieve_window, store.retrieve_window_async
 
     def acknowledge(messages):
         moments.acknowledged += [message.meta[MESSAGE_ID_KEY] for message in messages]
@@ -154,20 +154,20 @@ def watch(store, moments):
         acknowledge(messages)
         return number
 
-    def retrieve_messages(*arguments, **options):
+    def retrieve_window(*arguments, **options):
         moments("read")
-        messages = read(*arguments, **options)
+        window = read(*arguments, **options)
         moments("has read")
-        return messages
+        return window
 
-    async def retrieve_messages_async(*arguments, **options):
+    async def retrieve_window_async(*arguments, **options):
         moments("read")
-        messages = await read_async(*arguments, **options)
+        window = await read_async(*arguments, **options)
         moments("has read")
-        return messages
+        return window
 
     store.write_messages, store.write_messages_async = write_messages, write_messages_async
-    store.retrieve_messages, store.retrieve_messages_async = retrieve_messages, retrieve_messages_async
+    store.retrieve_window, store.retrieve_window_async = retrieve_window, retrieve_window_async
     return store
 
 

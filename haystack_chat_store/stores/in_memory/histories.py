@@ -12,7 +12,7 @@ from haystack.dataclasses import ChatRole
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.search_text import searchable_text_of_content
 from haystack_chat_store.stores.in_memory.search_index import SearchIndex
-from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, WindowRows, branch_origin
 
 
 class Stored(NamedTuple):
@@ -118,8 +118,8 @@ class History:
         )
         return changed.caught_up()  # now, because the next call may run on an event loop
 
-    def read(self, window: Window) -> tuple[list[str], int]:
-        """Return the contents of the messages in the window, and the window's size."""
+    def read(self, window: Window) -> WindowRows:
+        """Return the messages in the window."""
         self.caught_up()
         if window.count is None:
             start, size = 0, 0
@@ -129,7 +129,8 @@ class History:
         else:
             size = window.size(len(self.positions))
             start = self._start_of_last(size)
-        return [message.content for message in self.messages[start:] if message is not None], size
+        contents = [message.content for message in self.messages[start:] if message is not None]
+        return WindowRows(contents, size, self.revision, len(self.user_positions))
 
     def _start_of_last(self, size: int) -> int:
         """

@@ -139,7 +139,10 @@ _APPEND_REST = _APPEND.format(revision="revision + 1", condition="AND xmin = %(v
 # not know for 0.5 % of the rows. So it walks along the primary key, instead of sorting, or reading the whole table,
 # however much of the table the history is.
 _READ = """
-    SELECT content, {size} FROM {{messages}}
+    SELECT content, {size},
+        (SELECT revision FROM {{histories}} WHERE history_key = %(key)s),
+        (SELECT round_count FROM {{histories}} WHERE history_key = %(key)s)
+    FROM {{messages}}
     WHERE history_key = %(key)s AND position BETWEEN {start} AND (SELECT %(end)s::bigint) ORDER BY position
 """
 _START_OF_ROUNDS = """coalesce(
@@ -241,6 +244,7 @@ class Statements(NamedTuple):
         SELECT message_id, position, role, h.xmin::text FROM {messages} JOIN {histories} AS h USING (history_key)
         WHERE history_key = %s AND message_id = ANY (%s)
     """
+    revision: str = "SELECT revision, round_count FROM {histories} WHERE history_key = %s"
     message_count: str = "SELECT message_count FROM {histories} WHERE history_key = %s"
     read_all: str = _READ_ALL
     read_rounds: str = _READ_ROUNDS
