@@ -275,6 +275,9 @@ class _View:
     def _said(self, message: ChatMessage, portable: bool) -> ChatMessage:
         """Show a message of the user or the system."""
         content = said_parts(message)
+        if portable and content and all(isinstance(part, FileContent) for part in content):
+            # Ollama's converter leaves files out, and fails if nothing else is left.
+            content = [*map(_text_for_media, content), *content]
         if portable and len(content) > 1:
             content = _with_joined_texts(content)
         return self._as_shown(message, content, message.meta)

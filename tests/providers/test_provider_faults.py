@@ -155,6 +155,12 @@ def test_two_files_without_a_name():
     assert not problems_of(request, OUTLINE["bedrock"](request), asked)
 
 
+@pytest.mark.provider("ollama")
+def test_a_question_was_a_file_only_and_the_next_model_takes_none():
+    file = FileContent(PDF, mime_type="application/pdf", filename="report.pdf", validation=False)
+    check("ollama", [U(content_parts=[file]), A("It is about 2025.")])
+
+
 # ---------------------------------------------------------------------- ids
 
 
