@@ -10,6 +10,7 @@ from haystack.core.serialization import allow_deserialization_module
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.conversation.turns import with_message_ids
 from haystack_chat_store.errors import (
+    ChatHistoryAccessError,
     ChatHistoryChangedError,
     ChatHistoryExistsError,
     ChatHistoryNotFoundError,
@@ -30,7 +31,15 @@ from haystack_chat_store.errors import (
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory import InMemoryChatMessageStore
-from haystack_chat_store.stores.rows import UNCHANGED, EncodedMessage, FoundRow, HistoryRow, MessageRow, Scope
+from haystack_chat_store.stores.rows import (
+    UNCHANGED,
+    EncodedMessage,
+    FoundRow,
+    HistoryChange,
+    HistoryRow,
+    MessageRow,
+    Scope,
+)
 from haystack_chat_store.transcript_matcher import match_transcript, match_transcript_async
 from haystack_chat_store.types import (
     AsyncChatMessageStore,
@@ -39,9 +48,11 @@ from haystack_chat_store.types import (
     ChatMessageStore,
     Fault,
     MatchedTranscript,
+    MessagePreview,
     SearchHit,
     StoredMessage,
     StoreStatistics,
+    TokenUsage,
 )
 from haystack_chat_store.urls import store_from_url
 
@@ -60,6 +71,7 @@ __all__ = [
     "UNCHANGED",
     "AsyncChatMessageStore",
     "BaseChatMessageStore",
+    "ChatHistoryAccessError",
     "ChatHistoryChangedError",
     "ChatHistoryExistsError",
     "ChatHistoryInfo",
@@ -74,12 +86,14 @@ __all__ = [
     "Engine",
     "Fault",
     "FoundRow",
+    "HistoryChange",
     "HistoryRow",
     "InMemoryChatMessageStore",
     "MatchedTranscript",
     "MessageDecodingError",
     "MessageEncodingError",
     "MessageNotFoundError",
+    "MessagePreview",
     "MessageRow",
     "PostgresChatMessageStore",
     "RedisChatMessageStore",
@@ -92,6 +106,7 @@ __all__ = [
     "StoreTimeoutError",
     "StoreUnavailableError",
     "StoredMessage",
+    "TokenUsage",
     "TranscriptError",
     "UnsupportedOperationError",
     "Window",

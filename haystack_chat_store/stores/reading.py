@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public methods of stores for reading chat histories: pages of messages, and search."""
 
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from haystack_chat_store import search_text, validation
 from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.search_text import Phrase
+from haystack_chat_store.stores.conflicts import only_one_user
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.rows import FoundRow, MessageRow, Scope
 from haystack_chat_store.stores.sync_async import to_thread_if_large
@@ -29,6 +31,11 @@ class ReadingMethods:
     engine: Engine[Any]
     scope: Scope
     search: bool
+    renew_ttl_on_read: bool
+
+    @abstractmethod
+    def _scope_of(self, user_id: str | None) -> Scope:
+        """Return the part of this store's scope that is a user's."""
 
     def list_messages(
         self, chat_history_id: str, *, before: int | None = None, after: int | None = None, limit: int = 100
@@ -46,7 +53,10 @@ class ReadingMethods:
         :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
         """
         page = validation.validated_page(chat_history_id, before, after, limit)
-        return _stored(self.engine.run(self.engine.page, self.scope, *page))
+        rows = self.engine.run(self.engine.page, self.scope, *page)
+        if rows and self.renew_ttl_on_read:
+            self.engine.run(self.engine.renew, self.scope, page[0])
+        return stored(rows)
 
     async def list_messages_async(
         self, chat_history_id: str, *, before: int | None = None, after: int | None = None, limit: int = 100
@@ -54,7 +64,9 @@ class ReadingMethods:
         """Do what `list_messages` does, without blocking the event loop."""
         page = validation.validated_page(chat_history_id, before, after, limit)
         rows = await self.engine.run_async(self.engine.page, self.scope, *page)
-        return await to_thread_if_large(_characters(rows), _stored, rows)
+        if rows and self.renew_ttl_on_read:
+            await self.engine.run_async(self.engine.renew, self.scope, page[0])
+        return await to_thread_if_large(_characters(rows), stored, rows)
 
     def iterate_messages(self, chat_history_id: str) -> Iterator[StoredMessage]:
         """
@@ -71,8 +83,10 @@ class ReadingMethods:
 
     def _iterated(self, history: str) -> Iterator[StoredMessage]:
         after, limit = -1, FIRST_PAGE
+        if self.renew_ttl_on_read:
+            self.list_messages(history, limit=1)
         while rows := self.engine.run(self.engine.page, self.scope, history, None, after, limit):
-            yield from _stored(rows)
+            yield from stored(rows)
             after, limit = rows[-1].position, next_limit(rows)
 
     def iterate_messages_async(self, chat_history_id: str) -> AsyncIterator[StoredMessage]:
@@ -84,9 +98,11 @@ class ReadingMethods:
 
     async def _iterated_async(self, history: str) -> AsyncIterator[StoredMessage]:
         after, limit = -1, FIRST_PAGE
+        if self.renew_ttl_on_read:
+            await self.list_messages_async(history, limit=1)
         while rows := await self.engine.run_async(self.engine.page, self.scope, history, None, after, limit):
-            for stored in await to_thread_if_large(_characters(rows), _stored, rows):
-                yield stored
+            for message in await to_thread_if_large(_characters(rows), stored, rows):
+                yield message
             after, limit = rows[-1].position, next_limit(rows)
 
     def search_messages(
@@ -95,6 +111,7 @@ class ReadingMethods:
         *,
         chat_history_id: str | None = None,
         prefix: str = "",
+        user_id: str | None = None,
         match_prefix: bool = False,
         limit: int = 20,
     ) -> list[SearchHit]:
@@ -112,19 +129,22 @@ class ReadingMethods:
         :param query: The words and phrases to find, up to 1,000 characters. A query without words finds nothing.
         :param chat_history_id: Only messages of this history. Defaults to `None`: all histories.
         :param prefix: Only messages of histories whose ids begin with this text, taken literally. Defaults to all.
+        :param user_id: Only messages of histories of this user. Defaults to `None`: all histories.
         :param match_prefix: Whether the query's last word may be the beginning of a word, for searching while a user
             types: `kyo` finds Kyoto. Defaults to False.
         :param limit: The largest number of hits, 1 to 1,000. Defaults to 20.
         :returns: The hits, the best first.
         :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryAccessError: If this is the store of another user.
         :raises UnsupportedOperationError: If the store was created without `search=True`, its engine has no search, or
             some messages are not indexed.
         :raises ChatMessageStoreError: If the engine fails.
         """
+        scope = self._scope_of(user_id)
         search = self._checked_search(query, chat_history_id, prefix, match_prefix, limit)
         if search is None:
             return []
-        found = self.engine.run(self.engine.search, self.scope, *search)
+        found = self.engine.run(self.engine.search, scope, *search)
         if found is None:
             raise _not_indexed()
         return _hits(found, search[0])
@@ -135,14 +155,16 @@ class ReadingMethods:
         *,
         chat_history_id: str | None = None,
         prefix: str = "",
+        user_id: str | None = None,
         match_prefix: bool = False,
         limit: int = 20,
     ) -> list[SearchHit]:
         """Do what `search_messages` does, without blocking the event loop."""
+        scope = self._scope_of(user_id)
         search = self._checked_search(query, chat_history_id, prefix, match_prefix, limit)
         if search is None:
             return []
-        found = await self.engine.run_async(self.engine.search, self.scope, *search)
+        found = await self.engine.run_async(self.engine.search, scope, *search)
         if found is None:
             raise _not_indexed()
         return await to_thread_if_large(_characters(found), _hits, found, search[0])
@@ -153,10 +175,11 @@ class ReadingMethods:
 
         :param progress: Called after each batch but the last, with the number of messages indexed so far, and `None`.
             Defaults to `None`: no calls.
+        :raises ChatHistoryAccessError: If this is the store of one user: the index is that of all.
         :raises UnsupportedOperationError: If the store was created without `search=True`, or its engine has no search.
         :raises ChatMessageStoreError: If the engine fails. Messages that were indexed stay indexed.
         """
-        self._check_searchable()
+        self._check_indexing()
         indexed = 0
         while self.engine.run(self.engine.index_some, self.scope, _INDEX_BATCH_SIZE):
             indexed += _INDEX_BATCH_SIZE
@@ -165,7 +188,7 @@ class ReadingMethods:
 
     async def index_messages_async(self, progress: Callable[[int, int | None], None] | None = None) -> None:
         """Do what `index_messages` does, without blocking the event loop."""
-        self._check_searchable()
+        self._check_indexing()
         indexed = 0
         while await self.engine.run_async(self.engine.index_some, self.scope, _INDEX_BATCH_SIZE):
             indexed += _INDEX_BATCH_SIZE
@@ -186,6 +209,11 @@ class ReadingMethods:
         if not phrases or (chat_history_id is not None and not chat_history_id.startswith(prefix)):
             return None
         return phrases, chat_history_id, prefix, limit
+
+    def _check_indexing(self) -> None:
+        self._check_searchable()
+        if self.scope.user_id is not None:
+            raise only_one_user("index the messages of all users")
 
     def _check_searchable(self) -> None:
         if not self.search:
@@ -209,7 +237,12 @@ def _characters(rows: Sequence[MessageRow] | Sequence[FoundRow]) -> int:
     return sum(len(row.content) for row in rows)
 
 
-def _stored(rows: Sequence[MessageRow]) -> list[StoredMessage]:
+def stored(rows: Sequence[MessageRow]) -> list[StoredMessage]:
+    """
+    Decode messages.
+
+    :raises MessageDecodingError: If one of them cannot be decoded.
+    """
     messages = decode_messages([row.content for row in rows])
     return [
         StoredMessage(position=row.position, created_at=readable_time(row.created_at), message=message)
