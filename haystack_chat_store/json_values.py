@@ -133,7 +133,7 @@ def encode_meta(meta: dict[Any, Any]) -> str:
 
 
 def equal_json(one: Any, other: Any) -> bool:
-    """Whether two parsed JSON values are equal. Numbers are equal by their value, and none is equal to True or False."""
+    """Whether two parsed JSON values are equal. Numbers are compared by value, and none equals True or False."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, dict) and isinstance(other, dict):

@@ -57,8 +57,8 @@ class DirectoryMethods:
 
         :param prefix: Only histories whose ids begin with this text, taken literally. Defaults to all.
         :param user_id: Only histories of this user. They are found by an index. Defaults to `None`: all histories.
-        :param meta: Only histories whose meta has these values under these keys. JSON values are compared: 1 equals 1.0,
-            and not `True`. `None` stands for a key that is null or not there. There is no index: histories are read
+        :param meta: Only histories whose meta has these values under these keys. JSON values are compared: 1 equals
+            1.0, and not `True`. `None` stands for a key that is null or not there. There is no index: histories are read
             until the page is full. Defaults to `None`: all histories.
         :param limit: The largest number of histories on the page, 1 to 1,000. Defaults to 50.
         :param cursor: The cursor of the page before. Defaults to `None`: the first page.
@@ -117,7 +117,7 @@ class DirectoryMethods:
         Make a history before its first message, and return it.
 
         :param chat_history_id: The history's id.
-        :param user_id: The user that it belongs to. Defaults to `None`: the user of this store or, if it has none, none.
+        :param user_id: The user that it belongs to. Defaults to `None`: the user of this store, if it has one.
         :param title: Its title, up to 1,000 characters without NUL. Defaults to `None`.
         :param meta: Its meta. Defaults to `None`: an empty meta.
         :param exist_ok: Whether a history that exists is returned as it is, unchanged. Defaults to False.
@@ -221,8 +221,8 @@ class DirectoryMethods:
         Fork a conversation: copy the messages of a history, or its beginning, to another history.
 
         The copy appears whole or not at all. The engine copies by itself; only on Redis, most copies travel through the
-        client (see `docs/redis.md`). The copies keep their ids and times. A copy belongs to the user of its source. Title and
-        meta are not copied.
+        client (see `docs/redis.md`). The copies keep their ids and times. A copy belongs to the user of its source.
+        Title and meta are not copied.
 
         :param source_id: The id of the history to copy from.
         :param target_id: The id of the history to copy to. It may exist, but must have no messages.

@@ -79,9 +79,9 @@ class Engine(ABC, Generic[SessionT]):
     operation is atomic: it takes effect whole or not at all, and sees the database as of one moment.
 
     If the scope has a user, a history of another user, or of none, is absent for what reads. An operation that would
-    write to it raises the `ChatHistoryAccessError` of `conflicts.check_access`. What is made is the user's. If the scope
-    has a lifetime, a history that is appended to, made, copied to or imported to expires after this time, and otherwise
-    never. A history that has expired is absent for what reads, and a write to its id begins anew.
+    write to it raises the `ChatHistoryAccessError` of `conflicts.check_access`. What is made is the user's. If the
+    scope has a lifetime, a history that is appended to, made, copied to or imported to expires after this time, and
+    otherwise never. A history that has expired is absent for what reads, and a write to its id begins anew.
 
     An operation is written once, for synchronous and asynchronous calls. It is a plain method if it never waits or if
     `run_async` runs it in a thread. Otherwise it is a coroutine function that awaits the calls of its session.

@@ -6,13 +6,15 @@ An engine keeps both with the history. It changes them as it appends messages, a
 deleted or replaced.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from haystack.dataclasses import ChatMessage, ChatRole, TextContent, ToolCallResult
 
 from haystack_chat_store.json_values import parse_json, to_text
 from haystack_chat_store.stores.rows import EncodedMessage, MessageRow
+
+MessageT = TypeVar("MessageT", EncodedMessage, MessageRow)
 
 #: The longest preview, in characters.
 PREVIEW_LENGTH = 200
@@ -47,18 +49,23 @@ def first_question(messages: Iterable[EncodedMessage] | Iterable[MessageRow]) ->
     return next(_found(messages), None)
 
 
-def last_message(messages: Iterable[EncodedMessage] | Iterable[MessageRow], created_at: int = 0) -> str | None:
+def last_said(messages: Sequence[MessageT]) -> MessageT | None:
+    """Return the last message that is no system message, or `None`."""
+    return next((message for message in reversed(messages) if message.role != ChatRole.SYSTEM.value), None)
+
+
+def last_message(messages: Sequence[EncodedMessage] | Sequence[MessageRow], created_at: int = 0) -> str | None:
     """
     Return the last message that is no system message, as JSON text, or `None`.
 
     :param messages: The messages, oldest first.
     :param created_at: The time of messages that do not have one themselves.
     """
-    said = [message for message in messages if message.role != ChatRole.SYSTEM.value]
-    if not said:
+    last: EncodedMessage | MessageRow | None = last_said(messages)
+    if last is None:
         return None
-    text = said[-1].text if isinstance(said[-1], EncodedMessage) else beginning_of_content(said[-1].content)
-    return last_message_text(said[-1].role, text, getattr(said[-1], "created_at", created_at))
+    text = last.text if isinstance(last, EncodedMessage) else beginning_of_content(last.content)
+    return last_message_text(last.role, text, getattr(last, "created_at", created_at))
 
 
 def last_message_text(role: str, text: str | None, created_at: int) -> str:

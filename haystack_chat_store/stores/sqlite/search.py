@@ -14,8 +14,8 @@ from haystack_chat_store.stores.sqlite.term_index import TermIndex
 from haystack_chat_store.stores.sqlite.visibility import IS_VISIBLE
 from haystack_chat_store.stores.times import microseconds_now
 
-# Of a user, an index finds the few. The parameters of all are ?2 the namespace, ?3 the user, ?4 the present time, ?5 and
-# ?6 the range of ids.
+# Of a user, an index finds the few. The parameters of all are ?2 the namespace, ?3 the user, ?4 the present time, and
+# ?5 and ?6 the range of ids.
 _IS_SEARCHED = f"namespace = ?2 AND {{plus}}chat_history_id >= ?5 AND {{plus}}chat_history_id < ?6 AND {IS_VISIBLE}"
 _SELECT_FEW = f"SELECT history_key FROM haystack_chat_histories WHERE {_IS_SEARCHED.format(plus='')}"
 _SELECT_FEW_OF_USER = f"""
