@@ -58,8 +58,8 @@ class DirectoryMethods:
         :param prefix: Only histories whose ids begin with this text, taken literally. Defaults to all.
         :param user_id: Only histories of this user. They are found by an index. Defaults to `None`: all histories.
         :param meta: Only histories whose meta has these values under these keys. JSON values are compared: 1 equals
-            1.0, and not `True`. `None` stands for a key that is null or not there. There is no index: histories are read
-            until the page is full. Defaults to `None`: all histories.
+            1.0, and not `True`. `None` stands for a key that is null or not there. There is no index: histories are
+            read until the page is full. Defaults to `None`: all histories.
         :param limit: The largest number of histories on the page, 1 to 1,000. Defaults to 50.
         :param cursor: The cursor of the page before. Defaults to `None`: the first page.
         :raises ValueError: If an argument is wrong.
