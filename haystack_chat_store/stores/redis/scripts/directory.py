@@ -144,9 +144,9 @@ return found
 """)
 
 #: Set title, meta and user of a history. Keys: those of the bucket, the history's hash. Arguments: the history's id;
-#: how many of the following are names of fields and values, in turn; these; then the names of fields to delete; `=` and the
-#: meta that the history must have, or nothing for any; the user. Returns the fields of INFOS, or ACCESS, or CHANGED if
-#: it has another meta.
+#: how many of the following are names of fields and values, in turn; these; then the names of fields to delete; `=` and
+#: the meta that the history must have, or nothing for any; the user. Returns the fields of INFOS, or ACCESS, or CHANGED
+#: if it has another meta.
 UPDATE = Script(
     OF_BUCKET,
     f"""
