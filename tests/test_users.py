@@ -10,6 +10,10 @@ from haystack import Pipeline
 from haystack.components.agents import Agent
 from haystack.components.generators.chat import MockChatGenerator
 from haystack.dataclasses import ChatMessage
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+from haystack_integrations.components.titlers.chat_store import ChatHistoryTitler
+from haystack_integrations.components.writers.chat_store import ChatMessageWriter
+from haystack_integrations.hooks.chat_store import ChatHistoryLoader, ChatHistorySaver, chat_history_hooks
 
 from haystack_chat_store import (
     BaseChatMessageStore,
@@ -22,10 +26,6 @@ from haystack_chat_store import (
 )
 from haystack_chat_store.doctor import check
 from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
-from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
-from haystack_integrations.components.titlers.chat_store import ChatHistoryTitler
-from haystack_integrations.components.writers.chat_store import ChatMessageWriter
-from haystack_integrations.hooks.chat_store import ChatHistoryLoader, ChatHistorySaver, chat_history_hooks
 
 SECRET = "The code is 4711."
 

@@ -42,8 +42,8 @@ class ChatHistoryLoader:
     Loads the end of a chat history before an agent's run, so that the model sees the conversation so far.
 
     The id of the history is `hook_context["chat_history_id"]` or, without it, the value of the same key in the agent's
-    state. `hook_context["user_id"]` is its user. The loader belongs at `before_run`, before all other hooks, together with a `ChatHistorySaver`.
-    `chat_history_hooks` returns both at the right hook points.
+    state. Its user, if it has one, is `hook_context["user_id"]`. The loader belongs at `before_run`, before all other
+    hooks, together with a `ChatHistorySaver`. `chat_history_hooks` returns both at the right hook points.
 
     A run without new messages resumes an interrupted turn after its last step. The run has no new messages if
     `messages=[]`, or if its user message is stored already, by its id. Tool calls of the last step that have no result

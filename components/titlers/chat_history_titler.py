@@ -12,15 +12,15 @@ from haystack_chat_store.types import ChatHistoryInfo, ChatMessageStore, StoredM
 from haystack_chat_store.validation import validated_flag
 
 _INSTRUCTION = (
-    "Write a title for the conversation below: at most six words, in the language of the conversation, without quotation "
-    "marks. Answer with the title alone."
+    "Write a title for the conversation below: at most six words, in the language of the conversation, without "
+    "quotation marks. Answer with the title alone."
 )
 # How many messages at the beginning of a history are looked at for its first question and answer.
 _LOOKED_AT = 50
 # How many characters of a message the model is shown.
 _SHOWN_CHARACTERS = 2_000
 _MAX_TITLE_LENGTH = 100
-_QUOTATION_MARKS = "\"'`“”„‘’«»* "
+_QUOTATION_MARKS = "\"'`“”„«»* "
 _NEEDED_METHODS = ("get_chat_history", "list_messages", "update_chat_history")
 
 
