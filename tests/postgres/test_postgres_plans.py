@@ -165,7 +165,6 @@ def test_no_function_that_changes_its_mind_sets_a_value_in_an_update():
     assert not [statement for statement in statements if "clock_timestamp" in statement]
     upserts = [statement.partition("DO UPDATE SET")[2] for statement in statements]
     assert [re.findall(r"\w+(?=\()", upsert.partition("RETURNING")[0]) for upsert in upserts if upsert] == [
-        ["coalesce", "greatest"],
         ["greatest"],
         ["greatest"],
     ]

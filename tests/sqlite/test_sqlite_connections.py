@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 from haystack.dataclasses import ChatMessage
@@ -130,8 +131,9 @@ def test_stores_with_other_settings_have_connections_of_their_own(new_store, pat
 
 
 @pytest.mark.parametrize("durability", ["full", "normal"])
-def test_the_tables_survive_a_power_cut_whatever_the_durability(new_store, monkeypatch, durability):
+def test_tables_in_an_empty_file_survive_a_power_cut_whatever_the_durability(new_store, path, monkeypatch, durability):
     """SQLite's `synchronous` is 2 for full, and 1 for normal."""
+    Path(path).touch()
     levels = []
     migrate = schema.migrate
 
@@ -150,7 +152,7 @@ def test_the_tables_survive_a_power_cut_whatever_the_durability(new_store, monke
 
 
 def test_a_file_that_was_made_is_synced_before_anything_is_acknowledged(tmp_path):
-    """As the system saw it: the log and the folder are flushed, though the durability is normal."""
+    """As the system saw it: the file is flushed before it has its name, and then the folder, though it is "normal"."""
     strace = shutil.which("strace")
     if strace is None:
         pytest.skip("needs strace")
@@ -162,11 +164,16 @@ store.write_messages("history", [ChatMessage.from_user("Hi!")])
 print("acknowledged", flush=True)
 """
     record = tmp_path / "record"
-    command = [strace, "-f", "-y", "-e", "trace=fsync,fdatasync,write", "-o", record, sys.executable, "-c", code]
-    subprocess.run(command, check=True, capture_output=True)
-    calls = record.read_text().partition("acknowledged")[0]
-    synced = set(re.findall(r"(?:fsync|fdatasync)\(\d+<([^>]*)>", calls))
-    assert {str(tmp_path), str(tmp_path / "chat.db-wal")} <= synced
+    command = [strace, "-f", "-y", "-e", "trace=fsync,fdatasync,link,linkat,write", "-o", record, sys.executable, "-c"]
+    subprocess.run([*command, code], check=True, capture_output=True)
+    calls = re.findall(
+        r"(fsync|fdatasync|link|linkat)\((?:\d+<)?([^>,]*)", record.read_text().partition("acknowledged")[0]
+    )
+    name = next(place for call, place in calls if call.startswith("link")).strip('"')
+    flushes = [call if call.startswith("link") else place for call, place in calls]
+    named = next(number for number, place in enumerate(flushes) if place.startswith("link"))
+    assert name in flushes[:named]
+    assert str(tmp_path) in flushes[named:]
 
 
 def test_one_call_waits_for_threads_and_for_the_file_no_longer_than_the_timeout(new_store, path):

@@ -80,6 +80,11 @@ FRAGMENTS = {
     "visible": _VISIBLE,
     "of_user": _OF_USER,
     "has_expired": _HAS_EXPIRED,
+    # Of messages that are appended: the first question stays, and the last message is another one.
+    "count_previews": """
+            preview = coalesce(preview, %(preview)s),
+            last_role = coalesce(%(last_role)s, last_role),
+            last_text = CASE WHEN %(last_role)s::text IS NULL THEN last_text ELSE %(last_text)s END""".strip(),
     "expires_at": "statement_timestamp() + %(lifetime)s::bigint * interval '1 microsecond'",
     "further": f"(updated_at, {_BY_ID}) < ({_UPDATED_AT_OF_CURSOR}, %(id)s)",
     "newest_first": f"ORDER BY updated_at DESC, {_BY_ID} DESC",
@@ -123,66 +128,34 @@ IS_VISIBLE = f"EXISTS (SELECT FROM {{histories}} WHERE history_key = %(key)s AND
 #: The first revision of a history that begins now, under the name `first_revision`.
 FIRST_REVISION = "coalesce((SELECT deleted_revision FROM {namespaces} WHERE namespace = %(namespace)s), 0) + 1"
 
-# The history's row is the lock that gives out positions. A writer holds it until its messages are committed.
-#
-# The last message has the time that the history keeps.
+# The history's row is the lock that gives out positions. A writer holds it until its messages are committed. A history
+# that this transaction has made has revision 0. Its first revision is looked up by a later statement than the one that
+# has made it: that statement may have begun before another history with this id was deleted. The last message has the
+# time that the history keeps of it.
 _APPEND = """
-    WITH history AS ({move_on} RETURNING next_position - %(count)s AS start, nullif(revision, 0) AS revision, last_at)
+    WITH history AS (
+        UPDATE {{histories}} SET
+            next_position = next_position + %(count)s,
+            message_count = message_count + %(count)s,
+            round_count = round_count + %(rounds)s,
+            revision = {revision},
+            expires_at = {{expires_at}},
+            {{count_previews}},
+            last_at = CASE WHEN %(last_role)s::text IS NULL THEN last_at ELSE clock_timestamp() END,
+            updated_at = {{now}}
+        WHERE history_key = %(key)s {condition} RETURNING next_position - %(count)s AS start, revision, last_at
+    )
     INSERT INTO {{messages}} (history_key, position, message_id, role, content, search_terms, revision, created_at)
     SELECT %(key)s, start + place - 1, message_id, role, content::json, terms::tsvector, revision,
         CASE WHEN %(last_role)s::text IS NULL THEN clock_timestamp() ELSE last_at END
     FROM history, {{sent}}
 """
-_PREVIEWS = """
-            preview = coalesce({h}preview, %(preview)s),
-            last_role = coalesce(%(last_role)s, {h}last_role),
-            last_text = CASE WHEN %(last_role)s::text IS NULL THEN {h}last_text ELSE %(last_text)s END,
-            last_at = CASE WHEN %(last_role)s::text IS NULL THEN {h}last_at ELSE {at} END,
-"""
-# A history that the statement sees needs no first revision, and gets 0. If it is deleted while the statement waits for
-# its lock, it would begin anew with 0, which becomes NULL, and messages cannot have that: the statement fails. Then the
-# append is repeated with a lock, and sees the revision that the deleted history had.
-_APPEND_ALL = _APPEND.format(
-    move_on="""
-        INSERT INTO {histories} AS h
-            (history_key, namespace, chat_history_id, next_position, message_count, round_count, revision, user_id,
-            expires_at, preview, last_role, last_text, last_at)
-        VALUES (%(key)s, %(namespace)s, %(id)s, %(count)s, %(count)s, %(rounds)s,
-            CASE WHEN EXISTS (SELECT FROM {histories} WHERE history_key = %(key)s) THEN 0 ELSE {first_revision} END,
-            %(user)s, {expires_at}, %(preview)s, %(last_role)s, %(last_text)s,
-            CASE WHEN %(last_role)s::text IS NOT NULL THEN clock_timestamp() END)
-        ON CONFLICT (history_key) DO UPDATE SET
-            expires_at = excluded.expires_at,
-            """
-    + _PREVIEWS.format(h="h.", at="clock_timestamp()")
-    + """
-            revision = coalesce(%(revision)s::bigint, h.revision + 1),
-            next_position = h.next_position + excluded.next_position,
-            message_count = h.message_count + excluded.message_count,
-            round_count = h.round_count + excluded.round_count,
-            updated_at = greatest(h.updated_at, excluded.updated_at)
-        -- A transaction that has locked the history has looked at its user and its expiry.
-        WHERE %(revision)s::bigint IS NOT NULL
-            OR (%(user)s::text IS NULL OR h.user_id = %(user)s)
-                AND (h.expires_at IS NULL OR h.expires_at > statement_timestamp())
-    """
-)
+_APPEND_ALL = _APPEND.format(revision="revision + 1", condition="AND {visible}")
+# The transaction that has locked the history has looked at its user and its expiry.
+_APPEND_FIRST = _APPEND.format(revision="{first_revision}", condition="")
+_APPEND_LOCKED = _APPEND.format(revision="%(revision)s", condition="")
 # Appends the rest of a batch, if the history is unchanged since it was found to have the other messages.
-_APPEND_REST = _APPEND.format(
-    move_on="""
-        UPDATE {histories} SET
-            next_position = next_position + %(count)s,
-            message_count = message_count + %(count)s,
-            round_count = round_count + %(rounds)s,
-            revision = revision + 1,
-            expires_at = {expires_at},
-            """
-    + _PREVIEWS.format(h="", at="clock_timestamp()")
-    + """
-            updated_at = {now}
-        WHERE history_key = %(key)s AND xmin = %(version)s::xid AND {visible}
-    """
-)
+_APPEND_REST = _APPEND.format(revision="revision + 1", condition="AND xmin = %(version)s::xid AND {visible}")
 
 # Both bounds are subqueries, even where they exclude nothing. The planner takes a range between two bounds that it does
 # not know for 0.5 % of the rows. So it walks along the primary key, instead of sorting, or reading the whole table,
@@ -297,6 +270,8 @@ class Statements(NamedTuple):
 
     version: str = "SELECT max(version) FROM {version}"
     append_all: str = _APPEND_ALL
+    append_first: str = _APPEND_FIRST
+    append_locked: str = _APPEND_LOCKED
     append_rest: str = _APPEND_REST
     known_ids: str = """
         SELECT message_id, position, role, h.xmin::text, {visible}
@@ -428,9 +403,8 @@ class Statements(NamedTuple):
             round_count = round_count + %(rounds)s,
             revision = %(revision)s,
             expires_at = {expires_at},
-            """
-        + _PREVIEWS.format(h="", at="{last_at}")
-        + """
+            {count_previews},
+            last_at = CASE WHEN %(last_role)s::text IS NULL THEN last_at ELSE {last_at} END,
             updated_at = greatest(updated_at, {updated_at})
         WHERE history_key = %(key)s
     """

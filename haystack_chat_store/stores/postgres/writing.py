@@ -67,9 +67,11 @@ class Writing(Engine[Session]):
         policy: DuplicatePolicy,
         expected_revision: int | None,
     ) -> int:
-        """Append in one statement if nothing is replaced or expected, and no other writer interferes."""
+        """Append in one statement if the history exists, nothing is replaced or expected, and no writer interferes."""
         if policy is DuplicatePolicy.SKIP and expected_revision is None:
             appended = await _append_new(session, scope, chat_history_id, messages)
+            if appended is None:
+                appended = await session.in_transaction(_append_first, scope, chat_history_id, messages)
             if appended is not None:
                 return appended
         return await session.in_transaction(_append_locked, scope, chat_history_id, messages, policy, expected_revision)
@@ -144,7 +146,8 @@ async def _append_new(
     """
     Append the messages that the history does not have, without a lock. Return their number.
 
-    :returns: `None` if nothing was appended, because another writer has appended one of them or changed the history.
+    :returns: `None` if nothing was appended, because the history does not exist, or because another writer has appended
+        one of them or changed the history.
     """
     known = await _known(session, scope, chat_history_id, messages)
     if known and not known[0][4]:
@@ -155,8 +158,19 @@ async def _append_new(
         return 0
     statement = session.statements.append_rest if known else session.statements.append_all
     parameters = await _append_parameters(session, scope, chat_history_id, new)
-    parameters |= {"version": known[0][3] if known else None, "revision": None}
+    parameters["version"] = known[0][3] if known else None
     return len(new) if await session.try_append(statement, parameters) else None
+
+
+async def _append_first(
+    session: Session, scope: Scope, chat_history_id: str, messages: Sequence[EncodedMessage]
+) -> int | None:
+    """Append to a history that does not exist. Return the number of messages, or `None` if it exists."""
+    if not await make_history(session, scope, chat_history_id):
+        return None
+    parameters = await _append_parameters(session, scope, chat_history_id, messages)
+    await session.run(session.statements.append_first, parameters, prepare=True)
+    return len(messages)
 
 
 async def _append_locked(
@@ -185,7 +199,7 @@ async def _append_locked(
         await session.run(session.statements.overwrite, {**sent, "key": key, "revision": history.next_revision})
         parameters["rounds"] += round_count(list(plan.replaced.values()))
         parameters["rounds"] -= sum(role == "user" for _, role in plan.replaced)
-    await session.run(session.statements.append_all, parameters, prepare=True)
+    await session.run(session.statements.append_locked, parameters, prepare=True)
     if plan.replaced:
         await find_previews(session, key)
     return len(plan.new) + len(plan.replaced)
@@ -248,7 +262,7 @@ async def _replace_locked(
     new = [message for message in messages if known.get(message.message_id, start) >= start]
     if new:
         parameters = await _append_parameters(session, scope, chat_history_id, new)
-        await session.run(session.statements.append_all, {**parameters, **revision}, prepare=True)
+        await session.run(session.statements.append_locked, {**parameters, **revision}, prepare=True)
     await find_previews(session, key)
     return len(new)
 
@@ -480,7 +494,6 @@ async def _append_parameters(
         **await _sent(session, new),
         "key": history_key(scope, chat_history_id),
         "namespace": scope.namespace,
-        "id": chat_history_id,
         "count": len(new),
         "rounds": round_count(new),
         "user": scope.user_id,
