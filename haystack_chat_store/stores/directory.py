@@ -369,7 +369,7 @@ class DirectoryMethods:
         history = validation.validated_id(chat_history_id, "chat_history_id")
         validation.validated_flag(exist_ok, "exist_ok")
         change = validation.validated_change(title, meta, None, None)
-        if UNCHANGED in (title, meta):
+        if change.title is UNCHANGED or change.meta is UNCHANGED:
             raise ValueError("title and meta cannot be UNCHANGED: the history is new.")
         if user_id is not None:
             user_id = self._scope_of(user_id).user_id

@@ -7,7 +7,7 @@ deleted or replaced.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from haystack.dataclasses import ChatMessage, ChatRole, TextContent, ToolCallResult
 
@@ -61,7 +61,7 @@ def last_message(messages: Sequence[EncodedMessage] | Sequence[MessageRow], crea
     :param messages: The messages, oldest first.
     :param created_at: The time of messages that do not have one themselves.
     """
-    last: EncodedMessage | MessageRow | None = last_said(messages)
+    last = last_said(cast("Sequence[Any]", messages))
     if last is None:
         return None
     text = last.text if isinstance(last, EncodedMessage) else beginning_of_content(last.content)

@@ -20,7 +20,7 @@ from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.contract_directory import listed
-from haystack_chat_store.testing.contract_users import answer, imported
+from haystack_chat_store.testing.contract_users import answer, imported, skip_without
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, ids, texts
 from haystack_chat_store.testing.messages import user, with_id
 
@@ -46,10 +46,6 @@ def shown(calls: Calls, store: ClosableStore, chat: str = "chat") -> tuple[str |
 class Rule17SidebarTest(ContractTest):
     """Rule 17: conversations before their first message, previews, meta, ratings, other ids, and expiry."""
 
-    def _skip_without(self, attribute: str) -> None:
-        if attribute in self.lacks:
-            pytest.skip(f"The engine lacks {attribute!r}.")
-
     # ------------------------------------------------------------------ before the first message
 
     def test_conversation_is_there_before_its_first_message(self, store: ClosableStore, calls: Calls) -> None:
@@ -73,6 +69,7 @@ class Rule17SidebarTest(ContractTest):
             calls.call(store, "create_chat_history", "chat", title="x")
         info = calls.call(store, "create_chat_history", "chat", title="x", exist_ok=True)
         assert (info.title, info.message_count) == (None, 1)
+        wrong: Any
         for wrong in ({"title": 1}, {"meta": []}, {"exist_ok": "yes"}, {"user_id": ""}):
             with pytest.raises(ValueError):
                 calls.call(store, "create_chat_history", "new", **wrong)
@@ -101,7 +98,7 @@ class Rule17SidebarTest(ContractTest):
     # ------------------------------------------------------------------ previews
 
     def test_preview_is_the_first_question_and_what_was_said_last(self, store: ClosableStore, calls: Calls) -> None:
-        self._skip_without("keeps_previews")
+        skip_without(self, "keeps_previews")
         calls.write(store, "chat", [ChatMessage.from_assistant("Welcome!")])
         assert shown(calls, store) == (None, "assistant", "Welcome!")
         calls.write(store, "chat", [user(" \n"), user("\n How are you?\n"), ChatMessage.from_assistant("Fine.")])
@@ -110,7 +107,7 @@ class Rule17SidebarTest(ContractTest):
         assert shown(calls, store) == ("How are you?\n", "user", "And now?")
 
     def test_preview_is_short_and_whole_characters(self, store: ClosableStore, calls: Calls) -> None:
-        self._skip_without("keeps_previews")
+        skip_without(self, "keeps_previews")
         for text in ("é" * 300, "東京" * 150, "\U0001f600" * 250, "a\x00b" + "x" * 300, "\ud800 lone \udfff"):
             calls.delete(store, "chat")
             calls.write(store, "chat", [with_id("q", text), answer("a", text), with_id("z", text)])
@@ -124,7 +121,7 @@ class Rule17SidebarTest(ContractTest):
             assert shown(calls, store) == (preview, "assistant", preview)
 
     def test_last_message_may_be_a_call_or_the_result_of_a_tool(self, store: ClosableStore, calls: Calls) -> None:
-        self._skip_without("keeps_previews")
+        skip_without(self, "keeps_previews")
         result = ChatMessage.from_tool("42 degrees", _A_CALL, meta={MESSAGE_ID_KEY: "r"})
         calls.write(store, "chat", [ChatMessage.from_assistant(tool_calls=[_A_CALL], meta={MESSAGE_ID_KEY: "c"})])
         assert shown(calls, store) == (None, "assistant", None)
@@ -135,7 +132,7 @@ class Rule17SidebarTest(ContractTest):
         assert shown(calls, store) == (None, "assistant", None)
 
     def test_system_messages_are_no_last_message(self, new_store: StoreFactory, calls: Calls) -> None:
-        self._skip_without("keeps_previews")
+        skip_without(self, "keeps_previews")
         store = new_store(skip_system_messages=False)
         calls.write(store, "chat", [ChatMessage.from_system("Be kind.", meta={MESSAGE_ID_KEY: "s"})])
         assert shown(calls, store) == (None, None, None)
@@ -180,14 +177,14 @@ class Rule17SidebarTest(ContractTest):
 
     @pytest.mark.parametrize("edit", _EDITS)
     def test_previews_are_right_after_every_change(self, store: ClosableStore, calls: Calls, edit: str) -> None:
-        self._skip_without("keeps_previews")
+        skip_without(self, "keeps_previews")
         calls.write(store, "chat", [with_id("q", "1"), answer("a", "A"), with_id("r", "2"), answer("b", "B")])
         change, expected = self._EDITS[edit]
         change(calls, store)
         assert shown(calls, store) == expected
 
     def test_copies_and_imports_have_previews(self, store: ClosableStore, calls: Calls) -> None:
-        self._skip_without("keeps_previews")
+        skip_without(self, "keeps_previews")
         calls.write(store, "chat", [with_id("q", "1"), answer("a", "A"), with_id("r", "2"), answer("b", "B")])
         calls.call(store, "copy_messages", "chat", "copy", until_message_id="a")
         assert shown(calls, store, "copy") == ("1", "assistant", "A")
@@ -224,6 +221,7 @@ class Rule17SidebarTest(ContractTest):
         assert with_meta(archived=False, number=1.0) == ["no"]
         assert with_meta() == list(metas)
         assert listed(calls, store, meta={"number": 1}, prefix="y") == ["yes"]
+        wrong: Any
         for wrong in ([], "archived", {"a": object()}):
             with pytest.raises(ValueError, match="meta"):
                 calls.call(store, "list_chat_histories", meta=wrong)
@@ -292,6 +290,7 @@ class Rule17SidebarTest(ContractTest):
         for chat, message_id in (("chat", "z"), ("nothing", "a")):
             with pytest.raises(MessageNotFoundError):
                 calls.call(store, "update_message_meta", chat, message_id, merge={})
+        wrong: Any
         for wrong in ([], None, {MESSAGE_ID_KEY: "b"}, {"a": object()}):
             with pytest.raises(ValueError):
                 calls.call(store, "update_message_meta", "chat", "a", merge=wrong)
@@ -371,7 +370,7 @@ class Rule17SidebarTest(ContractTest):
     # ------------------------------------------------------------------ expiry
 
     def test_what_has_expired_is_not_there_for_any_reader(self, new_store: StoreFactory, calls: Calls) -> None:
-        self._skip_without("keeps_expiry")
+        skip_without(self, "keeps_expiry")
         store: Any = new_store(**({"search": True} if self.searches else {}))
         if self.searches:
             store.index_messages()
@@ -400,7 +399,7 @@ class Rule17SidebarTest(ContractTest):
         assert calls.call(store, "create_chat_history", "empty").message_count == 0
 
     def test_writes_start_the_time_anew(self, new_store: StoreFactory, calls: Calls) -> None:
-        self._skip_without("keeps_expiry")
+        skip_without(self, "keeps_expiry")
         short = new_store(ttl=_TTL)
         calls.write(short, "written", [user()])
         calls.write(short, "kept", [user()])
@@ -414,7 +413,7 @@ class Rule17SidebarTest(ContractTest):
         assert listed(calls, short) == ["kept"]
 
     def test_reads_start_the_time_anew_if_wanted(self, new_store: StoreFactory, calls: Calls) -> None:
-        self._skip_without("keeps_expiry")
+        skip_without(self, "keeps_expiry")
         short, reading = new_store(ttl=_TTL), new_store(ttl=_TTL, renew_ttl_on_read=True)
         for name in ("retrieved", "listed", "walked", "left"):
             calls.write(short, name, [user()])
@@ -434,7 +433,7 @@ class Rule17SidebarTest(ContractTest):
             new_store(ttl=0)
 
     def test_purge_deletes_what_has_expired(self, new_store: StoreFactory, calls: Calls) -> None:
-        self._skip_without("keeps_expiry")
+        skip_without(self, "keeps_expiry")
         store: Any = new_store()
         calls.write(store, "before", [user()])
         moment = calls.call(store, "get_chat_history", "before").updated_at

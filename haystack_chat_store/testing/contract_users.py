@@ -121,24 +121,25 @@ _WRITES: dict[str, Callable[[Calls, Any, str], Any]] = {
 }
 
 
+def skip_without(test: ContractTest, attribute: str) -> None:
+    """Skip a test that needs what the engine does not keep: `"keeps_users"`, for example."""
+    if attribute in test.lacks:
+        pytest.skip(f"The engine lacks {attribute!r}.")
+
+
 class Rule25UsersTest(ContractTest):
     """Rule 25: a history belongs to one user or to none, and is absent for all other users."""
 
     @pytest.fixture
     def users(self, new_store: StoreFactory) -> tuple[Any, Any, Any]:
         """Return the store of all, and those of Ada and Bob. Ada has a history "hers", Bob "own", and no one "free"."""
-        self._skip_without("keeps_users")
+        skip_without(self, "keeps_users")
         store: Any = new_store(**({"search": True} if self.searches else {}))
         ada, bob = store.for_user("ada"), store.for_user("bob")
         ada.write_messages("hers", [with_id("q", "Secret?"), answer("a", "Secret!")])
         bob.write_messages("own", [with_id("q", "Mine?"), answer("a", "Mine!")])
         store.write_messages("free", [with_id("q", "Secret free?"), answer("a", "Free!")])
         return store, ada, bob
-
-    def _skip_without(self, *attributes: str) -> None:
-        for each in attributes:
-            if each in self.lacks:
-                pytest.skip(f"The engine lacks {each!r}.")
 
     @pytest.mark.parametrize("chat", ["hers", "free"])
     @pytest.mark.parametrize("read", _READS)
@@ -219,7 +220,7 @@ class Rule25UsersTest(ContractTest):
         assert listed(calls, ada, user_id="ada") == ["hers"]
 
     def test_the_user_is_a_setting(self, new_store: StoreFactory, calls: Calls) -> None:
-        self._skip_without("keeps_users")
+        skip_without(self, "keeps_users")
         store: Any = new_store()
         ada = store.for_user("ada")
         assert ada.to_dict()["init_parameters"]["user_id"] == "ada"
@@ -274,7 +275,7 @@ class Rule25UsersTest(ContractTest):
         assert listed(calls, ada, prefix="chat/", limit=2) == newest_first
 
     def test_users_with_hostile_names_are_kept_apart(self, new_store: StoreFactory, calls: Calls) -> None:
-        self._skip_without("keeps_users")
+        skip_without(self, "keeps_users")
         store: Any = new_store()
         names = ["a", "A", "a ", "a:b", "a}", "{a}", "%", "_", "history", "東京", "\U0010ffff", "a" * 512]
         for name in names:
@@ -286,7 +287,7 @@ class Rule25UsersTest(ContractTest):
     def test_walk_through_the_stores_of_users_does_what_each_does_alone(
         self, new_store: StoreFactory, request: pytest.FixtureRequest
     ) -> None:
-        self._skip_without("keeps_users")
+        skip_without(self, "keeps_users")
         if self.lacks:
             pytest.skip("The walk needs all operations.")
         options = {"search": True} if self.searches else {}

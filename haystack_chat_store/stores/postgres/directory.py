@@ -211,7 +211,11 @@ async def _rename_locked(session: Session, scope: Scope, old_id: str, new_id: st
         raise history_not_found(old_id)
     if locked[new_id] is not None or not await make_history(session, scope, new_id):
         raise history_is_there(new_id)
-    keys = {"key": history_key(scope, new_id), "old_key": history_key(scope, old_id), "namespace": scope.namespace}
+    keys: dict[str, Any] = {
+        "key": history_key(scope, new_id),
+        "old_key": history_key(scope, old_id),
+        "namespace": scope.namespace,
+    }
     await session.run(session.statements.take_over_history, keys)
     await session.run(session.statements.take_over_messages, keys)
     await delete_key(session, keys["old_key"])
@@ -247,7 +251,7 @@ def history_row(*columns: Any) -> HistoryRow:
     """Return a history of the columns of the fragment `history_row`."""
     *values, last_role, last_text, last_at = columns
     last_message = None if last_role is None else last_message_text(last_role, last_text, last_at)
-    return HistoryRow(*values, last_message)
+    return HistoryRow(*values, last_message=last_message)
 
 
 def _delete_batch(found: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:

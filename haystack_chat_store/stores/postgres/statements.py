@@ -395,8 +395,7 @@ class Statements(NamedTuple):
             %(revision)s
         FROM {sent_with_numbers}
     """
-    imported: str = (
-        """
+    imported: str = """
         UPDATE {histories} SET
             next_position = next_position + %(count)s,
             message_count = message_count + %(count)s,
@@ -408,7 +407,6 @@ class Statements(NamedTuple):
             updated_at = greatest(updated_at, {updated_at})
         WHERE history_key = %(key)s
     """
-    )
 
     history: str = "SELECT {history_row} FROM {histories} WHERE history_key = %(key)s AND {visible}"
     # Its plan is kept. The best plan for a prefix depends on how many histories have it.

@@ -314,7 +314,7 @@ async def _copy_locked(
         raise history_has_messages(target_id)
     if target is None or not has_messages_to_copy:
         return 0
-    parameters = {
+    parameters: dict[str, Any] = {
         "source": source_key,
         "target": history_key(scope, target_id),
         "start": target.next_position,

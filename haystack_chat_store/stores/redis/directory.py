@@ -142,7 +142,7 @@ class Directory(RedisOperations):
             changes = {name: value for name, value in wanted if value is not UNCHANGED}
             values = [each for name, value in changes.items() if value is not None for each in (name, str(value))]
             deleted = [name for name, value in changes.items() if value is None]
-            arguments = [chat_history_id, len(values), *values, *deleted, required, keys.user]
+            arguments: list[str | int] = [chat_history_id, len(values), *values, *deleted, required, keys.user]
             fields = await session.run(scripts.UPDATE, names, arguments)
             if fields == ["ACCESS"]:
                 raise no_access()

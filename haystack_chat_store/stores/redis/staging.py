@@ -139,8 +139,8 @@ class Stage:
             values |= {"created_at": str(history.created_at or "") or None, "title": history.title}
             values["meta"] = history.meta
         fields = [each for name, value in values.items() if value is not None for each in (name, value)]
-        counts = [self.length, self.rounds, "" if expected_revision is None else expected_revision]
-        ends = [least_revision, self.gaps, self._keys.user]
+        counts: list[str | int] = [self.length, self.rounds, "" if expected_revision is None else expected_revision]
+        ends: list[str | int] = [least_revision, self.gaps, self._keys.user]
         arguments: list[str | int] = [self._target_id, lifetime, *counts, new_name(), changed_at, *fields, *ends]
         answer = await self._session.run(scripts.FINISH, [*self._keys.to_write(self._target_id), *self.keys], arguments)
         if isinstance(answer, int):

@@ -170,7 +170,7 @@ class Writing(RedisOperations):
                     raise message_not_found(message_id)
                 continue
             content = change(row.content)
-            arguments = [message_id, row.position, row.content, content, keys.user]
+            arguments: list[str | int] = [message_id, row.position, row.content, content, keys.user]
             answer = await session.run(scripts.SET_CONTENT, keys.to_write(chat_history_id), arguments)
             if answer == 1:
                 return replace(row, content=content)
@@ -180,7 +180,7 @@ class Writing(RedisOperations):
     async def renew(self, session: Session, scope: Scope, chat_history_id: str) -> None:
         """Set the time of all keys of the history."""
         keys = self.keys(scope)
-        arguments = [chat_history_id, lifetime(scope), keys.user]
+        arguments: list[str | int] = [chat_history_id, lifetime(scope), keys.user]
         await session.run(scripts.RENEW, keys.to_write(chat_history_id), arguments)
 
     async def rename_history(self, session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:

@@ -292,8 +292,8 @@ class Histories:
             counts = self._delete_and_count(*first_and_last)
             deleted, rounds = deleted + counts[0], rounds + counts[1]
         if deleted:
-            counts = (0, -deleted, -rounds, microseconds_now(), history.expires_at)
-            self.connection.execute(_UPDATE_HISTORY, (*counts, history.history_key))
+            values = (0, -deleted, -rounds, microseconds_now(), history.expires_at, history.history_key)
+            self.connection.execute(_UPDATE_HISTORY, values)
             self.find_previews(history.history_key)
 
     def delete(self, history_key: int) -> None:
