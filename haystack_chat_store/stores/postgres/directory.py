@@ -250,8 +250,9 @@ async def _delete_histories(
 def history_row(*columns: Any) -> HistoryRow:
     """Return a history of the columns of the fragment `history_row`."""
     *values, last_role, last_text, last_at = columns
-    last_message = None if last_role is None else last_message_text(last_role, last_text, last_at)
-    return HistoryRow(*values, last_message=last_message)
+    row = HistoryRow(*values)
+    row.last_message = None if last_role is None else last_message_text(last_role, last_text, last_at)
+    return row
 
 
 def _delete_batch(found: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
