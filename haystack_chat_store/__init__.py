@@ -10,6 +10,7 @@ from haystack.core.serialization import allow_deserialization_module
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.conversation.turns import with_message_ids
 from haystack_chat_store.errors import (
+    ChatHistoryAccessError,
     ChatHistoryChangedError,
     ChatHistoryExistsError,
     ChatHistoryNotFoundError,
@@ -34,6 +35,7 @@ from haystack_chat_store.stores.rows import (
     UNCHANGED,
     EncodedMessage,
     FoundRow,
+    HistoryChange,
     HistoryRow,
     MessageRow,
     Scope,
@@ -48,9 +50,11 @@ from haystack_chat_store.types import (
     Fault,
     HistoryWindow,
     MatchedTranscript,
+    MessagePreview,
     SearchHit,
     StoredMessage,
     StoreStatistics,
+    TokenUsage,
 )
 from haystack_chat_store.urls import store_from_url
 
@@ -69,6 +73,7 @@ __all__ = [
     "UNCHANGED",
     "AsyncChatMessageStore",
     "BaseChatMessageStore",
+    "ChatHistoryAccessError",
     "ChatHistoryChangedError",
     "ChatHistoryExistsError",
     "ChatHistoryInfo",
@@ -83,6 +88,7 @@ __all__ = [
     "Engine",
     "Fault",
     "FoundRow",
+    "HistoryChange",
     "HistoryRow",
     "HistoryWindow",
     "InMemoryChatMessageStore",
@@ -90,6 +96,7 @@ __all__ = [
     "MessageDecodingError",
     "MessageEncodingError",
     "MessageNotFoundError",
+    "MessagePreview",
     "MessageRow",
     "PostgresChatMessageStore",
     "RedisChatMessageStore",
@@ -102,6 +109,7 @@ __all__ = [
     "StoreTimeoutError",
     "StoreUnavailableError",
     "StoredMessage",
+    "TokenUsage",
     "TranscriptError",
     "UnsupportedOperationError",
     "Window",

@@ -104,6 +104,21 @@ def _plain_text(message: ChatMessage, message_id: str) -> str | None:
     return None if has_long_number(text) else text
 
 
+def with_merged_meta(text: str, merged: str) -> str:
+    """
+    Return the stored text of a message with some keys of its meta set.
+
+    :param text: A result of `encode_message`.
+    :param merged: The keys to set, as the text of a JSON object. A null removes its key.
+    :raises MessageDecodingError: If the message cannot be decoded.
+    """
+    decode_messages([text])
+    data, changes = parse_json(text), parse_json(merged)
+    meta = {**(data["meta"] or {}), **changes}
+    data["meta"] = {key: value for key, value in meta.items() if value is not None or key not in changes}
+    return encode_plain(data)
+
+
 def decode_messages(texts: Sequence[str]) -> list[ChatMessage]:
     """
     Decode stored texts. They are parsed together, which is faster than one by one.

@@ -16,6 +16,7 @@ from haystack_chat_store.errors import MessageDecodingError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.iteration import walk_histories, walk_readable_pages
 from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.stores.conflicts import only_one_user
 from haystack_chat_store.stores.rows import MessageRow
 from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.transfer.files import appended_file, checked_target
@@ -51,10 +52,13 @@ def check(
     :param progress: Called now and then with the number of messages checked so far, and `None`.
     :returns: The faults, each with its history and position, and whether it was repaired.
     :raises ValueError: If `salvage` is not a file, or belongs to a database. Nothing was changed.
+    :raises ChatHistoryAccessError: If this is the store of one user: a check looks at what all users have.
     :raises UnsupportedOperationError: If the store cannot be checked or repaired.
     :raises ChatMessageStoreError: If the engine fails.
     :raises OSError: If `salvage` cannot be written. The messages to be saved there are still in the store.
     """
+    if store.user_id is not None:
+        raise only_one_user("check the histories of all users")
     if salvage is not None:
         checked_target(salvage)
     operation = store.engine.repair if repair else store.engine.check

@@ -13,7 +13,8 @@ ChatMessageStoreError            the base of all errors below
 ├── ConflictError                the stored data is not what the call expects; nothing was changed
 │   ├── DuplicateMessageError    the history or the batch already has a message's id, and the policy is FAIL
 │   ├── ChatHistoryChangedError  the history has another revision than expected
-│   └── ChatHistoryExistsError   the target of a copy or import already has other messages
+│   └── ChatHistoryExistsError   the history to make already exists, or the target already has other messages
+├── ChatHistoryAccessError       a write to a history of another user, or what one user's store may not do
 ├── ChatHistoryNotFoundError     the history does not exist (also a LookupError)
 ├── MessageNotFoundError         the message does not exist in the history (also a LookupError)
 ├── TranscriptError              a transcript has no question, or nothing in common with the history (also a ValueError)
@@ -92,7 +93,19 @@ class ChatHistoryChangedError(ConflictError):
 
 
 class ChatHistoryExistsError(ConflictError):
-    """The target of a copy or import already has other messages. Nothing was changed."""
+    """
+    The history that is to be made or renamed to already exists, or the target of a copy or import has other messages.
+
+    Nothing was changed.
+    """
+
+
+class ChatHistoryAccessError(ChatMessageStoreError):
+    """
+    A store of one user was asked to write to a history that is not this user's, or for what concerns other users.
+
+    Nothing was changed. The error says nothing about the history.
+    """
 
 
 class ChatHistoryNotFoundError(ChatMessageStoreError, LookupError):

@@ -131,6 +131,17 @@ def encode_meta(meta: dict[Any, Any]) -> str:
     return encode_values(meta, "meta")
 
 
+def equal_json(one: Any, other: Any) -> bool:
+    """Whether two parsed JSON values are equal. Numbers are compared by value, and none equals True or False."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(equal_json(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(equal_json, one, other))
+    return bool(one == other)
+
+
 def is_plain(data: Any, depth: int = MAX_DEPTH - 10) -> bool:
     """
     Whether a dict or list contains only dicts with text keys, lists, text, numbers, True, False and None.

@@ -21,7 +21,7 @@ from haystack_chat_store.conversation.rounds import LastKUnit, Window, last_roun
 from haystack_chat_store.errors import DuplicateMessageError, MessageEncodingError, UnsupportedOperationError
 from haystack_chat_store.ids import message_id_of
 from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore, HistoryWindow
-from haystack_chat_store.validation import validated_policy
+from haystack_chat_store.validation import validated_id, validated_policy
 
 ComponentT = TypeVar("ComponentT")
 
@@ -60,6 +60,29 @@ def validated_store(store: Any) -> ChatMessageStore:
         got = f"the class {store.__name__}" if isinstance(store, type) else type(store).__name__
         raise ValueError(f"chat_message_store must be a ChatMessageStore such as SQLiteChatMessageStore(), got {got}.")
     return store
+
+
+def for_user(store: ChatMessageStore, user_id: str | None, *, is_required: bool = False) -> ChatMessageStore:
+    """
+    Return a store for the user of a run: the same store, which sees and changes only this user's histories.
+
+    :param user_id: The user, or `None`: then the store is returned as it is.
+    :param is_required: Whether a run without a user is refused.
+    :raises ValueError: If there is no user though one is required, or the store has no users.
+    :raises ChatHistoryAccessError: If it is the store of another user.
+    """
+    if user_id is None:
+        if is_required:
+            raise ValueError("This run has no user_id, and require_user_id=True. Pass the id of the user.")
+        return store
+    user = validated_id(user_id, "user_id")
+    try:
+        if hasattr(store, "for_user"):
+            narrowed: ChatMessageStore = store.for_user(user)
+            return narrowed
+    except UnsupportedOperationError:
+        pass
+    raise ValueError(f"{type(store).__name__} has no users, so user_id cannot be given with it.")
 
 
 def last_k_unit(store: ChatMessageStore) -> LastKUnit:

@@ -38,6 +38,7 @@ def match_transcript(
     question_id: str | None = None,
     is_retry: bool = False,
     keep_branches: bool = True,
+    user_id: str | None = None,
 ) -> MatchedTranscript:
     """
     Say what is new in a transcript that a client sent whole, and bring the history to where the client is.
@@ -71,6 +72,7 @@ def match_transcript(
         answer.
     :param keep_branches: Whether what is taken back is kept in a branch. Defaults to True. If False, it is deleted for
         good.
+    :param user_id: The user of the history. Defaults to `None`: the user of the store, if it has one.
     :returns: The messages of this turn, what the transcript means, and the id of the branch.
     :raises ValueError: If an argument is wrong.
     :raises TranscriptError: If the transcript has no question, or nothing in common with the history. Nothing was
@@ -78,8 +80,10 @@ def match_transcript(
     :raises ChatHistoryChangedError: If another request has changed the history meanwhile, and the change would be taken
         back. Nothing was deleted.
     :raises ChatHistoryExistsError: If another history has the branch's id. Nothing was changed.
+    :raises ChatHistoryAccessError: If `store` is the store of another user.
     :raises ChatMessageStoreError: If the store fails. The same request, sent again, goes on from there.
     """
+    store = store if user_id is None else store.for_user(user_id)
     requests = _Matching(store, chat_history_id, transcript, question_id, is_retry, keep_branches).requests()
     request, matched = _advance(requests)
     while matched is None:
@@ -110,8 +114,10 @@ async def match_transcript_async(
     question_id: str | None = None,
     is_retry: bool = False,
     keep_branches: bool = True,
+    user_id: str | None = None,
 ) -> MatchedTranscript:
     """Do what `match_transcript` does, without blocking the event loop."""
+    store = store if user_id is None else store.for_user(user_id)
     requests = _Matching(store, chat_history_id, transcript, question_id, is_retry, keep_branches).requests()
     request, matched = _advance(requests)
     while matched is None:

@@ -6,7 +6,7 @@ Any object that follows the protocols is a chat message store.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import date, datetime
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -77,10 +77,11 @@ class ChatMessageStore(Protocol):
         history whose messages changed last comes first. A walk along the cursors sees each history exactly once if it
         exists during the whole walk and does not change. A history that changes moves to the front, and is seen at most
         once. The cost of a page does not grow with the number of messages. `get_chat_history` and `update_chat_history`
-        read and set title and meta; a new title or meta is not a change of messages. Times are aware, in UTC. Lists,
-        search and `statistics` leave branches out, unless called with `branches=True`: histories whose meta names
-        another history as `branch_of`, and whose ids begin with its id (of which the first 400 characters count) and
-        `~`.
+        read and set title and meta; a new title or meta is not a change of messages. Times are aware, in UTC. A history
+        can be made before its first message. `preview` and `last_message` are right after every change. A history
+        whose `ttl` is over is as absent as one that does not exist; only writes and `purge` delete it. Lists, search
+        and `statistics` leave branches out, unless called with `branches=True`: histories whose meta names another
+        history as `branch_of`, and whose ids begin with its id (of which the first 400 characters count) and `~`.
     18. **Pages.** `list_messages` returns messages by position, in order: the newest, those just before a position, or
         those just after one. Positions rise, and are not used again as long as the history lives. `iterate_messages`
         walks through a whole history, in memory that does not grow with the history.
@@ -106,6 +107,12 @@ class ChatMessageStore(Protocol):
 
     24. **Reading never writes.** Calls that read change nothing in the database or its files: no table, index, upgrade
         or checkpoint. What can only be read can be read. A database that was not made yet reads as empty.
+
+    25. **Users.** A history belongs to one user or to none. A store of a user (`for_user`, or the setting `user_id`)
+        sees, counts, finds, changes and deletes only this user's histories. For what reads, a history of another user,
+        or of none, is as absent as one that does not exist; a write to it raises a `ChatHistoryAccessError`, which says
+        nothing about it. The engine checks that in the statement that reads or writes. `list_chat_histories`,
+        `search_messages`, `purge` and `statistics` take a `user_id`, too, and `delete_user` erases a person.
 
     26. **A transcript, once.** What `match_transcript` finds new in a transcript that a client sends whole is stored
         once. What it takes back is in a branch as a whole before it is deleted, and is deleted only if the history has
@@ -184,6 +191,21 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MessagePreview(Result):
+    """
+    The beginning of a message.
+
+    :param role: The message's role: `"user"`, `"assistant"` or `"tool"`.
+    :param text: Up to 200 characters of its first text that is not blank, or `None`. Results of tools are texts, too.
+    :param created_at: The time when the message was stored. Aware, in UTC.
+    """
+
+    role: str
+    text: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChatHistoryInfo(Result):
     """
     A chat history without its messages.
@@ -197,6 +219,10 @@ class ChatHistoryInfo(Result):
     :param updated_at: The time when its messages last changed. Aware, in UTC. A new title or meta does not count.
     :param title: The title that `update_chat_history` set, or `None`.
     :param meta: The meta that `update_chat_history` set, or an empty dict.
+    :param user_id: The user that it belongs to, or `None`.
+    :param preview: Up to 200 characters of the first question that has text, or `None`: for a list, where a history has
+        no title.
+    :param last_message: The beginning of the last message that is no system message, or `None`.
     """
 
     chat_history_id: str
@@ -207,6 +233,9 @@ class ChatHistoryInfo(Result):
     updated_at: datetime
     title: str | None
     meta: dict[str, Any]
+    user_id: str | None = None
+    preview: str | None = None
+    last_message: MessagePreview | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,6 +308,21 @@ class SearchHit(Result):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenUsage(Result):
+    """
+    Sums of the token usage that replies carry in `meta["usage"]`.
+
+    :param prompt_tokens: The number of tokens that models were shown.
+    :param completion_tokens: The number of tokens that they wrote.
+    :param total_tokens: The number of both.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoreStatistics(Result):
     """
     The amount of data in a store's namespace.
@@ -287,9 +331,11 @@ class StoreStatistics(Result):
     :param messages: The number of their messages.
     :param rounds: The number of their rounds.
     :param size: The number of bytes that the engine holds, for everything in the same file, tables or keys. `None` if
-        the engine does not know it.
+        the engine does not know it, or only one user is counted.
     :param messages_per_day: The number of messages stored on each day (UTC), in order. Days without messages are left
         out.
+    :param usage: The token usage of each model, by its name in `meta["model"]` (`"unknown"` for none).
+    :param usage_per_day: The same for each day (UTC), in order. Days without usage are left out.
     """
 
     chat_histories: int
@@ -297,6 +343,8 @@ class StoreStatistics(Result):
     rounds: int
     size: int | None
     messages_per_day: Mapping[date, int]
+    usage: Mapping[str, TokenUsage] = field(default_factory=dict)
+    usage_per_day: Mapping[date, Mapping[str, TokenUsage]] = field(default_factory=dict)
 
 
 #: What a transcript means for a history: see `MatchedTranscript`.

@@ -9,8 +9,8 @@ from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.ids import MAX_ID_LENGTH, message_id_of
-from haystack_chat_store.json_values import encode_meta, parse_json
-from haystack_chat_store.stores.rows import UNCHANGED, Unchanged
+from haystack_chat_store.json_values import encode_meta, encode_values, parse_json
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, Unchanged
 from haystack_chat_store.stores.times import EPOCH, MICROSECOND
 
 #: The longest `namespace`, in characters.
@@ -205,6 +205,36 @@ def validated_meta(meta: Any) -> str | Unchanged | None:
     if not isinstance(meta, dict):
         raise ValueError(f"meta must be a dictionary or None, got {type(meta).__name__}.")
     return encode_meta(meta) if meta else None
+
+
+def validated_change(title: Any, meta: Any, merge_meta: Any, user_id: Any) -> HistoryChange:
+    """
+    Return what is to change about a history.
+
+    :raises ValueError: If a value is wrong, or both `meta` and `merge_meta` are given.
+    """
+    if merge_meta is not None and meta is not UNCHANGED:
+        raise ValueError("Only one of meta and merge_meta can be given. Leave one of them out.")
+    if user_id is not None and user_id is not UNCHANGED:
+        user_id = validated_id(user_id, "user_id")
+    return HistoryChange(
+        title=validated_title(title),
+        meta=validated_meta(meta),
+        merged=None if merge_meta is None else validated_merge(merge_meta, "merge_meta"),
+        user_id=user_id,
+    )
+
+
+def validated_merge(merge: Any, name: str) -> str:
+    """
+    Return keys of a meta to set, as JSON text.
+
+    :raises ValueError: If the value is not a dictionary. If it contains a value without a JSON form, the error is a
+        `MessageEncodingError`.
+    """
+    if not isinstance(merge, dict):
+        raise ValueError(f"{name} must be a dictionary, got {type(merge).__name__}.")
+    return encode_values(merge, name)
 
 
 def microseconds(time: Any, name: str) -> int:

@@ -426,6 +426,7 @@ class TestSerialization:
                 portable=False,
                 merge_consecutive=True,
                 model="gpt-9",
+                require_user_id=True,
             ).to_dict()
             assert data == {
                 "type": "haystack_integrations.components.retrievers.chat_store"
@@ -439,6 +440,7 @@ class TestSerialization:
                     "portable": False,
                     "merge_consecutive": True,
                     "model": "gpt-9",
+                    "require_user_id": True,
                 },
             }
             loaded = ChatMessageRetriever.from_dict(data)

@@ -29,6 +29,9 @@ REPLACE_FROM_MESSAGE_ID_KEY = "replace_from_message_id"
 #: The key of the revision that the history must have when the run is first saved, in its `hook_context`.
 EXPECTED_REVISION_KEY = "expected_revision"
 
+#: The key of the user of the history, in its `hook_context`.
+USER_ID_KEY = "user_id"
+
 _RUN_KEY = "_haystack_chat_store"
 # Haystack sets this key in the meta of a message that a compactor created.
 _COMPACTION_KEY = "context_compaction"
@@ -41,6 +44,7 @@ class AgentRun:
     The record of one run.
 
     :param chat_history_id: The id of the history that its messages are stored in.
+    :param user_id: The user of the history, or `None`.
     :param until_message_id: The id of the last message of the history that the run is shown, or `None` for all.
     :param replaced_id: The id of the first message that the run takes the place of. `None` if there is none, or as soon
         as it was replaced.
@@ -56,6 +60,7 @@ class AgentRun:
     """
 
     chat_history_id: str
+    user_id: str | None = None
     until_message_id: str | None = None
     replaced_id: str | None = None
     expected_revision: int | None = None
@@ -172,6 +177,7 @@ def begin_run(state: State) -> AgentRun:
     replaced_id = hook_context.get(REPLACE_FROM_MESSAGE_ID_KEY)
     run = AgentRun(
         chat_history_id,
+        user_id=hook_context.get(USER_ID_KEY),
         until_message_id=hook_context.get(UNTIL_MESSAGE_ID_KEY),
         replaced_id=None if replaced_id is None else validated_id(replaced_id, REPLACE_FROM_MESSAGE_ID_KEY),
         expected_revision=validated_revision(hook_context.get(EXPECTED_REVISION_KEY)),

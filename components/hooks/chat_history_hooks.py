@@ -22,6 +22,7 @@ def chat_history_hooks(
     model: str | None = None,
     exit_conditions: list[str] | None = None,
     raise_on_failure: bool = True,
+    require_user_id: bool = False,
     hooks: Mapping[HookPoint, Sequence[Hook]] | None = None,
 ) -> dict[HookPoint, list[Hook]]:
     """
@@ -44,6 +45,8 @@ def chat_history_hooks(
       to edit a question. The agent is shown what comes before it. As soon as the first reply is there, it replaces the
       old messages in one step, together with the question. So a failing model leaves the old answer.
     - `until_message_id`: the id of the last message of the history that the agent is shown.
+    - `user_id`: the user of the history. The history of another user is as empty as one that does not exist, and saving
+      to it is refused.
     - `expected_revision`: the revision that the history must have when the run first writes to it.
 
     :param chat_message_store: The store of the chat histories: any object that follows the `ChatMessageStore` protocol.
@@ -57,6 +60,8 @@ def chat_history_hooks(
     :param model: The name of the agent's model, so that it can resume a round of another model. Defaults to `None`.
     :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. Defaults to `None`.
     :param raise_on_failure: Whether the run fails if saving fails. Defaults to True; see `ChatHistorySaver`.
+    :param require_user_id: Whether a run without `user_id` is refused, so that one that was forgotten shows nobody's
+        conversations. Defaults to False.
     :param hooks: Other hooks of the agent, by hook point. The mapping is not changed. They are ordered so that the
         history gets the messages as they were really sent: confirmation runs before saving, offloading after it.
     :returns: All hooks, for `Agent(hooks=...)`.
@@ -72,8 +77,9 @@ def chat_history_hooks(
         merge_consecutive=merge_consecutive,
         model=model,
         exit_conditions=exit_conditions,
+        require_user_id=require_user_id,
     )
-    saver = ChatHistorySaver(chat_message_store, raise_on_failure=raise_on_failure)
+    saver = ChatHistorySaver(chat_message_store, raise_on_failure=raise_on_failure, require_user_id=require_user_id)
     others = {point: list(listed) for point, listed in (hooks or {}).items()}
     # The saver comes first, because it corrects the result of a run without steps. It comes last again, because other
     # hooks may have added messages.

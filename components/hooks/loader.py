@@ -15,6 +15,7 @@ from haystack_chat_store.conversation.turns import before_turn, exit_reason, is_
 from haystack_chat_store.errors import MessageNotFoundError
 from haystack_chat_store.ids import QUESTION_ID_KEY, first_step_id
 from haystack_chat_store.types import ChatMessageStore
+from haystack_chat_store.validation import validated_flag
 from haystack_chat_store.window_reader import WindowReader
 
 from .agent_run import (
@@ -41,8 +42,8 @@ class ChatHistoryLoader:
     Loads the end of a chat history before an agent's run, so that the model sees the conversation so far.
 
     The id of the history is `hook_context["chat_history_id"]` or, without it, the value of the same key in the agent's
-    state. The loader belongs at `before_run`, before all other hooks, together with a `ChatHistorySaver`.
-    `chat_history_hooks` returns both at the right hook points.
+    state. Its user, if it has one, is `hook_context["user_id"]`. The loader belongs at `before_run`, before all other
+    hooks, together with a `ChatHistorySaver`. `chat_history_hooks` returns both at the right hook points.
 
     A run without new messages resumes an interrupted turn after its last step. The run has no new messages if
     `messages=[]`, or if its user message is stored already, by its id. Tool calls of the last step that have no result
@@ -70,6 +71,7 @@ class ChatHistoryLoader:
         merge_consecutive: bool = False,
         model: str | None = None,
         exit_conditions: list[str] | None = None,
+        require_user_id: bool = False,
     ) -> None:
         """
         Create the hook.
@@ -94,6 +96,7 @@ class ChatHistoryLoader:
             of the newest reply in that round.
         :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. A turn is complete if it
             ended with a successful result of one of these tools. Defaults to `None`.
+        :param require_user_id: Whether a run without `hook_context["user_id"]` is refused. Defaults to False.
         :raises ValueError: If an argument is wrong.
         """
         if exit_conditions is not None and not (
@@ -118,6 +121,7 @@ class ChatHistoryLoader:
         self.merge_consecutive = merge_consecutive
         self.model = model
         self.exit_conditions = exit_conditions
+        self.require_user_id = validated_flag(require_user_id, "require_user_id")
 
     def run(self, state: State) -> None:
         """
@@ -131,14 +135,13 @@ class ChatHistoryLoader:
         :raises ChatMessageStoreError: If the store fails.
         """
         run = begin_run(state)
+        store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
         for request in self._loading(state, run):
             if isinstance(request, _IsStored):
-                request.answer = protocol_calls.has_message(
-                    self.chat_message_store, run.chat_history_id, request.message_id
-                )
+                request.answer = protocol_calls.has_message(store, run.chat_history_id, request.message_id)
             else:
                 request.messages = request.reader.read(
-                    self.chat_message_store,
+                    store,
                     run.chat_history_id,
                     request.current,
                     until_message_id=run.until_message_id,
@@ -157,14 +160,13 @@ class ChatHistoryLoader:
         :raises ChatMessageStoreError: If the store fails.
         """
         run = begin_run(state)
+        store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
         for request in self._loading(state, run):
             if isinstance(request, _IsStored):
-                request.answer = await protocol_calls.has_message_async(
-                    self.chat_message_store, run.chat_history_id, request.message_id
-                )
+                request.answer = await protocol_calls.has_message_async(store, run.chat_history_id, request.message_id)
             else:
                 request.messages = await request.reader.read_async(
-                    self.chat_message_store,
+                    store,
                     run.chat_history_id,
                     request.current,
                     until_message_id=run.until_message_id,
@@ -184,6 +186,7 @@ class ChatHistoryLoader:
             merge_consecutive=self.merge_consecutive,
             model=self.model,
             exit_conditions=self.exit_conditions,
+            require_user_id=self.require_user_id,
         )
 
     @classmethod

@@ -9,9 +9,15 @@ from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.errors import ChatMessageStoreError, ConflictError, MessageNotFoundError
+from haystack_chat_store.errors import (
+    ChatHistoryAccessError,
+    ChatMessageStoreError,
+    ConflictError,
+    MessageNotFoundError,
+)
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.types import ChatMessageStore
+from haystack_chat_store.validation import validated_flag
 
 from .agent_run import AgentRun, correct_result, message_id, run_of, set_messages
 
@@ -34,7 +40,9 @@ class ChatHistorySaver:
 
     allowed_hook_points = ("before_run", "before_tool", "after_tool", "on_exit", "after_run")
 
-    def __init__(self, chat_message_store: ChatMessageStore, *, raise_on_failure: bool = True) -> None:
+    def __init__(
+        self, chat_message_store: ChatMessageStore, *, raise_on_failure: bool = True, require_user_id: bool = False
+    ) -> None:
         """
         Create the hook.
 
@@ -43,12 +51,14 @@ class ChatHistorySaver:
         :param raise_on_failure: Whether the run fails if saving fails. Defaults to True. With False, the error is
             logged, the run goes on, and the next hook point tries again. Only a message that cannot be encoded, or has
             an id that the store does not take, is left out.
+        :param require_user_id: Whether a run without `hook_context["user_id"]` is refused. Defaults to False.
         :raises ValueError: If an argument is wrong.
         """
         if not isinstance(raise_on_failure, bool):
             raise ValueError(f"raise_on_failure must be True or False, got {raise_on_failure!r}.")
         self.chat_message_store = protocol_calls.validated_store(chat_message_store)
         self.raise_on_failure = raise_on_failure
+        self.require_user_id = validated_flag(require_user_id, "require_user_id")
 
     def run(self, state: State) -> None:
         """
@@ -58,10 +68,12 @@ class ChatHistorySaver:
         :raises ValueError: If the run has no chat history id, its question was asked before, or a message cannot be
             stored.
         :raises MessageNotFoundError: If the history does not have the `replace_from_message_id` any more.
+        :raises ChatHistoryAccessError: If the history is another user's.
         :raises ConflictError: If the history has another revision than the `expected_revision`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        run, store = self._collected(state), self.chat_message_store
+        run = self._collected(state)
+        store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
         for attempt in self._attempts(run):
             with attempt:
                 if attempt.replaced_id is None:
@@ -79,10 +91,12 @@ class ChatHistorySaver:
         :raises ValueError: If the run has no chat history id, its question was asked before, or a message cannot be
             stored.
         :raises MessageNotFoundError: If the history does not have the `replace_from_message_id` any more.
+        :raises ChatHistoryAccessError: If the history is another user's.
         :raises ConflictError: If the history has another revision than the `expected_revision`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        run, store = self._collected(state), self.chat_message_store
+        run = self._collected(state)
+        store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
         for attempt in self._attempts(run):
             with attempt:
                 if attempt.replaced_id is None:
@@ -96,7 +110,12 @@ class ChatHistorySaver:
 
     def to_dict(self) -> dict[str, Any]:
         """Serialize the hook and its store."""
-        return default_to_dict(self, chat_message_store=self.chat_message_store, raise_on_failure=self.raise_on_failure)
+        return default_to_dict(
+            self,
+            chat_message_store=self.chat_message_store,
+            raise_on_failure=self.raise_on_failure,
+            require_user_id=self.require_user_id,
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ChatHistorySaver":
@@ -157,7 +176,7 @@ class ChatHistorySaver:
                     "chat_history_hooks a larger last_k."
                 )
             # Another attempt would be refused, too.
-            is_refused = isinstance(attempt.error, (ConflictError, MessageNotFoundError))
+            is_refused = isinstance(attempt.error, (ChatHistoryAccessError, ConflictError, MessageNotFoundError))
             if attempt.error is not None and (self.raise_on_failure or is_refused):
                 raise attempt.error
             # A MessageEncodingError is one, and so is the error of an id that a store does not take.

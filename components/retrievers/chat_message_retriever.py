@@ -7,7 +7,7 @@ from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.types import ChatMessageStore
-from haystack_chat_store.validation import validated_messages
+from haystack_chat_store.validation import validated_flag, validated_messages
 from haystack_chat_store.window_reader import TurnWindow, WindowReader
 
 
@@ -62,6 +62,7 @@ class ChatMessageRetriever:
         portable: bool = True,
         merge_consecutive: bool = False,
         model: str | None = None,
+        require_user_id: bool = False,
     ) -> None:
         """
         Create the component.
@@ -93,6 +94,8 @@ class ChatMessageRetriever:
         :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
             the portable form, so that another model can go on with an interrupted round. Defaults to `None`: the model
             of the newest reply in that round.
+        :param require_user_id: Whether a run without a `user_id` is refused, so that a connection that was forgotten
+            shows nobody's conversations. Defaults to False.
         :raises ValueError: If a setting is wrong, or `chat_message_store` does not follow the protocol.
         """
         self.chat_message_store = protocol_calls.validated_store(chat_message_store)
@@ -103,6 +106,7 @@ class ChatMessageRetriever:
         self.portable = portable
         self.merge_consecutive = merge_consecutive
         self.model = model
+        self.require_user_id = validated_flag(require_user_id, "require_user_id")
         self._window_reader()  # raises the ValueError of a wrong setting
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,6 +121,7 @@ class ChatMessageRetriever:
             portable=self.portable,
             merge_consecutive=self.merge_consecutive,
             model=self.model,
+            require_user_id=self.require_user_id,
         )
 
     @classmethod
@@ -136,6 +141,7 @@ class ChatMessageRetriever:
         *,
         last_k: int | None = None,
         current_messages: list[ChatMessage] | None = None,
+        user_id: str | None = None,
         until_message_id: str | None = None,
     ) -> dict[str, Any]:
         """
@@ -153,6 +159,8 @@ class ChatMessageRetriever:
             out, and so are the messages with ids before it, as in a whole transcript. The turn's question, which is the
             last user message, is shown as it stands here, also if it is stored otherwise. Tool results answer stored
             calls.
+        :param user_id: The user whose histories alone are seen: that of another user is as empty as one that does not
+            exist. Defaults to `None`: all that the store sees.
         :param until_message_id: The id of a message: the conversation is shown up to and including it, as if nothing
             had been said since. Defaults to `None`: the whole conversation.
         :returns: A dictionary with the keys
@@ -169,7 +177,8 @@ class ChatMessageRetriever:
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
-        reader, store = self._window_reader(), self.chat_message_store
+        store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
+        reader = self._window_reader()
         window = reader.read_turn(store, chat_history_id, current, last_k, until_message_id=until_message_id)
         return _outputs(reader, window, current)
 
@@ -180,6 +189,7 @@ class ChatMessageRetriever:
         *,
         last_k: int | None = None,
         current_messages: list[ChatMessage] | None = None,
+        user_id: str | None = None,
         until_message_id: str | None = None,
     ) -> dict[str, Any]:
         """
@@ -189,6 +199,7 @@ class ChatMessageRetriever:
         :param last_k: The number of rounds before this turn to retrieve; 0 for none. Defaults to the component's
             `last_k`.
         :param current_messages: The messages of this turn.
+        :param user_id: The user whose histories alone are seen. Defaults to `None`: all that the store sees.
         :param until_message_id: The id of the last message to show. Defaults to `None`: the last one of the history.
         :returns: A dictionary with the keys `messages` or `replies`, `revision`, and `omitted_rounds`.
         :raises ValueError: If an argument is wrong.
@@ -196,7 +207,8 @@ class ChatMessageRetriever:
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
-        reader, store = self._window_reader(), self.chat_message_store
+        store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
+        reader = self._window_reader()
         window = await reader.read_turn_async(
             store, chat_history_id, current, last_k, until_message_id=until_message_id
         )

@@ -9,7 +9,7 @@ from haystack_chat_store import protocol_calls
 from haystack_chat_store.ids import is_shown_only
 from haystack_chat_store.turn_writer import TurnWriter, WrittenTurn
 from haystack_chat_store.types import ChatMessageStore
-from haystack_chat_store.validation import validated_messages
+from haystack_chat_store.validation import validated_flag, validated_messages
 
 
 @component
@@ -32,7 +32,13 @@ class ChatMessageWriter:
     ```
     """
 
-    def __init__(self, chat_message_store: ChatMessageStore, policy: DuplicatePolicy = DuplicatePolicy.SKIP) -> None:
+    def __init__(
+        self,
+        chat_message_store: ChatMessageStore,
+        policy: DuplicatePolicy = DuplicatePolicy.SKIP,
+        *,
+        require_user_id: bool = False,
+    ) -> None:
         """
         Create the component.
 
@@ -41,16 +47,23 @@ class ChatMessageWriter:
         :param policy: Decides about a message whose id (in its `meta["chat_message_id"]`) the history already has. With
             SKIP, the default, and NONE, the message is skipped. With OVERWRITE, it replaces the stored message. With
             FAIL, nothing of the batch is written.
+        :param require_user_id: Whether a run without a `user_id` is refused. Defaults to False.
         :raises ValueError: If `chat_message_store` does not follow the protocol, or its `write_messages` does not take
             a `policy` and the policy is not SKIP or NONE.
         """
         self.chat_message_store = protocol_calls.validated_store(chat_message_store)
         self.policy = policy
+        self.require_user_id = validated_flag(require_user_id, "require_user_id")
         protocol_calls.write_options(self.chat_message_store, policy, None)
 
     def to_dict(self) -> dict[str, Any]:
         """Serialize the component and its store."""
-        return default_to_dict(self, chat_message_store=self.chat_message_store, policy=self.policy.name)
+        return default_to_dict(
+            self,
+            chat_message_store=self.chat_message_store,
+            policy=self.policy.name,
+            require_user_id=self.require_user_id,
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ChatMessageWriter":
@@ -75,6 +88,7 @@ class ChatMessageWriter:
         messages: list[ChatMessage],
         replies: list[ChatMessage] | None = None,
         *,
+        user_id: str | None = None,
         expected_revision: int | None = None,
         replace_from_message_id: str | None = None,
     ) -> dict[str, Any]:
@@ -91,6 +105,8 @@ class ChatMessageWriter:
         :param replies: The replies to them: connect a ChatGenerator's `replies` here, and the retriever's `replies`,
             too. One of them arrives. (If replies and messages were connected to one list input, Haystack would not
             promise their order.) Defaults to none.
+        :param user_id: The user of the history. A history that is created is this user's. Defaults to `None`: the user
+            of the store, if it has one.
         :param expected_revision: The revision that the history must have, 0 if it must not exist; if it has another
             one, nothing is written. The store's `write_messages` must take it. Defaults to `None`: any revision.
         :param replace_from_message_id: The id of a message of the history. It is taken back with all messages after it,
@@ -108,11 +124,13 @@ class ChatMessageWriter:
             - `replies`: the replies of the turn as the history has them. If the question was answered before, this is
               the stored answer.
         :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises ChatHistoryAccessError: If the history is another user's. Nothing was written.
         :raises MessageNotFoundError: If the history does not have `replace_from_message_id`. Nothing was written.
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        writer = TurnWriter(self.chat_message_store, self.policy, expected_revision, replace_from_message_id)
+        store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
+        writer = TurnWriter(store, self.policy, expected_revision, replace_from_message_id)
         stored, stored_replies, names = _stored(messages, replies)
         with protocol_calls.arguments_named(names):
             return _outputs(writer.write(chat_history_id, stored, stored_replies))
@@ -124,6 +142,7 @@ class ChatMessageWriter:
         messages: list[ChatMessage],
         replies: list[ChatMessage] | None = None,
         *,
+        user_id: str | None = None,
         expected_revision: int | None = None,
         replace_from_message_id: str | None = None,
     ) -> dict[str, Any]:
@@ -133,17 +152,21 @@ class ChatMessageWriter:
         :param chat_history_id: The history's id. A history that does not exist is created.
         :param messages: The messages of this turn, oldest first.
         :param replies: The replies to them. Defaults to none.
+        :param user_id: The user of the history. A history that is created is this user's. Defaults to `None`: the user
+            of the store, if it has one.
         :param expected_revision: The revision that the history must have, 0 if it must not exist; if it has another
             one, nothing is written. Defaults to `None`: any revision.
         :param replace_from_message_id: The id of the first message that the batch takes the place of. Defaults to
             `None`: the batch is appended.
         :returns: A dictionary with the keys `messages_written`, `messages` and `replies`.
         :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises ChatHistoryAccessError: If the history is another user's. Nothing was written.
         :raises MessageNotFoundError: If the history does not have `replace_from_message_id`. Nothing was written.
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        writer = TurnWriter(self.chat_message_store, self.policy, expected_revision, replace_from_message_id)
+        store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
+        writer = TurnWriter(store, self.policy, expected_revision, replace_from_message_id)
         stored, stored_replies, names = _stored(messages, replies)
         with protocol_calls.arguments_named(names):
             return _outputs(await writer.write_async(chat_history_id, stored, stored_replies))

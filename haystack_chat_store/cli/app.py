@@ -24,6 +24,7 @@ from haystack_chat_store.cli.options import (
     Namespace,
     Prefix,
     Store,
+    User,
     Vacuum,
     Yes,
     chosen_ids,
@@ -76,6 +77,7 @@ def ls(
     show_all: Annotated[bool, typer.Option("--all", help="List all.")] = False,
     store: Store = None,
     namespace: Namespace = "default",
+    user: User = None,
     as_json: AsJson = False,
 ) -> None:
     """List histories, the latest change first."""
@@ -83,7 +85,7 @@ def ls(
         raise typer.BadParameter("Give --limit or --all, not both.")
     directory = DirectoryPrinter(terminal.output())
     listed = 0
-    with open_store(store, namespace) as chat_store:
+    with open_store(store, namespace, user) as chat_store:
         for page in _pages(chat_store, prefix, None if show_all else limit or _DEFAULT_HISTORIES):
             listed += len(page.items)
             if as_json:
@@ -122,6 +124,7 @@ def show(
     full: Annotated[bool, typer.Option("--full", help="Do not shorten long texts.")] = False,
     store: Store = None,
     namespace: Namespace = "default",
+    user: User = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the messages of a history."""
@@ -131,7 +134,7 @@ def show(
         raise typer.BadParameter("Give --last or --all, not both.")
     limit = last or _DEFAULT_MESSAGES
     console = terminal.output()
-    with open_store(store, namespace) as chat_store:
+    with open_store(store, namespace, user) as chat_store:
         info = _existing(chat_store, history)
         messages: Iterator[ExaminedMessage]
         if show_all:
@@ -165,10 +168,11 @@ def search(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=MAX_LIMIT, help="The most hits to show.")] = 20,
     store: Store = None,
     namespace: Namespace = "default",
+    user: User = None,
     as_json: AsJson = False,
 ) -> None:
     """Find messages by their words, the best match first."""
-    with open_store(store, namespace, search=True) as chat_store:
+    with open_store(store, namespace, user, search=True) as chat_store:
         hits = chat_store.search_messages(query, chat_history_id=history, prefix=prefix, limit=limit)
     if as_json:
         for hit in hits:
@@ -225,10 +229,11 @@ def stats(
     days: Annotated[int, typer.Option("--days", min=1, max=10_000, help="The most days to show.")] = 30,
     store: Store = None,
     namespace: Namespace = "default",
+    user: User = None,
     as_json: AsJson = False,
 ) -> None:
     """Show totals, messages by day, and histories by size."""
-    with open_store(store, namespace) as chat_store, terminal.progress("Counting") as shown:
+    with open_store(store, namespace, user) as chat_store, terminal.progress("Counting") as shown:
         shown(0, None)
         statistics = chat_store.statistics(prefix=prefix)
         sizes = sizes_of(_histories(chat_store, prefix))
@@ -247,6 +252,7 @@ def title(
     clear: Annotated[bool, typer.Option("--clear", help="Remove the title.")] = False,
     store: Store = None,
     namespace: Namespace = "default",
+    user: User = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the title of a history, or set it."""
@@ -254,7 +260,7 @@ def title(
         raise typer.BadParameter("Give a title or --clear, not both.")
     if text is not None and not text.strip():
         raise typer.BadParameter("A title must not be empty. To remove it, use --clear.")
-    with open_store(store, namespace) as chat_store:
+    with open_store(store, namespace, user) as chat_store:
         if clear or text is not None:
             info = chat_store.update_chat_history(history, title=text)
         else:
@@ -286,6 +292,7 @@ def export_(
     format_: Annotated[transfer.ExportFormat, typer.Option("--format", help="The format to write.")] = "jsonl",
     store: Store = None,
     namespace: Namespace = "default",
+    user: User = None,
     as_json: AsJson = False,
 ) -> None:
     """
@@ -299,7 +306,7 @@ def export_(
         raise typer.BadParameter("--json needs --output FILE, because it prints the result of writing that file.")
     if output is None and sys.stdout.isatty():
         raise typer.BadParameter("Give --output FILE, or redirect the standard output to a file or a program.")
-    with open_store(store, namespace) as chat_store, terminal.progress("Exporting") as shown:
+    with open_store(store, namespace, user) as chat_store, terminal.progress("Exporting") as shown:
         what: dict[str, Any] = {"chat_history_ids": chat_history_ids, "prefix": prefix, "format": format_}
         if output is None:
             moved = transfer.export_to(chat_store, sys.stdout.buffer, **what, progress=shown)
@@ -315,6 +322,7 @@ def import_(
     format_: Annotated[transfer.ImportFormat, typer.Option("--format", help="The format of the file.")] = "jsonl",
     store: Store = None,
     namespace: Namespace = "default",
+    user: User = None,
     as_json: AsJson = False,
 ) -> None:
     """
@@ -324,7 +332,7 @@ def import_(
     repeated.
     """
     with (
-        open_store(store, namespace, to_fill=True) as chat_store,
+        open_store(store, namespace, user, to_fill=True) as chat_store,
         readable_file(file) as source,
         terminal.progress("Importing") as shown,
     ):
@@ -351,6 +359,7 @@ def copy(
     prefix: Prefix = "",
     store: Store = None,
     namespace: Namespace = "default",
+    user: User = None,
     as_json: AsJson = False,
 ) -> None:
     """
@@ -363,8 +372,8 @@ def copy(
     if to is None and to_namespace is None:
         raise typer.BadParameter("Give --to URL, or --to-namespace NAME for the same store.")
     with (
-        open_store(store, namespace) as source,
-        open_store(to or store, to_namespace or namespace, to_fill=True) as target,
+        open_store(store, namespace, user) as source,
+        open_store(to or store, to_namespace or namespace, user, to_fill=True) as target,
     ):
         if source == target:
             raise typer.BadParameter("The source and the target are the same. Choose another --to or --to-namespace.")
@@ -384,11 +393,12 @@ def delete(
     yes: Yes = False,
     store: Store = None,
     namespace: Namespace = "default",
+    user: User = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete the named histories, or those with a prefix."""
-    chat_history_ids = chosen_ids(histories, prefix, or_all=False)
-    with open_store(store, namespace) as chat_store:
+    """Delete the named histories, those with a prefix, or all of a user."""
+    chat_history_ids = chosen_ids(histories, prefix, or_all=user is not None)
+    with open_store(store, namespace, user) as chat_store:
         if chat_history_ids is None:
             found = _histories(chat_store, prefix)
         else:
@@ -398,7 +408,12 @@ def delete(
         with terminal.progress("Deleting") as shown:
             shown(0, None)
             if chat_history_ids is None:
-                deleted = chat_store.delete_chat_histories(prefix=prefix, vacuum=vacuum)
+                erase_user = user is not None and not prefix
+                deleted = (
+                    chat_store.delete_user(str(user), vacuum=vacuum)
+                    if erase_user
+                    else chat_store.delete_chat_histories(prefix=prefix, vacuum=vacuum)
+                )
             else:
                 deleted = 0
                 for number, history in enumerate(chat_history_ids, 1):
@@ -417,20 +432,22 @@ def purge(
     older_than: Annotated[
         str, typer.Option("--older-than", metavar="AGE", help="An age such as 90d, 36h or 2w, or a date.")
     ],
+    prefix: Prefix = "",
     vacuum: Vacuum = False,
     yes: Yes = False,
     store: Store = None,
     namespace: Namespace = "default",
+    user: User = None,
     as_json: AsJson = False,
 ) -> None:
     """Delete histories that have not changed for a long time."""
     time = time_from(older_than)
-    with open_store(store, namespace) as chat_store:
+    with open_store(store, namespace, user) as chat_store:
         if not yes:
-            _confirm(history for history in _histories(chat_store) if history.updated_at < time)
+            _confirm(history for history in _histories(chat_store, prefix) if history.updated_at < time)
         with terminal.progress("Deleting") as shown:
             shown(0, None)
-            deleted = chat_store.purge(older_than=time, vacuum=vacuum)
+            deleted = chat_store.purge(older_than=time, prefix=prefix, vacuum=vacuum)
     _report_deleted(deleted, as_json)
 
 

@@ -41,7 +41,7 @@ def completed_ids(context: typer.Context, incomplete: str) -> list[str]:
     url = context.params.get("store") or os.environ.get(_URL_VARIABLE)
     namespace = context.params.get("namespace") or "default"
     try:
-        with open_store(url, namespace, timeout=_COMPLETION_TIMEOUT) as store:
+        with open_store(url, namespace, context.params.get("user"), timeout=_COMPLETION_TIMEOUT) as store:
             page = store.list_chat_histories(prefix=incomplete, limit=_MAX_COMPLETIONS)
     except Exception:  # a shell cannot show an error while it completes a word
         return []
@@ -59,6 +59,10 @@ Store = Annotated[
     ),
 ]
 Namespace = Annotated[str, typer.Option("--namespace", metavar="NAME", help="The namespace within the store.")]
+User = Annotated[
+    str | None,
+    typer.Option("--user", metavar="ID", help="Only the histories of this user.", show_default=False),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, one object a line.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Vacuum = Annotated[
@@ -80,11 +84,12 @@ HistoryIds = Annotated[
 
 @contextmanager
 def open_store(
-    url: str | None, namespace: str, *, to_fill: bool = False, **settings: Any
+    url: str | None, namespace: str, user: str | None = None, *, to_fill: bool = False, **settings: Any
 ) -> "Iterator[BaseChatMessageStore]":
     """
     Open the store that a URL names, and close it at the end of the block.
 
+    :param user: The user whose histories alone the command sees, or `None` for all.
     :param to_fill: Whether the command moves histories to the store. If so, a missing database is created. Otherwise it
         is an error.
     :param settings: More settings of the store.
@@ -96,6 +101,8 @@ def open_store(
             f"Give the store with --store URL, or in the environment variable {_URL_VARIABLE}. "
             "For example: --store sqlite:///chat_history.db"
         )
+    if user is not None:
+        settings["user_id"] = user
     try:
         store = store_from_url(url, namespace=namespace, **settings)
     except ValueError as error:

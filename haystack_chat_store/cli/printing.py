@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, timedelta
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -16,13 +16,14 @@ from haystack_chat_store.cli.terminal import is_terminal, print_plain
 from haystack_chat_store.display import harmless_line, shown_size
 from haystack_chat_store.doctor import ExaminedMessage
 from haystack_chat_store.search_text import parsed_query, terms
-from haystack_chat_store.types import ChatHistoryInfo, Fault, SearchHit, StoreStatistics
+from haystack_chat_store.types import ChatHistoryInfo, Fault, SearchHit, StoreStatistics, TokenUsage
 
 # On a narrower terminal, a history takes several lines instead of a row of a table.
 _MIN_TABLE_WIDTH = 76
 _WIDTH_OF_COUNTS_AND_TIME = 16 + 8 + 6 + 4 * 2
 _MIN_TITLE_WIDTH = 16
 _MAX_BAR_WIDTH = 40
+_MAX_USER_WIDTH = 16
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -60,6 +61,7 @@ class DirectoryPrinter:
         """Start an empty list."""
         self._console = console
         self._widths: tuple[int, int] | None = None
+        self._user_width = 0
 
     def add(self, histories: Sequence[ChatHistoryInfo]) -> None:
         """Print more histories."""
@@ -78,6 +80,8 @@ class DirectoryPrinter:
                 str(history.message_count),
                 str(history.round_count),
                 history.updated_at.isoformat(),
+                harmless_line(history.user_id or ""),
+                harmless_line(history.preview or ""),
             )
             print_plain("\t".join(row))
 
@@ -85,32 +89,45 @@ class DirectoryPrinter:
         for history in histories:
             counts = plural(history.message_count, "message", "messages")
             self._console.print(Text(harmless_line(history.chat_history_id), "bold", overflow="fold"))
-            if history.title:
-                self._console.print(Text(harmless_line(history.title), overflow="fold"))
-            self._console.print(Text(f"{counts} · {local_time(history.updated_at)}\n", "dim"))
+            if history.title or history.preview:
+                self._console.print(_named(history, "fold"))
+            user = f" · {harmless_line(history.user_id)}" if history.user_id else ""
+            self._console.print(Text(f"{counts} · {local_time(history.updated_at)}{user}\n", "dim"))
 
     def _add_rows(self, histories: Sequence[ChatHistoryInfo]) -> None:
         is_first = self._widths is None
         if self._widths is None:
-            room = self._console.width - _WIDTH_OF_COUNTS_AND_TIME
+            users = [len(harmless_line(history.user_id)) for history in histories if history.user_id]
+            self._user_width = max(min(max(users), _MAX_USER_WIDTH), len("user")) if users else 0
+            room = self._console.width - _WIDTH_OF_COUNTS_AND_TIME - (self._user_width + 2 if users else 0)
             longest = max((len(harmless_line(history.chat_history_id)) for history in histories), default=0)
             id_width = max(min(longest, room - _MIN_TITLE_WIDTH, room * 2 // 3), len("id"))
             self._widths = id_width, room - id_width
         table = Table(box=None, show_header=is_first, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("id", width=self._widths[0], overflow="fold")
         table.add_column("title", width=self._widths[1], overflow="ellipsis", no_wrap=True)
+        if self._user_width:
+            table.add_column("user", width=self._user_width, overflow="ellipsis", no_wrap=True)
         table.add_column("messages", width=8, justify="right")
         table.add_column("rounds", width=6, justify="right")
         table.add_column("updated", width=16)
         for history in histories:
             table.add_row(
                 Text(harmless_line(history.chat_history_id), "bold"),
-                Text(harmless_line(history.title or "")),
+                _named(history, "ellipsis"),
+                *([Text(harmless_line(history.user_id or ""))] if self._user_width else []),
                 f"{history.message_count:,}",
                 f"{history.round_count:,}",
                 Text(local_time(history.updated_at), "dim"),
             )
         self._console.print(table)
+
+
+def _named(history: ChatHistoryInfo, overflow: Literal["fold", "ellipsis"]) -> Text:
+    """Return the title of a history or, if it has none, the beginning of its first question."""
+    if history.title:
+        return Text(harmless_line(history.title), overflow=overflow)
+    return Text(harmless_line(history.preview or ""), "italic dim", overflow=overflow)
 
 
 def print_hits(console: Console, hits: Iterable[SearchHit], query: str) -> None:
@@ -159,10 +176,24 @@ def print_statistics(console: Console, statistics: StoreStatistics, sizes: Mappi
     if statistics.size is not None:
         totals.add_row("database size", shown_size(statistics.size))
     console.print(totals)
+    if statistics.usage:
+        _print_usage(console, statistics.usage)
     if statistics.messages_per_day:
         _print_bars(console, "messages per day (UTC)", _last_days(statistics.messages_per_day, days))
     if sizes:
         _print_bars(console, "histories by messages", {_size_name(size): sizes[size] for size in sorted(sizes)})
+
+
+def _print_usage(console: Console, usage: Mapping[str, TokenUsage]) -> None:
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("tokens of", overflow="fold")
+    for name in ("prompt", "completion", "total"):
+        table.add_column(name, justify="right")
+    for model, each in usage.items():
+        counts = (each.prompt_tokens, each.completion_tokens, each.total_tokens)
+        table.add_row(Text(harmless_line(model)), *(f"{count:,}" for count in counts))
+    console.print()
+    console.print(table)
 
 
 def size_class(message_count: int) -> int:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of all stores: settings, validation, ids, encoding; writing, reading and deleting messages."""
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from haystack import default_from_dict, default_to_dict
@@ -11,18 +13,21 @@ from haystack.document_stores.types import DuplicatePolicy
 from typing_extensions import Self
 
 from haystack_chat_store import validation
-from haystack_chat_store.codec import decode_messages, encode_message
+from haystack_chat_store.codec import decode_messages, encode_message, with_merged_meta
 from haystack_chat_store.conversation import rounds
 from haystack_chat_store.conversation.rounds import LastKUnit, Window
+from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.ids import MESSAGE_ID_KEY, new_message_id
-from haystack_chat_store.stores.conflicts import duplicate_in_batch
+from haystack_chat_store.stores.conflicts import duplicate_in_batch, only_one_user
 from haystack_chat_store.stores.directory import DirectoryMethods
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.reading import ReadingMethods
+from haystack_chat_store.stores.previews import beginning_of
+from haystack_chat_store.stores.reading import ReadingMethods, stored
 from haystack_chat_store.stores.rows import EncodedMessage, Scope, WindowRows
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP, to_thread_if_large
-from haystack_chat_store.types import HistoryWindow
+from haystack_chat_store.types import HistoryWindow, StoredMessage
 
+MICROSECONDS_PER_SECOND = 1_000_000
 # The cost of encoding one value, in characters of text that take as long to encode.
 _CHARACTERS_PER_VALUE = 100
 
@@ -61,6 +66,9 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         namespace: str = "default",
         search: bool = False,
         strict: bool = False,
+        user_id: str | None = None,
+        ttl: float | None = None,
+        renew_ttl_on_read: bool = False,
     ) -> None:
         """
         Check and keep the settings that all stores have.
@@ -75,7 +83,13 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         :param search: Whether messages can be searched. Defaults to False.
         :param strict: Whether a message is refused if its `meta` contains a value without a JSON form, such as a
             function. Defaults to False: the `repr` of such a value is stored, and the log says so.
+        :param user_id: The user whose histories alone the store sees and changes, 1 to 512 characters: see `for_user`.
+            Defaults to `None`: all histories of the namespace.
+        :param ttl: After how many seconds without a write a history expires, by the server's clock. Each write to it
+            starts the time anew, with the `ttl` of the store that writes. Defaults to `None`: never.
+        :param renew_ttl_on_read: Whether reading messages of a history starts the time anew, too. Defaults to False.
         :raises ValueError: If a setting is wrong.
+        :raises UnsupportedOperationError: If the engine has no users, or no histories that expire.
         """
         validation.validate_last_k(last_k)
         if last_k_unit not in ("round", "message"):
@@ -87,7 +101,15 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         self.namespace = validation.validated_id(namespace, "namespace", validation.MAX_NAMESPACE_LENGTH)
         self.search = validation.validated_flag(search, "search")
         self.strict = validation.validated_flag(strict, "strict")
-        self.scope = Scope(self.namespace)
+        self.user_id = None if user_id is None else validation.validated_id(user_id, "user_id")
+        self.ttl = None if ttl is None else validation.validated_seconds(ttl, "ttl")
+        self.renew_ttl_on_read = validation.validated_flag(renew_ttl_on_read, "renew_ttl_on_read")
+        if self.renew_ttl_on_read and self.ttl is None:
+            raise ValueError("renew_ttl_on_read needs a ttl.")
+        self._check_engine()
+        lifetime = None if self.ttl is None else round(self.ttl * MICROSECONDS_PER_SECOND)
+        #: What operations of the engine may see and change.
+        self.scope = Scope(self.namespace, self.user_id, lifetime)
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's arguments for an equal store. A subclass adds its own arguments."""
@@ -98,6 +120,9 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
             "namespace": self.namespace,
             "search": self.search,
             "strict": self.strict,
+            "user_id": self.user_id,
+            "ttl": self.ttl,
+            "renew_ttl_on_read": self.renew_ttl_on_read,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +135,30 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         return default_to_dict(self, **self.settings())
 
     # ------------------------------------------------------------------ public methods
+
+    def for_user(self, user_id: str) -> Self:
+        """
+        Return this store for one user: the same store, which sees and changes only this user's histories.
+
+        For what reads, a history of another user, or of none, is as absent as one that does not exist. A write to it
+        raises a `ChatHistoryAccessError`. A history that is made through it is this user's. It costs next to nothing to
+        make, and shares the connections of this store.
+
+        :param user_id: The user's id: 1 to 512 characters, without NUL and lone surrogates.
+        :returns: A store of this class. Its `user_id` is a setting like others, which `to_dict` contains.
+        :raises ValueError: If `user_id` is not a valid id.
+        :raises ChatHistoryAccessError: If this is the store of another user already.
+        :raises UnsupportedOperationError: If the engine has no users.
+        """
+        user = validation.validated_id(user_id, "user_id")
+        if user == self.user_id:
+            return self
+        if self.user_id is not None:
+            raise only_one_user("become that of another user")
+        store = copy(self)
+        store.user_id, store.scope = user, replace(self.scope, user_id=user)
+        store._check_engine()
+        return store
 
     def write_messages(
         self,
@@ -195,7 +244,10 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         window = self._checked_window(last_k, window_step)
         if window.count == 0:
             return []
-        return _decoded(self.engine.run(self.engine.read, self.scope, history, window), window)
+        rows = self.engine.run(self.engine.read, self.scope, history, window)
+        if rows.contents and self.renew_ttl_on_read:
+            self.engine.run(self.engine.renew, self.scope, history)
+        return _decoded(rows, window)
 
     async def retrieve_messages_async(
         self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
@@ -206,6 +258,8 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         if window.count == 0:
             return []
         rows = await self.engine.run_async(self.engine.read, self.scope, history, window)
+        if rows.contents and self.renew_ttl_on_read:
+            await self.engine.run_async(self.engine.renew, self.scope, history)
         return await to_thread_if_large(sum(map(len, rows.contents)), _decoded, rows, window)
 
     def retrieve_window(
@@ -224,6 +278,8 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         history = validation.validated_id(chat_history_id, "chat_history_id")
         window = self._checked_window(last_k, window_step)
         rows = self.engine.run(self.engine.read, self.scope, history, _at_least_one(window))
+        if rows.contents and self.renew_ttl_on_read:
+            self.engine.run(self.engine.renew, self.scope, history)
         return _window(rows, window)
 
     async def retrieve_window_async(
@@ -233,6 +289,8 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         history = validation.validated_id(chat_history_id, "chat_history_id")
         window = self._checked_window(last_k, window_step)
         rows = await self.engine.run_async(self.engine.read, self.scope, history, _at_least_one(window))
+        if rows.contents and self.renew_ttl_on_read:
+            await self.engine.run_async(self.engine.renew, self.scope, history)
         return await to_thread_if_large(sum(map(len, rows.contents)), _window, rows, window)
 
     def count_messages(self, chat_history_id: str) -> int:
@@ -305,6 +363,31 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         return await self.engine.run_async(
             self.engine.replace, self.scope, write.chat_history_id, first, encoded, write.expected_revision
         )
+
+    def update_message_meta(self, chat_history_id: str, message_id: str, *, merge: dict[str, Any]) -> StoredMessage:
+        """
+        Set keys in the meta of a message, such as a rating, while all others stay. What was said does not change.
+
+        No other change is lost. The history's revision becomes greater, and its `updated_at` stays.
+
+        :param chat_history_id: The history's id.
+        :param message_id: The message's id.
+        :param merge: The keys to set. A value of `None` deletes its key. The message's id cannot be changed.
+        :returns: The message after the change.
+        :raises ValueError: If an argument is wrong. Nothing was changed.
+        :raises MessageNotFoundError: If the history does not have the message.
+        :raises ChatHistoryAccessError: If the history is another user's.
+        :raises ChatMessageStoreError: If the engine fails.
+        """
+        message = _checked_merge(chat_history_id, message_id, merge)
+        return stored([self.engine.run(self.engine.update_message, self.scope, *message)])[0]
+
+    async def update_message_meta_async(
+        self, chat_history_id: str, message_id: str, *, merge: dict[str, Any]
+    ) -> StoredMessage:
+        """Do what `update_message_meta` does, without blocking the event loop."""
+        message = _checked_merge(chat_history_id, message_id, merge)
+        return stored([await self.engine.run_async(self.engine.update_message, self.scope, *message)])[0]
 
     def delete_messages(
         self,
@@ -422,6 +505,17 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(namespace={self.namespace!r})"
 
+    def _check_engine(self) -> None:
+        """
+        Check that the engine can keep what the settings ask for.
+
+        :raises UnsupportedOperationError: If it has no users, or no histories that expire.
+        """
+        if self.user_id is not None and not self.engine.keeps_users:
+            raise _not_kept(self.engine, "users", "keeps_users")
+        if self.ttl is not None and not self.engine.keeps_expiry:
+            raise _not_kept(self.engine, "a ttl", "keeps_expiry")
+
     def _checked_write(
         self,
         chat_history_id: str,
@@ -445,6 +539,22 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         return Window(self.last_k_unit, self.last_k if last_k is None else last_k, window_step)
 
 
+def _checked_merge(
+    chat_history_id: str, message_id: str, merge: dict[str, Any]
+) -> tuple[str, str, Callable[[str], str]]:
+    """Return the arguments of the engine's `update_message`."""
+    history = validation.validated_id(chat_history_id, "chat_history_id")
+    message = validation.validated_id(message_id, "message_id")
+    merged = validation.validated_merge(merge, "merge")
+    if MESSAGE_ID_KEY in merge:
+        raise ValueError(f"merge must not have the key {MESSAGE_ID_KEY!r}: the id of a message stays.")
+    return history, message, partial(with_merged_meta, merged=merged)
+
+
+def _not_kept(engine: Engine[Any], what: str, attribute: str) -> UnsupportedOperationError:
+    return UnsupportedOperationError(f"{type(engine).__name__} does not support {what}.", attribute)
+
+
 def _encoded(write: _Write) -> list[EncodedMessage]:
     """
     Give each message its id, and encode it.
@@ -465,7 +575,11 @@ def _encoded(write: _Write) -> list[EncodedMessage]:
             if write.policy is DuplicatePolicy.SKIP:
                 continue
         encoded[message_id] = EncodedMessage(
-            message_id=message_id, role=message.role.value, content=content, has_caller_id=own_id is not None
+            message_id=message_id,
+            role=message.role.value,
+            content=content,
+            has_caller_id=own_id is not None,
+            text=beginning_of(message),
         )
     return list(encoded.values())
 

@@ -8,13 +8,14 @@ from typing import Any
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.errors import (
+    ChatHistoryAccessError,
     ChatHistoryChangedError,
     ChatHistoryExistsError,
     ChatHistoryNotFoundError,
     DuplicateMessageError,
     MessageNotFoundError,
 )
-from haystack_chat_store.stores.rows import EncodedMessage
+from haystack_chat_store.stores.rows import EncodedMessage, Scope
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,27 @@ def check_revision(expected_revision: int | None, revision: int) -> None:
         )
 
 
+def check_access(scope: Scope, user_id: str | None) -> None:
+    """
+    Check that a write of a scope may change a history that exists.
+
+    :param user_id: The user of the history, or `None`.
+    :raises ChatHistoryAccessError: If the scope is that of another user.
+    """
+    if not scope.includes(user_id):
+        raise no_access()
+
+
+def no_access() -> ChatHistoryAccessError:
+    """Return the error of a write to a history of another user. It says nothing about the history."""
+    return ChatHistoryAccessError("This user has no access to the chat history. Nothing was changed.")
+
+
+def only_one_user(what: str) -> ChatHistoryAccessError:
+    """Return the error of a call that concerns other users than that of the store."""
+    return ChatHistoryAccessError(f"A store of one user cannot {what}. Use the store without a user.")
+
+
 def duplicate(message_id: str) -> DuplicateMessageError:
     """Return the error of a write with the policy FAIL and an id that the history already has."""
     return DuplicateMessageError(f"The history already has a message with the id {message_id!r}. Nothing was written.")
@@ -131,6 +153,11 @@ def history_not_found(chat_history_id: str) -> ChatHistoryNotFoundError:
 def history_exists(chat_history_id: str) -> ChatHistoryChangedError:
     """Return the error of an import that expected a new history."""
     return ChatHistoryChangedError(f"The chat history {chat_history_id!r} exists by now. Nothing was imported.")
+
+
+def history_is_there(chat_history_id: str) -> ChatHistoryExistsError:
+    """Return the error of a call that makes a history, or gives one another id, if there is a history with this id."""
+    return ChatHistoryExistsError(f"There is a chat history {chat_history_id!r} already. Nothing was changed.")
 
 
 def history_has_messages(chat_history_id: str) -> ChatHistoryExistsError:

@@ -4,22 +4,28 @@
 import base64
 import binascii
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from typing_extensions import Self
+
 from haystack_chat_store import validation
 from haystack_chat_store.errors import ChatMessageStoreError
-from haystack_chat_store.stores.conflicts import history_not_found
+from haystack_chat_store.json_values import equal_json, parse_json
+from haystack_chat_store.stores.conflicts import history_is_there, history_not_found, only_one_user
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, Unchanged
 from haystack_chat_store.stores.times import readable_time
-from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, StoreStatistics
+from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, MessagePreview, StoreStatistics
 
 # The number of histories that one step erases. Other writers wait no longer than for one step.
 _ERASE_BATCH_SIZE = 100
+# The most histories that one call of the engine returns when most of them do not have the meta that is looked for.
+_MOST_READ = 1_000
 # The first element of a cursor. A later version with another order of the directory gets another number.
 _CURSOR_VERSION = 1
 
@@ -30,8 +36,19 @@ class DirectoryMethods:
     engine: Engine[Any]
     scope: Scope
 
+    @abstractmethod
+    def for_user(self, user_id: str) -> Self:
+        """Return this store for one user."""
+
     def list_chat_histories(
-        self, *, prefix: str = "", branches: bool = False, limit: int = 50, cursor: str | None = None
+        self,
+        *,
+        prefix: str = "",
+        user_id: str | None = None,
+        meta: dict[str, Any] | None = None,
+        branches: bool = False,
+        limit: int = 50,
+        cursor: str | None = None,
     ) -> ChatHistoryPage:
         """
         Return a page of the histories of this namespace. The history whose messages changed last comes first.
@@ -41,28 +58,42 @@ class DirectoryMethods:
         changes moves to the front: it is seen once if the walk had already reached it, otherwise not at all.
 
         :param prefix: Only histories whose ids begin with this text, taken literally. Defaults to all.
+        :param user_id: Only histories of this user. They are found by an index. Defaults to `None`: all histories.
+        :param meta: Only histories whose meta has these values under these keys. JSON values are compared: 1 equals
+            1.0, and not `True`. `None` stands for a key that is null or not there. There is no index: histories are
+            read until the page is full. Defaults to `None`: all histories.
         :param branches: Whether branches are listed, too: what `match_transcript` keeps of what it takes back. Defaults
             to False.
         :param limit: The largest number of histories on the page, 1 to 1,000. Defaults to 50.
         :param cursor: The cursor of the page before. Defaults to `None`: the first page.
         :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryAccessError: If this is the store of another user.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        scope, (prefix, limit, before) = seen_scope(self.scope, branches), _checked_listing(prefix, limit, cursor)
-        rows = self.engine.run(self.engine.histories, scope, prefix, before, limit + 1)
-        return _page(rows, limit)
+        listing = self._checked_listing(prefix, user_id, meta, branches, limit, cursor)
+        while listing.is_unfinished:
+            listing.add(self.engine.run(self.engine.histories, *listing.next_page()))
+        return listing.page()
 
     async def list_chat_histories_async(
-        self, *, prefix: str = "", branches: bool = False, limit: int = 50, cursor: str | None = None
+        self,
+        *,
+        prefix: str = "",
+        user_id: str | None = None,
+        meta: dict[str, Any] | None = None,
+        branches: bool = False,
+        limit: int = 50,
+        cursor: str | None = None,
     ) -> ChatHistoryPage:
         """Do what `list_chat_histories` does, without blocking the event loop."""
-        scope, (prefix, limit, before) = seen_scope(self.scope, branches), _checked_listing(prefix, limit, cursor)
-        rows = await self.engine.run_async(self.engine.histories, scope, prefix, before, limit + 1)
-        return _page(rows, limit)
+        listing = self._checked_listing(prefix, user_id, meta, branches, limit, cursor)
+        while listing.is_unfinished:
+            listing.add(await self.engine.run_async(self.engine.histories, *listing.next_page()))
+        return listing.page()
 
     def get_chat_history(self, chat_history_id: str) -> ChatHistoryInfo | None:
         """
-        Return the counts, times, title and meta of a history, or `None` if the history does not exist.
+        Return all about a history but its messages, or `None` if the history does not exist.
 
         :param chat_history_id: The history's id.
         :raises ValueError: If `chat_history_id` is not a valid id.
@@ -78,29 +109,74 @@ class DirectoryMethods:
         row = await self.engine.run_async(self.engine.history, self.scope, history)
         return None if row is None else _info(row)
 
+    def create_chat_history(
+        self,
+        chat_history_id: str,
+        *,
+        user_id: str | None = None,
+        title: str | None = None,
+        meta: dict[str, Any] | None = None,
+        exist_ok: bool = False,
+    ) -> ChatHistoryInfo:
+        """
+        Make a history before its first message, and return it.
+
+        :param chat_history_id: The history's id.
+        :param user_id: The user that it belongs to. Defaults to `None`: the user of this store, if it has one.
+        :param title: Its title, up to 1,000 characters without NUL. Defaults to `None`.
+        :param meta: Its meta. Defaults to `None`: an empty meta.
+        :param exist_ok: Whether a history that exists is returned as it is, unchanged. Defaults to False.
+        :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryExistsError: If there is a history with this id, and `exist_ok` is False.
+        :raises ChatHistoryAccessError: If there is one of another user, or this is the store of another user.
+        :raises ChatMessageStoreError: If the engine fails.
+        """
+        scope, history = self._checked_creation(chat_history_id, user_id, title, meta, exist_ok)
+        return _created(self.engine.run(self.engine.create_history, scope, history), exist_ok)
+
+    async def create_chat_history_async(
+        self,
+        chat_history_id: str,
+        *,
+        user_id: str | None = None,
+        title: str | None = None,
+        meta: dict[str, Any] | None = None,
+        exist_ok: bool = False,
+    ) -> ChatHistoryInfo:
+        """Do what `create_chat_history` does, without blocking the event loop."""
+        scope, history = self._checked_creation(chat_history_id, user_id, title, meta, exist_ok)
+        return _created(await self.engine.run_async(self.engine.create_history, scope, history), exist_ok)
+
     def update_chat_history(
         self,
         chat_history_id: str,
         *,
         title: str | Unchanged | None = UNCHANGED,
         meta: dict[str, Any] | Unchanged | None = UNCHANGED,
+        merge_meta: dict[str, Any] | None = None,
+        user_id: str | Unchanged | None = UNCHANGED,
     ) -> ChatHistoryInfo:
         """
-        Set the title or the meta of a history, and return the history. Its `updated_at` does not change.
+        Set the title, the meta or the user of a history, and return the history. Its `updated_at` does not change.
 
         :param chat_history_id: The history's id. The history must exist.
         :param title: The new title, up to 1,000 characters without NUL. `None` removes the title. Defaults to
             `UNCHANGED`.
         :param meta: The new meta, which replaces the whole old meta. `None` removes the meta. Defaults to `UNCHANGED`.
             Values that JSON does not know are stored in the same form as in messages.
+        :param merge_meta: Keys of the meta to set, while all others stay. A value of `None` deletes its key. No other
+            change is lost. Cannot be given together with `meta`. Defaults to `None`: no change.
+        :param user_id: The user that the history belongs to from now on, `None` for none. A store of one user can
+            neither claim a history nor hand one over. Defaults to `UNCHANGED`.
         :returns: The history after the change.
         :raises ValueError: If an argument is wrong. Nothing was changed.
         :raises ChatHistoryNotFoundError: If the history does not exist.
+        :raises ChatHistoryAccessError: If it is another user's, or `user_id` is given to the store of one user.
         :raises ChatMessageStoreError: If the engine fails.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
-        changes = validation.validated_title(title), validation.validated_meta(meta)
-        row = self.engine.run(self.engine.update_history, self.scope, history, *changes)
+        change = self._checked_change(title, meta, merge_meta, user_id)
+        row = self.engine.run(self.engine.update_history, self.scope, history, change)
         if row is None:
             raise history_not_found(history)
         return _info(row)
@@ -111,21 +187,47 @@ class DirectoryMethods:
         *,
         title: str | Unchanged | None = UNCHANGED,
         meta: dict[str, Any] | Unchanged | None = UNCHANGED,
+        merge_meta: dict[str, Any] | None = None,
+        user_id: str | Unchanged | None = UNCHANGED,
     ) -> ChatHistoryInfo:
         """Do what `update_chat_history` does, without blocking the event loop."""
         history = validation.validated_id(chat_history_id, "chat_history_id")
-        changes = validation.validated_title(title), validation.validated_meta(meta)
-        row = await self.engine.run_async(self.engine.update_history, self.scope, history, *changes)
+        change = self._checked_change(title, meta, merge_meta, user_id)
+        row = await self.engine.run_async(self.engine.update_history, self.scope, history, change)
         if row is None:
             raise history_not_found(history)
         return _info(row)
+
+    def rename_chat_history(self, old_id: str, new_id: str) -> ChatHistoryInfo:
+        """
+        Give a history another id, and return it. All else stays, apart from its revision, which becomes greater.
+
+        It is one atomic step. Between hash slots of a Redis Cluster, the history is whole under its new id before the
+        old one goes: a reader may see both, and a call that is repeated finishes it.
+
+        :param old_id: The history's id.
+        :param new_id: The id that it gets. No history has it yet.
+        :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryNotFoundError: If there is no history `old_id`.
+        :raises ChatHistoryExistsError: If there is a history `new_id`.
+        :raises ChatHistoryAccessError: If one of them is another user's.
+        :raises ChatMessageStoreError: If the engine fails.
+        """
+        ids = _checked_renaming(old_id, new_id)
+        return _info(self.engine.run(self.engine.rename_history, self.scope, *ids))
+
+    async def rename_chat_history_async(self, old_id: str, new_id: str) -> ChatHistoryInfo:
+        """Do what `rename_chat_history` does, without blocking the event loop."""
+        ids = _checked_renaming(old_id, new_id)
+        return _info(await self.engine.run_async(self.engine.rename_history, self.scope, *ids))
 
     def copy_messages(self, source_id: str, target_id: str, *, until_message_id: str | None = None) -> int:
         """
         Fork a conversation: copy the messages of a history, or its beginning, to another history.
 
         The copy appears whole or not at all. The engine copies by itself; only on Redis, most copies travel through the
-        client (see `docs/redis.md`). The copies keep their ids and times. Title and meta are not copied.
+        client (see `docs/redis.md`). The copies keep their ids and times. A copy belongs to the user of its source.
+        Title and meta are not copied.
 
         :param source_id: The id of the history to copy from.
         :param target_id: The id of the history to copy to. It may exist, but must have no messages.
@@ -135,6 +237,7 @@ class DirectoryMethods:
         :raises ChatHistoryNotFoundError: If the source does not exist.
         :raises MessageNotFoundError: If the source does not have `until_message_id`.
         :raises ChatHistoryExistsError: If the target already has messages.
+        :raises ChatHistoryAccessError: If the target is another user's.
         :raises ChatMessageStoreError: If the engine fails.
         """
         copy = _checked_copy(source_id, target_id, until_message_id)
@@ -154,6 +257,7 @@ class DirectoryMethods:
 
         :param chat_history_id: The history's id.
         :raises ValueError: If `chat_history_id` is not a valid id.
+        :raises ChatHistoryAccessError: If the history is another user's.
         :raises ChatMessageStoreError: If the engine fails. The whole history was deleted, or nothing of it.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
@@ -166,7 +270,7 @@ class DirectoryMethods:
 
     def delete_chat_histories(self, *, prefix: str, vacuum: bool = False) -> int:
         """
-        Delete all histories whose ids begin with a text, for good. If ids begin with a user's name, this erases a user.
+        Delete all histories whose ids begin with a text, for good.
 
         The engine deletes in batches, and each history whole. After an error, some histories may be deleted.
 
@@ -178,67 +282,195 @@ class DirectoryMethods:
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
-        return self._erase(validation.validated_id(prefix, "prefix"), None, vacuum)
+        return self._erase(self.scope, validation.validated_id(prefix, "prefix"), None, vacuum)
 
     async def delete_chat_histories_async(self, *, prefix: str, vacuum: bool = False) -> int:
         """Do what `delete_chat_histories` does, without blocking the event loop."""
-        return await self._erase_async(validation.validated_id(prefix, "prefix"), None, vacuum)
+        return await self._erase_async(self.scope, validation.validated_id(prefix, "prefix"), None, vacuum)
 
-    def purge(self, *, older_than: datetime, vacuum: bool = False) -> int:
+    def delete_user(self, user_id: str, *, vacuum: bool = False) -> int:
         """
-        Delete all histories whose messages have not changed since a time, for good.
+        Delete all histories of a user, for good: erase a person.
 
         The engine deletes in batches, and each history whole. After an error, some histories may be deleted.
 
-        :param older_than: An aware datetime. Histories that changed at this time or later stay.
+        :param user_id: The user's id.
         :param vacuum: Whether to remove the deleted bytes from the engine's files, as in `delete_chat_histories`.
             Defaults to False.
         :returns: The number of histories deleted.
         :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryAccessError: If this is the store of another user.
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
-        return self._erase("", validation.microseconds(older_than, "older_than"), vacuum)
+        return self._erase(self._scope_of(validation.validated_id(user_id, "user_id")), "", None, vacuum)
 
-    async def purge_async(self, *, older_than: datetime, vacuum: bool = False) -> int:
-        """Do what `purge` does, without blocking the event loop."""
-        return await self._erase_async("", validation.microseconds(older_than, "older_than"), vacuum)
+    async def delete_user_async(self, user_id: str, *, vacuum: bool = False) -> int:
+        """Do what `delete_user` does, without blocking the event loop."""
+        return await self._erase_async(self._scope_of(validation.validated_id(user_id, "user_id")), "", None, vacuum)
 
-    def statistics(self, *, prefix: str = "", branches: bool = False) -> StoreStatistics:
+    def purge(self, *, older_than: datetime, prefix: str = "", user_id: str | None = None, vacuum: bool = False) -> int:
         """
-        Return the numbers of histories, messages and rounds. The call reads every message, so its cost grows with them.
+        Delete all histories whose messages have not changed since a time, and all that have expired, for good.
+
+        The engine deletes in batches, and each history whole. After an error, some histories may be deleted.
+
+        :param older_than: An aware datetime. Histories that changed at this time or later stay, unless they have
+            expired.
+        :param prefix: Only histories whose ids begin with this text, taken literally. Defaults to all.
+        :param user_id: Only histories of this user. Defaults to `None`: all histories.
+        :param vacuum: Whether to remove the deleted bytes from the engine's files, as in `delete_chat_histories`.
+            Defaults to False.
+        :returns: The number of histories deleted.
+        :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryAccessError: If this is the store of another user.
+        :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
+        """
+        return self._erase(*self._checked_purge(older_than, prefix, user_id), vacuum)
+
+    async def purge_async(
+        self, *, older_than: datetime, prefix: str = "", user_id: str | None = None, vacuum: bool = False
+    ) -> int:
+        """Do what `purge` does, without blocking the event loop."""
+        return await self._erase_async(*self._checked_purge(older_than, prefix, user_id), vacuum)
+
+    def statistics(self, *, prefix: str = "", user_id: str | None = None, branches: bool = False) -> StoreStatistics:
+        """
+        Return the numbers of histories, messages and rounds, and the token usage that replies carry.
+
+        The call reads every message, so its cost grows with them.
 
         :param prefix: Only histories whose ids begin with this text. Defaults to all histories of this namespace.
+        :param user_id: Only histories of this user. Defaults to `None`: all histories.
         :param branches: Whether branches count, too. Defaults to False.
         :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryAccessError: If this is the store of another user.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        scope, prefix = seen_scope(self.scope, branches), validation.validated_text(prefix, "prefix")
-        return self.engine.run(self.engine.statistics, scope, prefix)
+        prefix = validation.validated_text(prefix, "prefix")
+        return self.engine.run(self.engine.statistics, seen_scope(self._scope_of(user_id), branches), prefix)
 
-    async def statistics_async(self, *, prefix: str = "", branches: bool = False) -> StoreStatistics:
+    async def statistics_async(
+        self, *, prefix: str = "", user_id: str | None = None, branches: bool = False
+    ) -> StoreStatistics:
         """Do what `statistics` does, without blocking the event loop."""
-        scope, prefix = seen_scope(self.scope, branches), validation.validated_text(prefix, "prefix")
-        return await self.engine.run_async(self.engine.statistics, scope, prefix)
+        prefix = validation.validated_text(prefix, "prefix")
+        return await self.engine.run_async(
+            self.engine.statistics, seen_scope(self._scope_of(user_id), branches), prefix
+        )
 
-    def _erase(self, prefix: str, updated_before: int | None, vacuum: bool) -> int:
+    def _scope_of(self, user_id: str | None) -> Scope:
+        """
+        Return the part of this store's scope that is a user's.
+
+        :param user_id: A user's id, or `None` for the whole scope.
+        :raises ChatHistoryAccessError: If this is the store of another user.
+        """
+        return self.scope if user_id is None else self.for_user(user_id).scope
+
+    def _checked_listing(
+        self,
+        prefix: str,
+        user_id: str | None,
+        meta: dict[str, Any] | None,
+        branches: bool,
+        limit: int,
+        cursor: str | None,
+    ) -> "_Listing":
+        prefix = validation.validated_text(prefix, "prefix")
+        limit = validation.validated_number(limit, "limit", 1, validation.MAX_LIMIT)
+        wanted = {} if meta is None else parse_json(validation.validated_merge(meta, "meta"))
+        place = None if cursor is None else _decoded_cursor(cursor)
+        return _Listing(seen_scope(self._scope_of(user_id), branches), prefix, wanted, limit, place)
+
+    def _checked_creation(
+        self, chat_history_id: str, user_id: str | None, title: str | None, meta: dict[str, Any] | None, exist_ok: bool
+    ) -> tuple[Scope, HistoryRow]:
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        validation.validated_flag(exist_ok, "exist_ok")
+        change = validation.validated_change(title, meta, None, None)
+        if change.title is UNCHANGED or change.meta is UNCHANGED:
+            raise ValueError("title and meta cannot be UNCHANGED: the history is new.")
+        if user_id is not None:
+            user_id = self._scope_of(user_id).user_id
+        row = HistoryRow(
+            chat_history_id=history,
+            created_at=0,
+            updated_at=0,
+            title=change.title if isinstance(change.title, str) else None,
+            meta=change.new_meta(None),
+            user_id=self.scope.user_id if user_id is None else user_id,
+        )
+        return self.scope, row
+
+    def _checked_change(self, title: Any, meta: Any, merge_meta: Any, user_id: Any) -> HistoryChange:
+        change = validation.validated_change(title, meta, merge_meta, user_id)
+        if change.user_id is not UNCHANGED:
+            if self.scope.user_id is not None:
+                raise only_one_user("claim a chat history or hand one over")
+            if change.user_id is not None:
+                self._scope_of(change.user_id)  # raises the error of an engine without users
+        return change
+
+    def _checked_purge(self, older_than: datetime, prefix: str, user_id: str | None) -> tuple[Scope, str, int]:
+        time = validation.microseconds(older_than, "older_than")
+        return self._scope_of(user_id), validation.validated_text(prefix, "prefix"), time
+
+    def _erase(self, scope: Scope, prefix: str, updated_before: int | None, vacuum: bool) -> int:
         count = 0
-        erase = self.engine.erase_some
-        while erased := self.engine.run(erase, self.scope, prefix, updated_before, _ERASE_BATCH_SIZE):
+        while erased := self.engine.run(self.engine.erase_some, scope, prefix, updated_before, _ERASE_BATCH_SIZE):
             count += erased
         if vacuum:
             with deletions_stated():
                 self.engine.run(self.engine.vacuum, self.scope)
         return count
 
-    async def _erase_async(self, prefix: str, updated_before: int | None, vacuum: bool) -> int:
+    async def _erase_async(self, scope: Scope, prefix: str, updated_before: int | None, vacuum: bool) -> int:
         count = 0
         erase = self.engine.erase_some
-        while erased := await self.engine.run_async(erase, self.scope, prefix, updated_before, _ERASE_BATCH_SIZE):
+        while erased := await self.engine.run_async(erase, scope, prefix, updated_before, _ERASE_BATCH_SIZE):
             count += erased
         if vacuum:
             with deletions_stated():
                 await self.engine.run_async(self.engine.vacuum, self.scope)
         return count
+
+
+class _Listing:
+    """A page of the directory under way: what was asked for, and what was found so far."""
+
+    def __init__(
+        self, scope: Scope, prefix: str, meta: dict[str, Any], limit: int, before: tuple[int, str] | None
+    ) -> None:
+        """
+        Begin with nothing found.
+
+        :param meta: Values that the meta of each history must have.
+        :param before: The place of the last history on the page before, or `None`.
+        """
+        self.is_unfinished = True
+        self._scope, self._prefix, self._meta, self._limit, self._before = scope, prefix, meta, limit, before
+        self._asked = limit + 1  # the last one is not on the page: it shows that another page follows
+        self._found: list[HistoryRow] = []
+
+    def next_page(self) -> tuple[Scope, str, tuple[int, str] | None, int]:
+        """Return the arguments of the next call of the engine."""
+        return self._scope, self._prefix, self._before, self._asked
+
+    def add(self, rows: Sequence[HistoryRow]) -> None:
+        """Keep those of the next histories that have the meta."""
+        self._found += rows if not self._meta else filter(self._has_meta, rows)
+        self.is_unfinished = len(rows) == self._asked and len(self._found) <= self._limit
+        if self.is_unfinished:
+            self._before, self._asked = (rows[-1].updated_at, rows[-1].chat_history_id), _MOST_READ
+
+    def page(self) -> ChatHistoryPage:
+        """Return the page."""
+        cursor = None if len(self._found) <= self._limit else _encoded_cursor(self._found[self._limit - 1])
+        return ChatHistoryPage(items=list(map(_info, self._found[: self._limit])), cursor=cursor)
+
+    def _has_meta(self, row: HistoryRow) -> bool:
+        meta = validation.parsed_meta(row.meta) or {}
+        return all(equal_json(meta.get(key), value) for key, value in self._meta.items())
 
 
 @contextmanager
@@ -262,10 +494,18 @@ def seen_scope(scope: Scope, branches: Any) -> Scope:
     return replace(scope, with_branches=validation.validated_flag(branches, "branches"))
 
 
-def _checked_listing(prefix: str, limit: int, cursor: str | None) -> tuple[str, int, tuple[int, str] | None]:
-    prefix = validation.validated_text(prefix, "prefix")
-    limit = validation.validated_number(limit, "limit", 1, validation.MAX_LIMIT)
-    return prefix, limit, None if cursor is None else _decoded_cursor(cursor)
+def _checked_renaming(old_id: str, new_id: str) -> tuple[str, str]:
+    ids = validation.validated_id(old_id, "old_id"), validation.validated_id(new_id, "new_id")
+    if ids[0] == ids[1]:
+        raise ValueError("new_id must be another id than old_id.")
+    return ids
+
+
+def _created(created: tuple[HistoryRow, bool], exist_ok: bool) -> ChatHistoryInfo:
+    row, is_new = created
+    if not is_new and not exist_ok:
+        raise history_is_there(row.chat_history_id)
+    return _info(row)
 
 
 def _checked_copy(source_id: str, target_id: str, until_message_id: str | None) -> tuple[str, str, str | None]:
@@ -274,16 +514,6 @@ def _checked_copy(source_id: str, target_id: str, until_message_id: str | None) 
     if until_message_id is not None:
         until_message_id = validation.validated_id(until_message_id, "until_message_id")
     return source, target, until_message_id
-
-
-def _page(rows: Sequence[HistoryRow], limit: int) -> ChatHistoryPage:
-    """
-    Return a page of the directory.
-
-    :param rows: Up to `limit + 1` histories. The last one is not on the page: it shows that another page follows.
-    """
-    cursor = None if len(rows) <= limit else _encoded_cursor(rows[limit - 1])
-    return ChatHistoryPage(items=list(map(_info, rows[:limit])), cursor=cursor)
 
 
 def _info(row: HistoryRow) -> ChatHistoryInfo:
@@ -296,7 +526,20 @@ def _info(row: HistoryRow) -> ChatHistoryInfo:
         updated_at=readable_time(row.updated_at),
         title=row.title,
         meta={} if row.meta is None else validation.parsed_meta(row.meta) or {},  # even if it is damaged
+        user_id=row.user_id,
+        preview=row.preview,
+        last_message=None if row.last_message is None else _last_message(row.last_message),
     )
+
+
+def _last_message(text: str) -> MessagePreview | None:
+    try:
+        message = parse_json(text)
+        return MessagePreview(
+            role=message["role"], text=message["text"], created_at=readable_time(message["created_at"])
+        )
+    except (ValueError, LookupError, TypeError):  # it is damaged
+        return None
 
 
 def _encoded_cursor(row: HistoryRow) -> str:

@@ -21,10 +21,10 @@ from haystack_chat_store.stores.rows import (
     NO_ROWS,
     EncodedMessage,
     FoundRow,
+    HistoryChange,
     HistoryRow,
     MessageRow,
     Scope,
-    Unchanged,
     WindowRows,
 )
 from haystack_chat_store.types import Fault, StoreStatistics
@@ -42,7 +42,9 @@ _WITHOUT_DATABASE: dict[str, Callable[[], Any]] = {
     "histories": list,
     "histories_by_id": list,
     "search": list,
-    "statistics": lambda: StoreStatistics(chat_histories=0, messages=0, rounds=0, size=0, messages_per_day={}),
+    "statistics": lambda: StoreStatistics(
+        chat_histories=0, messages=0, rounds=0, size=0, messages_per_day={}, usage={}, usage_per_day={}
+    ),
     "check": list,
 }
 
@@ -85,6 +87,11 @@ class Engine(ABC, Generic[SessionT]):
     provide. Its second argument is the scope: the operation sees and changes only histories of this scope. Each
     operation is atomic: it takes effect whole or not at all, and sees the database as of one moment.
 
+    If the scope has a user, a history of another user, or of none, is absent for what reads. An operation that would
+    write to it raises the `ChatHistoryAccessError` of `conflicts.check_access`. What is made is the user's. If the
+    scope has a lifetime, a history that is appended to, made, copied to or imported to expires after this time, and
+    otherwise never. A history that has expired is absent for what reads, and a write to its id begins anew.
+
     An operation is written once, for synchronous and asynchronous calls. It is a plain method if it never waits or if
     `run_async` runs it in a thread. Otherwise it is a coroutine function that awaits the calls of its session.
 
@@ -105,6 +112,12 @@ class Engine(ABC, Generic[SessionT]):
 
     #: Whether histories outlive the process.
     is_durable = True
+    #: Whether the engine looks at the user of a scope. Without it, no store has a user.
+    keeps_users = False
+    #: Whether the engine keeps the beginnings of messages for lists of histories: see `previews`.
+    keeps_previews = False
+    #: Whether histories expire after the lifetime of a scope. Without it, no store has a `ttl`.
+    keeps_expiry = False
 
     @abstractmethod
     def run(
@@ -265,6 +278,24 @@ class Engine(ABC, Generic[SessionT]):
         """
         raise self.unsupported("replacing messages", "replace")
 
+    def update_message(
+        self,
+        session: SessionT,
+        scope: Scope,
+        chat_history_id: str,
+        message_id: str,
+        change: Callable[[str], str],
+    ) -> Operation[MessageRow]:
+        """
+        Change the content of a message, but not what was said: its meta. The history's revision becomes greater.
+
+        Its `updated_at` stays. No other change of the message comes between reading and writing it.
+
+        :param change: Returns the new content for the stored one. It may be called several times.
+        :raises MessageNotFoundError: If the history does not have the message.
+        """
+        raise self.unsupported("changing the meta of a message", "update_message")
+
     def copy(
         self, session: SessionT, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
     ) -> Operation[int]:
@@ -272,7 +303,8 @@ class Engine(ABC, Generic[SessionT]):
         Append the messages of a history to another history that has no messages.
 
         The copies keep their ids, times and order, without gaps. The target's `created_at` and `updated_at` are the
-        present time. If the source has no messages to copy, nothing is changed, and no target is created.
+        present time. A target that is made is the source's user's. If the source has no messages to copy, nothing is
+        changed, and no target is created.
 
         :param until_message_id: The id of the last message to copy, or `None` for all messages.
         :returns: The number of messages copied.
@@ -293,8 +325,9 @@ class Engine(ABC, Generic[SessionT]):
         """
         Append messages in batches. All batches become visible together or not at all.
 
-        The messages keep their times, and get the next positions. A new history gets the title, the meta and the times
-        of `history`. An existing history keeps its own, and its `updated_at` becomes the later of both.
+        The messages keep their times, and get the next positions. A new history gets the title, the meta, the times and
+        the user of `history` (of the scope, if that has one). An existing history keeps its own, and its `updated_at`
+        becomes the later of both.
 
         :param batches: Yields lists of rows, whose positions are ignored. It may be slow, because it reads a file or
             another store. All ids are different, and the history has none of them. It raises an error if its source is
@@ -331,7 +364,7 @@ class Engine(ABC, Generic[SessionT]):
         self, session: SessionT, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
     ) -> Operation[list[HistoryRow]]:
         """
-        Return the histories whose ids begin with `prefix`, in the order of the directory.
+        Return the histories whose ids begin with `prefix`, in the order of the directory. Those of a user are indexed.
 
         Branches (see `rows.branch_origin`) are among them only if the scope has them.
 
@@ -359,20 +392,48 @@ class Engine(ABC, Generic[SessionT]):
         session: SessionT,
         scope: Scope,
         chat_history_id: str,
-        title: str | Unchanged | None,
-        meta: str | Unchanged | None,
+        change: HistoryChange,
     ) -> Operation[HistoryRow | None]:
         """
-        Set title and meta, and return the changed history, or `None` if the history does not exist.
+        Change title, meta or user, and return the changed history, or `None` if the history does not exist.
 
-        :param title: The new title, `None` to remove it, or UNCHANGED.
-        :param meta: The new meta as JSON text, `None` to remove it, or UNCHANGED.
+        If keys of the meta are set, no other change of the meta comes between reading and writing it.
         """
         raise self.unsupported("titles and meta", "update_history")
 
+    def create_history(
+        self, session: SessionT, scope: Scope, history: HistoryRow
+    ) -> Operation[tuple[HistoryRow, bool]]:
+        """
+        Make a history without messages, with the title, the meta and the user of `history`, unless it exists.
+
+        :returns: The history, and whether it was made.
+        """
+        raise self.unsupported("making a history without messages", "create_history")
+
+    def rename_history(self, session: SessionT, scope: Scope, old_id: str, new_id: str) -> Operation[HistoryRow]:
+        """
+        Give a history another id. All else stays, apart from the revision, which becomes greater.
+
+        Where that is not one atomic step, the history is whole under its new id before the old one goes, and a repeated
+        call finishes it.
+
+        :raises ChatHistoryNotFoundError: If there is no history `old_id`.
+        :raises ChatHistoryExistsError: If there is a history `new_id`.
+        """
+        raise self.unsupported("renaming", "rename_history")
+
+    def renew(self, session: SessionT, scope: Scope, chat_history_id: str) -> Operation[None]:
+        """Let the lifetime of a history begin anew. A history that does not exist, or never expires, is ignored."""
+        raise self.unsupported("a ttl that reading renews", "renew")
+
     @reads_only
     def statistics(self, session: SessionT, scope: Scope, prefix: str) -> Operation[StoreStatistics]:
-        """Return the statistics of the histories whose ids begin with `prefix`, with branches if the scope has them."""
+        """
+        Return the statistics of the histories whose ids begin with `prefix`, with branches if the scope has them.
+
+        `usage.UsageCounter` adds up what replies carry of their token usage. With a user, the size is `None`.
+        """
         raise self.unsupported("statistics", "statistics")
 
     def erase_some(
@@ -382,7 +443,7 @@ class Engine(ABC, Generic[SessionT]):
         Delete up to `limit` of the histories whose ids begin with `prefix`. Return their number, 0 if none are left.
 
         :param updated_before: Only histories whose messages last changed before this time, in microseconds since 1970,
-            UTC. `None` for all.
+            UTC, and those that have expired. `None` for all.
         """
         raise self.unsupported("erasing by prefix or age", "erase_some")
 

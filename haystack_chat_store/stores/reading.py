@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public methods of stores for reading chat histories: pages of messages, and search."""
 
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from haystack_chat_store import search_text, validation
 from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.search_text import Phrase
+from haystack_chat_store.stores.conflicts import only_one_user
 from haystack_chat_store.stores.directory import seen_scope
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.rows import FoundRow, MessageRow, Scope
@@ -30,6 +32,11 @@ class ReadingMethods:
     engine: Engine[Any]
     scope: Scope
     search: bool
+    renew_ttl_on_read: bool
+
+    @abstractmethod
+    def _scope_of(self, user_id: str | None) -> Scope:
+        """Return the part of this store's scope that is a user's."""
 
     def list_messages(
         self, chat_history_id: str, *, before: int | None = None, after: int | None = None, limit: int = 100
@@ -47,7 +54,10 @@ class ReadingMethods:
         :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
         """
         page = validation.validated_page(chat_history_id, before, after, limit)
-        return _stored(self.engine.run(self.engine.page, self.scope, *page))
+        rows = self.engine.run(self.engine.page, self.scope, *page)
+        if rows and self.renew_ttl_on_read:
+            self.engine.run(self.engine.renew, self.scope, page[0])
+        return stored(rows)
 
     async def list_messages_async(
         self, chat_history_id: str, *, before: int | None = None, after: int | None = None, limit: int = 100
@@ -55,7 +65,9 @@ class ReadingMethods:
         """Do what `list_messages` does, without blocking the event loop."""
         page = validation.validated_page(chat_history_id, before, after, limit)
         rows = await self.engine.run_async(self.engine.page, self.scope, *page)
-        return await to_thread_if_large(_characters(rows), _stored, rows)
+        if rows and self.renew_ttl_on_read:
+            await self.engine.run_async(self.engine.renew, self.scope, page[0])
+        return await to_thread_if_large(_characters(rows), stored, rows)
 
     def iterate_messages(self, chat_history_id: str) -> Iterator[StoredMessage]:
         """
@@ -72,8 +84,10 @@ class ReadingMethods:
 
     def _iterated(self, history: str) -> Iterator[StoredMessage]:
         after, limit = -1, FIRST_PAGE
+        if self.renew_ttl_on_read:
+            self.list_messages(history, limit=1)
         while rows := self.engine.run(self.engine.page, self.scope, history, None, after, limit):
-            yield from _stored(rows)
+            yield from stored(rows)
             after, limit = rows[-1].position, next_limit(rows)
 
     def iterate_messages_async(self, chat_history_id: str) -> AsyncIterator[StoredMessage]:
@@ -85,9 +99,11 @@ class ReadingMethods:
 
     async def _iterated_async(self, history: str) -> AsyncIterator[StoredMessage]:
         after, limit = -1, FIRST_PAGE
+        if self.renew_ttl_on_read:
+            await self.list_messages_async(history, limit=1)
         while rows := await self.engine.run_async(self.engine.page, self.scope, history, None, after, limit):
-            for stored in await to_thread_if_large(_characters(rows), _stored, rows):
-                yield stored
+            for message in await to_thread_if_large(_characters(rows), stored, rows):
+                yield message
             after, limit = rows[-1].position, next_limit(rows)
 
     def search_messages(
@@ -96,6 +112,7 @@ class ReadingMethods:
         *,
         chat_history_id: str | None = None,
         prefix: str = "",
+        user_id: str | None = None,
         branches: bool = False,
         match_prefix: bool = False,
         limit: int = 20,
@@ -114,6 +131,7 @@ class ReadingMethods:
         :param query: The words and phrases to find, up to 1,000 characters. A query without words finds nothing.
         :param chat_history_id: Only messages of this history. Defaults to `None`: all histories.
         :param prefix: Only messages of histories whose ids begin with this text, taken literally. Defaults to all.
+        :param user_id: Only messages of histories of this user. Defaults to `None`: all histories.
         :param branches: Whether messages of branches are found, too. Those of `chat_history_id` always are. Defaults to
             False.
         :param match_prefix: Whether the query's last word may be the beginning of a word, for searching while a user
@@ -121,11 +139,13 @@ class ReadingMethods:
         :param limit: The largest number of hits, 1 to 1,000. Defaults to 20.
         :returns: The hits, the best first.
         :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryAccessError: If this is the store of another user.
         :raises UnsupportedOperationError: If the store was created without `search=True`, its engine has no search, or
             some messages are not indexed.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        scope = seen_scope(self.scope, branches) if chat_history_id is None else self.scope
+        scope = self._scope_of(user_id)
+        scope = seen_scope(scope, branches) if chat_history_id is None else scope
         search = self._checked_search(query, chat_history_id, prefix, match_prefix, limit)
         if search is None:
             return []
@@ -140,12 +160,14 @@ class ReadingMethods:
         *,
         chat_history_id: str | None = None,
         prefix: str = "",
+        user_id: str | None = None,
         branches: bool = False,
         match_prefix: bool = False,
         limit: int = 20,
     ) -> list[SearchHit]:
         """Do what `search_messages` does, without blocking the event loop."""
-        scope = seen_scope(self.scope, branches) if chat_history_id is None else self.scope
+        scope = self._scope_of(user_id)
+        scope = seen_scope(scope, branches) if chat_history_id is None else scope
         search = self._checked_search(query, chat_history_id, prefix, match_prefix, limit)
         if search is None:
             return []
@@ -160,10 +182,11 @@ class ReadingMethods:
 
         :param progress: Called after each batch but the last, with the number of messages indexed so far, and `None`.
             Defaults to `None`: no calls.
+        :raises ChatHistoryAccessError: If this is the store of one user: the index is that of all.
         :raises UnsupportedOperationError: If the store was created without `search=True`, or its engine has no search.
         :raises ChatMessageStoreError: If the engine fails. Messages that were indexed stay indexed.
         """
-        self._check_searchable()
+        self._check_indexing()
         indexed = 0
         while self.engine.run(self.engine.index_some, self.scope, _INDEX_BATCH_SIZE):
             indexed += _INDEX_BATCH_SIZE
@@ -172,7 +195,7 @@ class ReadingMethods:
 
     async def index_messages_async(self, progress: Callable[[int, int | None], None] | None = None) -> None:
         """Do what `index_messages` does, without blocking the event loop."""
-        self._check_searchable()
+        self._check_indexing()
         indexed = 0
         while await self.engine.run_async(self.engine.index_some, self.scope, _INDEX_BATCH_SIZE):
             indexed += _INDEX_BATCH_SIZE
@@ -193,6 +216,11 @@ class ReadingMethods:
         if not phrases or (chat_history_id is not None and not chat_history_id.startswith(prefix)):
             return None
         return phrases, chat_history_id, prefix, limit
+
+    def _check_indexing(self) -> None:
+        self._check_searchable()
+        if self.scope.user_id is not None:
+            raise only_one_user("index the messages of all users")
 
     def _check_searchable(self) -> None:
         if not self.search:
@@ -216,7 +244,12 @@ def _characters(rows: Sequence[MessageRow] | Sequence[FoundRow]) -> int:
     return sum(len(row.content) for row in rows)
 
 
-def _stored(rows: Sequence[MessageRow]) -> list[StoredMessage]:
+def stored(rows: Sequence[MessageRow]) -> list[StoredMessage]:
+    """
+    Decode messages.
+
+    :raises MessageDecodingError: If one of them cannot be decoded.
+    """
     messages = decode_messages([row.content for row in rows])
     return [
         StoredMessage(position=row.position, created_at=readable_time(row.created_at), message=message)

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from haystack.dataclasses import ChatRole
 
 from haystack_chat_store.ids import BRANCH_OF_KEY, origin_of
-from haystack_chat_store.json_values import parse_json
+from haystack_chat_store.json_values import encode_plain, parse_json
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,25 @@ class Scope:
     The part of a database that an operation may see and change.
 
     :param namespace: Only histories of this namespace.
-    :param user_id: Only histories of this user, or `None` for all histories of the namespace. Stores have no users yet:
-        they pass `None`, and engines do not look at it.
+    :param user_id: Only histories of this user, or `None` for all histories of the namespace. A history that is made is
+        this user's.
+    :param lifetime: After how many microseconds without a write a history expires that is written to, or `None` for
+        never.
     :param with_branches: Whether lists, search and statistics see branches, too. Defaults to True.
     """
 
     namespace: str
     user_id: str | None = None
+    lifetime: int | None = None
     with_branches: bool = True
+
+    def includes(self, user_id: str | None) -> bool:
+        """Whether a history of a user, or of none, belongs to the scope."""
+        return self.user_id is None or self.user_id == user_id
+
+    def expires_at(self, now: int) -> int | None:
+        """Return when a history that is written to now expires, in microseconds since 1970, or `None` for never."""
+        return None if self.lifetime is None else now + self.lifetime
 
 
 @dataclass(slots=True)
@@ -43,12 +54,14 @@ class EncodedMessage:
     :param content: The whole message as JSON text, id included.
     :param has_caller_id: Whether the caller gave the id. A new id is unique, so no history has it yet. Defaults to
         True.
+    :param text: The beginning of the message's text, for lists of histories, or `None`.
     """
 
     message_id: str
     role: str
     content: str
     has_caller_id: bool = True
+    text: str | None = None
 
 
 @dataclass(slots=True)
@@ -104,6 +117,9 @@ class HistoryRow:
     :param title: Its title, or `None`.
     :param meta: Its meta, as the text of a JSON object, or `None` for an empty meta.
     :param revision: Its revision, which grows with every change of its messages. An import does not look at it.
+    :param user_id: The user that it belongs to, or `None`.
+    :param preview: The beginning of its first question that has text, or `None`: see `previews`.
+    :param last_message: Its last message that is no system message, as the JSON text of `previews`, or `None`.
     """
 
     chat_history_id: str
@@ -114,6 +130,9 @@ class HistoryRow:
     title: str | None = None
     meta: str | None = None
     revision: int = 0
+    user_id: str | None = None
+    preview: str | None = None
+    last_message: str | None = None
 
 
 @dataclass(slots=True)
@@ -164,6 +183,50 @@ class Unchanged(Enum):
 
 
 UNCHANGED: Final = Unchanged.UNCHANGED
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryChange:
+    """
+    What is to change about a history itself. UNCHANGED keeps a value as it is, and `None` removes it.
+
+    :param title: The new title.
+    :param meta: The new meta, as the text of a JSON object.
+    :param merged: Keys of the meta to set, as the text of a JSON object, or `None`. A null removes its key.
+    :param user_id: The new user. The scope of such a change has no user.
+    """
+
+    title: str | Unchanged | None = UNCHANGED
+    meta: str | Unchanged | None = UNCHANGED
+    merged: str | None = None
+    user_id: str | Unchanged | None = UNCHANGED
+
+    def new_meta(self, stored: str | None) -> str | None:
+        """
+        Return the meta that the history has after the change, as the text of a JSON object, or `None` for none.
+
+        :param stored: The meta that it has before. It is taken for empty if it is damaged.
+        """
+        if self.meta is not UNCHANGED:
+            return self.meta
+        return stored if self.merged is None else merged_json(stored, self.merged)
+
+
+def merged_json(stored: str | None, merged: str) -> str | None:
+    """
+    Return the text of a JSON object with some keys set, or `None` if no key is left.
+
+    :param stored: The text of the object, or `None`. It is taken for empty if it is damaged.
+    :param merged: The keys to set, as the text of a JSON object. A null removes its key.
+    """
+    try:
+        data = {} if stored is None else parse_json(stored)
+    except (ValueError, TypeError, RecursionError):
+        data = {}
+    changes = parse_json(merged)
+    data = {**(data if isinstance(data, dict) else {}), **changes}
+    data = {key: value for key, value in data.items() if value is not None or key not in changes}
+    return encode_plain(data) if data else None
 
 
 def round_count(messages: Sequence[EncodedMessage] | Sequence[MessageRow]) -> int:

@@ -12,7 +12,8 @@ from haystack_chat_store.testing import ChatMessageStoreContract, ConcurrencyTes
 class TestMyStore(ChatMessageStoreContract, ConcurrencyTest, ProcessesTest):
     @pytest.fixture
     def make_store(self, tmp_path):
-        # settings: skip_system_messages, last_k, last_k_unit, namespace, search, strict
+        # settings: skip_system_messages, last_k, last_k_unit, namespace, search, strict, user_id, ttl,
+        # renew_ttl_on_read
         return lambda **settings: SQLiteChatMessageStore(tmp_path / "chat.db", **settings)
 ```
 
@@ -22,7 +23,7 @@ store whose histories do not outlive the process, set the class attribute `durab
 `ConcurrencyTest` describe the other attributes: `lacks` names the optional operations that an engine does not have, so
 that the tests that come to them are skipped. Each rule of the contract (see
 `haystack_chat_store.types.ChatMessageStore`) is also a separate test class, so a store can be built rule by rule.
-`ManagementContract` has the rules beyond the published protocol (17 to 24, and 27): the directory, pages, search and so
+`ManagementContract` has the rules beyond the published protocol (17 to 25, and 27): the directory, pages, search and so
 on. Override the fixture `database_state`, too, to check that calls that read change nothing.
 Tests with the parameter `sync` call the store's methods, and tests with `async` call their asynchronous twins.
 
@@ -50,7 +51,9 @@ _MODULES = (
     "contract_reading",
     "contract_search",
     "contract_transcripts",
+    "contract_sidebar",
     "contract_turns",
+    "contract_users",
     "contract_windows",
     "contract_writes",
     "kit",
@@ -75,8 +78,10 @@ from haystack_chat_store.testing.contract_random_walk import RandomWalkTest
 from haystack_chat_store.testing.contract_reading import Rule24ReadingTest
 from haystack_chat_store.testing.contract_replacing import Rule27ReplacingTest
 from haystack_chat_store.testing.contract_search import Rule21SearchTest
+from haystack_chat_store.testing.contract_sidebar import Rule17SidebarTest
 from haystack_chat_store.testing.contract_transcripts import Rule26TranscriptsTest
 from haystack_chat_store.testing.contract_turns import Rule26TurnsTest
+from haystack_chat_store.testing.contract_users import Rule25UsersTest
 from haystack_chat_store.testing.contract_windows import Rule07WindowsTest, Rule08CostTest
 from haystack_chat_store.testing.contract_writes import (
     Rule03AtomicBatchesTest,
@@ -112,6 +117,7 @@ __all__ = [
     "Rule15ErrorsTest",
     "Rule17BranchesTest",
     "Rule17DirectoryTest",
+    "Rule17SidebarTest",
     "Rule18PagesTest",
     "Rule19ChangesTest",
     "Rule20ForkingTest",
@@ -119,6 +125,7 @@ __all__ = [
     "Rule22ErasingTest",
     "Rule23MovingTest",
     "Rule24ReadingTest",
+    "Rule25UsersTest",
     "Rule26TranscriptsTest",
     "Rule26TurnsTest",
     "Rule27ReplacingTest",

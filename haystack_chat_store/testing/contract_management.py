@@ -12,13 +12,16 @@ from haystack_chat_store.testing.contract_random_walk import RandomWalkTest
 from haystack_chat_store.testing.contract_reading import Rule24ReadingTest
 from haystack_chat_store.testing.contract_replacing import Rule27ReplacingTest
 from haystack_chat_store.testing.contract_search import Rule21SearchTest
+from haystack_chat_store.testing.contract_sidebar import Rule17SidebarTest
 from haystack_chat_store.testing.contract_transcripts import Rule26TranscriptsTest
+from haystack_chat_store.testing.contract_users import Rule25UsersTest
 from haystack_chat_store.testing.kit import ClosableStore
 
 
 class ManagementContract(
     Rule17DirectoryTest,
     Rule17BranchesTest,
+    Rule17SidebarTest,
     Rule18PagesTest,
     Rule19ChangesTest,
     Rule20ForkingTest,
@@ -27,6 +30,7 @@ class ManagementContract(
     Rule23MovingTest,
     Rule27ReplacingTest,
     Rule24ReadingTest,
+    Rule25UsersTest,
     Rule26TranscriptsTest,
     RandomWalkTest,
 ):

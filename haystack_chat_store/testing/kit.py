@@ -38,7 +38,7 @@ class ClosableStore(AsyncChatMessageStore, Protocol):
 
 
 #: Makes a store from the settings of all stores: `skip_system_messages`, `last_k`, `last_k_unit`,
-#: `namespace`, `search`, `strict`.
+#: `namespace`, `search`, `strict`, `user_id`, `ttl`, `renew_ttl_on_read`.
 StoreFactory = Callable[..., ClosableStore]
 
 

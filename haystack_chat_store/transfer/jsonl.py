@@ -12,9 +12,9 @@ The file is UTF-8 text. Each line ends with a line feed and has exactly this for
 {"end_of_file":{"chat_histories":1,"messages":1,"sha256":"…"}}
 ```
 
-Lines two to four are repeated for each history, line three for each of its messages. A message is what
-`ChatMessage.to_dict()` returns. Each SHA-256 is that of all bytes before its line. The ids of histories are unique in
-the file, and the ids of messages are unique in their history.
+Lines two to four are repeated for each history, line three for each of its messages. A history that belongs to a user
+has `"user_id":"…",` after its id. A message is what `ChatMessage.to_dict()` returns. Each SHA-256 is that of all bytes
+before its line. The ids of histories are unique in the file, and the ids of messages are unique in their history.
 """
 
 import hashlib
@@ -75,8 +75,9 @@ class _HashedOutput:
 def _history_line(history: HistoryRow) -> str:
     title = "null" if history.title is None else encode_plain(history.title)
     meta = "null" if history.meta is None else _on_one_line(history.meta)
+    user = "" if history.user_id is None else f'"user_id":{encode_plain(history.user_id)},'
     return (
-        f'{{"chat_history":{{"id":{encode_plain(history.chat_history_id)},"title":{title},"meta":{meta},'
+        f'{{"chat_history":{{"id":{encode_plain(history.chat_history_id)},{user}"title":{title},"meta":{meta},'
         f'"created_at":"{_time_text(history.created_at)}","updated_at":"{_time_text(history.updated_at)}"}}}}\n'
     )
 
@@ -233,12 +234,14 @@ def _history(lines: _Lines, entry: dict[str, Any]) -> HistoryRow:
         if kind != "chat_history":
             raise KeyError(kind)
         title, meta = validation.validated_title(fields["title"]), validation.validated_meta(fields["meta"])
+        user_id = fields.get("user_id")
         return HistoryRow(
             chat_history_id=validation.validated_id(fields["id"], "id"),
             created_at=_microseconds(fields["created_at"]),
             updated_at=_microseconds(fields["updated_at"]),
             title=title if isinstance(title, str) else None,
             meta=meta if isinstance(meta, str) else None,
+            user_id=None if user_id is None else validation.validated_id(user_id, "user_id"),
         )
     except (ValueError, OverflowError, KeyError, TypeError):
         raise lines.damaged("there should be a chat history") from None

@@ -44,6 +44,9 @@ def test_ls_as_json(url, run_json):
             "updated_at": info.updated_at.isoformat(),
             "title": "Zürich",
             "meta": {"a": 1},
+            "user_id": None,
+            "preview": info.preview,
+            "last_message": info.last_message.to_dict(),
         }
     ]
 

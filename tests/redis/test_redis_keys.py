@@ -59,6 +59,10 @@ def test_what_is_kept_can_be_read_by_anyone(store, client):
         b"round_count": b"1",
         b"chat_history_id": b"user 456",
         b"revision": b"1",
+        b"preview": b"Hi!",
+        b"last_role": b"a",
+        b"last_text": b"Hello!",
+        b"last_at": str(created_at).encode(),
     }
     assert client.get(f"{history}:times") == (2 * b"%018d") % (created_at, created_at)
     assert client.zrange(f"{tag}:histories", 0, -1, withscores=True) == [(b"user 456", updated_at)]
@@ -67,8 +71,9 @@ def test_what_is_kept_can_be_read_by_anyone(store, client):
 
 @on_one_server
 def test_the_documentation_names_all_that_is_kept_of_a_history_and_no_more(make_store, client):
-    store = make_store(ttl=60)
-    store.write_messages("history", [with_id("a"), with_id("b")], expected_revision=0)
+    store = make_store(ttl=60, user_id="ada")
+    store.write_messages("old", [with_id("a"), with_id("b")], expected_revision=0)
+    store.rename_chat_history("old", "history")
     store.delete_messages("history", message_ids=["a"])
     store.update_chat_history("history", title="Weather", meta={"pinned": True})
     (described,) = re.findall(r"^\| `\S+:history` \| hash \| (.*) \|$", DOCUMENTATION, re.MULTILINE)

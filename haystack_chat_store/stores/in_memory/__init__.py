@@ -34,6 +34,9 @@ class InMemoryChatMessageStore(BaseChatMessageStore):
         namespace: str = "default",
         search: bool = False,
         strict: bool = False,
+        user_id: str | None = None,
+        ttl: float | None = None,
+        renew_ttl_on_read: bool = False,
     ) -> None:
         """
         Create the store.
@@ -48,6 +51,11 @@ class InMemoryChatMessageStore(BaseChatMessageStore):
             the memory of the messages. Defaults to False.
         :param strict: Whether a message is refused if its `meta` contains a value without a JSON form. Defaults to
             False: the value's `repr` is stored, and the log says so.
+        :param user_id: The user whose histories alone the store sees and changes: see `for_user`. Defaults to `None`:
+            all histories of the namespace.
+        :param ttl: After how many seconds without a write a history expires, all of it at once. A write starts the time
+            anew. Defaults to `None`: never.
+        :param renew_ttl_on_read: Whether reading messages of a history starts the time anew, too. Defaults to False.
         :raises ValueError: If a setting is wrong.
         """
         super().__init__(
@@ -58,6 +66,9 @@ class InMemoryChatMessageStore(BaseChatMessageStore):
             namespace=namespace,
             search=search,
             strict=strict,
+            user_id=user_id,
+            ttl=ttl,
+            renew_ttl_on_read=renew_ttl_on_read,
         )
 
     @classmethod

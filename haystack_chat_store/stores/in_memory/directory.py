@@ -5,10 +5,14 @@ import heapq
 from collections import Counter
 from dataclasses import replace
 
+from haystack.dataclasses import ChatRole
+
+from haystack_chat_store.stores.conflicts import history_is_there, history_not_found
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.in_memory.histories import Memory
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged
-from haystack_chat_store.stores.times import datetime_of
+from haystack_chat_store.stores.in_memory.histories import History, Memory
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope
+from haystack_chat_store.stores.times import datetime_of, microseconds_now
+from haystack_chat_store.stores.usage import UsageCounter
 from haystack_chat_store.types import Fault, StoreStatistics
 
 
@@ -18,7 +22,7 @@ class Directory(Engine[Memory]):
     def history(self, session: Memory, scope: Scope, chat_history_id: str) -> HistoryRow | None:
         """Return one history, or `None` if it does not exist."""
         with session.lock:
-            history = session.of(scope).find(chat_history_id)
+            history = session.of(scope).find(scope, chat_history_id)
             return None if history is None else history.row(chat_history_id)
 
     def histories(
@@ -27,7 +31,7 @@ class Directory(Engine[Memory]):
         """Return the histories with the latest changes."""
         with session.lock:
             namespace = session.of(scope)
-            keys = ((namespace.histories[each].updated_at, each) for each in namespace.with_prefix(prefix, scope))
+            keys = ((namespace.histories[each].updated_at, each) for each in namespace.with_prefix(scope, prefix))
             newest = heapq.nlargest(limit, keys if before is None else (key for key in keys if key < before))
             return [namespace.histories[each].row(each) for _, each in newest]
 
@@ -35,7 +39,7 @@ class Directory(Engine[Memory]):
         """Return the histories with the next ids."""
         with session.lock:
             namespace = session.of(scope)
-            ids = heapq.nsmallest(limit, (each for each in namespace.with_prefix(prefix, scope) if each > after))
+            ids = heapq.nsmallest(limit, (each for each in namespace.with_prefix(scope, prefix) if each > after))
             return [namespace.histories[each].row(each) for each in ids]
 
     def update_history(
@@ -43,26 +47,69 @@ class Directory(Engine[Memory]):
         session: Memory,
         scope: Scope,
         chat_history_id: str,
-        title: str | Unchanged | None,
-        meta: str | Unchanged | None,
+        change: HistoryChange,
     ) -> HistoryRow | None:
-        """Replace the history by one with the new title and meta."""
+        """Replace the history by one with the changes."""
         with session.lock:
             namespace = session.of(scope)
-            history = namespace.find(chat_history_id)
+            history = namespace.find_to_write(scope, chat_history_id)
             if history is None:
                 return None
-            title = history.title if title is UNCHANGED else title
-            meta = history.meta if meta is UNCHANGED else meta
-            namespace.histories[chat_history_id] = replace(history, title=title, meta=meta)
+            namespace.histories[chat_history_id] = replace(
+                history,
+                title=history.title if change.title is UNCHANGED else change.title,
+                meta=change.new_meta(history.meta),
+                user_id=history.user_id if change.user_id is UNCHANGED else change.user_id,
+            )
             namespace.note_branch(chat_history_id)
             return namespace.histories[chat_history_id].row(chat_history_id)
+
+    def create_history(self, session: Memory, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
+        """Add a history without messages, unless it is there."""
+        with session.lock:
+            namespace, now, new_id = session.of(scope), microseconds_now(), history.chat_history_id
+            found = namespace.find_to_write(scope, new_id)
+            if found is not None:
+                return found.row(new_id), False
+            namespace.histories[new_id] = History(
+                now,
+                namespace.deleted_revision + 1,
+                now,
+                title=history.title,
+                meta=history.meta,
+                exists_without_messages=True,
+                user_id=history.user_id if scope.user_id is None else scope.user_id,
+                expires_at=scope.expires_at(now),
+            )
+            namespace.note_branch(new_id)
+            return namespace.histories[new_id].row(new_id), True
+
+    def rename_history(self, session: Memory, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
+        """Put the history under its new id, and remove the old one."""
+        with session.lock:
+            namespace = session.of(scope)
+            history = namespace.find_to_write(scope, old_id)
+            if history is None:
+                raise history_not_found(old_id)
+            if namespace.find_to_write(scope, new_id) is not None:
+                raise history_is_there(new_id)
+            namespace.put(old_id, None)  # which keeps its revision
+            namespace.put(new_id, replace(history, revision=namespace.deleted_revision + 1))
+            namespace.note_branch(new_id)
+            return namespace.histories[new_id].row(new_id)
+
+    def renew(self, session: Memory, scope: Scope, chat_history_id: str) -> None:
+        """Set the time in the history itself."""
+        with session.lock:
+            history = session.of(scope).find(scope, chat_history_id)
+            if history is not None and history.expires_at is not None:
+                history.expires_at = scope.expires_at(microseconds_now())
 
     def statistics(self, session: Memory, scope: Scope, prefix: str) -> StoreStatistics:
         """Count all messages."""
         with session.lock:
             namespace = session.of(scope)
-            histories = {each: namespace.histories[each] for each in namespace.with_prefix(prefix, scope)}
+            histories = {each: namespace.histories[each] for each in namespace.with_prefix(scope, prefix)}
             rows = [history.row(each) for each, history in histories.items()]
             days = Counter(
                 datetime_of(message.created_at).date()
@@ -70,12 +117,19 @@ class Directory(Engine[Memory]):
                 for message in history.messages
                 if message is not None
             )
+            usage = UsageCounter()
+            for history in histories.values():
+                for message in history.messages:
+                    if message is not None and message.role == ChatRole.ASSISTANT.value:
+                        usage.add_text(message.created_at, message.content)
             return StoreStatistics(
                 chat_histories=len(rows),
                 messages=sum(row.message_count for row in rows),
                 rounds=sum(row.round_count for row in rows),
                 size=None,
                 messages_per_day=dict(sorted(days.items())),
+                usage=usage.total(),
+                usage_per_day=usage.per_day(),
             )
 
     def erase_some(self, session: Memory, scope: Scope, prefix: str, updated_before: int | None, limit: int) -> int:
@@ -84,8 +138,11 @@ class Directory(Engine[Memory]):
             namespace = session.of(scope)
             erased = [
                 each
-                for each in namespace.with_prefix(prefix, scope)
-                if updated_before is None or namespace.histories[each].updated_at < updated_before
+                for each, history in namespace.histories.items()
+                if history.exists
+                and each.startswith(prefix)
+                and scope.includes(history.user_id)
+                and (updated_before is None or history.updated_at < updated_before or history.has_expired())
             ][:limit]
             for each in erased:
                 namespace.put(each, None)

@@ -25,6 +25,7 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
     """Keeps chat histories in the memory of the process."""
 
     is_durable = False
+    keeps_users = keeps_previews = keeps_expiry = True
 
     def run(
         self,

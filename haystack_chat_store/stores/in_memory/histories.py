@@ -11,8 +11,11 @@ from haystack.dataclasses import ChatRole
 
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.search_text import searchable_text_of_content
+from haystack_chat_store.stores.conflicts import check_access
 from haystack_chat_store.stores.in_memory.search_index import SearchIndex
+from haystack_chat_store.stores.previews import last_message_text
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, WindowRows, branch_origin
+from haystack_chat_store.stores.times import microseconds_now
 
 
 class Stored(NamedTuple):
@@ -22,6 +25,7 @@ class Stored(NamedTuple):
     message_id: str
     role: str
     content: str
+    text: str | None  # its beginning, for lists of histories
 
 
 @dataclass
@@ -44,6 +48,8 @@ class History:
     user_positions: list[int] = field(default_factory=list)
     caught_up_count: int = 0
     exists_without_messages: bool = False
+    user_id: str | None = None
+    expires_at: int | None = None
 
     @property
     def exists(self) -> bool:
@@ -53,6 +59,10 @@ class History:
         An interrupted first write leaves a `History` that does not exist for callers.
         """
         return bool(self.messages) or self.exists_without_messages
+
+    def has_expired(self) -> bool:
+        """Whether its lifetime is over."""
+        return self.expires_at is not None and self.expires_at <= microseconds_now()
 
     def caught_up(self) -> "History":
         """
@@ -90,9 +100,17 @@ class History:
             and (found.role, found.content) == (message.role, message.content)
         }
 
-    def append(self, messages: Sequence[Stored], now: int) -> None:
-        """Append messages in a single step. If a greater revision is all that Ctrl-C leaves of it, it does no harm."""
+    def append(self, messages: Sequence[Stored], now: int, user_id: str | None, expires_at: int | None) -> None:
+        """
+        Append messages in a single step. If a greater revision is all that Ctrl-C leaves of it, it does no harm.
+
+        :param user_id: The user that the history belongs to if it begins now.
+        :param expires_at: When it expires, or `None` for never.
+        """
+        if not self.exists:
+            self.user_id = user_id
         self.revision += 1
+        self.expires_at = expires_at
         self.updated_at = max(self.updated_at, now)
         self.messages.extend(messages)
 
@@ -177,7 +195,20 @@ class History:
             title=self.title,
             meta=self.meta,
             revision=self.revision,
+            user_id=self.user_id,
+            preview=self._first_question(),
+            last_message=self._last_message(),
         )
+
+    def _first_question(self) -> str | None:
+        questions = (self.messages[position] for position in self.caught_up().user_positions)
+        return next((question.text for question in questions if question is not None and question.text), None)
+
+    def _last_message(self) -> str | None:
+        for message in reversed(self.messages):
+            if message is not None and message.role != ChatRole.SYSTEM.value:
+                return last_message_text(message.role, message.text, message.created_at)
+        return None
 
 
 @dataclass
@@ -190,10 +221,25 @@ class Namespace:
     #: The ids of histories that are, or once were, branches of a history.
     branches: dict[str, set[str]] = field(default_factory=dict)
 
-    def find(self, chat_history_id: str) -> History | None:
-        """Return a history, or `None` if it does not exist."""
+    def find(self, scope: Scope, chat_history_id: str) -> History | None:
+        """Return a history to read, or `None` if it does not exist, has expired, or is another user's."""
         history = self.histories.get(chat_history_id)
-        return history if history is not None and history.exists else None
+        return history if history is not None and _is_visible(scope, history) else None
+
+    def find_to_write(self, scope: Scope, chat_history_id: str) -> History | None:
+        """
+        Return a history to write to, or `None` if it does not exist. If it has expired, it is removed.
+
+        :raises ChatHistoryAccessError: If it is another user's.
+        """
+        history = self.histories.get(chat_history_id)
+        if history is None or not history.exists:
+            return None
+        if history.has_expired():
+            self.put(chat_history_id, None)
+            return None
+        check_access(scope, history.user_id)
+        return history
 
     def put(self, chat_history_id: str, history: History | None) -> None:
         """Replace a history or, with `None`, remove it. Keep the index of words up to date."""
@@ -211,9 +257,10 @@ class Namespace:
             self.index.unindexed[chat_history_id] = 0
             self.histories[chat_history_id] = history
 
-    def with_prefix(self, prefix: str, scope: Scope) -> list[str]:
-        """Return the ids that begin with a text."""
-        ids = [each for each, history in self.histories.items() if history.exists and each.startswith(prefix)]
+    def with_prefix(self, scope: Scope, prefix: str) -> list[str]:
+        """Return the ids of the scope's histories that begin with a text."""
+        found = self.histories.items()
+        ids = [each for each, history in found if each.startswith(prefix) and _is_visible(scope, history)]
         return ids if scope.with_branches else [each for each in ids if not self.is_branch(each)]
 
     def is_branch(self, chat_history_id: str) -> bool:
@@ -226,13 +273,18 @@ class Namespace:
         if origin is not None:
             self.branches.setdefault(origin, set()).add(chat_history_id)
 
-    def delete(self, chat_history_id: str) -> None:
-        """Remove a history and its branches."""
-        self.put(chat_history_id, None)
-        for each in self.branches.pop(chat_history_id, ()):
-            history = self.histories.get(each)
-            if history is not None and branch_origin(each, history.meta) == chat_history_id:
-                self.delete(each)
+    def delete(self, scope: Scope, chat_history_id: str) -> None:
+        """Remove a history and its branches, but none of another user."""
+        history = self.histories.get(chat_history_id)
+        if history is not None and scope.includes(history.user_id):
+            self.put(chat_history_id, None)
+        for each in sorted(self.branches.get(chat_history_id, ())):
+            branch = self.histories.get(each)
+            if branch is None or branch_origin(each, branch.meta) != chat_history_id:
+                self.branches[chat_history_id].discard(each)
+            elif scope.includes(branch.user_id):
+                self.branches[chat_history_id].discard(each)
+                self.delete(scope, each)
 
 
 class Memory:
@@ -249,5 +301,9 @@ class Memory:
         self._namespaces: dict[str, Namespace] = {}
 
     def of(self, scope: Scope) -> Namespace:
-        """Return the histories of a scope."""
+        """Return the namespace of a scope."""
         return self._namespaces.setdefault(scope.namespace, Namespace())
+
+
+def _is_visible(scope: Scope, history: History) -> bool:
+    return history.exists and scope.includes(history.user_id) and not history.has_expired()

@@ -13,13 +13,13 @@ class Reading(Engine[Memory]):
     def read(self, session: Memory, scope: Scope, chat_history_id: str, window: Window) -> WindowRows:
         """Return the messages in the window."""
         with session.lock:
-            history = session.of(scope).find(chat_history_id)
+            history = session.of(scope).find(scope, chat_history_id)
             return NO_ROWS if history is None else history.read(window)
 
     def count(self, session: Memory, scope: Scope, chat_history_id: str) -> int:
         """Return the number of messages in a history."""
         with session.lock:
-            history = session.of(scope).find(chat_history_id)
+            history = session.of(scope).find(scope, chat_history_id)
             return 0 if history is None else history.count()
 
     def page(
@@ -27,11 +27,11 @@ class Reading(Engine[Memory]):
     ) -> list[MessageRow]:
         """Return a page of messages."""
         with session.lock:
-            history = session.of(scope).find(chat_history_id)
+            history = session.of(scope).find(scope, chat_history_id)
             return [] if history is None else history.page(before, after, limit)
 
     def position(self, session: Memory, scope: Scope, chat_history_id: str, message_id: str) -> int | None:
         """Look up the position of a message."""
         with session.lock:
-            history = session.of(scope).find(chat_history_id)
+            history = session.of(scope).find(scope, chat_history_id)
             return None if history is None else history.caught_up().positions.get(message_id)

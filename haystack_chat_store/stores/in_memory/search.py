@@ -39,9 +39,11 @@ class Search(Engine[Memory]):
             for history, position in namespace.index.candidates(phrases):
                 if not history.startswith(prefix) or chat_history_id not in (None, history):
                     continue
+                if (visible := namespace.find(scope, history)) is None:
+                    continue
                 if not scope.with_branches and namespace.is_branch(history):
                     continue
-                message = namespace.histories[history].messages[position]
+                message = visible.messages[position]
                 words = terms(searchable_text_of_content(message.content)) if message is not None else []
                 if message is not None and matches(phrases, words):
                     counts = Counter(words)

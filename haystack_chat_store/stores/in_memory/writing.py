@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations that change messages."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from haystack.document_stores.types import DuplicatePolicy
 
@@ -18,6 +19,7 @@ from haystack_chat_store.stores.conflicts import (
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory.histories import History, Memory, Namespace, Stored
 from haystack_chat_store.stores.in_memory.search_index import SearchIndex
+from haystack_chat_store.stores.previews import beginning_of_content
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope
 from haystack_chat_store.stores.times import microseconds_now
 
@@ -39,7 +41,7 @@ class Writing(Engine[Memory]):
         """
         with session.lock:
             namespace, now = session.of(scope), microseconds_now()
-            history = namespace.find(chat_history_id)
+            history = namespace.find_to_write(scope, chat_history_id)
             revision = 0 if history is None else history.revision
             known = {} if history is None else history.known(messages)
             compares = history is not None and compares_contents(policy, expected_revision, revision)
@@ -49,24 +51,29 @@ class Writing(Engine[Memory]):
             if history is not None and plan.replaced:
                 times = {place: message.created_at for place in plan.replaced if (message := history.messages[place])}
                 changes = {place: _stored(message, times[place]) for place, message in plan.replaced.items()}
-                namespace.put(chat_history_id, history.changed(now, changes, new))
+                changed = history.changed(now, changes, new)
+                namespace.put(chat_history_id, replace(changed, expires_at=scope.expires_at(now)))
             elif new:
-                _append(namespace, chat_history_id, new, now)
+                _append(namespace, scope, chat_history_id, new, now)
             return len(plan.new) + len(plan.replaced)
 
     def delete(self, session: Memory, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
         """Remove the history and its branches."""
         with session.lock:
             namespace = session.of(scope)
-            history = namespace.find(chat_history_id)
+            history = namespace.find_to_write(scope, chat_history_id)
             if history is not None:
                 check_revision(expected_revision, history.revision)
-            namespace.delete(chat_history_id)
+            namespace.delete(scope, chat_history_id)
 
     def delete_all(self, session: Memory, scope: Scope) -> bool:
         """Remove the namespace's histories and its index."""
         with session.lock:
             namespace = session.of(scope)
+            if scope.user_id is not None:
+                for chat_history_id in namespace.with_prefix(scope, ""):
+                    namespace.put(chat_history_id, None)
+                return False
             revisions = [history.revision for history in namespace.histories.values()]
             namespace.deleted_revision = max([namespace.deleted_revision, *revisions])
             namespace.histories, namespace.index, namespace.branches = {}, SearchIndex(), {}
@@ -84,7 +91,7 @@ class Writing(Engine[Memory]):
         """Leave a gap at the position of each message."""
         with session.lock:
             namespace = session.of(scope)
-            history = namespace.find(chat_history_id)
+            history = namespace.find_to_write(scope, chat_history_id)
             positions = {} if history is None else history.caught_up().positions
             revision = 0 if history is None else history.revision
             if from_message_id is not None:
@@ -96,7 +103,7 @@ class Writing(Engine[Memory]):
                 gone = [positions[message_id] for message_id in message_ids or () if message_id in positions]
                 if gone:
                     check_revision(expected_revision, revision)
-            _remove(namespace, chat_history_id, gone)
+            _remove(namespace, scope, chat_history_id, gone)
 
     def replace(
         self,
@@ -110,7 +117,7 @@ class Writing(Engine[Memory]):
         """Leave gaps and append in one step: a new `History` takes the place of the old one."""
         with session.lock:
             namespace, now = session.of(scope), microseconds_now()
-            history = namespace.find(chat_history_id)
+            history = namespace.find_to_write(scope, chat_history_id)
             positions = {} if history is None else history.caught_up().positions
             if history is not None and _has_replaced(history, from_message_id, messages):
                 return 0
@@ -120,14 +127,30 @@ class Writing(Engine[Memory]):
             start = positions[from_message_id]
             gone = [position for position in positions.values() if position >= start]
             new = [_stored(each, now) for each in messages if positions.get(each.message_id, start) >= start]
-            namespace.put(chat_history_id, history.changed(now, dict.fromkeys(gone), new))
+            changed = history.changed(now, dict.fromkeys(gone), new)
+            namespace.put(chat_history_id, replace(changed, expires_at=scope.expires_at(now)))
             return len(new)
+
+    def update_message(
+        self, session: Memory, scope: Scope, chat_history_id: str, message_id: str, change: Callable[[str], str]
+    ) -> MessageRow:
+        """Replace the history by one with the changed message."""
+        with session.lock:
+            namespace = session.of(scope)
+            history = namespace.find_to_write(scope, chat_history_id)
+            position = None if history is None else history.caught_up().positions.get(message_id)
+            message = None if history is None or position is None else history.messages[position]
+            if history is None or position is None or message is None:
+                raise message_not_found(message_id)
+            changes: dict[int, Stored | None] = {position: message._replace(content=change(message.content))}
+            namespace.put(chat_history_id, history.changed(history.updated_at, changes))
+            return namespace.histories[chat_history_id].page(None, position - 1, 1)[0]
 
     def copy(self, session: Memory, scope: Scope, source_id: str, target_id: str, until_message_id: str | None) -> int:
         """Append the source's messages to the target, without gaps."""
         with session.lock:
             namespace = session.of(scope)
-            source, target = namespace.find(source_id), namespace.find(target_id)
+            source = namespace.find(scope, source_id)
             if source is None:
                 raise history_not_found(source_id)
             end = len(source.messages)
@@ -135,11 +158,12 @@ class Writing(Engine[Memory]):
                 if until_message_id not in source.caught_up().positions:
                     raise message_not_found(until_message_id)
                 end = source.positions[until_message_id] + 1
+            target = namespace.find_to_write(scope, target_id)
             if target is not None and target.count():
                 raise history_has_messages(target_id)
             copied = [message for message in source.messages[:end] if message is not None]
             if copied:
-                _append(namespace, target_id, copied, microseconds_now())
+                _append(namespace, scope, target_id, copied, microseconds_now(), source.user_id)
             return len(copied)
 
     def import_history(
@@ -153,7 +177,7 @@ class Writing(Engine[Memory]):
         """Read all batches without the lock, because that may take long, and then append them in one step."""
         imported = [_imported(row) for rows in batches for row in rows]
         with session.lock:
-            return _import(session.of(scope), history, imported, expected_revision)
+            return _import(session.of(scope), scope, history, imported, expected_revision)
 
     def import_histories(
         self, session: Memory, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
@@ -162,21 +186,28 @@ class Writing(Engine[Memory]):
         with session.lock:
             namespace = session.of(scope)
             for history, _ in histories:
-                existing = namespace.find(history.chat_history_id)
+                existing = namespace.find_to_write(scope, history.chat_history_id)
                 if existing is not None:
                     raise history_exists(history.chat_history_id)
-            return sum(_import(namespace, history, list(map(_imported, rows)), 0) for history, rows in histories)
+            return sum(_import(namespace, scope, history, list(map(_imported, rows)), 0) for history, rows in histories)
 
     def remove(self, session: Memory, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
         """Leave a gap at the position of each message."""
         with session.lock:
-            _remove(session.of(scope), chat_history_id, positions)
+            _remove(session.of(scope), scope, chat_history_id, positions)
 
 
-def _append(namespace: Namespace, chat_history_id: str, new: Sequence[Stored], now: int) -> None:
+def _append(
+    namespace: Namespace,
+    scope: Scope,
+    chat_history_id: str,
+    new: Sequence[Stored],
+    now: int,
+    user_id: str | None = None,
+) -> None:
     history = namespace.histories.setdefault(chat_history_id, History(now, namespace.deleted_revision))
     namespace.index.unindexed.setdefault(chat_history_id, len(history.messages))
-    history.append(new, now)
+    history.append(new, now, user_id if scope.user_id is None else scope.user_id, scope.expires_at(now))
 
 
 def _has_replaced(history: History, from_message_id: str, messages: Sequence[EncodedMessage]) -> bool:
@@ -189,14 +220,16 @@ def _has_replaced(history: History, from_message_id: str, messages: Sequence[Enc
     return is_replaced_already(found, start, sum(position >= start for position in positions.values()))
 
 
-def _remove(namespace: Namespace, chat_history_id: str, positions: Sequence[int]) -> None:
-    history = namespace.find(chat_history_id)
+def _remove(namespace: Namespace, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
+    history = namespace.find_to_write(scope, chat_history_id)
     if history is not None and positions:
         namespace.put(chat_history_id, history.changed(microseconds_now(), dict.fromkeys(positions)))
 
 
-def _import(namespace: Namespace, history: HistoryRow, imported: Sequence[Stored], expected_revision: int) -> int:
-    target = namespace.find(history.chat_history_id)
+def _import(
+    namespace: Namespace, scope: Scope, history: HistoryRow, imported: Sequence[Stored], expected_revision: int
+) -> int:
+    target = namespace.find_to_write(scope, history.chat_history_id)
     check_revision(expected_revision, 0 if target is None else target.revision)
     if target is None:
         target = History(
@@ -205,16 +238,19 @@ def _import(namespace: Namespace, history: HistoryRow, imported: Sequence[Stored
             title=history.title,
             meta=history.meta,
             exists_without_messages=True,
+            user_id=history.user_id if scope.user_id is None else scope.user_id,
         )
     updated_at = max(target.updated_at, history.updated_at)
-    namespace.put(history.chat_history_id, target.changed(updated_at, {}, imported))
+    changed = target.changed(updated_at, {}, imported)
+    expires_at = scope.expires_at(microseconds_now())
+    namespace.put(history.chat_history_id, replace(changed, expires_at=expires_at))
     namespace.note_branch(history.chat_history_id)
     return len(imported)
 
 
 def _stored(message: EncodedMessage, created_at: int) -> Stored:
-    return Stored(created_at, message.message_id, message.role, message.content)
+    return Stored(created_at, message.message_id, message.role, message.content, message.text)
 
 
 def _imported(row: MessageRow) -> Stored:
-    return Stored(row.created_at, row.message_id, row.role, row.content)
+    return Stored(row.created_at, row.message_id, row.role, row.content, beginning_of_content(row.content))

@@ -50,6 +50,9 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         namespace: str = "default",
         search: bool = False,
         strict: bool = False,
+        user_id: str | None = None,
+        ttl: float | None = None,
+        renew_ttl_on_read: bool = False,
         schema_name: str | None = None,
         table_prefix: str = "haystack_chat",
         min_pool_size: int = 1,
@@ -70,6 +73,11 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         :param search: Whether messages can be searched. What is written is then indexed with it. Defaults to False.
         :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
             such a value is stored as its `repr`, and logged.
+        :param user_id: The user whose histories alone the store sees and changes: see `for_user`. Defaults to `None`:
+            all histories of the namespace.
+        :param ttl: After how many seconds without a write a history expires, all of it at once. A write starts the time
+            anew. Defaults to `None`: never.
+        :param renew_ttl_on_read: Whether reading messages of a history starts the time anew, too. Defaults to False.
         :param schema_name: The PostgreSQL schema that holds the tables; made if it is missing. Defaults to `None`: the
             first one of the connection string's `search_path` (`?options=-csearch_path%3Dapp`), else `"public"`.
         :param table_prefix: What the tables' names begin with. Defaults to `"haystack_chat"`. 1 to 40 characters.
@@ -110,6 +118,9 @@ class PostgresChatMessageStore(BaseChatMessageStore):
             namespace=namespace,
             search=search,
             strict=strict,
+            user_id=user_id,
+            ttl=ttl,
+            renew_ttl_on_read=renew_ttl_on_read,
         )
 
     @classmethod

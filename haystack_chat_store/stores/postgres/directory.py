@@ -9,9 +9,9 @@ from itertools import starmap
 from typing import Any
 
 from haystack_chat_store.errors import UnsupportedOperationError
-from haystack_chat_store.stores.conflicts import check_revision
+from haystack_chat_store.stores.conflicts import check_access, check_revision, history_is_there, history_not_found
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.postgres.schema import history_key
+from haystack_chat_store.stores.postgres.schema import history_key, history_parameters
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.statements import (
     AFTER_ALL_IDS,
@@ -20,7 +20,10 @@ from haystack_chat_store.stores.postgres.statements import (
     READ_WHOLE_TABLES,
     prefix_parameters,
 )
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, branch_origin
+from haystack_chat_store.stores.postgres.writing import delete_key, lock_history, make_history
+from haystack_chat_store.stores.previews import last_message_text
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, branch_origin
+from haystack_chat_store.stores.usage import UsageCounter
 from haystack_chat_store.types import StoreStatistics
 
 # Up to this many histories are sorted, or passed on the walk by time. If they do not suffice, four times as many are.
@@ -40,21 +43,22 @@ class Directory(Engine[Session]):
 
     async def delete_all(self, session: Session, scope: Scope) -> bool:
         """Delete in batches, each with a time limit of its own, so that any number of histories can be deleted."""
+        if scope.user_id is not None:
+            return bool(await self.erase_some(session, scope, "", None, _DELETE_BATCH_SIZE))
         last_id = ""
         while found := await session.fetch(
             session.statements.next_histories, [scope.namespace, last_id, _DELETE_BATCH_SIZE]
         ):
             batch = _delete_batch(found)
             last_id = batch[-1][0]
-            await session.in_transaction(_delete_histories, [key for _, key, _ in batch])
+            await session.in_transaction(_delete_histories, scope, [key for _, key, _ in batch])
             session.renew_deadline()
         return False
 
     async def history(self, session: Session, scope: Scope, chat_history_id: str) -> HistoryRow | None:
         """Return one history, or `None` if it does not exist."""
-        key = history_key(scope, chat_history_id)
-        rows = await session.fetch(session.statements.history, [key], prepare=True)
-        return HistoryRow(*rows[0]) if rows else None
+        rows = await session.fetch(session.statements.history, history_parameters(scope, chat_history_id), prepare=True)
+        return history_row(*rows[0]) if rows else None
 
     async def histories(
         self, session: Session, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
@@ -71,8 +75,11 @@ class Directory(Engine[Session]):
             "id": chat_history_id,
             "limit": limit,
         }
+        if scope.user_id is not None:
+            rows = await session.fetch(statements.histories_of_user, parameters, prepare=True)
+            return list(starmap(history_row, rows))
         if not prefix:
-            return list(starmap(HistoryRow, await session.fetch(statements.all_histories, parameters, prepare=True)))
+            return list(starmap(history_row, await session.fetch(statements.all_histories, parameters, prepare=True)))
         few, statement = _FIRST_TRY, statements.histories
         while True:
             parameters |= {"few": few, "near": limit + few}
@@ -83,36 +90,39 @@ class Directory(Engine[Session]):
                 break
             rows = await session.fetch(statements.histories_near, parameters)
             if len(rows) == limit:
-                return list(starmap(HistoryRow, rows))
+                return list(starmap(history_row, rows))
             few *= 4
-        return list(starmap(HistoryRow, await session.fetch(statement, parameters)))
+        return list(starmap(history_row, await session.fetch(statement, parameters)))
 
     async def histories_by_id(
         self, session: Session, scope: Scope, prefix: str, after: str, limit: int
     ) -> list[HistoryRow]:
         """Walk along the index by id."""
         parameters = {**prefix_parameters(scope, prefix), "after": after, "limit": limit}
-        return list(starmap(HistoryRow, await session.fetch(session.statements.histories_by_id, parameters)))
+        return list(starmap(history_row, await session.fetch(session.statements.histories_by_id, parameters)))
 
     async def update_history(
         self,
         session: Session,
         scope: Scope,
         chat_history_id: str,
-        title: str | Unchanged | None,
-        meta: str | Unchanged | None,
+        change: HistoryChange,
     ) -> HistoryRow | None:
-        """Set both in one statement."""
-        parameters = {
-            "key": history_key(scope, chat_history_id),
-            "has_title": title is not UNCHANGED,
-            "title": None if title is UNCHANGED else title,
-            "has_meta": meta is not UNCHANGED,
-            "meta": None if meta is UNCHANGED else meta,
-            "branch_of": None if meta is UNCHANGED else branch_origin(chat_history_id, meta),
-        }
-        rows = await session.fetch(session.statements.update_history, parameters)
-        return HistoryRow(*rows[0]) if rows else None
+        """Change the row in a transaction that has it locked."""
+        return await session.in_transaction(_update_locked, scope, chat_history_id, change)
+
+    async def create_history(self, session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
+        """Insert the row in a transaction, unless it is there."""
+        return await session.in_transaction(_create_locked, scope, history)
+
+    async def rename_history(self, session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
+        """Copy the rows under another key, and delete the old ones, in one transaction."""
+        return await session.in_transaction(_rename_locked, scope, old_id, new_id)
+
+    async def renew(self, session: Session, scope: Scope, chat_history_id: str) -> None:
+        """Change the row."""
+        parameters = {**history_parameters(scope, chat_history_id), "lifetime": scope.lifetime}
+        await session.run(session.statements.renew, parameters)
 
     async def statistics(self, session: Session, scope: Scope, prefix: str) -> StoreStatistics:
         """Count every message, as of one moment."""
@@ -122,16 +132,17 @@ class Directory(Engine[Session]):
         self, session: Session, scope: Scope, prefix: str, updated_before: int | None, limit: int
     ) -> int:
         """Delete a batch of histories, but none that changes meanwhile and is then too new."""
-        parameters = {**prefix_parameters(scope, prefix), "limit": limit}
-        statement = session.statements.erasable_by_prefix
-        if updated_before is not None:
-            parameters["updated_before"] = updated_before
-            statement = session.statements.erasable_by_age
-        erased = 0
-        while not erased and (found := await session.fetch(statement, parameters)):
-            keys = [key for _, key, _ in _delete_batch(found)]
-            erased = await session.in_transaction(_delete_histories, keys, updated_before)
-        return erased
+        parameters = {**prefix_parameters(scope, prefix), "limit": limit, "updated_before": updated_before}
+        statements = session.statements
+        statement = statements.erasable_by_prefix if updated_before is None else statements.erasable_by_age
+        if scope.user_id is not None:
+            statement = statements.erasable_of_user
+        for each in (statement,) if updated_before is None else (statement, statements.erasable_expired):
+            while found := await session.fetch(each, parameters):
+                keys = [key for _, key, _ in _delete_batch(found)]
+                if erased := await session.in_transaction(_delete_histories, scope, keys, updated_before):
+                    return erased
+        return 0
 
     async def vacuum(self, session: Session, scope: Scope) -> None:  # noqa: ARG002  (the tables of all namespaces)
         """Rewrite the tables and their indexes, however long it takes."""
@@ -146,40 +157,121 @@ async def _statistics(session: Session, parameters: dict[str, Any]) -> StoreStat
     ((histories, messages, rounds),) = await session.fetch(session.statements.totals, parameters)
     ((size,),) = await session.fetch(session.statements.size_on_disk)
     per_day = await session.fetch(session.statements.per_day, parameters)
+    usage = UsageCounter()
+    for created_at, meta in await session.fetch(session.statements.usage, parameters):
+        usage.add_text(created_at, meta)
     return StoreStatistics(
         chat_histories=histories,
         messages=messages,
         rounds=rounds,
-        size=size,
+        size=size if parameters["user"] is None else None,
         messages_per_day={_EPOCH + timedelta(days=day): count for day, count in per_day},
+        usage=usage.total(),
+        usage_per_day=usage.per_day(),
     )
+
+
+async def _update_locked(
+    session: Session, scope: Scope, chat_history_id: str, change: HistoryChange
+) -> HistoryRow | None:
+    if await lock_history(session, scope, chat_history_id) is None:
+        return None
+    key = history_key(scope, chat_history_id)
+    has_meta = change.meta is not UNCHANGED or change.merged is not None
+    stored = (await session.fetch(session.statements.meta, [key]))[0][0] if change.merged is not None else None
+    meta = change.new_meta(stored) if has_meta else None
+    parameters = {
+        "key": key,
+        "has_title": change.title is not UNCHANGED,
+        "title": None if change.title is UNCHANGED else change.title,
+        "has_meta": has_meta,
+        "meta": meta,
+        "branch_of": branch_origin(chat_history_id, meta),
+        "has_user": change.user_id is not UNCHANGED,
+        "user": None if change.user_id is UNCHANGED else change.user_id,
+    }
+    return history_row(*(await session.fetch(session.statements.update_history, parameters))[0])
+
+
+async def _create_locked(session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
+    is_new = await lock_history(session, scope, history.chat_history_id) is None and await make_history(
+        session, scope, history.chat_history_id, history.user_id
+    )
+    locked = await lock_history(session, scope, history.chat_history_id)
+    key = history_key(scope, history.chat_history_id)
+    if is_new and locked is not None:
+        parameters = {
+            "key": key,
+            "title": history.title,
+            "meta": history.meta,
+            "branch_of": branch_origin(history.chat_history_id, history.meta),
+            "revision": locked.next_revision,
+        }
+        await session.run(session.statements.begin_history, parameters)
+    rows = await session.fetch(session.statements.history, {"key": key, "user": None})
+    return history_row(*rows[0]), is_new
+
+
+async def _rename_locked(session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
+    # In the order of their ids, so that two calls in opposite directions do not deadlock.
+    locked = {each: await lock_history(session, scope, each) for each in sorted((old_id, new_id))}
+    if locked[old_id] is None:
+        raise history_not_found(old_id)
+    if locked[new_id] is not None or not await make_history(session, scope, new_id):
+        raise history_is_there(new_id)
+    old_key = history_key(scope, old_id)
+    ((meta,),) = await session.fetch(session.statements.meta, [old_key])
+    keys: dict[str, Any] = {
+        "key": history_key(scope, new_id),
+        "old_key": old_key,
+        "namespace": scope.namespace,
+        "branch_of": branch_origin(new_id, meta),
+    }
+    await session.run(session.statements.take_over_history, keys)
+    await session.run(session.statements.take_over_messages, keys)
+    await delete_key(session, keys["old_key"])
+    rows = await session.fetch(session.statements.history, {"key": keys["key"], "user": None})
+    return history_row(*rows[0])
 
 
 async def _delete_expected(session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
     """
-    Delete a history and its branches, and theirs.
+    Delete a history and its branches, and theirs, but none of another user.
 
-    If it has another revision, raise an error, which undoes the transaction.
+    If it is another user's, or has another revision, raise an error, which undoes the transaction.
     """
-    key = history_key(scope, chat_history_id)
-    for _, revision in await session.fetch(session.statements.delete_histories, {"keys": [key]}):
-        check_revision(expected_revision, revision)
+    parameters = {"keys": [history_key(scope, chat_history_id)], "user": None}
+    for key, revision, user_id, has_expired in await session.fetch(session.statements.delete_histories, parameters):
+        if not has_expired:
+            check_access(scope, user_id)
+            check_revision(expected_revision, revision)
         await session.run(session.statements.delete_messages, [[key]])
-    ids = [chat_history_id]
-    while found := await session.fetch(session.statements.branches, {"namespace": scope.namespace, "ids": ids}):
-        await _delete_histories(session, [key for _, key in found])
-        ids = [branch for branch, _ in found]
+    origins = {"namespace": scope.namespace, "user": scope.user_id, "ids": [chat_history_id]}
+    while found := await session.fetch(session.statements.branches, origins):
+        await _delete_histories(session, scope, [key for _, key in found])
+        origins["ids"] = [branch for branch, _ in found]
 
 
-async def _delete_histories(session: Session, keys: Sequence[uuid.UUID], updated_before: int | None = None) -> int:
+async def _delete_histories(
+    session: Session, scope: Scope, keys: Sequence[uuid.UUID], updated_before: int | None = None
+) -> int:
     """Delete histories, but only those that have not changed since a time, if that is given. Return their number."""
+    parameters = {"keys": keys, "user": scope.user_id}
     if updated_before is None:
-        rows = await session.fetch(session.statements.delete_histories, {"keys": keys})
+        rows = await session.fetch(session.statements.delete_histories, parameters)
     else:
-        parameters = {"keys": keys, "updated_before": updated_before}
-        rows = await session.fetch(session.statements.delete_old_histories, parameters)
-    await session.run(session.statements.delete_messages, [[key for key, _ in rows]])
+        old = {**parameters, "updated_before": updated_before}
+        rows = await session.fetch(session.statements.delete_old_histories, old)
+    await session.run(session.statements.delete_messages, [[key for key, *_ in rows]])
     return len(rows)
+
+
+def history_row(*columns: Any) -> HistoryRow:
+    """Return a history of the columns of the fragment `history_row`."""
+    *values, last_role, last_text, last_at = columns
+    row = HistoryRow(*values)
+    row.last_message = None if last_role is None else last_message_text(last_role, last_text, last_at)
+    return row
 
 
 def _delete_batch(found: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:

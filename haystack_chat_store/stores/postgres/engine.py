@@ -31,6 +31,8 @@ from haystack_chat_store.stores.sync_async import run_sync
 class PostgresEngine(Writing, Reading, Directory, Search, Checking):
     """Keeps chat histories in the tables of a PostgreSQL database."""
 
+    keeps_users = keeps_previews = keeps_expiry = True
+
     def __init__(self, settings: Settings, *, search: bool) -> None:
         """
         Keep the settings. Nothing connects yet.

@@ -4,10 +4,11 @@
 import hashlib
 import uuid
 from textwrap import dedent
+from typing import Any
 
 from psycopg import sql
 
-from haystack_chat_store.stores.postgres.statements import FIRST_REVISION, FRAGMENTS, Statements
+from haystack_chat_store.stores.postgres.statements import FIRST_REVISION, FRAGMENTS, IS_VISIBLE, Statements
 from haystack_chat_store.stores.rows import Scope
 
 #: The greatest position: that of a bigint.
@@ -18,8 +19,8 @@ BEGINNING = (uuid.UUID(int=0), -1)
 # Each item takes a database from the version of its index to the next. A released one never changes: add another.
 #
 # Both large tables lead with history_key, a hash of namespace and id, so that they can be distributed by that. No time
-# is infinite, because that is no number of microseconds. Nothing fills user_id, expires_at, preview,
-# last_message, summary and question_id yet; their indexes are partial, so that they cost nothing meanwhile.
+# is infinite, because that is no number of microseconds. Nothing fills summary and question_id yet; their indexes are
+# partial, so that they cost nothing meanwhile.
 MIGRATIONS: list[list[str]] = [
     [
         """
@@ -38,8 +39,10 @@ MIGRATIONS: list[list[str]] = [
             user_id text,
             expires_at timestamptz CHECK (isfinite(expires_at)),
             branch_of text,
-            preview json,
-            last_message json,
+            preview text,  -- the beginning of the first question
+            last_role text,  -- of the last message that is no system message, as is what follows
+            last_text text,
+            last_at timestamptz CHECK (isfinite(last_at)),
             summary json
         ) {partitioned}
         """,
@@ -92,6 +95,8 @@ MIGRATIONS: list[list[str]] = [
         # The server's statistics contain samples of a column. Those of texts would stay after the texts were deleted.
         "ALTER TABLE {messages} ALTER COLUMN search_terms SET STATISTICS 0",
         "ALTER TABLE {histories} ALTER COLUMN title SET STATISTICS 0",
+        "ALTER TABLE {histories} ALTER COLUMN preview SET STATISTICS 0",
+        "ALTER TABLE {histories} ALTER COLUMN last_text SET STATISTICS 0",
     ],
 ]
 
@@ -132,6 +137,11 @@ _INDEXES = (
 )
 
 
+def history_parameters(scope: Scope, chat_history_id: str) -> dict[str, Any]:
+    """Return the parameters of a statement about one history of a scope: its key, and those of `visible`."""
+    return {"key": history_key(scope, chat_history_id), "user": scope.user_id}
+
+
 def history_key(scope: Scope, chat_history_id: str) -> uuid.UUID:
     """Return the key of a history."""
     # Neither of the two contains a NUL, so no two pairs become the same text.
@@ -169,6 +179,7 @@ class Tables:
             f"{name}_name": sql.Literal(self._names[name].as_string(None)) for name in ("histories", "messages")
         }
         self._names["first_revision"] = sql.SQL(self._named(FIRST_REVISION))
+        self._names["is_visible"] = sql.SQL(self._named(IS_VISIBLE))
         self.statements = Statements(*map(self._named, Statements()))
         self.lock = self._named(_LOCK_TABLES)
         self.create_search_index = self._named(_CREATE_SEARCH_INDEX)

@@ -14,7 +14,7 @@ from typing import Any
 from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres import upgrading
-from haystack_chat_store.stores.postgres.schema import BEGINNING, history_key
+from haystack_chat_store.stores.postgres.schema import BEGINNING, history_parameters
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.statements import prefix_parameters
 from haystack_chat_store.stores.postgres.terms import tsquery, tsvectors
@@ -51,8 +51,9 @@ class Search(Engine[Session]):
         if chat_history_id is None:
             ((keys, messages),) = await session.fetch(statements.few_histories, {**parameters, "few": _FEW_HISTORIES})
         else:
-            keys = [history_key(scope, chat_history_id)]
-            counted = await session.fetch(statements.message_count, keys)
+            history = history_parameters(scope, chat_history_id)
+            keys = [history["key"]]
+            counted = await session.fetch(statements.message_count, history)
             messages = counted[0][0] if counted else 0
         if keys is None:
             statement = statements.search

@@ -23,7 +23,13 @@ _EARLIEST = -210_866_803_200_000_000
 def prefix_parameters(scope: Scope, prefix: str) -> dict[str, Any]:
     """Return the parameters of the fragment `with_prefix`."""
     end = end_of_prefix(prefix) or AFTER_ALL_IDS
-    return {"namespace": scope.namespace, "prefix": prefix, "end": end, "with_branches": scope.with_branches}
+    return {
+        "namespace": scope.namespace,
+        "user": scope.user_id,
+        "prefix": prefix,
+        "end": end,
+        "with_branches": scope.with_branches,
+    }
 
 
 def _microseconds(column: str) -> str:
@@ -55,6 +61,11 @@ def _is_readable(time: str) -> str:
     return f"{time} BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00'"
 
 
+# The histories of the scope: of its user, unless it has none, and not those that have expired.
+_OF_USER = "(%(user)s::text IS NULL OR user_id = %(user)s)"
+_HAS_EXPIRED = "coalesce(expires_at <= statement_timestamp(), false)"
+_VISIBLE = f"{_OF_USER} AND NOT {_HAS_EXPIRED}"
+
 _BY_ID = 'chat_history_id COLLATE "C"'
 _IS_SEEN = "(%(with_branches)s OR branch_of IS NULL)"
 _CURSOR = "%(updated_at)s::bigint"
@@ -67,19 +78,31 @@ _UPDATED_AT_OF_CURSOR = (
 FRAGMENTS = {
     "history_row": (
         f"chat_history_id, {_microseconds('created_at')}, {_microseconds('updated_at')}, message_count, round_count, "
-        "title, meta, revision"
+        f"title, meta, revision, user_id, preview, last_role, last_text, {_microseconds('last_at')}"
     ),
     "message_row": f"position, {_microseconds('created_at')}, message_id, role, content",
     "message_time": _microseconds("created_at"),
     "by_id": _BY_ID,
-    "with_prefix": (f"namespace = %(namespace)s AND {_BY_ID} >= %(prefix)s AND {_BY_ID} < %(end)s AND {_IS_SEEN}"),
+    "with_prefix": (
+        f"namespace = %(namespace)s AND {_BY_ID} >= %(prefix)s AND {_BY_ID} < %(end)s AND {_VISIBLE} AND {_IS_SEEN}"
+    ),
     "is_seen": _IS_SEEN,
+    "visible": _VISIBLE,
+    "of_user": _OF_USER,
+    "has_expired": _HAS_EXPIRED,
+    # Of messages that are appended: the first question stays, and the last message is another one.
+    "count_previews": """
+            preview = coalesce(preview, %(preview)s),
+            last_role = coalesce(%(last_role)s, last_role),
+            last_text = CASE WHEN %(last_role)s::text IS NULL THEN last_text ELSE %(last_text)s END""".strip(),
+    "expires_at": "statement_timestamp() + %(lifetime)s::bigint * interval '1 microsecond'",
     "further": f"(updated_at, {_BY_ID}) < ({_UPDATED_AT_OF_CURSOR}, %(id)s)",
     "newest_first": f"ORDER BY updated_at DESC, {_BY_ID} DESC",
     "created_at": _time("%(created_at)s::bigint"),
     "updated_at": _time("%(updated_at)s::bigint"),
     "updated_before": _time("%(updated_before)s::bigint"),
     "time_sent": _time("number"),
+    "last_at": _time("%(last_at)s::bigint"),
     # For statements whose transaction holds the history's lock. After a failover, the server's clock may be behind.
     "now": "greatest(updated_at, statement_timestamp())",
     "created_at_is_readable": _is_readable("created_at"),
@@ -109,12 +132,16 @@ FRAGMENTS = {
     """,
 }
 
+#: Whether messages belong to a history of the scope, under the name `is_visible`.
+IS_VISIBLE = f"EXISTS (SELECT FROM {{histories}} WHERE history_key = %(key)s AND {_VISIBLE})"
+
 #: The first revision of a history that begins now, under the name `first_revision`.
 FIRST_REVISION = "coalesce((SELECT deleted_revision FROM {namespaces} WHERE namespace = %(namespace)s), 0) + 1"
 
 # The history's row is the lock that gives out positions. A writer holds it until its messages are committed. A history
 # that this transaction has made has revision 0. Its first revision is looked up by a later statement than the one that
-# has made it: that statement may have begun before another history with this id was deleted.
+# has made it: that statement may have begun before another history with this id was deleted. The last message has the
+# time that the history keeps of it.
 _APPEND = """
     WITH history AS (
         UPDATE {{histories}} SET
@@ -122,18 +149,23 @@ _APPEND = """
             message_count = message_count + %(count)s,
             round_count = round_count + %(rounds)s,
             revision = {revision},
+            expires_at = {{expires_at}},
+            {{count_previews}},
+            last_at = CASE WHEN %(last_role)s::text IS NULL THEN last_at ELSE clock_timestamp() END,
             updated_at = {{now}}
-        WHERE history_key = %(key)s {condition} RETURNING next_position - %(count)s AS start, revision
+        WHERE history_key = %(key)s {condition} RETURNING next_position - %(count)s AS start, revision, last_at
     )
-    INSERT INTO {{messages}} (history_key, position, message_id, role, content, search_terms, revision)
-    SELECT %(key)s, start + place - 1, message_id, role, content::json, terms::tsvector, revision
+    INSERT INTO {{messages}} (history_key, position, message_id, role, content, search_terms, revision, created_at)
+    SELECT %(key)s, start + place - 1, message_id, role, content::json, terms::tsvector, revision,
+        CASE WHEN %(last_role)s::text IS NULL THEN clock_timestamp() ELSE last_at END
     FROM history, {{sent}}
 """
-_APPEND_ALL = _APPEND.format(revision="revision + 1", condition="")
+_APPEND_ALL = _APPEND.format(revision="revision + 1", condition="AND {visible}")
+# The transaction that has locked the history has looked at its user and its expiry.
 _APPEND_FIRST = _APPEND.format(revision="{first_revision}", condition="")
 _APPEND_LOCKED = _APPEND.format(revision="%(revision)s", condition="")
 # Appends the rest of a batch, if the history is unchanged since it was found to have the other messages.
-_APPEND_REST = _APPEND.format(revision="revision + 1", condition="AND xmin = %(version)s::xid")
+_APPEND_REST = _APPEND.format(revision="revision + 1", condition="AND xmin = %(version)s::xid AND {visible}")
 
 # Both bounds are subqueries, even where they exclude nothing. The planner takes a range between two bounds that it does
 # not know for 0.5 % of the rows. So it walks along the primary key, instead of sorting, or reading the whole table,
@@ -143,7 +175,8 @@ _READ = """
         (SELECT revision FROM {{histories}} WHERE history_key = %(key)s),
         (SELECT round_count FROM {{histories}} WHERE history_key = %(key)s)
     FROM {{messages}}
-    WHERE history_key = %(key)s AND position BETWEEN {start} AND (SELECT %(end)s::bigint) ORDER BY position
+    WHERE history_key = %(key)s AND position BETWEEN {start} AND (SELECT %(end)s::bigint) AND {{is_visible}}
+    ORDER BY position
 """
 _START_OF_ROUNDS = """coalesce(
         (SELECT position FROM {{messages}}
@@ -187,18 +220,31 @@ _DELETE_BY_ID, _DELETE_FROM, _DELETE_BY_POSITION = (
 
 # ------------------------------------------------------------------ the directory
 
+# Those of a user, or that have expired, are found by indexes of their own, and others by that of ids or of times.
 _ERASABLE = """
     SELECT chat_history_id, history_key, message_count FROM {{histories}}
-    WHERE {{with_prefix}} AND {before} ORDER BY {order} LIMIT %(limit)s
+    WHERE namespace = %(namespace)s AND {which} ORDER BY {order} LIMIT %(limit)s
 """
-_ERASABLE_BY_PREFIX = _ERASABLE.format(before="true", order="{by_id}")
-_ERASABLE_BY_AGE = _ERASABLE.format(before="updated_at < {updated_before}", order="updated_at, {by_id}")
+_IN_RANGE = "{by_id} >= %(prefix)s AND {by_id} < %(end)s"
+_STARTS = "starts_with(chat_history_id, %(prefix)s)"
+_ERASABLE_BY_PREFIX = _ERASABLE.format(which=_IN_RANGE, order="{by_id}")
+_ERASABLE_BY_AGE = _ERASABLE.format(
+    which=f"{_IN_RANGE} AND updated_at < {{updated_before}}", order="updated_at, {by_id}"
+)
+_ERASABLE_OF_USER = _ERASABLE.format(
+    which=f"user_id = %(user)s AND {_STARTS}"
+    " AND (%(updated_before)s::bigint IS NULL OR updated_at < {updated_before})",
+    order="updated_at, {by_id}",
+)
+_ERASABLE_EXPIRED = _ERASABLE.format(
+    which=f"expires_at <= statement_timestamp() AND {_STARTS} AND {{of_user}}", order="expires_at"
+)
 
 # The namespace keeps the greatest revision. Its row is written, and locked, only if that grows.
 _DELETE_HISTORIES = """
     WITH gone AS (
         DELETE FROM {{histories}} WHERE history_key = ANY (%(keys)s) AND {before}
-        RETURNING history_key, namespace, revision
+        RETURNING history_key, namespace, revision, user_id, {{has_expired}} AS has_expired
     ), kept AS (
         INSERT INTO {{namespaces}} AS n (namespace, deleted_revision)
         SELECT namespace, greatest_revision
@@ -209,7 +255,7 @@ _DELETE_HISTORIES = """
         )
         ON CONFLICT (namespace) DO UPDATE SET deleted_revision = greatest(n.deleted_revision, excluded.deleted_revision)
     )
-    SELECT history_key, revision FROM gone
+    SELECT history_key, revision, user_id, has_expired FROM gone
 """
 
 # ------------------------------------------------------------------ search
@@ -241,11 +287,12 @@ class Statements(NamedTuple):
     append_locked: str = _APPEND_LOCKED
     append_rest: str = _APPEND_REST
     known_ids: str = """
-        SELECT message_id, position, role, h.xmin::text FROM {messages} JOIN {histories} AS h USING (history_key)
-        WHERE history_key = %s AND message_id = ANY (%s)
+        SELECT message_id, position, role, h.xmin::text, {visible}
+        FROM {messages} JOIN {histories} AS h USING (history_key)
+        WHERE history_key = %(key)s AND message_id = ANY (%(ids)s)
     """
-    revision: str = "SELECT revision, round_count FROM {histories} WHERE history_key = %s"
-    message_count: str = "SELECT message_count FROM {histories} WHERE history_key = %s"
+    revision: str = "SELECT revision, round_count FROM {histories} WHERE history_key = %(key)s AND {visible}"
+    message_count: str = "SELECT message_count FROM {histories} WHERE history_key = %(key)s AND {visible}"
     read_all: str = _READ_ALL
     read_rounds: str = _READ_ROUNDS
     read_rounds_by_step: str = _READ_ROUNDS_BY_STEP
@@ -256,24 +303,69 @@ class Statements(NamedTuple):
         WHERE namespace = %s AND chat_history_id COLLATE "C" > %s ORDER BY chat_history_id COLLATE "C" LIMIT %s
     """
     # The history's row goes first: its lock keeps writers out until the messages are deleted, too.
-    delete_histories: str = _DELETE_HISTORIES.format(before="true")
+    delete_histories: str = _DELETE_HISTORIES.format(before="{of_user}")
     delete_messages: str = "DELETE FROM {messages} WHERE history_key = ANY (%s)"
     branches: str = """
         SELECT chat_history_id, history_key FROM {histories}
-        WHERE namespace = %(namespace)s AND branch_of = ANY (%(ids)s)
+        WHERE namespace = %(namespace)s AND branch_of = ANY (%(ids)s) AND {of_user}
     """
 
     lock_key: str = "SELECT FROM {histories} WHERE history_key = %s FOR UPDATE"
     # A history that this transaction has made has revision 0 until its first change.
     lock_history: str = """
         SELECT next_position, message_count, revision,
-            CASE WHEN revision = 0 THEN {first_revision} ELSE revision + 1 END
+            CASE WHEN revision = 0 THEN {first_revision} ELSE revision + 1 END, user_id, {has_expired}
         FROM {histories} WHERE history_key = %(key)s FOR UPDATE
     """
     make_history: str = """
         INSERT INTO {histories}
-            (history_key, namespace, chat_history_id, next_position, message_count, round_count, revision)
-        VALUES (%(key)s, %(namespace)s, %(id)s, 0, 0, 0, 0) ON CONFLICT (history_key) DO NOTHING
+            (history_key, namespace, chat_history_id, next_position, message_count, round_count, revision, user_id,
+            expires_at)
+        VALUES (%(key)s, %(namespace)s, %(id)s, 0, 0, 0, 0, %(user)s, {expires_at}) ON CONFLICT (history_key) DO NOTHING
+    """
+    begin_history: str = """
+        UPDATE {histories} SET
+            title = %(title)s, meta = %(meta)s::json, branch_of = %(branch_of)s, revision = %(revision)s
+        WHERE history_key = %(key)s
+    """
+    meta: str = "SELECT meta FROM {histories} WHERE history_key = %s"
+    renew: str = """
+        UPDATE {histories} SET expires_at = {expires_at}
+        WHERE history_key = %(key)s AND {visible} AND expires_at IS NOT NULL
+    """
+    # The old row keeps its revision for the namespace when it is deleted.
+    take_over_history: str = """
+        UPDATE {histories} AS h SET next_position = old.next_position, message_count = old.message_count,
+            round_count = old.round_count, revision = greatest({first_revision}, old.revision + 1),
+            created_at = old.created_at, updated_at = old.updated_at, title = old.title, meta = old.meta,
+            user_id = old.user_id, expires_at = old.expires_at, branch_of = %(branch_of)s, preview = old.preview,
+            last_role = old.last_role, last_text = old.last_text, last_at = old.last_at, summary = old.summary
+        FROM {histories} AS old WHERE h.history_key = %(key)s AND old.history_key = %(old_key)s
+    """
+    take_over_messages: str = """
+        INSERT INTO {messages} (history_key, position, created_at, message_id, role, content, search_terms, revision,
+            question_id)
+        SELECT %(key)s, position, created_at, message_id, role, content, search_terms, revision, question_id
+        FROM {messages} WHERE history_key = %(old_key)s
+    """
+    message: str = "SELECT {message_row} FROM {messages} WHERE history_key = %s AND position = %s"
+    set_content: str = """
+        WITH history AS (UPDATE {histories} SET revision = %(revision)s WHERE history_key = %(key)s)
+        UPDATE {messages} SET content = %(content)s::json, revision = %(revision)s
+        WHERE history_key = %(key)s AND position = %(position)s
+    """
+    next_questions: str = """
+        SELECT position, content FROM {messages} WHERE history_key = %s AND role = 'user' AND position > %s
+        ORDER BY position LIMIT 10
+    """
+    last_message: str = """
+        SELECT position, role, content FROM {messages} WHERE history_key = %s AND role <> 'system' AND position >= 0
+        ORDER BY position DESC LIMIT 1
+    """
+    set_previews: str = """
+        UPDATE {histories} SET preview = %(preview)s, last_role = %(last_role)s, last_text = %(last_text)s,
+            last_at = (SELECT created_at FROM {messages} WHERE history_key = %(key)s AND position = %(position)s)
+        WHERE history_key = %(key)s
     """
     # The messages that are stored as they are sent.
     equal: str = """
@@ -290,6 +382,9 @@ class Statements(NamedTuple):
     delete_from: str = _DELETE_FROM
     delete_by_position: str = _DELETE_BY_POSITION
     position_of: str = "SELECT position FROM {messages} WHERE history_key = %s AND message_id = %s"
+    position_to_read: str = """
+        SELECT position FROM {messages} WHERE history_key = %(key)s AND message_id = %(message_id)s AND {is_visible}
+    """
     copy_messages: str = """
         WITH copied AS (
             INSERT INTO {messages}
@@ -304,12 +399,13 @@ class Statements(NamedTuple):
             message_count = message_count + messages,
             round_count = round_count + rounds,
             revision = %(revision)s,
+            expires_at = {expires_at},
             updated_at = {now}
         FROM counted WHERE history_key = %(target)s RETURNING messages
     """
     import_history: str = """
         UPDATE {histories} SET created_at = {created_at}, updated_at = {updated_at},
-            title = %(title)s, meta = %(meta)s::json, branch_of = %(branch_of)s
+            title = %(title)s, meta = %(meta)s::json, branch_of = %(branch_of)s, user_id = %(user)s
         WHERE history_key = %(key)s RETURNING {first_revision}
     """
     import_messages: str = """
@@ -324,15 +420,24 @@ class Statements(NamedTuple):
             message_count = message_count + %(count)s,
             round_count = round_count + %(rounds)s,
             revision = %(revision)s,
+            expires_at = {expires_at},
+            {count_previews},
+            last_at = CASE WHEN %(last_role)s::text IS NULL THEN last_at ELSE {last_at} END,
             updated_at = greatest(updated_at, {updated_at})
         WHERE history_key = %(key)s
     """
 
-    history: str = "SELECT {history_row} FROM {histories} WHERE history_key = %s"
+    history: str = "SELECT {history_row} FROM {histories} WHERE history_key = %(key)s AND {visible}"
     # Its plan is kept. The best plan for a prefix depends on how many histories have it.
     all_histories: str = """
         SELECT {history_row} FROM {histories}
-        WHERE namespace = %(namespace)s AND {further} AND {is_seen} {newest_first} LIMIT %(limit)s
+        WHERE namespace = %(namespace)s AND {further} AND {visible} AND {is_seen} {newest_first} LIMIT %(limit)s
+    """
+    histories_of_user: str = """
+        SELECT {history_row} FROM {histories}
+        WHERE namespace = %(namespace)s AND user_id = %(user)s AND {further} AND NOT {has_expired}
+            AND starts_with(chat_history_id, %(prefix)s) AND {is_seen}
+        {newest_first} LIMIT %(limit)s
     """
     histories: str = """
         SELECT {history_row} FROM {histories} WHERE {with_prefix} AND {further} {newest_first} LIMIT %(limit)s
@@ -364,18 +469,25 @@ class Statements(NamedTuple):
         UPDATE {histories} SET
             title = CASE WHEN %(has_title)s THEN %(title)s ELSE title END,
             meta = CASE WHEN %(has_meta)s THEN %(meta)s::json ELSE meta END,
-            branch_of = CASE WHEN %(has_meta)s THEN %(branch_of)s ELSE branch_of END
+            branch_of = CASE WHEN %(has_meta)s THEN %(branch_of)s ELSE branch_of END,
+            user_id = CASE WHEN %(has_user)s THEN %(user)s ELSE user_id END
         WHERE history_key = %(key)s RETURNING {history_row}
     """
     erasable_by_prefix: str = _ERASABLE_BY_PREFIX
     erasable_by_age: str = _ERASABLE_BY_AGE
-    delete_old_histories: str = _DELETE_HISTORIES.format(before="updated_at < {updated_before}")
+    erasable_of_user: str = _ERASABLE_OF_USER
+    erasable_expired: str = _ERASABLE_EXPIRED
+    delete_old_histories: str = _DELETE_HISTORIES.format(
+        before="{of_user} AND (updated_at < {updated_before} OR {has_expired})"
+    )
 
     page_before: str = """
-        SELECT {message_row} FROM {messages} WHERE history_key = %s AND position < %s ORDER BY position DESC LIMIT %s
+        SELECT {message_row} FROM {messages}
+        WHERE history_key = %(key)s AND position < %(place)s AND {is_visible} ORDER BY position DESC LIMIT %(limit)s
     """
     page_after: str = """
-        SELECT {message_row} FROM {messages} WHERE history_key = %s AND position > %s ORDER BY position LIMIT %s
+        SELECT {message_row} FROM {messages}
+        WHERE history_key = %(key)s AND position > %(place)s AND {is_visible} ORDER BY position LIMIT %(limit)s
     """
 
     # The keys of the histories to search, and the number of their messages. No keys if the histories are too many.
@@ -423,6 +535,12 @@ class Statements(NamedTuple):
             FROM {messages} JOIN (SELECT history_key FROM {histories} WHERE {with_prefix}) AS h USING (history_key)
             CROSS JOIN LATERAL (SELECT CASE WHEN {created_at_is_readable} THEN created_at ELSE 'epoch' END) AS s (time)
         ) AS days GROUP BY day ORDER BY day
+    """
+    usage: str = """
+        SELECT CASE WHEN {created_at_is_readable} THEN {message_time} ELSE 0 END,
+            json_build_object('model', content -> 'meta' -> 'model', 'usage', content -> 'meta' -> 'usage')
+        FROM {messages} JOIN (SELECT history_key FROM {histories} WHERE {with_prefix}) AS h USING (history_key)
+        WHERE role = 'assistant' AND json_typeof(content -> 'meta' -> 'usage') = 'object'
     """
     size_on_disk: str = """
         SELECT sum(pg_total_relation_size(part))::bigint

@@ -8,12 +8,13 @@ history, for which appends queue, too.
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.stores.conflicts import (
+    check_access,
     check_revision,
     compares_contents,
     history_exists,
@@ -24,9 +25,10 @@ from haystack_chat_store.stores.conflicts import (
     planned,
 )
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key
+from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key, history_parameters
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.terms import tsvectors
+from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_said
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 
@@ -40,15 +42,17 @@ class _Locked(NamedTuple):
 
     :param revision: Its revision, 0 if this transaction has made it.
     :param next_revision: The revision that it gets by the change.
+    :param user_id: The user that it belongs to, or `None`.
     """
 
     next_position: int
     message_count: int
     revision: int
     next_revision: int
+    user_id: str | None
 
 
-_NO_HISTORY = _Locked(0, 0, 0, 0)
+_NO_HISTORY = _Locked(0, 0, 0, 0, None)
 
 
 class Writing(Engine[Session]):
@@ -100,6 +104,12 @@ class Writing(Engine[Session]):
             _replace_locked, scope, chat_history_id, from_message_id, messages, expected_revision
         )
 
+    async def update_message(
+        self, session: Session, scope: Scope, chat_history_id: str, message_id: str, change: Callable[[str], str]
+    ) -> MessageRow:
+        """Read and write the content in a transaction that has the history locked."""
+        return await session.in_transaction(_update_message_locked, scope, chat_history_id, message_id, change)
+
     async def remove(self, session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
         """Delete messages in a transaction that has the history locked."""
         await session.in_transaction(_remove_locked, scope, chat_history_id, positions)
@@ -139,9 +149,9 @@ async def _append_new(
     :returns: `None` if nothing was appended, because the history does not exist, or because another writer has appended
         one of them or changed the history.
     """
-    key = history_key(scope, chat_history_id)
-    ids = _caller_ids(messages)
-    known = await session.fetch(session.statements.known_ids, [key, ids], prepare=True) if ids else []
+    known = await _known(session, scope, chat_history_id, messages)
+    if known and not known[0][4]:
+        return None
     known_ids = {row[0] for row in known}
     new = [message for message in messages if message.message_id not in known_ids]
     if not new:
@@ -156,7 +166,7 @@ async def _append_first(
     session: Session, scope: Scope, chat_history_id: str, messages: Sequence[EncodedMessage]
 ) -> int | None:
     """Append to a history that does not exist. Return the number of messages, or `None` if it exists."""
-    if not await _make(session, scope, chat_history_id):
+    if not await make_history(session, scope, chat_history_id):
         return None
     parameters = await _append_parameters(session, scope, chat_history_id, messages)
     await session.run(session.statements.append_first, parameters, prepare=True)
@@ -172,11 +182,10 @@ async def _append_locked(
     expected_revision: int | None,
 ) -> int:
     key = history_key(scope, chat_history_id)
-    history = await _lock(session, scope, chat_history_id, make=bool(messages)) or _NO_HISTORY
-    ids = _caller_ids(messages)
-    found = await session.fetch(session.statements.known_ids, [key, ids], prepare=True) if ids else []
-    places = {message_id: (position, role) for message_id, position, role, _ in found}
-    known = {message_id: places[message_id] for message_id in ids if message_id in places}
+    history = await lock_history(session, scope, chat_history_id, make=bool(messages)) or _NO_HISTORY
+    found = await _known(session, scope, chat_history_id, messages)
+    places = {message_id: (position, role) for message_id, position, role, *_ in found}
+    known = {message_id: places[message_id] for message_id in _caller_ids(messages) if message_id in places}
     compares = known and compares_contents(policy, expected_revision, history.revision)
     equal = await _equal(session, key, [each for each in messages if each.message_id in known]) if compares else ()
     plan = planned(messages, known, equal, policy, expected_revision, history.revision)
@@ -191,6 +200,8 @@ async def _append_locked(
         parameters["rounds"] += round_count(list(plan.replaced.values()))
         parameters["rounds"] -= sum(role == "user" for _, role in plan.replaced)
     await session.run(session.statements.append_locked, parameters, prepare=True)
+    if plan.replaced:
+        await find_previews(session, key)
     return len(plan.new) + len(plan.replaced)
 
 
@@ -203,7 +214,7 @@ async def _delete_locked(
     expected_revision: int | None,
 ) -> None:
     key = history_key(scope, chat_history_id)
-    locked = await _lock(session, scope, chat_history_id)
+    locked = await lock_history(session, scope, chat_history_id)
     history = locked or _NO_HISTORY
     parameters = {"key": key, "revision": history.next_revision}
     if from_message_id is not None:
@@ -212,10 +223,12 @@ async def _delete_locked(
         if start is None:
             raise message_not_found(from_message_id)
         await session.run(session.statements.delete_from, {**parameters, "start": start, "end": MAX_POSITION})
+        await find_previews(session, key)
     elif locked:
         deleted = await session.run(session.statements.delete_by_id, {**parameters, "ids": list(message_ids or ())})
         if deleted.rowcount:
             check_revision(expected_revision, history.revision)  # undoes the transaction
+            await find_previews(session, key)
 
 
 async def _replace_locked(
@@ -227,14 +240,13 @@ async def _replace_locked(
     expected_revision: int | None,
 ) -> int:
     key = history_key(scope, chat_history_id)
-    history = await _lock(session, scope, chat_history_id)
+    history = await lock_history(session, scope, chat_history_id)
     if history is None:
         check_revision(expected_revision, 0)
         raise message_not_found(from_message_id)
     start = await _position_of(session, key, from_message_id)
-    ids = _caller_ids(messages)
-    found = await session.fetch(session.statements.known_ids, [key, ids], prepare=True) if ids else []
-    known = {message_id: position for message_id, position, _, _ in found}
+    found = await _known(session, scope, chat_history_id, messages)
+    known = {message_id: position for message_id, position, *_ in found}
     if messages and len(known) == len(messages) and len(await _equal(session, key, messages)) == len(messages):
         positions = [known[message.message_id] for message in messages]
         first = positions[-1] if start is None else start
@@ -251,21 +263,41 @@ async def _replace_locked(
     if new:
         parameters = await _append_parameters(session, scope, chat_history_id, new)
         await session.run(session.statements.append_locked, {**parameters, **revision}, prepare=True)
+    await find_previews(session, key)
     return len(new)
 
 
+async def _update_message_locked(
+    session: Session, scope: Scope, chat_history_id: str, message_id: str, change: Callable[[str], str]
+) -> MessageRow:
+    key = history_key(scope, chat_history_id)
+    history = await lock_history(session, scope, chat_history_id)
+    position = None if history is None else await _position_of(session, key, message_id)
+    if history is None or position is None:
+        raise message_not_found(message_id)
+    row = MessageRow(*(await session.fetch(session.statements.message, [key, position]))[0])
+    row.content = change(row.content)
+    parameters = {"key": key, "position": position, "content": row.content, "revision": history.next_revision}
+    await session.run(session.statements.set_content, parameters)
+    return row
+
+
 async def _remove_locked(session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
-    if history := await _lock(session, scope, chat_history_id):
+    if history := await lock_history(session, scope, chat_history_id):
         key = history_key(scope, chat_history_id)
         parameters = {"key": key, "places": list(positions), "revision": history.next_revision}
         await session.run(session.statements.delete_by_position, parameters)
+        await find_previews(session, key)
 
 
 async def _copy_locked(
     session: Session, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
 ) -> int:
     # In the order of their ids, so that two copies in opposite directions do not deadlock.
-    locked = {history: await _lock(session, scope, history) for history in sorted({source_id, target_id})}
+    locked = {
+        history: await lock_history(session, scope, history, is_read=history == source_id)
+        for history in sorted({source_id, target_id})
+    }
     source, target = locked[source_id], locked[target_id]
     if source is None:
         raise history_not_found(source_id)
@@ -277,19 +309,21 @@ async def _copy_locked(
             raise message_not_found(until_message_id)
         end = found
     if target is None and has_messages_to_copy:
-        target = await _lock(session, scope, target_id, make=True)
+        target = await lock_history(session, scope, target_id, make=True, user_id=source.user_id)
     if target is not None and target.message_count:
         raise history_has_messages(target_id)
     if target is None or not has_messages_to_copy:
         return 0
-    parameters = {
+    parameters: dict[str, Any] = {
         "source": source_key,
         "target": history_key(scope, target_id),
         "start": target.next_position,
         "end": end,
         "revision": target.next_revision,
+        "lifetime": scope.lifetime,
     }
     ((copied,),) = await session.fetch(session.statements.copy_messages, parameters)
+    await find_previews(session, parameters["target"])
     return int(copied)
 
 
@@ -297,8 +331,11 @@ async def _import_several_locked(
     session: Session, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
 ) -> int:
     for history, _ in histories:
-        if not await _make(session, scope, history.chat_history_id):
-            raise history_exists(history.chat_history_id)
+        new_id = history.chat_history_id
+        if not await make_history(session, scope, new_id) and (
+            await lock_history(session, scope, new_id) is not None or not await make_history(session, scope, new_id)
+        ):
+            raise history_exists(new_id)
     return sum(
         [await _append_imported(session, scope, history, [rows], _NO_HISTORY, True) for history, rows in histories]
     )
@@ -308,8 +345,8 @@ async def _import_locked(
     session: Session, scope: Scope, history: HistoryRow, batches: Iterable[Sequence[MessageRow]], expected_revision: int
 ) -> int:
     is_new = False
-    while (locked := await _lock(session, scope, history.chat_history_id)) is None:
-        is_new = await _make(session, scope, history.chat_history_id)
+    while (locked := await lock_history(session, scope, history.chat_history_id)) is None:
+        is_new = await make_history(session, scope, history.chat_history_id)
     check_revision(expected_revision, locked.revision)
     return await _append_imported(session, scope, history, batches, locked, is_new)
 
@@ -338,10 +375,11 @@ async def _append_imported(
             "branch_of": branch_origin(history.chat_history_id, history.meta),
             "created_at": history.created_at,
             "updated_at": history.updated_at,
+            "user": history.user_id if scope.user_id is None else scope.user_id,
         }
         ((revision,),) = await session.fetch(session.statements.import_history, parameters)
     imported = rounds = 0
-    parts = _parts(batches)
+    parts, preview, last = _parts(batches), None, None
     while (rows := await session.to_thread(next, parts, None)) is not None:
         session.renew_deadline()
         sent = await _sent(session, rows)
@@ -350,30 +388,92 @@ async def _append_imported(
         await session.run(session.statements.import_messages, {**sent, **place})
         imported += len(rows)
         rounds += round_count(rows)
+        preview, last = preview or first_question(rows), last_said(rows) or last
     session.renew_deadline()
     counted = {"key": key, "count": imported, "rounds": rounds, "updated_at": history.updated_at}
-    await session.run(session.statements.imported, {**counted, "revision": revision})
+    previews = {
+        "lifetime": scope.lifetime,
+        "preview": preview,
+        "last_role": last and last.role,
+        "last_text": last and beginning_of_content(last.content),
+        "last_at": last and last.created_at,
+    }
+    await session.run(session.statements.imported, {**counted, **previews, "revision": revision})
     return imported
 
 
-async def _lock(session: Session, scope: Scope, chat_history_id: str, *, make: bool = False) -> _Locked | None:
+async def lock_history(
+    session: Session,
+    scope: Scope,
+    chat_history_id: str,
+    *,
+    make: bool = False,
+    user_id: str | None = None,
+    is_read: bool = False,
+) -> _Locked | None:
     """
-    Lock a history until the transaction ends.
+    Lock a history until the transaction ends. If it has expired, delete it.
 
     :param make: Whether to make the history if it does not exist.
+    :param user_id: The user of a history that is made in a scope without a user.
+    :param is_read: Whether it is only read: then that of another user does not exist.
     :returns: `None` if it does not exist and is not made.
+    :raises ChatHistoryAccessError: If it is another user's.
     """
-    parameters = {"key": history_key(scope, chat_history_id), "namespace": scope.namespace}
-    while not (rows := await session.fetch(session.statements.lock_history, parameters)) and make:
-        await _make(session, scope, chat_history_id)
-    return _Locked(*rows[0]) if rows else None
-
-
-async def _make(session: Session, scope: Scope, chat_history_id: str) -> bool:
-    """Make a history unless it exists. Return whether this transaction has made it, and so holds its lock."""
     key = history_key(scope, chat_history_id)
-    parameters = {"key": key, "namespace": scope.namespace, "id": chat_history_id}
+    parameters = {"key": key, "namespace": scope.namespace}
+    while True:
+        rows = await session.fetch(session.statements.lock_history, parameters)
+        if rows and rows[0][-1] and not (is_read and not scope.includes(rows[0][-2])):
+            await delete_key(session, key)
+            rows = []
+        if rows:
+            locked = _Locked(*rows[0][:-1])
+            if is_read and not scope.includes(locked.user_id):
+                return None
+            check_access(scope, locked.user_id)
+            return locked
+        if not make:
+            return None
+        await make_history(session, scope, chat_history_id, user_id)
+
+
+async def make_history(session: Session, scope: Scope, chat_history_id: str, user_id: str | None = None) -> bool:
+    """Make a history unless it exists. Return whether this transaction has made it, and so holds its lock."""
+    parameters = {
+        "key": history_key(scope, chat_history_id),
+        "namespace": scope.namespace,
+        "id": chat_history_id,
+        "user": user_id if scope.user_id is None else scope.user_id,
+        "lifetime": scope.lifetime,
+    }
     return bool((await session.run(session.statements.make_history, parameters)).rowcount)
+
+
+async def delete_key(session: Session, key: uuid.UUID) -> None:
+    """Delete a history that the transaction has locked."""
+    await session.run(session.statements.delete_histories, {"keys": [key], "user": None})
+    await session.run(session.statements.delete_messages, [[key]])
+
+
+async def find_previews(session: Session, key: uuid.UUID) -> None:
+    """Find the first question and the last message of a history anew."""
+    preview, position = None, -1
+    while preview is None and (rows := await session.fetch(session.statements.next_questions, [key, position])):
+        preview, position = next(filter(None, (beginning_of_content(row[1]) for row in rows)), None), rows[-1][0]
+    found = await session.fetch(session.statements.last_message, [key])
+    last, role, content = found[0] if found else (None, None, "")
+    parameters = {"key": key, "preview": preview, "position": last, "last_role": role}
+    await session.run(session.statements.set_previews, {**parameters, "last_text": beginning_of_content(content)})
+
+
+async def _known(
+    session: Session, scope: Scope, chat_history_id: str, messages: Sequence[EncodedMessage]
+) -> list[tuple[Any, ...]]:
+    """Return the rows of the statement `known_ids`."""
+    ids = _caller_ids(messages)
+    parameters = {**history_parameters(scope, chat_history_id), "ids": ids}
+    return await session.fetch(session.statements.known_ids, parameters, prepare=True) if ids else []
 
 
 async def _equal(session: Session, key: uuid.UUID, messages: Sequence[EncodedMessage]) -> set[str]:
@@ -390,12 +490,18 @@ async def _position_of(session: Session, key: uuid.UUID, message_id: str) -> int
 async def _append_parameters(
     session: Session, scope: Scope, chat_history_id: str, new: Sequence[EncodedMessage]
 ) -> dict[str, Any]:
+    last = last_said(new)
     return {
         **await _sent(session, new),
         "key": history_key(scope, chat_history_id),
         "namespace": scope.namespace,
         "count": len(new),
         "rounds": round_count(new),
+        "user": scope.user_id,
+        "lifetime": scope.lifetime,
+        "preview": first_question(new),
+        "last_role": None if last is None else last.role,
+        "last_text": None if last is None else last.text,
     }
 
 

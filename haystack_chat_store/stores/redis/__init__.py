@@ -44,9 +44,11 @@ class RedisChatMessageStore(BaseChatMessageStore):
         namespace: str = "default",
         search: bool = False,
         strict: bool = False,
+        user_id: str | None = None,
+        ttl: float | None = None,
+        renew_ttl_on_read: bool = False,
         cluster: bool = False,
         key_prefix: str = "haystack_chat",
-        ttl: float | None = None,
         timeout: float = 30.0,
     ) -> None:
         """
@@ -64,12 +66,15 @@ class RedisChatMessageStore(BaseChatMessageStore):
         :param search: Must be False: see `docs/redis.md`.
         :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
             the value's `repr` is stored.
+        :param user_id: The user whose histories alone the store sees and changes: see `for_user`. Defaults to `None`:
+            all histories of the namespace.
+        :param ttl: After how many seconds without a write a history expires, all of it at once. A write starts the time
+            anew. Defaults to `None`: never.
+        :param renew_ttl_on_read: Whether reading messages of a history starts the time anew, too. Defaults to False.
         :param cluster: Whether the URL leads to a node of a Redis Cluster, which is then asked for the others.
             Defaults to False.
         :param key_prefix: What the names of all keys begin with, after a brace. Defaults to `"haystack_chat"`. Without
             braces.
-        :param ttl: After how many seconds without a write a history expires, all of it at once. A write starts the time
-            anew. Defaults to `None`: never.
         :param timeout: How long a call may take, in seconds: waiting for a connection, connecting, waiting for the
             answer. A call waits as long for a server that is starting, and for another master; a node of a cluster, or
             a master of Sentinels, that does not answer for a quarter of it counts as failed. An operation of several
@@ -87,16 +92,18 @@ class RedisChatMessageStore(BaseChatMessageStore):
         self.url = url
         self.cluster = validated_flag(cluster, "cluster")
         self.key_prefix = key_prefix
-        self.ttl = None if ttl is None else validated_seconds(ttl, "ttl")
         self.timeout = validated_seconds(timeout, "timeout")
         super().__init__(
-            RedisEngine(url, cluster=cluster, key_prefix=key_prefix, ttl=self.ttl, timeout=self.timeout),
+            RedisEngine(url, cluster=cluster, key_prefix=key_prefix, timeout=self.timeout),
             skip_system_messages=skip_system_messages,
             last_k=last_k,
             last_k_unit=last_k_unit,
             namespace=namespace,
             search=search,
             strict=strict,
+            user_id=user_id,
+            ttl=ttl,
+            renew_ttl_on_read=renew_ttl_on_read,
         )
         if search:
             raise UnsupportedOperationError(
@@ -110,7 +117,6 @@ class RedisChatMessageStore(BaseChatMessageStore):
             **super().settings(),
             "cluster": self.cluster,
             "key_prefix": self.key_prefix,
-            "ttl": self.ttl,
             "timeout": self.timeout,
         }
 

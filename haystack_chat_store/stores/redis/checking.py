@@ -61,6 +61,9 @@ class _Inspected:
     expiring_keys: int
     keys: int
     schema_version: str
+    user_id: str
+    owner: str
+    user_time: str
 
     def end(self) -> int:
         """Return the position after the last message."""
@@ -135,6 +138,10 @@ class _Examination:
                 inspected.directory_time and float(inspected.directory_time) == float(fields["updated_at"])
             ),
             "is missing among the names": inspected.name_score,
+            "is missing in the directory of its user, or in a wrong place of it": (
+                inspected.user_id == inspected.owner
+                and (not inspected.owner or inspected.user_time == inspected.directory_time)
+            ),
             "the schema version of its bucket is lost": inspected.schema_version,
             "not all of it expires at the same time": (
                 number(inspected.expires_at) == float(inspected.expiries_time or 0)
@@ -145,7 +152,9 @@ class _Examination:
 
     def fields(self, chat_history_id: str) -> dict[str, str | int]:
         """Return what the hash of the history should hold."""
+        user_id = self.inspected.user_id or self.inspected.owner
         return {
+            **({"user_id": user_id} if user_id else {}),
             "chat_history_id": chat_history_id,
             "next_position": self.inspected.end(),
             "message_count": len(self._ids),

@@ -9,15 +9,26 @@ from typing import Any, NamedTuple
 
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.ids import branch_prefix
-from haystack_chat_store.stores.conflicts import check_revision
-from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
-from haystack_chat_store.stores.redis.operations import RedisOperations
-from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, GREATEST_TIME, TIME_LENGTH, number, time_of_score
+from haystack_chat_store.stores.conflicts import check_revision, no_access
+from haystack_chat_store.stores.previews import last_message_text
+from haystack_chat_store.stores.redis.keys import BUCKETS, HistoryKeys, Keys, bucket_of
+from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
+from haystack_chat_store.stores.redis.schema import (
+    BATCH_SIZE,
+    GAP,
+    GREATEST_TIME,
+    ROLES,
+    TIME_LENGTH,
+    number,
+    time_of_score,
+)
 from haystack_chat_store.stores.redis.scripts import Script
 from haystack_chat_store.stores.redis.scripts import directory as scripts
 from haystack_chat_store.stores.redis.session import Session
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, branch_origin, end_of_prefix
+from haystack_chat_store.stores.redis.staging import Stage
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, branch_origin, end_of_prefix
 from haystack_chat_store.stores.times import datetime_of
+from haystack_chat_store.stores.usage import UsageCounter
 from haystack_chat_store.types import StoreStatistics
 
 # How many parts of histories, each of up to BATCH_SIZE messages, one script returns the times of.
@@ -54,11 +65,20 @@ class _Order:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ListedHistory:
-    """A history, and how many times of messages it has."""
+class ListedHistory:
+    """
+    A history, and what else its hash has.
+
+    :param row: The history.
+    :param next_position: How many times of messages it has.
+    :param expires_at: When it expires, in milliseconds since 1970, or nothing.
+    :param renamed_from: The id that it had before it was renamed, a blank, and its revision then; or nothing.
+    """
 
     row: HistoryRow
     next_position: int
+    expires_at: str
+    renamed_from: str
 
 
 class Directory(RedisOperations):
@@ -76,7 +96,7 @@ class Directory(RedisOperations):
 
         def arguments_of(place: _Place | None, count: int) -> list[str | int]:
             after = ("", "") if place is None else (_score_text(place.time), place.chat_history_id)
-            return [prefix, *_range(prefix), count, *after]
+            return [prefix, *_range(prefix), count, *after, scope.user_id or ""]
 
         def parsed(answer: Any) -> tuple[_Place | None, list[_Place]]:
             time, chat_history_id, found = answer
@@ -93,7 +113,8 @@ class Directory(RedisOperations):
         """Merge the next histories of all buckets."""
 
         def arguments_of(place: _Place | None, count: int) -> list[str | int]:
-            return [*_range(prefix, after if place is None else place.chat_history_id), count, ""]
+            ends = _range(prefix, after if place is None else place.chat_history_id)
+            return [*ends, count, "", scope.user_id or ""]
 
         def parsed(answer: Any) -> tuple[_Place | None, list[_Place]]:
             last, found = answer
@@ -107,24 +128,48 @@ class Directory(RedisOperations):
         session: Session,
         scope: Scope,
         chat_history_id: str,
-        title: str | Unchanged | None,
-        meta: str | Unchanged | None,
+        change: HistoryChange,
     ) -> HistoryRow | None:
-        """Set and delete fields of the hash of a history."""
-        changes = {name: value for name, value in (("title", title), ("meta", meta)) if value is not UNCHANGED}
-        values = [each for name, value in changes.items() if value is not None for each in (name, str(value))]
-        deleted = [name for name, value in changes.items() if value is None]
+        """Set and delete fields of the hash of a history. Keys of the meta are set only if it is still the same."""
         keys = self.keys(scope)
         names = [*keys.of_bucket_of(chat_history_id), keys.of_history(chat_history_id).counters]
-        fields = await session.run(scripts.UPDATE, names, [len(values), *values, *deleted])
-        found = _listed_history(chat_history_id, fields)
-        return None if found is None else found.row
+        while True:
+            meta, required = change.meta, ""
+            if change.merged is not None:
+                found = await read_histories(session, keys, [chat_history_id], of_all=True)
+                stored = next((each.row.meta for each in found.values()), None)
+                meta, required = change.new_meta(stored), f"={stored or ''}"
+            wanted = (("title", change.title), ("meta", meta), ("user_id", change.user_id))
+            changes = {name: value for name, value in wanted if value is not UNCHANGED}
+            values = [each for name, value in changes.items() if value is not None for each in (name, str(value))]
+            deleted = [name for name, value in changes.items() if value is None]
+            arguments: list[str | int] = [chat_history_id, len(values), *values, *deleted, required, keys.user]
+            fields = await session.run(scripts.UPDATE, names, arguments)
+            if fields == ["ACCESS"]:
+                raise no_access()
+            if fields != ["CHANGED"]:
+                updated = _listed_history(chat_history_id, fields)
+                return None if updated is None else updated.row
+
+    async def create_history(self, session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
+        """Make a history with the script that ends an import, without messages."""
+        keys, new_id = self.keys(scope), history.chat_history_id
+        user_id = history.user_id if scope.user_id is None else scope.user_id
+        while True:
+            stage = Stage(session, keys, new_id)
+            answer = await stage.finish(0, lifetime(scope), history, user_id=user_id)
+            if not isinstance(answer, int) and answer[0] == "ACCESS":
+                raise no_access()
+            found = await read_histories(session, keys, [new_id])
+            if new_id in found:  # unless it was deleted just now
+                return found[new_id].row, isinstance(answer, int)
 
     async def statistics(self, session: Session, scope: Scope, prefix: str) -> StoreStatistics:
         """Add up the counters of all histories, and count the times of their messages by day."""
         keys = self.keys(scope)
         histories = messages = rounds = 0
         days: Counter[int] = Counter()
+        usage = UsageCounter()
         for bucket in range(BUCKETS):
             after: str | None = ""
             while after is not None:
@@ -136,14 +181,17 @@ class Directory(RedisOperations):
                 messages += sum(each.row.message_count for each in found.values())
                 rounds += sum(each.row.round_count for each in found.values())
                 days.update(await _messages_per_day(session, keys, bucket, list(found.values())))
+                await _add_usage(session, keys, bucket, list(found.values()), usage)
         return StoreStatistics(
             chat_histories=histories,
             messages=messages,
             rounds=rounds,
-            size=await _used_memory(session),
+            size=await _used_memory(session) if scope.user_id is None else None,
             messages_per_day={
                 datetime_of(day * _MICROSECONDS_PER_DAY).date(): count for day, count in sorted(days.items())
             },
+            usage=usage.total(),
+            usage_per_day=usage.per_day(),
         )
 
     async def erase_some(
@@ -156,10 +204,11 @@ class Directory(RedisOperations):
             after: str | None = ""
             while after is not None:
                 count = min(limit - erased, _ERASED_PER_STEP)
-                if prefix or updated_before is None:
+                if prefix or (updated_before is None and not keys.user):
                     after, found = await next_ids(session, keys, bucket, prefix, after, count, updated_before)
                 else:
-                    found = await session.run(scripts.OLDEST, keys.of_bucket(bucket), [updated_before, count])
+                    before = "+inf" if updated_before is None else updated_before
+                    found = await session.run(scripts.OLDEST, keys.of_bucket(bucket), [before, count, keys.user])
                     after = "" if found else None
                 if found:
                     erased += await delete_histories(session, keys, bucket, found, updated_before)
@@ -178,8 +227,14 @@ class Directory(RedisOperations):
                 await _wait_for_files(session)
 
 
-async def read_histories(session: Session, keys: Keys, chat_history_ids: Iterable[str]) -> dict[str, _ListedHistory]:
-    """Return what is kept of histories, by their ids, without those that do not exist."""
+async def read_histories(
+    session: Session, keys: Keys, chat_history_ids: Iterable[str], *, of_all: bool = False
+) -> dict[str, ListedHistory]:
+    """
+    Return what is kept of histories, by their ids, without those that do not exist.
+
+    :param of_all: Whether histories of other users are returned, too, for a check before a write.
+    """
     by_bucket: dict[int, list[str]] = {}
     for chat_history_id in chat_history_ids:
         by_bucket.setdefault(bucket_of(chat_history_id), []).append(chat_history_id)
@@ -193,7 +248,11 @@ async def read_histories(session: Session, keys: Keys, chat_history_ids: Iterabl
         for members, infos in zip(by_bucket.values(), answers, strict=True)
         for member, fields in zip(members, infos, strict=True)
     }
-    return {chat_history_id: history for chat_history_id, history in found.items() if history is not None}
+    return {
+        chat_history_id: history
+        for chat_history_id, history in found.items()
+        if history is not None and (of_all or not keys.user or history.row.user_id == keys.user)
+    }
 
 
 async def next_ids(
@@ -211,7 +270,7 @@ async def next_ids(
     :param updated_before: Only histories that have not changed since this time.
     """
     ends, only = _range(prefix, after), "" if updated_before is None else updated_before
-    last, found = await session.run(scripts.BY_ID, keys.of_bucket(bucket), [*ends, count, only])
+    last, found = await session.run(scripts.BY_ID, keys.of_bucket(bucket), [*ends, count, only, keys.user])
     return last or None, found
 
 
@@ -222,18 +281,24 @@ async def delete_histories(
     chat_history_ids: list[str],
     updated_before: int | None = None,
     expected_revision: int | None = None,
+    *,
+    only_own: bool = False,
 ) -> int:
     """
     Delete histories of a bucket, and return how many there were.
 
     :param updated_before: Only those that have not changed since this time.
     :param expected_revision: The revision that the only one of them must have, if it exists.
+    :param only_own: Whether a history of another user is an error. Otherwise it is left out.
     """
     names = [name for chat_history_id in chat_history_ids for name in keys.of_history(chat_history_id)]
     conditions = ["" if each is None else each for each in (updated_before, expected_revision)]
-    keys_of_script, arguments = [*keys.of_bucket(bucket), *names], [*conditions, *chat_history_ids]
+    keys_of_script = [*keys.of_bucket(bucket), *names]
+    arguments = [*conditions, keys.user, int(only_own), *chat_history_ids]
     answer, is_repeated = await session.run_reporting(scripts.DELETE, keys_of_script, arguments)
     if not isinstance(answer, int):
+        if answer[0] == "ACCESS":
+            raise no_access()
         check_revision(expected_revision, answer[1])
     deleted = int(answer)
     if is_repeated:  # the first attempt may have deleted them, and only its answer was lost
@@ -249,7 +314,7 @@ async def delete_branches(session: Session, keys: Keys, chat_history_id: str) ->
         calls: list[tuple[Sequence[str], Sequence[str | int]]] = []
         for bucket, after in parts.items():
             ends = _range(branch_prefix(chat_history_id), after or "")
-            calls.append((keys.of_bucket(bucket), [*ends, BATCH_SIZE, ""]))
+            calls.append((keys.of_bucket(bucket), [*ends, BATCH_SIZE, "", keys.user]))
         answers = await session.run_each(scripts.BY_ID, calls)
         found = await read_histories(session, keys, [each for _, ids in answers for each in ids])
         branches += [
@@ -311,15 +376,11 @@ async def _merged(
 
 
 async def _messages_per_day(
-    session: Session, keys: Keys, bucket: int, histories: Sequence[_ListedHistory]
+    session: Session, keys: Keys, bucket: int, histories: Sequence[ListedHistory]
 ) -> Counter[int]:
     """Return how many messages of a bucket's histories were stored on which day since 1970."""
     days: Counter[int] = Counter()
-    parts = [
-        (keys.of_history(each.row.chat_history_id), first, min(first + BATCH_SIZE, each.next_position) - 1)
-        for each in histories
-        for first in range(0, each.next_position, BATCH_SIZE)
-    ]
+    parts = _parts(keys, histories)
     for index in range(0, len(parts), _PARTS_PER_STEP):
         some = parts[index : index + _PARTS_PER_STEP]
         names = [name for history, _, _ in some for name in (history.roles, history.times)]
@@ -329,6 +390,27 @@ async def _messages_per_day(
             starts = (TIME_LENGTH * place for place, letter in enumerate(roles) if letter != GAP)
             days.update(number(times[start : start + TIME_LENGTH]) // _MICROSECONDS_PER_DAY for start in starts)
     return days
+
+
+def _parts(keys: Keys, histories: Sequence[ListedHistory]) -> list[tuple[HistoryKeys, int, int]]:
+    """Divide histories into parts of a size for one script: the keys, the first position and the last one of each."""
+    return [
+        (keys.of_history(each.row.chat_history_id), first, min(first + BATCH_SIZE, each.next_position) - 1)
+        for each in histories
+        for first in range(0, each.next_position, BATCH_SIZE)
+    ]
+
+
+async def _add_usage(
+    session: Session, keys: Keys, bucket: int, histories: Sequence[ListedHistory], usage: UsageCounter
+) -> None:
+    """Add up what the replies of a bucket's histories say of their token usage."""
+    version = keys.of_bucket(bucket).schema_version
+    for history, first, last in _parts(keys, histories):
+        names = [version, history.roles, history.times, history.contents]
+        found = await session.run(scripts.USAGE, names, [first, last])
+        for time, meta in zip(found[::2], found[1::2], strict=True):
+            usage.add_text(number(time), meta)
 
 
 async def _used_memory(session: Session) -> int | None:
@@ -360,10 +442,12 @@ async def _info(session: Session, section: str) -> list[dict[str, str]]:
     return [dict(line.split(":", 1) for line in text.splitlines() if ":" in line) for text in texts]
 
 
-def _listed_history(chat_history_id: str, fields: Sequence[str | None]) -> _ListedHistory | None:
-    message_count, round_count, created_at, updated_at, title, meta, next_position, revision = fields
+def _listed_history(chat_history_id: str, fields: Sequence[str | None]) -> ListedHistory | None:
+    message_count, round_count, created_at, updated_at, title, meta, next_position, revision, *others = fields
     if message_count is None:
         return None
+    user_id, preview, last_role, last_text, last_at, expires_at, renamed_from = others
+    role = None if last_role is None else ROLES.get(last_role, last_role)
     row = HistoryRow(
         chat_history_id=chat_history_id,
         message_count=number(message_count),
@@ -373,8 +457,13 @@ def _listed_history(chat_history_id: str, fields: Sequence[str | None]) -> _List
         title=title,
         meta=meta,
         revision=number(revision),
+        user_id=user_id,
+        preview=preview,
+        last_message=None if role is None else last_message_text(role, last_text or None, number(last_at)),
     )
-    return _ListedHistory(row=row, next_position=number(next_position))
+    return ListedHistory(
+        row=row, next_position=number(next_position), expires_at=expires_at or "", renamed_from=renamed_from or ""
+    )
 
 
 def _score_of(time: int) -> float:

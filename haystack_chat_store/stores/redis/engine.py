@@ -22,9 +22,11 @@ from haystack_chat_store.stores.sync_async import run_sync
 class RedisEngine(Writing, Reading, Directory, Checking):
     """Keeps chat histories in Redis, Valkey or a Redis Cluster."""
 
-    def __init__(self, url: Secret, *, cluster: bool, key_prefix: str, ttl: float | None, timeout: float) -> None:
+    keeps_users = keeps_previews = keeps_expiry = True
+
+    def __init__(self, url: Secret, *, cluster: bool, key_prefix: str, timeout: float) -> None:
         """Keep the settings. Connects to nothing."""
-        super().__init__(key_prefix=key_prefix, ttl=ttl)
+        super().__init__(key_prefix=key_prefix)
         self.settings = Settings(url=url, cluster=cluster, timeout=timeout)
 
     def run(

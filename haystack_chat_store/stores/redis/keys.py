@@ -13,13 +13,18 @@ BUCKETS = 64
 
 
 class BucketKeys(NamedTuple):
-    """The keys of a bucket: its version, the lists of its histories, and the greatest revision of a deleted history."""
+    """
+    The keys of a bucket: its version, the lists of its histories, the greatest revision of a deleted one, their users.
+
+    Scripts make the names of further keys: the directory of each user that has histories in the bucket.
+    """
 
     schema_version: str
     directory: str
     expiries: str
     names: str
     deleted_revision: str
+    owners: str
 
 
 class HistoryKeys(NamedTuple):
@@ -47,17 +52,33 @@ class Keys(NamedTuple):
 
     A cluster places a key by the text in its first braces. Names are percent-encoded, except letters, digits and
     `-._~`. So no id can close the braces or look like a separator, and no two ids share a key.
+
+    :param user: The user whose histories alone are seen, or an empty text for all.
     """
 
     key_prefix: str
     namespace: str
+    user: str = ""
 
     def of_bucket(self, bucket: int) -> BucketKeys:
         """Return the keys of a bucket."""
         tag = self._tag(bucket)
         return BucketKeys(
-            f"{tag}:schema_version", f"{tag}:histories", f"{tag}:expiries", f"{tag}:names", f"{tag}:deleted_revision"
+            f"{tag}:schema_version",
+            f"{tag}:histories",
+            f"{tag}:expiries",
+            f"{tag}:names",
+            f"{tag}:deleted_revision",
+            f"{tag}:owners",
         )
+
+    def of_user(self, bucket: int, user: str) -> str:
+        """
+        Return the key of a user's directory in a bucket, which scripts name as well.
+
+        It has more parts than those of a history, so they never coincide.
+        """
+        return f"{self._tag(bucket)}:users::{user}"
 
     def of_history(self, chat_history_id: str) -> HistoryKeys:
         """Return the keys of one history."""

@@ -10,20 +10,19 @@ from haystack_chat_store.stores.rows import Scope
 class RedisOperations(Engine[Session]):
     """The settings that operations look at."""
 
-    def __init__(self, *, key_prefix: str, ttl: float | None) -> None:
+    def __init__(self, *, key_prefix: str) -> None:
         """
         Keep the settings.
 
         :param key_prefix: What the names of all keys begin with, after a brace.
-        :param ttl: After how many seconds without a write a history expires, or `None` for never.
         """
         self.key_prefix = key_prefix
-        self.ttl = ttl
 
     def keys(self, scope: Scope) -> Keys:
         """Return the keys of a scope."""
-        return Keys(self.key_prefix, scope.namespace)
+        return Keys(self.key_prefix, scope.namespace, scope.user_id or "")
 
-    def lifetime(self) -> int:
-        """Return after how many milliseconds without a write a history expires, or 0 for never."""
-        return round((self.ttl or 0) * 1000)
+
+def lifetime(scope: Scope) -> int:
+    """Return after how many milliseconds without a write a history expires, or 0 for never."""
+    return 0 if scope.lifetime is None else max(1, round(scope.lifetime / 1000))

@@ -43,15 +43,17 @@ class Reading(RedisOperations):
     async def read(self, session: Session, scope: Scope, chat_history_id: str, window: Window) -> WindowRows:
         """Find the window in the string of roles."""
         script = scripts.READ_ALL if window.count is None else _WINDOW_SCRIPTS[window.unit]
+        keys = self.keys(scope)
         counts = [min(window.count or 0, MAX_COUNT), min(window.step, MAX_COUNT)]
         size, revision, round_count, contents = await session.run(
-            script, self.keys(scope).to_read(chat_history_id), counts
+            script, keys.to_read(chat_history_id), [*counts, keys.user]
         )
         return WindowRows(contents, size, revision, round_count)
 
     async def count(self, session: Session, scope: Scope, chat_history_id: str) -> int:
         """Return the counter of a history."""
-        count: int = await session.run(scripts.COUNT, self.keys(scope).to_read(chat_history_id))
+        keys = self.keys(scope)
+        count: int = await session.run(scripts.COUNT, keys.to_read(chat_history_id), [keys.user])
         return count
 
     async def page(
@@ -82,7 +84,7 @@ async def read_part(
     before: int = MAX_COUNT,
 ) -> Part:
     """Return up to `limit` messages as of one moment: the last ones before a position, or the first ones after one."""
-    page = ["" if after is None else after, min(before, MAX_COUNT), limit]
+    page = ["" if after is None else after, min(before, MAX_COUNT), limit, keys.user]
     state, next_position, found = await session.run(scripts.PAGE, keys.to_read(chat_history_id), page)
     is_large = sum(map(len, found[3::4])) > MAX_CHARACTERS_ON_LOOP
     rows = await session.to_thread(_rows, found) if is_large else _rows(found)
@@ -98,7 +100,7 @@ async def read_positions(
     session: Session, keys: Keys, chat_history_id: str, message_ids: Sequence[str]
 ) -> list[int | None]:
     """Return the position of each message, or `None` for those that the history does not have."""
-    found = await session.run(scripts.POSITIONS, keys.to_read(chat_history_id), message_ids)
+    found = await session.run(scripts.POSITIONS, keys.to_read(chat_history_id), [*message_ids, keys.user])
     return [None if position is None else number(position) for position in found]
 
 

@@ -3,8 +3,9 @@
 Messages that are copied or imported: they wait in the target's bucket until all are there, and then appear at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
 
 from haystack_chat_store.errors import ChatMessageStoreError, MessageDecodingError
@@ -35,6 +36,7 @@ class Stage:
         self.keys = keys.of_staged(bucket, new_name())
         self.length = 0
         self.rounds = 0
+        self.gaps = 0
         self._session = session
         self._keys = keys
         self._target_id = chat_history_id
@@ -77,10 +79,13 @@ class Stage:
                 raise duplicate(duplicate_id)
             self.length += len(batch)
             self.rounds += letters.count("u")
+            self.gaps += letters.count(GAP)
 
-    async def add_history(self, source_id: str, until_message_id: str | None) -> bool:
+    async def add_history(self, source_id: str, until_message_id: str | None, *, gaps: bool = False) -> bool:
         """
         Add the messages of a history as of one moment. Return False if it was edited while it was read.
+
+        :param gaps: Whether each message keeps its position.
 
         :raises ChatHistoryNotFoundError: If there is no such history.
         :raises MessageNotFoundError: If it does not have `until_message_id`.
@@ -96,30 +101,63 @@ class Stage:
             end = position + 1
         rows = part.rows
         while rows and part.state == state:
-            await self.add([row for row in rows if row.position < end])
+            own = [row for row in rows if row.position < end]
+            await self.add(_with_gaps(own, self.length) if gaps else own)
             last = rows[-1].position
             if last >= end - 1:
                 break
             part = await read_part(self._session, self._keys, source_id, BATCH_SIZE, after=last, before=end)
             rows = part.rows
+        if gaps and part.state == state:
+            await self.add(_with_gaps([], self.length, end))
         return part.state == state
 
-    async def finish(self, expected_revision: int | None, lifetime: int, history: HistoryRow | None = None) -> Any:
+    async def finish(
+        self,
+        expected_revision: int | None,
+        lifetime: int | str,
+        history: HistoryRow | None = None,
+        *,
+        user_id: str | None = None,
+        further: Mapping[str, str] = MappingProxyType({}),
+        least_revision: int = 0,
+    ) -> Any:
         """
         Append the waiting messages to the history, and return what the script returns.
 
         :param expected_revision: The revision that the history must have, or `None` if it must have no messages.
-        :param lifetime: After how many milliseconds the history expires, or 0 for never.
-        :param history: Title, meta and times for a new history.
+        :param lifetime: After how many milliseconds the history expires, or 0 for never, or @ and the time.
+        :param history: Title, meta and times for a new history. Times of 0 stand for now.
+        :param user_id: The user of a new history, or `None`.
+        :param further: Further fields of a new history.
+        :param least_revision: A revision that the history is to exceed.
         """
-        fields, changed_at = ["chat_history_id", self._target_id], ""
+        values: dict[str, str | None] = {"chat_history_id": self._target_id, "user_id": user_id, **further}
+        changed_at = ""
         if history is not None:
-            changed_at = str(history.updated_at)
-            values = ("created_at", str(history.created_at)), ("title", history.title), ("meta", history.meta)
-            fields += [each for name, value in values if value is not None for each in (name, value)]
-        counts = [self.length, self.rounds, "" if expected_revision is None else expected_revision]
-        arguments: list[str | int] = [self._target_id, lifetime, *counts, new_name(), changed_at, *fields]
+            changed_at = str(history.updated_at or "now")
+            values |= {"created_at": str(history.created_at or "") or None, "title": history.title}
+            values["meta"] = history.meta
+        fields = [each for name, value in values.items() if value is not None for each in (name, value)]
+        counts: list[str | int] = [self.length, self.rounds, "" if expected_revision is None else expected_revision]
+        ends: list[str | int] = [least_revision, self.gaps, self._keys.user]
+        arguments: list[str | int] = [self._target_id, lifetime, *counts, new_name(), changed_at, *fields, *ends]
         answer = await self._session.run(scripts.FINISH, [*self._keys.to_write(self._target_id), *self.keys], arguments)
         if isinstance(answer, int):
             self.length = 0  # no messages wait any more
         return answer
+
+
+def _with_gaps(rows: Sequence[MessageRow], start: int, end: int | None = None) -> list[MessageRow]:
+    """
+    Return messages with a gap at each position between them that has none. A gap has no role.
+
+    :param start: The first position.
+    :param end: The position after the last one, or `None` if the last message is the end.
+    """
+    by_position = {row.position: row for row in rows}
+    end = rows[-1].position + 1 if rows and end is None else end or start
+    return [
+        by_position.get(position) or MessageRow(position=position, created_at=0, message_id="", role="", content="")
+        for position in range(start, end)
+    ]

@@ -2,21 +2,33 @@
 """The operations that change what was said."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.errors import ChatHistoryChangedError, StoreUnavailableError
 from haystack_chat_store.stores.conflicts import (
+    check_access,
     check_revision,
     duplicate,
     history_exists,
     history_has_messages,
+    history_is_there,
+    history_not_found,
     message_not_found,
+    no_access,
 )
-from haystack_chat_store.stores.redis.directory import delete_branches, delete_histories, read_histories
+from haystack_chat_store.stores.previews import first_question, last_said
+from haystack_chat_store.stores.redis.directory import (
+    ListedHistory,
+    delete_branches,
+    delete_histories,
+    read_histories,
+)
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
-from haystack_chat_store.stores.redis.operations import RedisOperations
+from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
 from haystack_chat_store.stores.redis.reading import read_ids, read_part, read_positions
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, letters_of, new_name
 from haystack_chat_store.stores.redis.scripts import directory as of_directory
@@ -44,18 +56,23 @@ class Writing(RedisOperations):
         expected_revision: int | None,
     ) -> int:
         """Append and replace by one script."""
+        keys, last = self.keys(scope), last_said(messages)
         answer = await session.run(
             scripts.WRITE,
-            self.keys(scope).to_write(chat_history_id),
+            keys.to_write(chat_history_id),
             [
                 chat_history_id,
-                self.lifetime(),
+                lifetime(scope),
                 letters_of(message.role for message in messages),
                 "\x00".join(message.message_id for message in messages),
                 policy.value,
                 "" if expected_revision is None else expected_revision,
                 new_name(),
                 *(message.content for message in messages),
+                first_question(messages) or "",
+                "" if last is None else letters_of([last.role]),
+                "" if last is None else last.text or "",
+                keys.user,
             ],
         )
         return written(answer, expected_revision)
@@ -64,7 +81,12 @@ class Writing(RedisOperations):
         """Delete the keys of a history, and its entries in the lists of its bucket, then its branches."""
         keys = self.keys(scope)
         await delete_histories(
-            session, keys, bucket_of(chat_history_id), [chat_history_id], expected_revision=expected_revision
+            session,
+            keys,
+            bucket_of(chat_history_id),
+            [chat_history_id],
+            expected_revision=expected_revision,
+            only_own=True,
         )
         await delete_branches(session, keys, chat_history_id)
 
@@ -129,14 +151,96 @@ class Writing(RedisOperations):
                     call,
                     "\x00".join(ids),
                     "" if expected_revision is None else expected_revision,
-                    self.lifetime(),
+                    lifetime(scope),
                     letters_of(message.role for message in messages),
                     "\x00".join(message.message_id for message in messages),
                     *(message.content for message in messages),
+                    keys.user,
                 ],
             )
 
         return await _with_ids_from(session, keys, chat_history_id, from_message_id, replace, expected_revision)
+
+    async def update_message(
+        self, session: Session, scope: Scope, chat_history_id: str, message_id: str, change: Callable[[str], str]
+    ) -> MessageRow:
+        """Read the content, and write the new one if it is still the same; otherwise begin again."""
+        keys = self.keys(scope)
+        while True:
+            (position,) = await read_positions(session, keys, chat_history_id, [message_id])
+            after = -1 if position is None else position - 1
+            rows = (await read_part(session, keys, chat_history_id, 1, after=after)).rows
+            row = rows[0] if position is not None and rows and rows[0].message_id == message_id else None
+            if row is None:
+                await _check_is_own(session, scope, keys, chat_history_id)
+                if position is None:
+                    raise message_not_found(message_id)
+                continue
+            content = change(row.content)
+            arguments: list[str | int] = [message_id, row.position, row.content, content, keys.user]
+            answer = await session.run(scripts.SET_CONTENT, keys.to_write(chat_history_id), arguments)
+            if answer == 1:
+                return replace(row, content=content)
+            if answer[0] == "ACCESS":
+                raise no_access()
+
+    async def renew(self, session: Session, scope: Scope, chat_history_id: str) -> None:
+        """Set the time of all keys of the history."""
+        keys = self.keys(scope)
+        arguments: list[str | int] = [chat_history_id, lifetime(scope), keys.user]
+        await session.run(scripts.RENEW, keys.to_write(chat_history_id), arguments)
+
+    async def rename_history(self, session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
+        """
+        Copy the history, and delete the old one if it has not changed meanwhile; otherwise begin again.
+
+        The new history names the old one and its revision, so that a repeated call finishes what another one began.
+        """
+        keys = self.keys(scope)
+        for _ in range(_COPY_ATTEMPTS):
+            found = await read_histories(session, keys, [old_id, new_id], of_all=True)
+            for each in found.values():
+                check_access(scope, each.row.user_id)
+            old, new = found.get(old_id), found.get(new_id)
+            is_begun = new is not None and new.renamed_from.rpartition(" ")[0] == old_id
+            if new is not None and not is_begun and old is not None:
+                raise history_is_there(new_id)
+            if old is None:
+                if new is None or not is_begun:
+                    raise history_not_found(old_id)
+                return new.row
+            if new is not None and new.renamed_from != f"{old_id} {old.row.revision}":
+                await delete_histories(
+                    session, keys, bucket_of(new_id), [new_id], expected_revision=new.row.revision, only_own=True
+                )
+                new = None
+            if new is None and not await self._copy_whole(session, keys, old, new_id):
+                continue
+            with suppress(ChatHistoryChangedError):
+                await delete_histories(
+                    session, keys, bucket_of(old_id), [old_id], expected_revision=old.row.revision, only_own=True
+                )
+                return (await read_histories(session, keys, [new_id], of_all=True))[new_id].row
+        raise StoreUnavailableError("The history was changed each time while it was being renamed. Try again.")
+
+    @staticmethod
+    async def _copy_whole(session: Session, keys: Keys, old: ListedHistory, new_id: str) -> bool:
+        """Copy a history with everything. Return False if it was changed meanwhile, and then copy nothing."""
+        row = old.row
+        async with Stage(session, keys, new_id) as stage:
+            is_same = await stage.add_history(row.chat_history_id, None, gaps=True)
+            found = await read_histories(session, keys, [row.chat_history_id], of_all=True)
+            now = found.get(row.chat_history_id)
+            if not is_same or now is None or now.row != row:
+                return False
+            further = {"renamed_from": f"{row.chat_history_id} {row.revision}"}
+            expiry = f"@{old.expires_at}" if old.expires_at else 0
+            answer = await stage.finish(
+                0, expiry, row, user_id=row.user_id, further=further, least_revision=row.revision
+            )
+        if not isinstance(answer, int) and answer[0] == "CHANGED":
+            raise history_is_there(new_id)
+        return written(answer, 0) >= 0
 
     async def remove(self, session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
         """Delete the messages that the index has at these positions."""
@@ -155,12 +259,14 @@ class Writing(RedisOperations):
         """Read the source and stage its messages, again if the source is edited meanwhile."""
         keys = self.keys(scope)
         for _ in range(_COPY_ATTEMPTS):
+            found = await read_histories(session, keys, [source_id])
+            user_id = next((each.row.user_id for each in found.values()), None)
             async with Stage(session, keys, target_id) as stage:
                 if await stage.add_history(source_id, until_message_id):
-                    answer = await stage.finish(None, self.lifetime())
-                    if not isinstance(answer, int):
+                    answer = await stage.finish(None, lifetime(scope), user_id=user_id)
+                    if not isinstance(answer, int) and answer[0] == "CHANGED":
                         raise history_has_messages(target_id)
-                    return answer
+                    return written(answer, None)
         raise StoreUnavailableError(
             "The history was edited each time while it was being copied. Nothing was copied. Try again."
         )
@@ -175,13 +281,16 @@ class Writing(RedisOperations):
     ) -> int:
         """Stage the messages, and append them by one script when all have come."""
         keys = self.keys(scope)
-        found = await read_histories(session, keys, [history.chat_history_id])
+        found = await read_histories(session, keys, [history.chat_history_id], of_all=True)
+        for each in found.values():
+            check_access(scope, each.row.user_id)
         check_revision(expected_revision, next((each.row.revision for each in found.values()), 0))
         remaining = iter(batches)
         async with Stage(session, keys, history.chat_history_id) as stage:
             while (rows := await session.to_thread(next, remaining, None)) is not None:
                 await stage.add(rows)
-            answer = await stage.finish(expected_revision, self.lifetime(), history)
+            user_id = history.user_id if scope.user_id is None else scope.user_id
+            answer = await stage.finish(expected_revision, lifetime(scope), history, user_id=user_id)
             return written(answer, expected_revision)
 
     async def import_histories(
@@ -189,9 +298,20 @@ class Writing(RedisOperations):
     ) -> int:
         """Import one after the other, if none of them exists."""
         ids = [history.chat_history_id for history, _ in histories]
-        for existing_id in await read_histories(session, self.keys(scope), ids):
+        for existing_id, existing in (await read_histories(session, self.keys(scope), ids, of_all=True)).items():
+            check_access(scope, existing.row.user_id)
             raise history_exists(existing_id)
         return sum([await self.import_history(session, scope, history, [rows], 0) for history, rows in histories])
+
+
+async def _check_is_own(session: Session, scope: Scope, keys: Keys, chat_history_id: str) -> None:
+    """
+    Check that a history that cannot be read is none of another user.
+
+    :raises ChatHistoryAccessError: If it is.
+    """
+    for each in (await read_histories(session, keys, [chat_history_id], of_all=True)).values():
+        check_access(scope, each.row.user_id)
 
 
 async def remove_ids(
@@ -212,7 +332,7 @@ async def remove_ids(
     :param next_position: The history's next position, if nothing may have been appended meanwhile.
     """
     position, revision = ("" if each is None else each for each in (next_position, expected_revision))
-    arguments = [chat_history_id, required, position, new_name(), "\x00".join(message_ids), revision]
+    arguments = [chat_history_id, required, position, new_name(), "\x00".join(message_ids), revision, keys.user]
     return await session.run(scripts.REMOVE, keys.to_write(chat_history_id), arguments)
 
 
@@ -258,6 +378,8 @@ def written(answer: Any, expected_revision: int | None) -> int:
     if isinstance(answer, int):
         return answer
     reason, found = answer
+    if reason == "ACCESS":
+        raise no_access()
     if reason == "CHANGED":
         check_revision(expected_revision, found)
     raise duplicate(found)

@@ -7,6 +7,7 @@ from typing_extensions import Self
 
 from haystack_chat_store.conversation.rounds import LastKUnit
 from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.stores.conflicts import only_one_user
 from haystack_chat_store.stores.sqlite import files
 from haystack_chat_store.stores.sqlite.connections import Durability, Settings
 from haystack_chat_store.stores.sqlite.engine import SQLiteEngine
@@ -42,6 +43,9 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         namespace: str = "default",
         search: bool = False,
         strict: bool = False,
+        user_id: str | None = None,
+        ttl: float | None = None,
+        renew_ttl_on_read: bool = False,
         durability: Durability = "full",
         timeout: float = 30.0,
     ) -> None:
@@ -57,6 +61,11 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
             before is indexed by `index_messages`. Defaults to False.
         :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
             the value's `repr` is stored.
+        :param user_id: The user whose histories alone the store sees and changes: see `for_user`. Defaults to `None`:
+            all histories of the namespace.
+        :param ttl: After how many seconds without a write a history expires, all of it at once. A write starts the time
+            anew. Defaults to `None`: never.
+        :param renew_ttl_on_read: Whether reading messages of a history starts the time anew, too. Defaults to False.
         :param durability: `"full"`, the default: a write that has returned survives a power cut. `"normal"`: it
             survives a crash of the process, but the last writes before a power cut may be gone (the file stays sound);
             several times as fast where syncing the disk is slow. These are SQLite's `synchronous` levels in WAL mode.
@@ -86,6 +95,9 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
             namespace=namespace,
             search=search,
             strict=strict,
+            user_id=user_id,
+            ttl=ttl,
+            renew_ttl_on_read=renew_ttl_on_read,
         )
 
     def backup(self, path: "str | os.PathLike[str]") -> None:
@@ -99,13 +111,20 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         :raises FileExistsError: If there is something at the path. It was left as it is.
         :raises OSError: If the file cannot be written.
         :raises StoreConfigurationError: If there is nothing to back up.
+        :raises ChatHistoryAccessError: If this is the store of one user.
         :raises ChatMessageStoreError: If the store's file cannot be read.
         """
+        self._check_backup()
         self.engine.run(self.engine.backup, self.scope, os.path.abspath(os.fspath(path)))
 
     async def backup_async(self, path: "str | os.PathLike[str]") -> None:
         """Do what `backup` does, without blocking the event loop."""
+        self._check_backup()
         await self.engine.run_async(self.engine.backup, self.scope, os.path.abspath(os.fspath(path)))
+
+    def _check_backup(self) -> None:
+        if self.user_id is not None:
+            raise only_one_user("back up the file, which holds the histories of all users")
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> Self:

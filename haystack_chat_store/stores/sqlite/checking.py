@@ -47,7 +47,7 @@ _MESSAGES_WITHOUT_TIME = f"""
     SELECT CAST(chat_history_id AS TEXT), message_key & 0xffffffff FROM haystack_chat_histories
         CROSS JOIN haystack_chat_messages ON message_key BETWEEN history_key << 32 AND (history_key + 1 << 32) - 1
     WHERE namespace = ? AND NOT ({_IS_TIME.format("haystack_chat_messages.created_at")})
-"""  # noqa: S608  (only constants are put in; values are bound by SQLite)
+"""
 _HISTORIES = f"""
     SELECT history_key, CAST(chat_history_id AS BLOB), typeof(chat_history_id) = 'text',
         CAST(title AS BLOB), typeof(title) IN ('text', 'null'), CAST(meta AS BLOB),
@@ -61,7 +61,7 @@ _HISTORIES = f"""
     FROM (SELECT *, history_key << 32 AS first_key, (history_key + 1 << 32) - 1 AS last_key
         FROM haystack_chat_histories)
     WHERE namespace = ?
-"""  # noqa: S608  (only constants are put in; values are bound by SQLite)
+"""
 _MESSAGES_AND_TERMS = """
     SELECT CAST(chat_history_id AS TEXT), CAST(content AS TEXT), terms
     FROM haystack_chat_histories

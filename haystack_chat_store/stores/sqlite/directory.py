@@ -4,41 +4,51 @@
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate, starmap
 from math import inf
 from typing import Any
 
 from haystack_chat_store.errors import StoreTimeoutError
+from haystack_chat_store.stores.conflicts import history_is_there, history_not_found
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, branch_origin, end_of_prefix
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, branch_origin, end_of_prefix
 from haystack_chat_store.stores.sqlite import failures
-from haystack_chat_store.stores.sqlite.connections import Database, readable_rows
+from haystack_chat_store.stores.sqlite.connections import Database, damaged_texts_escaped, readable_rows
 from haystack_chat_store.stores.sqlite.histories import Histories
 from haystack_chat_store.stores.sqlite.term_index import TermIndex
-from haystack_chat_store.stores.times import readable_time
+from haystack_chat_store.stores.sqlite.visibility import IS_VISIBLE, IS_VISIBLE_HISTORY, visible_history
+from haystack_chat_store.stores.times import microseconds_now, readable_time
+from haystack_chat_store.stores.usage import UsageCounter
 from haystack_chat_store.types import StoreStatistics
 
 _SELECT_HISTORY = """
-    SELECT chat_history_id, created_at, updated_at, message_count, round_count, title, meta, revision
+    SELECT chat_history_id, created_at, updated_at, message_count, round_count, title, meta, revision, user_id, preview,
+        last_message
     FROM haystack_chat_histories
 """
-_HISTORY = _SELECT_HISTORY + "WHERE namespace = ? AND chat_history_id = ?"
+_HISTORY = _SELECT_HISTORY + f"WHERE {IS_VISIBLE_HISTORY}"
 _HISTORIES_BY_ID = f"""
     {_SELECT_HISTORY}
-    WHERE namespace = ? AND chat_history_id >= ? AND chat_history_id < ? {{condition}}
-    ORDER BY chat_history_id LIMIT ?
+    WHERE namespace = ?1 AND chat_history_id >= ?2 AND chat_history_id < ?6 AND {IS_VISIBLE} {{condition}}
+    ORDER BY chat_history_id LIMIT ?5
 """
-# A page of the directory is found in one of two ways. A column with a + before it is not looked for in an index.
-_WALK_BY_TIME = f"""
-    {_SELECT_HISTORY} INDEXED BY haystack_chat_histories_by_time
-    WHERE namespace = ? AND (updated_at, chat_history_id) < (?, ?) AND (updated_at, chat_history_id) >= (?, ?)
-        AND +chat_history_id >= ? AND +chat_history_id < ?
-    ORDER BY updated_at DESC, chat_history_id DESC LIMIT ?
+# A page of the directory is found in one of two ways. A column with a + before it is not looked for in an index. The
+# histories of a user are walked along by time in an index of their own.
+_WALK = f"""
+    {_SELECT_HISTORY} INDEXED BY haystack_chat_histories_by_{{index}}
+    WHERE namespace = ?1 AND {{user}} (updated_at, chat_history_id) < (?5, ?6)
+        AND (updated_at, chat_history_id) >= (?7, ?8)
+        AND +chat_history_id >= ?9 AND +chat_history_id < ?10 AND {IS_VISIBLE}
+    ORDER BY updated_at DESC, chat_history_id DESC LIMIT ?11
 """
+_WALK_BY_TIME = _WALK.format(index="time", user="")
+_WALK_OF_USER = _WALK.format(index="user", user="user_id = ?3 AND")
 _SORT_BY_TIME = f"""
     {_SELECT_HISTORY}
-    WHERE namespace = ? AND (+updated_at, +chat_history_id) < (?, ?) AND chat_history_id >= ? AND chat_history_id < ?
-    ORDER BY +updated_at DESC, +chat_history_id DESC LIMIT ?
+    WHERE namespace = ?1 AND (+updated_at, +chat_history_id) < (?5, ?6) AND chat_history_id >= ?7
+        AND chat_history_id < ?8 AND {IS_VISIBLE}
+    ORDER BY +updated_at DESC, +chat_history_id DESC LIMIT ?9
 """
 _PLACE_FURTHER_ON = """
     SELECT updated_at, chat_history_id FROM haystack_chat_histories INDEXED BY haystack_chat_histories_by_time
@@ -52,31 +62,42 @@ _COUNT_UP_TO = """
     )
 """
 _UPDATE_HISTORY = """
-    UPDATE haystack_chat_histories SET title = iif(?, title, ?), meta = iif(?, meta, ?),
-        branch_of = iif(?, branch_of, ?)
-    WHERE namespace = ? AND chat_history_id = ?
+    UPDATE haystack_chat_histories SET title = iif(?, title, ?), user_id = iif(?, user_id, ?), meta = ?, branch_of = ?
+    WHERE history_key = ?
 """
-_TOTALS = """
+_META = "SELECT CAST(meta AS TEXT) FROM haystack_chat_histories WHERE history_key = ?"
+_IN_STATISTICS = f"namespace = ?1 AND chat_history_id >= ?2 AND chat_history_id < ?5 AND {IS_VISIBLE}"
+_TOTALS = f"""
     SELECT count(*), coalesce(sum(message_count), 0), coalesce(sum(round_count), 0)
-    FROM haystack_chat_histories WHERE namespace = ? AND chat_history_id >= ? AND chat_history_id < ?
+    FROM haystack_chat_histories WHERE {_IN_STATISTICS}
 """
-_MESSAGES_PER_DAY = """
-    SELECT (haystack_chat_messages.created_at - (haystack_chat_messages.created_at % ?4 + ?4) % ?4) AS day, count(*)
+_MESSAGES_PER_DAY = f"""
+    SELECT (haystack_chat_messages.created_at - (haystack_chat_messages.created_at % ?6 + ?6) % ?6) AS day, count(*)
     FROM haystack_chat_histories
         CROSS JOIN haystack_chat_messages ON message_key BETWEEN history_key << 32 AND (history_key + 1 << 32) - 1
-    WHERE namespace = ?1 AND chat_history_id >= ?2 AND chat_history_id < ?3
+    WHERE {_IN_STATISTICS}
     GROUP BY day ORDER BY day
 """
+_USAGE = f"""
+    SELECT haystack_chat_messages.created_at, CAST(content AS TEXT)
+    FROM haystack_chat_histories
+        CROSS JOIN haystack_chat_messages ON message_key BETWEEN history_key << 32 AND (history_key + 1 << 32) - 1
+    WHERE {_IN_STATISTICS} AND role = 'assistant' AND instr(content, '"usage":')
+"""
 _SIZE = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-_KEYS_BY_ID = """
-    SELECT history_key, CAST(message_count AS INTEGER) FROM haystack_chat_histories
-    WHERE namespace = ? AND chat_history_id >= ? AND chat_history_id < ? LIMIT ?
+# Of a user, another index finds them. ?5 is the user, ?6 a time.
+_KEYS = """
+    SELECT history_key, CAST(message_count AS INTEGER) FROM haystack_chat_histories {index}
+    WHERE namespace = ?1 AND {plus}chat_history_id >= ?2 AND {plus}chat_history_id < ?3 AND {condition} LIMIT ?4
 """
-_OLD_KEYS = """
-    SELECT history_key, CAST(message_count AS INTEGER)
-    FROM haystack_chat_histories INDEXED BY haystack_chat_histories_by_time
-    WHERE namespace = ? AND +chat_history_id >= ? AND +chat_history_id < ? AND updated_at < ? LIMIT ?
-"""
+_BY_TIME, _BY_USER, _BY_EXPIRY = (
+    f"INDEXED BY haystack_chat_histories_by_{each}" for each in ("time", "user", "expiry")
+)
+_KEYS_BY_ID = _KEYS.format(index="", plus="", condition="?5 IS NULL")
+_KEYS_OF_USER = _KEYS.format(index=_BY_USER, plus="+", condition="user_id = ?5")
+_OLD_KEYS = _KEYS.format(index=_BY_TIME, plus="+", condition="updated_at < ?6")
+_OLD_KEYS_OF_USER = _KEYS.format(index=_BY_USER, plus="+", condition="user_id = ?5 AND updated_at < ?6")
+_EXPIRED_KEYS = _KEYS.format(index=_BY_EXPIRY, plus="+", condition="(?5 IS NULL OR user_id = ?5) AND expires_at <= ?6")
 _MERGE_TERMS = "INSERT INTO haystack_chat_terms (haystack_chat_terms) VALUES ('optimize')"
 
 # Before the history that changed last, and after the one that changed first, even if a time is damaged.
@@ -98,7 +119,7 @@ class Directory(Engine[Database]):
     def history(self, session: Database, scope: Scope, chat_history_id: str) -> HistoryRow | None:
         """Look a history up by its id."""
         with session.connection() as connection:
-            found = readable_rows(connection, _HISTORY, (scope.namespace, chat_history_id))
+            found = readable_rows(connection, _HISTORY, visible_history(scope, chat_history_id))
         return _history_rows(found)[0] if found else None
 
     def histories(
@@ -112,7 +133,7 @@ class Directory(Engine[Database]):
         """Read the histories in the order of their ids. Those whose ids are not UTF-8 are left out."""
         first, end = id_range(prefix)
         first = max(first, f"{after}\x00")  # the least text that is greater than `after`
-        values = (scope.namespace, first, end, limit)
+        values = (scope.namespace, first, scope.user_id, microseconds_now(), limit, end)
         with session.connection() as connection:
             try:
                 rows = connection.execute(_HISTORIES_BY_ID.format(condition=""), values).fetchall()
@@ -129,45 +150,85 @@ class Directory(Engine[Database]):
         session: Database,
         scope: Scope,
         chat_history_id: str,
-        title: str | Unchanged | None,
-        meta: str | Unchanged | None,
+        change: HistoryChange,
     ) -> HistoryRow | None:
         """Change the row, and read it."""
-        history = (scope.namespace, chat_history_id)
-        branch_of = UNCHANGED if meta is UNCHANGED else branch_origin(chat_history_id, meta)
-        changes = [
-            each
-            for value in (title, meta, branch_of)
-            for each in (value is UNCHANGED, None if value is UNCHANGED else value)
-        ]
+        title, user_id = (
+            (value is UNCHANGED, None if value is UNCHANGED else value) for value in (change.title, change.user_id)
+        )
         with session.transaction() as connection:
-            connection.execute(_UPDATE_HISTORY, (*changes, *history))
-            found = readable_rows(connection, _HISTORY, history)
-        return _history_rows(found)[0] if found else None
+            found = Histories(connection, scope, session.settings.search).find(chat_history_id)
+            if found is None:
+                return None
+            ((stored,),) = readable_rows(connection, _META, (found.history_key,))
+            meta = change.new_meta(stored)
+            branch_of = branch_origin(chat_history_id, meta)
+            connection.execute(_UPDATE_HISTORY, (*title, *user_id, meta, branch_of, found.history_key))
+            return _history(connection, scope, chat_history_id)
+
+    def create_history(self, session: Database, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
+        """Insert the row, unless it is there."""
+        now = microseconds_now()
+        with session.transaction() as connection:
+            histories = Histories(connection, scope, session.settings.search)
+            is_new = histories.find(history.chat_history_id) is None
+            if is_new:
+                histories.create(replace(history, created_at=now, updated_at=now))
+            return _history(connection, scope, history.chat_history_id), is_new
+
+    def rename_history(self, session: Database, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
+        """Change the id in the row: the messages have only its key."""
+        with session.transaction() as connection:
+            histories = Histories(connection, scope, session.settings.search)
+            history = histories.find(old_id)
+            if history is None:
+                raise history_not_found(old_id)
+            if histories.find(new_id) is not None:
+                raise history_is_there(new_id)
+            histories.rename(history, new_id)
+            return _history(connection, scope, new_id)
+
+    def renew(self, session: Database, scope: Scope, chat_history_id: str) -> None:
+        """Change the row."""
+        with session.transaction() as connection:
+            Histories(connection, scope, session.settings.search).renew(chat_history_id)
 
     def statistics(self, session: Database, scope: Scope, prefix: str) -> StoreStatistics:
         """Count everything as of one moment."""
         first, end = id_range(prefix)
-        histories = (scope.namespace, first, end or _AFTER_ALL_IDS)
+        histories = (scope.namespace, first, scope.user_id, microseconds_now(), end or _AFTER_ALL_IDS)
+        usage = UsageCounter()
         with session.snapshot() as connection:
             count, messages, rounds = connection.execute(seen(_TOTALS, scope), histories).fetchone()
             (size,) = connection.execute(_SIZE).fetchone()
             days: Counter[Any] = Counter()
             for day, messages_of_day in connection.execute(seen(_MESSAGES_PER_DAY, scope), (*histories, _DAY)):
                 days[readable_time(day).date()] += messages_of_day
+            with damaged_texts_escaped(connection):
+                for created_at, content in connection.execute(seen(_USAGE, scope), histories):
+                    usage.add_text(created_at, content)
         return StoreStatistics(
-            chat_histories=count, messages=messages, rounds=rounds, size=size, messages_per_day=dict(days)
+            chat_histories=count,
+            messages=messages,
+            rounds=rounds,
+            size=size if scope.user_id is None else None,
+            messages_per_day=dict(days),
+            usage=usage.total(),
+            usage_per_day=usage.per_day(),
         )
 
     def erase_some(self, session: Database, scope: Scope, prefix: str, updated_before: int | None, limit: int) -> int:
         """Delete histories, and let other writers go on if there may be more."""
-        values = (scope.namespace, *id_range(prefix))
+        values = (scope.namespace, *id_range(prefix), limit, scope.user_id)
+        of_user = scope.user_id is not None
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             if updated_before is None:
-                found = connection.execute(_KEYS_BY_ID, (*values, limit)).fetchall()
+                found = connection.execute(_KEYS_OF_USER if of_user else _KEYS_BY_ID, values).fetchall()
             else:
-                found = connection.execute(_OLD_KEYS, (*values, updated_before, limit)).fetchall()
+                old = _OLD_KEYS_OF_USER if of_user else _OLD_KEYS
+                found = connection.execute(old, (*values, updated_before)).fetchall()
+                found = found or connection.execute(_EXPIRED_KEYS, (*values, microseconds_now())).fetchall()
             keys = _first_step(found)
             for history_key in keys:
                 histories.delete(history_key)
@@ -234,20 +295,27 @@ def _listed(
     """
     ids = id_range(prefix)
     few = _TRIED_AT_FIRST
+    visible = (scope.namespace, None, scope.user_id, microseconds_now())
+    if scope.user_id is not None:
+        return readable_rows(connection, seen(_WALK_OF_USER, scope), (*visible, *place, *_END, *ids, limit))
     while prefix:
         (count,) = connection.execute(_COUNT_UP_TO, (scope.namespace, *ids, few + 1)).fetchone()
         if count <= few:
-            return readable_rows(connection, seen(_SORT_BY_TIME, scope), (scope.namespace, *place, *ids, limit))
+            return readable_rows(connection, seen(_SORT_BY_TIME, scope), (*visible, *place, *ids, limit))
         further_on = readable_rows(connection, _PLACE_FURTHER_ON, (scope.namespace, *place, limit + few))
         if not further_on:
             break
-        found = readable_rows(
-            connection, seen(_WALK_BY_TIME, scope), (scope.namespace, *place, *further_on[0], *ids, limit)
-        )
+        found = readable_rows(connection, seen(_WALK_BY_TIME, scope), (*visible, *place, *further_on[0], *ids, limit))
         if len(found) == limit:
             return found
         few *= 4
-    return readable_rows(connection, seen(_WALK_BY_TIME, scope), (scope.namespace, *place, *_END, *ids, limit))
+    return readable_rows(connection, seen(_WALK_BY_TIME, scope), (*visible, *place, *_END, *ids, limit))
+
+
+def _history(connection: sqlite3.Connection, scope: Scope, chat_history_id: str) -> HistoryRow:
+    """Return a history that this transaction has written."""
+    everyone = replace(scope, user_id=None)  # it may have been handed over just now
+    return _history_rows(readable_rows(connection, _HISTORY, visible_history(everyone, chat_history_id)))[0]
 
 
 def _first_step(found: Sequence[tuple[int, int]]) -> list[int]:

@@ -32,6 +32,8 @@ from haystack_chat_store.stores.sqlite.writing import Writing
 class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
     """Keeps chat histories in an SQLite file."""
 
+    keeps_users = keeps_previews = keeps_expiry = True
+
     def __init__(self, settings: Settings) -> None:
         """Open nothing yet."""
         self.settings = settings

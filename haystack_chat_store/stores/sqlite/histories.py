@@ -2,27 +2,30 @@
 """What a write transaction does with the rows of histories and messages, and with the index of words."""
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from haystack.dataclasses import ChatRole
 
-from haystack_chat_store.stores.conflicts import Plan, check_revision, is_replaced_already
+from haystack_chat_store.stores.conflicts import Plan, check_access, check_revision, is_replaced_already
+from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_message, last_message_text
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
+from haystack_chat_store.stores.sqlite.connections import readable_rows
 from haystack_chat_store.stores.sqlite.schema import key_range
 from haystack_chat_store.stores.sqlite.term_index import TermIndex
+from haystack_chat_store.stores.sqlite.visibility import IS_VISIBLE_HISTORY, visible_history
 from haystack_chat_store.stores.times import microseconds_now
 
 _FIND = """
-    SELECT history_key, next_position, message_count, revision,
+    SELECT history_key, next_position, message_count, revision, user_id, expires_at,
         EXISTS (SELECT 1 FROM haystack_chat_search WHERE search_key = 1)
     FROM haystack_chat_histories WHERE namespace = ? AND chat_history_id = ?
 """
 _INSERT_HISTORY = """
     INSERT INTO haystack_chat_histories
         (namespace, chat_history_id, revision, next_position, message_count, round_count, created_at, updated_at,
-        title, meta, branch_of)
-    VALUES (?, ?, ?, 0, 0, 0, ?, ?, ?, ?, ?)
+        title, meta, branch_of, user_id, expires_at)
+    VALUES (?, ?, ?, 0, 0, 0, ?, ?, ?, ?, ?, ?, ?)
 """
 _DELETED_REVISION = "SELECT deleted_revision FROM haystack_chat_namespaces WHERE namespace = ?"
 _KEEP_REVISION = """
@@ -32,9 +35,35 @@ _KEEP_REVISION = """
 """
 _UPDATE_HISTORY = """
     UPDATE haystack_chat_histories SET next_position = next_position + ?, message_count = message_count + ?,
-        round_count = round_count + ?, updated_at = max(updated_at, ?), revision = revision + 1
+        round_count = round_count + ?, updated_at = max(updated_at, ?), revision = revision + 1, expires_at = ?
     WHERE history_key = ?
 """
+_APPENDED = """
+    UPDATE haystack_chat_histories SET next_position = next_position + ?, message_count = message_count + ?,
+        round_count = round_count + ?, updated_at = max(updated_at, ?), revision = revision + 1, expires_at = ?,
+        preview = coalesce(preview, ?), last_message = coalesce(?, last_message)
+    WHERE history_key = ?
+"""
+_SET_PREVIEWS = "UPDATE haystack_chat_histories SET preview = ?, last_message = ? WHERE history_key = ?"
+_QUESTIONS = """
+    SELECT CAST(content AS TEXT) FROM haystack_chat_messages
+    WHERE role = 'user' AND message_key BETWEEN ? AND ? ORDER BY message_key
+"""
+_LAST_MESSAGE = """
+    SELECT CAST(role AS TEXT), created_at, CAST(content AS TEXT) FROM haystack_chat_messages
+    WHERE message_key BETWEEN ? AND ? AND role <> 'system' ORDER BY message_key DESC LIMIT 1
+"""
+_CONTENT = """
+    SELECT message_key & 0xffffffff, created_at, CAST(message_id AS TEXT), CAST(role AS TEXT), CAST(content AS TEXT)
+    FROM haystack_chat_messages WHERE message_key = ?
+"""
+_SET_CONTENT = "UPDATE haystack_chat_messages SET content = ?, revision = ? WHERE message_key = ?"
+_NEXT_REVISION = "UPDATE haystack_chat_histories SET revision = revision + 1 WHERE history_key = ?"
+_META = "SELECT CAST(meta AS TEXT) FROM haystack_chat_histories WHERE history_key = ?"
+_RENAME = """
+    UPDATE haystack_chat_histories SET chat_history_id = ?, branch_of = ?, revision = ? WHERE history_key = ?
+"""
+_RENEW = f"UPDATE haystack_chat_histories SET expires_at = ?5 WHERE {IS_VISIBLE_HISTORY} AND expires_at IS NOT NULL"
 _RECOUNT = """
     UPDATE haystack_chat_histories SET
         message_count = (SELECT count(*) FROM haystack_chat_messages WHERE message_key BETWEEN :first AND :last),
@@ -46,7 +75,10 @@ _RECOUNT = """
             (SELECT max(revision) FROM haystack_chat_messages WHERE message_key BETWEEN :first AND :last), 0) + 1)
     WHERE history_key = :key
 """
-_BRANCHES = "SELECT history_key, chat_history_id FROM haystack_chat_histories WHERE namespace = ? AND branch_of = ?"
+_BRANCHES = """
+    SELECT history_key, chat_history_id FROM haystack_chat_histories
+    WHERE namespace = ?1 AND branch_of = ?2 AND (?3 IS NULL OR user_id = ?3)
+"""
 _DELETE_HISTORY = "DELETE FROM haystack_chat_histories WHERE history_key = ?"
 _MESSAGE = "SELECT message_key, role FROM haystack_chat_messages WHERE message_key >> 32 = ? AND message_id = ?"
 _IS_EQUAL = "SELECT role = ? AND content = ? FROM haystack_chat_messages WHERE message_key = ?"
@@ -72,6 +104,8 @@ class StoredHistory(NamedTuple):
     next_position: int
     message_count: int
     revision: int
+    user_id: str | None
+    expires_at: int | None
 
     @property
     def first_key(self) -> int:
@@ -94,6 +128,7 @@ class Histories:
         :param is_searched: Whether the store can search: then an index of words is begun if there is none.
         """
         self.connection = connection
+        self._scope = scope
         self._namespace = scope.namespace
         self._is_searched = is_searched
         self._index: TermIndex | None = None
@@ -106,21 +141,72 @@ class Histories:
         return self._index
 
     def find(self, chat_history_id: str) -> StoredHistory | None:
-        """Return a history, or `None` if it does not exist."""
+        """
+        Return a history to write to, or `None` if it does not exist. If it has expired, it is deleted.
+
+        :raises ChatHistoryAccessError: If it is another user's.
+        """
+        found = self._found(chat_history_id)
+        if found is not None and _has_expired(found):
+            self.delete(found.history_key)
+            return None
+        if found is not None:
+            check_access(self._scope, found.user_id)
+        return found
+
+    def find_to_read(self, chat_history_id: str) -> StoredHistory | None:
+        """Return a history, or `None` if it does not exist, has expired, or is another user's."""
+        found = self._found(chat_history_id)
+        is_visible = found is not None and self._scope.includes(found.user_id) and not _has_expired(found)
+        return found if is_visible else None
+
+    def _found(self, chat_history_id: str) -> StoredHistory | None:
         found = self.connection.execute(_FIND, (self._namespace, chat_history_id)).fetchone()
         if found is None:
             return None
-        if not found[4] and not self._is_searched:
+        *columns, has_index = found
+        if not has_index and not self._is_searched:
             self._index = TermIndex(self.connection, None)  # which spares reading it
-        return StoredHistory(*found[:4])
+        return StoredHistory(*columns)
 
     def make(self, row: HistoryRow) -> StoredHistory:
-        """Make a history without messages."""
+        """Make a history without messages. It is the user's of the scope, or else the row's."""
+        user_id = row.user_id if self._scope.user_id is None else self._scope.user_id
+        expires_at = self._scope.expires_at(microseconds_now())
+        revision = self.deleted_revision()  # the change that follows makes it greater
+        values = (row.chat_history_id, revision, row.created_at, row.updated_at, row.title, row.meta)
+        owned = (branch_origin(row.chat_history_id, row.meta), user_id, expires_at)
+        made = self.connection.execute(_INSERT_HISTORY, (self._namespace, *values, *owned))
+        return StoredHistory(int(made.lastrowid or 0), 0, 0, revision, user_id, expires_at)
+
+    def create(self, row: HistoryRow) -> None:
+        """Make a history that begins without messages, which is a change of its own."""
+        self.connection.execute(_NEXT_REVISION, (self.make(row).history_key,))
+
+    def deleted_revision(self) -> int:
+        """Return the greatest revision that a deleted history of the namespace had."""
         deleted = self.connection.execute(_DELETED_REVISION, (self._namespace,)).fetchone()
-        revision = 0 if deleted is None else deleted[0]  # the change that follows makes it greater
-        values = (self._namespace, row.chat_history_id, revision, row.created_at, row.updated_at, row.title, row.meta)
-        made = self.connection.execute(_INSERT_HISTORY, (*values, branch_origin(row.chat_history_id, row.meta)))
-        return StoredHistory(int(made.lastrowid or 0), 0, 0, revision)
+        return 0 if deleted is None else int(deleted[0])
+
+    def rename(self, history: StoredHistory, new_id: str) -> None:
+        """Give a history another id. Under both ids, revisions go on rising."""
+        self.connection.execute(_KEEP_REVISION, (history.history_key,))
+        ((meta,),) = readable_rows(self.connection, _META, (history.history_key,))
+        values = (new_id, branch_origin(new_id, meta), self.deleted_revision() + 1)
+        self.connection.execute(_RENAME, (*values, history.history_key))
+
+    def renew(self, chat_history_id: str) -> None:
+        """Let the lifetime of a history begin anew."""
+        history = visible_history(self._scope, chat_history_id)
+        self.connection.execute(_RENEW, (*history, self._scope.expires_at(microseconds_now())))
+
+    def update_message(self, history: StoredHistory, key: int, change: Callable[[str], str]) -> MessageRow:
+        """Change the content of a message, but not what was said."""
+        row = MessageRow(*readable_rows(self.connection, _CONTENT, (key,))[0])
+        row.content = change(row.content)
+        self.connection.execute(_SET_CONTENT, (row.content, history.revision + 1, key))
+        self.connection.execute(_NEXT_REVISION, (history.history_key,))
+        return row
 
     def find_message(self, history: StoredHistory, message_id: str) -> tuple[int, str] | None:
         """Return the key and the role of a message, or `None` if the history does not have its id."""
@@ -160,14 +246,19 @@ class Histories:
             self.index.add([(key, message.content)])
             rounds += (message.role == ChatRole.USER.value) - (role == ChatRole.USER.value)
         self._append(history, plan.new, now)
-        self.connection.execute(_UPDATE_HISTORY, (count, count, rounds, now, history.history_key))
+        self._count_appended(history, (count, count, rounds, now), plan.new, now)
+        if plan.replaced:
+            self.find_previews(history.history_key)
 
     def replace(self, history: StoredHistory, first_key: int, new: Sequence[EncodedMessage], now: int) -> None:
         """Delete the messages from a key on, append others, and count both."""
         deleted, rounds = self._delete_and_count(first_key, history.next_key)
         self._append(history, new, now)
         counts = (len(new), len(new) - deleted, round_count(new) - rounds)
-        self.connection.execute(_UPDATE_HISTORY, (*counts, now, history.history_key))
+        self.connection.execute(
+            _UPDATE_HISTORY, (*counts, now, self._scope.expires_at(microseconds_now()), history.history_key)
+        )
+        self.find_previews(history.history_key)
 
     def import_batches(self, row: HistoryRow, batches: Iterable[Sequence[MessageRow]], expected_revision: int) -> int:
         """Append all batches to a history, which is made if it does not exist, and count them."""
@@ -176,7 +267,9 @@ class Histories:
         if history is None:
             history = self.make(row)
         imported = rounds = 0
+        preview = last = None
         for batch in batches:
+            preview, last = preview or first_question(batch), last_message(batch) or last
             first_key, revision = history.next_key + imported, history.revision + 1
             self._insert(
                 [
@@ -186,7 +279,9 @@ class Histories:
             )
             imported += len(batch)
             rounds += round_count(batch)
-        self.connection.execute(_UPDATE_HISTORY, (imported, imported, rounds, row.updated_at, history.history_key))
+        expires_at = self._scope.expires_at(microseconds_now())
+        counts = (imported, imported, rounds, row.updated_at, expires_at)
+        self.connection.execute(_APPENDED, (*counts, preview, last, history.history_key))
         return imported
 
     def copy(self, first_key: int, last_key: int, target: StoredHistory, now: int) -> int:
@@ -195,7 +290,9 @@ class Histories:
         values = (target.next_key, target.revision + 1, first_key, last_key)
         copied = self.connection.execute(_COPY_MESSAGES, values).rowcount
         self.index.add_range(target.next_key, target.next_key + copied - 1)
-        self.connection.execute(_UPDATE_HISTORY, (copied, copied, rounds, now, target.history_key))
+        expires_at = self._scope.expires_at(microseconds_now())
+        self.connection.execute(_UPDATE_HISTORY, (copied, copied, rounds, now, expires_at, target.history_key))
+        self.find_previews(target.history_key)
         return copied
 
     def delete_messages(self, history: StoredHistory, ranges: Iterable[tuple[int, int]]) -> None:
@@ -205,7 +302,9 @@ class Histories:
             counts = self._delete_and_count(*first_and_last)
             deleted, rounds = deleted + counts[0], rounds + counts[1]
         if deleted:
-            self.connection.execute(_UPDATE_HISTORY, (0, -deleted, -rounds, microseconds_now(), history.history_key))
+            values = (0, -deleted, -rounds, microseconds_now(), history.expires_at, history.history_key)
+            self.connection.execute(_UPDATE_HISTORY, values)
+            self.find_previews(history.history_key)
 
     def delete(self, history_key: int) -> None:
         """Delete a history and its messages."""
@@ -214,8 +313,9 @@ class Histories:
         self.connection.execute(_DELETE_HISTORY, (history_key,))
 
     def delete_branches(self, chat_history_id: str) -> None:
-        """Delete the branches of a history, and theirs."""
-        for history_key, branch in self.connection.execute(_BRANCHES, (self._namespace, chat_history_id)).fetchall():
+        """Delete the branches of a history, and theirs, but none of another user."""
+        origin = (self._namespace, chat_history_id, self._scope.user_id)
+        for history_key, branch in self.connection.execute(_BRANCHES, origin).fetchall():
             self.delete(history_key)
             self.delete_branches(branch)
 
@@ -223,6 +323,22 @@ class Histories:
         """Set the counters of a history by its messages."""
         first_key, last_key = key_range(history_key)
         self.connection.execute(_RECOUNT, {"key": history_key, "first": first_key, "last": last_key})
+        self.find_previews(history_key)
+
+    def find_previews(self, history_key: int) -> None:
+        """Find the first question and the last message of a history anew."""
+        keys = key_range(history_key)
+        questions = (beginning_of_content(content) for (content,) in self.connection.execute(_QUESTIONS, keys))
+        preview = next(filter(None, questions), None)
+        found = readable_rows(self.connection, _LAST_MESSAGE, keys)
+        last = [last_message_text(role, beginning_of_content(content), at) for role, at, content in found]
+        self.connection.execute(_SET_PREVIEWS, (preview, last[0] if last else None, history_key))
+
+    def _count_appended(
+        self, history: StoredHistory, counts: tuple[int, int, int, int], new: Sequence[EncodedMessage], now: int
+    ) -> None:
+        previews = (first_question(new), last_message(new, now))
+        self.connection.execute(_APPENDED, (*counts, self._scope.expires_at(now), *previews, history.history_key))
 
     def _append(self, history: StoredHistory, messages: Sequence[EncodedMessage], now: int) -> None:
         revision = history.revision + 1
@@ -244,3 +360,7 @@ class Histories:
     def _delete(self, first_key: int, last_key: int) -> int:
         self.index.remove(first_key, last_key)
         return self.connection.execute(_DELETE_MESSAGES, (first_key, last_key)).rowcount
+
+
+def _has_expired(history: StoredHistory) -> bool:
+    return history.expires_at is not None and history.expires_at <= microseconds_now()

@@ -11,13 +11,21 @@ from haystack_chat_store.stores.sqlite.connections import Database, readable_row
 from haystack_chat_store.stores.sqlite.directory import id_range, seen
 from haystack_chat_store.stores.sqlite.schema import key_range
 from haystack_chat_store.stores.sqlite.term_index import TermIndex
+from haystack_chat_store.stores.sqlite.visibility import IS_VISIBLE
+from haystack_chat_store.stores.times import microseconds_now
 
-_HISTORIES = """
-    SELECT count(*), min(history_key), max(history_key) FROM (
-        SELECT history_key FROM haystack_chat_histories
-        WHERE namespace = ? AND chat_history_id >= ? AND chat_history_id < ? LIMIT ?
-    )
+# Of a user, an index finds the few. The parameters of all are ?2 the namespace, ?3 the user, ?4 the present time, and
+# ?5 and ?6 the range of ids.
+_IS_SEARCHED = f"namespace = ?2 AND {{plus}}chat_history_id >= ?5 AND {{plus}}chat_history_id < ?6 AND {IS_VISIBLE}"
+_SELECT_FEW = f"SELECT history_key FROM haystack_chat_histories WHERE {_IS_SEARCHED.format(plus='')}"
+_SELECT_FEW_OF_USER = f"""
+    SELECT history_key FROM haystack_chat_histories INDEXED BY haystack_chat_histories_by_user
+    WHERE user_id = ?3 AND {_IS_SEARCHED.format(plus="+")}
 """
+_HISTORIES, _HISTORIES_OF_USER = (
+    f"SELECT count(*), min(history_key), max(history_key) FROM ({few} LIMIT ?1)"
+    for few in (_SELECT_FEW, _SELECT_FEW_OF_USER)
+)
 # {found} finds the keys of the best messages. The join leaves out those that another program has deleted.
 _SEARCH = """
     SELECT chat_history_id, message_key & 0xffffffff, CAST(message_id AS TEXT), CAST(role AS TEXT),
@@ -27,26 +35,26 @@ _SEARCH = """
     ORDER BY score
 """
 # To rank a message costs more than to find it. With few histories only their messages are ranked.
-_SEARCH_FEW = _SEARCH.format(
-    found="""
+_SEARCH_FEW, _SEARCH_FEW_OF_USER = (
+    _SEARCH.format(
+        found=f"""
         SELECT rowid AS found_key, bm25(haystack_chat_terms) AS score FROM haystack_chat_terms
-        WHERE haystack_chat_terms MATCH ?1 AND rowid BETWEEN ?6 AND ?7 AND rowid >> 32 IN (
-            SELECT history_key FROM haystack_chat_histories
-            WHERE namespace = ?2 AND chat_history_id >= ?3 AND chat_history_id < ?4
-        ) AND EXISTS (SELECT 1 FROM haystack_chat_messages WHERE message_key = haystack_chat_terms.rowid)
-        ORDER BY score LIMIT ?5
+        WHERE haystack_chat_terms MATCH ?1 AND rowid BETWEEN ?8 AND ?9 AND rowid >> 32 IN ({few})
+            AND EXISTS (SELECT 1 FROM haystack_chat_messages WHERE message_key = haystack_chat_terms.rowid)
+        ORDER BY score LIMIT ?7
     """
+    )
+    for few in (_SELECT_FEW, _SELECT_FEW_OF_USER)
 )
 # With many, FTS5 ranks all, and only the best are looked at until there are enough.
 _SEARCH_MANY = _SEARCH.format(
-    found="""
+    found=f"""
         SELECT haystack_chat_terms.rowid AS found_key, rank AS score
         FROM haystack_chat_terms
             CROSS JOIN haystack_chat_messages ON message_key = haystack_chat_terms.rowid
             CROSS JOIN haystack_chat_histories ON history_key = haystack_chat_terms.rowid >> 32
-        WHERE haystack_chat_terms MATCH ?1
-            AND namespace = ?2 AND +chat_history_id >= ?3 AND +chat_history_id < ?4
-        ORDER BY rank LIMIT ?5
+        WHERE haystack_chat_terms MATCH ?1 AND {_IS_SEARCHED.format(plus="+")}
+        ORDER BY rank LIMIT ?7
     """
 )
 
@@ -69,15 +77,15 @@ class Search(Engine[Database]):
         """Ask FTS5, which ranks by bm25."""
         # The first text after an id is the id and a NUL.
         ids = id_range(prefix) if chat_history_id is None else (chat_history_id, f"{chat_history_id}\x00")
-        histories = (scope.namespace, *ids)
+        histories = (scope.namespace, scope.user_id, microseconds_now(), *ids)
+        of_user = scope.user_id is not None
         with session.snapshot() as connection:
             index = TermIndex.of(connection)
             index.check_not_newer()
             if not index.is_complete:
                 return None if index.has_messages else []
-            count, first, last = connection.execute(
-                seen(_HISTORIES, scope), (*histories, _FEW_HISTORIES + 1)
-            ).fetchone()
+            counted = seen(_HISTORIES_OF_USER if of_user else _HISTORIES, scope)
+            count, first, last = connection.execute(counted, (_FEW_HISTORIES + 1, *histories)).fetchone()
             if count == 0:
                 return []
             values = (_match_expression(phrases), *histories, limit)
@@ -85,7 +93,8 @@ class Search(Engine[Database]):
                 rows = readable_rows(connection, seen(_SEARCH_MANY, scope), values)
             else:
                 keys = (key_range(first)[0], key_range(last)[1])
-                rows = readable_rows(connection, seen(_SEARCH_FEW, scope), (*values, *keys))
+                few = seen(_SEARCH_FEW_OF_USER if of_user else _SEARCH_FEW, scope)
+                rows = readable_rows(connection, few, (*values, *keys))
         return list(starmap(FoundRow, rows))
 
     def index_some(self, session: Database, scope: Scope, limit: int) -> bool:  # noqa: ARG002  (all namespaces)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations that change what was said."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from haystack.document_stores.types import DuplicatePolicy
 
@@ -126,7 +126,7 @@ class Writing(Engine[Database]):
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             now = microseconds_now()
-            source, target = histories.find(source_id), histories.find(target_id)
+            source = histories.find_to_read(source_id)
             if source is None:
                 raise history_not_found(source_id)
             first_key, last_key = key_range(source.history_key)
@@ -135,11 +135,25 @@ class Writing(Engine[Database]):
                 if until is None:
                     raise message_not_found(until_message_id)
                 last_key = until[0]
+            target = histories.find(target_id)
             if target is not None and target.message_count:
                 raise history_has_messages(target_id)
             if not connection.execute(_HAS_MESSAGES, (first_key, last_key)).fetchone()[0]:
                 return 0
-            return histories.copy(first_key, last_key, target or histories.make(_new(target_id, now)), now)
+            target = target or histories.make(_new(target_id, now, source.user_id))
+            return histories.copy(first_key, last_key, target, now)
+
+    def update_message(
+        self, session: Database, scope: Scope, chat_history_id: str, message_id: str, change: Callable[[str], str]
+    ) -> MessageRow:
+        """Read and write the content in one transaction."""
+        with session.transaction() as connection:
+            histories = Histories(connection, scope, session.settings.search)
+            history = histories.find(chat_history_id)
+            found = None if history is None else histories.find_message(history, message_id)
+            if history is None or found is None:
+                raise message_not_found(message_id)
+            return histories.update_message(history, found[0], change)
 
     def import_history(
         self,
@@ -176,5 +190,5 @@ class Writing(Engine[Database]):
                 histories.recount(history.history_key)
 
 
-def _new(chat_history_id: str, now: int) -> HistoryRow:
-    return HistoryRow(chat_history_id=chat_history_id, created_at=now, updated_at=now)
+def _new(chat_history_id: str, now: int, user_id: str | None = None) -> HistoryRow:
+    return HistoryRow(chat_history_id=chat_history_id, created_at=now, updated_at=now, user_id=user_id)

@@ -11,6 +11,7 @@ proto-max-bulk-len). After that, Redis refuses no command of the script.
 import hashlib
 from typing import Final
 
+from haystack_chat_store.stores.previews import PREVIEW_LENGTH
 from haystack_chat_store.stores.redis.schema import SCHEMA_VERSION, TIME_LENGTH
 
 
@@ -36,12 +37,16 @@ end
 
 #: Names the keys of a bucket.
 OF_BUCKET: Final = """
-local _, directory, expiries, names, deleted_revision = unpack(KEYS)
+local _, directory, expiries, names, deleted_revision, owners = unpack(KEYS)
+local function users_key(user) return string.sub(KEYS[1], 1, -16) .. ':users::' .. user end  -- not :schema_version
 """
 
+# {of_another} is what a script does with a history of another user. The last argument is the user, or nothing for all.
 _READ_COUNTERS = f"""
 local fields = redis.call('HMGET', history, 'next_position', 'message_count', 'round_count', 'expires_at',
-    'created_at', 'updated_at', 'revision')
+    'created_at', 'updated_at', 'revision', 'user_id')
+local user, owner, is_absent = ARGV[#ARGV], fields[8], false
+if user ~= '' and fields[5] and owner ~= user then {{of_another}} end
 local position, message_count = tonumber(fields[1] or 0), tonumber(fields[2] or 0)
 local round_count = tonumber(fields[3] or 0)
 local expires_at, created_at, last_updated_at, is_new = fields[4], fields[5], fields[6], not fields[5]
@@ -57,8 +62,9 @@ end
 
 #: Names the keys of a bucket and of one of its histories. Refuses a damaged history.
 OF_BUCKET_AND_HISTORY: Final = f"""
-local _, directory, expiries, names, deleted_revision, history, contents, roles, message_ids, times = unpack(KEYS)
-{_READ_COUNTERS}
+{OF_BUCKET}
+local history, contents, roles, message_ids, times = unpack(KEYS, 7)
+{_READ_COUNTERS.format(of_another="return {'ACCESS', ''}")}
 local kept_revision = tonumber(redis.call('GET', deleted_revision) or 0)
 local next_revision = (is_new and kept_revision or revision) + 1
 redis.call('ZCARD', directory)
@@ -66,11 +72,61 @@ if is_new then redis.call('ZCARD', names) end
 local expiring = redis.call('ZCARD', expiries)
 """
 
-#: Names the keys of a history, after that of the bucket's schema version. Refuses a damaged history.
+#: Names the keys of a history, after that of the bucket's schema version. Refuses a damaged history. A history of
+#: another user `is_absent`: see `if_absent`.
 OF_HISTORY: Final = f"""
 local _, history, contents, roles, message_ids, times = unpack(KEYS)
-{_READ_COUNTERS}
+{_READ_COUNTERS.format(of_another="is_absent = true")}
 """
+
+
+def if_absent(answer: str) -> str:
+    """Return the part of a script that answers for a history of another user."""
+    return f"if is_absent then return {answer} end"
+
+
+#: Finds the first question and the last message of a history anew, as `previews` does.
+FIND_PREVIEWS: Final = r"""
+local function beginning_of(content)
+    local is_read, message = pcall(cjson.decode, content)
+    if not is_read then  -- it may have lone surrogates
+        is_read, message = pcall(cjson.decode, (string.gsub(content, '\\u[dD][89a-fA-F]%x%x', '\\ufffd')))
+    end
+    if not is_read or type(message) ~= 'table' or type(message.content) ~= 'table' then return '' end
+    for _, part in ipairs(message.content) do
+        local text = type(part) == 'table' and part.text
+        local result = type(part) == 'table' and part.tool_call_result
+        if type(text) ~= 'string' and type(result) == 'table' then text = result.result end
+        if type(text) == 'string' then
+            text = string.gsub(text, '^[ \t\n\v\f\r]+', '')
+            local characters = {}
+            for character in string.gmatch(string.sub(text, 1, 4 * LENGTH), '[%z\1-\127\194-\244][\128-\191]*') do
+                characters[#characters + 1] = character == '\0' and '\239\191\189' or character
+                if #characters == LENGTH then break end
+            end
+            if #characters > 0 then return table.concat(characters) end
+        end
+    end
+    return ''
+end
+local function find_previews()
+    local letters, at, preview = redis.call('GETRANGE', roles, 0, -1), 0, ''
+    repeat
+        at = string.find(letters, 'u', at + 1, true)
+        if at then preview = beginning_of(redis.call('LINDEX', contents, at - 1)) end
+    until not at or preview ~= ''
+    redis.call('HDEL', history, 'preview')
+    if preview ~= '' then redis.call('HSET', history, 'preview', preview) end
+    local last = string.match(letters, '^.*()[uat]')
+    if not last then
+        redis.call('HDEL', history, 'last_role', 'last_text', 'last_at')
+    else
+        redis.call('HSET', history, 'last_role', string.sub(letters, last, last),
+            'last_text', beginning_of(redis.call('LINDEX', contents, last - 1)),
+            'last_at', redis.call('GETRANGE', times, TIME_LENGTH * (last - 1), TIME_LENGTH * last - 1))
+    end
+end
+""".replace("TIME_LENGTH", str(TIME_LENGTH)).replace("LENGTH", str(PREVIEW_LENGTH))
 
 #: Reads the server's clock.
 NOW: Final = """
@@ -88,7 +144,7 @@ end
 
 #: A call that is repeated because its answer was lost gets the result of its first attempt.
 ONCE: Final = """
-local known_calls = redis.call('HGET', KEYS[6], 'calls') or ''
+local known_calls = redis.call('HGET', KEYS[7], 'calls') or ''
 local _, found_at = string.find(known_calls, call .. '=', 1, true)
 if found_at then return tonumber(string.match(known_calls, '^%d+', found_at + 1)) end
 """
@@ -100,6 +156,10 @@ _CALLS_LENGTH = 4000
 LIST_HISTORY: Final = f"""
 redis.call('ZADD', directory, updated_at, chat_history_id)
 if is_new then redis.call('ZADD', names, 0, chat_history_id) end
+if owner then
+    redis.call('ZADD', users_key(owner), updated_at, chat_history_id)
+    if is_new then redis.call('HSET', owners, chat_history_id, owner) end
+end
 if not version then redis.call('SET', KEYS[1], {SCHEMA_VERSION}) end
 """
 
@@ -116,12 +176,19 @@ local expired = redis.call('ZRANGEBYSCORE', expiries, '-inf', '(' .. string.form
     'LIMIT', 0, 100)
 if #expired > 0 then
     for _, key in ipairs({expiries, directory, names}) do redis.call('ZREM', key, unpack(expired)) end
+    for _, each in ipairs(expired) do
+        local their_user = redis.call('HGET', owners, each)
+        if their_user then
+            redis.call('ZREM', users_key(their_user), each)
+            redis.call('HDEL', owners, each)
+        end
+    end
 end
 -- If all histories of the bucket expire, its own keys expire with the last of them.
 local last = redis.call('ZREVRANGE', expiries, 0, 0, 'WITHSCORES')[2]
 local has_end = last and redis.call('ZCARD', expiries) == redis.call('ZCARD', directory)
-for key = 1, 4 do
-    if has_end then redis.call('PEXPIREAT', KEYS[key], last) else redis.call('PERSIST', KEYS[key]) end
+for _, key in ipairs({KEYS[1], directory, expiries, names, owners, owner and users_key(owner) or nil}) do
+    if has_end then redis.call('PEXPIREAT', key, last) else redis.call('PERSIST', key) end
 end
 """
 

@@ -2,11 +2,21 @@
 """The scripts that look at histories which may be damaged, and rebuild them."""
 
 from haystack_chat_store.stores.redis.schema import TIME_LENGTH
-from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, KEEP_REVISION, LIST_HISTORY, NOW, SET_EXPIRY, Script
+from haystack_chat_store.stores.redis.scripts import (
+    AGE_BUCKET,
+    FIND_PREVIEWS,
+    KEEP_REVISION,
+    LIST_HISTORY,
+    NOW,
+    OF_BUCKET,
+    SET_EXPIRY,
+    Script,
+)
 from haystack_chat_store.stores.redis.scripts.staging import TAKE_THE_PLACE
 
-_KEYS = """
-local _, directory, expiries, names, deleted_revision, history, contents, roles, message_ids, times = unpack(KEYS)
+_KEYS = f"""
+{OF_BUCKET}
+local history, contents, roles, message_ids, times = unpack(KEYS, 7)
 """
 
 _INSPECT = f"""
@@ -24,10 +34,13 @@ local function inspected(chat_history_id)
     end
     found[17] = 0
     for index = 1, 5 do
-        if redis.call('PTTL', KEYS[5 + index]) >= 0 then found[17] = found[17] + 1 end
+        if redis.call('PTTL', KEYS[6 + index]) >= 0 then found[17] = found[17] + 1 end
     end
-    found[18] = redis.call('EXISTS', unpack(KEYS, 6, 10))
+    found[18] = redis.call('EXISTS', unpack(KEYS, 7, 11))
     found[19] = version or ''
+    found[20] = redis.call('HGET', history, 'user_id') or ''
+    found[21] = redis.call('HGET', owners, chat_history_id) or ''
+    found[22] = found[21] ~= '' and redis.call('ZSCORE', users_key(found[21]), chat_history_id) or ''
     return found
 end
 """
@@ -55,11 +68,17 @@ return {{
 REBUILD = Script(
     _KEYS,
     _INSPECT,
+    FIND_PREVIEWS,
     f"""
 local chat_history_id, expires_at, updated_at, is_new = ARGV[1], ARGV[3] ~= '' and ARGV[3], ARGV[4], true
 if table.concat(inspected(chat_history_id), ' ') ~= ARGV[2] then return 0 end
 if #ARGV == 4 then
     for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, chat_history_id) end
+    local gone_user = redis.call('HGET', owners, chat_history_id)
+    if gone_user then
+        redis.call('ZREM', users_key(gone_user), chat_history_id)
+        redis.call('HDEL', owners, chat_history_id)
+    end
     return 1
 end
 redis.call('HSET', history, unpack(ARGV, 5))
@@ -68,6 +87,8 @@ local kept_revision = tonumber(redis.call('GET', deleted_revision) or 0)
 local revision = math.max(tonumber(redis.call('HGET', history, 'revision')), kept_revision) + 1
 redis.call('HSET', history, 'revision', revision)
 {TAKE_THE_PLACE}
+find_previews()
+local owner = redis.call('HGET', history, 'user_id')
 {LIST_HISTORY}
 {SET_EXPIRY}
 {KEEP_REVISION}

@@ -24,8 +24,8 @@ _LOOKED_UP = 5000
 
 #: Return the ids of histories of a bucket, the one that changed last first. Keys: those of the bucket. Arguments: a
 #: prefix; the ends of its range, as ZRANGEBYLEX takes them; how many ids; the time and the id of a history to begin
-#: after, or nothing. Returns the place to go on from, a time and an id, or nothing at the end; then times and ids in
-#: turn.
+#: after, or nothing; the user. Returns the place to go on from, a time and an id, or nothing at the end; then times and
+#: ids in turn.
 NEWEST = Script(
     OF_BUCKET,
     _STILL_THERE,
@@ -41,8 +41,9 @@ local function is_greater(a, b)  -- by bytes: Lua compares by the rules of the l
 end
 
 local found = {{}}
+if ARGV[7] ~= '' then directory = users_key(ARGV[7]) end
 local total = redis.call('ZCARD', directory)
-local matching = prefix == '' and total or redis.call('ZLEXCOUNT', names, least, greatest)
+local matching = (prefix == '' or ARGV[7] ~= '') and total or redis.call('ZLEXCOUNT', names, least, greatest)
 if matching == 0 then return {{'', '', found}} end
 
 local rank = 0
@@ -102,17 +103,18 @@ return {{found[#found - 1], found[#found], found}}
 
 #: Return the ids of histories of a bucket in their order, some at a time. Keys: those of the bucket. Arguments: the
 #: ends of the range, as ZRANGEBYLEX takes them; how many ids; a time, for those that have not changed since, or
-#: nothing. Returns the id to go on from, or nothing at the end; then the ids.
+#: nothing; the user. Returns the id to go on from, or nothing at the end; then the ids.
 BY_ID = Script(
     OF_BUCKET,
     _STILL_THERE,
     """
-local wanted, updated_before = tonumber(ARGV[3]), tonumber(ARGV[4])
+local wanted, updated_before, user = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local seen = redis.call('ZRANGEBYLEX', names, ARGV[1], ARGV[2], 'LIMIT', 0, wanted)
 local found = {}
 for _, chat_history_id in ipairs(seen) do
     local time = updated_before and tonumber(redis.call('ZSCORE', directory, chat_history_id) or nil)
-    if (not updated_before or time and time < updated_before) and is_still_there(chat_history_id) then
+    if (not updated_before or time and time < updated_before) and is_still_there(chat_history_id)
+            and (user == '' or redis.call('HGET', owners, chat_history_id) == user) then
         found[#found + 1] = chat_history_id
     end
 end
@@ -121,10 +123,18 @@ return {#seen < wanted and '' or seen[#seen], found}
 )
 
 #: Return the ids of the histories of a bucket that have not changed for longest, expired ones included. Keys: those of
-#: the bucket. Arguments: a time, for those that have not changed since; how many ids.
-OLDEST = Script(OF_BUCKET, "return redis.call('ZRANGEBYSCORE', directory, '-inf', '(' .. ARGV[1], 'LIMIT', 0, ARGV[2])")
+#: the bucket. Arguments: a time, for those that have not changed since, or +inf; how many ids; the user.
+OLDEST = Script(
+    OF_BUCKET,
+    """
+if ARGV[3] ~= '' then directory = users_key(ARGV[3]) end
+local before = ARGV[1] == '+inf' and ARGV[1] or '(' .. ARGV[1]
+return redis.call('ZRANGEBYSCORE', directory, '-inf', before, 'LIMIT', 0, ARGV[2])
+""",
+)
 
-_INFO = "'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position', 'revision'"
+_INFO = """'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position', 'revision',
+    'user_id', 'preview', 'last_role', 'last_text', 'last_at', 'expires_at', 'renamed_from'"""
 
 #: Return fields of the hashes of histories. Keys: the bucket's schema version, then each history's hash.
 INFOS = Script(f"""
@@ -133,15 +143,36 @@ for key = 2, #KEYS do found[key - 1] = redis.call('HMGET', KEYS[key], {_INFO}) e
 return found
 """)
 
-#: Set title and meta of a history. Keys: those of the bucket, the history's hash. Arguments: how many of the following
-#: are names of fields and values, in turn; these; then the names of fields to delete. Returns the fields of INFOS.
+#: Set title, meta and user of a history. Keys: those of the bucket, the history's hash. Arguments: the history's id;
+#: how many of the following are names of fields and values, in turn; these; then the names of fields to delete; `=` and
+#: the meta that the history must have, or nothing for any; the user. Returns the fields of INFOS, or ACCESS, or CHANGED
+#: if it has another meta.
 UPDATE = Script(
     OF_BUCKET,
     f"""
-local history, set = KEYS[6], tonumber(ARGV[1])
+local chat_history_id, history, set = ARGV[1], KEYS[7], tonumber(ARGV[2])
+local meta, user = ARGV[#ARGV - 1], ARGV[#ARGV]
 if redis.call('HEXISTS', history, 'message_count') == 1 then
-    if set > 0 then redis.call('HSET', history, unpack(ARGV, 2, 1 + set)) end
-    if #ARGV > 1 + set then redis.call('HDEL', history, unpack(ARGV, 2 + set)) end
+    local owner = redis.call('HGET', history, 'user_id')
+    if user ~= '' and owner ~= user then return {{'ACCESS'}} end
+    if meta ~= '' and meta ~= '=' .. (redis.call('HGET', history, 'meta') or '') then return {{'CHANGED'}} end
+    if set > 0 then redis.call('HSET', history, unpack(ARGV, 3, 2 + set)) end
+    if #ARGV > 4 + set then redis.call('HDEL', history, unpack(ARGV, 3 + set, #ARGV - 2)) end
+    local before = owner
+    owner = redis.call('HGET', history, 'user_id')
+    if owner ~= before then
+        if before then redis.call('ZREM', users_key(before), chat_history_id) end
+        if owner then
+            redis.call('ZADD', users_key(owner), redis.call('ZSCORE', directory, chat_history_id), chat_history_id)
+            redis.call('HSET', owners, chat_history_id, owner)
+        else
+            redis.call('HDEL', owners, chat_history_id)
+        end
+        if redis.call('ZCARD', expiries) > 0 then
+            {NOW}
+            {AGE_BUCKET}
+        end
+    end
 end
 return redis.call('HMGET', history, {_INFO})
 """,
@@ -159,9 +190,36 @@ end
 return found
 """)
 
+#: Return what replies say of their token usage. Keys: the bucket's schema version, then the roles, the times and the
+#: contents of a history. Arguments: the first position and the last. Returns times and JSON texts in turn.
+USAGE = Script(f"""
+local found, first = {{}}, tonumber(ARGV[1])
+local letters = redis.call('GETRANGE', KEYS[2], first, ARGV[2])
+if string.find(letters, 'a', 1, true) then
+    for index, content in ipairs(redis.call('LRANGE', KEYS[4], first, ARGV[2])) do
+        if string.sub(letters, index, index) == 'a' and string.find(content, '"usage":', 1, true) then
+            local is_read, message = pcall(cjson.decode, content)
+            local meta = is_read and type(message) == 'table' and message.meta
+            if type(meta) == 'table' and type(meta.usage) == 'table' then
+                local start = {TIME_LENGTH} * (first + index - 1)
+                found[#found + 1] = redis.call('GETRANGE', KEYS[3], start, start + {TIME_LENGTH} - 1)
+                local usage = {{}}
+                for _, name in ipairs({{'prompt_tokens', 'completion_tokens', 'total_tokens'}}) do
+                    if type(meta.usage[name]) == 'number' then usage[name] = meta.usage[name] end
+                end
+                local model = type(meta.model) == 'string' and meta.model or nil
+                found[#found + 1] = cjson.encode({{model = model, usage = usage}})
+            end
+        end
+    end
+end
+return found
+""")
+
 #: Delete histories of a bucket. Keys: those of the bucket, then those of the histories. Arguments: a time, for those
-#: that have not changed since, or nothing; the revision that a history that is there must have, or nothing; the
-#: histories' ids. Returns how many there were, or CHANGED and a revision.
+#: that have not changed since, or nothing; the revision that a history that is there must have, or nothing; the user;
+#: whether a history of another user is an error, 1 or 0, or left out; the histories' ids. Returns how many there were,
+#: or ACCESS, or CHANGED and a revision.
 DELETE = Script(
     OF_BUCKET,
     f"""
@@ -170,16 +228,25 @@ redis.call('ZCARD', names)
 local expiring, deleted = redis.call('ZCARD', expiries), 0
 local kept_revision = tonumber(redis.call('GET', deleted_revision) or 0)
 local updated_before, greatest = tonumber(ARGV[1]), kept_revision
-local of_history = (#KEYS - 5) / (#ARGV - 2)
-for index = 3, #ARGV do
+local of_history = (#KEYS - 6) / (#ARGV - 4)
+local user, owner = ARGV[3], false
+for index = 5, #ARGV do
     local time = updated_before and tonumber(redis.call('ZSCORE', directory, ARGV[index]) or nil)
-    if not time or time < updated_before then
-        local first = 6 + (index - 3) * of_history
+    local first = 7 + (index - 5) * of_history
+    local is_there = redis.call('EXISTS', KEYS[first]) == 1
+    local is_other = user ~= '' and is_there and redis.pcall('HGET', KEYS[first], 'user_id') ~= user
+    if is_other and ARGV[4] == '1' then return {{'ACCESS', ''}} end
+    if not is_other and (not time or time < updated_before) then
         local revision = tonumber(redis.pcall('HGET', KEYS[first], 'revision') or nil)  -- it may be damaged
         if revision and ARGV[2] ~= '' and tonumber(ARGV[2]) ~= revision then return {{'CHANGED', revision}} end
         greatest = math.max(greatest, revision or 0)
         if redis.call('UNLINK', unpack(KEYS, first, first + of_history - 1)) > 0 then deleted = deleted + 1 end
         for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, ARGV[index]) end
+        local gone_user = redis.call('HGET', owners, ARGV[index])
+        if gone_user then
+            redis.call('ZREM', users_key(gone_user), ARGV[index])
+            redis.call('HDEL', owners, ARGV[index])
+        end
     end
 end
 if greatest > kept_revision then redis.call('SET', deleted_revision, greatest) end

@@ -6,6 +6,7 @@ from haystack_chat_store.stores.redis.scripts import (
     AGE_BUCKET,
     CHANGED_AT,
     EXPIRE,
+    FIND_PREVIEWS,
     KEEP_REVISION,
     LIST_HISTORY,
     NOW,
@@ -13,20 +14,24 @@ from haystack_chat_store.stores.redis.scripts import (
     OF_HISTORY,
     ONCE,
     REMEMBER_CALL,
+    SET_EXPIRY,
     Script,
+    if_absent,
 )
 
 #: Append messages, and replace some. Keys: those of the bucket, those of the history. Arguments: the history's id;
 #: milliseconds until it expires, 0 for never; the first letter of each message's role; the messages' ids, separated by
 #: NUL; the policy; the revision that the history must have, or nothing; a name for this call; then the messages'
-#: contents, each an argument. Returns how many this call has written, or the reason why it has not: CHANGED and the
-#: history's revision, or DUPLICATE and an id.
+#: contents, each an argument; the beginning of the first question among them, or nothing; the letter of the role and
+#: the beginning of the last one that is no system message, or nothing; the user. Returns how many this call has
+#: written, or the reason why it has not: ACCESS, CHANGED and the history's revision, or DUPLICATE and an id.
 WRITE = Script(
     "local call = ARGV[7]",
     ONCE,
     OF_BUCKET_AND_HISTORY,
     NOW,
     CHANGED_AT,
+    FIND_PREVIEWS,
     """
 local chat_history_id, ttl, letters, policy, expected = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[5], ARGV[6]
 local is_expected = expected == '' or tonumber(expected) == revision
@@ -80,8 +85,23 @@ if result > 0 then
     revision = next_revision
     redis.call('HSET', history, 'next_position', position + #new, 'message_count', message_count + #new,
         'round_count', round_count + rounds, 'updated_at', updated_at, 'revision', revision)
-    if is_new then redis.call('HSET', history, 'chat_history_id', chat_history_id, 'created_at', microseconds) end
+    if is_new then
+        redis.call('HSET', history, 'chat_history_id', chat_history_id, 'created_at', microseconds)
+        if user ~= '' then
+            redis.call('HSET', history, 'user_id', user)
+            owner = user
+        end
+    end
     if #replaced > 0 then redis.call('HINCRBY', history, 'edits', 1) end
+    if #new == index then
+        local preview, last_role, last_text = ARGV[#ARGV - 3], ARGV[#ARGV - 2], ARGV[#ARGV - 1]
+        if preview ~= '' then redis.call('HSETNX', history, 'preview', preview) end
+        if last_role ~= '' then
+            redis.call('HSET', history, 'last_role', last_role, 'last_text', last_text, 'last_at', microseconds)
+        end
+    else
+        find_previews()
+    end
     {LIST_HISTORY}
     {REMEMBER_CALL}
 end
@@ -128,14 +148,15 @@ return {size, revision, round_count, window}
 """
 
 # The keys of the three scripts that follow: the bucket's schema version, those of the history. Arguments: the window's
-# count and step. They return the window's size, the history's revision and number of rounds, and the contents.
+# count and step; the user. They return the window's size, the history's revision and number of rounds, the contents.
+_OF_READ = OF_HISTORY + if_absent("{0, 0, 0, {}}")
 
 #: Return the whole history.
-READ_ALL = Script(OF_HISTORY, _BEGIN_READING, _READ)
+READ_ALL = Script(_OF_READ, _BEGIN_READING, _READ)
 
 #: Return the last rounds: walk back over the roles to the user message that begins the first of them.
 READ_ROUNDS = Script(
-    OF_HISTORY,
+    _OF_READ,
     _BEGIN_READING,
     _TO_USER_MESSAGE,
     """
@@ -147,7 +168,7 @@ start = walk_back(length, size)
 
 #: Return the last messages. If they begin with tool messages, go back to the message that made the calls.
 READ_MESSAGES = Script(
-    OF_HISTORY,
+    _OF_READ,
     _BEGIN_READING,
     _TO_MESSAGE,
     """
@@ -158,15 +179,16 @@ while start > 0 and string.find(redis.call('GETRANGE', roles, start, start), '[t
     _READ,
 )
 
-#: Return the number of messages. Keys: the bucket's schema version, those of the history.
-COUNT = Script(OF_HISTORY, "return message_count")
+#: Return the number of messages. Keys: the bucket's schema version, those of the history. Argument: the user.
+COUNT = Script(OF_HISTORY, if_absent("0"), " return message_count")
 
 #: Return a page. Keys: the bucket's schema version, those of the history. Arguments: a position after which the page
-#: begins, or nothing; a position before which it ends; the most messages of the page. Returns the state of the history,
-#: which each edit changes: its time of creation and its number of edits; its next position; and of each message, in
-#: turn, its position, the letter of its role, its time and its content.
+#: begins, or nothing; a position before which it ends; the most messages of the page; the user. Returns the state of
+#: the history, which each edit changes: its time of creation and its number of edits; its next position; and of each
+#: message, in turn, its position, the letter of its role, its time and its content.
 PAGE = Script(
     OF_HISTORY,
+    if_absent("{'', 0, {}}"),
     _TO_MESSAGE,
     f"""
 local after, last, limit = tonumber(ARGV[1]), math.min(ARGV[2], position) - 1, tonumber(ARGV[3])
@@ -194,8 +216,18 @@ return {{is_new and '' or created_at .. ' ' .. edits, position, found}}
 )
 
 #: Return the position of each message with one of these ids. Keys: the bucket's schema version, those of the history.
-#: Arguments: the ids.
-POSITIONS = Script(OF_HISTORY, "return redis.call('HMGET', message_ids, unpack(ARGV))")
+#: Arguments: the ids; the user.
+POSITIONS = Script(
+    OF_HISTORY,
+    """
+if is_absent then
+    local none = {}
+    for index = 1, #ARGV - 1 do none[index] = false end
+    return none
+end
+return redis.call('HMGET', message_ids, unpack(ARGV, 1, #ARGV - 1))
+""",
+)
 
 #: Return some ids of messages and their positions. Keys: the bucket's schema version, the history's message ids.
 #: Argument: the cursor, 0 at first. Returns the next cursor, 0 at the end, then ids and positions in turn.
@@ -240,14 +272,15 @@ redis.call('SETRANGE', roles, start, string.rep('x', position - start))
 #: Delete single messages. Keys: those of the bucket, those of the history. Arguments: the history's id; the id of a
 #: message that must exist and is deleted with all that follow it, or nothing; the next position that the history must
 #: have, or nothing; a name for this call; the ids, separated by NUL; the revision that the history must have, or
-#: nothing. Returns how many were deleted, or the reason why none were: CHANGED and the history's revision, MISSING,
-#: MORE or OTHERS.
+#: nothing; the user. Returns how many were deleted, or the reason why none were: ACCESS, CHANGED and the history's
+#: revision, MISSING, MORE or OTHERS.
 REMOVE = Script(
     "local call = ARGV[4]",
     ONCE,
     OF_BUCKET_AND_HISTORY,
     NOW,
     CHANGED_AT,
+    FIND_PREVIEWS,
     f"""
 local chat_history_id, required, expected = ARGV[1], ARGV[2], ARGV[3]
 local is_expected = ARGV[6] == '' or tonumber(ARGV[6]) == revision
@@ -276,6 +309,7 @@ revision = next_revision
 redis.call('HSET', history, 'message_count', message_count - #gone_ids,
     'round_count', round_count - gone_rounds, 'updated_at', updated_at, 'revision', revision)
 redis.call('HINCRBY', history, 'edits', 1)
+find_previews()
 {LIST_HISTORY}
 {REMEMBER_CALL}
 {KEEP_REVISION}
@@ -290,14 +324,16 @@ return result
 #: Arguments: the history's id; the id of the first message to delete; the next position that the history must have; a
 #: name for this call; the ids to delete, separated by NUL; the revision that the history must have, or nothing;
 #: milliseconds until it expires, 0 for never; of the messages to append, the first letter of each role and the ids,
-#: separated by NUL, then the contents, each an argument. Returns how many were appended, 0 if an earlier attempt has
-#: appended them, or the reason why nothing was changed: CHANGED and the history's revision, MISSING, MORE or OTHERS.
+#: separated by NUL, then the contents, each an argument; the user. Returns how many were appended, 0 if an earlier
+#: attempt has appended them, or the reason why nothing was changed: ACCESS, CHANGED and the history's revision,
+#: MISSING, MORE or OTHERS.
 REPLACE = Script(
     "local call = ARGV[4]",
     ONCE,
     OF_BUCKET_AND_HISTORY,
     NOW,
     CHANGED_AT,
+    FIND_PREVIEWS,
     """
 local chat_history_id, ttl = ARGV[1], tonumber(ARGV[7])
 local start = tonumber(redis.call('HGET', message_ids, ARGV[2]) or nil)
@@ -349,9 +385,43 @@ revision = next_revision
 redis.call('HSET', history, 'next_position', position + #new, 'message_count', message_count - #gone_ids + #new,
     'round_count', round_count - gone_rounds + rounds, 'updated_at', updated_at, 'revision', revision)
 redis.call('HINCRBY', history, 'edits', 1)
+find_previews()
 {LIST_HISTORY}
 {REMEMBER_CALL}
 """,
     EXPIRE,
     "return result",
+)
+
+#: Change the content of a message, but not what was said. Keys: those of the bucket, those of the history. Arguments:
+#: the message's id; its position; its content; the new content; the user. Returns 1, or the reason why it was not
+#: changed: ACCESS, or OTHERS if the history does not have this message with this content any more.
+SET_CONTENT = Script(
+    OF_BUCKET_AND_HISTORY,
+    f"""
+if redis.call('HGET', message_ids, ARGV[1]) ~= ARGV[2] or redis.call('LINDEX', contents, ARGV[2]) ~= ARGV[3] then
+    return {{'OTHERS', ''}}
+end
+redis.call('LSET', contents, ARGV[2], ARGV[4])
+revision = next_revision
+redis.call('HSET', history, 'revision', revision)
+redis.call('HINCRBY', history, 'edits', 1)
+{KEEP_REVISION}
+return 1
+""",
+)
+
+#: Let the lifetime of a history begin anew, if it expires. Keys: those of the bucket, those of the history. Arguments:
+#: the history's id; milliseconds until it expires; the user.
+RENEW = Script(
+    OF_BUCKET_AND_HISTORY,
+    NOW,
+    f"""
+local chat_history_id = ARGV[1]
+if is_new or not expires_at then return 0 end
+expires_at = string.format('%.0f', milliseconds + ARGV[2])
+{SET_EXPIRY}
+{AGE_BUCKET}
+return 1
+""",
 )

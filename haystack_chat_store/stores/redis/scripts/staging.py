@@ -6,6 +6,7 @@ The scripts that copy and import: messages wait under keys of their own until al
 from haystack_chat_store.stores.redis.scripts import (
     CHANGED_AT,
     EXPIRE,
+    FIND_PREVIEWS,
     LIST_HISTORY,
     NOW,
     OF_BUCKET_AND_HISTORY,
@@ -48,7 +49,7 @@ return ''
 DISCARD = Script("return redis.call('UNLINK', unpack(KEYS, 2))")
 
 _OF_STAGED = """
-local staged_contents, staged_roles, staged_ids, staged_times = unpack(KEYS, 11)
+local staged_contents, staged_roles, staged_ids, staged_times = unpack(KEYS, 12)
 local waiting = tonumber(ARGV[3])
 if redis.call('LLEN', staged_contents) ~= waiting or redis.call('STRLEN', staged_roles) ~= waiting then
     return redis.error_reply('STAGEDLOST')
@@ -58,8 +59,8 @@ end
 #: Puts the waiting messages into the place of the history's own.
 TAKE_THE_PLACE = """
 for index, key in ipairs({contents, roles, message_ids, times}) do
-    if redis.call('EXISTS', KEYS[10 + index]) == 1 then
-        redis.call('RENAME', KEYS[10 + index], key)
+    if redis.call('EXISTS', KEYS[11 + index]) == 1 then
+        redis.call('RENAME', KEYS[11 + index], key)
         redis.call('PERSIST', key)
     else
         redis.call('UNLINK', key)
@@ -68,19 +69,24 @@ end
 """
 
 #: Append the waiting messages to a history, all at once. Keys: those of the bucket, of the history, of the waiting
-#: messages. Arguments: the history's id; milliseconds until it expires, 0 for never; how many messages wait; how many
-#: of them are user messages; the revision that the history must have, or nothing if it must have no messages; a name
-#: for this call; the time of the change, or nothing for now; for a new history, names of fields and values of its hash,
-#: in turn. If no messages wait, nothing changes, except that a new history is made if a time is given. Returns how many
-#: messages waited, or CHANGED and the history's revision, or DUPLICATE and the id of a message that it has.
+#: messages. Arguments: the history's id; milliseconds until it expires, 0 for never, or @ and a time; how many messages
+#: wait, gaps included; how many of them are user messages; the revision that the history must have, or nothing if it
+#: must have no messages; a name for this call; the time of the change, `now`, or nothing for now; for a new history,
+#: names of fields and values of its hash, in turn; a revision that the history is to exceed; how many gaps wait; the
+#: user. If no messages wait, nothing changes, except that a new history is made if a time is given. Returns how many
+#: messages waited, or ACCESS, or CHANGED and the history's revision, or DUPLICATE and the id of a message that it has.
 FINISH = Script(
     "local call = ARGV[6]",
     ONCE,
     OF_BUCKET_AND_HISTORY,
     NOW,
     CHANGED_AT,
+    FIND_PREVIEWS,
     """
-local chat_history_id, ttl = ARGV[1], tonumber(ARGV[2])
+local chat_history_id = ARGV[1]
+local ttl = tonumber(ARGV[2]) or math.max(1, string.sub(ARGV[2], 2) - milliseconds)
+local gaps = tonumber(ARGV[#ARGV - 1])
+next_revision = math.max(next_revision, ARGV[#ARGV - 2] + 1)
 if ARGV[5] == '' and message_count > 0 or ARGV[5] ~= '' and tonumber(ARGV[5]) ~= revision then
     return {'CHANGED', revision}
 end
@@ -103,7 +109,7 @@ if position > 0 then
     until cursor == '0'
 end
 
-local result, updated_at = waiting, changed_at(ARGV[7] == '' and microseconds or ARGV[7])
+local result, updated_at = waiting, changed_at(tonumber(ARGV[7]) and ARGV[7] or microseconds)
 """,
     f"""
 if position > 0 then
@@ -115,15 +121,20 @@ if position > 0 then
     for first = 1, #moved, 2000 do
         redis.call('HSET', message_ids, unpack(moved, first, math.min(first + 1999, #moved)))
     end
-    redis.call('UNLINK', unpack(KEYS, 11))
+    redis.call('UNLINK', unpack(KEYS, 12))
 end
 revision = next_revision
 redis.call('HSET', history, 'revision', revision, 'next_position', position + waiting,
-    'message_count', message_count + waiting, 'round_count', round_count + tonumber(ARGV[4]), 'updated_at', updated_at)
-if is_new then redis.call('HSET', history, 'created_at', microseconds, unpack(ARGV, 8)) end
+    'message_count', message_count + waiting - gaps, 'round_count', round_count + tonumber(ARGV[4]),
+    'updated_at', updated_at)
+if is_new then
+    redis.call('HSET', history, 'created_at', microseconds, unpack(ARGV, 8, #ARGV - 3))
+    owner = redis.call('HGET', history, 'user_id')
+end
 if position == 0 then
     {TAKE_THE_PLACE}
 end
+find_previews()
 {LIST_HISTORY}
 {REMEMBER_CALL}
 """,
