@@ -141,13 +141,14 @@ _APPEND = """
             revision = {revision},
             expires_at = {{expires_at}},
             {{count_previews}},
-            last_at = CASE WHEN %(last_role)s::text IS NULL THEN last_at ELSE clock_timestamp() END,
+            last_at = CASE WHEN %(last_role)s::text IS NULL THEN last_at
+                ELSE greatest(last_at, statement_timestamp()) END,
             updated_at = {{now}}
         WHERE history_key = %(key)s {condition} RETURNING next_position - %(count)s AS start, revision, last_at
     )
     INSERT INTO {{messages}} (history_key, position, message_id, role, content, search_terms, revision, created_at)
     SELECT %(key)s, start + place - 1, message_id, role, content::json, terms::tsvector, revision,
-        CASE WHEN %(last_role)s::text IS NULL THEN clock_timestamp() ELSE last_at END
+        CASE WHEN %(last_role)s::text IS NULL THEN statement_timestamp() ELSE last_at END
     FROM history, {{sent}}
 """
 _APPEND_ALL = _APPEND.format(revision="revision + 1", condition="AND {visible}")
