@@ -58,7 +58,9 @@ def _is_readable(time: str) -> str:
 # The histories of the scope: of its user, unless it has none, and not those that have expired.
 _OF_USER = "(%(user)s::text IS NULL OR user_id = %(user)s)"
 _HAS_EXPIRED = "coalesce(expires_at <= statement_timestamp(), false)"
-_VISIBLE = f"{_OF_USER} AND NOT {_HAS_EXPIRED}"
+# The planner knows from its statistics that this excludes few.
+_IS_ALIVE = "(expires_at IS NULL OR expires_at > statement_timestamp())"
+_VISIBLE = f"{_OF_USER} AND {_IS_ALIVE}"
 
 _BY_ID = 'chat_history_id COLLATE "C"'
 _CURSOR = "%(updated_at)s::bigint"
@@ -80,6 +82,7 @@ FRAGMENTS = {
     "visible": _VISIBLE,
     "of_user": _OF_USER,
     "has_expired": _HAS_EXPIRED,
+    "is_alive": _IS_ALIVE,
     # Of messages that are appended: the first question stays, and the last message is another one.
     "count_previews": """
             preview = coalesce(preview, %(preview)s),
@@ -417,7 +420,7 @@ class Statements(NamedTuple):
     """
     histories_of_user: str = """
         SELECT {history_row} FROM {histories}
-        WHERE namespace = %(namespace)s AND user_id = %(user)s AND {further} AND NOT {has_expired}
+        WHERE namespace = %(namespace)s AND user_id = %(user)s AND {further} AND {is_alive}
             AND starts_with(chat_history_id, %(prefix)s)
         {newest_first} LIMIT %(limit)s
     """
