@@ -54,7 +54,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=2000)
     parser.add_argument("--engines", default="sqlite,postgres")
     arguments = parser.parse_args()
-    print("| engine | users | raw read | page of 10 | factor | append, no user | append, a user's | for_user | factor |")
+    print(
+        "| engine | users | raw read | page of 10 | factor | append, no user | append, a user's | for_user | factor |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for users in map(int, arguments.users.split(",")):
         for engine in arguments.engines.split(","):

@@ -436,6 +436,7 @@ class TestSerialization:
                     "portable": False,
                     "merge_consecutive": True,
                     "model": "gpt-9",
+                    "require_user_id": False,
                 },
             }
             loaded = ChatMessageRetriever.from_dict(data)
