@@ -163,7 +163,7 @@ def test_a_history_that_was_made_and_deleted_while_its_first_append_waited_for_i
         wait_until_a_statement_waits(server)
         grow = f"UPDATE {store.schema_name}.haystack_chat_histories SET revision = 7 WHERE history_key = %s"
         other.execute(grow, [key])
-        other.execute(statements.delete_histories, {"keys": [key]})
+        other.execute(statements.delete_histories, {"keys": [key], "user": None})
         other.commit()
         assert writing.result(timeout=30) == 1
     held.close()
