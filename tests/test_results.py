@@ -41,6 +41,13 @@ def test_a_page_of_histories_is_ready_for_json(store):
                 "updated_at": info.updated_at.isoformat(),
                 "title": "Trip",
                 "meta": {"pinned": True},
+                "user_id": None,
+                "preview": "Where to?",
+                "last_message": {
+                    "role": "assistant",
+                    "text": info.last_message.text,
+                    "created_at": info.last_message.created_at.isoformat(),
+                },
             }
         ],
         "cursor": None,

@@ -178,7 +178,11 @@ class TestSerialization:
             data = ChatMessageWriter(store).to_dict()
             assert data == {
                 "type": "haystack_integrations.components.writers.chat_store.chat_message_writer.ChatMessageWriter",
-                "init_parameters": {"chat_message_store": store.to_dict(), "policy": "SKIP"},
+                "init_parameters": {
+                    "chat_message_store": store.to_dict(),
+                    "policy": "SKIP",
+                    "require_user_id": False,
+                },
             }
             loaded = ChatMessageWriter.from_dict(data)
             assert type(loaded.chat_message_store) is type(store)

@@ -528,18 +528,10 @@ def _info(row: HistoryRow) -> ChatHistoryInfo:
         meta={} if row.meta is None else validation.parsed_meta(row.meta) or {},  # even if it is damaged
         user_id=row.user_id,
         preview=row.preview,
-        last_message=None if row.last_message is None else _last_message(row.last_message),
+        last_message=None
+        if row.last_role is None
+        else MessagePreview(role=row.last_role, text=row.last_text, created_at=readable_time(row.last_at)),
     )
-
-
-def _last_message(text: str) -> MessagePreview | None:
-    try:
-        message = parse_json(text)
-        return MessagePreview(
-            role=message["role"], text=message["text"], created_at=readable_time(message["created_at"])
-        )
-    except (ValueError, LookupError, TypeError):  # it is damaged
-        return None
 
 
 def _encoded_cursor(row: HistoryRow) -> str:

@@ -119,7 +119,9 @@ class HistoryRow:
     :param revision: Its revision, which grows with every change of its messages. An import does not look at it.
     :param user_id: The user that it belongs to, or `None`.
     :param preview: The beginning of its first question that has text, or `None`: see `previews`.
-    :param last_message: Its last message that is no system message, as the JSON text of `previews`, or `None`.
+    :param last_role: The role of its last message that is no system message, or `None` if it has none.
+    :param last_text: The beginning of this message, or `None`.
+    :param last_at: The time of this message, in microseconds since 1970, UTC, or `None`.
     """
 
     chat_history_id: str
@@ -132,7 +134,9 @@ class HistoryRow:
     revision: int = 0
     user_id: str | None = None
     preview: str | None = None
-    last_message: str | None = None
+    last_role: str | None = None
+    last_text: str | None = None
+    last_at: int | None = None
 
 
 @dataclass(slots=True)

@@ -408,7 +408,7 @@ def _result(call: Callable[[Calls, Any], Any], calls: Calls, store: Any) -> Any:
 
 # The moments of two calls differ, the revisions of a namespace depend on what others delete, and only the shared store
 # has users.
-_DIFFERING = ("created_at", "updated_at", "revision", "user_id", "score", "size", "last_message")
+_DIFFERING = ("created_at", "updated_at", "revision", "user_id", "score", "size", "last_message", "last_at")
 
 
 def _comparable(value: Any) -> Any:

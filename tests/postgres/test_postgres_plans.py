@@ -49,7 +49,7 @@ def analysed_store(server, large_store):
 
 
 READ_MUCH = {"version", "per_day", "size_on_disk", "orphans", "miscounted", "rows", "mismatched"}
-READ_MUCH |= {"unreadable_times", "totals", "vacuum_messages", "vacuum_histories"}
+READ_MUCH |= {"unreadable_times", "totals", "vacuum_messages", "vacuum_histories", "usage"}
 # These sort what they have found along an index.
 SORTS = {"copy_messages", "histories_of_few", "search", "search_few", "search_for_few", "unindexed_contents"}
 SORTS |= {name for name in schema.Statements._fields if name.startswith("read_")}
@@ -57,16 +57,15 @@ SORTS |= {name for name in schema.Statements._fields if name.startswith("read_")
 SORTS_WITHOUT_STATISTICS = {"next_histories", "histories", "histories_near", "histories_by_id", "have_more"}
 SORTS_WITHOUT_STATISTICS |= {"erasable_by_prefix", "erasable_by_age", "few_histories"}
 # These look at whole histories. A third of the table had better be read from end to end.
-OF_WHOLE_HISTORIES = {"delete_messages", "recount", "search_few", "copy_messages"}
+OF_WHOLE_HISTORIES = {"take_over_messages", "delete_messages", "recount", "search_few", "copy_messages"}
 
 
 def parameters_of(store, name, statement):
     key = uuid.UUID(md5(b"1").hexdigest()) if name in OF_WHOLE_HISTORIES else history_key(store.scope, "user/long")
     positional = {
-        "known_ids": [key, ["a", "b"]],
         "next_histories": ["default", "user/l", 100],
-        "page_before": [key, 1000, 20],
-        "page_after": [key, 1000, 20],
+        "message": [key, 5],
+        "next_questions": [key, -1],
         "position_of": [key, "a"],
         "count_from": [key, LENGTH - 90],
         "delete_messages": [[key]],
@@ -86,8 +85,11 @@ def parameters_of(store, name, statement):
     numbers |= {"limit": 50, "few": 256, "near": 306, "messages": 5_000, "updated_before": 0}
     other = {"title": None, "meta": None, "has_title": True, "has_meta": True, "after": "user/l"}
     other |= {"query": "word77", "keys": [key], "namespace": "default", "branch_of": None, "with_branches": False}
+    other |= {"user": None, "lifetime": None, "preview": None, "last_role": None, "last_text": None, "last_at": 0}
+    other |= {"message_id": "a", "place": 1000, "position": 5, "content": "{}", "old_key": key, "has_user": False}
     end = prefix_parameters(store.scope, "user7/") if "%(prefix)s" in statement else {"end": MAX_POSITION}
-    return {**sent, **one, **numbers, **other, **end}
+    of_user = {"user": "ada"} if name.endswith("_of_user") else {}
+    return {**sent, **one, **numbers, **other, **end, **of_user}
 
 
 @pytest.mark.parametrize("known", ["large_store", "analysed_store"])

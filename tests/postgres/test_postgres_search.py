@@ -207,6 +207,7 @@ def test_a_search_reads_along_the_index(make_store, server):
     statement = statements_of(store).search % {
         "query": f"'{terms.tsquery(search_text.parsed_query('word77')).replace(chr(39), chr(39) * 2)}'",
         "namespace": "'default'",
+        "user": "NULL",
         "prefix": "''",
         "end": "'x'",
         "limit": 20,

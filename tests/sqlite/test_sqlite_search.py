@@ -305,12 +305,16 @@ def test_many_histories_are_searched_like_few(searching, new_store, monkeypatch)
 
 
 def test_neither_way_to_search_sorts_or_scans_more_than_it_must(searching, path):
-    values = ["fox", "", "", "", 1, 1, 1]
+    values = ["fox", "default", None, 0, "", "", 1, 1, 1]
     searching.write_messages("chat", [user("fox")])
     with closing(sqlite3.connect(path)) as connection:
         plans = [
             [step for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {query}", values[:count])]
-            for query, count in ((search._SEARCH_FEW, 7), (search._SEARCH_MANY, 5))
+            for query, count in (
+                (search._SEARCH_FEW, 9),
+                (search._SEARCH_FEW_OF_USER, 9),
+                (search._SEARCH_MANY, 7),
+            )
         ]
     for plan in plans:
         scans = [step for step in plan if step.startswith("SCAN") and "SUBQUERY" not in step and "(" not in step]

@@ -13,7 +13,6 @@ from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.search_text import searchable_text_of_content
 from haystack_chat_store.stores.conflicts import check_access
 from haystack_chat_store.stores.in_memory.search_index import SearchIndex
-from haystack_chat_store.stores.previews import last_message_text
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, WindowRows, branch_origin
 from haystack_chat_store.stores.times import microseconds_now
 
@@ -186,6 +185,7 @@ class History:
 
     def row(self, chat_history_id: str) -> HistoryRow:
         """Return the history's row in the directory."""
+        last = self._last_said()
         return HistoryRow(
             chat_history_id=chat_history_id,
             message_count=self.count(),
@@ -197,17 +197,19 @@ class History:
             revision=self.revision,
             user_id=self.user_id,
             preview=self._first_question(),
-            last_message=self._last_message(),
+            last_role=None if last is None else last.role,
+            last_text=None if last is None else last.text,
+            last_at=None if last is None else last.created_at,
         )
 
     def _first_question(self) -> str | None:
         questions = (self.messages[position] for position in self.caught_up().user_positions)
         return next((question.text for question in questions if question is not None and question.text), None)
 
-    def _last_message(self) -> str | None:
+    def _last_said(self) -> Stored | None:
         for message in reversed(self.messages):
             if message is not None and message.role != ChatRole.SYSTEM.value:
-                return last_message_text(message.role, message.text, message.created_at)
+                return message
         return None
 
 
@@ -235,7 +237,7 @@ class Namespace:
         history = self.histories.get(chat_history_id)
         if history is None or not history.exists:
             return None
-        if history.has_expired():
+        if history.expires_at is not None and history.has_expired():
             self.put(chat_history_id, None)
             return None
         check_access(scope, history.user_id)

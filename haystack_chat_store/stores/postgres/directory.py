@@ -21,7 +21,6 @@ from haystack_chat_store.stores.postgres.statements import (
     prefix_parameters,
 )
 from haystack_chat_store.stores.postgres.writing import delete_key, lock_history, make_history
-from haystack_chat_store.stores.previews import last_message_text
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, branch_origin
 from haystack_chat_store.stores.usage import UsageCounter
 from haystack_chat_store.types import StoreStatistics
@@ -58,7 +57,7 @@ class Directory(Engine[Session]):
     async def history(self, session: Session, scope: Scope, chat_history_id: str) -> HistoryRow | None:
         """Return one history, or `None` if it does not exist."""
         rows = await session.fetch(session.statements.history, history_parameters(scope, chat_history_id), prepare=True)
-        return history_row(*rows[0]) if rows else None
+        return HistoryRow(*rows[0]) if rows else None
 
     async def histories(
         self, session: Session, scope: Scope, prefix: str, before: tuple[int, str] | None, limit: int
@@ -77,9 +76,9 @@ class Directory(Engine[Session]):
         }
         if scope.user_id is not None:
             rows = await session.fetch(statements.histories_of_user, parameters, prepare=True)
-            return list(starmap(history_row, rows))
+            return list(starmap(HistoryRow, rows))
         if not prefix:
-            return list(starmap(history_row, await session.fetch(statements.all_histories, parameters, prepare=True)))
+            return list(starmap(HistoryRow, await session.fetch(statements.all_histories, parameters, prepare=True)))
         few, statement = _FIRST_TRY, statements.histories
         while True:
             parameters |= {"few": few, "near": limit + few}
@@ -90,16 +89,16 @@ class Directory(Engine[Session]):
                 break
             rows = await session.fetch(statements.histories_near, parameters)
             if len(rows) == limit:
-                return list(starmap(history_row, rows))
+                return list(starmap(HistoryRow, rows))
             few *= 4
-        return list(starmap(history_row, await session.fetch(statement, parameters)))
+        return list(starmap(HistoryRow, await session.fetch(statement, parameters)))
 
     async def histories_by_id(
         self, session: Session, scope: Scope, prefix: str, after: str, limit: int
     ) -> list[HistoryRow]:
         """Walk along the index by id."""
         parameters = {**prefix_parameters(scope, prefix), "after": after, "limit": limit}
-        return list(starmap(history_row, await session.fetch(session.statements.histories_by_id, parameters)))
+        return list(starmap(HistoryRow, await session.fetch(session.statements.histories_by_id, parameters)))
 
     async def update_history(
         self,
@@ -190,7 +189,7 @@ async def _update_locked(
         "has_user": change.user_id is not UNCHANGED,
         "user": None if change.user_id is UNCHANGED else change.user_id,
     }
-    return history_row(*(await session.fetch(session.statements.update_history, parameters))[0])
+    return HistoryRow(*(await session.fetch(session.statements.update_history, parameters))[0])
 
 
 async def _create_locked(session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
@@ -209,7 +208,7 @@ async def _create_locked(session: Session, scope: Scope, history: HistoryRow) ->
         }
         await session.run(session.statements.begin_history, parameters)
     rows = await session.fetch(session.statements.history, {"key": key, "user": None})
-    return history_row(*rows[0]), is_new
+    return HistoryRow(*rows[0]), is_new
 
 
 async def _rename_locked(session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
@@ -231,7 +230,7 @@ async def _rename_locked(session: Session, scope: Scope, old_id: str, new_id: st
     await session.run(session.statements.take_over_messages, keys)
     await delete_key(session, keys["old_key"])
     rows = await session.fetch(session.statements.history, {"key": keys["key"], "user": None})
-    return history_row(*rows[0])
+    return HistoryRow(*rows[0])
 
 
 async def _delete_expected(session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
@@ -264,14 +263,6 @@ async def _delete_histories(
         rows = await session.fetch(session.statements.delete_old_histories, old)
     await session.run(session.statements.delete_messages, [[key for key, *_ in rows]])
     return len(rows)
-
-
-def history_row(*columns: Any) -> HistoryRow:
-    """Return a history of the columns of the fragment `history_row`."""
-    *values, last_role, last_text, last_at = columns
-    row = HistoryRow(*values)
-    row.last_message = None if last_role is None else last_message_text(last_role, last_text, last_at)
-    return row
 
 
 def _delete_batch(found: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:

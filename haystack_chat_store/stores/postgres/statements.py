@@ -64,7 +64,9 @@ def _is_readable(time: str) -> str:
 # The histories of the scope: of its user, unless it has none, and not those that have expired.
 _OF_USER = "(%(user)s::text IS NULL OR user_id = %(user)s)"
 _HAS_EXPIRED = "coalesce(expires_at <= statement_timestamp(), false)"
-_VISIBLE = f"{_OF_USER} AND NOT {_HAS_EXPIRED}"
+# The planner knows from its statistics that this excludes few.
+_IS_ALIVE = "(expires_at IS NULL OR expires_at > statement_timestamp())"
+_VISIBLE = f"{_OF_USER} AND {_IS_ALIVE}"
 
 _BY_ID = 'chat_history_id COLLATE "C"'
 _IS_SEEN = "(%(with_branches)s OR branch_of IS NULL)"
@@ -90,6 +92,7 @@ FRAGMENTS = {
     "visible": _VISIBLE,
     "of_user": _OF_USER,
     "has_expired": _HAS_EXPIRED,
+    "is_alive": _IS_ALIVE,
     # Of messages that are appended: the first question stays, and the last message is another one.
     "count_previews": """
             preview = coalesce(preview, %(preview)s),
@@ -151,13 +154,14 @@ _APPEND = """
             revision = {revision},
             expires_at = {{expires_at}},
             {{count_previews}},
-            last_at = CASE WHEN %(last_role)s::text IS NULL THEN last_at ELSE clock_timestamp() END,
+            last_at = CASE WHEN %(last_role)s::text IS NULL THEN last_at
+                ELSE greatest(last_at, statement_timestamp()) END,
             updated_at = {{now}}
         WHERE history_key = %(key)s {condition} RETURNING next_position - %(count)s AS start, revision, last_at
     )
     INSERT INTO {{messages}} (history_key, position, message_id, role, content, search_terms, revision, created_at)
     SELECT %(key)s, start + place - 1, message_id, role, content::json, terms::tsvector, revision,
-        CASE WHEN %(last_role)s::text IS NULL THEN clock_timestamp() ELSE last_at END
+        CASE WHEN %(last_role)s::text IS NULL THEN statement_timestamp() ELSE last_at END
     FROM history, {{sent}}
 """
 _APPEND_ALL = _APPEND.format(revision="revision + 1", condition="AND {visible}")
@@ -435,7 +439,7 @@ class Statements(NamedTuple):
     """
     histories_of_user: str = """
         SELECT {history_row} FROM {histories}
-        WHERE namespace = %(namespace)s AND user_id = %(user)s AND {further} AND NOT {has_expired}
+        WHERE namespace = %(namespace)s AND user_id = %(user)s AND {further} AND {is_alive}
             AND starts_with(chat_history_id, %(prefix)s) AND {is_seen}
         {newest_first} LIMIT %(limit)s
     """

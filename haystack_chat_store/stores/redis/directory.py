@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.ids import branch_prefix
 from haystack_chat_store.stores.conflicts import check_revision, no_access
-from haystack_chat_store.stores.previews import last_message_text
 from haystack_chat_store.stores.redis.keys import BUCKETS, HistoryKeys, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
 from haystack_chat_store.stores.redis.schema import (
@@ -447,7 +446,6 @@ def _listed_history(chat_history_id: str, fields: Sequence[str | None]) -> Liste
     if message_count is None:
         return None
     user_id, preview, last_role, last_text, last_at, expires_at, renamed_from = others
-    role = None if last_role is None else ROLES.get(last_role, last_role)
     row = HistoryRow(
         chat_history_id=chat_history_id,
         message_count=number(message_count),
@@ -459,7 +457,9 @@ def _listed_history(chat_history_id: str, fields: Sequence[str | None]) -> Liste
         revision=number(revision),
         user_id=user_id,
         preview=preview,
-        last_message=None if role is None else last_message_text(role, last_text or None, number(last_at)),
+        last_role=None if last_role is None else ROLES.get(last_role, last_role),
+        last_text=last_text or None,
+        last_at=None if last_at is None else number(last_at),
     )
     return ListedHistory(
         row=row, next_position=number(next_position), expires_at=expires_at or "", renamed_from=renamed_from or ""

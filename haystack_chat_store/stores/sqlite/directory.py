@@ -24,7 +24,7 @@ from haystack_chat_store.types import StoreStatistics
 
 _SELECT_HISTORY = """
     SELECT chat_history_id, created_at, updated_at, message_count, round_count, title, meta, revision, user_id, preview,
-        last_message
+        last_role, last_text, last_at
     FROM haystack_chat_histories
 """
 _HISTORY = _SELECT_HISTORY + f"WHERE {IS_VISIBLE_HISTORY}"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from haystack.dataclasses import ChatRole
 
 from haystack_chat_store.stores.conflicts import Plan, check_access, check_revision, is_replaced_already
-from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_message, last_message_text
+from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_said
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
 from haystack_chat_store.stores.sqlite.connections import readable_rows
 from haystack_chat_store.stores.sqlite.schema import key_range
@@ -35,16 +35,20 @@ _KEEP_REVISION = """
 """
 _UPDATE_HISTORY = """
     UPDATE haystack_chat_histories SET next_position = next_position + ?, message_count = message_count + ?,
-        round_count = round_count + ?, updated_at = max(updated_at, ?), revision = revision + 1, expires_at = ?
+        round_count = round_count + ?, updated_at = max(updated_at, ?), revision = revision + 1
     WHERE history_key = ?
 """
 _APPENDED = """
-    UPDATE haystack_chat_histories SET next_position = next_position + ?, message_count = message_count + ?,
-        round_count = round_count + ?, updated_at = max(updated_at, ?), revision = revision + 1, expires_at = ?,
-        preview = coalesce(preview, ?), last_message = coalesce(?, last_message)
-    WHERE history_key = ?
+    UPDATE haystack_chat_histories SET next_position = next_position + ?1, message_count = message_count + ?1,
+        round_count = round_count + ?2, updated_at = max(updated_at, ?3), revision = revision + 1,
+        preview = coalesce(preview, ?4), last_role = coalesce(?5, last_role),
+        last_text = iif(?5 IS NULL, last_text, ?6), last_at = coalesce(?7, last_at)
+    WHERE history_key = ?8
 """
-_SET_PREVIEWS = "UPDATE haystack_chat_histories SET preview = ?, last_message = ? WHERE history_key = ?"
+_SET_EXPIRY = "UPDATE haystack_chat_histories SET expires_at = ? WHERE history_key = ?"
+_SET_PREVIEWS = """
+    UPDATE haystack_chat_histories SET preview = ?, last_role = ?, last_text = ?, last_at = ? WHERE history_key = ?
+"""
 _QUESTIONS = """
     SELECT CAST(content AS TEXT) FROM haystack_chat_messages
     WHERE role = 'user' AND message_key BETWEEN ? AND ? ORDER BY message_key
@@ -106,6 +110,7 @@ class StoredHistory(NamedTuple):
     revision: int
     user_id: str | None
     expires_at: int | None
+    has_index: int = 0  # of words, in the file
 
     @property
     def first_key(self) -> int:
@@ -147,11 +152,12 @@ class Histories:
         :raises ChatHistoryAccessError: If it is another user's.
         """
         found = self._found(chat_history_id)
-        if found is not None and _has_expired(found):
+        if found is None:
+            return None
+        if found.expires_at is not None and _has_expired(found):
             self.delete(found.history_key)
             return None
-        if found is not None:
-            check_access(self._scope, found.user_id)
+        check_access(self._scope, found.user_id)
         return found
 
     def find_to_read(self, chat_history_id: str) -> StoredHistory | None:
@@ -161,13 +167,13 @@ class Histories:
         return found if is_visible else None
 
     def _found(self, chat_history_id: str) -> StoredHistory | None:
-        found = self.connection.execute(_FIND, (self._namespace, chat_history_id)).fetchone()
-        if found is None:
+        columns = self.connection.execute(_FIND, (self._namespace, chat_history_id)).fetchone()
+        if columns is None:
             return None
-        *columns, has_index = found
-        if not has_index and not self._is_searched:
+        found = StoredHistory._make(columns)
+        if not found.has_index and not self._is_searched:
             self._index = TermIndex(self.connection, None)  # which spares reading it
-        return StoredHistory(*columns)
+        return found
 
     def make(self, row: HistoryRow) -> StoredHistory:
         """Make a history without messages. It is the user's of the scope, or else the row's."""
@@ -239,14 +245,14 @@ class Histories:
 
     def carry_out(self, plan: Plan, history: StoredHistory, now: int) -> None:
         """Append and replace messages, and count them."""
-        count, rounds = len(plan.new), round_count(plan.new)
+        rounds = round_count(plan.new)
         for (key, role), message in plan.replaced.items():
             self.connection.execute(_REPLACE_MESSAGE, (message.role, history.revision + 1, message.content, key))
             self.index.remove(key, key)
             self.index.add([(key, message.content)])
             rounds += (message.role == ChatRole.USER.value) - (role == ChatRole.USER.value)
         self._append(history, plan.new, now)
-        self._count_appended(history, (count, count, rounds, now), plan.new, now)
+        self._count_appended(history, plan.new, rounds, now)
         if plan.replaced:
             self.find_previews(history.history_key)
 
@@ -255,9 +261,8 @@ class Histories:
         deleted, rounds = self._delete_and_count(first_key, history.next_key)
         self._append(history, new, now)
         counts = (len(new), len(new) - deleted, round_count(new) - rounds)
-        self.connection.execute(
-            _UPDATE_HISTORY, (*counts, now, self._scope.expires_at(microseconds_now()), history.history_key)
-        )
+        self.connection.execute(_UPDATE_HISTORY, (*counts, now, history.history_key))
+        self._renew(history)
         self.find_previews(history.history_key)
 
     def import_batches(self, row: HistoryRow, batches: Iterable[Sequence[MessageRow]], expected_revision: int) -> int:
@@ -269,7 +274,7 @@ class Histories:
         imported = rounds = 0
         preview = last = None
         for batch in batches:
-            preview, last = preview or first_question(batch), last_message(batch) or last
+            preview, last = preview or first_question(batch), last_said(batch) or last
             first_key, revision = history.next_key + imported, history.revision + 1
             self._insert(
                 [
@@ -279,9 +284,9 @@ class Histories:
             )
             imported += len(batch)
             rounds += round_count(batch)
-        expires_at = self._scope.expires_at(microseconds_now())
-        counts = (imported, imported, rounds, row.updated_at, expires_at)
-        self.connection.execute(_APPENDED, (*counts, preview, last, history.history_key))
+        said = (None, None, None) if last is None else (last.role, beginning_of_content(last.content), last.created_at)
+        self.connection.execute(_APPENDED, (imported, rounds, row.updated_at, preview, *said, history.history_key))
+        self._renew(history)
         return imported
 
     def copy(self, first_key: int, last_key: int, target: StoredHistory, now: int) -> int:
@@ -290,8 +295,8 @@ class Histories:
         values = (target.next_key, target.revision + 1, first_key, last_key)
         copied = self.connection.execute(_COPY_MESSAGES, values).rowcount
         self.index.add_range(target.next_key, target.next_key + copied - 1)
-        expires_at = self._scope.expires_at(microseconds_now())
-        self.connection.execute(_UPDATE_HISTORY, (copied, copied, rounds, now, expires_at, target.history_key))
+        self.connection.execute(_UPDATE_HISTORY, (copied, copied, rounds, now, target.history_key))
+        self._renew(target)
         self.find_previews(target.history_key)
         return copied
 
@@ -302,8 +307,7 @@ class Histories:
             counts = self._delete_and_count(*first_and_last)
             deleted, rounds = deleted + counts[0], rounds + counts[1]
         if deleted:
-            values = (0, -deleted, -rounds, microseconds_now(), history.expires_at, history.history_key)
-            self.connection.execute(_UPDATE_HISTORY, values)
+            self.connection.execute(_UPDATE_HISTORY, (0, -deleted, -rounds, microseconds_now(), history.history_key))
             self.find_previews(history.history_key)
 
     def delete(self, history_key: int) -> None:
@@ -331,14 +335,21 @@ class Histories:
         questions = (beginning_of_content(content) for (content,) in self.connection.execute(_QUESTIONS, keys))
         preview = next(filter(None, questions), None)
         found = readable_rows(self.connection, _LAST_MESSAGE, keys)
-        last = [last_message_text(role, beginning_of_content(content), at) for role, at, content in found]
-        self.connection.execute(_SET_PREVIEWS, (preview, last[0] if last else None, history_key))
+        last = [(role, beginning_of_content(content), at) for role, at, content in found] or [(None, None, None)]
+        self.connection.execute(_SET_PREVIEWS, (preview, *last[0], history_key))
 
-    def _count_appended(
-        self, history: StoredHistory, counts: tuple[int, int, int, int], new: Sequence[EncodedMessage], now: int
-    ) -> None:
-        previews = (first_question(new), last_message(new, now))
-        self.connection.execute(_APPENDED, (*counts, self._scope.expires_at(now), *previews, history.history_key))
+    def _count_appended(self, history: StoredHistory, new: Sequence[EncodedMessage], rounds: int, now: int) -> None:
+        last = last_said(new)
+        said = (None, None, None) if last is None else (last.role, last.text, now)
+        values = (len(new), rounds, now, first_question(new), *said, history.history_key)
+        self.connection.execute(_APPENDED, values)
+        self._renew(history)
+
+    def _renew(self, history: StoredHistory) -> None:
+        """Let the lifetime of a history begin anew, after a write to it. Most histories never expire."""
+        if self._scope.lifetime is not None or history.expires_at is not None:
+            expires_at = self._scope.expires_at(microseconds_now())
+            self.connection.execute(_SET_EXPIRY, (expires_at, history.history_key))
 
     def _append(self, history: StoredHistory, messages: Sequence[EncodedMessage], now: int) -> None:
         revision = history.revision + 1

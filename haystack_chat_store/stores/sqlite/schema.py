@@ -34,7 +34,9 @@ MIGRATIONS: list[list[str]] = [
             title TEXT,
             meta TEXT,  -- a JSON object
             preview TEXT,
-            last_message TEXT,  -- a JSON object
+            last_role TEXT,  -- of the last message that is no system message, as is what follows
+            last_text TEXT,
+            last_at INTEGER,
             summary TEXT,
             UNIQUE (namespace, chat_history_id)
         )

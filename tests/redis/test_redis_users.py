@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Users on Redis: directories of users, and what crosses hash slots."""
+
+import time
+
+import pytest
+from haystack.dataclasses import ChatMessage
+from redis_stores import keys_of, on_every_engine
+
+from haystack_chat_store import ChatHistoryExistsError
+from haystack_chat_store.stores.redis.directory import read_histories
+from haystack_chat_store.testing.kit import texts
+
+
+def say(store, chat, *said):
+    store.write_messages(chat, [ChatMessage.from_user(text) for text in said])
+
+
+def begin_renaming(store, old_id, new_id):
+    """Do what a client does that is killed before the old history goes."""
+
+    async def begin(session, scope):
+        keys = store.engine.keys(scope)
+        old = (await read_histories(session, keys, [old_id]))[old_id]
+        return await store.engine._copy_whole(session, keys, old, new_id)
+
+    assert store.engine.run(begin, store.scope)
+
+
+@on_every_engine
+def test_a_repeated_call_finishes_renaming(make_store):
+    store = make_store(user_id="ada", last_k=None)
+    say(store, "old", "one", "two", "three")
+    store.delete_messages("old", message_ids=[store.list_messages("old")[1].message.meta["chat_message_id"]])
+    before = store.list_messages("old")
+    begin_renaming(store, "old", "new")
+    assert {info.chat_history_id for info in store.list_chat_histories().items} == {"old", "new"}
+    for _ in range(2):
+        assert store.rename_chat_history("old", "new").message_count == 2
+        assert store.list_messages("new") == before
+        assert [info.chat_history_id for info in store.list_chat_histories().items] == ["new"]
+    assert store.engine.run(store.engine.check, make_store().scope) == []
+
+
+@on_every_engine
+def test_what_is_written_while_a_history_is_renamed_is_not_lost(make_store):
+    store = make_store(last_k=None)
+    say(store, "old", "one")
+    begin_renaming(store, "old", "new")
+    say(store, "old", "two")
+    store.rename_chat_history("old", "new")
+    assert texts(store.retrieve_messages("new")) == ["one", "two"]
+    assert store.get_chat_history("old") is None
+    say(store, "another", "one")
+    with pytest.raises(ChatHistoryExistsError):
+        store.rename_chat_history("another", "new")
+
+
+@on_every_engine
+def test_nothing_is_left_of_a_user_that_is_erased(make_store, client):
+    store = make_store()
+    for number in range(5):
+        say(store.for_user("ada"), f"chat {number}", "Hi!")
+    store.update_chat_history("chat 0", user_id="bob")
+    store.rename_chat_history("chat 0", "of bob")
+    assert store.delete_user("ada") == 4
+    assert store.delete_user("bob") == 1
+    left = [key for key in keys_of(store, client) if "users" in key or "owners" in key]
+    assert left == []
+
+
+@on_every_engine
+def test_expired_histories_leave_the_directory_of_their_user(make_store, client):
+    short, store = make_store(user_id="ada", ttl=3), make_store()
+    say(short, "chat", "Hi!")
+    assert [info.chat_history_id for info in short.list_chat_histories().items] == ["chat"]
+    time.sleep(3.2)
+    assert short.list_chat_histories().items == []
+    store.delete_all_messages()
+    assert [key for key in keys_of(store, client) if "users" in key or "owners" in key] == []
