@@ -43,6 +43,7 @@ def full(session: nox.Session) -> None:
     if session.python == PYTHON_OF_COVERAGE and not session.posargs:
         session.run("pytest", *ON_ALL_CORES, "--full", *COVERAGE, f"--ignore={INTERRUPTIONS}", env=ENVIRONMENT)
         session.run("pytest", "--full", INTERRUPTIONS, env=ENVIRONMENT)
+        session.notify("web")
     else:
         session.run("pytest", *ON_ALL_CORES, "--full", *session.posargs, env=ENVIRONMENT)
 
@@ -100,6 +101,13 @@ def examples(session: nox.Session) -> None:
     session.run(
         "pytest", "tests/test_examples.py", "tests/agents/test_agent_examples.py", *session.posargs, env=ENVIRONMENT
     )
+
+
+@nox.session
+def web(session: nox.Session) -> None:
+    """Run the examples for the web: as servers, driven by real clients, with several workers, killed and restarted."""
+    install(session, "web")
+    session.run("pytest", "tests/web", *ON_ALL_CORES, *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
