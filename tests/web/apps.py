@@ -20,7 +20,7 @@ class App(Server):
     """
     An example that serves HTTP, with its files in a folder of its own.
 
-    :param command: The module to run, and its arguments. `{port}` stands for the port.
+    :param command: A program of the environment, and its arguments. `{port}` stands for the port.
     :param ready: The path that answers when the example is up.
     :param environment: Variables of its environment.
     """
@@ -37,7 +37,8 @@ class App(Server):
     def _command(self):
         variables = [f"{name}={value}" for name, value in self._environment.items()]
         arguments = [str(argument).replace("{port}", str(self.port)) for argument in self._arguments]
-        return [shutil.which("env"), *variables, sys.executable, "-m", *arguments]
+        program = Path(sys.executable).parent / arguments[0]
+        return [shutil.which("env"), *variables, program, *arguments[1:]]
 
     def _answers(self):
         try:
@@ -51,11 +52,12 @@ class OpenAIServer:
     A server with the part of OpenAI's interface that the examples use. It answers "You said: ", and what was said.
 
     After `hold()` it stops after the first words of an answer, until `go_on()`. `requests` are the bodies of all
-    requests. A question with the word "refuse" gets status 400.
+    requests. If it `refuses`, as at first, a question with the word "refuse" gets status 400.
     """
 
     def __enter__(self):
         self.requests = []
+        self.refuses = True
         self._free = threading.Event()
         self._free.set()
         self._server = ThreadingHTTPServer((HOST, 0), self._handler())
@@ -92,7 +94,7 @@ class OpenAIServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.requests.append(body)
                 text = server._answer(body)
-                is_refused = "refuse" in text
+                is_refused = server.refuses and "refuse" in text
                 self.send_response(400 if is_refused else 200)
                 self.send_header("Content-Type", "text/event-stream" if body.get("stream") else "application/json")
                 self.end_headers()

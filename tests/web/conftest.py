@@ -8,6 +8,9 @@ from apps import App, OpenAIServer
 
 NEEDS = {
     "test_fastapi_chat.py": ["fastapi", "uvicorn"],
+    "test_hayhooks.py": ["hayhooks"],
+    "test_web_chatbot.py": ["streamlit", "playwright"],
+    "test_web_pages.py": ["fastapi", "uvicorn", "hayhooks"],
 }
 collect_ignore = [name for name, libraries in NEEDS.items() if not all(map(find_spec, libraries))]
 
