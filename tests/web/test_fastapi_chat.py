@@ -243,3 +243,15 @@ def test_a_store_that_is_away_or_cannot_search_has_a_status(start, connect):
     question = {"text": "Hi", "request_id": "1"}
     assert client.send("POST", "/chats/chat/messages", json=question).status_code == 503
     assert client.send("GET", "/search", params={"q": "Hi"}).status_code == 501
+
+
+@pytest.mark.parametrize("server", ["postgres", "redis_server"])
+def test_the_store_may_be_on_a_server(start, connect, request, server):
+    server = request.getfixturevalue(server)
+    url = server.create_database() if hasattr(server, "create_database") else server.url
+    first, second = (connect(start(*COMMAND, HAYSTACK_CHAT_STORE_URL=url)) for _ in range(2))
+    first.ask("on a server", "My name is Ada.", "1")
+
+    assert second.ask("on a server", "What is my name?", "2")[1] == "Your name is Ada. You told me."
+    assert first.texts("on a server") == second.texts("on a server")
+    assert len(first.get("/chats")["items"]) == 1

@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import test_fastapi_chat
 import test_hayhooks
 from apps import App
 from servers import HOST
 from test_documentation import ROOT, blocks
 
 SERVED = {
+    "web_apps.md": ("localhost:8000", test_fastapi_chat.COMMAND, {}),
     "hayhooks.md": ("localhost:1416", test_hayhooks.COMMAND, test_hayhooks.SETTINGS),
 }
 
