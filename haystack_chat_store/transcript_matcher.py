@@ -20,7 +20,7 @@ from haystack_chat_store.errors import (
 from haystack_chat_store.ids import BRANCH_OF_KEY, MESSAGE_ID_KEY, branch_id
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.types import ChatHistoryInfo, MatchedTranscript
-from haystack_chat_store.validation import validated_flag, validated_id, validated_messages
+from haystack_chat_store.validation import validated_flag, validated_id
 
 # How many rounds, or messages, are read to find the last question: one or, if hooks have added user messages, more.
 _READS = (1, 16)
@@ -207,7 +207,7 @@ class _Matching:
         if not isinstance(store, BaseChatMessageStore):
             raise ValueError(f"store must be a BaseChatMessageStore, got {type(store).__name__}.")
         self._chat_history_id = validated_id(chat_history_id, "chat_history_id")
-        self._asked = transcripts.transcript_of(validated_messages(transcript, "transcript"))
+        self._asked = transcripts.transcript_of(transcript)
         self._question_id = None if question_id is None else validated_id(question_id, "question_id")
         self._is_retry = validated_flag(is_retry, "is_retry")
         self._keep_branches = validated_flag(keep_branches, "keep_branches")
@@ -247,7 +247,7 @@ class _Matching:
                 return _Stored(info, messages, end, transcripts.with_outcome(plan, end, is_retry=self._is_retry))
             if end.rounds:
                 break
-        if info is not None and len(messages) < info.message_count:
+        if info is not None:  # one read: others may have written since the last one, or since the count was read
             messages = yield _Read(self._chat_history_id, _ALL)
         whole = transcripts.conversation_of(messages)
         plan = transcripts.plan_from_all(self._asked, whole)

@@ -138,7 +138,7 @@ class TurnWriter:
             elif isinstance(request, _IsStored):
                 found = protocol_calls.has_message(self._store, chat_history_id, request.message_id)
             else:
-                found = protocol_calls.retrieve(self._store, chat_history_id, request.last_k)
+                found = protocol_calls.retrieve(self._store, chat_history_id, request.last_k).messages
             request, turn = _advance(requests, found)
         return turn
 
@@ -160,7 +160,7 @@ class TurnWriter:
             elif isinstance(request, _IsStored):
                 found = await protocol_calls.has_message_async(self._store, chat_history_id, request.message_id)
             else:
-                found = await protocol_calls.retrieve_async(self._store, chat_history_id, request.last_k)
+                found = (await protocol_calls.retrieve_async(self._store, chat_history_id, request.last_k)).messages
             request, turn = _advance(requests, found)
         return turn
 
@@ -276,16 +276,20 @@ class TurnWriter:
         """
         Give ids to the messages and to the replies, and let those that answer a question name it.
 
+        A reply to a question among the messages names this one, whatever its meta says.
+
         :param turn: The stored turn that the messages go on with. It may be empty.
         """
         question, number = (turn[0] if turn else None), self._first_number(turn)
+        is_asked = last_question(messages) is not None
         taken = set(map(message_id_of, turn)) if self._is_skipping and self._replaced_id is None else set()
         identified: list[ChatMessage] = []
         ids: set[str | int | None] = set()
         for place, message in enumerate([*messages, *replies]):
             is_reply = place >= len(messages)
             own_id = message_id_of(message)
-            if is_reply and own_id in ids:  # a generator may give its reply the meta of the question
+            # A generator may give its reply the meta of the question, or of an answer that it was shown.
+            if is_reply and (own_id in ids or (is_asked and _names_another(message, question))):
                 message, own_id = _without_ids(message), None  # noqa: PLW2901
             is_answer = is_reply or _is_answer(message)
             if self._is_skipped(message):
@@ -403,6 +407,12 @@ def _check_roles(given: Sequence[ChatMessage], stored: Mapping[str | int | None,
 
 def _is_answer(message: ChatMessage) -> bool:
     return message.role in (ChatRole.ASSISTANT, ChatRole.TOOL)
+
+
+def _names_another(reply: ChatMessage, question: ChatMessage | None) -> bool:
+    """Whether a reply names another question than this one."""
+    named = reply.meta.get(QUESTION_ID_KEY)
+    return question is not None and named is not None and named != message_id_of(question)
 
 
 def _turn_of_reply(page: Sequence[ChatMessage], answers: Sequence[ChatMessage]) -> list[ChatMessage]:

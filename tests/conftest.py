@@ -13,6 +13,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from servers import PostgresServer, RedisCluster, RedisServer, postgres_binaries, redis_binaries, require
 
+from haystack_chat_store.testing import fork_server
+
 # What a shell runs in the background ignores Ctrl-C, and so do its children. Some tests press it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,6 +38,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "full: a further variant, which runs in the full suite only (pytest --full)")
     config.addinivalue_line("markers", "servers: needs a server of PostgreSQL or Redis, which it starts")
     config.stash[LEFT_OUT] = {}
+    fork_server.ENDS_AT_ONCE = not config.getoption("--full")
     if not config.getoption("--hypothesis-profile", None):
         settings.load_profile("nightly" if config.getoption("--full") else "dev")
 

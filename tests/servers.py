@@ -545,9 +545,15 @@ class RedisCluster:
         """Where the first node is, with the password."""
         return f"redis+cluster://:{PASSWORD}@{HOST}:{self.nodes[0].port}"
 
-    def client(self) -> redis.RedisCluster:
-        """A client of the whole cluster; a context manager."""
-        return redis.RedisCluster(host=HOST, port=self.nodes[0].port, password=PASSWORD, socket_timeout=10)
+    def client(self, asked: int = 0) -> redis.RedisCluster:
+        """
+        A client of the whole cluster; a context manager.
+
+        One that `redis.RedisCluster.from_url` makes would leave its sockets open when it is closed.
+
+        :param asked: Which node tells the client of the others.
+        """
+        return redis.RedisCluster(host=HOST, port=self.nodes[asked].port, password=PASSWORD, socket_timeout=10)
 
     def stop_node(self, i: int) -> None:
         """Stop one node. A replica, if there is one, takes a master's place after some seconds."""

@@ -79,6 +79,11 @@ def test_options_and_variables_that_an_interpreter_reads_at_its_start_get_a_serv
         ("import sys; sys.exit(7)", 7, ""),
         ("import sys; sys.exit('Bye.')", 1, "Bye.\n"),
         ("raise SystemExit", 0, ""),
+        ("raise SystemExit(258)", 2, ""),
+        ("raise SystemExit(-1)", 255, ""),
+        ("raise SystemExit(True)", 1, ""),
+        ("raise SystemExit(1.0)", 1, "1.0\n"),
+        ("import sys; sys.stdout = open('/dev/full', 'w'); print('lost')", 120, "No space left on device\n"),
         ("import os; os._exit(9)", 9, ""),
         ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
         ("nonsense nonsense", 1, "SyntaxError: invalid syntax\n"),
@@ -113,6 +118,60 @@ threading.Thread(target=late).start()
 sys.stdout.write("the program\\n")
 """
     assert output_of(source) == "the program\nthe thread\nthe exit handler\n"
+
+
+@pytest.mark.parametrize("ends_at_once", [True, False])
+@pytest.mark.parametrize("status", [0, 1, 7])
+def test_what_a_program_made_is_finalized_after_its_exit_handlers(kind, tmp_path, monkeypatch, ends_at_once, status):
+    monkeypatch.setattr(fork_server, "ENDS_AT_ONCE", ends_at_once)
+    (tmp_path / "imported.py").write_text("class Said:\n    def __del__(self): print(self.words)\nsaid = Said()\n")
+    source = f"""
+import atexit, imported
+imported.said.words = "in a module"
+circle = imported.Said()
+circle.words, circle.itself = "in a circle", circle
+last = imported.Said()
+last.words = "last"
+atexit.register(print, "the exit handler")
+file = open(__import__("os").devnull)
+def fail(local=imported.Said()):
+    local.words = "in a traceback"
+    if {status}:
+        raise (RuntimeError if {status} == 1 else SystemExit({status}))
+fail()
+"""
+    ended = run_python(["-W", "always", "-c", source], capture_output=True, text=True, cwd=tmp_path)
+    first, *others = ended.stdout.splitlines()
+    assert first == "the exit handler"
+    assert sorted(others) == ["in a circle", "in a module", "in a traceback", "last"]
+    assert ended.stderr.count("ResourceWarning: unclosed file") == 1
+    assert ended.returncode == status
+
+
+def test_daemon_threads_do_not_outlive_what_they_use(kind):
+    source = """
+import threading, time
+def work():
+    while True:
+        time.sleep(0.0001)
+for _ in range(20):
+    threading.Thread(target=work, daemon=True).start()
+"""
+    ended = run_python(["-c", source], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_child_of_a_program_ends_as_the_interpreter_ends_it(kind):
+    source = """
+import atexit, json, os
+class Said:
+    def __del__(self): os.write(1, b"finalized\\n")
+json.kept = Said()  # in a module that was imported before
+if os.fork():
+    os.wait()
+    os._exit(0)
+"""
+    assert output_of(source) == "finalized\n"
 
 
 def test_a_failed_program_is_an_error_where_it_is_checked(kind):

@@ -3,7 +3,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import psycopg
@@ -127,7 +127,7 @@ def test_redis_forgets_on_restart_when_told_so():
 
 def test_a_redis_cluster_spreads_its_keys_and_survives_a_failover_and_a_crash(redis_server):
     names = [f"key {i}" for i in range(100)]
-    with RedisCluster(redis_server.binary, replicas=1) as cluster, cluster.client() as client:
+    with RedisCluster(redis_server.binary, replicas=1) as cluster, cluster.client() as client, ExitStack() as stack:
         for name in names:
             client.set(name, name)
         for node in cluster.nodes:
@@ -140,8 +140,15 @@ def test_a_redis_cluster_spreads_its_keys_and_survives_a_failover_and_a_crash(re
         cluster.wait_until_ok()
         cluster.start_node(1)
 
-        with closing(redis.RedisCluster.from_url(cluster.nodes[2].url)) as fresh:
+        def open_connections():
+            return sum(len(single.client_list(_type="normal")) for single in singles)
+
+        singles = [stack.enter_context(node.client()) for node in cluster.nodes]
+        before = open_connections()
+        with cluster.client(asked=2) as fresh:
             assert [fresh.get(name).decode() for name in names] == names
+            assert open_connections() > before
+        wait_until(lambda: open_connections() == before, "the client's connections to be closed")
 
 
 @pytest.mark.servers

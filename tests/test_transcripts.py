@@ -71,7 +71,7 @@ def texts(store, chat_history_id="h"):
 
 
 def branches(store, chat_history_id="h"):
-    found = store.list_chat_histories(limit=1000).items
+    found = store.list_chat_histories(branches=True, limit=1000).items
     return {info.chat_history_id for info in found if info.meta.get("branch_of") == chat_history_id}
 
 
@@ -152,7 +152,7 @@ class TestOutcomes:
         stored_turns(store, "a", "1", "b", "2")
         matched = match(store, "h", transcript_of("a", "1", "c"), keep_branches=False)
         assert (matched.outcome, matched.branch_id, texts(store)) == ("rewind", None, ["a", "1"])
-        assert [info.chat_history_id for info in store.list_chat_histories().items] == ["h"]
+        assert [info.chat_history_id for info in store.list_chat_histories(branches=True).items] == ["h"]
 
     @pytest.mark.parametrize("other", [transcript_of("### Task: a title"), transcript_of("x", "1", "b"), []])
     def test_what_has_nothing_in_common_is_refused(self, store, match, other):
@@ -161,6 +161,15 @@ class TestOutcomes:
         with pytest.raises(TranscriptError, match="Nothing was changed"):
             match(store, "h", other)
         assert store.get_chat_history("h") == before
+
+    @pytest.mark.parametrize(
+        ("stored", "other"),
+        [(("b\0c", "d"), ("b", "c\0d")), (('\1"b"', "c"), ("b", "c")), (("\ud800", "c"), ("?", "c"))],
+    )
+    def test_questions_with_any_characters_are_told_apart(self, store, match, stored, other):
+        stored_turns(store, "a", "1", stored[0], "2", stored[1], "3")
+        assert match(store, "h", transcript_of("a", "1", stored[0], "2", stored[1], "3", "new")).outcome == "append"
+        assert match(store, "h", transcript_of("a", "1", other[0], "2", other[1], "3", "new")).outcome == "rewind"
 
     def test_question_in_a_row_that_is_the_same_is_another_one(self, store, match):
         stored_turns(store, "yes", "1", "yes", "2")
@@ -265,6 +274,24 @@ class TestCost:
             reads.clear()
         assert matched.outcome == "regenerate"
 
+    @pytest.mark.full
+    def test_turn_of_a_long_transcript_takes_little_longer(self, tmp_path):
+        """Measured alone: 0.11 ms at 10 rounds, 0.58 ms at 3,000, of which no store takes any."""
+        store = SQLiteChatMessageStore(tmp_path / "h.db", durability="normal", last_k=None)
+        transcripts = {}
+        for rounds in (10, 3_000):
+            said = transcript_of(*(f"What does the palace look like at night? ({n})" for n in range(2 * rounds)))
+            write(store, match_transcript(store, f"h{rounds}", said[:-1]).messages, said[-1].text, f"h{rounds}")
+            transcripts[rounds] = [*said, user("And tomorrow?")]
+        took = {10: [], 3_000: []}
+        for rounds in [10, 3_000] * 50:
+            started = time.perf_counter()
+            matched = match_transcript(store, f"h{rounds}", transcripts[rounds])
+            took[rounds].append(time.perf_counter() - started)
+            assert (matched.outcome, len(matched.messages)) == ("append", 1)
+        store.close()
+        assert min(took[3_000]) < 10 * min(took[10])
+
     def test_edit_in_the_middle_is_found(self, store, reads):
         said = transcript_of(*map(str, range(400)))
         write(store, match_transcript(store, "h", said).messages)
@@ -350,6 +377,22 @@ class TestOthers:
             match_transcript(store, "h", transcript_of("a", "1", "b"))
         assert texts(store, f"h~{revision}") == ["a", "1", "b", "2"]
 
+    @pytest.mark.parametrize("known", [("a", "1"), ("a", "1", "b", "2")])
+    def test_round_that_another_adds_meanwhile_is_not_taken_for_the_whole_history(self, store, monkeypatch, known):
+        stored_turns(store, *known)
+        find = store.get_chat_history
+
+        def meanwhile(chat_history_id):
+            monkeypatch.undo()
+            info = find(chat_history_id)
+            stored_turns(store, *known, "from another tab", "3")
+            return info
+
+        monkeypatch.setattr(store, "get_chat_history", meanwhile)
+        with pytest.raises(ChatHistoryChangedError):
+            match_transcript(store, "h", transcript_of(*known, "new"))
+        assert texts(store) == [*known, "from another tab", "3"]
+
     def test_two_that_ask_for_another_answer_at_once_get_one(self, store, monkeypatch):
         stored_turns(store, "a", "1", "b", "2")
 
@@ -406,6 +449,9 @@ class TestOthers:
 def test_arguments_are_checked(store, match):
     for wrong in (
         {"transcript": ["a"]},
+        {"transcript": [user("a"), "a"]},
+        {"transcript": [user("a"), ChatMessage("user", [])]},
+        {"transcript": "a"},
         {"transcript": [user("a")], "question_id": ""},
         {"transcript": [user("a")], "is_retry": "no"},
         {"transcript": [user("a")], "keep_branches": None},

@@ -169,10 +169,28 @@ class TestRepliesNameTheirQuestion:
         run(writer, "h", [question("q0")], [ASSISTANT("a0", meta={"chat_message_id": "q0"})])
         assert ids(store.retrieve_messages("h")) == ["q0", reply_id("q0", 0)]
 
+    @pytest.mark.parametrize("named", ["q0", "nothing", 7, ["q1"]], ids=str)
+    @pytest.mark.parametrize("own", [{}, {"chat_message_id": reply_id("q0", 0)}], ids=["without id", "an earlier id"])
+    def test_a_reply_that_names_another_question_is_a_reply_all_the_same(self, run, store, writer, named, own):
+        """A generator may give its reply the meta of an answer that it was shown."""
+        run(writer, "h", [question("q0")], [ASSISTANT("Yes.")])
+        for text in ("Yes.", "No."):
+            meta = {"chat_question_id": named, **own}
+            written = run(writer, "h", [question("q1")], [ASSISTANT(text, meta=meta)])
+            assert [reply.text for reply in written["replies"]] == ["Yes."]
+        assert ids(store.retrieve_messages("h")) == ["q0", reply_id("q0", 0), "q1", reply_id("q1", 0)]
+        replies = run(ChatMessageRetriever(store), "h", current_messages=[question("q1")])["replies"]
+        assert replies == store.retrieve_messages("h")[-1:]
+
     def test_a_reply_with_an_id_of_its_own_keeps_it(self, run, store, writer):
         run(writer, "h", [question("q0")], [ASSISTANT("a0", meta={"chat_message_id": "mine"})])
         reply = store.retrieve_messages("h")[1]
         assert (reply.meta["chat_message_id"], reply.meta["chat_question_id"]) == ("mine", "q0")
+
+    def test_without_messages_a_reply_names_the_question_that_it_was_given_for(self, run, store, writer):
+        store.write_messages("h", [question("q0"), question("q1")])
+        run(writer, "h", [], [ASSISTANT("a0", meta={"chat_question_id": "q0"})])
+        assert store.retrieve_messages("h")[-1].meta["chat_question_id"] == "q0"
 
     def test_what_is_passed_in_is_not_changed(self, run, writer):
         messages, replies = [USER("q0"), CALLING], [ASSISTANT("a0")]

@@ -9,8 +9,9 @@ before it. So if the newest stored question has the digest of the transcript, th
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from haystack.dataclasses import ChatMessage, ChatRole, TextContent
@@ -27,30 +28,46 @@ from haystack_chat_store.ids import (
     reply_id,
 )
 from haystack_chat_store.types import TranscriptOutcome
+from haystack_chat_store.validation import validated_messages
 
 # The fields of images and files in which a client may differ from itself.
 _INCIDENTAL_FIELDS = ("meta", "validation")
-# The number of bytes of a digest.
-_DIGEST_SIZE = 16
+# The number of hexadecimal digits of a digest.
+_DIGEST_LENGTH = 32
+# What ends a question in the text that a digest is made of, and what begins one that stands there as JSON.
+_END, _JSON_FOLLOWS = "\0", "\1"
 
 
 class Transcript(NamedTuple):
     """
-    What a client has sent, without system messages.
+    What a client has sent. System messages count for nothing.
 
     :param messages: The messages, oldest first.
-    :param starts: The indexes of the questions. Blank user messages, and those that hooks added, are none.
-    :param keys: The content of each question, in a form that is equal if the contents are.
+    :param keys: The content of each question, in a form that is equal if the contents are. Blank user messages, and
+        those that hooks added, are no questions.
     """
 
     messages: list[ChatMessage]
-    starts: list[int]
     keys: list[Any]
 
-    def round(self, number: int) -> list[ChatMessage]:
-        """Return a question and what follows it, up to the next question."""
-        end = self.starts[number + 1] if number + 1 < len(self.starts) else len(self.messages)
-        return self.messages[self.starts[number] : end]
+    def rounds_from(self, number: int) -> list[list[ChatMessage]]:
+        """Return each question from one on, 0 for the first, with what follows it. The cost is that of these rounds."""
+        rounds: list[list[ChatMessage]] = []
+        others: list[ChatMessage] = []
+        for message in reversed(self.messages):
+            if len(rounds) == len(self.keys) - number:
+                break
+            if message._role is not ChatRole.SYSTEM:
+                others.append(message)
+            if _asked_key(message):
+                rounds.append(others[::-1])
+                others = []
+        return rounds[::-1]
+
+    def preamble(self) -> list[ChatMessage]:
+        """Return what comes before the first question."""
+        before = takewhile(lambda message: not _asked_key(message), self.messages)
+        return [message for message in before if message._role is not ChatRole.SYSTEM]
 
 
 class Conversation(NamedTuple):
@@ -99,19 +116,31 @@ class Plan:
     known: int
     questions: int
     users: int
-    digest: "hashlib.blake2b"
+    digest: "hashlib._Hash"
     is_asked_again: bool = False
 
 
-def transcript_of(messages: Sequence[ChatMessage]) -> Transcript:
-    """Find the questions in what a client has sent. Its length is that of the conversation, so each step counts."""
-    said = [message for message in messages if message._role is not ChatRole.SYSTEM]
-    starts, keys = [], []
-    for place, message in enumerate(said):
-        if message._role is ChatRole.USER and (key := _key(message)) and question_id_of(message) is None:
-            starts.append(place)
-            keys.append(key)
-    return Transcript(said, starts, keys)
+def transcript_of(messages: Iterable[ChatMessage]) -> Transcript:
+    """
+    Find the questions in what a client has sent.
+
+    A transcript is as long as its conversation, so what is done for each of its messages is what a turn costs.
+
+    :raises ValueError: If the value is not an iterable, or an item is not a `ChatMessage`. Messages with known texts
+        are looked at no closer than it takes to see that.
+    """
+    listed = list(messages) if isinstance(messages, (list, tuple)) else validated_messages(messages, "transcript")
+    user, hooks_key = ChatRole.USER, QUESTION_ID_KEY  # to look them up each time would take twice as long
+    try:
+        contents = [
+            None if message._meta and hooks_key in message._meta else message._content
+            for message in listed
+            if message._role is user
+        ]
+        keys: list[Any] = list(map(str.strip, [part.text for (part,) in contents]))  # type: ignore[misc, union-attr]
+    except (AttributeError, TypeError, ValueError):  # there are other parts than a text, or other values than messages
+        keys = [_asked_key(message) for message in validated_messages(listed, "transcript")]
+    return Transcript(listed, keys if all(keys) else [key for key in keys if key])
 
 
 def conversation_of(messages: Sequence[ChatMessage]) -> Conversation:
@@ -150,7 +179,7 @@ def plan_from_end(
         return None
     keys = asked.keys[: place.number]
     digest = _digest_of(keys)
-    if len(keys) < place.number or digest.hexdigest() != place.digest:
+    if len(keys) < place.number or digest.hexdigest()[:_DIGEST_LENGTH] != place.digest:
         return None
     # An end that is the beginning, too, such as "yes" of "yes", "no", "yes": the transcript may also be a window.
     if keys.count(keys[0]) > 1 and len(_overlaps(keys, keys)) > 1:
@@ -184,7 +213,7 @@ def plan_from_all(asked: Transcript, stored: Conversation) -> Plan:
 
     # A client that cuts off the beginning sends the end of the history. It counts if the beginning does not fit at all,
     # or if more of the answers agree: "yes", "yes", "yes".
-    said = [_answer(asked.round(number)) for number in range(all_asked)]
+    said = list(map(_answer, asked.rounds_from(0)))
     stored_answers = list(map(_answer, stored.rounds))
     overlaps = [length for length in _overlaps(asked_keys, stored_keys) if length < all_stored and all_asked > 1]
     agreeing = {length: _agreeing(said, stored_answers[all_stored - length :]) for length in overlaps}
@@ -250,22 +279,23 @@ def new_messages(
     if plan.is_asked_again:
         return [stored.rounds[plan.kept - 1][0]]
     new: list[ChatMessage] = []
+    rounds = asked.rounds_from(max(plan.known - 1, 0))
+    validated_messages([message for round_ in rounds for message in round_], "transcript")
     if plan.kept and len(stored.rounds[plan.kept - 1]) == 1:  # the client may have an answer that was never stored
         question_id_before = message_id_of(stored.rounds[plan.kept - 1][0])
-        said = [each for each in asked.round(plan.known - 1) if each.role is not ChatRole.USER and said_parts(each)]
+        said = [each for each in rounds[0] if each.role is not ChatRole.USER and said_parts(each)]
         new += _answering(said, str(question_id_before))
     digest, questions, users = plan.digest.copy(), plan.questions, plan.users
-    for number in range(plan.known, len(asked.keys)):
-        question, *others = asked.round(number)
-        digest.update(f"{', ' if questions else ''}{_json(asked.keys[number])}".encode())
+    for number, (question, *others) in enumerate(rounds[bool(plan.known) :], plan.known):
+        digest.update(_text_of([asked.keys[number]]))
         questions += 1
-        place = Place(questions, users, digest.hexdigest())
+        place = Place(questions, users, digest.hexdigest()[:_DIGEST_LENGTH])
         is_newest = number == len(asked.keys) - 1
         own_id = (question_id if is_newest else None) or message_id_of(question) or place.digest
         if with_preamble and number == 0:
             new += [
                 _with_meta(each, {MESSAGE_ID_KEY: message_id_of(each) or f"{place.digest}:before:{index}"})
-                for index, each in enumerate(asked.messages[: asked.starts[0]])
+                for index, each in enumerate(asked.preamble())
             ]
         new.append(_with_meta(question, {MESSAGE_ID_KEY: own_id, TRANSCRIPT_KEY: ":".join(map(str, place))}))
         new += _answering(others, own_id)
@@ -314,9 +344,34 @@ def _part_key(part: Any) -> Any:
     return [type(part).__name__, fields]
 
 
-def _digest_of(keys: Sequence[Any]) -> "hashlib.blake2b":
+def _asked_key(message: ChatMessage) -> Any:
+    """Return the key of a question, or something empty if the message is none."""
+    return _key(message) if message._role is ChatRole.USER and question_id_of(message) is None else ""
+
+
+def _digest_of(keys: Sequence[Any]) -> "hashlib._Hash":
     """Begin the digest of a conversation."""
-    return hashlib.blake2b(_json(keys)[:-1].encode(), digest_size=_DIGEST_SIZE)  # without the end of the list
+    return hashlib.sha256(_text_of(keys))
+
+
+def _text_of(keys: Sequence[Any]) -> bytes:
+    """
+    Return what the digest of a conversation takes in for some of its questions, one after the other.
+
+    Each ends with a NUL. What is no text, or has a character with a meaning here, stands there as JSON.
+    """
+    try:
+        text = "".join(keys)
+        are_plain = _END not in text and _JSON_FOLLOWS not in text
+    except TypeError:
+        are_plain = False
+    texts = keys if are_plain else map(_text_or_json, keys)
+    return "".join([_END.join(texts), _END if keys else ""]).encode("utf-8", "surrogatepass")
+
+
+def _text_or_json(key: Any) -> str:
+    is_plain = isinstance(key, str) and _END not in key and _JSON_FOLLOWS not in key
+    return key if is_plain else _JSON_FOLLOWS + _json(key)
 
 
 def _json(value: Any) -> str:

@@ -82,6 +82,9 @@ class Rule23MovingTest(ContractTest):
 
     def test_any_message_survives(self, store: ClosableStore, elsewhere: InMemoryChatMessageStore) -> None:
         calls = Calls(is_async=False)
+        # Where the engine lacks an operation, the test is skipped here: hypothesis would look for the least example.
+        calls.write(elsewhere, "chat", [user()])
+        transfer.copy_histories(elsewhere, store)  # type: ignore[arg-type]  # a protocol
         written = 0
 
         @settings(

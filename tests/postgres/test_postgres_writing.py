@@ -3,13 +3,18 @@
 
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
 from haystack.dataclasses import ChatMessage
-from postgres_stores import DOCUMENTATION, execute, said, say, store_at, stores_on
+from haystack.utils import Secret
+from postgres_stores import DOCUMENTATION, execute, said, say, statements_of, store_at, stores_on
+from servers import wait_until
 
 from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.stores.postgres import PostgresChatMessageStore
+from haystack_chat_store.stores.postgres.schema import history_key
 from haystack_chat_store.testing.concurrency import assert_whole_and_in_order, in_threads, planned_batches, to_messages
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import conversation, with_id
@@ -85,6 +90,84 @@ def test_messages_without_their_history_are_an_error_and_not_waited_for(store, s
     server.execute(f"DELETE FROM {store.schema_name}.haystack_chat_histories")
     with pytest.raises(StoreUnavailableError, match="unique violation"):
         store.write_messages("history", [with_id("a"), with_id("b")])
+
+
+# ---------------------------------------------------------------------- first revisions
+
+
+@pytest.fixture
+def held(server, make_store):
+    """A store whose statements wait before they insert a history, and a function that lets them go on."""
+    store = make_store()
+    store.delete_messages("history")  # makes the tables
+    waits = f"{store.schema_name}.waits"
+    execute(
+        server.url,
+        f"CREATE FUNCTION {waits}() RETURNS trigger LANGUAGE plpgsql AS "
+        "'BEGIN PERFORM pg_advisory_xact_lock_shared(hashtext(TG_TABLE_SCHEMA)); RETURN NEW; END'",
+        f"CREATE TRIGGER waits BEFORE INSERT ON {store.schema_name}.haystack_chat_histories FOR EACH ROW "
+        f"WHEN (current_setting('application_name') = 'held') EXECUTE FUNCTION {waits}()",
+    )
+    held = PostgresChatMessageStore(
+        Secret.from_token(f"{server.url}?application_name=held"), schema_name=store.schema_name, last_k=None
+    )
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute("SELECT pg_advisory_lock(hashtext(%s))", [store.schema_name])
+        yield held, lambda: connection.execute("SELECT pg_advisory_unlock_all()")
+    held.close()
+
+
+def wait_until_a_statement_waits(server):
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'held' AND wait_event_type = 'Lock'"
+    wait_until(lambda: server.execute(waiting) == [(1,)], "the statement to wait")
+
+
+def deletions(server, store):
+    return server.execute(f"SELECT deleted_revision FROM {store.schema_name}.haystack_chat_namespaces")
+
+
+@pytest.mark.parametrize("is_first_deletion", [True, False], ids=["the first deletion", "a later one"])
+def test_a_history_that_was_deleted_during_its_first_append_has_greater_revisions(
+    store, held, server, calls, is_first_deletion
+):
+    """The statement has read the revisions of deleted histories before."""
+    slow, release = held
+    say(store, "once", history="another")
+    if not is_first_deletion:
+        store.delete_messages("another")
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(calls.write, slow, "history", [with_id("slow")])
+        wait_until_a_statement_waits(server)
+        for number in range(3):
+            say(store, f"{number}")
+        before = store.get_chat_history("history").revision
+        store.delete_messages("history")
+        release()
+        assert writing.result(timeout=30) == 1
+    assert deletions(server, store) == [(before,)]
+    assert store.get_chat_history("history").revision > before
+    assert store.count_messages("history") == 1
+
+
+def test_a_history_that_was_made_and_deleted_while_its_first_append_waited_for_it_has_greater_revisions(
+    store, server, calls
+):
+    """The append waits for the transaction that makes the history, because both would have the same key."""
+    say(store, "once", history="another")
+    statements, key = statements_of(store), history_key(store.scope, "history")
+    url = f"{server.url}?application_name=held"
+    held = PostgresChatMessageStore(Secret.from_token(url), schema_name=store.schema_name)
+    with psycopg.connect(server.url) as other, ThreadPoolExecutor(1) as pool:
+        other.execute(statements.make_history, {"key": key, "namespace": store.scope.namespace, "id": "history"})
+        writing = pool.submit(calls.write, held, "history", [with_id("slow")])
+        wait_until_a_statement_waits(server)
+        grow = f"UPDATE {store.schema_name}.haystack_chat_histories SET revision = 7 WHERE history_key = %s"
+        other.execute(grow, [key])
+        other.execute(statements.delete_histories, {"keys": [key]})
+        other.commit()
+        assert writing.result(timeout=30) == 1
+    held.close()
+    assert store.get_chat_history("history").revision > 7
 
 
 # ---------------------------------------------------------------------- deleting everything

@@ -166,7 +166,8 @@ def limited_in_size(path):
     """The system refuses to let the files grow, as with a quota."""
     resource = pytest.importorskip("resource", reason="this platform does not limit the size of files")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(f"{path}-wal") + 100, hard))
+    largest = max(os.path.getsize(path + ending) for ending in ("", *SIDE_FILES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest + 100, hard))
     try:
         yield
     finally:

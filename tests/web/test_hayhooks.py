@@ -67,7 +67,7 @@ def texts(app, history):
 
 def histories(app):
     with closing(SQLiteChatMessageStore(app.folder / "chat_history.db")) as store:
-        return {info.chat_history_id for info in store.list_chat_histories().items}
+        return {info.chat_history_id for info in store.list_chat_histories(branches=True).items}
 
 
 def seen(number, last):

@@ -131,11 +131,11 @@ class Session:
         """
         Execute a statement that appends messages.
 
-        :returns: False if nothing was appended: the history has one of the messages, or was deleted meanwhile.
+        :returns: False if nothing was appended: the history does not exist, or has one of the messages.
         """
         try:
             return bool((await self.run(statement, parameters, prepare=True)).rowcount)
-        except (psycopg.errors.UniqueViolation, psycopg.errors.NotNullViolation):
+        except psycopg.errors.UniqueViolation:
             return False
 
     async def vacuum(self, statement: str) -> bool:

@@ -27,7 +27,7 @@ from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.terms import tsvectors
-from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, round_count
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 
 # An import sends up to this many characters in one statement, or one message.
@@ -63,9 +63,11 @@ class Writing(Engine[Session]):
         policy: DuplicatePolicy,
         expected_revision: int | None,
     ) -> int:
-        """Append in one statement if nothing is replaced or expected, and no other writer interferes."""
+        """Append in one statement if the history exists, nothing is replaced or expected, and no writer interferes."""
         if policy is DuplicatePolicy.SKIP and expected_revision is None:
             appended = await _append_new(session, scope, chat_history_id, messages)
+            if appended is None:
+                appended = await session.in_transaction(_append_first, scope, chat_history_id, messages)
             if appended is not None:
                 return appended
         return await session.in_transaction(_append_locked, scope, chat_history_id, messages, policy, expected_revision)
@@ -134,7 +136,8 @@ async def _append_new(
     """
     Append the messages that the history does not have, without a lock. Return their number.
 
-    :returns: `None` if nothing was appended, because another writer has appended one of them or changed the history.
+    :returns: `None` if nothing was appended, because the history does not exist, or because another writer has appended
+        one of them or changed the history.
     """
     key = history_key(scope, chat_history_id)
     ids = _caller_ids(messages)
@@ -145,8 +148,19 @@ async def _append_new(
         return 0
     statement = session.statements.append_rest if known else session.statements.append_all
     parameters = await _append_parameters(session, scope, chat_history_id, new)
-    parameters |= {"version": known[0][3] if known else None, "revision": None}
+    parameters["version"] = known[0][3] if known else None
     return len(new) if await session.try_append(statement, parameters) else None
+
+
+async def _append_first(
+    session: Session, scope: Scope, chat_history_id: str, messages: Sequence[EncodedMessage]
+) -> int | None:
+    """Append to a history that does not exist. Return the number of messages, or `None` if it exists."""
+    if not await _make(session, scope, chat_history_id):
+        return None
+    parameters = await _append_parameters(session, scope, chat_history_id, messages)
+    await session.run(session.statements.append_first, parameters, prepare=True)
+    return len(messages)
 
 
 async def _append_locked(
@@ -176,7 +190,7 @@ async def _append_locked(
         await session.run(session.statements.overwrite, {**sent, "key": key, "revision": history.next_revision})
         parameters["rounds"] += round_count(list(plan.replaced.values()))
         parameters["rounds"] -= sum(role == "user" for _, role in plan.replaced)
-    await session.run(session.statements.append_all, parameters, prepare=True)
+    await session.run(session.statements.append_locked, parameters, prepare=True)
     return len(plan.new) + len(plan.replaced)
 
 
@@ -236,7 +250,7 @@ async def _replace_locked(
     new = [message for message in messages if known.get(message.message_id, start) >= start]
     if new:
         parameters = await _append_parameters(session, scope, chat_history_id, new)
-        await session.run(session.statements.append_all, {**parameters, **revision}, prepare=True)
+        await session.run(session.statements.append_locked, {**parameters, **revision}, prepare=True)
     return len(new)
 
 
@@ -321,6 +335,7 @@ async def _append_imported(
             "namespace": scope.namespace,
             "title": history.title,
             "meta": history.meta,
+            "branch_of": branch_origin(history.chat_history_id, history.meta),
             "created_at": history.created_at,
             "updated_at": history.updated_at,
         }
@@ -379,7 +394,6 @@ async def _append_parameters(
         **await _sent(session, new),
         "key": history_key(scope, chat_history_id),
         "namespace": scope.namespace,
-        "id": chat_history_id,
         "count": len(new),
         "rounds": round_count(new),
     }

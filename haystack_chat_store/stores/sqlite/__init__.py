@@ -7,6 +7,7 @@ from typing_extensions import Self
 
 from haystack_chat_store.conversation.rounds import LastKUnit
 from haystack_chat_store.stores.base import BaseChatMessageStore
+from haystack_chat_store.stores.sqlite import files
 from haystack_chat_store.stores.sqlite.connections import Durability, Settings
 from haystack_chat_store.stores.sqlite.engine import SQLiteEngine
 from haystack_chat_store.validation import validated_seconds
@@ -78,7 +79,7 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         self.timeout = validated_seconds(timeout, "timeout", 0, 1_000_000)
         super().__init__(
             # Relative to where the process was when the store was made, wherever it goes later.
-            SQLiteEngine(Settings(os.path.abspath(self.path), durability, self.timeout, search)),
+            SQLiteEngine(Settings(files.path_of_database(self.path), durability, self.timeout, search)),
             skip_system_messages=skip_system_messages,
             last_k=last_k,
             last_k_unit=last_k_unit,

@@ -11,20 +11,18 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from haystack import logging
 
-from haystack_chat_store.errors import ChatMessageStoreError, StoreConfigurationError, StoreUnavailableError
+from haystack_chat_store.errors import ChatMessageStoreError, StoreUnavailableError
 from haystack_chat_store.stores.connection_registry import ConnectionRegistry, keep_alive_forever
 from haystack_chat_store.stores.sqlite import failures, schema
 from haystack_chat_store.stores.sqlite.files import (
     JOURNAL,
-    LOG,
     LOG_INDEX,
     Connection,
-    Files,
     Identity,
     can_be_written,
     check_unchanged,
@@ -36,7 +34,11 @@ from haystack_chat_store.stores.sqlite.files import (
     has_content,
     identity,
     leaves_traces_of_reading,
+    log_of_moved,
+    make_database,
     refuse_log_without_database,
+    remove_empty_log,
+    write_log_to_database,
 )
 
 logger = logging.getLogger(__name__)
@@ -242,7 +244,7 @@ class Database:
             time.sleep(_POLL_SECONDS)
         while any(connection.has_log_at(path) for connection in self._lent_to_others()):
             if time.monotonic() > deadline:
-                raise _log_of_moved(path, "Another thread is still using it. Try again.")
+                raise log_of_moved(path, "Another thread is still using it. Try again.")
             time.sleep(_POLL_SECONDS)
         with self._leaving_lock:
             for connection in [*self._idle_writers, *self._idle_readers]:
@@ -257,9 +259,9 @@ class Database:
             idle.remove(connection)
         try:
             if connection.is_writable:
-                _write_log_to_database(connection, path, deadline)
+                write_log_to_database(connection, path, deadline)
             elif connection.has_log_at(path):
-                raise _log_of_moved(path, "Another process has to write it there.")
+                raise log_of_moved(path, "Another process has to write it there.")
         except BaseException:
             with self._lock:
                 idle.append(connection)
@@ -363,9 +365,24 @@ class Database:
         """
         Lend a new connection for writing, or `None` if the file was moved or replaced meanwhile.
 
-        It makes the tables of a new file.
+        If there is no file, it makes one.
         """
-        path, timeout = self.settings.path, self.settings.timeout
+        path = self.settings.path
+        if not has_content(path) and identity(path) is None:
+            remove_empty_log(path)
+            make_database(path, self.settings.timeout, lambda connection: schema.migrate(connection, path))
+        before = identity(path)
+        if before is None:
+            return None
+        try:
+            return self._writer_to(before)
+        except (sqlite3.Error, ChatMessageStoreError):
+            if identity(path) == before:
+                raise
+            return None
+
+    def _writer_to(self, database: Identity) -> Connection | None:
+        path = self.settings.path
         if has_content(path):
             if os.access(path, os.R_OK) and not can_be_written(path):
                 raise StoreUnavailableError(
@@ -374,25 +391,18 @@ class Database:
             self._look_at(path)
         else:
             refuse_log_without_database(path)
-        before = identity(path)
-        connection = self._lent_new(lambda: connected(path, timeout))
-        opened = identity(path)
-        if before not in (None, opened):
-            self._take_back(connection, is_sound=False)
-            return None
+        connection = self._lent_new(lambda: connected(path, self.settings.timeout))
         try:
-            try:
-                _make_ready(connection, self.settings)
-            finally:
-                connection.files = Files(opened, identity(path + LOG))
-                connection.index = identity(path + LOG_INDEX)
-        except BaseException:
-            self._take_back(connection, is_sound=False)
-            raise
-        if not connection.is_to_files_at(path):
-            self._take_back(connection, is_sound=False)
-            return None
-        return connection
+            schema.is_current(connection, path)  # which opens the log
+            if identity(path) == database:  # else the log may be another database's: nothing was written to it
+                schema.make_ready(connection, path, self.settings.durability, self.settings.timeout)
+                files, index = files_at(path), identity(path + LOG_INDEX)
+                if files.database == database and files.log is not None:
+                    connection.files, connection.index = files, index
+        finally:
+            if connection.files is None:
+                self._take_back(connection, is_sound=False)
+        return None if connection.files is None else connection
 
     def _look_at(self, path: str) -> None:
         """Refuse another program's file before it is opened for writing, which already may change it."""
@@ -448,7 +458,7 @@ class Database:
                 self._lent.discard(connection)
                 idle.append(connection)
                 return
-        self._save_log_of_moved(connection)
+        self._savelog_of_moved(connection)
         with self._lock:  # a fork waits for it: the child of a half-closed connection could take no locks
             self._lent.discard(connection)
             connection.close()  # which rolls back what was under way
@@ -462,17 +472,17 @@ class Database:
                         if not idle:
                             break
                         connection = idle.pop()
-                    self._save_log_of_moved(connection)
+                    self._savelog_of_moved(connection)
                     connection.close()
 
-    def _save_log_of_moved(self, connection: Connection) -> None:
+    def _savelog_of_moved(self, connection: Connection) -> None:
         """Before a connection is closed whose file was moved, write everything that is in its log to its file."""
         path = self.settings.path
         if connection.is_writable and connection.files is not None and not connection.is_to_files_at(path):
             try:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
-                _write_log_to_database(connection, path, time.monotonic() + self.settings.timeout)
+                write_log_to_database(connection, path, time.monotonic() + self.settings.timeout)
             except (sqlite3.Error, ChatMessageStoreError) as error:
                 logger.warning(
                     "{path} was moved, replaced or deleted while it was in use. Its log may be left: {error}",
@@ -524,61 +534,8 @@ def _begin(connection: Connection, settings: Settings, deadline: float) -> None:
         connection.execute(f"PRAGMA busy_timeout = {round(1000 * settings.timeout)}")
 
 
-def _make_ready(connection: Connection, settings: Settings) -> None:
-    """
-    Prepare a new connection for writing, and make the tables of a new file.
-
-    Only what comes after that has the durability that was chosen: a power cut never takes a file with its tables.
-    """
-    is_current = schema.is_current(connection, settings.path)  # first: a newer database stays untouched
-    connection.execute("PRAGMA trusted_schema = OFF")
-    connection.execute("PRAGMA synchronous = full")
-    _switch_to_wal(connection, settings.path, time.monotonic() + settings.timeout)
-    if not is_current:
-        schema.migrate(connection, settings.path)
-    connection.execute(f"PRAGMA synchronous = {settings.durability}")
-
-
-def _write_log_to_database(connection: Connection, path: str, deadline: float) -> None:
-    """
-    Write everything in the log of a database that lies no longer at the path to it, and remove the log.
-
-    :raises StoreUnavailableError: If other processes use the log for too long. Nothing was lost.
-    """
-    while True:
-        is_busy, _, _ = connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()
-        if not is_busy:
-            # No other process can write to the log while it is removed. Each finds out before its next write.
-            connection.execute("BEGIN IMMEDIATE")
-            files, is_own_log = files_at(path), False
-            if connection.files is not None:
-                is_own_log = files.log is not None and files.log == connection.files.log
-            if not is_own_log or content(path + LOG).size == 0:
-                for ending, own in ((LOG, is_own_log), (LOG_INDEX, identity(path + LOG_INDEX) == connection.index)):
-                    if own:
-                        with suppress(FileNotFoundError):
-                            os.remove(path + ending)
-                connection.execute("ROLLBACK")
-                break
-            connection.execute("ROLLBACK")
-        if time.monotonic() > deadline:
-            raise _log_of_moved(path, "Another process is still reading it. Try again.")
-    logger.warning(
-        "{path} was moved, replaced or deleted while it was in use. All messages up to then are in the file that was "
-        "there.",
-        path=path,
-    )
-
-
 def _is_of_missing_rights(error: sqlite3.OperationalError) -> bool:
     return "unable to open" in str(error) or "readonly" in str(error)
-
-
-def _log_of_moved(path: str, then: str) -> StoreUnavailableError:
-    return StoreUnavailableError(
-        f"{path} was moved or replaced while it was in use, and {path}{LOG} still holds messages of the file that was "
-        f"there before. Nothing was changed. {then}"
-    )
 
 
 def _interrupted_write(path: str) -> StoreUnavailableError:
@@ -587,20 +544,6 @@ def _interrupted_write(path: str) -> StoreUnavailableError:
         "file cannot be read. Any call that writes undoes it first; where nothing can be written, copy both files to "
         "another folder."
     )
-
-
-def _switch_to_wal(connection: sqlite3.Connection, path: str, deadline: float) -> None:
-    """Let readers and a writer work side by side. The switch stays in the file."""
-    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-        try:
-            if connection.execute("PRAGMA journal_mode = wal").fetchone()[0] != "wal":
-                raise StoreConfigurationError(f"{path} does not allow SQLite's WAL mode. Is it on a network drive?")
-            return
-        except sqlite3.OperationalError as error:
-            # Here SQLite does not wait for other processes that make the switch at the same time.
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
 
 
 def _deny(*_: object) -> int:

@@ -13,13 +13,26 @@ import shutil
 import sqlite3
 import stat
 import tempfile
-from contextlib import closing, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
+
+from haystack import logging
 
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 
+logger = logging.getLogger(__name__)
+
 LOG, LOG_INDEX, JOURNAL = "-wal", "-shm", "-journal"
+
+# How the names of files begin that are not complete yet.
+_TEMPORARY = ".haystack-chat-store."
+# How long a process may take that is about to remove an empty log.
+_REMOVAL_SECONDS = 0.5
+_POLL_SECONDS = 0.005
 
 #: Device and inode of a file, or `None` if there is no file.
 Identity = tuple[int, int] | None
@@ -48,7 +61,7 @@ class Connection(sqlite3.Connection):
     A connection of this package.
 
     :ivar is_writable: Whether it may change the database.
-    :ivar files: What it has open. `None` until it is ready, and for a connection to `unchanging` files or to none.
+    :ivar files: What it has open. `None` until that is known, and for a connection to `unchanging` files or to none.
     :ivar unchanging: The contents of a database and its log that nothing in their place can change. The connection is
         of use only as long as they are these.
     :ivar thread_id: The thread that uses it.
@@ -85,6 +98,16 @@ class Connection(sqlite3.Connection):
         super().close()
         if self.copies is not None:
             self.copies.cleanup()
+
+
+def path_of_database(path: str) -> str:
+    """
+    Return the absolute path of a database, from where the process is now.
+
+    If it is a symbolic link, it leads to the file that it names now: SQLite keeps the log beside that file.
+    """
+    path = os.path.abspath(path)
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def identity(path: str) -> Identity:
@@ -159,10 +182,82 @@ def connected_read_only(path: str, timeout: float) -> Connection:
 
 
 def connected(path: str, timeout: float) -> Connection:
-    """Connect to a database, or make an empty one."""
-    connection = _connected(path, timeout, uri=False)
+    """Connect to a database that is there. Nothing takes its place if it was moved just now."""
+    connection = _connected(f"{Path(path).as_uri()}?mode=rw", timeout, uri=True)
     connection.is_writable = True
     return connection
+
+
+def make_database(path: str, timeout: float, prepare: Callable[[Connection], None]) -> None:
+    """
+    Make a new database. It appears at the path when it is complete and on the disk, so none that is half made is moved.
+
+    If another process is faster, its database stays.
+
+    :param prepare: Makes the tables. A power cut in the middle leaves no trace at the path: nothing need be flushed.
+    """
+    temporary = os.path.join(os.path.dirname(path), f"{_TEMPORARY}{uuid4().hex}")
+    with suppress(FileExistsError), _appearing(temporary, path):
+        with closing(_connected(temporary, timeout, uri=False)) as connection:
+            connection.execute("PRAGMA synchronous = off")
+            connection.execute("PRAGMA journal_mode = memory")
+            prepare(connection)
+            connection.execute("PRAGMA journal_mode = wal")
+
+
+def remove_empty_log(path: str) -> None:
+    """
+    Remove the log that was left of a database that is not there, if it is empty, and its index.
+
+    A process that finds its database moved removes both itself, and has a moment to do so. No database is made beside
+    them: its messages would go to the log that this process takes for its own.
+
+    :raises StoreConfigurationError: If the log has content.
+    """
+    waits_until = time.monotonic() + _REMOVAL_SECONDS
+    while identity(path) is None and (identity(path + LOG) or identity(path + LOG_INDEX)):
+        if time.monotonic() > waits_until:
+            refuse_log_without_database(path)
+            for ending in (LOG_INDEX, LOG):
+                with suppress(FileNotFoundError):
+                    os.remove(path + ending)
+        time.sleep(_POLL_SECONDS)
+
+
+def write_log_to_database(connection: Connection, path: str, deadline: float) -> None:
+    """
+    Write everything in the log of a database that lies no longer at the path to it, and remove the log.
+
+    :raises StoreUnavailableError: If other processes use the log for too long. Nothing was lost.
+    """
+    while connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()[0]:
+        if time.monotonic() > deadline:
+            raise log_of_moved(path, "Another process is still reading it. Try again.")
+    # From now on, each process that has this database open finds out before it writes. If there is anything in the log
+    # all the same, it is of a database that was put at the path meanwhile, or moved back there: it stays.
+    connection.execute("BEGIN IMMEDIATE")  # nobody writes to the log while it is removed
+    log = content(path + LOG)
+    is_own = connection.files is not None and log.identity == connection.files.log
+    if log.identity is None or (is_own and log.size == 0):
+        # The log goes last: as long as it is there, no new database is made at the path, which could find the index.
+        if connection.index is not None and identity(path + LOG_INDEX) == connection.index:
+            os.remove(path + LOG_INDEX)
+        if is_own and log.identity is not None:
+            os.remove(path + LOG)
+    connection.execute("ROLLBACK")
+    logger.warning(
+        "{path} was moved, replaced or deleted while it was in use. All messages up to then are in the file that was "
+        "there.",
+        path=path,
+    )
+
+
+def log_of_moved(path: str, then: str) -> StoreUnavailableError:
+    """Return the error that tells of a log that cannot be written to its database now."""
+    return StoreUnavailableError(
+        f"{path} was moved or replaced while it was in use, and {path}{LOG} still holds messages of the file that was "
+        f"there before. Nothing was changed. {then}"
+    )
 
 
 def can_be_written(path: str) -> bool:
@@ -219,26 +314,37 @@ def back_up(source: sqlite3.Connection, path: str) -> None:
     """
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-    folder = os.path.dirname(path)
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=".haystack-chat-store.", dir=folder)
+        descriptor, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=os.path.dirname(path))
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None
     os.close(descriptor)
     try:
-        with closing(_connected(temporary, 0, uri=False)) as target:
-            target.execute("PRAGMA synchronous = full")
+        with _appearing(temporary, path), closing(_connected(temporary, 0, uri=False)) as target:
+            target.execute("PRAGMA synchronous = off")
             source.backup(target)
             target.execute("PRAGMA journal_mode = delete")
-        _sync(temporary)
-        _move_where_nothing_is(temporary, path)
     except sqlite3.Error as error:
         raise StoreUnavailableError(f"The backup to {path} failed: {error}.") from error
+
+
+@contextmanager
+def _appearing(temporary: str, path: str) -> Iterator[None]:
+    """
+    Have a file that is made under another name appear at a path when it is complete and on the disk.
+
+    :raises FileExistsError: If there is something at the path then.
+    """
+    try:
+        yield
+        _sync(temporary)
+        _move_where_nothing_is(temporary, path)
     finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+        for ending in ("", LOG, LOG_INDEX, JOURNAL):
+            with suppress(FileNotFoundError):
+                os.unlink(temporary + ending)
     if os.name == "posix":  # Windows cannot open a folder
-        _sync(folder)
+        _sync(os.path.dirname(path))
 
 
 def _move_where_nothing_is(source: str, target: str) -> None:

@@ -3,6 +3,7 @@
 
 import re
 import sqlite3
+import time
 from itertools import chain
 
 from haystack import logging
@@ -29,7 +30,7 @@ MIGRATIONS: list[list[str]] = [
             created_at INTEGER NOT NULL,  -- microseconds since 1970, UTC
             updated_at INTEGER NOT NULL,
             expires_at INTEGER,
-            branch_of TEXT,  -- the id of the history that this one branched off
+            branch_of TEXT,  -- the id of the history that this one branched off: see `rows.branch_origin`
             title TEXT,
             meta TEXT,  -- a JSON object
             preview TEXT,
@@ -188,6 +189,21 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
         )
 
 
+def make_ready(connection: sqlite3.Connection, path: str, durability: str, timeout: float) -> None:
+    """
+    Prepare a new connection for writing, and make the tables of a new file.
+
+    Only what comes after that has the durability that was chosen: a power cut never takes a file with its tables.
+    """
+    has_tables = is_current(connection, path)  # first: a newer database stays untouched
+    connection.execute("PRAGMA trusted_schema = OFF")
+    connection.execute("PRAGMA synchronous = full")
+    _switch_to_wal(connection, path, time.monotonic() + timeout)
+    if not has_tables:
+        migrate(connection, path)
+    connection.execute(f"PRAGMA synchronous = {durability}")
+
+
 def missing(connection: sqlite3.Connection) -> dict[str, str]:
     """Return the indexes and views that the database does not have, each with the statement that makes it."""
     made = {found[1]: statement for statement in chain(*MIGRATIONS) if (found := _INDEX_OR_VIEW.match(statement))}
@@ -202,3 +218,17 @@ def _names(connection: sqlite3.Connection) -> set[str]:
 def _version(connection: sqlite3.Connection) -> int:
     found = connection.execute("SELECT max(version) FROM haystack_chat_schema").fetchone()
     return int(found[0] or 0)
+
+
+def _switch_to_wal(connection: sqlite3.Connection, path: str, deadline: float) -> None:
+    """Let readers and a writer work side by side. The switch stays in the file."""
+    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            if connection.execute("PRAGMA journal_mode = wal").fetchone()[0] != "wal":
+                raise StoreConfigurationError(f"{path} does not allow SQLite's WAL mode. Is it on a network drive?")
+            return
+        except sqlite3.OperationalError as error:
+            # Here SQLite does not wait for other processes that make the switch at the same time.
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
