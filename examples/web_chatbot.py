@@ -50,7 +50,7 @@ with st.sidebar:
         label, chat = each.snippet if query else each.title or "Untitled", each.chat_history_id.removeprefix(USER)
         st.button(label, chat, type="tertiary", disabled=USER + chat == history, on_click=go, args=[{"chat": chat}])
 if info:
-    with st.popover(info.title or "Untitled"):
+    with st.popover(info.title or "Untitled", key=f"menu {history}"):
         if (title := st.text_input("Title", info.title)) != info.title:
             store.update_chat_history(history, title=title)
             st.rerun()
@@ -74,7 +74,7 @@ for message in messages:
         show(message)
     if message.is_from("user"):
         asked, asked_id = message, message.meta["chat_message_id"]
-        with st.popover("Edit", type="tertiary"), st.form(asked_id, border=False):
+        with st.popover("Edit", type="tertiary", key=f"edit {asked_id}"), st.form(asked_id, border=False):
             text = st.text_area("Question", asked.text)
             if st.form_submit_button("Ask"):
                 question, replaced_id = [ChatMessage.from_user(content_parts=[text, *asked.images])], asked_id
