@@ -2,6 +2,7 @@
 """All commands of the project: `nox -l` lists them, `nox -s NAME` runs one."""
 
 import os
+import shutil
 
 import nox
 
@@ -43,6 +44,8 @@ def full(session: nox.Session) -> None:
     if session.python == PYTHON_OF_COVERAGE and not session.posargs:
         session.run("pytest", *ON_ALL_CORES, "--full", *COVERAGE, f"--ignore={INTERRUPTIONS}", env=ENVIRONMENT)
         session.run("pytest", "--full", INTERRUPTIONS, env=ENVIRONMENT)
+        session.notify("web")
+        session.notify("browser")
     else:
         session.run("pytest", *ON_ALL_CORES, "--full", *session.posargs, env=ENVIRONMENT)
 
@@ -107,6 +110,22 @@ def examples(session: nox.Session) -> None:
     session.run(
         "pytest", "tests/test_examples.py", "tests/agents/test_agent_examples.py", *session.posargs, env=ENVIRONMENT
     )
+
+
+@nox.session
+def web(session: nox.Session) -> None:
+    """Run the examples for the web: as servers, driven by real clients, with several workers, killed and restarted."""
+    install(session, "web")
+    session.run("pytest", "tests/web", *ON_ALL_CORES, *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """Use the chatbot for the browser in a real one: headless Chromium, the system's or else the one of Playwright."""
+    install(session, "browser")
+    if shutil.which("chromium") is None:
+        session.run("playwright", "install", "chromium-headless-shell")
+    session.run("pytest", "tests/web/test_web_chatbot.py", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session

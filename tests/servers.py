@@ -159,7 +159,7 @@ def wait_until(condition: Callable[[], object], what: str, hang_limit: float = 6
 # The servers
 
 
-class _Server:
+class Server:
     """
     One server process and its folder.
 
@@ -277,7 +277,7 @@ def _watch(folder: Path, by: signal.Signals) -> subprocess.Popen:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
-class PostgresServer(_Server):
+class PostgresServer(Server):
     """
     PostgreSQL, 14 or newer. The user in `url` is its superuser and logs in with a password.
 
@@ -348,7 +348,7 @@ class PostgresServer(_Server):
         self.execute(f"DROP DATABASE {psycopg.conninfo.conninfo_to_dict(url)['dbname']} WITH (FORCE)")
 
 
-class PgBouncer(_Server):
+class PgBouncer(Server):
     """
     PgBouncer in transaction mode before a PostgreSQL server: what many hosts of PostgreSQL give their users.
 
@@ -401,7 +401,7 @@ class PgBouncer(_Server):
         return _postgres_url(self.port, name)
 
 
-class RedisServer(_Server):
+class RedisServer(Server):
     """
     Redis or Valkey, with a password. What it has acknowledged is on disk, unless `settings` say otherwise.
 
@@ -586,7 +586,7 @@ class RedisCluster:
         self.wait_until_ok()
 
 
-class _Sentinel(_Server):
+class _Sentinel(Server):
     """
     One of the Redis Sentinels that watch a master.
 

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A chat pipeline with a memory behind Hayhooks, for every client of OpenAI's chat completions and responses.
+
+    hayhooks run --pipelines-dir examples/hayhooks
+
+HAYSTACK_CHAT_STORE_URL names another store than chat_history.db. Replace the mock by any ChatGenerator.
+"""
+
+import os
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import HTTPException
+from hayhooks import BasePipelineWrapper, async_streaming_generator, chat_messages_from_openai_response
+from haystack import Pipeline
+from haystack.components.generators.chat import MockChatGenerator
+from haystack.dataclasses import ChatMessage
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+from haystack_integrations.components.writers.chat_store import ChatMessageWriter
+from starlette.datastructures import Headers
+
+from haystack_chat_store import ConflictError, TranscriptError, match_transcript_async, store_from_url
+
+# Where the ids of conversations and users come from: Open WebUI's own headers, and those that docs/hayhooks.md lets
+# LibreChat send.
+CHAT_HEADERS = ("x-openwebui-chat-id", "x-librechat-conversation-id")
+USER_HEADERS = ("x-openwebui-user-id", "x-librechat-user-id")
+
+
+def said(messages: list[ChatMessage]) -> str:
+    """Say what a model would have seen."""
+    questions = [message.text for message in messages if message.is_from("user")]
+    return f"I have seen {len(questions)} questions. The last one was: {questions[-1]}"
+
+
+class PipelineWrapper(BasePipelineWrapper):
+    def setup(self) -> None:
+        self.store = store_from_url(os.environ.get("HAYSTACK_CHAT_STORE_URL", "sqlite:///chat_history.db"))
+        self.llm = MockChatGenerator(response_fn=said)
+        self.pipeline = Pipeline()
+        self.pipeline.add_component("question_writer", ChatMessageWriter(self.store))
+        self.pipeline.add_component("retriever", ChatMessageRetriever(self.store, last_k=None, max_tokens=8000))
+        self.pipeline.add_component("llm", self.llm)
+        self.pipeline.add_component("answer_writer", ChatMessageWriter(self.store))
+        self.pipeline.connect("question_writer.messages", "retriever.current_messages")
+        self.pipeline.connect("question_writer.messages", "answer_writer.messages")
+        self.pipeline.connect("retriever.messages", "llm.messages")
+        self.pipeline.connect("llm.replies", "answer_writer.replies")
+        self.pipeline.connect("retriever.replies", "answer_writer.replies")
+
+    # Hayhooks passes headers only to a parameter with exactly this annotation.
+    async def run_chat_completion_async(
+        self, model: str, messages: list[dict], body: dict, headers: Headers | None = None
+    ) -> AsyncGenerator | str:
+        """Answer a client that sends the whole conversation with each request."""
+        headers = headers or Headers({})
+        try:
+            transcript = [ChatMessage.from_openai_dict_format(message) for message in messages]
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        history = history_of(headers, body, (body.get("metadata") or {}).get("chat_history_id"))
+        if history is None or is_task(transcript, headers):
+            return await self.answer_beside(transcript)
+        try:
+            turn = await match_transcript_async(self.store, history, transcript, is_retry=is_retry(headers))
+        except TranscriptError:  # another task, such as LibreChat's request for a title
+            return await self.answer_beside(transcript)
+        except ConflictError as error:
+            raise HTTPException(409, str(error)) from error
+        system = [message for message in transcript if message.is_from("system")]
+        return self.answer(history, [*system, *turn.messages])
+
+    async def run_response_async(
+        self, model: str, input_items: list[dict], body: dict, headers: Headers | None = None
+    ) -> AsyncGenerator | str:
+        """Answer a client that sends what is new, with the id of the conversation."""
+        headers = headers or Headers({})
+        new = chat_messages_from_openai_response(input_items)
+        conversation = body.get("conversation")
+        history = history_of(headers, body, conversation["id"] if isinstance(conversation, dict) else conversation)
+        if body.get("instructions"):
+            new = [ChatMessage.from_system(body["instructions"]), *new]
+        if body.get("previous_response_id"):
+            raise HTTPException(400, "Name the conversation (conversation=…) instead of the previous response.")
+        if history is None:
+            return await self.answer_beside(new)
+        if is_retry(headers):  # the question may be stored already, with an id
+            stored = await self.store.retrieve_messages_async(history, last_k=1)
+            new = [stored[0] if stored and stored[0].text == message.text else message for message in new]
+        return self.answer(history, new)
+
+    def answer(self, history: str, messages: list[ChatMessage]) -> AsyncGenerator:
+        """Run the pipeline, and stream the answer. If the client goes away, the answer is stored all the same."""
+        inputs = {name: {"chat_history_id": history} for name in ("question_writer", "retriever", "answer_writer")}
+        inputs["question_writer"]["messages"] = messages
+
+        def stored_answer(result: dict[str, Any]) -> str | None:
+            return None if "llm" in result else result["answer_writer"]["replies"][0].text
+
+        return async_streaming_generator(
+            self.pipeline,
+            pipeline_run_args=inputs,
+            include_outputs_from={"llm"},
+            on_pipeline_end=stored_answer,  # the model was not asked, and has streamed nothing
+            shield_pipeline_task=True,
+        )
+
+    async def answer_beside(self, messages: list[ChatMessage]) -> str:
+        """Answer without a history, and store nothing."""
+        return (await self.llm.run_async(messages))["replies"][0].text
+
+
+def history_of(headers: Headers, body: dict[str, Any], chat: str | None) -> str | None:
+    """Return the id of the user's history, or `None` if the client names no conversation."""
+    chat = next((headers[name] for name in CHAT_HEADERS if headers.get(name)), chat)
+    user = next((headers[name] for name in USER_HEADERS if headers.get(name)), body.get("user") or "anyone")
+    return f"{user}/{chat}" if chat else None
+
+
+def is_task(transcript: list[ChatMessage], headers: Headers) -> bool:
+    """Whether Open WebUI asks for a title, tags or the like, which it does with the id of the conversation."""
+    return bool(headers.get("x-openwebui-task")) or (transcript[-1].text or "").startswith("### Task:")
+
+
+def is_retry(headers: Headers) -> bool:
+    """Whether the `openai` package repeats a request that may have failed."""
+    return headers.get("x-stainless-retry-count", "0") != "0"
