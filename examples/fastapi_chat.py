@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import anyio
-from fastapi import Body, FastAPI, Header, HTTPException, Request
+from fastapi import Body, Depends, FastAPI, Header, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from haystack.components.generators.chat import MockChatGenerator, OpenAIChatGenerator
 from haystack.dataclasses import ChatMessage, StreamingChunk
@@ -24,14 +24,14 @@ from haystack_integrations.components.retrievers.chat_store import ChatMessageRe
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
 from terminal_chatbot import answer_from_memory
 
-from haystack_chat_store import ChatMessageStoreError, ConflictError, UnsupportedOperationError, store_from_url
+from haystack_chat_store import BaseChatMessageStore, errors, store_from_url
 
 SYSTEM = ChatMessage.from_system("You are helpful.")
-STATUS = {LookupError: 404, ConflictError: 409, UnsupportedOperationError: 501, ValueError: 422, ConnectionError: 503}
+STATUS: dict[type, int] = {LookupError: 404, ValueError: 422, ConnectionError: 503}
+STATUS |= {errors.ConflictError: 409, errors.UnsupportedOperationError: 501, errors.ChatHistoryAccessError: 403}
 
 url = os.environ.get("HAYSTACK_CHAT_STORE_URL", "sqlite:///chat_history.db")
 store = store_from_url(url, search=not url.startswith("redis"))  # Redis cannot search
-retriever, writer = ChatMessageRetriever(store, last_k=None, max_tokens=8000), ChatMessageWriter(store)
 mock = MockChatGenerator(response_fn=answer_from_memory)
 llm: Any = OpenAIChatGenerator() if os.environ.get("OPENAI_API_KEY") else mock
 
@@ -44,13 +44,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
-# A header proves nothing: your login comes here. Ids of histories begin with the user.
-User = Annotated[str, Header(alias="X-User", pattern="^[A-Za-z0-9._@-]+$")]
+# Each user's store has this user's histories, and no others. A header proves nothing: your login comes here.
+Store = Annotated[BaseChatMessageStore, Depends(lambda x_user=Header(): store.for_user(x_user))]
 Text = Annotated[str, Body(embed=True)]
 
 
 @app.exception_handler(ValueError)
-@app.exception_handler(ChatMessageStoreError)
+@app.exception_handler(errors.ChatMessageStoreError)
 async def failed(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(described(error), described(error)["status"])
 
@@ -60,10 +60,10 @@ def described(error: Exception) -> dict[str, Any]:
     return {"status": status, "error": type(error).__name__, "text": str(error)}
 
 
-async def streamed(history: str, question: list[ChatMessage], **options: Any) -> Response:
+async def streamed(mine: Store, chat: str, question: list[ChatMessage], **options: Any) -> Response:
     """Run a turn and stream its events. If the client goes away, the turn goes on."""
     events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
-    app.state.turns.start_soon(lambda: turn(events, history, question, **options))
+    app.state.turns.start_soon(lambda: turn(events, mine, chat, question, **options))
     name, data = await events.get()
     if name == "error":  # nothing is sent yet, so the status can say it
         return JSONResponse(data, data["status"])
@@ -76,74 +76,75 @@ async def streamed(history: str, question: list[ChatMessage], **options: Any) ->
     return StreamingResponse(stream(name, data), media_type="text/event-stream")
 
 
-async def turn(events: Any, history: str, question: list[ChatMessage], *, replace: Any = None, **show: Any) -> None:
+async def turn(events: Any, mine: Store, chat: str, question: Any, replace: Any = None, **show: Any) -> None:
     """Store the question, ask the model, store the answer. What is replaced stays until the new answer is there."""
 
     async def on_chunk(chunk: StreamingChunk) -> None:
         events.put_nowait(("token", chunk.content))
 
+    retriever, writer = ChatMessageRetriever(mine, last_k=None, max_tokens=8000), ChatMessageWriter(mine)
     try:
         if replace is None:
-            question = (await writer.run_async(history, question))["messages"]
-        shown = await retriever.run_async(history, current_messages=[SYSTEM, *question], **show)
+            question = (await writer.run_async(chat, question))["messages"]
+        shown = await retriever.run_async(chat, current_messages=[SYSTEM, *question], **show)
         events.put_nowait(("question", [message.to_dict() for message in question]))
         asked = shown if "replies" in shown else await llm.run_async(shown["messages"], streaming_callback=on_chunk)
         instead = {"replace_from_message_id": replace, "expected_revision": shown["revision"]} if replace else {}
-        stored = await writer.run_async(history, question, asked["replies"], **instead)
+        stored = await writer.run_async(chat, question, asked["replies"], **instead)
         events.put_nowait(("done", [message.to_dict() for message in stored["replies"]]))
     except Exception as error:
         events.put_nowait(("error", described(error)))
 
 
 @app.post("/chats/{chat}/messages")
-async def ask(user: User, chat: str, text: Text, request_id: Text) -> Response:
+async def ask(mine: Store, chat: str, text: Text, request_id: Text) -> Response:
     """Ask a question. The client makes the request id, once for each question: sent again, it is answered once."""
-    return await streamed(f"{user}/{chat}", [ChatMessage.from_user(text, meta={"chat_message_id": request_id})])
+    return await streamed(mine, chat, [ChatMessage.from_user(text, meta={"chat_message_id": request_id})])
 
 
 @app.post("/chats/{chat}/messages/{question_id}/regenerate")
-async def regenerate(user: User, chat: str, question_id: str, answer_id: Text) -> Response:
-    return await streamed(f"{user}/{chat}", [], replace=answer_id, until_message_id=question_id)
+async def regenerate(mine: Store, chat: str, question_id: str, answer_id: Text) -> Response:
+    return await streamed(mine, chat, [], replace=answer_id, until_message_id=question_id)
 
 
 @app.put("/chats/{chat}/messages/{question_id}")
-async def edit(user: User, chat: str, question_id: str, text: Text, request_id: Text) -> Response:
+async def edit(mine: Store, chat: str, question_id: str, text: Text, request_id: Text) -> Response:
     """Ask an edited question in the place of the old one and of all after it."""
     edited = [ChatMessage.from_user(text, meta={"chat_message_id": request_id})]
-    ids = [each.message.meta["chat_message_id"] async for each in store.iterate_messages_async(f"{user}/{chat}")]
+    ids = [each.message.meta["chat_message_id"] async for each in mine.iterate_messages_async(chat)]
     if request_id in ids:  # the request is sent again
-        return await streamed(f"{user}/{chat}", edited)
+        return await streamed(mine, chat, edited)
     if question_id not in ids:
         raise HTTPException(404, "The chat does not have this question.")
     show = {"last_k": 0} if ids[0] == question_id else {"until_message_id": ids[ids.index(question_id) - 1]}
-    return await streamed(f"{user}/{chat}", edited, replace=question_id, **show)
+    return await streamed(mine, chat, edited, replace=question_id, **show)
 
 
 @app.get("/chats/{chat}/messages")
-async def page(user: User, chat: str, before: int | None = None, limit: int = 50) -> list[dict[str, Any]]:
-    return [each.to_dict() for each in await store.list_messages_async(f"{user}/{chat}", before=before, limit=limit)]
+async def page(mine: Store, chat: str, before: int | None = None, limit: int = 50) -> list[dict[str, Any]]:
+    return [each.to_dict() for each in await mine.list_messages_async(chat, before=before, limit=limit)]
 
 
 @app.get("/chats")
-async def chats(user: User, cursor: str | None = None, limit: int = 50) -> dict[str, Any]:
-    return (await store.list_chat_histories_async(prefix=f"{user}/", cursor=cursor, limit=limit)).to_dict()
+async def chats(mine: Store, cursor: str | None = None, limit: int = 50) -> dict[str, Any]:
+    return (await mine.list_chat_histories_async(cursor=cursor, limit=limit)).to_dict()
 
 
 @app.patch("/chats/{chat}")
-async def rename(user: User, chat: str, title: Text) -> dict[str, Any]:
-    return (await store.update_chat_history_async(f"{user}/{chat}", title=title)).to_dict()
+async def rename(mine: Store, chat: str, title: Text) -> dict[str, Any]:
+    return (await mine.update_chat_history_async(chat, title=title)).to_dict()
 
 
 @app.post("/chats/{chat}/fork/{target}", status_code=201)
-async def fork(user: User, chat: str, target: str, until: str | None = None) -> None:
-    await store.copy_messages_async(f"{user}/{chat}", f"{user}/{target}", until_message_id=until)
+async def fork(mine: Store, chat: str, target: str, until: str | None = None) -> None:
+    await mine.copy_messages_async(chat, target, until_message_id=until)
 
 
 @app.get("/search")
-async def search(user: User, q: str) -> list[dict[str, Any]]:
-    return [hit.to_dict() for hit in await store.search_messages_async(q, prefix=f"{user}/", match_prefix=True)]
+async def search(mine: Store, q: str) -> list[dict[str, Any]]:
+    return [hit.to_dict() for hit in await mine.search_messages_async(q, match_prefix=True)]
 
 
 @app.delete("/chats/{chat}", status_code=204)
-async def delete(user: User, chat: str) -> None:
-    await store.delete_chat_history_async(f"{user}/{chat}")
+async def delete(mine: Store, chat: str) -> None:
+    await mine.delete_chat_history_async(chat)

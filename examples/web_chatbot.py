@@ -14,7 +14,7 @@ from haystack.dataclasses import ChatMessage, ImageContent
 
 from haystack_chat_store import store_from_url
 
-USER = "me/"  # with a login: the user's name. The ids of a user's histories begin with it.
+USER = "me"  # with a login: st.user.email
 
 
 @st.cache_resource  # once for all pages
@@ -37,35 +37,36 @@ def show(message: ChatMessage) -> None:
 arguments = argparse.ArgumentParser()
 arguments.add_argument("--store", default="sqlite:///chat_history.db")
 arguments.add_argument("--llm", choices=["demo", "openai"], default="demo")
-store, agent, threads, turns = parts(**vars(arguments.parse_args()))
+opened, agent, threads, turns = parts(**vars(arguments.parse_args()))
+store = opened.for_user(USER)  # it has this user's histories, and no others
 new, go, question = uuid.uuid4().hex, st.query_params.update, None
-history = USER + st.query_params.setdefault("chat", new)
+history = st.query_params.setdefault("chat", new)
 info = store.get_chat_history(history)
 with st.sidebar:
     st.button("New chat", icon=":material/add:", on_click=go, args=[{"chat": new}])
     query = st.text_input("Search") if store.search else ""
-    hits = store.search_messages(query, prefix=USER, match_prefix=True) if query else None
-    found = store.list_chat_histories(prefix=USER).items if hits is None else hits
+    listed = store.list_chat_histories(meta={"archived": st.toggle("Archive") or None}).items
+    found = store.search_messages(query, match_prefix=True) if query else listed
     for each in reversed({each.chat_history_id: each for each in reversed(found)}.values()):
-        label, chat = each.snippet if query else each.title or "Untitled", each.chat_history_id.removeprefix(USER)
-        st.button(label, chat, type="tertiary", disabled=USER + chat == history, on_click=go, args=[{"chat": chat}])
+        label, chat = each.snippet if query else each.title or each.preview or "An image", each.chat_history_id
+        st.button(label[:60], chat, type="tertiary", disabled=chat == history, on_click=go, args=[{"chat": chat}])
 if info:
-    with st.popover(info.title or "Untitled", key=f"menu {history}"):
-        if (title := st.text_input("Title", info.title)) != info.title:
+    label = (info.title or info.preview or "An image")[:60]
+    with st.popover(label, key=f"menu {history}"):
+        if (title := st.text_input("Title", label)) != label:
             store.update_chat_history(history, title=title)
             st.rerun()
+        name, to = ("Bring back", None) if info.meta.get("archived") else ("Archive", True)
+        st.button(name, on_click=store.update_chat_history, args=[history], kwargs={"merge_meta": {"archived": to}})
         st.button("Delete", on_click=store.delete_chat_history, args=[history])
         if st.button("Fork"):
-            store.copy_messages(history, USER + new)
-            store.update_chat_history(USER + new, title=f"{info.title} (fork)")
+            store.copy_messages(history, new)
+            store.update_chat_history(new, title=f"{label} (fork)")
             go({"chat": new})
             st.rerun()
 limit = st.session_state.get("limit", 50)
 wait(filter(None, [turns.get(history)]))  # a page that is reloaded waits for the answer that is under way
 messages = [stored.message for stored in store.list_messages(history, limit=limit)]
-if messages and not (info and info.title):
-    store.update_chat_history(history, title=(messages[0].text or "An image")[:60])
-    st.rerun()
 results = {result.origin.id: result.result for message in messages for result in message.tool_call_results}
 if len(messages) == limit < 800:
     st.button("Earlier messages", on_click=st.session_state.update, args=[{"limit": limit * 2}])
@@ -90,7 +91,7 @@ if question is not None:
         show(message)
     with st.chat_message("assistant"):
         chunks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        context = {"chat_history_id": history, "replace_from_message_id": replaced_id}
+        context = {"chat_history_id": history, "user_id": USER, "replace_from_message_id": replaced_id}
         options = {"streaming_callback": lambda chunk: chunks.put(chunk.content), "hook_context": context}
         turn = turns[history] = threads.submit(agent.run, question, **options)  # it goes on if the page goes away
         turn.add_done_callback(lambda _: chunks.put(None))

@@ -60,9 +60,11 @@ class Chat:
             return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
-def texts(app, history):
+def texts(app, user_and_chat):
+    """The messages of a user's conversation."""
+    user, chat = user_and_chat.split("/")
     with closing(SQLiteChatMessageStore(app.folder / "chat_history.db", last_k=None)) as store:
-        return [message.text for message in store.retrieve_messages(history)]
+        return [message.text for message in store.for_user(user).retrieve_messages(chat)]
 
 
 def histories(app):
@@ -121,7 +123,7 @@ def test_an_answer_is_given_anew_and_a_question_edited(app, connect):
     chat.messages[2:] = []
     chat.ask("A story, please.")
     assert texts(app, "ada/edit") == [message["content"] for message in chat.messages]
-    kept = {history for history in histories(app) if history.startswith("ada/edit~")}
+    kept = {history for history in histories(app) if history.startswith("edit~")}
     assert len(kept) == 2
 
 
@@ -203,7 +205,7 @@ def test_the_yaml_pipeline_remembers_without_python(start):
     app = start(*COMMAND, **SETTINGS)
 
     def ask(query, request_id):
-        body = {"query": query, "request_id": request_id, "chat_history_id": "ada/yaml"}
+        body = {"query": query, "request_id": request_id, "chat_history_id": "yaml", "user_id": "ada"}
         result = json.loads(curl(f"{app.url}/remember/run", body))["result"]
         return result["answer_writer"]["replies"][0]["_content"][0]["text"]
 

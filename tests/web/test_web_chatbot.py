@@ -228,6 +228,21 @@ def test_conversations_are_found_renamed_forked_and_deleted(app, window):
     ada.until(lambda: len(ada.texts()) == 2)
 
 
+def test_an_archived_conversation_is_listed_apart(app, window):
+    ada = window(app)
+    ada.ask("Is this old?")
+    ada.open_menu()
+    ada.click("Archive")
+    ada.until(lambda: "Is this old?" not in ada.listed())
+
+    ada.page.get_by_text("Archive", exact=True).first.click()
+    ada.until(lambda: ada.listed() == ["Is this old?"])
+    ada.open_menu()
+    ada.click("Bring back")
+    ada.wait()
+    assert ada.listed() == []
+
+
 def test_a_question_is_edited_and_an_answer_given_anew(start, window, model):
     ada = window(start(*COMMAND, "--llm", "openai", **STARTED, **model.environment))
     ada.ask("My color is red.")
@@ -271,17 +286,18 @@ def test_markup_in_a_message_is_text(app, window):
 
 def test_another_user_s_conversation_is_not_opened_by_its_address(app, window):
     with closing(SQLiteChatMessageStore(app.folder / "chat_history.db")) as store:
-        store.write_messages("other/secret", [ChatMessage.from_user("The code is 1234.")])
-    for address in ("/?chat=other/secret", "/?chat=../other/secret", "/?chat="):
-        ada = window(app, address)
-        assert ada.texts() == []
+        store.for_user("other").write_messages("secret", [ChatMessage.from_user("The code is 1234.")])
+    ada = window(app, "/?chat=secret")
+    assert ada.texts() == []
     assert "The code is 1234." not in ada.listed()
+    ada.send("What is the code?")
+    expect(ada.page.get_by_text("ChatHistoryAccessError").first).to_be_visible()
 
 
 def test_a_conversation_of_20000_messages_opens_at_once(app, window):
     turns = [(ChatMessage.from_user(f"Question {n}"), ChatMessage.from_assistant(f"Answer {n}")) for n in range(10_000)]
     with closing(SQLiteChatMessageStore(app.folder / "chat_history.db")) as store:
-        store.write_messages("me/long", [message for turn in turns for message in turn])
+        store.for_user("me").write_messages("long", [message for turn in turns for message in turn])
     short = window(app)
     short.ask("This is short.")
 

@@ -59,17 +59,18 @@ class PipelineWrapper(BasePipelineWrapper):
             transcript = [ChatMessage.from_openai_dict_format(message) for message in messages]
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
-        history = history_of(headers, body, (body.get("metadata") or {}).get("chat_history_id"))
-        if history is None or is_task(transcript, headers):
+        user, chat = ids_of(headers, body, (body.get("metadata") or {}).get("chat_history_id"))
+        if chat is None or is_task(transcript, headers):
             return await self.answer_beside(transcript)
         try:
-            turn = await match_transcript_async(self.store, history, transcript, is_retry=is_retry(headers))
+            store = self.store.for_user(user)
+            turn = await match_transcript_async(store, chat, transcript, is_retry=is_retry(headers))
         except TranscriptError:  # another task, such as LibreChat's request for a title
             return await self.answer_beside(transcript)
         except ConflictError as error:
             raise HTTPException(409, str(error)) from error
         system = [message for message in transcript if message.is_from("system")]
-        return self.answer(history, [*system, *turn.messages])
+        return self.answer(user, chat, [*system, *turn.messages])
 
     async def run_response_async(
         self, model: str, input_items: list[dict], body: dict, headers: Headers | None = None
@@ -78,22 +79,22 @@ class PipelineWrapper(BasePipelineWrapper):
         headers = headers or Headers({})
         new = chat_messages_from_openai_response(input_items)
         conversation = body.get("conversation")
-        history = history_of(headers, body, conversation["id"] if isinstance(conversation, dict) else conversation)
+        user, chat = ids_of(headers, body, conversation["id"] if isinstance(conversation, dict) else conversation)
         if body.get("instructions"):
             new = [ChatMessage.from_system(body["instructions"]), *new]
         if body.get("previous_response_id"):
             raise HTTPException(400, "Name the conversation (conversation=…) instead of the previous response.")
-        if history is None:
+        if chat is None:
             return await self.answer_beside(new)
         if is_retry(headers):  # the question may be stored already, with an id
-            stored = await self.store.retrieve_messages_async(history, last_k=1)
+            stored = await self.store.for_user(user).retrieve_messages_async(chat, last_k=1)
             new = [stored[0] if stored and stored[0].text == message.text else message for message in new]
-        return self.answer(history, new)
+        return self.answer(user, chat, new)
 
-    def answer(self, history: str, messages: list[ChatMessage]) -> AsyncGenerator:
+    def answer(self, user: str, chat: str, messages: list[ChatMessage]) -> AsyncGenerator:
         """Run the pipeline, and stream the answer. If the client goes away, the answer is stored all the same."""
-        inputs = {name: {"chat_history_id": history} for name in ("question_writer", "retriever", "answer_writer")}
-        inputs["question_writer"]["messages"] = messages
+        ids = {"chat_history_id": chat, "user_id": user}
+        inputs = {"question_writer": {**ids, "messages": messages}, "retriever": ids, "answer_writer": ids}
 
         def stored_answer(result: dict[str, Any]) -> str | None:
             return None if "llm" in result else result["answer_writer"]["replies"][0].text
@@ -111,11 +112,10 @@ class PipelineWrapper(BasePipelineWrapper):
         return (await self.llm.run_async(messages))["replies"][0].text
 
 
-def history_of(headers: Headers, body: dict[str, Any], chat: str | None) -> str | None:
-    """Return the id of the user's history, or `None` if the client names no conversation."""
+def ids_of(headers: Headers, body: dict[str, Any], chat: str | None) -> tuple[str, str | None]:
+    """Return the user, and the id of the user's history or, if the client names no conversation, `None`."""
     chat = next((headers[name] for name in CHAT_HEADERS if headers.get(name)), chat)
-    user = next((headers[name] for name in USER_HEADERS if headers.get(name)), body.get("user") or "anyone")
-    return f"{user}/{chat}" if chat else None
+    return next((headers[name] for name in USER_HEADERS if headers.get(name)), body.get("user") or "anyone"), chat
 
 
 def is_task(transcript: list[ChatMessage], headers: Headers) -> bool:
