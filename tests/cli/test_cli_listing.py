@@ -92,6 +92,8 @@ def test_stats_draw_days_and_sizes(url, path, run, run_json):
         "messages": 7,
         "rounds": 4,
         "messages_per_day": {str(today - timedelta(2)): 3, str(today): 4},
+        "usage": {},
+        "usage_per_day": {},
         "chat_histories_by_message_count": {"1": 3},
     }
 

@@ -210,6 +210,7 @@ def test_a_search_reads_along_the_index(make_store, server):
         "user": "NULL",
         "prefix": "''",
         "end": "'x'",
+        "with_branches": "false",
         "limit": 20,
     }
 

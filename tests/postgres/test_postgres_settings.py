@@ -10,7 +10,7 @@ from urllib.parse import quote
 import psycopg
 import pytest
 from haystack.utils import Secret
-from postgres_stores import DOCUMENTATION, connections_of, execute, say, store_at
+from postgres_stores import DOCUMENTATION, execute, say, store_at
 from servers import PASSWORD, USER, PostgresServer, wait_until
 
 from haystack_chat_store.doctor import check
@@ -67,13 +67,18 @@ def test_a_store_without_its_environment_variable_loads_and_says_so_when_used(mo
 def test_a_connection_string_that_changes_leaves_no_connection_behind(server, monkeypatch, way):
     store = PostgresChatMessageStore(Secret.from_env_var("ROTATING"), schema_name=f"test_{uuid.uuid4().hex}")
     calls = Calls(is_async=way == "async")
+
+    def names():
+        statement = "SELECT application_name FROM pg_stat_activity WHERE application_name LIKE %s"
+        return [name for (name,) in server.execute(statement, [f"{store.schema_name}-%"])]
+
     for number in range(5):
-        monkeypatch.setenv("ROTATING", f"{server.url}?application_name=number-{number}")
+        monkeypatch.setenv("ROTATING", f"{server.url}?application_name={store.schema_name}-{number}")
         assert calls.write(store, "history", [with_id("a"), with_id(f"{number}")]) == (1 if number else 2)
-        wait_until(lambda: len(connections_of(server, store)) == 1, "the former connection to be closed")
+        wait_until(lambda last=f"{store.schema_name}-{number}": names() == [last], "the former connection to be closed")
     monkeypatch.delenv("ROTATING")
     calls.close(store)
-    wait_until(lambda: not connections_of(server, store), "the last connection to be closed")
+    wait_until(lambda: not names(), "the last connection to be closed")
     calls.end()
 
 
