@@ -77,7 +77,8 @@ class ChatMessageStore(Protocol):
         history whose messages changed last comes first. A walk along the cursors sees each history exactly once if it
         exists during the whole walk and does not change. A history that changes moves to the front, and is seen at most
         once. The cost of a page does not grow with the number of messages. `get_chat_history` and `update_chat_history`
-        read and set title and meta; a new title or meta is not a change of messages. Times are aware, in UTC.
+        read and set title and meta; a new title or meta is not a change of messages. `list_namespaces` names the
+        namespaces of the database that have histories. Times are aware, in UTC.
     18. **Pages.** `list_messages` returns messages by position, in order: the newest, those just before a position, or
         those just after one. Positions rise, and are not used again as long as the history lives. `iterate_messages`
         walks through a whole history, in memory that does not grow with the history.
@@ -91,9 +92,9 @@ class ChatMessageStore(Protocol):
         and a deletion of what is not there does nothing.
     20. **Forking.** `copy_messages` copies a history, or its beginning, to a history without messages. The copy appears
         whole or not at all.
-    21. **Search.** `search_messages` finds exactly the messages that have all words, symbols and phrases of the query,
-        for any query and in any language. A message can be found as soon as it is written, and no longer once it is
-        deleted.
+    21. **Search.** `search_messages` finds exactly the messages and titles that have all words, symbols and phrases of
+        the query, for any query and in any language. They can be found as soon as they are written, and no longer once
+        they are deleted.
     22. **Erasing.** `delete_chat_histories` deletes the histories with a prefix, `purge` those that have not changed
         for a long time. Both work in batches, and delete each history whole.
     23. **Moving.** Export and import preserve messages, ids, order, titles and meta, on any engine. A second import
@@ -237,21 +238,21 @@ class StoredMessage(Result):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchHit(Result):
     """
-    A message that a search has found.
+    A message, or the title of a history, that a search has found.
 
-    :param chat_history_id: The id of the message's history.
-    :param message_id: The message's id.
-    :param position: The message's position in its history.
-    :param role: The message's role: `"user"`, `"assistant"`, `"tool"` or `"system"`.
-    :param created_at: The time when the message was stored, in UTC.
-    :param snippet: The part of the message's text around the first match, on one line.
+    :param chat_history_id: The id of the history.
+    :param message_id: The message's id, or `None` if the title was found.
+    :param position: The message's position in its history, or `None` for a title.
+    :param role: The message's role: `"user"`, `"assistant"`, `"tool"` or `"system"`, or `None` for a title.
+    :param created_at: The time when the message was stored or, for a title, the history's first message. In UTC.
+    :param snippet: The part of the text or title around the first match, on one line.
     :param score: The quality of the match. A higher score is better. Scores of different searches cannot be compared.
     """
 
     chat_history_id: str
-    message_id: str
-    position: int
-    role: str
+    message_id: str | None
+    position: int | None
+    role: str | None
     created_at: datetime
     snippet: str
     score: float

@@ -195,6 +195,21 @@ class DirectoryMethods:
         """Do what `purge` does, without blocking the event loop."""
         return await self._erase_async("", validation.microseconds(older_than, "older_than"), vacuum)
 
+    def list_namespaces(self) -> list[str]:
+        """
+        Return the names of all namespaces of the database that have histories, in order.
+
+        On Redis, the call looks through the keys of the whole server. There, a namespace whose histories have all
+        expired may be listed until something is written to it.
+
+        :raises ChatMessageStoreError: If the engine fails.
+        """
+        return self.engine.run(self.engine.namespaces, self.scope)
+
+    async def list_namespaces_async(self) -> list[str]:
+        """Do what `list_namespaces` does, without blocking the event loop."""
+        return await self.engine.run_async(self.engine.namespaces, self.scope)
+
     def statistics(self, *, prefix: str = "") -> StoreStatistics:
         """
         Return the numbers of histories, messages and rounds. The call reads every message, so its cost grows with them.

@@ -57,6 +57,11 @@ class Directory(Engine[Memory]):
             namespace.histories[chat_history_id] = replace(history, title=title, meta=meta)
             return namespace.histories[chat_history_id].row(chat_history_id)
 
+    def namespaces(self, session: Memory, scope: Scope) -> list[str]:  # noqa: ARG002  (all namespaces)
+        """Look at each namespace."""
+        with session.lock:
+            return session.namespaces()
+
     def statistics(self, session: Memory, scope: Scope, prefix: str) -> StoreStatistics:
         """Count all messages."""
         with session.lock:

@@ -229,3 +229,7 @@ class Memory:
     def of(self, scope: Scope) -> Namespace:
         """Return the histories of a scope."""
         return self._namespaces.setdefault(scope.namespace, Namespace())
+
+    def namespaces(self) -> list[str]:
+        """Return the names of the namespaces that have histories."""
+        return sorted(name for name, namespace in self._namespaces.items() if namespace.with_prefix(""))

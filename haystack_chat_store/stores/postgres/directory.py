@@ -9,6 +9,7 @@ from itertools import starmap
 from typing import Any
 
 from haystack_chat_store.errors import UnsupportedOperationError
+from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.conflicts import check_revision
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import history_key
@@ -20,6 +21,7 @@ from haystack_chat_store.stores.postgres.statements import (
     READ_WHOLE_TABLES,
     prefix_parameters,
 )
+from haystack_chat_store.stores.postgres.terms import title_tsvector, tsquery
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged
 from haystack_chat_store.types import StoreStatistics
 
@@ -107,11 +109,31 @@ class Directory(Engine[Session]):
             "key": history_key(scope, chat_history_id),
             "has_title": title is not UNCHANGED,
             "title": None if title is UNCHANGED else title,
+            "title_terms": None if title is UNCHANGED else title_tsvector(title),
             "has_meta": meta is not UNCHANGED,
             "meta": None if meta is UNCHANGED else meta,
         }
         rows = await session.fetch(session.statements.update_history, parameters)
         return HistoryRow(*rows[0]) if rows else None
+
+    async def search_titles(
+        self,
+        session: Session,
+        scope: Scope,
+        phrases: Sequence[Phrase],
+        chat_history_id: str | None,
+        prefix: str,
+        limit: int,
+    ) -> list[HistoryRow]:
+        """Look titles up by their terms."""
+        parameters = {**prefix_parameters(scope, prefix), "query": tsquery(phrases), "limit": limit}
+        if chat_history_id is not None:
+            parameters |= {"prefix": chat_history_id, "end": f"{chat_history_id}\x01"}  # only this id is between them
+        return list(starmap(HistoryRow, await session.fetch(session.statements.titles, parameters)))
+
+    async def namespaces(self, session: Session, scope: Scope) -> list[str]:  # noqa: ARG002  (all namespaces)
+        """Go from one namespace to the next in the index by id."""
+        return sorted(name for (name,) in await session.fetch(session.statements.namespaces))
 
     async def statistics(self, session: Session, scope: Scope, prefix: str) -> StoreStatistics:
         """Count every message, as of one moment."""

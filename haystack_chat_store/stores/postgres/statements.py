@@ -298,7 +298,7 @@ class Statements(NamedTuple):
     """
     import_history: str = """
         UPDATE {histories} SET created_at = {created_at}, updated_at = {updated_at},
-            title = %(title)s, meta = %(meta)s::json
+            title = %(title)s, title_terms = %(title_terms)s::tsvector, meta = %(meta)s::json
         WHERE history_key = %(key)s RETURNING {first_revision}
     """
     import_messages: str = """
@@ -352,6 +352,7 @@ class Statements(NamedTuple):
     update_history: str = """
         UPDATE {histories} SET
             title = CASE WHEN %(has_title)s THEN %(title)s ELSE title END,
+            title_terms = CASE WHEN %(has_title)s THEN %(title_terms)s::tsvector ELSE title_terms END,
             meta = CASE WHEN %(has_meta)s THEN %(meta)s::json ELSE meta END
         WHERE history_key = %(key)s RETURNING {history_row}
     """
@@ -364,6 +365,21 @@ class Statements(NamedTuple):
     """
     page_after: str = """
         SELECT {message_row} FROM {messages} WHERE history_key = %s AND position > %s ORDER BY position LIMIT %s
+    """
+
+    titles: str = """
+        SELECT {history_row} FROM {histories}
+        WHERE {with_prefix} AND title_terms @@ %(query)s::tsquery AND title_terms IS NOT NULL
+        ORDER BY char_length(title), updated_at DESC LIMIT %(limit)s
+    """
+    namespaces: str = """
+        WITH RECURSIVE names (name) AS (
+            (SELECT namespace FROM {histories} ORDER BY namespace LIMIT 1)
+            UNION ALL
+            SELECT (SELECT namespace FROM {histories} WHERE namespace > name ORDER BY namespace LIMIT 1)
+            FROM names WHERE name IS NOT NULL
+        )
+        SELECT name FROM names WHERE name IS NOT NULL
     """
 
     # The keys of the histories to search, and the number of their messages. No keys if the histories are too many.

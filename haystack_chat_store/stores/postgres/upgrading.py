@@ -127,6 +127,7 @@ async def _create_search_index(session: Session) -> None:
     await session.run(_UPGRADE_LOCK)
     await session.run(_LOCK_TIMEOUT)
     await session.run(session.database.tables.create_search_index)
+    await session.run(session.database.tables.create_title_index)
     if await session.fetch(session.database.tables.has_messages) == [(False,)]:
         await session.run(session.database.tables.create_unindexed)
 

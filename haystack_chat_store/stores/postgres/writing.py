@@ -26,7 +26,7 @@ from haystack_chat_store.stores.conflicts import (
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key
 from haystack_chat_store.stores.postgres.session import Session
-from haystack_chat_store.stores.postgres.terms import tsvectors
+from haystack_chat_store.stores.postgres.terms import title_tsvector, tsvectors
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, round_count
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 
@@ -334,6 +334,7 @@ async def _append_imported(
             "key": key,
             "namespace": scope.namespace,
             "title": history.title,
+            "title_terms": title_tsvector(history.title),
             "meta": history.meta,
             "created_at": history.created_at,
             "updated_at": history.updated_at,

@@ -9,6 +9,7 @@ from math import inf
 from typing import Any
 
 from haystack_chat_store.errors import StoreTimeoutError
+from haystack_chat_store.search_text import Phrase, title_patterns, title_terms
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, end_of_prefix
 from haystack_chat_store.stores.sqlite import failures
@@ -27,6 +28,20 @@ _HISTORIES_BY_ID = f"""
     {_SELECT_HISTORY}
     WHERE namespace = ? AND chat_history_id >= ? AND chat_history_id < ? {{condition}}
     ORDER BY chat_history_id LIMIT ?
+"""
+_TITLES = f"""
+    {_SELECT_HISTORY} INDEXED BY haystack_chat_histories_by_title
+    WHERE namespace = ? AND chat_history_id >= ? AND chat_history_id < ? AND title_terms IS NOT NULL {{contained}}
+    ORDER BY length(title), updated_at DESC LIMIT ?
+"""
+_NAMESPACES = """
+    WITH RECURSIVE names (name) AS (
+        SELECT min(namespace) FROM haystack_chat_histories
+        UNION ALL
+        SELECT (SELECT min(namespace) FROM haystack_chat_histories WHERE namespace > name)
+        FROM names WHERE name IS NOT NULL
+    )
+    SELECT name FROM names WHERE name IS NOT NULL
 """
 # A page of the directory is found in one of two ways. A column with a + before it is not looked for in an index.
 _WALK_BY_TIME = f"""
@@ -52,7 +67,7 @@ _COUNT_UP_TO = """
     )
 """
 _UPDATE_HISTORY = """
-    UPDATE haystack_chat_histories SET title = iif(?, title, ?), meta = iif(?, meta, ?)
+    UPDATE haystack_chat_histories SET title = iif(?, title, ?), title_terms = iif(?, title_terms, ?), meta = iif(?, meta, ?)
     WHERE namespace = ? AND chat_history_id = ?
 """
 _TOTALS = """
@@ -133,13 +148,38 @@ class Directory(Engine[Database]):
     ) -> HistoryRow | None:
         """Change the row, and read it."""
         history = (scope.namespace, chat_history_id)
+        terms = title if title is UNCHANGED else title_terms(title)
         changes = [
-            each for value in (title, meta) for each in (value is UNCHANGED, None if value is UNCHANGED else value)
+            each
+            for value in (title, terms, meta)
+            for each in (value is UNCHANGED, None if value is UNCHANGED else value)
         ]
         with session.transaction() as connection:
             connection.execute(_UPDATE_HISTORY, (*changes, *history))
             found = readable_rows(connection, _HISTORY, history)
         return _history_rows(found)[0] if found else None
+
+    def search_titles(
+        self,
+        session: Database,
+        scope: Scope,
+        phrases: Sequence[Phrase],
+        chat_history_id: str | None,
+        prefix: str,
+        limit: int,
+    ) -> list[HistoryRow]:
+        """Compare the terms of all titles, which lie side by side in an index."""
+        # The first text after an id is the id and a NUL.
+        ids = id_range(prefix) if chat_history_id is None else (chat_history_id, f"{chat_history_id}\x00")
+        patterns = title_patterns(phrases)
+        query = _TITLES.format(contained="AND instr(title_terms, ?) " * len(patterns))
+        with session.connection() as connection:
+            return _history_rows(readable_rows(connection, query, (scope.namespace, *ids, *patterns, limit)))
+
+    def namespaces(self, session: Database, scope: Scope) -> list[str]:  # noqa: ARG002  (all namespaces)
+        """Go from one namespace to the next in the index by id."""
+        with session.connection() as connection:
+            return [name for (name,) in readable_rows(connection, _NAMESPACES, ())]
 
     def statistics(self, session: Database, scope: Scope, prefix: str) -> StoreStatistics:
         """Count everything as of one moment."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from haystack.dataclasses import ChatRole
 
+from haystack_chat_store.search_text import title_terms
 from haystack_chat_store.stores.conflicts import Plan, check_revision, is_replaced_already
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, round_count
 from haystack_chat_store.stores.sqlite.schema import key_range
@@ -21,8 +22,8 @@ _FIND = """
 _INSERT_HISTORY = """
     INSERT INTO haystack_chat_histories
         (namespace, chat_history_id, revision, next_position, message_count, round_count, created_at, updated_at,
-        title, meta)
-    VALUES (?, ?, ?, 0, 0, 0, ?, ?, ?, ?)
+        title, title_terms, meta)
+    VALUES (?, ?, ?, 0, 0, 0, ?, ?, ?, ?, ?)
 """
 _DELETED_REVISION = "SELECT deleted_revision FROM haystack_chat_namespaces WHERE namespace = ?"
 _KEEP_REVISION = """
@@ -117,7 +118,8 @@ class Histories:
         """Make a history without messages."""
         deleted = self.connection.execute(_DELETED_REVISION, (self._namespace,)).fetchone()
         revision = 0 if deleted is None else deleted[0]  # the change that follows makes it greater
-        values = (self._namespace, row.chat_history_id, revision, row.created_at, row.updated_at, row.title, row.meta)
+        titles = (row.title, title_terms(row.title))
+        values = (self._namespace, row.chat_history_id, revision, row.created_at, row.updated_at, *titles, row.meta)
         return StoredHistory(int(self.connection.execute(_INSERT_HISTORY, values).lastrowid or 0), 0, 0, revision)
 
     def find_message(self, history: StoredHistory, message_id: str) -> tuple[int, str] | None:
