@@ -82,15 +82,7 @@ class SearchableFolderEngine(FolderEngine):
         ]
         return sorted(found, key=lambda row: row.score, reverse=True)[:limit]
 
-    def search_titles(
-        self,
-        session: Path,
-        scope: Scope,
-        phrases: Sequence[Phrase],
-        chat_history_id: str | None,
-        prefix: str,
-        limit: int,
-    ) -> list[HistoryRow]:
+    def search_titles(self, *_: Any) -> list[HistoryRow]:
         return []  # without `update_history`, no history has a title
 
 

@@ -367,7 +367,7 @@ class Engine(ABC, Generic[SessionT]):
 
     @reads_only
     def namespaces(self, session: SessionT, scope: Scope) -> Operation[list[str]]:
-        """Return the names of all namespaces of the database that have histories, in order. The scope does not count."""
+        """Return the names of all namespaces of the database that have histories, in order, whatever the scope is."""
         raise self.unsupported("listing namespaces", "namespaces")
 
     def erase_some(

@@ -101,8 +101,8 @@ class ReadingMethods:
         """
         Find messages, and titles of histories, by their words. Texts and tool results are searched.
 
-        A message or title is found if it has all words of the query, in any order, and all phrases in quotation marks. Case,
-        accents and punctuation are ignored. Emoji and other symbols are found, as are `C++` and `#42`. In scripts
+        A message or title is found if it has all words of the query, in any order, and all phrases in quotation marks.
+        Case, accents and punctuation are ignored. Emoji and other symbols are found, as are `C++` and `#42`. In scripts
         without spaces, such as Chinese and Japanese, any part of a text is found. A query has no operators. The first
         16,000 words of a message are searched.
 

@@ -280,14 +280,15 @@ class Rule21SearchTest(ContractTest):
 
     @only_where("searches")
     def test_title_of_an_imported_history_is_found(self, new_store: StoreFactory, calls: Calls, tmp_path: Path) -> None:
-        source, target = new_store(namespace="source"), new_store(search=True)
+        source: Any = new_store(namespace="source")
+        target: Any = new_store(search=True)
         calls.write(source, "chat", [user()])
         calls.call(source, "update_chat_history", "chat", title="needle")
         export_histories(source, tmp_path / "chats.jsonl")
         import_histories(target, tmp_path / "chats.jsonl")
         calls.call(target, "index_messages")
         assert [hit.snippet for hit in search(calls, target, "needle")] == ["needle"]
-        copy = new_store(search=True, namespace="copy")
+        copy: Any = new_store(search=True, namespace="copy")
         copy_histories(source, copy)
         assert [hit.snippet for hit in search(calls, copy, "needle")] == ["needle"]
 

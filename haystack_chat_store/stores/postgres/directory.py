@@ -48,7 +48,8 @@ class Directory(Engine[Session]):
         ):
             batch = _delete_batch(found)
             last_id = batch[-1][0]
-            await session.in_transaction(_delete_histories, [key for _, key, _ in batch])
+            keys = [key for _, key, _ in batch]
+            await session.in_transaction(_delete_histories, keys, is_result=lambda _: False)
             session.renew_deadline()
         return False
 
@@ -151,7 +152,7 @@ class Directory(Engine[Session]):
         erased = 0
         while not erased and (found := await session.fetch(statement, parameters)):
             keys = [key for _, key, _ in _delete_batch(found)]
-            erased = await session.in_transaction(_delete_histories, keys, updated_before)
+            erased = await session.in_transaction(_delete_histories, keys, updated_before, is_result=bool)
         return erased
 
     async def vacuum(self, session: Session, scope: Scope) -> None:  # noqa: ARG002  (the tables of all namespaces)

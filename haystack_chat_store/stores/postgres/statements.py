@@ -7,6 +7,10 @@ from haystack_chat_store.stores.rows import Scope, end_of_prefix
 
 # The transaction sees what others commit while it waits for a lock, whatever the database's default is.
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+# If the answer to COMMIT is lost, the transaction's number finds out whether it was committed. PostgreSQL 12 does not
+# have the newer names of these functions.
+BEGIN_AND_NUMBER = f"{BEGIN}; SELECT txid_current()"
+STATUS_OF_TRANSACTION = "SELECT txid_status(%s)"
 # For operations that read with several statements, as of one moment.
 BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 # What reads most of a table may read it from end to end, whatever the connection's setting is.

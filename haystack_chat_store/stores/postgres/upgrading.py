@@ -98,7 +98,7 @@ async def finish_index(session: Session) -> None:
 
 async def _change_schema(session: Session, change: Callable[[Session], Awaitable[None]]) -> None:
     try:
-        await session.in_transaction(change)
+        await session.in_transaction(change, is_result=lambda _: False)
     except psycopg.errors.InsufficientPrivilege as error:
         raise SchemaPermissionError(error.diag.message_primary or "") from error
 

@@ -9,6 +9,7 @@ history, for which appends queue, too.
 import json
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from haystack.document_stores.types import DuplicatePolicy
@@ -64,6 +65,8 @@ class Writing(Engine[Session]):
         expected_revision: int | None,
     ) -> int:
         """Append in one statement if the history exists, nothing is replaced or expected, and no writer interferes."""
+        if session.appended_earlier:
+            return await session.in_transaction(_append_again, scope, chat_history_id, messages)
         if policy is DuplicatePolicy.SKIP and expected_revision is None:
             appended = await _append_new(session, scope, chat_history_id, messages)
             if appended is None:
@@ -149,7 +152,8 @@ async def _append_new(
     statement = session.statements.append_rest if known else session.statements.append_all
     parameters = await _append_parameters(session, scope, chat_history_id, new)
     parameters["version"] = known[0][3] if known else None
-    return len(new) if await session.try_append(statement, parameters) else None
+    ids = [message.message_id for message in new]
+    return len(new) if await session.try_append(statement, parameters, ids) else None
 
 
 async def _append_first(
@@ -161,6 +165,18 @@ async def _append_first(
     parameters = await _append_parameters(session, scope, chat_history_id, messages)
     await session.run(session.statements.append_first, parameters, prepare=True)
     return len(messages)
+
+
+async def _append_again(
+    session: Session, scope: Scope, chat_history_id: str, messages: Sequence[EncodedMessage]
+) -> int:
+    """Append messages of which an earlier attempt may have appended some, and return the number of these, too."""
+    key, earlier = history_key(scope, chat_history_id), list(session.appended_earlier)
+    await _lock(session, scope, chat_history_id)  # waits for the earlier attempt
+    if len(await session.fetch(session.statements.known_ids, [key, earlier], prepare=True)) == len(earlier):
+        return len(earlier)
+    messages = [replace(message, has_caller_id=True) for message in messages]
+    return await _append_locked(session, scope, chat_history_id, messages, DuplicatePolicy.SKIP, None)
 
 
 async def _append_locked(

@@ -67,7 +67,8 @@ _COUNT_UP_TO = """
     )
 """
 _UPDATE_HISTORY = """
-    UPDATE haystack_chat_histories SET title = iif(?, title, ?), title_terms = iif(?, title_terms, ?), meta = iif(?, meta, ?)
+    UPDATE haystack_chat_histories
+    SET title = iif(?, title, ?), title_terms = iif(?, title_terms, ?), meta = iif(?, meta, ?)
     WHERE namespace = ? AND chat_history_id = ?
 """
 _TOTALS = """
