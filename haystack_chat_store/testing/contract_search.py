@@ -271,6 +271,14 @@ class Rule21SearchTest(ContractTest):
         assert search(calls, searching, "needle") == []
 
     @only_where("searches")
+    def test_titles_of_branches_are_found_if_asked_for(self, searching: ClosableStore, calls: Calls) -> None:
+        calls.write(searching, "chat~1", [user()])
+        calls.call(searching, "update_chat_history", "chat~1", title="needle", meta={"branch_of": "chat"})
+        assert search(calls, searching, "needle") == []
+        assert len(search(calls, searching, "needle", branches=True)) == 1
+        assert len(search(calls, searching, "needle", chat_history_id="chat~1")) == 1
+
+    @only_where("searches")
     def test_titles_of_other_namespaces_are_not_found(self, new_store: StoreFactory, calls: Calls) -> None:
         stores = [new_store(search=True, namespace=name) for name in ("one", "other")]
         for store in stores:

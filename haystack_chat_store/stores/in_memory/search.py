@@ -39,6 +39,8 @@ class Search(Engine[Memory]):
             for history, position in namespace.index.candidates(phrases):
                 if not history.startswith(prefix) or chat_history_id not in (None, history):
                     continue
+                if not scope.with_branches and namespace.is_branch(history):
+                    continue
                 message = namespace.histories[history].messages[position]
                 words = terms(searchable_text_of_content(message.content)) if message is not None else []
                 if message is not None and matches(phrases, words):
@@ -71,7 +73,7 @@ class Search(Engine[Memory]):
             namespace = session.of(scope)
             found = [
                 namespace.histories[each].row(each)
-                for each in namespace.with_prefix(prefix)
+                for each in namespace.with_prefix(prefix, scope)
                 if chat_history_id in (None, each)
                 and (title := namespace.histories[each].title) is not None
                 and matches(phrases, terms(title))

@@ -11,7 +11,7 @@ from typing import Any
 from haystack_chat_store.errors import StoreTimeoutError
 from haystack_chat_store.search_text import Phrase, title_patterns, title_terms
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, end_of_prefix
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, branch_origin, end_of_prefix
 from haystack_chat_store.stores.sqlite import failures
 from haystack_chat_store.stores.sqlite.connections import Database, readable_rows
 from haystack_chat_store.stores.sqlite.histories import Histories
@@ -67,8 +67,8 @@ _COUNT_UP_TO = """
     )
 """
 _UPDATE_HISTORY = """
-    UPDATE haystack_chat_histories
-    SET title = iif(?, title, ?), title_terms = iif(?, title_terms, ?), meta = iif(?, meta, ?)
+    UPDATE haystack_chat_histories SET title = iif(?, title, ?), title_terms = iif(?, title_terms, ?),
+        meta = iif(?, meta, ?), branch_of = iif(?, branch_of, ?)
     WHERE namespace = ? AND chat_history_id = ?
 """
 _TOTALS = """
@@ -150,9 +150,10 @@ class Directory(Engine[Database]):
         """Change the row, and read it."""
         history = (scope.namespace, chat_history_id)
         terms = title if title is UNCHANGED else title_terms(title)
+        branch_of = UNCHANGED if meta is UNCHANGED else branch_origin(chat_history_id, meta)
         changes = [
             each
-            for value in (title, terms, meta)
+            for value in (title, terms, meta, branch_of)
             for each in (value is UNCHANGED, None if value is UNCHANGED else value)
         ]
         with session.transaction() as connection:
@@ -173,7 +174,7 @@ class Directory(Engine[Database]):
         # The first text after an id is the id and a NUL.
         ids = id_range(prefix) if chat_history_id is None else (chat_history_id, f"{chat_history_id}\x00")
         patterns = title_patterns(phrases)
-        query = _TITLES.format(contained="AND instr(title_terms, ?) " * len(patterns))
+        query = seen(_TITLES, scope).format(contained="AND instr(title_terms, ?) " * len(patterns))
         with session.connection() as connection:
             return _history_rows(readable_rows(connection, query, (scope.namespace, *ids, *patterns, limit)))
 
@@ -187,10 +188,10 @@ class Directory(Engine[Database]):
         first, end = id_range(prefix)
         histories = (scope.namespace, first, end or _AFTER_ALL_IDS)
         with session.snapshot() as connection:
-            count, messages, rounds = connection.execute(_TOTALS, histories).fetchone()
+            count, messages, rounds = connection.execute(seen(_TOTALS, scope), histories).fetchone()
             (size,) = connection.execute(_SIZE).fetchone()
             days: Counter[Any] = Counter()
-            for day, messages_of_day in connection.execute(_MESSAGES_PER_DAY, (*histories, _DAY)):
+            for day, messages_of_day in connection.execute(seen(_MESSAGES_PER_DAY, scope), (*histories, _DAY)):
                 days[readable_time(day).date()] += messages_of_day
         return StoreStatistics(
             chat_histories=count, messages=messages, rounds=rounds, size=size, messages_per_day=dict(days)
@@ -232,6 +233,13 @@ def id_range(prefix: str) -> tuple[str, str | bytes]:
     return prefix, b"" if end is None else end
 
 
+def seen(statement: str, scope: Scope) -> str:
+    """Return a statement that leaves branches out, unless the scope has them."""
+    return (
+        statement if scope.with_branches else statement.replace("namespace = ?", "branch_of IS NULL AND namespace = ?")
+    )
+
+
 def is_utf8(text: bytes | None) -> bool:
     """Whether a text can be decoded. There may be none."""
     try:
@@ -267,15 +275,17 @@ def _listed(
     while prefix:
         (count,) = connection.execute(_COUNT_UP_TO, (scope.namespace, *ids, few + 1)).fetchone()
         if count <= few:
-            return readable_rows(connection, _SORT_BY_TIME, (scope.namespace, *place, *ids, limit))
+            return readable_rows(connection, seen(_SORT_BY_TIME, scope), (scope.namespace, *place, *ids, limit))
         further_on = readable_rows(connection, _PLACE_FURTHER_ON, (scope.namespace, *place, limit + few))
         if not further_on:
             break
-        found = readable_rows(connection, _WALK_BY_TIME, (scope.namespace, *place, *further_on[0], *ids, limit))
+        found = readable_rows(
+            connection, seen(_WALK_BY_TIME, scope), (scope.namespace, *place, *further_on[0], *ids, limit)
+        )
         if len(found) == limit:
             return found
         few *= 4
-    return readable_rows(connection, _WALK_BY_TIME, (scope.namespace, *place, *_END, *ids, limit))
+    return readable_rows(connection, seen(_WALK_BY_TIME, scope), (scope.namespace, *place, *_END, *ids, limit))
 
 
 def _first_step(found: Sequence[tuple[int, int]]) -> list[int]:
