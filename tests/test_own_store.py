@@ -46,7 +46,7 @@ class TestFolderChatMessageStore(ChatMessageStoreContract):
 class TestSearchableFolderChatMessageStore(ChatMessageStoreContract, ManagementContract):
     breadth = ONCE
     lacks = frozenset(
-        "copy delete_messages replace erase_some import_histories import_history index_some check repair remove "
+        "copy delete_messages replace erase_some import_histories import_history index_some check namespaces repair remove "
         "statistics update_history vacuum".split()
     )
 
