@@ -209,6 +209,7 @@ def test_a_search_reads_along_the_index(make_store, server):
         "namespace": "'default'",
         "prefix": "''",
         "end": "'x'",
+        "with_branches": "false",
         "limit": 20,
     }
 
