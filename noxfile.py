@@ -150,6 +150,13 @@ def large(session: nox.Session) -> None:
 
 
 @nox.session
+def torture(session: nox.Session) -> None:
+    """Write from many processes while they are killed and servers restart; then look for what is lost or doubled."""
+    install(session, "test")
+    session.run("python", "tests/torture.py", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
 def package(session: nox.Session) -> None:
     """Test the built wheel and an editable install together with another package in Haystack's namespace."""
     session.install("build", "haystack-ai", "ollama-haystack")

@@ -9,7 +9,7 @@ Each operation makes more of the store's methods and of the command line work:
 | `history` | `get_chat_history` | `show`, `title`, `delete ID` (with `page`) |
 | `histories`, `histories_by_id` | `list_chat_histories` | `ls`, `export` (with `page`), `copy` |
 | `page` | `list_messages`, `iterate_messages` | `show` |
-| `search` | `search_messages`, of a store made with `search=True` | `search` |
+| `search`, `search_titles` | `search_messages`, of a store made with `search=True` | `search` |
 | `update_history` | `update_chat_history` | `title` |
 | `statistics`, `erase_some` | `statistics`, `purge`, `delete_chat_histories` | `stats`, `purge`, `delete` |
 | `import_history`, `check` | importing and checking | `import`, `copy --to`, `doctor` |
@@ -81,6 +81,9 @@ class SearchableFolderEngine(FolderEngine):
             if matches(phrases, words := terms(searchable_text_of_content(row.content)))
         ]
         return sorted(found, key=lambda row: row.score, reverse=True)[:limit]
+
+    def search_titles(self, *_: Any) -> list[HistoryRow]:
+        return []  # without `update_history`, no history has a title
 
 
 class SearchableFolderChatMessageStore(BaseChatMessageStore):

@@ -316,6 +316,17 @@ def _index_of(phrase: Phrase, text_terms: Sequence[str]) -> int | None:
     return None
 
 
+def title_terms(title: str | None) -> str | None:
+    """Return the terms of a title between blanks, or `None` if it has none. `title_patterns` are parts of it."""
+    found = terms(title or "")
+    return f" {' '.join(found)} " if found else None
+
+
+def title_patterns(phrases: Sequence[Phrase]) -> list[str]:
+    """Return what `title_terms` of a title contains if the title matches, for each phrase."""
+    return [f" {' '.join(phrase.terms)}{'' if phrase.is_prefix else ' '}" for phrase in phrases]
+
+
 def snippet(text: str, phrases: Sequence[Phrase], length: int = 160) -> str:
     """
     Return the part of a text around the first match of any phrase, on one line.

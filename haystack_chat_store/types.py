@@ -77,11 +77,12 @@ class ChatMessageStore(Protocol):
         history whose messages changed last comes first. A walk along the cursors sees each history exactly once if it
         exists during the whole walk and does not change. A history that changes moves to the front, and is seen at most
         once. The cost of a page does not grow with the number of messages. `get_chat_history` and `update_chat_history`
-        read and set title and meta; a new title or meta is not a change of messages. Times are aware, in UTC. A history
-        can be made before its first message. `preview` and `last_message` are right after every change. A history
-        whose `ttl` is over is as absent as one that does not exist; only writes and `purge` delete it. Lists, search
-        and `statistics` leave branches out, unless called with `branches=True`: histories whose meta names another
-        history as `branch_of`, and whose ids begin with its id (of which the first 400 characters count) and `~`.
+        read and set title and meta; a new title or meta is not a change of messages. `list_namespaces` names the
+        namespaces of the database that have histories. Times are aware, in UTC. A history can be made before its first
+        message. `preview` and `last_message` are right after every change. A history whose `ttl` is over is as absent
+        as one that does not exist; only writes and `purge` delete it. Lists, search and `statistics` leave branches
+        out, unless called with `branches=True`: histories whose meta names another history as `branch_of`, and whose
+        ids begin with its id (of which the first 400 characters count) and `~`.
     18. **Pages.** `list_messages` returns messages by position, in order: the newest, those just before a position, or
         those just after one. Positions rise, and are not used again as long as the history lives. `iterate_messages`
         walks through a whole history, in memory that does not grow with the history.
@@ -96,9 +97,9 @@ class ChatMessageStore(Protocol):
         with the revision and the number of rounds of the same moment.
     20. **Forking.** `copy_messages` copies a history, or its beginning, to a history without messages. The copy appears
         whole or not at all.
-    21. **Search.** `search_messages` finds exactly the messages that have all words, symbols and phrases of the query,
-        for any query and in any language. A message can be found as soon as it is written, and no longer once it is
-        deleted.
+    21. **Search.** `search_messages` finds exactly the messages and titles that have all words, symbols and phrases of
+        the query, for any query and in any language. They can be found as soon as they are written, and no longer once
+        they are deleted.
     22. **Erasing.** `delete_chat_histories` deletes the histories with a prefix, `purge` those that have not changed
         for a long time. Both work in batches, and delete each history whole. A history that is deleted by its id takes
         its branches with it, and theirs. Erasing treats branches like other histories.
@@ -287,21 +288,21 @@ class HistoryWindow(Result):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchHit(Result):
     """
-    A message that a search has found.
+    A message, or the title of a history, that a search has found.
 
-    :param chat_history_id: The id of the message's history.
-    :param message_id: The message's id.
-    :param position: The message's position in its history.
-    :param role: The message's role: `"user"`, `"assistant"`, `"tool"` or `"system"`.
-    :param created_at: The time when the message was stored, in UTC.
-    :param snippet: The part of the message's text around the first match, on one line.
+    :param chat_history_id: The id of the history.
+    :param message_id: The message's id, or `None` if the title was found.
+    :param position: The message's position in its history, or `None` for a title.
+    :param role: The message's role: `"user"`, `"assistant"`, `"tool"` or `"system"`, or `None` for a title.
+    :param created_at: The time when the message was stored or, for a title, the history's first message. In UTC.
+    :param snippet: The part of the text or title around the first match, on one line.
     :param score: The quality of the match. A higher score is better. Scores of different searches cannot be compared.
     """
 
     chat_history_id: str
-    message_id: str
-    position: int
-    role: str
+    message_id: str | None
+    position: int | None
+    role: str | None
     created_at: datetime
     snippet: str
     score: float

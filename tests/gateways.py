@@ -22,7 +22,7 @@ class Gateway:
             True
         )  # whether the answer to a request is passed on; else the connection ends
         self.connections = 0
-        self._forgotten_before = 0
+        self._forgotten_before = self._cut_before = 0
         self._listener = socket.create_server((HOST, unused_port()), backlog=128)
         self.own_port = self._listener.getsockname()[1]
         self._ends = threading.Event()
@@ -39,6 +39,10 @@ class Gateway:
         """From now on, swallow everything on the connections that there are, and tell neither side."""
         self._forgotten_before = self.connections
 
+    def cut(self):
+        """End all connections that there are. A server at work on a request does not notice before its answer."""
+        self._cut_before = self.connections
+
     def url(self, url):
         """Return a server's URL by way of this gateway."""
         return url.replace(f":{self.port}", f":{self.own_port}")
@@ -54,6 +58,8 @@ class Gateway:
         request = b""
         with client, suppress(OSError), socket.create_connection((HOST, self.port)) as server:
             while not self._ends.is_set():
+                if number <= self._cut_before:
+                    return
                 for ready in select.select([client, server], [], [], 0.2)[0]:
                     data = ready.recv(1 << 20)
                     if number <= self._forgotten_before:

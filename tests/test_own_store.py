@@ -47,7 +47,7 @@ class TestSearchableFolderChatMessageStore(ChatMessageStoreContract, ManagementC
     breadth = ONCE
     lacks = frozenset(
         "copy delete_messages replace erase_some import_histories import_history index_some check repair remove "
-        "statistics update_history vacuum create_history rename_history update_message renew "
+        "namespaces statistics update_history vacuum create_history rename_history update_message renew "
         "keeps_users keeps_previews keeps_expiry".split()
     )
 

@@ -4,6 +4,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,6 +46,7 @@ from haystack_chat_store.cli.printing import (
 )
 from haystack_chat_store.display import harmless_line
 from haystack_chat_store.doctor import ExaminedMessage, examine, examined_messages
+from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.iteration import walk_pages
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.conflicts import history_not_found
@@ -95,8 +97,21 @@ def ls(
                 directory.add(page.items)
         if not (listed or as_json):
             terminal.note("No chat histories.")
+        if not listed:
+            _note_other_namespaces(chat_store)
         if page.cursor is not None:
             terminal.note("There are more: --limit or --all.")
+
+
+@app.command()
+def namespaces(*, store: Store = None, as_json: AsJson = False) -> None:
+    """List the namespaces that have histories."""
+    with open_store(store, "default") as chat_store:
+        for name in chat_store.list_namespaces():
+            if as_json:
+                terminal.print_json({"namespace": name})
+            else:
+                terminal.output().print(Text(harmless_line(name)), soft_wrap=True)
 
 
 @app.command()
@@ -165,22 +180,29 @@ def search(
         str | None, typer.Option("--in", metavar="ID", help="Only in this history.", show_default=False)
     ] = None,
     prefix: Prefix = "",
+    match_prefix: Annotated[
+        bool, typer.Option("--match-prefix", help="The last word may be the beginning of a word.")
+    ] = False,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=MAX_LIMIT, help="The most hits to show.")] = 20,
     store: Store = None,
     namespace: Namespace = "default",
     user: User = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find messages by their words, the best match first."""
+    """Find titles and messages by their words, the best match first."""
     with open_store(store, namespace, user, search=True) as chat_store:
-        hits = chat_store.search_messages(query, chat_history_id=history, prefix=prefix, limit=limit)
-    if as_json:
-        for hit in hits:
-            terminal.print_json(hit.to_dict())
-    else:
-        print_hits(terminal.output(), hits, query)
-        if not hits:
+        hits = chat_store.search_messages(
+            query, chat_history_id=history, prefix=prefix, match_prefix=match_prefix, limit=limit
+        )
+        if as_json:
+            for hit in hits:
+                terminal.print_json(hit.to_dict())
+        else:
+            print_hits(terminal.output(), hits, query, match_prefix=match_prefix)
+        if not (hits or as_json):
             terminal.note("Nothing found.")
+        if not hits:
+            _note_other_namespaces(chat_store)
 
 
 @app.command()
@@ -237,6 +259,8 @@ def stats(
         shown(0, None)
         statistics = chat_store.statistics(prefix=prefix)
         sizes = sizes_of(_histories(chat_store, prefix))
+        if not statistics.chat_histories:
+            _note_other_namespaces(chat_store)
     if as_json:
         by_size = {str(size): sizes[size] for size in sorted(sizes)}
         terminal.print_json({**statistics.to_dict(), "chat_histories_by_message_count": by_size})
@@ -312,6 +336,8 @@ def export_(
             moved = transfer.export_to(chat_store, sys.stdout.buffer, **what, progress=shown)
         else:
             moved = transfer.export_histories(chat_store, output, **what, progress=shown)
+        if not moved.chat_histories:
+            _note_other_namespaces(chat_store)
     _report(EXPORTED, moved, as_json, terminal.messages() if output is None else terminal.output())
 
 
@@ -381,6 +407,8 @@ def copy(
             moved = transfer.copy_histories(
                 source, target, chat_history_ids=chat_history_ids, prefix=prefix, progress=shown
             )
+        if not moved.chat_histories:
+            _note_other_namespaces(source)
     _report("Copied", moved, as_json, terminal.output())
 
 
@@ -423,6 +451,8 @@ def delete(
                 if vacuum:
                     with deletions_stated():
                         chat_store.engine.run(chat_store.engine.vacuum, chat_store.scope)
+        if not deleted:
+            _note_other_namespaces(chat_store)
     _report_deleted(deleted, as_json)
 
 
@@ -448,6 +478,8 @@ def purge(
         with terminal.progress("Deleting") as shown:
             shown(0, None)
             deleted = chat_store.purge(older_than=time, prefix=prefix, vacuum=vacuum)
+        if not deleted:
+            _note_other_namespaces(chat_store)
     _report_deleted(deleted, as_json)
 
 
@@ -487,6 +519,8 @@ def doctor(
                 terminal.print_json(fault.to_dict())
             else:
                 console.print(fault_line(fault), soft_wrap=True)
+        if not found:
+            _note_other_namespaces(chat_store)
     if not as_json:
         left = f", {unrepaired:,} not repaired" if unrepaired else ""
         console.print(f"{plural(found, 'fault', 'faults')}{left}." if found else "No faults.")
@@ -514,6 +548,19 @@ def _pages(store: BaseChatMessageStore, prefix: str, limit: int | None = None) -
             left -= len(page.items)
         if cursor is None or left == 0:
             return
+
+
+def _note_other_namespaces(store: BaseChatMessageStore) -> None:
+    """Say where there are chat histories, if there are none in the store's namespace."""
+    with suppress(UnsupportedOperationError):
+        names = store.list_namespaces()
+        if names and store.namespace not in names:
+            shown = ", ".join(map(harmless_line, names[:_MAX_NAMED]))
+            more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
+            terminal.warning(
+                f"The namespace {harmless_line(store.namespace)} is empty. There are chat histories in: {shown}{more}. "
+                "Choose one: --namespace NAME"
+            )
 
 
 def _histories(store: BaseChatMessageStore, prefix: str = "") -> Iterator[ChatHistoryInfo]:

@@ -130,24 +130,27 @@ def _named(history: ChatHistoryInfo, overflow: Literal["fold", "ellipsis"]) -> T
     return Text(harmless_line(history.preview or ""), "italic dim", overflow=overflow)
 
 
-def print_hits(console: Console, hits: Iterable[SearchHit], query: str) -> None:
+def print_hits(console: Console, hits: Iterable[SearchHit], query: str, *, match_prefix: bool) -> None:
     """Print search hits. On a terminal, the matching words are highlighted."""
     for hit in hits:
-        place = Text.assemble((harmless_line(hit.chat_history_id), "bold"), (f" {hit.position}", "dim"))
+        position = "title" if hit.position is None else str(hit.position)
+        place = Text.assemble((harmless_line(hit.chat_history_id), "bold"), (f" {position}", "dim"))
         if is_terminal(console):
             console.print(place, overflow="fold")
-            console.print(_highlighted(harmless_line(hit.snippet), query), overflow="fold")
+            console.print(_highlighted(harmless_line(hit.snippet), query, match_prefix), overflow="fold")
             console.print()
         else:
-            row = (harmless_line(hit.chat_history_id), str(hit.position), harmless_line(hit.snippet))
+            row = (harmless_line(hit.chat_history_id), position, harmless_line(hit.snippet))
             print_plain("\t".join(row))
 
 
-def _highlighted(snippet: str, query: str) -> Text:
+def _highlighted(snippet: str, query: str, match_prefix: bool) -> Text:
     """
     Highlight the words of a query in a snippet. In scripts without spaces, highlight matching pairs of characters.
     """
-    wanted = {term for phrase in parsed_query(query) for term in phrase.terms}
+    phrases = parsed_query(query, match_prefix=match_prefix)
+    wanted = {term for phrase in phrases for term in phrase.terms}
+    beginnings = tuple(phrase.terms[-1] for phrase in phrases if match_prefix and phrase.is_prefix)
     text = Text(snippet)
     for word in _WORD.finditer(snippet):
         if len(terms(word[0])) == 1:
@@ -155,7 +158,8 @@ def _highlighted(snippet: str, query: str) -> Text:
         else:
             spans = [(start, start + size) for size in (1, 2) for start in range(word.start(), word.end() + 1 - size)]
         for start, end in spans:
-            if terms(snippet[start:end])[:1] and terms(snippet[start:end])[0] in wanted:
+            found = "".join(terms(snippet[start:end])[:1])
+            if found and (found in wanted or found.startswith(beginnings)):
                 text.stylize("bold reverse", start, end)
     return text
 

@@ -84,6 +84,12 @@ def note(message: str) -> None:
         console.print(Text(harmless(message), "dim"))
 
 
+def warning(message: str) -> None:
+    """Print what a user should know about the result, also to a file or a program."""
+    console = messages()
+    console.print(Text(harmless(message)), soft_wrap=not is_terminal(console))
+
+
 @contextmanager
 def progress(description: str) -> "Iterator[Callable[[int, int | None], None]]":
     """

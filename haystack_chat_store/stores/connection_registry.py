@@ -3,11 +3,12 @@
 
 import atexit
 import ctypes
+import hashlib
 import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from haystack.utils import Secret
 
@@ -32,6 +33,7 @@ class Connections(Protocol):
 
 SettingsT = TypeVar("SettingsT", bound=Hashable)
 ConnectionsT = TypeVar("ConnectionsT", bound=Connections)
+ResultT = TypeVar("ResultT")
 
 
 class ConnectionRegistry(Generic[SettingsT, ConnectionsT]):
@@ -52,12 +54,7 @@ class ConnectionRegistry(Generic[SettingsT, ConnectionsT]):
         self._alive: weakref.WeakSet[ConnectionsT] = weakref.WeakSet()  # with those closed while in use
         self._lock = threading.Lock()
         atexit.register(self._close_all)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(
-                before=self._before_fork,
-                after_in_parent=self._after_fork_in_parent,
-                after_in_child=self._after_fork_in_child,
-            )
+        _registries.append(self)
 
     def get(self, settings: SettingsT) -> ConnectionsT:
         """Return the connections for these settings."""
@@ -86,25 +83,85 @@ class ConnectionRegistry(Generic[SettingsT, ConnectionsT]):
         for settings in list(self._made):
             self.close(settings)
 
-    def _before_fork(self) -> None:
-        # The first round may have to wait for calls. Meanwhile other threads can still open other connections.
-        for made in list(self._alive):
-            made.before_fork()
-        self._lock.acquire()
-        for made in self._alive:
-            made.before_fork()
+    def prepare_fork(self, prepared: set[Any]) -> None:
+        """
+        Prepare what holds connections for a fork, which may have to wait for calls.
 
-    def _after_fork_in_parent(self) -> None:
+        :param prepared: What was prepared already. What is prepared now is added.
+        """
+        for made in self.all():
+            if made not in prepared:
+                made.before_fork()
+                prepared.add(made)
+
+    def hold(self, prepared: set[Any]) -> bool:
+        """Let nothing new hold connections until `release`. Return whether all that does is prepared for a fork."""
+        self._lock.acquire()
+        return prepared.issuperset(self._alive)
+
+    def release(self) -> None:
+        """End what `hold` began."""
+        self._lock.release()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on after a fork."""
         for made in self._alive:
             made.after_fork_in_parent()
         self._lock.release()
 
-    def _after_fork_in_child(self) -> None:
+    def after_fork_in_child(self) -> None:
+        """Begin without connections."""
         for made in self._alive:
             made.after_fork_in_child()
         self._made.clear()
         self._alive.clear()
         self._lock.release()
+
+
+_registries: list[ConnectionRegistry[Any, Any]] = []
+_held_during_forks: list[Any] = []
+
+
+def hold_during_forks(lock: Any) -> None:
+    """
+    Have every fork of this process hold a lock.
+
+    It is taken last, when no fork has to wait for calls any more: such a call may need the lock.
+    """
+    _held_during_forks.append(lock)
+
+
+def _before_fork() -> None:
+    # A call that a fork waits for may need connections of another engine. So no lock is held while it waits.
+    prepared: set[Any] = set()
+    while True:
+        for registry in _registries:
+            registry.prepare_fork(prepared)
+        are_prepared = [registry.hold(prepared) for registry in _registries]
+        if all(are_prepared):
+            break
+        for registry in _registries:
+            registry.release()
+    for lock in _held_during_forks:
+        lock.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    for lock in _held_during_forks:
+        lock.release()
+    for registry in _registries:
+        registry.after_fork_in_parent()
+
+
+def _after_fork_in_child() -> None:
+    for lock in _held_during_forks:
+        lock.release()
+    for registry in _registries:
+        registry.after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 class ServerSettings(Hashable, Protocol):
@@ -113,12 +170,15 @@ class ServerSettings(Hashable, Protocol):
     def location(self) -> str:
         """Return the secret's present value."""
 
+    def fingerprint(self) -> bytes:
+        """Return what changes when the secret's value does, and does not tell it: see `fingerprint_of`."""
+
 
 class ServerConnections(Connections, Protocol):
     """Holds the connections to a server."""
 
-    location: str
-    """The secret's value when this object was made."""
+    fingerprint: bytes
+    """That of the settings when this object was made."""
 
 
 ServerSettingsT = TypeVar("ServerSettingsT", bound=ServerSettings)
@@ -130,12 +190,37 @@ class ServerConnectionRegistry(ConnectionRegistry[ServerSettingsT, ServerConnect
 
     def get(self, settings: ServerSettingsT) -> ServerConnectionsT:
         """Return the connections for these settings: new ones if the location has changed."""
-        location = settings.location()
+        fingerprint = settings.fingerprint()
         made = super().get(settings)
-        if made.location != location:
+        if made.fingerprint != fingerprint:
             self.close(settings)  # else the connections to the old location would stay open
             made = super().get(settings)
         return made
+
+
+_KEY = os.urandom(16)
+
+
+def fingerprint_of(secret: str) -> bytes:
+    """
+    Return a digest of a secret, which is kept in its place.
+
+    A program that reports errors with the values of local variables would send the secret along.
+    """
+    return hashlib.blake2b(secret.encode(), key=_KEY).digest()
+
+
+def read_secret(read: Callable[[], ResultT]) -> ResultT:
+    """
+    Call a function that has a secret in its local variables.
+
+    :raises StoreConfigurationError: If the function does, but without a trace of where: see `fingerprint_of`.
+    """
+    try:
+        return read()
+    except StoreConfigurationError as error:
+        message = str(error)
+    raise StoreConfigurationError(message)
 
 
 def resolved(secret: Secret, name: str) -> str:

@@ -308,6 +308,22 @@ class DirectoryMethods:
         """Do what `delete_user` does, without blocking the event loop."""
         return await self._erase_async(self._scope_of(validation.validated_id(user_id, "user_id")), "", None, vacuum)
 
+    def list_namespaces(self) -> list[str]:
+        """
+        Return the names of all namespaces of the database that have histories, in order.
+
+        On Redis, the call looks through the keys of the whole server. There, a namespace whose histories have all
+        expired may be listed until something is written to it.
+
+        :raises ChatHistoryAccessError: If this is the store of one user.
+        :raises ChatMessageStoreError: If the engine fails.
+        """
+        return self.engine.run(self.engine.namespaces, self._scope_of_everyone())
+
+    async def list_namespaces_async(self) -> list[str]:
+        """Do what `list_namespaces` does, without blocking the event loop."""
+        return await self.engine.run_async(self.engine.namespaces, self._scope_of_everyone())
+
     def purge(self, *, older_than: datetime, prefix: str = "", user_id: str | None = None, vacuum: bool = False) -> int:
         """
         Delete all histories whose messages have not changed since a time, and all that have expired, for good.
@@ -366,6 +382,11 @@ class DirectoryMethods:
         :raises ChatHistoryAccessError: If this is the store of another user.
         """
         return self.scope if user_id is None else self.for_user(user_id).scope
+
+    def _scope_of_everyone(self) -> Scope:
+        if self.scope.user_id is not None:
+            raise only_one_user("list the namespaces of the database")
+        return self.scope
 
     def _checked_listing(
         self,

@@ -42,6 +42,8 @@ _WITHOUT_DATABASE: dict[str, Callable[[], Any]] = {
     "histories": list,
     "histories_by_id": list,
     "search": list,
+    "search_titles": list,
+    "namespaces": list,
     "statistics": lambda: StoreStatistics(
         chat_histories=0, messages=0, rounds=0, size=0, messages_per_day={}, usage={}, usage_per_day={}
     ),
@@ -436,6 +438,11 @@ class Engine(ABC, Generic[SessionT]):
         """
         raise self.unsupported("statistics", "statistics")
 
+    @reads_only
+    def namespaces(self, session: SessionT, scope: Scope) -> Operation[list[str]]:
+        """Return the names of all namespaces of the database that have histories, in order, whatever the scope is."""
+        raise self.unsupported("listing namespaces", "namespaces")
+
     def erase_some(
         self, session: SessionT, scope: Scope, prefix: str, updated_before: int | None, limit: int
     ) -> Operation[int]:
@@ -495,6 +502,28 @@ class Engine(ABC, Generic[SessionT]):
         :param limit: The largest number of messages.
         """
         raise self.unsupported("search", "search")
+
+    @reads_only
+    def search_titles(
+        self,
+        session: SessionT,
+        scope: Scope,
+        phrases: Sequence[Phrase],
+        chat_history_id: str | None,
+        prefix: str,
+        limit: int,
+    ) -> Operation[list[HistoryRow]]:
+        """
+        Return the histories whose titles have all phrases. The shortest title comes first, then the latest change.
+
+        The terms of a title can be searched as soon as it is set, in every database. Those of branches are among them
+        only if the scope has branches.
+
+        :param chat_history_id: Only this history, or `None` for all.
+        :param prefix: Only histories whose ids begin with this text.
+        :param limit: The largest number of histories.
+        """
+        raise self.unsupported("search", "search_titles")
 
     def index_some(self, session: SessionT, scope: Scope, limit: int) -> Operation[bool]:
         """

@@ -12,7 +12,7 @@ from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.conflicts import only_one_user
 from haystack_chat_store.stores.directory import seen_scope
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import FoundRow, MessageRow, Scope
+from haystack_chat_store.stores.rows import FoundRow, HistoryRow, MessageRow, Scope
 from haystack_chat_store.stores.sync_async import to_thread_if_large
 from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.types import SearchHit, StoredMessage
@@ -118,10 +118,10 @@ class ReadingMethods:
         limit: int = 20,
     ) -> list[SearchHit]:
         """
-        Find messages by their words. Texts and tool results are searched.
+        Find messages, and titles of histories, by their words. Texts and tool results are searched.
 
-        A message is found if it has all words of the query, in any order, and all phrases in quotation marks. Case,
-        accents and punctuation are ignored. Emoji and other symbols are found, as are `C++` and `#42`. In scripts
+        A message or title is found if it has all words of the query, in any order, and all phrases in quotation marks.
+        Case, accents and punctuation are ignored. Emoji and other symbols are found, as are `C++` and `#42`. In scripts
         without spaces, such as Chinese and Japanese, any part of a text is found. A query has no operators. The first
         16,000 words of a message are searched.
 
@@ -137,7 +137,8 @@ class ReadingMethods:
         :param match_prefix: Whether the query's last word may be the beginning of a word, for searching while a user
             types: `kyo` finds Kyoto. Defaults to False.
         :param limit: The largest number of hits, 1 to 1,000. Defaults to 20.
-        :returns: The hits, the best first.
+        :returns: The hits, the best first: titles, the shortest first, and then messages. The hit of a title has no
+            `message_id`, `position` and `role`.
         :raises ValueError: If an argument is wrong.
         :raises ChatHistoryAccessError: If this is the store of another user.
         :raises UnsupportedOperationError: If the store was created without `search=True`, its engine has no search, or
@@ -152,7 +153,8 @@ class ReadingMethods:
         found = self.engine.run(self.engine.search, scope, *search)
         if found is None:
             raise _not_indexed()
-        return _hits(found, search[0])
+        titles = self.engine.run(self.engine.search_titles, scope, *search)
+        return _hits(titles, found, search[0])[:limit]
 
     async def search_messages_async(
         self,
@@ -174,7 +176,9 @@ class ReadingMethods:
         found = await self.engine.run_async(self.engine.search, scope, *search)
         if found is None:
             raise _not_indexed()
-        return await to_thread_if_large(_characters(found), _hits, found, search[0])
+        titles = await self.engine.run_async(self.engine.search_titles, scope, *search)
+        hits = await to_thread_if_large(_characters(found), _hits, titles, found, search[0])
+        return hits[:limit]
 
     def index_messages(self, progress: Callable[[int, int | None], None] | None = None) -> None:
         """
@@ -257,8 +261,22 @@ def stored(rows: Sequence[MessageRow]) -> list[StoredMessage]:
     ]
 
 
-def _hits(rows: Sequence[FoundRow], phrases: Sequence[Phrase]) -> list[SearchHit]:
-    return [
+def _hits(titles: Sequence[HistoryRow], rows: Sequence[FoundRow], phrases: Sequence[Phrase]) -> list[SearchHit]:
+    """Return the hits of titles, with greater scores than those of messages, which come after them."""
+    best = max((row.score for row in rows), default=0.0)
+    of_titles = [
+        SearchHit(
+            chat_history_id=row.chat_history_id,
+            message_id=None,
+            position=None,
+            role=None,
+            created_at=readable_time(row.created_at),
+            snippet=search_text.snippet(row.title or "", phrases),
+            score=best + left,
+        )
+        for left, row in zip(range(len(titles), 0, -1), titles, strict=True)
+    ]
+    return of_titles + [
         SearchHit(
             chat_history_id=row.chat_history_id,
             message_id=row.message_id,

@@ -56,6 +56,17 @@ class Rule17DirectoryTest(ContractTest):
         assert calls.call(store, "get_chat_history", "chat") is None
         assert calls.call(store, "list_chat_histories") == ChatHistoryPage(items=[], cursor=None)
 
+    def test_namespaces_with_histories_are_listed(self, new_store: StoreFactory, calls: Calls) -> None:
+        store, *others = (new_store(namespace=name) for name in ("default", "a:b}", "ünder_score", "%2A*", "0"))
+        assert calls.call(store, "list_namespaces") == []
+        for each in others:
+            calls.write(each, "chat", [user()])
+            calls.write(each, "other", [user()])
+        assert calls.call(store, "list_namespaces") == sorted(("a:b}", "ünder_score", "%2A*", "0"))
+        calls.delete_all(others[0])
+        calls.delete(others[1], "chat")
+        assert calls.call(store, "list_namespaces") == sorted(("ünder_score", "%2A*", "0"))
+
     def test_the_one_that_changed_last_comes_first(self, store: ClosableStore, calls: Calls) -> None:
         for name in "abcdbac":
             calls.write(store, name, [user()])

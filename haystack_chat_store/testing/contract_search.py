@@ -2,6 +2,7 @@
 # ruff: noqa: RUF001  (these are letters that look alike)
 """Rule 21: search."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from haystack_chat_store.testing.kit import (
 )
 from haystack_chat_store.testing.messages import texts as any_texts
 from haystack_chat_store.testing.messages import user, with_id
+from haystack_chat_store.transfer import copy_histories, export_histories, import_histories
 
 SAYINGS = {
     "en": "The quick brown fox jumps over the lazy dog.",
@@ -210,6 +212,93 @@ class Rule21SearchTest(ContractTest):
         assert [hit.position for hit in hits] == [1, 0]
         assert hits[0].score > hits[1].score
         assert [hit.position for hit in search(calls, searching, "needle", limit=1)] == [1]
+
+    @only_where("searches")
+    def test_titles_are_searched(self, searching: ClosableStore, calls: Calls) -> None:
+        for name, title in (("a/1", "A trip to KYŌTO"), ("a/2", "Kyoto"), ("b/1", "東京タワー #42"), ("b/2", "😀 C++")):
+            calls.write(searching, name, [with_id("1", "hello")])
+            calls.call(searching, "update_chat_history", name, title=title)
+        hit, longer = search(calls, searching, "kyoto")
+        assert (hit.chat_history_id, hit.message_id, hit.position, hit.role) == ("a/2", None, None, None)
+        assert hit.snippet == "Kyoto"
+        assert hit.created_at == calls.call(searching, "get_chat_history", "a/2").created_at
+        assert (longer.chat_history_id, longer.snippet) == ("a/1", "A trip to KYŌTO")
+        assert hit.score > longer.score
+        for query, expected in (
+            ('"trip to kyoto"', ["a/1"]),
+            ('"trip kyoto"', []),
+            ("kyo", []),
+            ("東京", ["b/1"]),
+            ("#42", ["b/1"]),
+            ("c++ 😀", ["b/2"]),
+            ("c", ["b/2"]),
+            ("to hello", []),  # one text has all words, the title or the message
+        ):
+            assert [hit.chat_history_id for hit in search(calls, searching, query)] == expected, query
+        for query, expected in (("kyo", ["a/2", "a/1"]), ("to kyo", ["a/1"]), ('"to kyo', ["a/1"]), ("o kyo", [])):
+            found = search(calls, searching, query, match_prefix=True)
+            assert [hit.chat_history_id for hit in found] == expected, query
+        assert [hit.chat_history_id for hit in search(calls, searching, "kyoto", chat_history_id="a/1")] == ["a/1"]
+        assert search(calls, searching, "kyoto", prefix="b/") == []
+        assert [hit.chat_history_id for hit in search(calls, searching, "kyoto", limit=1)] == ["a/2"]
+
+    @only_where("searches")
+    def test_titles_come_before_messages(self, searching: ClosableStore, calls: Calls) -> None:
+        calls.write(searching, "said", [user("a needle in the hay"), user("needle, needle")])
+        calls.write(searching, "titled", [user("hay")])
+        calls.call(searching, "update_chat_history", "titled", title="A long title about a needle in the hay")
+        hits = search(calls, searching, "needle")
+        assert [(hit.chat_history_id, hit.position) for hit in hits] == [("titled", None), ("said", 1), ("said", 0)]
+        assert hits[0].score > hits[1].score > hits[2].score
+        assert search(calls, searching, "needle", limit=2) == hits[:2]
+
+    @only_where("searches")
+    def test_titles_are_found_as_they_are_now(self, new_store: StoreFactory, calls: Calls) -> None:
+        plain, searching = new_store(), new_store(search=True)
+        calls.write(searching, "chat", [user()])
+        calls.call(plain, "update_chat_history", "chat", title="needle")  # a store that cannot search sets it
+        assert [hit.snippet for hit in search(calls, searching, "needle")] == ["needle"]
+        calls.call(plain, "update_chat_history", "chat", meta={"archived": True})
+        assert [hit.snippet for hit in search(calls, searching, "needle")] == ["needle"]
+        calls.call(searching, "update_chat_history", "chat", title="pin")
+        assert search(calls, searching, "needle") == []
+        assert [hit.snippet for hit in search(calls, searching, "pin")] == ["pin"]
+        calls.call(searching, "update_chat_history", "chat", title=None)
+        assert search(calls, searching, "pin") == []
+        calls.call(searching, "update_chat_history", "chat", title="needle")
+        calls.delete(searching, "chat")
+        calls.write(searching, "chat", [user()])
+        assert search(calls, searching, "needle") == []
+
+    @only_where("searches")
+    def test_titles_of_branches_are_found_if_asked_for(self, searching: ClosableStore, calls: Calls) -> None:
+        calls.write(searching, "chat~1", [user()])
+        calls.call(searching, "update_chat_history", "chat~1", title="needle", meta={"branch_of": "chat"})
+        assert search(calls, searching, "needle") == []
+        assert len(search(calls, searching, "needle", branches=True)) == 1
+        assert len(search(calls, searching, "needle", chat_history_id="chat~1")) == 1
+
+    @only_where("searches")
+    def test_titles_of_other_namespaces_are_not_found(self, new_store: StoreFactory, calls: Calls) -> None:
+        stores = [new_store(search=True, namespace=name) for name in ("one", "other")]
+        for store in stores:
+            calls.write(store, "chat", [user()])
+        calls.call(stores[0], "update_chat_history", "chat", title="needle")
+        assert [len(search(calls, store, "needle")) for store in stores] == [1, 0]
+
+    @only_where("searches")
+    def test_title_of_an_imported_history_is_found(self, new_store: StoreFactory, calls: Calls, tmp_path: Path) -> None:
+        source: Any = new_store(namespace="source")
+        target: Any = new_store(search=True)
+        calls.write(source, "chat", [user()])
+        calls.call(source, "update_chat_history", "chat", title="needle")
+        export_histories(source, tmp_path / "chats.jsonl")
+        import_histories(target, tmp_path / "chats.jsonl")
+        calls.call(target, "index_messages")
+        assert [hit.snippet for hit in search(calls, target, "needle")] == ["needle"]
+        copy: Any = new_store(search=True, namespace="copy")
+        copy_histories(source, copy)
+        assert [hit.snippet for hit in search(calls, copy, "needle")] == ["needle"]
 
     @only_where("searches")
     def test_search_in_one_history_or_those_with_a_prefix(self, searching: ClosableStore, calls: Calls) -> None:

@@ -317,9 +317,15 @@ def test_it_fits_terminals_of_any_width(url, store, columns, shown):
 
 def test_an_empty_list_says_so_to_whoever_sits_before_it(url, store, shown):
     store.write_messages("chat", conversation("u"))
-    for arguments in (("--prefix", "nobody"), ("--namespace", "empty")):
+    for arguments, beside in (
+        (("--prefix", "nobody"), ""),
+        (
+            ("--namespace", "empty"),
+            "The namespace empty is empty. There are chat histories in: default. Choose one: --namespace NAME\n",
+        ),
+    ):
         assert shown("ls", *arguments, "--store", url) == ""
-        assert shown("ls", *arguments, "--store", url, beside=True) == "No chat histories.\n"
+        assert shown("ls", *arguments, "--store", url, beside=True) == f"No chat histories.\n{beside}"
     assert shown("ls", "--json", "--prefix", "nobody", "--store", url, beside=True) == ""
 
 

@@ -4,6 +4,9 @@
 import asyncio
 import gc
 import os
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -184,3 +187,38 @@ def test_a_child_forked_while_threads_connect_can_connect_too(store):
     with Program(fork_while_threads_connect, store, 40) as program:
         program.begin()
         assert program.reports_to_the_end() == [0] * 40
+
+
+FORK_WHILE_COPYING = """
+import os, sys, threading, time
+from haystack_chat_store.stores.sqlite import SQLiteChatMessageStore  # first: what is imported last forks first
+from haystack_chat_store import HistoryRow, store_from_url
+
+url, schema_name, path = sys.argv[1:]
+store, target, forking = store_from_url(url, schema_name=schema_name), SQLiteChatMessageStore(path), threading.Event()
+
+def batches():
+    forking.set()
+    time.sleep(0.5)  # so that the fork waits for this call by now
+    yield store.engine.run(store.engine.page, store.scope, "history", None, None, 10)
+
+row = HistoryRow(chat_history_id="history", created_at=1, updated_at=1)
+arguments = (target.engine.import_history, target.scope, row, batches(), 0)
+threading.Thread(target=target.engine.run, args=arguments).start()
+forking.wait()
+child = os.fork()
+if child == 0:
+    os._exit(target.count_messages("history") != 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork on this platform")
+def test_a_fork_waits_for_no_call_that_waits_for_the_fork(store, url, tmp_path):
+    """A thread writes to SQLite what it reads from PostgreSQL, and has to connect for that, while the process forks."""
+    say(store, "Hi!")
+    began = time.monotonic()
+    arguments = [url, store.schema_name, tmp_path / "chat.db"]
+    run = subprocess.run([sys.executable, "-c", FORK_WHILE_COPYING, *arguments], check=False, timeout=60)
+    assert run.returncode == 0
+    assert time.monotonic() - began < 30  # without that order, the timeout of a call

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from gateways import Gateway
 from haystack.dataclasses import ChatMessage
-from haystack.document_stores.types import DuplicatePolicy
+from lost_answers import CHANGES, begin, left, made
 from postgres_stores import say, stores_on
 from servers import wait_until
 from stopwatch import Stopwatch
@@ -192,26 +192,44 @@ def test_a_read_whose_answer_was_lost_is_tried_once_more(gateway, make_store, ca
     calls.close(store)
 
 
-@pytest.mark.parametrize("options", [{}, {"policy": DuplicatePolicy.OVERWRITE}, {"expected_revision": 0}], ids=str)
-def test_a_write_whose_answer_was_lost_is_reported_and_can_be_repeated(gateway, make_store, calls, options):
+@pytest.mark.parametrize("is_pooled", [False, True], ids=["directly", "behind PgBouncer"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_reports_what_it_did_whichever_answer_was_lost(server, pooler, calls, change, is_pooled):
+    way = pooler if is_pooled else server
+    with Gateway(way.port) as gateway, stores_on(gateway.url(way.url), last_k=None) as make_store:
+        store = make_store()
+        begin(calls, store)
+        expected = made(calls, store, change), left(calls, store)
+        for lost in range(40):  # the answers that a call gets, one after the other
+            begin(calls, store)
+            losing = Losing(gateway, after=lost)
+            result = made(calls, store, change)
+            gateway.is_answered = lambda _: True
+            assert (result, left(calls, store)) == expected
+            if losing.times > 0:
+                break
+        assert 1 <= lost < 39
+        calls.close(store)
+
+
+@pytest.mark.parametrize("change", ["write", "write without ids", "delete from a message on", "copy"])
+def test_a_change_waits_for_its_first_attempt(server, gateway, make_store, calls, change):
+    """The connection breaks while the server waits for a lock, and it goes on as if nothing had happened."""
     store = make_store()
-    written = 0
-    for lost in range(16):  # the answers to what a call sends, one after the other
-        calls.delete(store, "history")
-        calls.write(store, "history", [with_id("a")])
-        calls.write(store, "history", [with_id("b")])
-        if "expected_revision" in options:
-            options = {"expected_revision": store.get_chat_history("history").revision}
-        Losing(gateway, after=lost)
-        try:
-            assert calls.write(store, "history", [with_id("c")], **options) == 1
-        except StoreUnavailableError:
-            assert calls.write(store, "history", [with_id("c"), with_id("d")]) in (1, 2)
-            assert [message.meta["chat_message_id"] for message in store.retrieve_messages("history")] == [*"abcd"]
-        else:
-            written += 1
-        gateway.is_answered = lambda _: True
-    assert 0 < written < 16
+    begin(calls, store)
+    expected = made(calls, store, change), left(calls, store)
+    begin(calls, store)
+    with psycopg.connect(server.url) as other, ThreadPoolExecutor(1) as executor:
+        other.execute(f"SELECT FROM {store.schema_name}.haystack_chat_histories FOR UPDATE")
+        made_later = executor.submit(made, calls, store, change)
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        with psycopg.connect(server.url, autocommit=True) as watching:
+            wait_until(lambda: watching.execute(waiting).fetchone()[0] == 1, "the call waits")
+            gateway.cut()
+            wait_until(lambda: watching.execute(waiting).fetchone()[0] == 2, "its second attempt waits, too")
+        other.commit()
+        result = made_later.result()
+    assert (result, left(calls, store)) == expected
     calls.close(store)
 
 

@@ -51,7 +51,7 @@ def analysed_store(server, large_store):
 READ_MUCH = {"version", "per_day", "size_on_disk", "orphans", "miscounted", "rows", "mismatched"}
 READ_MUCH |= {"unreadable_times", "totals", "vacuum_messages", "vacuum_histories", "usage"}
 # These sort what they have found along an index.
-SORTS = {"copy_messages", "histories_of_few", "search", "search_few", "search_for_few", "unindexed_contents"}
+SORTS = {"copy_messages", "histories_of_few", "search", "search_few", "search_for_few", "titles", "unindexed_contents"}
 SORTS |= {name for name in schema.Statements._fields if name.startswith("read_")}
 # These may sort what they have found, too, while the server has no statistics and takes it for little.
 SORTS_WITHOUT_STATISTICS = {"next_histories", "histories", "histories_near", "histories_by_id", "have_more"}
@@ -83,7 +83,7 @@ def parameters_of(store, name, statement):
     numbers = {"count": 10, "step": 5, "rounds": 1, "version": "5", "start": LENGTH - 90, "revision": 3}
     numbers |= {"created_at": 0, "updated_at": 1_700_000_000_000_000}
     numbers |= {"limit": 50, "few": 256, "near": 306, "messages": 5_000, "updated_before": 0}
-    other = {"title": None, "meta": None, "has_title": True, "has_meta": True, "after": "user/l"}
+    other = {"title": None, "title_terms": None, "meta": None, "has_title": True, "has_meta": True, "after": "user/l"}
     other |= {"query": "word77", "keys": [key], "namespace": "default", "branch_of": None, "with_branches": False}
     other |= {"user": None, "lifetime": None, "preview": None, "last_role": None, "last_text": None, "last_at": 0}
     other |= {"message_id": "a", "place": 1000, "position": 5, "content": "{}", "old_key": key, "has_user": False}

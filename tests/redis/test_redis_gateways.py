@@ -5,13 +5,12 @@ import asyncio
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from datetime import datetime, timedelta, timezone
 
 import pytest
 from gateways import Gateway
 from haystack.dataclasses import ChatMessage
-from haystack.document_stores.types import DuplicatePolicy
 from haystack.utils import Secret
+from lost_answers import CHANGES, begin, left, made
 from redis_stores import nodes_of, on_every_engine, on_one_server, say
 from servers import HOST, PASSWORD, RedisCluster, silent_port, wait_until
 from stopwatch import Stopwatch
@@ -178,55 +177,28 @@ def test_connections_are_kept_alive_unless_the_url_says_otherwise(make_store, mo
 
 # ---------------------------------------------------------------------- answers that get lost
 
-LATER = datetime.now(timezone.utc) + timedelta(days=1)
-CHANGES = {
-    "write": lambda call: call("write_messages", "history", [with_id("b"), with_id("c")]),
-    "overwrite": lambda call: call("write_messages", "history", [with_id("b"), with_id("c")], policy=OVERWRITE),
-    "fail": lambda call: call("write_messages", "history", [with_id("c"), with_id("d")], policy=FAIL),
-    "delete messages": lambda call: call("delete_messages", "history", message_ids=["a"]),
-    "delete from a message on": lambda call: call("delete_messages", "history", from_message_id="b"),
-    "delete a history": lambda call: call("delete_messages", "history"),
-    "delete all": lambda call: call("delete_all_messages"),
-    "delete by prefix": lambda call: call("delete_chat_histories", prefix="hist"),
-    "purge": lambda call: call("purge", older_than=LATER),
-    "copy": lambda call: call("copy_messages", "history", "copy"),
-    "update": lambda call: call("update_chat_history", "history", title="new", meta={"a": 1}).title,
-}
-OVERWRITE, FAIL = DuplicatePolicy.OVERWRITE, DuplicatePolicy.FAIL
-
 
 @on_every_engine
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_reports_what_it_did_whichever_answer_was_lost(gateways, make_store, calls, change):
     store = make_store(last_k=None)
 
-    def outcome():
-        result = CHANGES[change](lambda name, *arguments, **options: calls.call(store, name, *arguments, **options))
-        histories = calls.call(store, "list_chat_histories").items
-        left = {info.chat_history_id: texts(calls.retrieve(store, info.chat_history_id)) for info in histories}
-        return result, left, {info.title for info in histories}
-
-    def begin():
-        calls.delete_all(store)
-        calls.write(store, "history", [with_id("a"), with_id("b")])
-        calls.write(store, "another", [with_id("x")])
-
-    begin()
-    expected = outcome()
+    begin(calls, store)
+    expected = made(calls, store, change), left(calls, store)
     for lost in range(4):  # the answers that a call gets, one after the other
-        begin()
-        left = [lost]
+        begin(calls, store)
+        answers = [lost]
 
-        def is_answered(request, left=left):
+        def is_answered(request, answers=answers):
             if b"EVAL" not in request:
                 return True
-            left[0] -= 1
-            return left[0] != -1
+            answers[0] -= 1
+            return answers[0] != -1
 
         for gateway in gateways:
             gateway.is_answered = is_answered
-        assert outcome() == expected
-        assert left[0] < 0
+        assert (made(calls, store, change), left(calls, store)) == expected
+        assert answers[0] < 0
         for gateway in gateways:
             gateway.is_answered = lambda _: True
     calls.close(store)

@@ -105,6 +105,11 @@ class Directory(Engine[Memory]):
             if history is not None and history.expires_at is not None:
                 history.expires_at = scope.expires_at(microseconds_now())
 
+    def namespaces(self, session: Memory, scope: Scope) -> list[str]:  # noqa: ARG002  (all namespaces)
+        """Look at each namespace."""
+        with session.lock:
+            return session.namespaces()
+
     def statistics(self, session: Memory, scope: Scope, prefix: str) -> StoreStatistics:
         """Count all messages."""
         with session.lock:

@@ -2,11 +2,11 @@
 """Runs operations on the histories in memory: one at a time, and long ones never on an event loop."""
 
 import asyncio
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Concatenate
 
+from haystack_chat_store.stores.connection_registry import hold_during_forks
 from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT, is_brief, is_marked, plain_result
 from haystack_chat_store.stores.in_memory.directory import Directory
 from haystack_chat_store.stores.in_memory.histories import Memory
@@ -15,10 +15,7 @@ from haystack_chat_store.stores.in_memory.search import Search
 from haystack_chat_store.stores.in_memory.writing import Writing
 
 _memory = Memory()
-if hasattr(os, "register_at_fork"):  # a forked child must not get histories in the middle of an operation
-    os.register_at_fork(
-        before=_memory.lock.acquire, after_in_parent=_memory.lock.release, after_in_child=_memory.lock.release
-    )
+hold_during_forks(_memory.lock)  # a forked child must not get histories in the middle of an operation
 
 
 class InMemoryEngine(Writing, Reading, Directory, Search):

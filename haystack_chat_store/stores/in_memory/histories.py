@@ -306,6 +306,10 @@ class Memory:
         """Return the namespace of a scope."""
         return self._namespaces.setdefault(scope.namespace, Namespace())
 
+    def namespaces(self) -> list[str]:
+        """Return the names of the namespaces that have histories."""
+        return sorted(name for name, namespace in self._namespaces.items() if namespace.with_prefix(Scope(name), ""))
+
 
 def _is_visible(scope: Scope, history: History) -> bool:
     return history.exists and scope.includes(history.user_id) and not history.has_expired()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from haystack_chat_store.search_text import Phrase, matches, searchable_text_of_content, terms
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory.histories import Memory
-from haystack_chat_store.stores.rows import FoundRow, Scope
+from haystack_chat_store.stores.rows import FoundRow, HistoryRow, Scope
 
 # Other calls can go on between two batches.
 _INDEX_BATCH_SIZE = 1_000
@@ -60,6 +60,27 @@ class Search(Engine[Memory]):
                         )
                     )
             return heapq.nlargest(limit, found, key=lambda row: row.score)
+
+    def search_titles(
+        self,
+        session: Memory,
+        scope: Scope,
+        phrases: Sequence[Phrase],
+        chat_history_id: str | None,
+        prefix: str,
+        limit: int,
+    ) -> list[HistoryRow]:
+        """Look at each title."""
+        with session.lock:
+            namespace = session.of(scope)
+            found = [
+                namespace.histories[each].row(each)
+                for each in namespace.with_prefix(scope, prefix)
+                if chat_history_id in (None, each)
+                and (title := namespace.histories[each].title) is not None
+                and matches(phrases, terms(title))
+            ]
+            return heapq.nsmallest(limit, found, key=lambda row: (len(row.title or ""), -row.updated_at))
 
     def index_some(self, session: Memory, scope: Scope, limit: int) -> bool:
         """Index messages of histories that have new messages."""

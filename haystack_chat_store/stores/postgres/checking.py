@@ -55,7 +55,7 @@ class Checking(Engine[Session]):
             is_repaired = repair and found.repair is not None
             if repair and found.repair is not None:
                 session.renew_deadline()
-                await session.in_transaction(found.repair, found)
+                await session.in_transaction(found.repair, found, is_result=lambda _: False)
             faults.append(
                 Fault(
                     chat_history_id=found.chat_history_id,

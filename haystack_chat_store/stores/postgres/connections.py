@@ -10,7 +10,6 @@ its whole timeout, and without the cause (tried with psycopg_pool 3.3.3: 5.00 of
 
 import asyncio
 import math
-import os
 import select
 import threading
 import time
@@ -33,7 +32,10 @@ from haystack_chat_store.stores import idle_connections
 from haystack_chat_store.stores.connection_registry import (
     ServerConnectionRegistry,
     ServerConnections,
+    fingerprint_of,
+    hold_during_forks,
     keep_alive_forever,
+    read_secret,
     resolved,
 )
 from haystack_chat_store.stores.fair_semaphore import FairSemaphore
@@ -64,14 +66,15 @@ class Settings(NamedTuple):
         """Return the connection string."""
         return resolved(self.connection_string, "connection string")
 
+    def fingerprint(self) -> bytes:
+        """Return what changes when the connection string does."""
+        return fingerprint_of(self.location())
+
 
 # Held during each step of connecting. If a process forks while one of its threads is inside OpenSSL, which checks
 # passwords, OpenSSL's locks stay held in the child for ever.
 _connecting = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_connecting.acquire, after_in_parent=_connecting.release, after_in_child=_connecting.release
-    )
+hold_during_forks(_connecting)
 
 _KEEPALIVES = {
     "keepalives_idle": idle_connections.KEEPALIVE_IDLE_SECONDS,
@@ -226,8 +229,10 @@ class Pool(ServerConnections):
         :param settings: What the stores have in common.
         :raises StoreConfigurationError: If the connection string cannot be used.
         """
-        self.location = settings.location()
-        self._connection_string, self._connection_info, schema_name = parsed(self.location)
+        self.fingerprint = settings.fingerprint()
+        found = read_secret(lambda: parsed(settings.location()))
+        self._connection_string, self._connection_info, schema_name = found
+        del found
         self.database = Database(settings.schema_name or schema_name or DEFAULT_SCHEMA, settings.table_prefix)
         self._settings = settings
         self._lock = threading.Lock()

@@ -9,6 +9,7 @@ from itertools import starmap
 from typing import Any
 
 from haystack_chat_store.errors import UnsupportedOperationError
+from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.conflicts import check_access, check_revision, history_is_there, history_not_found
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import history_key, history_parameters
@@ -20,6 +21,7 @@ from haystack_chat_store.stores.postgres.statements import (
     READ_WHOLE_TABLES,
     prefix_parameters,
 )
+from haystack_chat_store.stores.postgres.terms import title_tsvector, tsquery
 from haystack_chat_store.stores.postgres.writing import delete_key, lock_history, make_history
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, branch_origin
 from haystack_chat_store.stores.usage import UsageCounter
@@ -50,7 +52,8 @@ class Directory(Engine[Session]):
         ):
             batch = _delete_batch(found)
             last_id = batch[-1][0]
-            await session.in_transaction(_delete_histories, scope, [key for _, key, _ in batch])
+            keys = [key for _, key, _ in batch]
+            await session.in_transaction(_delete_histories, scope, keys, is_result=lambda _: False)
             session.renew_deadline()
         return False
 
@@ -123,6 +126,25 @@ class Directory(Engine[Session]):
         parameters = {**history_parameters(scope, chat_history_id), "lifetime": scope.lifetime}
         await session.run(session.statements.renew, parameters)
 
+    async def search_titles(
+        self,
+        session: Session,
+        scope: Scope,
+        phrases: Sequence[Phrase],
+        chat_history_id: str | None,
+        prefix: str,
+        limit: int,
+    ) -> list[HistoryRow]:
+        """Look titles up by their terms."""
+        parameters = {**prefix_parameters(scope, prefix), "query": tsquery(phrases), "limit": limit}
+        if chat_history_id is not None:
+            parameters |= {"prefix": chat_history_id, "end": f"{chat_history_id}\x01"}  # only this id is between them
+        return list(starmap(HistoryRow, await session.fetch(session.statements.titles, parameters)))
+
+    async def namespaces(self, session: Session, scope: Scope) -> list[str]:  # noqa: ARG002  (all namespaces)
+        """Go from one namespace to the next in the index by id."""
+        return sorted(name for (name,) in await session.fetch(session.statements.namespaces))
+
     async def statistics(self, session: Session, scope: Scope, prefix: str) -> StoreStatistics:
         """Count every message, as of one moment."""
         return await session.in_transaction(_statistics, prefix_parameters(scope, prefix), begin=BEGIN_READING)
@@ -139,7 +161,9 @@ class Directory(Engine[Session]):
         for each in (statement,) if updated_before is None else (statement, statements.erasable_expired):
             while found := await session.fetch(each, parameters):
                 keys = [key for _, key, _ in _delete_batch(found)]
-                if erased := await session.in_transaction(_delete_histories, scope, keys, updated_before):
+                if erased := await session.in_transaction(
+                    _delete_histories, scope, keys, updated_before, is_result=bool
+                ):
                     return erased
         return 0
 
@@ -183,6 +207,7 @@ async def _update_locked(
         "key": key,
         "has_title": change.title is not UNCHANGED,
         "title": None if change.title is UNCHANGED else change.title,
+        "title_terms": None if change.title is UNCHANGED else title_tsvector(change.title),
         "has_meta": has_meta,
         "meta": meta,
         "branch_of": branch_origin(chat_history_id, meta),
@@ -202,6 +227,7 @@ async def _create_locked(session: Session, scope: Scope, history: HistoryRow) ->
         parameters = {
             "key": key,
             "title": history.title,
+            "title_terms": title_tsvector(history.title),
             "meta": history.meta,
             "branch_of": branch_origin(history.chat_history_id, history.meta),
             "revision": locked.next_revision,

@@ -59,10 +59,11 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
                 with pool.session(deadline, search=self.search_wanted, reads=reads) as session:
                     return run_sync(_coroutine(operation(session, *arguments, **options)))
             except psycopg.OperationalError as error:
-                if session is None or not _is_tried_again(operation, error):
+                if session is None or not is_lost_connection(error):
                     raise
+                lost, cause = session, error
             with pool.session(deadline, search=self.search_wanted, reads=reads) as session:
-                return run_sync(_coroutine(operation(session, *arguments, **options)))
+                return run_sync(_repeat(lost, cause, session, operation, *arguments, **options))
         except NoTablesError:
             return cast(ResultT, result_without_database(operation))
         except psycopg.Error as error:
@@ -84,10 +85,11 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
                 async with pool.session_async(deadline, search=self.search_wanted, reads=reads) as session:
                     return await _coroutine(operation(session, *arguments, **options))
             except psycopg.OperationalError as error:
-                if session is None or not _is_tried_again(operation, error):
+                if session is None or not is_lost_connection(error):
                     raise
+                lost, cause = session, error
             async with pool.session_async(deadline, search=self.search_wanted, reads=reads) as session:
-                return await _coroutine(operation(session, *arguments, **options))
+                return await _repeat(lost, cause, session, operation, *arguments, **options)
         except NoTablesError:
             return cast(ResultT, result_without_database(operation))
         except psycopg.Error as error:
@@ -109,6 +111,23 @@ def _coroutine(result: Operation[ResultT]) -> Coroutine[Any, Any, ResultT]:
     return cast(Coroutine[Any, Any, ResultT], result)
 
 
-def _is_tried_again(operation: Callable[..., Any], error: psycopg.OperationalError) -> bool:
-    # A write may have been done before its answer was lost.
-    return is_marked(operation, reads_only) and is_lost_connection(error)
+async def _repeat(
+    lost: Session,
+    cause: psycopg.Error,
+    session: Session,
+    operation: Callable[Concatenate[Session, ArgumentsT], Operation[ResultT]],
+    *arguments: ArgumentsT.args,
+    **options: ArgumentsT.kwargs,
+) -> ResultT:
+    """
+    Return what an operation has done before its connection was lost. If that is nothing, do it again.
+
+    :param lost: The session whose connection was lost.
+    :param cause: How the loss was noticed.
+    """
+    if lost.commit is not None and await session.was_committed(lost.commit):
+        return cast(ResultT, lost.commit.result)
+    if not lost.is_repeatable:
+        raise cause
+    session.appended_earlier = lost.appending
+    return await _coroutine(operation(session, *arguments, **options))

@@ -35,6 +35,7 @@ MIGRATIONS: list[list[str]] = [
             created_at timestamptz NOT NULL DEFAULT clock_timestamp() CHECK (isfinite(created_at)),
             updated_at timestamptz NOT NULL DEFAULT clock_timestamp() CHECK (isfinite(updated_at)),
             title text,
+            title_terms tsvector,
             meta json,
             user_id text,
             expires_at timestamptz CHECK (isfinite(expires_at)),
@@ -97,6 +98,7 @@ MIGRATIONS: list[list[str]] = [
         "ALTER TABLE {histories} ALTER COLUMN title SET STATISTICS 0",
         "ALTER TABLE {histories} ALTER COLUMN preview SET STATISTICS 0",
         "ALTER TABLE {histories} ALTER COLUMN last_text SET STATISTICS 0",
+        "ALTER TABLE {histories} ALTER COLUMN title_terms SET STATISTICS 0",
     ],
 ]
 
@@ -117,6 +119,11 @@ _CREATE_SEARCH_INDEX = """
     CREATE INDEX IF NOT EXISTS {messages_by_terms} ON {messages} USING gin (search_terms)
     WITH (gin_pending_list_limit = 1024) WHERE search_terms IS NOT NULL
 """
+# Titles have their terms in every database. Only one that is searched has this index.
+_CREATE_TITLE_INDEX = """
+    CREATE INDEX IF NOT EXISTS {histories_by_title} ON {histories} USING gin (title_terms)
+    WITH (gin_pending_list_limit = 1024) WHERE title_terms IS NOT NULL
+"""
 _CREATE_UNINDEXED = """
     CREATE INDEX IF NOT EXISTS {messages_unindexed} ON {messages} (history_key, position) WHERE search_terms IS NULL
 """
@@ -134,6 +141,7 @@ _INDEXES = (
     "histories_of_user",
     "histories_of_branch",
     "histories_to_expire",
+    "histories_by_title",
 )
 
 
@@ -183,6 +191,7 @@ class Tables:
         self.statements = Statements(*map(self._named, Statements()))
         self.lock = self._named(_LOCK_TABLES)
         self.create_search_index = self._named(_CREATE_SEARCH_INDEX)
+        self.create_title_index = self._named(_CREATE_TITLE_INDEX)
         self.create_unindexed = self._named(_CREATE_UNINDEXED)
         self.has_messages = self._named(_HAS_MESSAGES)
 
@@ -211,7 +220,7 @@ class Tables:
         statements += self._create_partitions(partitions)  # before the indexes, which they then take over
         statements += self._statements(rest)
         if search:
-            statements += [self.create_search_index, self.create_unindexed]
+            statements += [self.create_search_index, self.create_title_index, self.create_unindexed]
         return "".join(f"{dedent(statement).strip()};\n" for statement in statements).replace("%%", "%")
 
     def _statements(self, statements: list[str]) -> list[str]:

@@ -79,7 +79,7 @@ async def index_next(session: Session, limit: int) -> bool:
     database = session.database
     if not database.is_indexed:
         await upgrading.look(session)  # another process may have come first
-    last = await session.in_transaction(_index_batch, limit)
+    last = await session.in_transaction(_index_batch, limit, is_result=lambda _: False)
     database.indexed_up_to = last or BEGINNING
     if last is None and not database.is_indexed:
         await upgrading.finish_index(session)

@@ -5,13 +5,13 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from haystack import logging
 
 from haystack_chat_store.stores.postgres.schema import BEGINNING, Tables
-from haystack_chat_store.stores.postgres.statements import BEGIN
+from haystack_chat_store.stores.postgres.statements import BEGIN_AND_NUMBER, STATUS_OF_TRANSACTION
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,13 @@ class Database:
         self.indexed_up_to: tuple[Any, int] = BEGINNING
 
 
+class Commit(NamedTuple):
+    """A transaction that is being committed: its number, and what its operation returns if it is."""
+
+    number: int
+    result: Any
+
+
 class Session:
     """A connection that an operation has for itself, with the same methods for synchronous and asynchronous calls."""
 
@@ -61,6 +68,14 @@ class Session:
         self.statements = database.tables.statements
         self._timeout = timeout
         self._is_async = isinstance(connection, psycopg.AsyncConnection)
+        #: What is being committed: after an error, it is not known whether it was.
+        self.commit: Commit | None = None
+        #: The ids of messages that a statement outside of a transaction is appending. They are all stored, or none.
+        self.appending: Sequence[str] = ()
+        #: What `appending` was when an earlier attempt of this call lost its connection.
+        self.appended_earlier: Sequence[str] = ()
+        #: Whether the operation can be done again.
+        self.is_repeatable = True
 
     async def run(self, statement: str, parameters: Parameters = (), *, prepare: bool = False) -> Any:
         """
@@ -95,8 +110,9 @@ class Session:
         self,
         work: "Callable[..., Awaitable[ResultT]]",
         *arguments: Any,
-        begin: str = BEGIN,
+        begin: str = BEGIN_AND_NUMBER,
         repeatable: bool = True,
+        is_result: Callable[[Any], bool] = lambda _: True,
     ) -> ResultT:
         """
         Do work in a transaction, and again after a deadlock or a lock timeout.
@@ -104,12 +120,17 @@ class Session:
         :param work: Gets this session and the arguments. If it raises, the transaction is undone.
         :param begin: The statement that begins the transaction.
         :param repeatable: Whether the work can be done again.
+        :param is_result: Whether what the work returns is what the whole operation returns. If its answer is lost, an
+            operation is done again unless it is.
         """
+        self.is_repeatable = repeatable
         while True:
             try:
-                await self.run(begin)
+                number = await self._begin(begin)
                 result = await work(self, *arguments)
+                self.commit = Commit(number, result) if number is not None and is_result(result) else None
                 await self.run("COMMIT")
+                self.commit = None
                 return result
             except (psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable) as error:
                 if not repeatable:
@@ -123,20 +144,41 @@ class Session:
                 await self.run("ROLLBACK")
                 raise
 
+    async def _begin(self, begin: str) -> int | None:
+        """Begin a transaction. Return its number, if the statement asks for it."""
+        cursor = await self.run(begin)
+        if not cursor.nextset():
+            return None
+        fetched = cursor.fetchone()
+        (number,) = await fetched if self._is_async else fetched
+        return int(number)
+
+    async def was_committed(self, commit: Commit) -> bool:
+        """Return whether a transaction was committed. If the server is still at work on it, wait for its end."""
+        while True:
+            ((status,),) = await self.fetch(STATUS_OF_TRANSACTION, [commit.number])
+            if status != "in progress":
+                return bool(status == "committed")
+            await self.run(_PAUSE_BEFORE_RETRY)
+
     async def to_thread(self, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
         """Call a function that takes a while or waits: in a thread, if an event loop would have to wait for it."""
         return await asyncio.to_thread(function, *arguments) if self._is_async else function(*arguments)
 
-    async def try_append(self, statement: str, parameters: Parameters) -> bool:
+    async def try_append(self, statement: str, parameters: Parameters, message_ids: Sequence[str]) -> bool:
         """
-        Execute a statement that appends messages.
+        Execute a statement that appends messages, outside of a transaction.
 
+        :param message_ids: The ids of the messages.
         :returns: False if nothing was appended: the history does not exist, or has one of the messages.
         """
+        self.appending = message_ids
         try:
-            return bool((await self.run(statement, parameters, prepare=True)).rowcount)
+            appended = bool((await self.run(statement, parameters, prepare=True)).rowcount)
         except psycopg.errors.UniqueViolation:
-            return False
+            appended = False
+        self.appending = ()
+        return appended
 
     async def vacuum(self, statement: str) -> bool:
         """Execute a VACUUM. Return whether the server did it: a role without the right only gets a warning."""

@@ -7,6 +7,10 @@ from haystack_chat_store.stores.rows import Scope, end_of_prefix
 
 # The transaction sees what others commit while it waits for a lock, whatever the database's default is.
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+# If the answer to COMMIT is lost, the transaction's number finds out whether it was committed. PostgreSQL 12 does not
+# have the newer names of these functions.
+BEGIN_AND_NUMBER = f"{BEGIN}; SELECT txid_current()"
+STATUS_OF_TRANSACTION = "SELECT txid_status(%s)"
 # For operations that read with several statements, as of one moment.
 BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 # What reads most of a table may read it from end to end, whatever the connection's setting is.
@@ -329,7 +333,8 @@ class Statements(NamedTuple):
     """
     begin_history: str = """
         UPDATE {histories} SET
-            title = %(title)s, meta = %(meta)s::json, branch_of = %(branch_of)s, revision = %(revision)s
+            title = %(title)s, title_terms = %(title_terms)s::tsvector, meta = %(meta)s::json,
+            branch_of = %(branch_of)s, revision = %(revision)s
         WHERE history_key = %(key)s
     """
     meta: str = "SELECT meta FROM {histories} WHERE history_key = %s"
@@ -341,7 +346,8 @@ class Statements(NamedTuple):
     take_over_history: str = """
         UPDATE {histories} AS h SET next_position = old.next_position, message_count = old.message_count,
             round_count = old.round_count, revision = greatest({first_revision}, old.revision + 1),
-            created_at = old.created_at, updated_at = old.updated_at, title = old.title, meta = old.meta,
+            created_at = old.created_at, updated_at = old.updated_at,
+            title = old.title, title_terms = old.title_terms, meta = old.meta,
             user_id = old.user_id, expires_at = old.expires_at, branch_of = %(branch_of)s, preview = old.preview,
             last_role = old.last_role, last_text = old.last_text, last_at = old.last_at, summary = old.summary
         FROM {histories} AS old WHERE h.history_key = %(key)s AND old.history_key = %(old_key)s
@@ -409,7 +415,8 @@ class Statements(NamedTuple):
     """
     import_history: str = """
         UPDATE {histories} SET created_at = {created_at}, updated_at = {updated_at},
-            title = %(title)s, meta = %(meta)s::json, branch_of = %(branch_of)s, user_id = %(user)s
+            title = %(title)s, title_terms = %(title_terms)s::tsvector, meta = %(meta)s::json,
+            branch_of = %(branch_of)s, user_id = %(user)s
         WHERE history_key = %(key)s RETURNING {first_revision}
     """
     import_messages: str = """
@@ -472,6 +479,7 @@ class Statements(NamedTuple):
     update_history: str = """
         UPDATE {histories} SET
             title = CASE WHEN %(has_title)s THEN %(title)s ELSE title END,
+            title_terms = CASE WHEN %(has_title)s THEN %(title_terms)s::tsvector ELSE title_terms END,
             meta = CASE WHEN %(has_meta)s THEN %(meta)s::json ELSE meta END,
             branch_of = CASE WHEN %(has_meta)s THEN %(branch_of)s ELSE branch_of END,
             user_id = CASE WHEN %(has_user)s THEN %(user)s ELSE user_id END
@@ -492,6 +500,21 @@ class Statements(NamedTuple):
     page_after: str = """
         SELECT {message_row} FROM {messages}
         WHERE history_key = %(key)s AND position > %(place)s AND {is_visible} ORDER BY position LIMIT %(limit)s
+    """
+
+    titles: str = """
+        SELECT {history_row} FROM {histories}
+        WHERE {with_prefix} AND title_terms @@ %(query)s::tsquery AND title_terms IS NOT NULL
+        ORDER BY char_length(title), updated_at DESC LIMIT %(limit)s
+    """
+    namespaces: str = """
+        WITH RECURSIVE names (name) AS (
+            (SELECT namespace FROM {histories} ORDER BY namespace LIMIT 1)
+            UNION ALL
+            SELECT (SELECT namespace FROM {histories} WHERE namespace > name ORDER BY namespace LIMIT 1)
+            FROM names WHERE name IS NOT NULL
+        )
+        SELECT name FROM names WHERE name IS NOT NULL
     """
 
     # The keys of the histories to search, and the number of their messages. No keys if the histories are too many.

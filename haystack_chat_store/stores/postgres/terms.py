@@ -22,7 +22,16 @@ def tsvector(content: str) -> str:
     :param content: The message as JSON text. If it is damaged, it has no terms.
     :returns: Text that is never empty.
     """
-    found = terms(searchable_text_of_content(content))
+    return _tsvector_of(terms(searchable_text_of_content(content)))
+
+
+def title_tsvector(title: str | None) -> str | None:
+    """Return the terms of a title with their positions, or `None` if it has none."""
+    found = terms(title or "")
+    return _tsvector_of(found) if found else None
+
+
+def _tsvector_of(found: Sequence[str]) -> str:
     if len(found) <= _MAX_POSITIONS:
         return " ".join([f"{term}:{position}" for position, term in enumerate(found, 1)]) or " "
     counts: defaultdict[str, int] = defaultdict(int)

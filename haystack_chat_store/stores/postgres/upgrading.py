@@ -98,7 +98,7 @@ async def finish_index(session: Session) -> None:
 
 async def _change_schema(session: Session, change: Callable[[Session], Awaitable[None]]) -> None:
     try:
-        await session.in_transaction(change)
+        await session.in_transaction(change, is_result=lambda _: False)
     except psycopg.errors.InsufficientPrivilege as error:
         raise SchemaPermissionError(error.diag.message_primary or "") from error
 
@@ -127,6 +127,7 @@ async def _create_search_index(session: Session) -> None:
     await session.run(_UPGRADE_LOCK)
     await session.run(_LOCK_TIMEOUT)
     await session.run(session.database.tables.create_search_index)
+    await session.run(session.database.tables.create_title_index)
     if await session.fetch(session.database.tables.has_messages) == [(False,)]:
         await session.run(session.database.tables.create_unindexed)
 

@@ -9,6 +9,7 @@ history, for which appends queue, too.
 import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from haystack.document_stores.types import DuplicatePolicy
@@ -27,7 +28,7 @@ from haystack_chat_store.stores.conflicts import (
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key, history_parameters
 from haystack_chat_store.stores.postgres.session import Session
-from haystack_chat_store.stores.postgres.terms import tsvectors
+from haystack_chat_store.stores.postgres.terms import title_tsvector, tsvectors
 from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_said
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
@@ -68,6 +69,8 @@ class Writing(Engine[Session]):
         expected_revision: int | None,
     ) -> int:
         """Append in one statement if the history exists, nothing is replaced or expected, and no writer interferes."""
+        if session.appended_earlier:
+            return await session.in_transaction(_append_again, scope, chat_history_id, messages)
         if policy is DuplicatePolicy.SKIP and expected_revision is None:
             appended = await _append_new(session, scope, chat_history_id, messages)
             if appended is None:
@@ -159,7 +162,8 @@ async def _append_new(
     statement = session.statements.append_rest if known else session.statements.append_all
     parameters = await _append_parameters(session, scope, chat_history_id, new)
     parameters["version"] = known[0][3] if known else None
-    return len(new) if await session.try_append(statement, parameters) else None
+    ids = [message.message_id for message in new]
+    return len(new) if await session.try_append(statement, parameters, ids) else None
 
 
 async def _append_first(
@@ -171,6 +175,19 @@ async def _append_first(
     parameters = await _append_parameters(session, scope, chat_history_id, messages)
     await session.run(session.statements.append_first, parameters, prepare=True)
     return len(messages)
+
+
+async def _append_again(
+    session: Session, scope: Scope, chat_history_id: str, messages: Sequence[EncodedMessage]
+) -> int:
+    """Append messages of which an earlier attempt may have appended some, and return the number of these, too."""
+    earlier = list(session.appended_earlier)
+    await lock_history(session, scope, chat_history_id)  # waits for the earlier attempt
+    parameters = {**history_parameters(scope, chat_history_id), "ids": earlier}
+    if len(await session.fetch(session.statements.known_ids, parameters, prepare=True)) == len(earlier):
+        return len(earlier)
+    messages = [replace(message, has_caller_id=True) for message in messages]
+    return await _append_locked(session, scope, chat_history_id, messages, DuplicatePolicy.SKIP, None)
 
 
 async def _append_locked(
@@ -371,6 +388,7 @@ async def _append_imported(
             "key": key,
             "namespace": scope.namespace,
             "title": history.title,
+            "title_terms": title_tsvector(history.title),
             "meta": history.meta,
             "branch_of": branch_origin(history.chat_history_id, history.meta),
             "created_at": history.created_at,

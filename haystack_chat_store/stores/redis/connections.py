@@ -40,7 +40,7 @@ class Server(ServerConnections):
         :raises StoreConfigurationError: If the URL cannot be used.
         """
         self._nodes = Nodes(settings)
-        self.location = self._nodes.location
+        self.fingerprint = self._nodes.fingerprint
         self._sync = SyncSession(self._nodes)
         self._async: dict[asyncio.AbstractEventLoop, AsyncSession] = {}
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet([self._sync])  # closed ones may still be in use

@@ -163,6 +163,18 @@ class Directory(RedisOperations):
             if new_id in found:  # unless it was deleted just now
                 return found[new_id].row, isinstance(answer, int)
 
+    async def namespaces(self, session: Session, scope: Scope) -> list[str]:
+        """Look through the keys of all servers for the lists of histories."""
+        keys = self.keys(scope)
+        found: set[str | None] = set()
+        for address in await session.masters():
+            cursor = ""
+            while cursor != "0":
+                options = "MATCH", keys.directories_pattern(), "COUNT", BATCH_SIZE
+                cursor, names = await session.ask(address, "SCAN", cursor or "0", *options)
+                found.update(map(keys.namespace_of, names))
+        return sorted(filter(None, found))
+
     async def statistics(self, session: Session, scope: Scope, prefix: str) -> StoreStatistics:
         """Add up the counters of all histories, and count the times of their messages by day."""
         keys = self.keys(scope)

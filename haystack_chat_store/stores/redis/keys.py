@@ -108,8 +108,19 @@ class Keys(NamedTuple):
 
     def pattern(self) -> str:
         """Return the pattern that matches all keys of histories, for SCAN."""
-        literal = re.sub(r"([\\*?\[\]^])", r"\\\1", f"{{{self.key_prefix}:{_encoded(self.namespace)}:")
-        return f"{literal}*}}:*:*"
+        return f"{{{_literal(self.key_prefix)}:{_encoded(self.namespace)}:*}}:*:*"
+
+    def directories_pattern(self) -> str:
+        """Return the pattern that matches the directories of all namespaces, for SCAN."""
+        return f"{{{_literal(self.key_prefix)}:*}}:histories"
+
+    def namespace_of(self, directory: str) -> str | None:
+        """Return the namespace that a directory belongs to, or `None` if the key is none of this key prefix."""
+        parts = directory[len(self.key_prefix) + 2 :].split(":")
+        namespace = unquote(parts[0])
+        buckets = [f"{number}}}" for number in range(BUCKETS)]
+        is_one = directory.startswith(f"{{{self.key_prefix}:") and len(parts) == 3 and parts[1] in buckets
+        return namespace if is_one and parts[0] == _encoded(namespace) else None
 
     def history_of(self, key: str) -> str | None:
         """Return the id of the history that a key belongs to, or `None` if it belongs to none."""
@@ -124,6 +135,11 @@ class Keys(NamedTuple):
 def bucket_of(chat_history_id: str) -> int:
     """Return the bucket of a history. This must never change, or stored histories would not be found again."""
     return zlib.crc32(chat_history_id.encode()) % BUCKETS
+
+
+def _literal(text: str) -> str:
+    """Return the pattern that matches only this text."""
+    return re.sub(r"([\\*?\[\]^])", r"\\\1", text)
 
 
 @lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ from typing import Any
 from haystack.utils import Secret
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 
-from haystack_chat_store.stores.connection_registry import resolved
+from haystack_chat_store.stores.connection_registry import fingerprint_of, read_secret, resolved
 from haystack_chat_store.stores.redis.failures import Address
 from haystack_chat_store.stores.redis.target import parsed
 
@@ -35,6 +35,10 @@ class Settings:
         """Return the URL."""
         return resolved(self.url, "url")
 
+    def fingerprint(self) -> bytes:
+        """Return what changes when the URL does."""
+        return fingerprint_of(self.location())
+
 
 class Nodes:
     """The server that the URL names, the other nodes of its cluster, or the master that its Sentinels name."""
@@ -47,8 +51,8 @@ class Nodes:
         :raises StoreConfigurationError: If the URL cannot be used.
         """
         self.settings = settings
-        self.location = settings.location()
-        self.target = parsed(self.location, cluster=settings.cluster)
+        self.fingerprint = settings.fingerprint()
+        self.target = read_secret(lambda: parsed(settings.location(), cluster=settings.cluster))
         self.start = self.target.addresses[0]
         #: Whether other servers have to be asked which one serves a slot: nodes of a cluster, or Sentinels.
         self.are_asked = settings.cluster or self.target.service is not None

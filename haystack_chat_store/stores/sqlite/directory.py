@@ -10,6 +10,7 @@ from math import inf
 from typing import Any
 
 from haystack_chat_store.errors import StoreTimeoutError
+from haystack_chat_store.search_text import Phrase, title_patterns, title_terms
 from haystack_chat_store.stores.conflicts import history_is_there, history_not_found
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, branch_origin, end_of_prefix
@@ -32,6 +33,21 @@ _HISTORIES_BY_ID = f"""
     {_SELECT_HISTORY}
     WHERE namespace = ?1 AND chat_history_id >= ?2 AND chat_history_id < ?6 AND {IS_VISIBLE} {{condition}}
     ORDER BY chat_history_id LIMIT ?5
+"""
+_TITLES = f"""
+    {_SELECT_HISTORY} INDEXED BY haystack_chat_histories_by_title
+    WHERE namespace = ?1 AND chat_history_id >= ?2 AND chat_history_id < ?5 AND {IS_VISIBLE}
+        AND title_terms IS NOT NULL {{contained}}
+    ORDER BY length(title), updated_at DESC LIMIT ?6
+"""
+_NAMESPACES = """
+    WITH RECURSIVE names (name) AS (
+        SELECT min(namespace) FROM haystack_chat_histories
+        UNION ALL
+        SELECT (SELECT min(namespace) FROM haystack_chat_histories WHERE namespace > name)
+        FROM names WHERE name IS NOT NULL
+    )
+    SELECT name FROM names WHERE name IS NOT NULL
 """
 # A page of the directory is found in one of two ways. A column with a + before it is not looked for in an index. The
 # histories of a user are walked along by time in an index of their own.
@@ -62,7 +78,8 @@ _COUNT_UP_TO = """
     )
 """
 _UPDATE_HISTORY = """
-    UPDATE haystack_chat_histories SET title = iif(?, title, ?), user_id = iif(?, user_id, ?), meta = ?, branch_of = ?
+    UPDATE haystack_chat_histories SET title = iif(?, title, ?), title_terms = iif(?, title_terms, ?),
+        user_id = iif(?, user_id, ?), meta = ?, branch_of = ?
     WHERE history_key = ?
 """
 _META = "SELECT CAST(meta AS TEXT) FROM haystack_chat_histories WHERE history_key = ?"
@@ -153,8 +170,10 @@ class Directory(Engine[Database]):
         change: HistoryChange,
     ) -> HistoryRow | None:
         """Change the row, and read it."""
-        title, user_id = (
-            (value is UNCHANGED, None if value is UNCHANGED else value) for value in (change.title, change.user_id)
+        terms = change.title if change.title is UNCHANGED else title_terms(change.title)
+        title, title_words, user_id = (
+            (value is UNCHANGED, None if value is UNCHANGED else value)
+            for value in (change.title, terms, change.user_id)
         )
         with session.transaction() as connection:
             found = Histories(connection, scope, session.settings.search).find(chat_history_id)
@@ -163,7 +182,8 @@ class Directory(Engine[Database]):
             ((stored,),) = readable_rows(connection, _META, (found.history_key,))
             meta = change.new_meta(stored)
             branch_of = branch_origin(chat_history_id, meta)
-            connection.execute(_UPDATE_HISTORY, (*title, *user_id, meta, branch_of, found.history_key))
+            values = (*title, *title_words, *user_id, meta, branch_of, found.history_key)
+            connection.execute(_UPDATE_HISTORY, values)
             return _history(connection, scope, chat_history_id)
 
     def create_history(self, session: Database, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
@@ -192,6 +212,31 @@ class Directory(Engine[Database]):
         """Change the row."""
         with session.transaction() as connection:
             Histories(connection, scope, session.settings.search).renew(chat_history_id)
+
+    def search_titles(
+        self,
+        session: Database,
+        scope: Scope,
+        phrases: Sequence[Phrase],
+        chat_history_id: str | None,
+        prefix: str,
+        limit: int,
+    ) -> list[HistoryRow]:
+        """Compare the terms of all titles, which lie side by side in an index."""
+        # The first text after an id is the id and a NUL.
+        ids = id_range(prefix) if chat_history_id is None else (chat_history_id, f"{chat_history_id}\x00")
+        patterns = title_patterns(phrases)
+        contained = " ".join(f"AND instr(title_terms, ?{number})" for number in range(7, 7 + len(patterns)))
+        query = seen(_TITLES, scope).format(contained=contained)
+        first, end = ids
+        values = (scope.namespace, first, scope.user_id, microseconds_now(), end or _AFTER_ALL_IDS, limit, *patterns)
+        with session.connection() as connection:
+            return _history_rows(readable_rows(connection, query, values))
+
+    def namespaces(self, session: Database, scope: Scope) -> list[str]:  # noqa: ARG002  (all namespaces)
+        """Go from one namespace to the next in the index by id."""
+        with session.connection() as connection:
+            return [name for (name,) in readable_rows(connection, _NAMESPACES, ())]
 
     def statistics(self, session: Database, scope: Scope, prefix: str) -> StoreStatistics:
         """Count everything as of one moment."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from haystack.dataclasses import ChatRole
 
+from haystack_chat_store.search_text import title_terms
 from haystack_chat_store.stores.conflicts import Plan, check_access, check_revision, is_replaced_already
 from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_said
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
@@ -24,8 +25,8 @@ _FIND = """
 _INSERT_HISTORY = """
     INSERT INTO haystack_chat_histories
         (namespace, chat_history_id, revision, next_position, message_count, round_count, created_at, updated_at,
-        title, meta, branch_of, user_id, expires_at)
-    VALUES (?, ?, ?, 0, 0, 0, ?, ?, ?, ?, ?, ?, ?)
+        title, title_terms, meta, branch_of, user_id, expires_at)
+    VALUES (?, ?, ?, 0, 0, 0, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _DELETED_REVISION = "SELECT deleted_revision FROM haystack_chat_namespaces WHERE namespace = ?"
 _KEEP_REVISION = """
@@ -180,7 +181,8 @@ class Histories:
         user_id = row.user_id if self._scope.user_id is None else self._scope.user_id
         expires_at = self._scope.expires_at(microseconds_now())
         revision = self.deleted_revision()  # the change that follows makes it greater
-        values = (row.chat_history_id, revision, row.created_at, row.updated_at, row.title, row.meta)
+        titles = (row.title, title_terms(row.title))
+        values = (row.chat_history_id, revision, row.created_at, row.updated_at, *titles, row.meta)
         owned = (branch_origin(row.chat_history_id, row.meta), user_id, expires_at)
         made = self.connection.execute(_INSERT_HISTORY, (self._namespace, *values, *owned))
         return StoredHistory(int(made.lastrowid or 0), 0, 0, revision, user_id, expires_at)

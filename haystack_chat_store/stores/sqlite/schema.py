@@ -32,6 +32,7 @@ MIGRATIONS: list[list[str]] = [
             expires_at INTEGER,
             branch_of TEXT,  -- the id of the history that this one branched off: see `rows.branch_origin`
             title TEXT,
+            title_terms TEXT,  -- what a search compares: see `search_text.title_terms`
             meta TEXT,  -- a JSON object
             preview TEXT,
             last_role TEXT,  -- of the last message that is no system message, as is what follows
@@ -81,6 +82,10 @@ MIGRATIONS: list[list[str]] = [
         """
         CREATE INDEX haystack_chat_histories_by_expiry
         ON haystack_chat_histories (expires_at) WHERE expires_at IS NOT NULL
+        """,
+        """
+        CREATE INDEX haystack_chat_histories_by_title
+        ON haystack_chat_histories (namespace, chat_history_id, title_terms) WHERE title_terms IS NOT NULL
         """,
         """
         CREATE UNIQUE INDEX haystack_chat_messages_by_id ON haystack_chat_messages (message_key >> 32, message_id)
