@@ -22,12 +22,14 @@ from haystack_chat_store.stores.sync_async import run_sync
 class RedisEngine(Writing, Reading, Directory, Checking):
     """Keeps chat histories in Redis, Valkey or a Redis Cluster."""
 
+    system_name = "redis"
+
     def __init__(self, url: Secret, *, cluster: bool, key_prefix: str, ttl: float | None, timeout: float) -> None:
         """Keep the settings. Connects to nothing."""
         super().__init__(key_prefix=key_prefix, ttl=ttl)
         self.settings = Settings(url=url, cluster=cluster, timeout=timeout)
 
-    def run(
+    def execute(
         self,
         operation: Callable[Concatenate[Session, ArgumentsT], Operation[ResultT]],
         *arguments: ArgumentsT.args,
@@ -38,7 +40,7 @@ class RedisEngine(Writing, Reading, Directory, Checking):
         running = cast("Coroutine[object, object, ResultT]", operation(session, *arguments, **options))
         return run_sync(running)
 
-    async def run_async(
+    async def execute_async(
         self,
         operation: Callable[Concatenate[Session, ArgumentsT], Operation[ResultT]],
         *arguments: ArgumentsT.args,
