@@ -2,7 +2,10 @@
 """Takes a tree of messages apart into the branches that it consists of, so that none is mixed with another."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+# Stands for a parent that cannot be the key of a node. Keys are not so long.
+_NO_KEY = "\0" * 1000
 
 
 class Branch(NamedTuple):
@@ -30,15 +33,16 @@ class Tree(NamedTuple):
     broken: list[str]
 
 
-def branches_of(parents: Mapping[str, str | None], current: str | None) -> Tree:
+def branches_of(named_parents: Mapping[str, Any], current: str | None) -> Tree:
     """
     Return the branches of a tree.
 
-    :param parents: The key of each node, and of the node before it, `None` for a root. A parent that is no key
+    :param named_parents: The key of each node, and of the node before it, `None` for a root. A parent that is no key
         interrupts the way.
     :param current: The last node of the current branch, or a key that is no node: then the
-        end that comes last in `parents` is taken.
+        end that comes last in `named_parents` is taken.
     """
+    parents = {key: each if each is None or isinstance(each, str) else _NO_KEY for key, each in named_parents.items()}
     inner = set(parents.values())
     ends = [key for key in parents if key not in inner]
     if current not in parents:
