@@ -24,7 +24,7 @@ class Scripted(llm.Model):
 
     model_id = "scripted"
     supports_tools = True
-    attachment_types = {"image/png", "text/plain"}
+    attachment_types = frozenset({"image/png", "text/plain"})
 
     def __init__(self, *replies):
         self.replies = list(replies)

@@ -2,10 +2,10 @@
 """
 What becomes of conversations in the files of ChatGPT, Claude, OpenAI's format, llm, LlamaIndex and the Agents SDK.
 
-The files of llm, LlamaIndex and the Agents SDK were written by these programs themselves (see the scripts in tests/data).
+The files of llm, LlamaIndex and the Agents SDK were written by these programs themselves, by the scripts in tests/data.
 Those of ChatGPT and Claude follow what is known of their exports: for ChatGPT,
 https://github.com/mohamed-chs/convoviz (docs/dev/chatgpt-spec.md); for Claude, the tests of importers such as
-https://github.com/CherryHQ/cherry-studio (AnthropicImporter.test.ts) and https://github.com/brandtcormorant/claude-json-schema.
+https://github.com/CherryHQ/cherry-studio (AnthropicImporter.test.ts).
 """
 
 import asyncio
@@ -30,8 +30,8 @@ from haystack_chat_store import (
     MessageEncodingError,
     with_message_ids,
 )
-from haystack_chat_store.testing.kit import without_ids
-from haystack_chat_store.testing.messages import conversation
+from haystack_chat_store.testing.kit import number_of_examples, without_ids
+from haystack_chat_store.testing.messages import conversation, user
 from haystack_chat_store.transfer import export_histories, import_histories, import_messages, import_messages_async
 
 DATA = Path(__file__).parents[1] / "data"
@@ -140,11 +140,10 @@ def test_the_current_branch_of_a_chat_is_the_history_and_others_are_forks(store,
         begin + timedelta(seconds=3),
     ]
     assert store.retrieve_messages("conversation-1")[1].meta["model"] == "gpt-5"
-    assert (
-        faults_of(imported)
-        == ["Node question has the attachment 'fox.pdf', which was left out: only its name is in the conversation."]
-        or len(imported.faults) == 2
-    )
+    assert [(fault.chat_history_id, fault.description) for fault in imported.faults] == [
+        (each, "Node question has the attachment 'fox.pdf', which was left out: only its name is in the conversation.")
+        for each in ids(store)
+    ]
 
 
 def test_importing_a_chat_again_adds_only_what_is_new(store, chatgpt, tmp_path):
@@ -560,7 +559,7 @@ def test_a_file_that_was_cut_off_is_refused_whole(store, tmp_path, program):
     text = json.dumps(GOOD[program] * 50).encode()
     for end in (len(text) - 1, len(text) // 2, 100):
         (tmp_path / "c.json").write_bytes(text[:end])
-        with pytest.raises(DamagedFileError, match="was cut off|not JSON"):
+        with pytest.raises(DamagedFileError, match=r"was cut off|not JSON"):
             import_histories(store, tmp_path / "c.json", format=program)
     (tmp_path / "c.json").write_bytes(text + b" [")
     with pytest.raises(DamagedFileError, match="more text after its end"):
@@ -595,7 +594,7 @@ def test_no_odd_value_in_any_place_breaks_an_import(memory, tmp_path, program):
     for number, path in enumerate(places(good)):
         if not path:
             continue
-        for odd in ODD if number % 3 == 0 else ODD[number % len(ODD) :][:3]:
+        for odd in ODD if number_of_examples(1) > 1 else ODD[number % len(ODD) :][:2]:
             changed = copy.deepcopy(good)
             place = changed
             for step in path[:-1]:
@@ -650,7 +649,7 @@ def test_messages_keep_the_ids_that_they_have(store):
         ([(WHEN[0], "Hi")], ValueError, r"messages\[0\] must be a time and a ChatMessage"),
         (conversation("u"), ValueError, r"messages\[0\] must be a time and a ChatMessage"),
         (timed(with_message_ids(conversation("u")) * 2), DuplicateMessageError, r"messages\[1\] has the id of another"),
-        ([(WHEN[0], ChatMessage.from_user("\ud800"))], MessageEncodingError, r"messages\[0\]"),
+        ([(WHEN[0], user(number=10**5000))], MessageEncodingError, r"messages\[0\]"),
     ],
 )
 def test_wrong_messages_are_refused_and_nothing_is_imported(store, messages, error, match):
