@@ -66,7 +66,7 @@ def faults_of(imported):
 
 
 def ids(store, prefix=""):
-    return sorted(info.chat_history_id for info in store.list_chat_histories(prefix=prefix).items)
+    return sorted(info.chat_history_id for info in store.list_chat_histories(prefix=prefix, branches=True).items)
 
 
 def written(path, value):
@@ -453,7 +453,7 @@ LLM_SAID = [
 def test_the_log_of_llm(store, tmp_path, version):
     file = shutil.copy(DATA / f"llm_{version}.sqlite", tmp_path / "logs.db")
     imported = import_histories(store, file, format="llm")
-    by_title = {info.title: info for info in store.list_chat_histories().items if "branch_of" not in info.meta}
+    by_title = {info.title: info for info in store.list_chat_histories().items}
     assert by_title.keys() == {"Hi 👋", "Another one"}
     first = by_title["Hi 👋"]
     assert said(store, first.chat_history_id) == LLM_SAID
@@ -471,7 +471,7 @@ def test_the_log_of_llm(store, tmp_path, version):
 
 def test_an_answer_that_llm_was_given_again_is_a_branch(store, tmp_path):
     import_histories(store, shutil.copy(DATA / "llm_0_36.sqlite", tmp_path / "logs.db"), format="llm")
-    (fork,) = (info for info in store.list_chat_histories().items if "branch_of" in info.meta)
+    (fork,) = (info for info in store.list_chat_histories(branches=True).items if "branch_of" in info.meta)
     source = fork.meta["branch_of"]
     assert fork.chat_history_id.startswith(f"{source}~")
     assert said(store, source) == [("user", "Another one"), ("assistant", "Hello again!")]

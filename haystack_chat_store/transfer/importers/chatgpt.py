@@ -13,7 +13,13 @@ from typing import Any
 from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
 
 from haystack_chat_store.transfer.importers import parts
-from haystack_chat_store.transfer.importers.conversations import Conversation, ImportedMessage, Report, time_of
+from haystack_chat_store.transfer.importers.conversations import (
+    Conversation,
+    ImportedMessage,
+    Report,
+    branch_of,
+    time_of,
+)
 from haystack_chat_store.transfer.importers.json_files import Item, JsonLayout
 from haystack_chat_store.transfer.importers.trees import Branch, branches_of
 
@@ -60,14 +66,15 @@ def _branches(entry: dict[str, Any], place: str, report: Report) -> Iterator[Con
             True for key in branch.keys[branch.keys.index(branch.own_key) :] if _says_something(nodes[key])
         )
         if has_own:
-            yield Conversation(
-                chat_history_id if branch.own_key is None else f"{chat_history_id}~{branch.own_key}",
+            conversation = Conversation(
+                chat_history_id,
                 messages,
                 created_at=time_of(entry.get("create_time")),
                 updated_at=time_of(entry.get("update_time")),
                 title=parts.text_or_none(entry.get("title")),
-                meta=meta if branch.own_key is None else {**meta, "branch_of": chat_history_id},
+                meta=meta,
             )
+            yield conversation if branch.own_key is None else branch_of(conversation, branch.own_key)
 
 
 def _says_something(node: Mapping[str, Any]) -> bool:

@@ -23,7 +23,13 @@ from haystack.dataclasses import (
 )
 
 from haystack_chat_store.transfer.importers import parts
-from haystack_chat_store.transfer.importers.conversations import Conversation, ImportedMessage, Report, time_of
+from haystack_chat_store.transfer.importers.conversations import (
+    Conversation,
+    ImportedMessage,
+    Report,
+    branch_of,
+    time_of,
+)
 from haystack_chat_store.transfer.importers.json_files import Item, JsonLayout
 from haystack_chat_store.transfer.importers.trees import branches_of
 
@@ -59,14 +65,15 @@ def _branches(entry: dict[str, Any], place: str, report: Report) -> Iterator[Con
     model = parts.unused_fields({"model": entry.get("model")}, ())  # programs that read Claude's pages know it
     meta = {**parts.unused_fields({"summary": entry.get("summary")}, ()), **model}
     for own_key, keys in _ways(entry, messages, chat_history_id, report):
-        yield Conversation(
-            chat_history_id if own_key is None else f"{chat_history_id}~{own_key}",
+        conversation = Conversation(
+            chat_history_id,
             _messages_of([messages[key] for key in keys], model),
             created_at=time_of(entry.get("created_at")),
             updated_at=time_of(entry.get("updated_at")),
             title=parts.text_or_none(entry.get("name")),
-            meta=meta if own_key is None else {**meta, "branch_of": chat_history_id},
+            meta=meta,
         )
+        yield conversation if own_key is None else branch_of(conversation, own_key)
 
 
 def _ways(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store.codec import encode_message
+from haystack_chat_store.ids import BRANCH_OF_KEY, branch_id
 from haystack_chat_store.json_values import encode_plain
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.stores.times import datetime_of
@@ -55,6 +56,14 @@ class Conversation(NamedTuple):
     updated_at: int | None = None
     title: str | None = None
     meta: Mapping[str, Any] | None = None
+
+
+def branch_of(conversation: Conversation, name: str) -> Conversation:
+    """Return a branch of a conversation as one of its own, which names the other in its meta."""
+    return conversation._replace(
+        chat_history_id=branch_id(conversation.chat_history_id, name),
+        meta={**(conversation.meta or {}), BRANCH_OF_KEY: conversation.chat_history_id},
+    )
 
 
 class RowsInMemory:

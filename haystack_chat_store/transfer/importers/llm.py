@@ -23,6 +23,7 @@ from haystack_chat_store.transfer.importers.conversations import (
     Conversation,
     ImportedMessage,
     Report,
+    branch_of,
     history_of,
     time_of,
 )
@@ -86,16 +87,17 @@ class LlmDatabase(ReadOnlyDatabase):
                 description = f"Message {key} was left out: its way to the first message is broken."
                 faults[Fault(chat_history_id=thread["id"], description=description)] = None
             for branch in tree.branches:
-                meta = {"model": turns[-1]["model"]} if turns else {}
-                source = thread["forked_from"] if branch.own_key is None else thread["id"]
-                yield Conversation(
-                    thread["id"] if branch.own_key is None else f"{thread['id']}~{branch.own_key}",
+                conversation = Conversation(
+                    thread["id"],
                     self._messages_of(branch, nodes, turns),
                     created_at=time_of(turns[0]["datetime_utc"]) if turns else None,
                     updated_at=time_of(turns[-1]["datetime_utc"]) if turns else None,
                     title=thread["name"],
-                    meta={**meta, "branch_of": source} if source else meta,
+                    meta=parts.unused_fields(
+                        {"model": turns[-1]["model"] if turns else None, "forked_from": thread["forked_from"]}, ()
+                    ),
                 )
+                yield conversation if branch.own_key is None else branch_of(conversation, branch.own_key)
 
     def _nodes(self, tips: set[str | None]) -> dict[str, dict[str, Any]]:
         """Return the messages that lead to some messages, in the order in which they were stored."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
 
+from haystack_chat_store.ids import BRANCH_OF_KEY, branch_id
 from haystack_chat_store.json_values import encode_meta
 from haystack_chat_store.transfer.histories import Faults, Histories
 from haystack_chat_store.transfer.importers import parts
@@ -191,9 +192,9 @@ class AgentsDatabase(ForeignDatabase):
                 )
             ]
             for branch in branches:
-                chat_history_id = session if branch == _MAIN else f"{session}~{branch}"
+                chat_history_id = session if branch == _MAIN else branch_id(session, branch)
                 self._branches[chat_history_id] = session, branch
-                yield chat_history_id, first, last, None if branch == _MAIN else encode_meta({"branch_of": session})
+                yield chat_history_id, first, last, None if branch == _MAIN else encode_meta({BRANCH_OF_KEY: session})
             if not branches:
                 yield session, first, last, None
 
