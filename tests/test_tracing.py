@@ -8,6 +8,7 @@ import sys
 import pytest
 from haystack import tracing
 from haystack.dataclasses import ChatMessage
+from haystack.document_stores.types import DuplicatePolicy
 from haystack_integrations.tracing.opentelemetry import OpenTelemetryTracer
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -17,7 +18,7 @@ from turn_pipelines import ENGINES, store_of
 
 from haystack_chat_store import ChatHistoryChangedError, InMemoryChatMessageStore
 from haystack_chat_store.stores import engine as engine_module
-from haystack_chat_store.stores.tracing import is_tracing_enabled
+from haystack_chat_store.stores.tracing import _CONVENTIONAL_NAMES, is_tracing_enabled
 from haystack_chat_store.testing.messages import conversation, user
 
 SYSTEMS = {"memory": None, "sqlite": "sqlite", "postgres": "postgresql", "redis": "redis"}
@@ -111,6 +112,16 @@ def test_spans_of_a_call_lie_in_the_span_around_it(spans, call):
     inner, outer = spans()
     assert (inner.name, outer.name) == ("count", "turn")
     assert inner.parent.span_id == outer.context.span_id
+
+
+def test_a_write_that_overwrites_is_an_upsert(spans, call):
+    store = InMemoryChatMessageStore(namespace="overwriting")
+    call(store, "write_messages", "user_456", [user()], policy=DuplicatePolicy.OVERWRITE)
+    assert spans()[-1].name == "upsert_memory"
+
+
+def test_operations_with_a_conventional_name_are_operations_of_engines():
+    assert all(callable(getattr(engine_module.Engine, name)) for name in _CONVENTIONAL_NAMES)
 
 
 def test_copies_and_imports_are_spans_with_their_number_of_messages(spans):

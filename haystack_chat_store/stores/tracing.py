@@ -12,6 +12,7 @@ from functools import lru_cache
 from inspect import signature
 from typing import Any
 
+from haystack.document_stores.types import DuplicatePolicy
 from haystack.tracing.tracer import NullTracer, tracer
 
 from haystack_chat_store.stores.rows import EncodedMessage, FoundRow, MessageRow
@@ -57,6 +58,8 @@ def traced(
     named = {**dict(zip(_parameters(operation), arguments, strict=False)), **options}
     operation_name = operation.__name__
     name = _CONVENTIONAL_NAMES.get(operation_name, operation_name)
+    if named.get("policy") is DuplicatePolicy.OVERWRITE:
+        name = "upsert_memory"
     tags: dict[str, Any] = {"gen_ai.operation.name": name, "db.operation.name": operation_name}
     if system is not None:
         tags["db.system.name"] = system

@@ -570,6 +570,17 @@ def test_a_file_that_was_cut_off_is_refused_whole(store, tmp_path, program):
     assert ids(store) == []
 
 
+@pytest.mark.parametrize("as_lines", [True, False])
+def test_a_file_is_read_piece_by_piece_whatever_lies_across_two_pieces(store, tmp_path, as_lines):
+    texts = ["ü" * length for length in (1, 65_530, 200_000, 3, 65_536, 1_000_000, 7)]
+    entries = [{"messages": [{"role": "user", "content": text, "weight": 0.125}]} for text in texts]
+    lines = (json.dumps(entry, ensure_ascii=False) for entry in entries)
+    text = "\n".join(lines) if as_lines else json.dumps(entries, ensure_ascii=False)
+    (tmp_path / "c.json").write_text(text, encoding="utf-8")
+    assert import_histories(store, tmp_path / "c.json", format="openai").messages == len(texts)
+    assert [store.retrieve_messages(f"c/{number}")[0].text for number in range(1, 8)] == texts
+
+
 def test_conversations_with_the_same_id_are_not_joined(store, tmp_path):
     other, _ = chatgpt_conversation()
     other["mapping"] = {"x": node("x", None, "user", "Another")}
