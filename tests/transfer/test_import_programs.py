@@ -15,7 +15,7 @@ import json
 import shutil
 import sqlite3
 import zipfile
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -478,6 +478,29 @@ def test_an_answer_that_llm_was_given_again_is_a_branch(store, tmp_path):
     assert said(store, fork.chat_history_id) == [("user", "Another one"), ("assistant", "Hello, too!")]
 
 
+@pytest.mark.parametrize("version", ["0_27", "0_36"])
+def test_no_odd_value_in_any_column_breaks_an_import_from_llm(memory, tmp_path, version):
+    original = DATA / f"llm_{version}.sqlite"
+    with closing(sqlite3.connect(original)) as connection:
+        columns = [
+            (table, column)
+            for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+            if "fts" not in table and "search" not in table and not table.startswith("_")
+            for (column,) in connection.execute("SELECT name FROM pragma_table_info(?)", [table]).fetchall()
+            if connection.execute(f'SELECT count("{column}") FROM "{table}"').fetchone()[0]
+        ]
+    odd_values = [None, 5, 1.5, b"\xff\x00", "", "x", "[1]", '{"text_ref": [5, {"fragment": "x"}], "name": 5}']
+    for number, (table, column) in enumerate(columns):
+        for odd in odd_values if number_of_examples(1) > 1 else odd_values[number % len(odd_values) :][:2]:
+            file = shutil.copy(original, tmp_path / "logs.db")
+            with closing(sqlite3.connect(file)) as connection, connection, suppress(sqlite3.IntegrityError):
+                connection.execute(f'UPDATE OR IGNORE "{table}" SET "{column}" = ?', [odd])
+            store = memory()
+            import_histories(store, file, format="llm")
+            for each in ids(store):
+                store.retrieve_messages(each)
+
+
 def test_a_database_of_something_else_is_not_a_log_of_llm(store, tmp_path):
     with pytest.raises(DamagedFileError, match="is not a database of the format llm"):
         import_histories(store, shutil.copy(DATA / "langchain.sqlite", tmp_path / "copy.db"), format="llm")
@@ -520,6 +543,26 @@ def test_the_branches_of_an_advanced_session_are_histories_of_their_own(store, t
     assert store.get_chat_history("user_456~diet").meta == {"branch_of": "user_456"}
     assert imported.faults == ()
     assert counts(import_histories(store, file, format="openai-agents")) == (0, 0, imported.messages)
+
+
+def test_a_branch_with_the_id_of_another_session_is_not_joined_to_it(store, tmp_path):
+    file = shutil.copy(DATA / "openai_agents_branches.sqlite", tmp_path / "copy.db")
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE agent_messages SET session_id = 'user_456~diet' WHERE session_id = 'plain'")
+    imported = import_histories(store, file, format="openai-agents")
+    assert [words[1] for words in said(store, "user_456~diet")] == ["Hi", "Hello!"]
+    assert faults_of(imported) == ["A branch was left out: another session or branch has its id 'user_456~diet'."]
+
+
+@pytest.mark.parametrize("column", ["session_id", "branch_id", "message_id", "sequence_number"])
+@pytest.mark.parametrize("odd", [5, 1.5, "", "x", b"\xff\x00", "a\0b", "x" * 600])
+def test_no_odd_branch_breaks_an_import(store, tmp_path, column, odd):
+    file = shutil.copy(DATA / "openai_agents_branches.sqlite", tmp_path / "copy.db")
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute(f"UPDATE message_structure SET {column} = ? WHERE branch_id = 'diet'", [odd])
+    import_histories(store, file, format="openai-agents")
+    assert [words[1] for words in said(store, "user_456~plants")][-1] == "No."
+    assert store.count_messages("plain") == 2
 
 
 def test_rows_that_belong_to_no_branch_are_reported(store, tmp_path):

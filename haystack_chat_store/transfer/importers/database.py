@@ -106,7 +106,8 @@ class ReadOnlyDatabase:
 
     def _query(self, sql: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Run a query at once, and return an iterator over its rows."""
-        return self._fetched(self._run(lambda: self._connection.execute(sql, values)))
+        parameters = [_parameter(value) for value in values]
+        return self._fetched(self._run(lambda: self._connection.execute(sql, parameters)))
 
     def _fetched(self, cursor: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
         while (row := self._run(cursor.fetchone)) is not None:
@@ -117,6 +118,16 @@ class ReadOnlyDatabase:
             return work()
         except sqlite3.Error as error:  # distinguishes it from an error of the store
             raise DamagedFileError(f"{self._name} cannot be read as an SQLite database: {error}.") from error
+
+
+def _parameter(value: Any) -> Any:
+    """Return a value for a query. Text that is not UTF-8 becomes the bytes that it was made of."""
+    try:
+        if isinstance(value, str):
+            value.encode()
+        return value
+    except UnicodeEncodeError:
+        return value.encode("utf-8", "surrogatepass")
 
 
 class ForeignDatabase(ReadOnlyDatabase):

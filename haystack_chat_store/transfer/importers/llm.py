@@ -72,7 +72,8 @@ class LlmDatabase(ReadOnlyDatabase):
             raise DamagedFileError(f"{self._name} is not a database of the format llm: it has no table conversations.")
 
     def _rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
-        return [dict(row) for row in self._query(sql, *values)]
+        """Return the rows of a query. What should be text is text, whatever type a damaged row gives it."""
+        return [{name: _readable(value) for name, value in dict(row).items()} for row in self._query(sql, *values)]
 
     # ------------------------------------------------------------------ trees of messages
 
@@ -178,7 +179,7 @@ class LlmDatabase(ReadOnlyDatabase):
             parts.text_in(piece, "literal")
             if "literal" in piece
             else "".join(
-                row["content"]
+                row["content"] or ""
                 for row in self._rows("SELECT content FROM fragments WHERE id = ?", piece.get("fragment"))
             )
             for piece in parts.objects_in(payload, "text_ref")
@@ -264,7 +265,8 @@ class LlmDatabase(ReadOnlyDatabase):
 
     def _usage(self, turn: dict[str, Any]) -> dict[str, Any]:
         """Return the model and the usage of an answer where Haystack's generators keep them."""
-        sent, received = turn.get("input_tokens"), turn.get("output_tokens")
+        counts = (turn.get("input_tokens"), turn.get("output_tokens"))
+        sent, received = (count if isinstance(count, int) else None for count in counts)
         usage = parts.unused_fields({"prompt_tokens": sent, "completion_tokens": received}, ())
         if sent is not None and received is not None:
             usage["total_tokens"] = sent + received
@@ -280,10 +282,11 @@ class LlmDatabase(ReadOnlyDatabase):
     def _attachments(self, key: str, attachment_ids: list[str], report: Report) -> list[Any]:
         read: list[Any] = []
         for attachment_id in attachment_ids:
-            found = self._rows("SELECT * FROM attachments WHERE id = ?", attachment_id)
+            found = self._rows("SELECT type, path, url FROM attachments WHERE id = ?", attachment_id)
             row = found[0] if found else {}
             kind = row.get("type") or ""
-            content = row.get("content")
+            contents = self._query("SELECT content FROM attachments WHERE id = ?", attachment_id)
+            (content,) = next(contents, (None,))
             if not isinstance(content, bytes) or not content:
                 where = "at a URL" if row.get("url") else "in a file" if row.get("path") else "missing"
                 report(f"Message {key} has an attachment that is {where}, not in the database. It was left out.")
@@ -294,6 +297,10 @@ class LlmDatabase(ReadOnlyDatabase):
             else:
                 read.append(parts.file_from_base64(data, kind or None))
         return read
+
+
+def _readable(value: Any) -> Any:
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 def _parsed(text: Any) -> dict[str, Any]:

@@ -163,10 +163,15 @@ class AgentsDatabase(ForeignDatabase):
         self._has_branches = {"session_id", "message_id", "branch_id", "sequence_number"} <= self._columns(_STRUCTURE)
         # Which session and which branch a history is made of.
         self._branches: dict[str, tuple[str, str]] = {}
+        # Branches whose history would have the id of another session or branch.
+        self._clashes: list[tuple[str, str]] = []
 
     def histories(self, faults: Faults) -> Histories:
         """Yield each session, or each of its branches, as a history. Report rows that belong to no branch."""
         yield from super().histories(faults)
+        for session, clash in self._clashes:
+            description = f"A branch was left out: another session or branch has its id {clash!r}."
+            faults[Fault(chat_history_id=session, description=description)] = None
         if not self._has_branches:
             return
         for session, count in self._query(
@@ -193,10 +198,17 @@ class AgentsDatabase(ForeignDatabase):
             ]
             for branch in branches:
                 chat_history_id = session if branch == _MAIN else branch_id(session, branch)
+                if branch != _MAIN and (self._is_session(chat_history_id) or chat_history_id in self._branches):
+                    self._clashes.append((session, chat_history_id))
+                    continue
                 self._branches[chat_history_id] = session, branch
                 yield chat_history_id, first, last, None if branch == _MAIN else encode_meta({BRANCH_OF_KEY: session})
             if not branches:
                 yield session, first, last, None
+
+    def _is_session(self, name: str) -> bool:
+        found = self._query(f"SELECT 1 FROM {self._table} WHERE session_id = ? LIMIT 1", name)  # noqa: S608  (quoted)
+        return next(found, None) is not None
 
     def _stored(self, chat_history_id: str) -> Iterator[tuple[Any, ...]]:
         if chat_history_id not in self._branches:
