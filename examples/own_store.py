@@ -40,15 +40,15 @@ class FolderEngine(Engine[Path]):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
-    def run(self, operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def execute(self, operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
             with _lock:
                 return operation(self.folder, *arguments, **options)
         except OSError as error:
             raise StoreUnavailableError(f"The folder cannot be used: {error.strerror}.") from error
 
-    async def run_async(self, operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        return await asyncio.to_thread(self.run, operation, *arguments, **options)
+    async def execute_async(self, operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return await asyncio.to_thread(self.execute, operation, *arguments, **options)
 
     def append(
         self,

@@ -88,14 +88,14 @@ def _digest(message_id: str) -> str:
     return hashlib.sha256(message_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def branch_id(chat_history_id: str, revision: int) -> str:
+def branch_id(chat_history_id: str, name: int | str) -> str:
     """
-    Return the id of the branch that keeps what a history had at a revision.
+    Return the id of a branch of a history.
 
     :param chat_history_id: The history's id.
-    :param revision: The history's revision.
+    :param name: The name of the branch. What keeps what a history had at a revision is named by the revision.
     """
-    readable = f"{branch_prefix(chat_history_id)}{revision}"
+    readable = f"{branch_prefix(chat_history_id)}{name}"
     return readable if len(chat_history_id) <= _READABLE_IN_BRANCH else f"{readable}~{_digest(chat_history_id)}"
 
 

@@ -373,9 +373,9 @@ def test_a_store_in_memory_can_be_checked():
 
 def test_a_store_that_cannot_be_checked_says_so():
     class OwnEngine(Engine):
-        append = read = count = delete = delete_all = run_async = None
+        append = read = count = delete = delete_all = execute_async = None
 
-        def run(self, operation, *arguments):
+        def execute(self, operation, *arguments):
             return operation(None, *arguments)
 
     with pytest.raises(UnsupportedOperationError, match="OwnEngine does not support checking"):

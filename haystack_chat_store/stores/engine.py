@@ -3,8 +3,8 @@
 The engine of a store: it keeps encoded messages, and does not use `ChatMessage`s.
 
 A store checks arguments, gives ids and encodes messages; its engine stores the texts. To write an engine, implement
-`run`, `run_async` and the five abstract operations. Each further operation makes more of the store's methods work;
-methods whose operation is missing raise an `UnsupportedOperationError`.
+`execute`, `execute_async` and the five abstract operations. Each further operation makes more of the store's methods
+work; methods whose operation is missing raise an `UnsupportedOperationError`.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from haystack_chat_store.stores.rows import (
     Scope,
     WindowRows,
 )
+from haystack_chat_store.stores.tracing import is_tracing_enabled, traced
 from haystack_chat_store.types import Fault, StoreStatistics
 
 SessionT = TypeVar("SessionT")
@@ -85,9 +86,9 @@ class Engine(ABC, Generic[SessionT]):
     """
     Keeps the encoded messages of chat histories.
 
-    An operation is a method. Its first argument is a *session*, such as a connection, which `run` and `run_async`
-    provide. Its second argument is the scope: the operation sees and changes only histories of this scope. Each
-    operation is atomic: it takes effect whole or not at all, and sees the database as of one moment.
+    An operation is a method. Its first argument is a *session*, such as a connection, which `execute` and
+    `execute_async` provide. Its second argument is the scope: the operation sees and changes only histories of this
+    scope. Each operation is atomic: it takes effect whole or not at all, and sees the database as of one moment.
 
     If the scope has a user, a history of another user, or of none, is absent for what reads. An operation that would
     write to it raises the `ChatHistoryAccessError` of `conflicts.check_access`. What is made is the user's. If the
@@ -95,7 +96,7 @@ class Engine(ABC, Generic[SessionT]):
     otherwise never. A history that has expired is absent for what reads, and a write to its id begins anew.
 
     An operation is written once, for synchronous and asynchronous calls. It is a plain method if it never waits or if
-    `run_async` runs it in a thread. Otherwise it is a coroutine function that awaits the calls of its session.
+    `execute_async` runs it in a thread. Otherwise it is a coroutine function that awaits the calls of its session.
 
     ```python
     from haystack_chat_store import InMemoryChatMessageStore
@@ -104,8 +105,8 @@ class Engine(ABC, Generic[SessionT]):
     print(store.engine.run(store.engine.count, store.scope, "user_456"))
     ```
 
-    `run_async` can tell what an operation costs: `is_marked(operation, reads_only)` says that it changes nothing, and
-    `is_marked(operation, is_brief)` that it looks at no more than it writes or returns.
+    `execute_async` can tell what an operation costs: `is_marked(operation, reads_only)` says that it changes nothing,
+    and `is_marked(operation, is_brief)` that it looks at no more than it writes or returns.
 
     The engines of this package hold settings only. Their connections belong to a registry of the process, so that
     engines with equal settings share them, and an engine can be copied and pickled. Another engine may open a
@@ -121,7 +122,9 @@ class Engine(ABC, Generic[SessionT]):
     #: Whether histories expire after the lifetime of a scope. Without it, no store has a `ttl`.
     keeps_expiry = False
 
-    @abstractmethod
+    #: The name of the database system in traces, such as `"postgresql"`, or `None` if there is no database.
+    system_name: str | None = None
+
     def run(
         self,
         operation: Callable[Concatenate[SessionT, ArgumentsT], Operation[ResultT]],
@@ -129,7 +132,51 @@ class Engine(ABC, Generic[SessionT]):
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
         """
-        Open a session, run an operation on it to its end, and return its result.
+        Run an operation to its end, and return its result. If Haystack's tracing is on, the operation is a span.
+
+        :param operation: An operation of this engine, such as `engine.count`.
+        :param arguments: The operation's arguments after the session.
+        :param options: The operation's keyword arguments.
+        :raises ChatMessageStoreError: If the operation fails. Exceptions of the driver are turned into this package's.
+        """
+        if not is_tracing_enabled():
+            return self.execute(operation, *arguments, **options)
+        with traced(self.system_name, operation, arguments, options) as finish:
+            result = self.execute(operation, *arguments, **options)
+            finish(result)
+            return result
+
+    def run_async(
+        self,
+        operation: Callable[Concatenate[SessionT, ArgumentsT], Operation[ResultT]],
+        *arguments: ArgumentsT.args,
+        **options: ArgumentsT.kwargs,
+    ) -> Coroutine[Any, Any, ResultT]:
+        """Do what `run` does, without blocking the event loop."""
+        if not is_tracing_enabled():
+            return self.execute_async(operation, *arguments, **options)
+        return self._traced_async(operation, *arguments, **options)
+
+    async def _traced_async(
+        self,
+        operation: Callable[Concatenate[SessionT, ArgumentsT], Operation[ResultT]],
+        *arguments: ArgumentsT.args,
+        **options: ArgumentsT.kwargs,
+    ) -> ResultT:
+        with traced(self.system_name, operation, arguments, options) as finish:
+            result = await self.execute_async(operation, *arguments, **options)
+            finish(result)
+            return result
+
+    @abstractmethod
+    def execute(
+        self,
+        operation: Callable[Concatenate[SessionT, ArgumentsT], Operation[ResultT]],
+        *arguments: ArgumentsT.args,
+        **options: ArgumentsT.kwargs,
+    ) -> ResultT:
+        """
+        Open a session, run an operation on it to its end, and return its result. Only `run` calls it.
 
         :param operation: An operation of this engine, such as `engine.count`.
         :param arguments: The operation's arguments after the session.
@@ -138,13 +185,13 @@ class Engine(ABC, Generic[SessionT]):
         """
 
     @abstractmethod
-    async def run_async(
+    async def execute_async(
         self,
         operation: Callable[Concatenate[SessionT, ArgumentsT], Operation[ResultT]],
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """Do what `run` does, without blocking the event loop."""
+        """Do what `execute` does, without blocking the event loop. Only `run_async` calls it."""
 
     def check_exists(self) -> None:
         """

@@ -6,22 +6,31 @@ Export, import and copy chat histories, from any engine to any engine.
 |---|---|---|---|
 | `jsonl` | yes | yes | everything, without loss: for backups and for moving (see the module `jsonl`) |
 | `markdown`, `html` | yes | | for people to read |
-| `openai` | yes | | examples for fine-tuning OpenAI's models, as JSON lines |
-| `openai-agents` | | yes | the OpenAI Agents SDK's `SQLiteSession` |
+| `openai` | yes | yes | messages in OpenAI's chat format: JSON lines, as for fine-tuning, and JSON |
+| `chatgpt` | | yes | the data export of ChatGPT |
+| `claude` | | yes | the data export of Claude |
+| `llm` | | yes | the database of the command line tool `llm` |
+| `openai-agents` | | yes | the OpenAI Agents SDK's `SQLiteSession` and `AdvancedSQLiteSession` |
 | `langchain` | | yes | LangChain's `SQLChatMessageHistory`, on SQLite |
-| `llama-index` | | yes | LlamaIndex's `SQLiteChatStore` |
+| `llama-index` | | yes | LlamaIndex's `SQLiteChatStore` and `SimpleChatStore` |
+
+`import_messages` imports one conversation from a program of one's own.
 """
 
 import asyncio
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import BinaryIO, Literal, TypeAlias, TypeVar, get_args
+from datetime import datetime
+from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar, get_args
+
+from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store.errors import DamagedFileError
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.transfer import html, importers, jsonl, markdown, openai_format
 from haystack_chat_store.transfer.files import atomic_file
+from haystack_chat_store.transfer.given import given_history
 from haystack_chat_store.transfer.histories import Faults, Histories, Progress, TransferResult, with_progress
 from haystack_chat_store.transfer.stored import StoredHistories, import_into
 
@@ -39,6 +48,8 @@ __all__ = [
     "export_to",
     "import_histories",
     "import_histories_async",
+    "import_messages",
+    "import_messages_async",
 ]
 
 ResultT = TypeVar("ResultT")
@@ -46,7 +57,7 @@ ResultT = TypeVar("ResultT")
 Store: TypeAlias = BaseChatMessageStore
 File: TypeAlias = "str | os.PathLike[str]"
 ExportFormat = Literal["jsonl", "markdown", "html", "openai"]
-ImportFormat = Literal["jsonl", "openai-agents", "langchain", "llama-index"]
+ImportFormat = Literal["jsonl", "openai", "chatgpt", "claude", "llm", "openai-agents", "langchain", "llama-index"]
 
 EXPORT_FORMATS: tuple[str, ...] = get_args(ExportFormat)
 IMPORT_FORMATS: tuple[str, ...] = get_args(ImportFormat)
@@ -150,10 +161,12 @@ def import_histories(
     store, the new messages are added. If the store continues a history of the file, the history stays as it is.
 
     :param store: The store to import into.
-    :param file: The path of a file that `export_histories` wrote in the format `"jsonl"`, or of another library's
-        database, which is only read.
-    :param format: `"jsonl"`; or `"openai-agents"`, `"langchain"` or `"llama-index"` for an SQLite file of these
-        libraries. Rows that cannot become messages are reported in `faults`. Defaults to `"jsonl"`.
+    :param file: The path of a file that `export_histories` wrote in the format `"jsonl"`, or of a file of another
+        program, which is only read.
+    :param format: `"jsonl"`; `"openai"` for messages in OpenAI's chat format, as JSON or JSON lines; `"chatgpt"` or
+        `"claude"` for the data exports of these; `"llm"`, `"openai-agents"`, `"langchain"` or `"llama-index"` for the
+        files of these libraries. Other branches of a conversation become histories `{id}~{branch}`. What cannot
+        become messages is reported in `faults`. Defaults to `"jsonl"`.
     :param progress: Called now and then with the number of messages done, and the total number or `None` while it is
         not known. It must not call the store.
     :returns: The numbers of histories and messages added, the number of messages skipped, and the faults.
@@ -201,6 +214,51 @@ def copy_histories(
     return _copy(source, target, chat_history_ids, prefix, _Work(progress))
 
 
+def import_messages(
+    store: Store,
+    chat_history_id: str,
+    messages: Iterable[tuple[datetime, ChatMessage]],
+    *,
+    title: str | None = None,
+    meta: dict[str, Any] | None = None,
+) -> int:
+    """
+    Import one conversation, with the times at which its messages were said: from a program of one's own.
+
+    The history becomes visible whole or not at all. A message without an id (see `with_message_ids`) gets one that is
+    made from it and all messages before it. So an import can be repeated, also after the conversation went on: it adds
+    what is new. System messages are imported whatever the store's settings.
+
+    ```python
+    from datetime import datetime, timezone
+
+    from haystack.dataclasses import ChatMessage
+    from haystack_chat_store import InMemoryChatMessageStore
+    from haystack_chat_store.transfer import import_messages
+
+    store = InMemoryChatMessageStore()
+    when = datetime(2026, 1, 31, 8, 30, tzinfo=timezone.utc)
+    messages = [(when, ChatMessage.from_user("Hi!")), (when, ChatMessage.from_assistant("Hello!"))]
+    print(import_messages(store, "user_456", messages, title="A greeting"))
+    ```
+
+    :param store: The store to import into.
+    :param chat_history_id: The id of the history.
+    :param messages: The messages, oldest first, each with its time, which is an aware datetime.
+    :param title: The title of the history. A history that exists keeps its own. Defaults to none.
+    :param meta: The meta of the history, likewise. Defaults to none.
+    :returns: The number of messages added.
+    :raises ValueError: If an argument is wrong. If a message contains a value that cannot be stored, the error is a
+        `MessageEncodingError`. Nothing was imported.
+    :raises DuplicateMessageError: If two messages have the same id. Nothing was imported.
+    :raises ChatHistoryExistsError: If the store has other messages under this id. Nothing was imported.
+    :raises UnsupportedOperationError: If the store cannot import.
+    :raises ChatMessageStoreError: If the engine fails. Nothing was imported.
+    """
+    history = given_history(chat_history_id, messages, title, meta, strict=_checked_store(store).strict)
+    return import_into(store, iter([history]), {}).messages
+
+
 async def export_histories_async(
     store: Store,
     file: File,
@@ -233,6 +291,19 @@ async def import_histories_async(
     store has nothing of the unfinished history.
     """
     return await _on_thread(lambda work: _import(store, file, format, work), progress)
+
+
+async def import_messages_async(
+    store: Store,
+    chat_history_id: str,
+    messages: Iterable[tuple[datetime, ChatMessage]],
+    *,
+    title: str | None = None,
+    meta: dict[str, Any] | None = None,
+) -> int:
+    """Do what `import_messages` does, without blocking the event loop. If it is cancelled, all or nothing is there."""
+    given = list(messages)
+    return await _on_thread(lambda _: import_messages(store, chat_history_id, given, title=title, meta=meta), None)
 
 
 async def copy_histories_async(
@@ -322,7 +393,7 @@ def _import(store: Store, file: File, format: str, work: _Work) -> TransferResul
                 return import_into(_checked_store(store), histories, faults)
             except DamagedFileError as error:
                 raise DamagedFileError(f"{error} The file was changed while it was imported.") from None
-    with importers.open_database(format, file) as source:
+    with importers.open_source(format, file) as source:
         rows = source.message_count() if work.has_progress else None
         return import_into(_checked_store(store), with_progress(source.histories(faults), work.report, rows), faults)
 

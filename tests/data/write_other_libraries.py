@@ -12,6 +12,7 @@ import asyncio
 from pathlib import Path
 
 from agents import SQLiteSession
+from agents.extensions.memory import AdvancedSQLiteSession
 from langchain_community.chat_message_histories import SQLChatMessageHistory
 from langchain_core.messages import (
     AIMessage,
@@ -24,6 +25,7 @@ from langchain_core.messages import (
 from langchain_core.messages import ChatMessage as LangChainMessage
 from llama_index.core.base.llms.types import ThinkingBlock, ToolCallBlock
 from llama_index.core.llms import AudioBlock, ChatMessage, DocumentBlock, ImageBlock, MessageRole, TextBlock
+from llama_index.core.storage.chat_store import SimpleChatStore
 from llama_index.storage.chat_store.sqlite import SQLiteChatStore
 from openai.types.responses import (
     ResponseFunctionToolCall,
@@ -112,6 +114,25 @@ async def openai_agents(path):
     SQLiteSession("empty", path).close()
 
 
+async def openai_agents_branches(path):
+    """A session with a branch of a branch, and one without the tables of branches."""
+    session = AdvancedSQLiteSession(session_id="user_456", db_path=path, create_tables=True)
+    turns = [("What is a fox?", "An animal."), ("Where does it live?", "In woods."), ("And in winter?", "There, too.")]
+    for number, (question, answer) in enumerate(turns):
+        await session.add_items([{"role": "user", "content": question}, said(answer, f"msg_{number}")])
+    await session.create_branch_from_turn(2, "diet")
+    await session.add_items([{"role": "user", "content": "What does it eat?"}, said("Mice.", "msg_10")])
+    await session.add_items([{"role": "user", "content": "Only mice?"}, said("Berries, too.", "msg_11")])
+    await session.create_branch_from_turn(3, "plants")
+    await session.add_items([{"role": "user", "content": "And grass?"}, said("No.", "msg_12")])
+    await session.switch_to_branch("main")
+    await session.add_items([{"role": "user", "content": "Thanks."}])
+    session.close()
+    plain = SQLiteSession("plain", path)
+    await plain.add_items([{"role": "user", "content": "Hi"}, said("Hello!", "msg_20")])
+    plain.close()
+
+
 def langchain(path):
     history = SQLChatMessageHistory("user_456", connection=f"sqlite:///{path}")
     call = {"name": "weather", "args": {"city": "Zürich"}, "id": "call_1", "type": "tool_call"}
@@ -148,8 +169,7 @@ def langchain(path):
     )
 
 
-def llama_index(path):
-    store = SQLiteChatStore.from_uri(f"sqlite:///{path}")
+def llama_index(*stores):
     call = {"id": "call_2", "type": "function", "function": {"name": "zoom", "arguments": '{"by": 2}'}}
     messages = [
         ChatMessage("Be kind.", role=MessageRole.SYSTEM),
@@ -180,12 +200,16 @@ def llama_index(path):
         ChatMessage("Bot.", role=MessageRole.CHATBOT),
         ChatMessage("Model.", role=MessageRole.MODEL),
     ]
-    for message in messages:
-        store.add_message("user_456", message)
-    store.set_messages("another", [ChatMessage("Hi", role="user"), ChatMessage("Hello!", role="assistant")])
+    for store in stores:
+        for message in messages:
+            store.add_message("user_456", message)
+        store.set_messages("another", [ChatMessage("Hi", role="user"), ChatMessage("Hello!", role="assistant")])
 
 
 if __name__ == "__main__":
     asyncio.run(openai_agents(database("openai_agents.sqlite")))
+    asyncio.run(openai_agents_branches(database("openai_agents_branches.sqlite")))
     langchain(database("langchain.sqlite"))
-    llama_index(database("llama_index.sqlite"))
+    simple = SimpleChatStore()
+    llama_index(SQLiteChatStore.from_uri(f"sqlite:///{database('llama_index.sqlite')}"), simple)
+    simple.persist(str(FOLDER / "llama_index.json"))

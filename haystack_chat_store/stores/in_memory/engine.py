@@ -24,7 +24,7 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
     is_durable = False
     keeps_users = keeps_previews = keeps_expiry = True
 
-    def run(
+    def execute(
         self,
         operation: Callable[Concatenate[Memory, ArgumentsT], Operation[ResultT]],
         *arguments: ArgumentsT.args,
@@ -33,7 +33,7 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
         """Run an operation in this thread."""
         return plain_result(operation(_memory, *arguments, **options))
 
-    async def run_async(
+    async def execute_async(
         self,
         operation: Callable[Concatenate[Memory, ArgumentsT], Operation[ResultT]],
         *arguments: ArgumentsT.args,
@@ -48,4 +48,4 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
                 # Only the thread that holds an RLock can release it. So an interrupted call may try to in any case.
                 with suppress(RuntimeError):
                     _memory.lock.release()
-        return await asyncio.to_thread(lambda: self.run(operation, *arguments, **options))
+        return await asyncio.to_thread(lambda: self.execute(operation, *arguments, **options))

@@ -31,6 +31,7 @@ from haystack_chat_store.stores.sync_async import run_sync
 class PostgresEngine(Writing, Reading, Directory, Search, Checking):
     """Keeps chat histories in the tables of a PostgreSQL database."""
 
+    system_name = "postgresql"
     keeps_users = keeps_previews = keeps_expiry = True
 
     def __init__(self, settings: Settings, *, search: bool) -> None:
@@ -43,7 +44,7 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         self.settings = settings
         self.search_wanted = search
 
-    def run(
+    def execute(
         self,
         operation: Callable[Concatenate[Session, ArgumentsT], Operation[ResultT]],
         *arguments: ArgumentsT.args,
@@ -69,7 +70,7 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         except psycopg.Error as error:
             raise self._explained(error, pool) from error
 
-    async def run_async(
+    async def execute_async(
         self,
         operation: Callable[Concatenate[Session, ArgumentsT], Operation[ResultT]],
         *arguments: ArgumentsT.args,

@@ -22,6 +22,7 @@ from haystack_chat_store.stores.sync_async import run_sync
 class RedisEngine(Writing, Reading, Directory, Checking):
     """Keeps chat histories in Redis, Valkey or a Redis Cluster."""
 
+    system_name = "redis"
     keeps_users = keeps_previews = keeps_expiry = True
 
     def __init__(self, url: Secret, *, cluster: bool, key_prefix: str, timeout: float) -> None:
@@ -29,7 +30,7 @@ class RedisEngine(Writing, Reading, Directory, Checking):
         super().__init__(key_prefix=key_prefix)
         self.settings = Settings(url=url, cluster=cluster, timeout=timeout)
 
-    def run(
+    def execute(
         self,
         operation: Callable[Concatenate[Session, ArgumentsT], Operation[ResultT]],
         *arguments: ArgumentsT.args,
@@ -40,7 +41,7 @@ class RedisEngine(Writing, Reading, Directory, Checking):
         running = cast("Coroutine[object, object, ResultT]", operation(session, *arguments, **options))
         return run_sync(running)
 
-    async def run_async(
+    async def execute_async(
         self,
         operation: Callable[Concatenate[Session, ArgumentsT], Operation[ResultT]],
         *arguments: ArgumentsT.args,

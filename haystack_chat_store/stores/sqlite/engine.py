@@ -32,13 +32,14 @@ from haystack_chat_store.stores.sqlite.writing import Writing
 class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
     """Keeps chat histories in an SQLite file."""
 
+    system_name = "sqlite"
     keeps_users = keeps_previews = keeps_expiry = True
 
     def __init__(self, settings: Settings) -> None:
         """Open nothing yet."""
         self.settings = settings
 
-    def run(
+    def execute(
         self,
         operation: Callable[Concatenate[Database, ArgumentsT], Operation[ResultT]],
         *arguments: ArgumentsT.args,
@@ -47,7 +48,7 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         """Run an operation in this thread."""
         return _run_on(databases.get(self.settings), self._deadline(), operation, *arguments, **options)
 
-    async def run_async(
+    async def execute_async(
         self,
         operation: Callable[Concatenate[Database, ArgumentsT], Operation[ResultT]],
         *arguments: ArgumentsT.args,

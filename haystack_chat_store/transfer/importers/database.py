@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads SQLite databases of other libraries: a table has a row for each message, and a column for its session."""
+"""Reads SQLite databases of other libraries, most of which have a row for each message, with the id of its session."""
 
 import os
 import sqlite3
@@ -7,23 +7,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timezone
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from haystack.dataclasses import ChatMessage
 from typing_extensions import Self
 
 from haystack_chat_store import validation
-from haystack_chat_store.codec import encode_message
 from haystack_chat_store.errors import DamagedFileError, MessageEncodingError
 from haystack_chat_store.json_values import MAX_DEPTH, encode_meta, parse_json
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
-from haystack_chat_store.transfer.histories import Faults, Histories, batched, invalid_id_fault, row_from_json
-from haystack_chat_store.transfer.seen_ids import SeenIds
+from haystack_chat_store.transfer.histories import Faults, Histories, batched, invalid_id_fault
+from haystack_chat_store.transfer.importers.conversations import ImportedMessage, Report, message_rows
 from haystack_chat_store.transfer.times import parsed_time
 from haystack_chat_store.types import Fault
-
-#: Called with a description of each row or part that cannot become a message.
-Report: TypeAlias = Callable[[str], None]
 
 
 class ForeignRow(NamedTuple):
@@ -67,26 +63,26 @@ class Layout(NamedTuple):
     messages: Callable[[Iterable[ForeignRow], Report], Iterator[ForeignMessage]]
 
 
-class ForeignDatabase:
-    """A library's database, read in one transaction."""
+class ReadOnlyDatabase:
+    """An SQLite database of another library, read in one transaction. Nothing in it or beside it is changed."""
 
-    def __init__(self, file: "str | os.PathLike[str]", layout: Layout) -> None:
+    def __init__(self, file: "str | os.PathLike[str]") -> None:
         """
         Open the database for reading only.
 
-        :raises DamagedFileError: If the file does not have the library's table.
+        :raises DamagedFileError: If the file is not a database of the library.
         :raises OSError: If the file cannot be read.
         """
         path = Path(file).resolve()
         with path.open("rb"):  # its error is clearer than SQLite's
             pass
-        self._name, self._layout = os.fspath(file), layout
+        self._name = os.fspath(file)
         self._opened_at = time.time_ns() // 1000
         self._connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
         self._connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
         try:
             self._query("BEGIN")
-            self._table = self._table_name()
+            self._find_tables()
         except BaseException:
             self._connection.close()
             raise
@@ -96,6 +92,59 @@ class ForeignDatabase:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
+
+    def _find_tables(self) -> None:
+        """
+        Find the tables of the library.
+
+        :raises DamagedFileError: If they are not there.
+        """
+
+    def _columns(self, table: str) -> set[str]:
+        """Return the names of a table's columns, none if there is no such table."""
+        return {name for (name,) in self._query("SELECT name FROM pragma_table_info(?)", table)}
+
+    def _query(self, sql: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """Run a query at once, and return an iterator over its rows."""
+        parameters = [_parameter(value) for value in values]
+        return self._fetched(self._run(lambda: self._connection.execute(sql, parameters)))
+
+    def _fetched(self, cursor: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
+        while (row := self._run(cursor.fetchone)) is not None:
+            yield row
+
+    def _run(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except sqlite3.Error as error:  # distinguishes it from an error of the store
+            raise DamagedFileError(f"{self._name} cannot be read as an SQLite database: {error}.") from error
+
+
+def _parameter(value: Any) -> Any:
+    """Return a value for a query. Text that is not UTF-8 becomes the bytes that it was made of."""
+    try:
+        if isinstance(value, str):
+            value.encode()
+        return value
+    except UnicodeEncodeError:
+        return value.encode("utf-8", "surrogatepass")
+
+
+class ForeignDatabase(ReadOnlyDatabase):
+    """A library's database with a row for each message."""
+
+    def __init__(self, file: "str | os.PathLike[str]", layout: Layout) -> None:
+        """
+        Open the database for reading only.
+
+        :raises DamagedFileError: If the file does not have the library's table.
+        :raises OSError: If the file cannot be read.
+        """
+        self._layout = layout
+        super().__init__(file)
+
+    def _find_tables(self) -> None:
+        self._table = self._table_name()
 
     def message_count(self) -> int:
         """Return the number of rows in the table."""
@@ -108,11 +157,7 @@ class ForeignDatabase:
 
         :param faults: Receives the faults of sessions and rows that are left out.
         """
-        session, moment = self._layout.session, self._layout.time or "NULL"
-        for chat_history_id, first, last in self._query(
-            f"SELECT {session}, min({moment}), max({moment}) FROM {self._table} "  # noqa: S608  (quoted)
-            f"GROUP BY {session} ORDER BY {session}"
-        ):
+        for chat_history_id, first, last, meta in self._sessions():
             try:
                 validation.validated_id(chat_history_id, "the id of a session")
             except ValueError as error:
@@ -120,9 +165,17 @@ class ForeignDatabase:
                 continue
             times = self._microseconds(first), self._microseconds(last)
             yield (
-                HistoryRow(chat_history_id=chat_history_id, created_at=times[0], updated_at=times[1]),
+                HistoryRow(chat_history_id=chat_history_id, created_at=times[0], updated_at=times[1], meta=meta),
                 _SessionRows(self, chat_history_id, faults),
             )
+
+    def _sessions(self) -> Iterator[tuple[Any, ...]]:
+        """Yield each session: its id, the times of its first and last row, and the meta of its history."""
+        session, moment = self._layout.session, self._layout.time or "NULL"
+        return self._query(
+            f"SELECT {session}, min({moment}), max({moment}), NULL FROM {self._table} "  # noqa: S608  (quoted)
+            f"GROUP BY {session} ORDER BY {session}"
+        )
 
     def rows(self, chat_history_id: str, faults: Faults) -> Iterator[MessageRow]:
         """Yield the messages of a session as rows."""
@@ -130,26 +183,14 @@ class ForeignDatabase:
         def report(description: str) -> None:
             faults[Fault(chat_history_id=chat_history_id, description=description)] = None
 
-        library = self._layout.library
-        with SeenIds() as ids:
-            for row, message in self._layout.messages(self._parsed(chat_history_id, report), report):
-                message_id = f"{library}:{row.key}"
-                try:
-                    arrived = row_from_json(row.created_at, encode_message(message, message_id, f"row {row.key}"))
-                except ValueError as error:  # also a MessageEncodingError
-                    report(f"{error} The message was left out.")
-                    continue
-                if ids.add(message_id):
-                    yield arrived
-                else:
-                    report(f"A second row {row.key} was left out.")
+        messages = (
+            ImportedMessage(str(row.key), message, row.created_at)
+            for row, message in self._layout.messages(self._parsed(chat_history_id, report), report)
+        )
+        return message_rows(self._layout.library, messages, self._opened_at, report, "row")
 
     def _parsed(self, chat_history_id: str, report: Report) -> Iterator[ForeignRow]:
-        _, _, session, data, moment, _ = self._layout
-        for key, text, created_at in self._query(
-            f"SELECT id, {data}, {moment or 'NULL'} FROM {self._table} WHERE {session} = ? ORDER BY id",  # noqa: S608
-            chat_history_id,
-        ):
+        for key, text, created_at in self._stored(chat_history_id):
             try:
                 parsed = parse_json(text)
                 if str(text).count("[") + str(text).count("{") > MAX_DEPTH:
@@ -163,6 +204,14 @@ class ForeignDatabase:
                 yield ForeignRow(key, self._microseconds(created_at), parsed)
             else:
                 report(f"Row {key} is not a JSON object, and was left out.")
+
+    def _stored(self, chat_history_id: str) -> Iterator[tuple[Any, ...]]:
+        """Yield key, data and time of each row of a session, in order."""
+        _, _, session, data, moment, _ = self._layout
+        return self._query(
+            f"SELECT id, {data}, {moment or 'NULL'} FROM {self._table} WHERE {session} = ? ORDER BY id",  # noqa: S608
+            chat_history_id,
+        )
 
     def _microseconds(self, text: Any) -> int:
         """Parse a time as SQLite writes it, in UTC by default. Without a valid time, return the time of the import."""
@@ -182,11 +231,7 @@ class ForeignDatabase:
         """
         wanted = {"id", self._layout.session, self._layout.data, *filter(None, [self._layout.time])}
         tables = [name for (name,) in self._query("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        alike = [
-            table
-            for table in tables
-            if {name for (name,) in self._query("SELECT name FROM pragma_table_info(?)", table)} == wanted
-        ]
+        alike = [table for table in tables if self._columns(table) == wanted]
         if self._layout.table in alike:
             alike = [self._layout.table]
         columns = f"the columns {', '.join(sorted(wanted))}"
@@ -202,20 +247,6 @@ class ForeignDatabase:
             )
         quoted: str = alike[0].replace('"', '""')
         return f'"{quoted}"'
-
-    def _query(self, sql: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Run a query at once, and return an iterator over its rows."""
-        return self._fetched(self._run(lambda: self._connection.execute(sql, values)))
-
-    def _fetched(self, cursor: sqlite3.Cursor) -> Iterator[tuple[Any, ...]]:
-        while (row := self._run(cursor.fetchone)) is not None:
-            yield row
-
-    def _run(self, work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except sqlite3.Error as error:  # distinguishes it from an error of the store
-            raise DamagedFileError(f"{self._name} cannot be read as an SQLite database: {error}.") from error
 
 
 class _SessionRows:

@@ -10,7 +10,8 @@ from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextCo
 
 from haystack_chat_store.conversation.provider_content import REFUSAL_KEY
 from haystack_chat_store.transfer.importers import parts
-from haystack_chat_store.transfer.importers.database import ForeignMessage, ForeignRow, Layout, Report
+from haystack_chat_store.transfer.importers.conversations import Report
+from haystack_chat_store.transfer.importers.database import ForeignMessage, ForeignRow, Layout
 
 _ROLES = {
     "human": ChatRole.USER,

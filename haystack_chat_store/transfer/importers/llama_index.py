@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Chats of LlamaIndex (`SQLiteChatStore` of llama-index-storage-chat-store-sqlite): each message is a list of blocks.
+Chats of LlamaIndex: each message is a list of blocks.
+
+They are in the SQLite file of `SQLiteChatStore` (llama-index-storage-chat-store-sqlite), or in the JSON file that
+`SimpleChatStore.persist` writes.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,8 +21,11 @@ from haystack.dataclasses import (
     ToolCallResult,
 )
 
+from haystack_chat_store.json_values import parse_json
 from haystack_chat_store.transfer.importers import parts
-from haystack_chat_store.transfer.importers.database import ForeignMessage, ForeignRow, Layout, Report
+from haystack_chat_store.transfer.importers.conversations import Conversation, Digest, ImportedMessage, Report
+from haystack_chat_store.transfer.importers.database import ForeignMessage, ForeignRow, Layout
+from haystack_chat_store.transfer.importers.json_files import Item, JsonLayout
 
 _ROLES = {
     "user": ChatRole.USER,
@@ -107,4 +114,34 @@ _PARTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "video": _video,
 }
 
+
+def _conversations(items: Iterator[Item], _: str, report: Report) -> Iterator[Conversation]:  # noqa: ARG001
+    for item in items:
+        value = (
+            parse_json(item.value) if isinstance(item.value, str) else item.value
+        )  # written as text by early versions
+        store = value.get("store") if isinstance(value, dict) else None
+        if item.number > 1 or not isinstance(store, dict) or not all(isinstance(each, list) for each in store.values()):
+            raise ValueError("it is not what SimpleChatStore.persist writes")
+        for key, said in store.items():
+            yield Conversation(key, _messages_in_json(said))
+
+
+def _messages_in_json(said: list[Any]) -> Callable[[Report], Iterator[ImportedMessage]]:
+    def messages(report: Report) -> Iterator[ImportedMessage]:
+        digest = Digest()
+        keys, rows = {}, []
+        for number, each in enumerate(said, start=1):
+            keys[number] = digest.key(json.dumps(each, sort_keys=True))
+            if isinstance(each, dict):
+                rows.append(ForeignRow(number, 0, each))
+            else:
+                report(f"Message {number} is not a JSON object, and was left out.")
+        for row, message in _messages(rows, report):
+            yield ImportedMessage(keys[row.key], message)
+
+    return messages
+
+
 LAYOUT = Layout("llama-index", "data_chatstore", "key", "value", None, _messages)
+JSON_LAYOUT = JsonLayout("llama-index", _conversations)

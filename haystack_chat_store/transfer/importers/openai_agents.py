@@ -2,6 +2,10 @@
 """
 Sessions of the OpenAI Agents SDK (`SQLiteSession`): each row is an item of OpenAI's Responses API.
 
+An `AdvancedSQLiteSession` has branches. The same table holds the rows of all of them, and the table `message_structure`
+says which row belongs to which branch, in which order. The branch `main` becomes the history with the session's id,
+each other one a history `{session}~{branch}`.
+
 The items of one response (reasoning, text, tool calls) become one message, in the form of Haystack's
 `OpenAIResponsesChatGenerator`.
 """
@@ -11,8 +15,13 @@ from typing import Any
 
 from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
 
+from haystack_chat_store.ids import BRANCH_OF_KEY, branch_id
+from haystack_chat_store.json_values import encode_meta
+from haystack_chat_store.transfer.histories import Faults, Histories
 from haystack_chat_store.transfer.importers import parts
-from haystack_chat_store.transfer.importers.database import ForeignMessage, ForeignRow, Layout, Report
+from haystack_chat_store.transfer.importers.conversations import Report
+from haystack_chat_store.transfer.importers.database import ForeignDatabase, ForeignMessage, ForeignRow, Layout
+from haystack_chat_store.types import Fault
 
 _ROLES = {
     "user": ChatRole.USER,
@@ -146,4 +155,71 @@ def _parts(content: list[Any], key: int, report: Report) -> list[Any]:
     return made
 
 
+class AgentsDatabase(ForeignDatabase):
+    """The database of the Agents SDK, with branches or without."""
+
+    def _find_tables(self) -> None:
+        super()._find_tables()
+        self._has_branches = {"session_id", "message_id", "branch_id", "sequence_number"} <= self._columns(_STRUCTURE)
+        # Which session and which branch a history is made of.
+        self._branches: dict[str, tuple[str, str]] = {}
+        # Branches whose history would have the id of another session or branch.
+        self._clashes: list[tuple[str, str]] = []
+
+    def histories(self, faults: Faults) -> Histories:
+        """Yield each session, or each of its branches, as a history. Report rows that belong to no branch."""
+        yield from super().histories(faults)
+        for session, clash in self._clashes:
+            description = f"A branch was left out: another session or branch has its id {clash!r}."
+            faults[Fault(chat_history_id=session, description=description)] = None
+        if not self._has_branches:
+            return
+        for session, count in self._query(
+            f"SELECT session_id, count(*) FROM {self._table} AS messages "  # noqa: S608  (quoted)
+            f"WHERE session_id IN (SELECT session_id FROM {_STRUCTURE}) "
+            f"AND id NOT IN (SELECT message_id FROM {_STRUCTURE}) GROUP BY session_id ORDER BY session_id"
+        ):
+            rows = "1 row belongs" if count == 1 else f"{count:,} rows belong"
+            description = f"{rows} to no branch, and {'was' if count == 1 else 'were'} left out."
+            faults[Fault(chat_history_id=session, description=description)] = None
+
+    def _sessions(self) -> Iterator[tuple[Any, ...]]:
+        if not self._has_branches:
+            yield from super()._sessions()
+            return
+        for session, first, last, _ in super()._sessions():
+            branches = [
+                branch
+                for (branch,) in self._query(
+                    f"SELECT branch_id FROM {_STRUCTURE} WHERE session_id = ? "  # noqa: S608  (a constant)
+                    "GROUP BY branch_id ORDER BY branch_id <> 'main', min(id)",
+                    session,
+                )
+            ]
+            for branch in branches:
+                chat_history_id = session if branch == _MAIN else branch_id(session, branch)
+                if branch != _MAIN and (self._is_session(chat_history_id) or chat_history_id in self._branches):
+                    self._clashes.append((session, chat_history_id))
+                    continue
+                self._branches[chat_history_id] = session, branch
+                yield chat_history_id, first, last, None if branch == _MAIN else encode_meta({BRANCH_OF_KEY: session})
+            if not branches:
+                yield session, first, last, None
+
+    def _is_session(self, name: str) -> bool:
+        found = self._query(f"SELECT 1 FROM {self._table} WHERE session_id = ? LIMIT 1", name)  # noqa: S608  (quoted)
+        return next(found, None) is not None
+
+    def _stored(self, chat_history_id: str) -> Iterator[tuple[Any, ...]]:
+        if chat_history_id not in self._branches:
+            return super()._stored(chat_history_id)
+        return self._query(
+            f"SELECT messages.id, message_data, messages.created_at FROM {_STRUCTURE} AS structure "  # noqa: S608
+            f"JOIN {self._table} AS messages ON messages.id = message_id "
+            "WHERE structure.session_id = ? AND branch_id = ? ORDER BY sequence_number",
+            *self._branches[chat_history_id],
+        )
+
+
+_STRUCTURE, _MAIN = "message_structure", "main"
 LAYOUT = Layout("openai-agents", "agent_messages", "session_id", "message_data", "created_at", _messages)
