@@ -22,8 +22,8 @@ _DRIVERS = {
     "postgresql": {"psycopg", "psycopg_async", "psycopg2", "psycopg2cffi", "asyncpg", "pg8000"},
     "sqlite": {"pysqlite", "aiosqlite"},
 }
-# What an error about a URL shows. Schemes of other packages are added to it. The command line masks passwords in errors,
-# and lets `:password@host:port` pass.
+# What an error about a URL shows. Schemes of other packages are added to it.
+# The command line masks passwords in errors. It lets `:password@host:port` pass.
 _FORMS = (
     "sqlite:///relative.db",
     "sqlite:////absolute.db",
