@@ -59,6 +59,13 @@ def lowest(session: nox.Session) -> None:
 
 
 @nox.session
+def powerloss(session: nox.Session) -> None:
+    """Cut the power after every system call of a program that writes to SQLite. Needs `strace`."""
+    install(session, "test")
+    session.run("pytest", "tests/power_loss", "--full", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
     session.install("--group", "lint")

@@ -18,7 +18,15 @@ from typing import Any
 
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store import BaseChatMessageStore, EncodedMessage, Engine, Scope, StoreUnavailableError, Window
+from haystack_chat_store import (
+    BaseChatMessageStore,
+    EncodedMessage,
+    Engine,
+    Scope,
+    StoreUnavailableError,
+    Window,
+    WindowRows,
+)
 from haystack_chat_store.conversation.rounds import window_start
 from haystack_chat_store.stores.conflicts import check_revision, planned
 from haystack_chat_store.stores.times import microseconds_now
@@ -71,10 +79,11 @@ class FolderEngine(Engine[Path]):
         os.replace(temporary, file)
         return changed
 
-    def read(self, session: Path, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
-        _, *rows = lines_of(file_of(session, scope, chat_history_id))
-        start, size = window_start([role for _, role, *_ in rows], window)
-        return [content for _, _, content, _ in rows[start:]], size
+    def read(self, session: Path, scope: Scope, chat_history_id: str, window: Window) -> WindowRows:
+        (_, revision), *rows = lines_of(file_of(session, scope, chat_history_id))
+        roles = [role for _, role, *_ in rows]
+        start, size = window_start(roles, window)
+        return WindowRows([content for _, _, content, _ in rows[start:]], size, revision, roles.count("user"))
 
     def count(self, session: Path, scope: Scope, chat_history_id: str) -> int:
         return len(lines_of(file_of(session, scope, chat_history_id))) - 1

@@ -30,7 +30,15 @@ from haystack_chat_store.errors import (
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory import InMemoryChatMessageStore
-from haystack_chat_store.stores.rows import UNCHANGED, EncodedMessage, FoundRow, HistoryRow, MessageRow, Scope
+from haystack_chat_store.stores.rows import (
+    UNCHANGED,
+    EncodedMessage,
+    FoundRow,
+    HistoryRow,
+    MessageRow,
+    Scope,
+    WindowRows,
+)
 from haystack_chat_store.transcript_matcher import match_transcript, match_transcript_async
 from haystack_chat_store.types import (
     AsyncChatMessageStore,
@@ -38,6 +46,7 @@ from haystack_chat_store.types import (
     ChatHistoryPage,
     ChatMessageStore,
     Fault,
+    HistoryWindow,
     MatchedTranscript,
     SearchHit,
     StoredMessage,
@@ -75,6 +84,7 @@ __all__ = [
     "Fault",
     "FoundRow",
     "HistoryRow",
+    "HistoryWindow",
     "InMemoryChatMessageStore",
     "MatchedTranscript",
     "MessageDecodingError",
@@ -95,6 +105,7 @@ __all__ = [
     "TranscriptError",
     "UnsupportedOperationError",
     "Window",
+    "WindowRows",
     "match_transcript",
     "match_transcript_async",
     "store_from_url",

@@ -16,6 +16,9 @@ QUESTION_ID_KEY = "chat_question_id"
 #: The longest id of a message or a history, in characters. Every engine can use it as a key.
 MAX_ID_LENGTH = 512
 
+# How much of a history's id stands in the ids of its branches. The rest is left for what comes after it.
+_READABLE_IN_BRANCH = 400
+
 # The longest id of a question that stands in the ids of its replies. The rest is left for what comes after it.
 _LONGEST_READABLE_ID = MAX_ID_LENGTH - 64
 
@@ -92,10 +95,25 @@ def branch_id(chat_history_id: str, revision: int) -> str:
     :param chat_history_id: The history's id.
     :param revision: The history's revision.
     """
-    readable = f"{chat_history_id}~{revision}"
-    if len(readable) <= MAX_ID_LENGTH:
-        return readable
-    return hashlib.sha256(readable.encode("utf-8", "surrogatepass")).hexdigest()
+    readable = f"{branch_prefix(chat_history_id)}{revision}"
+    return readable if len(chat_history_id) <= _READABLE_IN_BRANCH else f"{readable}~{_digest(chat_history_id)}"
+
+
+def origin_of(chat_history_id: str, branch_of: object) -> str | None:
+    """
+    Return the id of the history that another one is a branch of, or `None` if it is no branch.
+
+    Both its meta and its id say so. So a meta of another application makes no history a branch.
+
+    :param branch_of: What its meta has under `BRANCH_OF_KEY`.
+    """
+    is_branch = isinstance(branch_of, str) and branch_of and chat_history_id.startswith(branch_prefix(branch_of))
+    return branch_of if isinstance(branch_of, str) and is_branch else None
+
+
+def branch_prefix(chat_history_id: str) -> str:
+    """Return what the ids of all branches of a history begin with."""
+    return f"{chat_history_id[:_READABLE_IN_BRANCH]}~"
 
 
 def message_id_of(message: ChatMessage) -> str | int | None:

@@ -2,8 +2,8 @@
 """
 Calls of components to any store that follows the protocol, also to stores of other packages.
 
-The protocol requires no asynchronous methods, and no `close`, `window_step`, `policy`, `expected_revision` or
-`replace_messages`.
+The protocol requires no asynchronous methods, and no `close`, `window_step`, `policy`, `expected_revision`,
+`retrieve_window` or `replace_messages`.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
 from haystack import DeserializationError, default_from_dict
@@ -21,7 +20,7 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack_chat_store.conversation.rounds import LastKUnit, Window, last_rounds
 from haystack_chat_store.errors import DuplicateMessageError, MessageEncodingError, UnsupportedOperationError
 from haystack_chat_store.ids import message_id_of
-from haystack_chat_store.types import AsyncChatMessageStore, ChatHistoryInfo, ChatMessageStore
+from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore, HistoryWindow
 from haystack_chat_store.validation import validated_policy
 
 ComponentT = TypeVar("ComponentT")
@@ -74,42 +73,50 @@ def default_last_k(store: ChatMessageStore) -> int | None:
     return last_k
 
 
-def retrieve(
-    store: ChatMessageStore, chat_history_id: str, last_k: int | None, window_step: int = 1
-) -> list[ChatMessage]:
+class Retrieved(NamedTuple):
     """
-    Call a store's `retrieve_messages`.
+    A window of a history.
 
-    If the store does not take `window_step`, read the whole history and cut out the window, in rounds.
+    :param messages: The messages, oldest first.
+    :param revision: The history's revision, 0 if it does not exist, or `None` if the store does not say.
+    :param round_count: The number of rounds in the whole history, or `None` if the store does not say.
     """
+
+    messages: list[ChatMessage]
+    revision: int | None = None
+    round_count: int | None = None
+
+
+def retrieve(store: ChatMessageStore, chat_history_id: str, last_k: int | None, window_step: int = 1) -> Retrieved:
+    """
+    Call a store's `retrieve_window` or, if it has none, its `retrieve_messages`.
+
+    If that does not take `window_step`, read the whole history and cut out the window, in rounds.
+    """
+    if hasattr(store, "retrieve_window"):
+        return _retrieved(store.retrieve_window(chat_history_id, last_k, window_step=window_step))
     last_k, options, window = _read_of(store, last_k, window_step)
-    messages = store.retrieve_messages(chat_history_id, last_k, **options)
-    return _cut(messages, window)
+    if last_k == 0:
+        return Retrieved([])  # a store of another package may slice with `messages[-0:]`, which is the whole history
+    return _cut(store.retrieve_messages(chat_history_id, last_k, **options), window)
 
 
 async def retrieve_async(
     store: ChatMessageStore, chat_history_id: str, last_k: int | None, window_step: int = 1
-) -> list[ChatMessage]:
-    """
-    Await a store's `retrieve_messages_async`. If the store has none, run `retrieve_messages` in a thread.
-
-    If the store does not take `window_step`, read the whole history and cut out the window, in rounds.
-    """
+) -> Retrieved:
+    """Do what `retrieve` does, without blocking the event loop: methods that are not asynchronous run in a thread."""
+    if hasattr(store, "retrieve_window_async"):
+        return _retrieved(await store.retrieve_window_async(chat_history_id, last_k, window_step=window_step))
+    if hasattr(store, "retrieve_window") or not isinstance(store, AsyncChatMessageStore):
+        return await asyncio.to_thread(retrieve, store, chat_history_id, last_k, window_step)
     last_k, options, window = _read_of(store, last_k, window_step)
-    if isinstance(store, AsyncChatMessageStore):
-        messages = await store.retrieve_messages_async(chat_history_id, last_k, **options)
-    else:
-        messages = await asyncio.to_thread(store.retrieve_messages, chat_history_id, last_k, **options)
-    return _cut(messages, window)
+    if last_k == 0:
+        return Retrieved([])
+    return _cut(await store.retrieve_messages_async(chat_history_id, last_k, **options), window)
 
 
-class Missing(Enum):
-    """The type of `MISSING`: what a store cannot tell."""
-
-    MISSING = "missing"
-
-
-MISSING = Missing.MISSING
+def _retrieved(window: HistoryWindow) -> Retrieved:
+    return Retrieved(window.messages, window.revision, window.round_count)
 
 
 class _Read(NamedTuple):
@@ -131,10 +138,10 @@ def _read_of(store: ChatMessageStore, last_k: int | None, window_step: int) -> _
     return _Read(_LARGE_LAST_K, {}, Window("round", count, window_step))
 
 
-def _cut(messages: list[ChatMessage], window: Window | None) -> list[ChatMessage]:
+def _cut(messages: list[ChatMessage], window: Window | None) -> Retrieved:
     if window is None:
-        return messages
-    return [] if window.count == 0 else last_rounds(messages, window)
+        return Retrieved(messages)
+    return Retrieved([] if window.count == 0 else last_rounds(messages, window))
 
 
 def has_message(store: ChatMessageStore, chat_history_id: str, message_id: str) -> bool:
@@ -162,34 +169,7 @@ async def has_message_async(store: ChatMessageStore, chat_history_id: str, messa
             return await engine.run_async(engine.position, scope, chat_history_id, message_id) is not None
     except UnsupportedOperationError:
         pass
-    return message_id in map(message_id_of, await retrieve_async(store, chat_history_id, _LARGE_LAST_K))
-
-
-def history_info(store: ChatMessageStore, chat_history_id: str) -> ChatHistoryInfo | Missing | None:
-    """Return a history without its messages, `None` if it does not exist, or MISSING if the store cannot tell."""
-    if not hasattr(store, "get_chat_history"):
-        return MISSING
-    try:
-        info: ChatHistoryInfo | None = store.get_chat_history(chat_history_id)
-    except UnsupportedOperationError:
-        return MISSING
-    return info
-
-
-async def history_info_async(store: ChatMessageStore, chat_history_id: str) -> ChatHistoryInfo | Missing | None:
-    """Do what `history_info` does, without blocking the event loop."""
-    if not hasattr(store, "get_chat_history_async"):
-        return MISSING
-    try:
-        info: ChatHistoryInfo | None = await store.get_chat_history_async(chat_history_id)
-    except UnsupportedOperationError:
-        return MISSING
-    return info
-
-
-def takes_revisions(store: ChatMessageStore) -> bool:
-    """Whether a store's writes take an `expected_revision`."""
-    return "expected_revision" in inspect.signature(store.write_messages).parameters
+    return message_id in map(message_id_of, (await retrieve_async(store, chat_history_id, _LARGE_LAST_K)).messages)
 
 
 def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_revision: int | None) -> dict[str, Any]:

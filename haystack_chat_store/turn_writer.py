@@ -138,7 +138,7 @@ class TurnWriter:
             elif isinstance(request, _IsStored):
                 found = protocol_calls.has_message(self._store, chat_history_id, request.message_id)
             else:
-                found = protocol_calls.retrieve(self._store, chat_history_id, request.last_k)
+                found = protocol_calls.retrieve(self._store, chat_history_id, request.last_k).messages
             request, turn = _advance(requests, found)
         return turn
 
@@ -160,7 +160,7 @@ class TurnWriter:
             elif isinstance(request, _IsStored):
                 found = await protocol_calls.has_message_async(self._store, chat_history_id, request.message_id)
             else:
-                found = await protocol_calls.retrieve_async(self._store, chat_history_id, request.last_k)
+                found = (await protocol_calls.retrieve_async(self._store, chat_history_id, request.last_k)).messages
             request, turn = _advance(requests, found)
         return turn
 

@@ -77,7 +77,10 @@ class ChatMessageStore(Protocol):
         history whose messages changed last comes first. A walk along the cursors sees each history exactly once if it
         exists during the whole walk and does not change. A history that changes moves to the front, and is seen at most
         once. The cost of a page does not grow with the number of messages. `get_chat_history` and `update_chat_history`
-        read and set title and meta; a new title or meta is not a change of messages. Times are aware, in UTC.
+        read and set title and meta; a new title or meta is not a change of messages. Times are aware, in UTC. Lists,
+        search and `statistics` leave branches out, unless called with `branches=True`: histories whose meta names
+        another history as `branch_of`, and whose ids begin with its id (of which the first 400 characters count) and
+        `~`.
     18. **Pages.** `list_messages` returns messages by position, in order: the newest, those just before a position, or
         those just after one. Positions rise, and are not used again as long as the history lives. `iterate_messages`
         walks through a whole history, in memory that does not grow with the history.
@@ -88,16 +91,18 @@ class ChatMessageStore(Protocol):
         and begins anew has greater revisions than before. With `expected_revision`, a write or a deletion is refused
         if the history has another revision. A call that finds its work done is no conflict with itself: a batch whose
         messages are all stored already, equal, returns 0 whatever `expected_revision` says (unless the policy is FAIL),
-        and a deletion of what is not there does nothing.
+        and a deletion of what is not there does nothing. `retrieve_window` returns what `retrieve_messages` returns,
+        with the revision and the number of rounds of the same moment.
     20. **Forking.** `copy_messages` copies a history, or its beginning, to a history without messages. The copy appears
         whole or not at all.
     21. **Search.** `search_messages` finds exactly the messages that have all words, symbols and phrases of the query,
         for any query and in any language. A message can be found as soon as it is written, and no longer once it is
         deleted.
     22. **Erasing.** `delete_chat_histories` deletes the histories with a prefix, `purge` those that have not changed
-        for a long time. Both work in batches, and delete each history whole.
-    23. **Moving.** Export and import preserve messages, ids, order, titles and meta, on any engine. A second import
-        adds nothing. A damaged file is refused. A history is never imported in part.
+        for a long time. Both work in batches, and delete each history whole. A history that is deleted by its id takes
+        its branches with it, and theirs. Erasing treats branches like other histories.
+    23. **Moving.** Export and import preserve messages, ids, order, titles and meta, on any engine. They have branches.
+        A second import adds nothing. A damaged file is refused. A history is never imported in part.
 
     24. **Reading never writes.** Calls that read change nothing in the database or its files: no table, index, upgrade
         or checkpoint. What can only be read can be read. A database that was not made yet reads as empty.
@@ -232,6 +237,22 @@ class StoredMessage(Result):
     position: int
     created_at: datetime
     message: ChatMessage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryWindow(Result):
+    """
+    The last rounds of a history, and what the history is at the same moment.
+
+    :param messages: The messages, oldest first, each with its id in `meta["chat_message_id"]`.
+    :param revision: The history's revision, 0 if it does not exist: the `expected_revision` of a write that follows
+        from these messages.
+    :param round_count: The number of rounds in the whole history.
+    """
+
+    messages: list[ChatMessage]
+    revision: int
+    round_count: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -66,13 +66,16 @@ class TurnWindow:
     :param before: The window: rounds before the turn, in question order.
     :param turn: The messages of the turn, its question first. Empty if its question is not stored.
     :param rounds_after: The number of rounds that were stored after the turn, or after `until_message_id`.
-    :param rounds: The number of rounds in the history if it was read whole, otherwise `None`.
+    :param rounds: The number of rounds in the history, or `None` if the store does not say and it was not read whole.
+    :param revision: The revision of the history that was read, 0 if it does not exist, or `None` if the store does not
+        say.
     """
 
     before: list[ChatMessage]
     turn: list[ChatMessage]
     rounds_after: int
     rounds: int | None
+    revision: int | None
 
     def answer(self, current_messages: Sequence[ChatMessage]) -> ChatMessage | None:
         """
@@ -90,13 +93,11 @@ class TurnWindow:
         goes_on = any(message.role is not ChatRole.SYSTEM and message_id_of(message) not in known for message in after)
         return None if goes_on else answer
 
-    def omitted_rounds(self, rounds: int) -> int:
-        """
-        Return how many rounds before the turn are not shown.
-
-        :param rounds: The number of rounds in the history.
-        """
-        return max(rounds - self.rounds_after - round_count([*self.before, *self.turn]), 0)
+    def omitted_rounds(self) -> int | None:
+        """Return how many rounds before the turn are not shown, or `None` if that is not known."""
+        if self.rounds is None:
+            return None
+        return max(self.rounds - self.rounds_after - round_count([*self.before, *self.turn]), 0)
 
 
 class WindowReader:
@@ -158,6 +159,8 @@ class WindowReader:
         self.merge_consecutive = validated_flag(merge_consecutive, "merge_consecutive")
         if model is not None and not isinstance(model, str):
             raise ValueError(f"model must be a text or None, got {type(model).__name__}.")
+        if model is not None and not model.strip():
+            raise ValueError("model must be the name of a model or None, got a blank text.")
         self.model = model
 
     def warm_up(self) -> None:
@@ -235,7 +238,7 @@ class WindowReader:
         """
         end = _End.before_turn_of(current_messages, until_message_id)
         before = self._run(self._turn_reads(store, current_messages, last_k, end), store, chat_history_id)
-        return TurnWindow(before=before, turn=end.turn, rounds_after=end.rounds_after, rounds=end.rounds)
+        return end.turn_window(before)
 
     async def read_turn_async(
         self,
@@ -250,7 +253,7 @@ class WindowReader:
         end = _End.before_turn_of(current_messages, until_message_id)
         reads = self._turn_reads(store, current_messages, last_k, end)
         before = await self._run_async(reads, store, chat_history_id)
-        return TurnWindow(before=before, turn=end.turn, rounds_after=end.rounds_after, rounds=end.rounds)
+        return end.turn_window(before)
 
     def shown(self, window: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """
@@ -307,8 +310,9 @@ class WindowReader:
         self, store: ChatMessageStore, current_messages: Sequence[ChatMessage], last_k: int | None, end: "_End"
     ) -> _Reads:
         shows_nothing = (self.last_k if last_k is None else last_k) == 0
-        if shows_nothing and end != _End():
-            yield from end.page(store, 1, self.window_step)  # which finds the end
+        if shows_nothing:
+            # Finds the end, if there is one to find, and the revision.
+            yield from end.page(store, 0 if end == _End() else 1, self.window_step)
         window = yield from self._reads(store, current_messages, last_k, end)
         if end.may_be_further_back and (yield _IsStored(str(end.question_id))):
             end.is_turn_stored = True
@@ -322,7 +326,7 @@ class WindowReader:
         validate_last_k(last_k)
         last_k = self.last_k if last_k is None else last_k
         if last_k == 0:
-            return []  # A store of another package may slice with `messages[-0:]`, which is the whole history.
+            return []
         if last_k is not None or self.max_tokens is None:
             page = yield from self._whole_rounds(store, last_k, end)
             return self._newest_that_fit(page, current_messages, end)
@@ -349,7 +353,7 @@ class WindowReader:
         while (question := question_of(page, len(page) - len(window))) is None:
             longer = yield from end.page(store, _size(window, store) + more, self.window_step)
             if len(longer) <= len(page):
-                return window  # the page is the whole history
+                return longer[max(len(longer) - len(window), 0) :]  # the page is the whole history
             page, more = longer, more * _PAGE_GROWTH
         return page[question:]
 
@@ -412,7 +416,8 @@ class _End:
     :param is_turn_stored: Whether the history is known to have the question. It is looked for until it is found then.
     :param turn: The messages of the turn, its question first, as the last page had them.
     :param rounds_after: The number of rounds after the end, on the last page.
-    :param rounds: The number of rounds on the last page if it was the whole history, otherwise `None`.
+    :param rounds: The number of rounds in the history, as the last page was read, or `None` if it is not known.
+    :param revision: The revision of the history, as the last page was read, or `None` if it is not known.
     :param may_be_further_back: Whether the question may be stored before the last page.
     """
 
@@ -422,6 +427,7 @@ class _End:
     turn: list[ChatMessage] = field(default_factory=list)
     rounds_after: int = 0
     rounds: int | None = None
+    revision: int | None = None
     may_be_further_back: bool = False
     before_message_id: str | None = None
     # The number of rounds or messages, in the store's unit, that a page is to have after the end.
@@ -438,10 +444,11 @@ class _End:
         limit = protocol_calls.default_last_k(store) if last_k is None else last_k
         while True:
             asked = last_k if limit is None or self._size_after == 0 else limit + self._size_after
-            read = yield _Page(asked)
+            read, self.revision, self.rounds = yield _Page(asked)
             size = _size(read, store)
             is_whole = limit is None or size < limit + self._size_after
-            self.rounds = round_count(read) if is_whole else None
+            if self.rounds is None and is_whole:
+                self.rounds = round_count(read)
             before, is_found = self._before(read, is_whole=is_whole)
             if is_whole or (is_found and _size(before, store) >= (limit or 0)):
                 if limit is None or (len(before) == len(read) and self._size_after == 0):
@@ -449,6 +456,16 @@ class _End:
                 return _last(before, Window(protocol_calls.last_k_unit(store), limit, window_step))
             growth = max(self._size_after * _PAGE_GROWTH, _FIRST_PAGE_SIZE)
             self._size_after = size - _size(before, store) if is_found else growth
+
+    def turn_window(self, before: list[ChatMessage]) -> TurnWindow:
+        """Return the window before the turn with what the last page had of the turn and of the history."""
+        return TurnWindow(
+            before=before,
+            turn=self.turn,
+            rounds_after=self.rounds_after,
+            rounds=self.rounds,
+            revision=self.revision,
+        )
 
     def _before(self, read: list[ChatMessage], *, is_whole: bool) -> tuple[list[ChatMessage], bool]:
         """Return the messages before the end, and whether it was found."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date, datetime, time, timezone
 from decimal import Decimal
 from pathlib import PurePosixPath
+from time import thread_time as time_of_thread
 from types import MappingProxyType
 
 import numpy as np
@@ -32,6 +33,7 @@ from pydantic import BaseModel
 from haystack_chat_store.codec import decode_messages, encode_message
 from haystack_chat_store.errors import MessageDecodingError, MessageEncodingError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
+from haystack_chat_store.json_values import has_long_number
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(24)).decode()
 CALL = ToolCall("weather", {"city": "Rome"}, id="call_1")
@@ -167,6 +169,19 @@ def test_the_id_a_message_is_stored_under_replaces_what_its_meta_says(brought):
 
 def test_text_stays_readable_in_the_store():
     assert '"text":"Grüß Gott, 世界 😀"' in encoded(ChatMessage.from_user("Grüß Gott, 世界 😀"))
+
+
+@given(st.integers(0, 9_000), st.integers(4_295, 4_306), st.integers(0, 9_000), st.sampled_from(["x", "٣", "-", '"']))
+def test_more_than_4300_digits_in_a_row_are_found_wherever_they_stand(before, digits, after, other):
+    assert has_long_number(before * other + digits * "7" + after * other) is (digits > 4300)
+    assert not has_long_number((before * "7" + other)[-4_301:] + digits // 2 * "7" + other + after % 4_300 * "7")
+
+
+def test_looking_for_many_digits_takes_time_in_proportion_to_the_text():
+    text = 500 * (4_300 * "7" + ",")
+    began = time_of_thread()
+    assert not has_long_number(text)
+    assert time_of_thread() - began < 1  # of 5 s that looking at each place takes
 
 
 @pytest.mark.parametrize("digits", [4299, 4300])

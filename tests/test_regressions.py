@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 
 import pytest
-from event_loops import largest_gap_beside
+from event_loops import assert_loop_goes_on_beside
 from haystack import DeserializationError
 from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
@@ -468,24 +468,21 @@ def test_an_id_of_a_subclass_of_text_is_checked_as_plain_text(store):
 # ---------------------------------------------------------------------- large batches
 
 
-ROWS = [{"n": number} for number in range(100_000)]
-
-
 @pytest.mark.parametrize(
-    "message",
+    "make_message",
     [
-        user(rows=[{"at": datetime(2026, 1, 1, tzinfo=timezone.utc)} for _ in ROWS]),
-        user(nested={"rows": ROWS}),
-        user(text=[f"{number}" * 100 for number in range(20_000)]),
-        ChatMessage.from_assistant(tool_calls=[ToolCall("tool", {"rows": ROWS})]),
-        ChatMessage.from_tool([TextContent("part")] * 50_000, ToolCall("tool", {})),
+        lambda rows: user(rows=[{"at": datetime(2026, 1, 1, tzinfo=timezone.utc)} for _ in rows]),
+        lambda rows: user(nested={"rows": rows}),
+        lambda rows: user(text=[f"{number}" * 100 for number in range(len(rows) // 5)]),
+        lambda rows: ChatMessage.from_assistant(tool_calls=[ToolCall("tool", {"rows": rows})]),
+        lambda rows: ChatMessage.from_tool([TextContent("part")] * (len(rows) // 2), ToolCall("tool", {})),
     ],
     ids=["list", "nested", "texts", "arguments", "parts"],
 )
-def test_encoding_much_does_not_hold_up_the_event_loop(store, message):
-    largest_gap, took = largest_gap_beside(lambda: store.write_messages_async("history", [message] * 3))
-    assert store.count_messages("history") == 3
-    assert largest_gap < took / 2
+def test_encoding_much_does_not_hold_up_the_event_loop(store, make_message):
+    messages = [make_message([{"n": number} for number in range(100_000)])] * 3
+    assert_loop_goes_on_beside(lambda: store.write_messages_async("history", messages))
+    assert store.count_messages("history") in range(3, 18, 3)
 
 
 def test_a_call_in_memory_does_not_hold_up_the_event_loop_while_another_looks_at_every_message():
@@ -503,9 +500,8 @@ def test_a_call_in_memory_does_not_hold_up_the_event_loop_while_another_looks_at
                 store.write_messages_async("another", [ChatMessage.from_user("Hi!")]),
             )
 
-    largest_gap, took = largest_gap_beside(use)
+    assert_loop_goes_on_beside(use)
     store.delete_all_messages()
-    assert largest_gap < took / 2
 
 
 def test_an_asynchronous_call_in_memory_waits_for_one_that_has_just_begun_in_a_thread():

@@ -91,8 +91,8 @@ class MinimalStore:
 def test_none_of_a_store_of_another_package_is_none(last_k, window_step):
     store = MinimalStore([ChatMessage.from_user("q0"), ChatMessage.from_user("q1")])
     store.last_k = 0
-    assert protocol_calls.retrieve(store, "h", last_k, window_step) == []
-    assert asyncio.run(protocol_calls.retrieve_async(store, "h", last_k, window_step)) == []
+    assert protocol_calls.retrieve(store, "h", last_k, window_step).messages == []
+    assert asyncio.run(protocol_calls.retrieve_async(store, "h", last_k, window_step)).messages == []
     retriever = ChatMessageRetriever(store, last_k, window_step=window_step)
     assert retriever.run("h")["messages"] == []
 
@@ -318,6 +318,9 @@ class TestBudget:
             {"token_counter": 4},
             {"window_step": 0},
             {"window_step": None},
+            {"model": ""},
+            {"model": " "},
+            {"model": 4},
         ],
     )
     def test_settings_that_cannot_be_are_refused(self, store, setting):

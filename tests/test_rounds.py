@@ -117,6 +117,11 @@ class TestInQuestionOrder:
         history = [GREETING, self.ONE, ANSWER, SYSTEM, self.TWO, self.TWO, ANSWER]
         assert same_objects(in_question_order(history), history)
 
+    @given(marked_histories())
+    def test_is_that_of_the_groups(self, history):
+        grouped = [message for group in question_groups(history) for message in group]
+        assert same_objects(in_question_order(history), grouped)
+
     def test_runs_at_the_same_time_come_one_after_the_other(self):
         (c1, a1), (c2, a2) = of_run("Q1", "c1", "a1"), of_run("Q2", "c2", "a2")
         history = [self.ONE, self.TWO, c1, c2, a2, a1]

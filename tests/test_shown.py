@@ -411,6 +411,38 @@ class TestPortable:
         followed = messages_for_model([QUESTION, step[0], QUESTION], model="claude-9")
         assert [message.text for message in followed[-2:]] == [UNANSWERED, QUESTION.text]
 
+    @pytest.mark.parametrize(
+        ("stored_name", "asked", "is_same"),
+        [
+            ("gpt-4o-2024-08-06", "gpt-4o", True),
+            ("gpt-4o", "gpt-4o-2024-08-06", True),
+            ("gpt-4-0613", "GPT-4", True),
+            ("claude-opus-4-5-20250101", "claude-opus-4-5", True),
+            ("claude-opus-4-5@20250101", "claude-opus-4-5-20250101", True),
+            ("claude-3-5-sonnet-20241022", "claude-3-5-sonnet-latest", True),
+            ("mistral-small-2503", "mistral-small-latest", True),
+            ("command-r-08-2024", "command-r", True),
+            ("qwen3:latest", "qwen3", True),
+            ("openai/gpt-4o", "openai/gpt-4o", True),
+            ("gpt-4o-mini", "gpt-4o", False),
+            ("gpt-4o", "gpt-4o-mini", False),
+            ("gpt-4o-mini-2024-07-18", "gpt-4o", False),
+            ("gpt-4", "gpt-4.1", False),
+            ("claude-opus-4-1", "claude-opus-4", False),
+            ("claude-opus-4-5-20250101", "claude-opus-4-5-20250601", False),
+            ("gemini-2.5-flash", "gemini-2.5-flash-lite", False),
+            ("qwen3:4b", "qwen3:8b", False),
+            ("openai/gpt-4o", "gpt-4o", False),
+            ("openai/gpt-4o", "openai/gpt-4o-mini", False),
+            ("us.anthropic.claude-opus-4-v1:0", "claude-opus-4", False),
+        ],
+    )
+    def test_names_with_and_without_a_version_are_the_same_model(self, stored_name, asked, is_same):
+        step = replace(calling(self.CALLED, reasoning="Hm."), _meta={"model": stored_name})
+        shown = messages_for_model([QUESTION, step], model=asked)
+        assert (shown[1] is step) == is_same
+        assert (shown[1].reasoning is not None) == is_same
+
 
 class TestProviderContent:
     RAW = (
@@ -423,6 +455,15 @@ class TestProviderContent:
     def searching(self, text="Let me look.", calls=(ROME,), raw=RAW):
         meta = {"raw_content_for_server_tools": [dict(block) for block in raw]}
         return ChatMessage.from_assistant(text, tool_calls=list(calls), meta=meta)
+
+    @pytest.mark.parametrize("portable", [True, False])
+    def test_a_refusal_after_a_text_is_shown_with_it(self, portable):
+        answer = ChatMessage.from_assistant("This much.", meta={"refusal": "The rest I cannot say."})
+        shown = messages_for_model([QUESTION, answer], [QUESTION], portable=portable)
+        if portable:
+            assert shown[1].text == "This much.\n\nThe rest I cannot say."
+        else:
+            assert shown[1] is answer
 
     @pytest.mark.parametrize("portable", [True, False])
     def test_a_refusal_is_an_answer(self, portable):

@@ -71,7 +71,7 @@ def texts(store, chat_history_id="h"):
 
 
 def branches(store, chat_history_id="h"):
-    found = store.list_chat_histories(limit=1000).items
+    found = store.list_chat_histories(branches=True, limit=1000).items
     return {info.chat_history_id for info in found if info.meta.get("branch_of") == chat_history_id}
 
 
@@ -152,7 +152,7 @@ class TestOutcomes:
         stored_turns(store, "a", "1", "b", "2")
         matched = match(store, "h", transcript_of("a", "1", "c"), keep_branches=False)
         assert (matched.outcome, matched.branch_id, texts(store)) == ("rewind", None, ["a", "1"])
-        assert [info.chat_history_id for info in store.list_chat_histories().items] == ["h"]
+        assert [info.chat_history_id for info in store.list_chat_histories(branches=True).items] == ["h"]
 
     @pytest.mark.parametrize("other", [transcript_of("### Task: a title"), transcript_of("x", "1", "b"), []])
     def test_what_has_nothing_in_common_is_refused(self, store, match, other):

@@ -47,12 +47,12 @@ class RecordingStore(InMemoryChatMessageStore):
         super().__init__(**{"skip_system_messages": False, "last_k": None, "namespace": uuid.uuid4().hex, **settings})
         self.asked = []
 
-    def retrieve_messages(self, chat_history_id, last_k=None, *, window_step=1):
+    def retrieve_window(self, chat_history_id, last_k=None, *, window_step=1):
         self.asked.append((last_k, window_step))
-        return super().retrieve_messages(chat_history_id, last_k, window_step=window_step)
+        return super().retrieve_window(chat_history_id, last_k, window_step=window_step)
 
-    async def retrieve_messages_async(self, chat_history_id, last_k=None, *, window_step=1):
-        return self.retrieve_messages(chat_history_id, last_k, window_step=window_step)
+    async def retrieve_window_async(self, chat_history_id, last_k=None, *, window_step=1):
+        return self.retrieve_window(chat_history_id, last_k, window_step=window_step)
 
 
 def read_sync(reader, *arguments, **options):
@@ -97,6 +97,9 @@ class TestSettings:
             {"token_counter": ApproximateTokenCounter},
             {"window_step": 0},
             {"window_step": None},
+            {"model": ""},
+            {"model": " "},
+            {"model": 4},
         ],
     )
     def test_that_cannot_be_are_refused(self, setting):

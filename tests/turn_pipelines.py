@@ -33,6 +33,7 @@ ENGINES = [
     "sqlite",
     pytest.param("postgres", marks=pytest.mark.servers),
     pytest.param("redis", marks=pytest.mark.servers),
+    pytest.param("redis_cluster", marks=[pytest.mark.servers, pytest.mark.full]),
 ]
 
 
@@ -43,10 +44,12 @@ def store_of(engine, request, tmp_path, monkeypatch):
         return InMemoryChatMessageStore(**settings)
     if engine == "sqlite":
         return SQLiteChatMessageStore(tmp_path / "h.db", durability="normal", **settings)
-    server = request.getfixturevalue("postgres" if engine == "postgres" else "redis_server")
-    monkeypatch.setenv("CHAT_STORE_URL", server.url)
-    kind = PostgresChatMessageStore if engine == "postgres" else RedisChatMessageStore
-    return kind(Secret.from_env_var("CHAT_STORE_URL"), **settings)
+    server = request.getfixturevalue("redis_server" if engine == "redis" else engine)
+    monkeypatch.setenv("CHAT_STORE_URL", server.url.replace("redis+cluster", "redis"))
+    url = Secret.from_env_var("CHAT_STORE_URL")
+    if engine == "postgres":
+        return PostgresChatMessageStore(url, **settings)
+    return RedisChatMessageStore(url, cluster=engine == "redis_cluster", **settings)
 
 
 class CrashError(BaseException):

@@ -6,7 +6,7 @@ from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.types import ChatHistoryInfo, ChatMessageStore
+from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_messages
 from haystack_chat_store.window_reader import TurnWindow, WindowReader
 
@@ -161,8 +161,7 @@ class ChatMessageRetriever:
             - `replies`: a list with the stored answer to the question of this turn. The key is missing if it is not
               answered yet.
             - `revision`: the revision of the history that was read, 0 if it does not exist: the `expected_revision` of
-              a write that follows from what was read. If others write meanwhile, it is that of before. (The key is
-              missing if the store has no revisions.)
+              a write that follows from what was read. (The key is missing if the store has no `retrieve_window`.)
             - `omitted_rounds`: the number of rounds before this turn that are not shown. (A store of another package
               may not count rounds. Then the key is missing, unless the whole history is shown.)
         :raises ValueError: If an argument is wrong.
@@ -171,9 +170,8 @@ class ChatMessageRetriever:
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
         reader, store = self._window_reader(), self.chat_message_store
-        info = protocol_calls.history_info(store, chat_history_id)  # first, so that it is never newer than the window
         window = reader.read_turn(store, chat_history_id, current, last_k, until_message_id=until_message_id)
-        return {**_outputs(reader, window, current, info), **_revision(store, info)}
+        return _outputs(reader, window, current)
 
     @component.output_types(messages=list[ChatMessage], replies=list[ChatMessage], revision=int, omitted_rounds=int)
     async def run_async(
@@ -199,11 +197,10 @@ class ChatMessageRetriever:
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
         reader, store = self._window_reader(), self.chat_message_store
-        info = await protocol_calls.history_info_async(store, chat_history_id)
         window = await reader.read_turn_async(
             store, chat_history_id, current, last_k, until_message_id=until_message_id
         )
-        return {**_outputs(reader, window, current, info), **_revision(store, info)}
+        return _outputs(reader, window, current)
 
     def warm_up(self) -> None:
         """Warm up the token counter, if it can be warmed up."""
@@ -230,24 +227,9 @@ class ChatMessageRetriever:
         )
 
 
-def _outputs(
-    reader: WindowReader,
-    window: TurnWindow,
-    current: list[ChatMessage],
-    info: ChatHistoryInfo | protocol_calls.Missing | None,
-) -> dict[str, Any]:
-    rounds = window.rounds
-    if rounds is None and info is not protocol_calls.MISSING:
-        rounds = 0 if info is None else info.round_count
-    outputs: dict[str, Any] = {} if rounds is None else {"omitted_rounds": window.omitted_rounds(rounds)}
+def _outputs(reader: WindowReader, window: TurnWindow, current: list[ChatMessage]) -> dict[str, Any]:
     answer = window.answer(current)
-    if answer is None:
-        return {"messages": reader.shown_turn(window, current), **outputs}
-    return {"replies": [answer], **outputs}
-
-
-def _revision(store: ChatMessageStore, info: ChatHistoryInfo | protocol_calls.Missing | None) -> dict[str, int]:
-    if info is None:
-        return {"revision": 0} if protocol_calls.takes_revisions(store) else {}
-    revision: int | None = getattr(info, "revision", None)  # a store of another package may have none
-    return {} if revision is None else {"revision": revision}
+    outputs: dict[str, Any]
+    outputs = {"messages": reader.shown_turn(window, current)} if answer is None else {"replies": [answer]}
+    outputs |= {"omitted_rounds": window.omitted_rounds(), "revision": window.revision}
+    return {name: value for name, value in outputs.items() if value is not None}

@@ -164,10 +164,11 @@ def with_call_ids(message: ChatMessage, ids: Sequence[str | None]) -> ChatMessag
 def with_ids_of_calls(content: Sequence[Any], ids: Sequence[str | None]) -> list[Any]:
     """Return the content of a reply with other ids of its calls, in order."""
     left = iter(ids)
-    return [_with_id(part, next(left)) if isinstance(part, ToolCall) else part for part in content]
+    return [with_id(part, next(left)) if isinstance(part, ToolCall) else part for part in content]
 
 
-def _with_id(call: ToolCall, call_id: str | None) -> ToolCall:
+def with_id(call: ToolCall, call_id: str | None) -> ToolCall:
+    """Return a call with another id, which OpenAI's Responses API finds, too."""
     if call_id == call.id:
         return call
     return changed(call, id=call_id, extra={**(call.extra or {}), _CALL_ID: call_id})
@@ -187,9 +188,11 @@ def without_provider_content(message: ChatMessage) -> ChatMessage:
     ):
         return message
     content = [part for part in message._content if not isinstance(part, ReasoningContent)]
-    refusal = refusal_of(message)
-    if refusal and not any(isinstance(part, TextContent) and part.text.strip() for part in content):
-        content.insert(0, TextContent(refusal))
+    if refusal := refusal_of(message):
+        after_texts = 1 + max(
+            (place for place, part in enumerate(content) if isinstance(part, TextContent)), default=-1
+        )
+        content.insert(after_texts, TextContent(refusal))
     meta = {key: value for key, value in message.meta.items() if key not in _META_KEYS}
     return changed(message, _content=content, _meta=meta)
 
@@ -247,9 +250,9 @@ def _current_signatures(message: ChatMessage, signatures: Any) -> Any:
     return [*text, *signatures, *calls]
 
 
-def _current_refusal(message: ChatMessage, refusal: Any) -> Any:
-    """The reply says nothing else."""
-    return None if any(text.strip() for text in message.texts) else refusal
+def _current_refusal(_: ChatMessage, refusal: Any) -> Any:
+    """A refusal stands for itself. It may follow a text."""
+    return refusal
 
 
 def _unchanged(value: Any, _: Sequence[str | None]) -> Any:

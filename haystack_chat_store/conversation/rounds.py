@@ -168,11 +168,25 @@ def in_question_order(history: Sequence[ChatMessage]) -> list[ChatMessage]:
     """
     Return the messages of each question together, one question after the other, as `question_groups` groups them.
 
-    A history in which no message names its question stays as it is.
+    A history in which no message names another question than the one before it stays as it is.
 
     :param history: A window of a history, oldest first.
     """
+    if _is_in_question_order(history):
+        return list(history)
     return [message for group in question_groups(history) for message in group]
+
+
+def _is_in_question_order(history: Sequence[ChatMessage]) -> bool:
+    """Whether each message that names a question stands behind it, as in most histories: no two runs interleaved."""
+    last = None
+    for message in history:
+        question = question_id_of(message)
+        if question is not None and (message._role is ChatRole.USER or question != last):
+            return False
+        if message._role is ChatRole.USER:
+            last = message_id_of(message)
+    return True
 
 
 def question_of(messages: Sequence[ChatMessage], index: int) -> int | None:
@@ -203,7 +217,8 @@ def said_parts(message: ChatMessage) -> list[Any]:
 
     Providers refuse blank texts, even beside other parts.
     """
-    return [part for part in message._content if not _cannot_be_said(message.role, part)]
+    role = message._role
+    return [part for part in message._content if not _cannot_be_said(role, part)]
 
 
 def _cannot_be_said(role: ChatRole, part: Any) -> bool:

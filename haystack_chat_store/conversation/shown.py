@@ -12,6 +12,8 @@ All rounds before it are completed. In a **portable** form they hold only what e
 
 import hashlib
 import json
+import operator
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -46,6 +48,10 @@ _NO_OUTPUT = "(no output)"
 _CALL_ID_PREFIX = "fc"
 _CALL_ID_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _CALL_ID_LENGTH = 7
+
+# What the name of a model ends with if it names the version: a date, a number of three digits or more, or "latest".
+# Shorter numbers are parts of the name: Claude Opus 4.1 is `claude-opus-4-1`.
+_VERSION = re.compile(r"[-@:](?:latest|\d{3,8}|\d{4}-\d{2}-\d{2}|\d{2}-\d{4})\Z")
 
 _OTHERS = (ChatRole.USER, ChatRole.SYSTEM)
 _Part = TypeVar("_Part")
@@ -131,8 +137,8 @@ def messages_for_model(
         insist on user and assistant in turns. Defaults to False.
     :param model: The name of the model that is asked. In the round under way, replies of other models are shown in the
         portable form, as a round that was interrupted. A name with a version, such as the one in a reply's
-        `meta["model"]`, is the same model: one of the two names begins with the other. Without `portable`, the name
-        has no effect. Defaults to the model of the newest reply in that round.
+        `meta["model"]`, is the same model as the name without it. Without `portable`, the name has no effect.
+        Defaults to the model of the newest reply in that round.
     """
     system, shown, current = split_system_history_current(history, current_messages)
     view = _View([*_from_first_user(shown), *current], current, current_messages, portable=portable, model=model)
@@ -269,6 +275,9 @@ class _View:
     def _said(self, message: ChatMessage, portable: bool) -> ChatMessage:
         """Show a message of the user or the system."""
         content = said_parts(message)
+        if portable and content and all(isinstance(part, FileContent) for part in content):
+            # Ollama's converter leaves files out, and fails if nothing else is left.
+            content = [*map(_text_for_media, content), *content]
         if portable and len(content) > 1:
             content = _with_joined_texts(content)
         return self._as_shown(message, content, message.meta)
@@ -318,6 +327,8 @@ class _View:
 
     def _reply(self, replies: Sequence[ChatMessage], portable: bool) -> ChatMessage | None:
         """Return one reply for several, or `None` if they say nothing."""
+        if portable and len(replies) == 1 and _has_only_calls(replies[0]):  # as most steps are
+            return self._as_shown(replies[0], self._with_neutral_ids(replies[0], replies[0]._content), replies[0]._meta)
         stored = self._stored_of.get(id(replies[0]), replies[0])
         if portable:  # which is done first, so that parts of one reply can be joined
             replies = [provider_content.without_provider_content(reply) for reply in replies]
@@ -347,7 +358,8 @@ class _View:
         is_current = id(stored) in self._current
         if not (is_current or (self._requested is None and provider_content.REQUEST_KEYS.isdisjoint(meta))):
             meta = self._with_request_of_this_turn(stored, meta)
-        if content == stored._content and (meta is stored._meta or meta == stored._meta):
+        is_same = len(content) == len(stored._content) and all(map(operator.is_, content, stored._content))
+        if is_same and (meta is stored._meta or meta == stored._meta):
             return stored
         return changed(stored, _content=content, _meta=meta if is_current else {**meta, SHOWN_KEY: True})
 
@@ -357,9 +369,15 @@ class _View:
 
     def _with_neutral_ids(self, reply: ChatMessage, content: Sequence[Any]) -> list[Any]:
         """Give the calls in the content of a reply ids that every provider takes."""
-        calls = [part for part in content if isinstance(part, ToolCall)]
-        ids = [self._new_id(reply, number, call) for number, call in enumerate(calls)]
-        return provider_content.with_ids_of_calls(content, ids)
+        number = -1
+        shown = []
+        for part in content:
+            if isinstance(part, ToolCall):
+                number += 1
+                shown.append(provider_content.with_id(part, self._new_id(reply, number, part)))
+            else:
+                shown.append(part)
+        return shown
 
     def _with_unique_ids(self, reply: ChatMessage) -> ChatMessage:
         """Give ids to calls that have none, or one that was shown before. Leave out reasoning whose id was."""
@@ -417,11 +435,23 @@ def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
 
 
 def _is_same_model(one: Any, other: Any) -> bool:
-    """Whether two names may be the same model: providers name the version in their replies."""
+    """
+    Whether two names may be the same model: providers name the version in their replies.
+
+    A name that goes on otherwise, such as `gpt-4o-mini` after `gpt-4o`, is another model. To take two models for one
+    can make a provider refuse the request; to take one for two cannot.
+    """
     if not (isinstance(one, str) and isinstance(other, str)):
         return True  # one of them is not known
-    names: tuple[str, str] = (one.lower(), other.lower())
-    return names[0].startswith(names[1]) or names[1].startswith(names[0])
+    (name, version), (other_name, other_version) = _name_and_version(one), _name_and_version(other)
+    return name == other_name and (not version or not other_version or version == other_version)
+
+
+def _name_and_version(model: str) -> tuple[str, str]:
+    """Split the name of a model into what comes before its version, and the digits of the version, if it has one."""
+    name = model.strip().lower()
+    found = _VERSION.search(name)
+    return (name, "") if found is None else (name[: found.start()], re.sub(r"\D", "", found[0]))
 
 
 def _begins_round(message: ChatMessage) -> bool:
@@ -453,6 +483,12 @@ def _may_say_something(message: ChatMessage) -> bool:
     if message.role is ChatRole.TOOL:
         return any(isinstance(part, ToolCallResult) for part in message._content)
     return bool(said_parts(message)) or provider_content.says(message)
+
+
+def _has_only_calls(reply: ChatMessage) -> bool:
+    """Whether a reply is tool calls and nothing else, neither text nor what only its provider takes."""
+    only_calls = all(isinstance(part, ToolCall) for part in reply._content)
+    return only_calls and bool(reply._content) and provider_content.ALL_KEYS.isdisjoint(reply._meta)
 
 
 def _is_plain(reply: ChatMessage) -> bool:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of all stores: settings, validation, ids, encoding; writing, reading and deleting messages."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ from haystack_chat_store.stores.conflicts import duplicate_in_batch
 from haystack_chat_store.stores.directory import DirectoryMethods
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.reading import ReadingMethods
-from haystack_chat_store.stores.rows import EncodedMessage, Scope
+from haystack_chat_store.stores.rows import EncodedMessage, Scope, WindowRows
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP, to_thread_if_large
+from haystack_chat_store.types import HistoryWindow
 
 # The cost of encoding one value, in characters of text that take as long to encode.
 _CHARACTERS_PER_VALUE = 100
@@ -194,8 +195,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         window = self._checked_window(last_k, window_step)
         if window.count == 0:
             return []
-        contents, size = self.engine.run(self.engine.read, self.scope, history, window)
-        return _decoded(contents, size, window)
+        return _decoded(self.engine.run(self.engine.read, self.scope, history, window), window)
 
     async def retrieve_messages_async(
         self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
@@ -205,8 +205,35 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         window = self._checked_window(last_k, window_step)
         if window.count == 0:
             return []
-        contents, size = await self.engine.run_async(self.engine.read, self.scope, history, window)
-        return await to_thread_if_large(sum(map(len, contents)), _decoded, contents, size, window)
+        rows = await self.engine.run_async(self.engine.read, self.scope, history, window)
+        return await to_thread_if_large(sum(map(len, rows.contents)), _decoded, rows, window)
+
+    def retrieve_window(
+        self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
+    ) -> HistoryWindow:
+        """
+        Return what `retrieve_messages` returns, with the revision and the number of rounds that the history then has.
+
+        :param chat_history_id: The history's id. A history that does not exist is empty, and has revision 0.
+        :param last_k: The number of rounds, 0 for none. Defaults to `None`: the store's own `last_k`.
+        :param window_step: The start of the window moves only in steps of this many rounds. Defaults to 1.
+        :returns: New message objects, the revision and the number of rounds, all as of one moment.
+        :raises ValueError: If an argument is wrong.
+        :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
+        """
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        window = self._checked_window(last_k, window_step)
+        rows = self.engine.run(self.engine.read, self.scope, history, _at_least_one(window))
+        return _window(rows, window)
+
+    async def retrieve_window_async(
+        self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
+    ) -> HistoryWindow:
+        """Do what `retrieve_window` does, without blocking the event loop."""
+        history = validation.validated_id(chat_history_id, "chat_history_id")
+        window = self._checked_window(last_k, window_step)
+        rows = await self.engine.run_async(self.engine.read, self.scope, history, _at_least_one(window))
+        return await to_thread_if_large(sum(map(len, rows.contents)), _window, rows, window)
 
     def count_messages(self, chat_history_id: str) -> int:
         """
@@ -288,7 +315,9 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         expected_revision: int | None = None,
     ) -> None:
         """
-        Delete a history, or some of its messages, for good. Histories and ids that do not exist are ignored.
+        Delete a history with its branches, or some of its messages, for good.
+
+        Histories and ids that do not exist are ignored.
 
         :param chat_history_id: The history's id.
         :param message_ids: The ids of the messages to delete. The history stays, with its title and meta, even if it
@@ -441,10 +470,20 @@ def _encoded(write: _Write) -> list[EncodedMessage]:
     return list(encoded.values())
 
 
-def _decoded(contents: Sequence[str], size: int, window: Window) -> list[ChatMessage]:
-    messages = decode_messages(contents)
+def _at_least_one(window: Window) -> Window:
+    """Return a window that engines read: nothing is no window."""
+    return Window(window.unit, 1) if window.count == 0 else window
+
+
+def _window(rows: WindowRows, window: Window) -> HistoryWindow:
+    messages = [] if window.count == 0 else _decoded(rows, window)
+    return HistoryWindow(messages=messages, revision=rows.revision, round_count=rows.round_count)
+
+
+def _decoded(rows: WindowRows, window: Window) -> list[ChatMessage]:
+    messages = decode_messages(rows.contents)
     if window.unit == "message" and window.count is not None:
-        return rounds.last_messages(messages, size)
+        return rounds.last_messages(messages, rows.size)
     return messages
 
 

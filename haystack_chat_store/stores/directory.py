@@ -6,6 +6,7 @@ import binascii
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -29,7 +30,9 @@ class DirectoryMethods:
     engine: Engine[Any]
     scope: Scope
 
-    def list_chat_histories(self, *, prefix: str = "", limit: int = 50, cursor: str | None = None) -> ChatHistoryPage:
+    def list_chat_histories(
+        self, *, prefix: str = "", branches: bool = False, limit: int = 50, cursor: str | None = None
+    ) -> ChatHistoryPage:
         """
         Return a page of the histories of this namespace. The history whose messages changed last comes first.
 
@@ -38,21 +41,23 @@ class DirectoryMethods:
         changes moves to the front: it is seen once if the walk had already reached it, otherwise not at all.
 
         :param prefix: Only histories whose ids begin with this text, taken literally. Defaults to all.
+        :param branches: Whether branches are listed, too: what `match_transcript` keeps of what it takes back. Defaults
+            to False.
         :param limit: The largest number of histories on the page, 1 to 1,000. Defaults to 50.
         :param cursor: The cursor of the page before. Defaults to `None`: the first page.
         :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        prefix, limit, before = _checked_listing(prefix, limit, cursor)
-        rows = self.engine.run(self.engine.histories, self.scope, prefix, before, limit + 1)
+        scope, (prefix, limit, before) = seen_scope(self.scope, branches), _checked_listing(prefix, limit, cursor)
+        rows = self.engine.run(self.engine.histories, scope, prefix, before, limit + 1)
         return _page(rows, limit)
 
     async def list_chat_histories_async(
-        self, *, prefix: str = "", limit: int = 50, cursor: str | None = None
+        self, *, prefix: str = "", branches: bool = False, limit: int = 50, cursor: str | None = None
     ) -> ChatHistoryPage:
         """Do what `list_chat_histories` does, without blocking the event loop."""
-        prefix, limit, before = _checked_listing(prefix, limit, cursor)
-        rows = await self.engine.run_async(self.engine.histories, self.scope, prefix, before, limit + 1)
+        scope, (prefix, limit, before) = seen_scope(self.scope, branches), _checked_listing(prefix, limit, cursor)
+        rows = await self.engine.run_async(self.engine.histories, scope, prefix, before, limit + 1)
         return _page(rows, limit)
 
     def get_chat_history(self, chat_history_id: str) -> ChatHistoryInfo | None:
@@ -142,7 +147,10 @@ class DirectoryMethods:
 
     def delete_chat_history(self, chat_history_id: str) -> None:
         """
-        Delete a history with its messages, title and meta, for good. A history that does not exist is ignored.
+        Delete a history with its messages, title and meta, and its branches, for good.
+
+        A history that does not exist is ignored. The history and its branches go in one step; on Redis, it goes first,
+        then its branches.
 
         :param chat_history_id: The history's id.
         :raises ValueError: If `chat_history_id` is not a valid id.
@@ -195,21 +203,22 @@ class DirectoryMethods:
         """Do what `purge` does, without blocking the event loop."""
         return await self._erase_async("", validation.microseconds(older_than, "older_than"), vacuum)
 
-    def statistics(self, *, prefix: str = "") -> StoreStatistics:
+    def statistics(self, *, prefix: str = "", branches: bool = False) -> StoreStatistics:
         """
         Return the numbers of histories, messages and rounds. The call reads every message, so its cost grows with them.
 
         :param prefix: Only histories whose ids begin with this text. Defaults to all histories of this namespace.
-        :raises ValueError: If `prefix` is wrong.
+        :param branches: Whether branches count, too. Defaults to False.
+        :raises ValueError: If an argument is wrong.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        return self.engine.run(self.engine.statistics, self.scope, validation.validated_text(prefix, "prefix"))
+        scope, prefix = seen_scope(self.scope, branches), validation.validated_text(prefix, "prefix")
+        return self.engine.run(self.engine.statistics, scope, prefix)
 
-    async def statistics_async(self, *, prefix: str = "") -> StoreStatistics:
+    async def statistics_async(self, *, prefix: str = "", branches: bool = False) -> StoreStatistics:
         """Do what `statistics` does, without blocking the event loop."""
-        return await self.engine.run_async(
-            self.engine.statistics, self.scope, validation.validated_text(prefix, "prefix")
-        )
+        scope, prefix = seen_scope(self.scope, branches), validation.validated_text(prefix, "prefix")
+        return await self.engine.run_async(self.engine.statistics, scope, prefix)
 
     def _erase(self, prefix: str, updated_before: int | None, vacuum: bool) -> int:
         count = 0
@@ -241,6 +250,16 @@ def deletions_stated() -> Iterator[None]:
         stated = type(error)(f"The histories were deleted, but their bytes may still be in the engine's files. {error}")
         vars(stated).update(vars(error))
         raise stated from error.__cause__
+
+
+def seen_scope(scope: Scope, branches: Any) -> Scope:
+    """
+    Return the scope of a list, a search or of statistics.
+
+    :param branches: Whether it has branches.
+    :raises ValueError: If `branches` is not a bool.
+    """
+    return replace(scope, with_branches=validation.validated_flag(branches, "branches"))
 
 
 def _checked_listing(prefix: str, limit: int, cursor: str | None) -> tuple[str, int, tuple[int, str] | None]:

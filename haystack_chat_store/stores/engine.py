@@ -17,7 +17,16 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.search_text import Phrase
-from haystack_chat_store.stores.rows import EncodedMessage, FoundRow, HistoryRow, MessageRow, Scope, Unchanged
+from haystack_chat_store.stores.rows import (
+    NO_ROWS,
+    EncodedMessage,
+    FoundRow,
+    HistoryRow,
+    MessageRow,
+    Scope,
+    Unchanged,
+    WindowRows,
+)
 from haystack_chat_store.types import Fault, StoreStatistics
 
 SessionT = TypeVar("SessionT")
@@ -26,7 +35,7 @@ ArgumentsT = ParamSpec("ArgumentsT")
 OperationT = TypeVar("OperationT", bound=Callable[..., Any])
 
 _WITHOUT_DATABASE: dict[str, Callable[[], Any]] = {
-    "read": lambda: ([], 0),
+    "read": lambda: NO_ROWS,
     "count": int,
     "page": list,
     "history": lambda: None,
@@ -170,11 +179,9 @@ class Engine(ABC, Generic[SessionT]):
     @reads_only
     @is_brief
     @abstractmethod
-    def read(
-        self, session: SessionT, scope: Scope, chat_history_id: str, window: Window
-    ) -> Operation[tuple[list[str], int]]:
+    def read(self, session: SessionT, scope: Scope, chat_history_id: str, window: Window) -> Operation[WindowRows]:
         """
-        Return the contents of the messages in a window, oldest first, and the window's size.
+        Return the contents of the messages in a window, oldest first, and the history's revision, as of one moment.
 
         `rounds.window_start` defines where a window begins. An engine that does not have all roles of a history in
         memory finds the same place in its own way.
@@ -191,7 +198,10 @@ class Engine(ABC, Generic[SessionT]):
         self, session: SessionT, scope: Scope, chat_history_id: str, expected_revision: int | None
     ) -> Operation[None]:
         """
-        Delete a history with its messages, title and meta. A history that does not exist is ignored.
+        Delete a history with its messages, title and meta, and the branches of it and of its branches.
+
+        A history that does not exist is ignored, but its branches are not. Where that is not one atomic step, the
+        history goes first, and a repeated call deletes what is left.
 
         :param expected_revision: The revision that a history that exists must have, or `None` for any.
         :raises ChatHistoryChangedError: If it has another revision.
@@ -323,6 +333,8 @@ class Engine(ABC, Generic[SessionT]):
         """
         Return the histories whose ids begin with `prefix`, in the order of the directory.
 
+        Branches (see `rows.branch_origin`) are among them only if the scope has them.
+
         The history with the latest `updated_at` comes first. Of histories with the same time, the one with the greatest
         id (by code points) comes first.
 
@@ -360,7 +372,7 @@ class Engine(ABC, Generic[SessionT]):
 
     @reads_only
     def statistics(self, session: SessionT, scope: Scope, prefix: str) -> Operation[StoreStatistics]:
-        """Return the statistics of the histories whose ids begin with `prefix`."""
+        """Return the statistics of the histories whose ids begin with `prefix`, with branches if the scope has them."""
         raise self.unsupported("statistics", "statistics")
 
     def erase_some(
@@ -411,6 +423,8 @@ class Engine(ABC, Generic[SessionT]):
     ) -> Operation[list[FoundRow] | None]:
         """
         Return the messages that have all phrases, the best first, or `None` if some messages are not indexed yet.
+
+        Those of branches are among them only if the scope has branches.
 
         How good a match is, is for the engine to say. At least, of two messages with the same word, the one in which
         the word is a larger part of the text has the greater score.

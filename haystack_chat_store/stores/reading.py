@@ -8,6 +8,7 @@ from haystack_chat_store import search_text, validation
 from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.search_text import Phrase
+from haystack_chat_store.stores.directory import seen_scope
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.rows import FoundRow, MessageRow, Scope
 from haystack_chat_store.stores.sync_async import to_thread_if_large
@@ -95,6 +96,7 @@ class ReadingMethods:
         *,
         chat_history_id: str | None = None,
         prefix: str = "",
+        branches: bool = False,
         match_prefix: bool = False,
         limit: int = 20,
     ) -> list[SearchHit]:
@@ -112,6 +114,8 @@ class ReadingMethods:
         :param query: The words and phrases to find, up to 1,000 characters. A query without words finds nothing.
         :param chat_history_id: Only messages of this history. Defaults to `None`: all histories.
         :param prefix: Only messages of histories whose ids begin with this text, taken literally. Defaults to all.
+        :param branches: Whether messages of branches are found, too. Those of `chat_history_id` always are. Defaults to
+            False.
         :param match_prefix: Whether the query's last word may be the beginning of a word, for searching while a user
             types: `kyo` finds Kyoto. Defaults to False.
         :param limit: The largest number of hits, 1 to 1,000. Defaults to 20.
@@ -121,10 +125,11 @@ class ReadingMethods:
             some messages are not indexed.
         :raises ChatMessageStoreError: If the engine fails.
         """
+        scope = seen_scope(self.scope, branches) if chat_history_id is None else self.scope
         search = self._checked_search(query, chat_history_id, prefix, match_prefix, limit)
         if search is None:
             return []
-        found = self.engine.run(self.engine.search, self.scope, *search)
+        found = self.engine.run(self.engine.search, scope, *search)
         if found is None:
             raise _not_indexed()
         return _hits(found, search[0])
@@ -135,14 +140,16 @@ class ReadingMethods:
         *,
         chat_history_id: str | None = None,
         prefix: str = "",
+        branches: bool = False,
         match_prefix: bool = False,
         limit: int = 20,
     ) -> list[SearchHit]:
         """Do what `search_messages` does, without blocking the event loop."""
+        scope = seen_scope(self.scope, branches) if chat_history_id is None else self.scope
         search = self._checked_search(query, chat_history_id, prefix, match_prefix, limit)
         if search is None:
             return []
-        found = await self.engine.run_async(self.engine.search, self.scope, *search)
+        found = await self.engine.run_async(self.engine.search, scope, *search)
         if found is None:
             raise _not_indexed()
         return await to_thread_if_large(_characters(found), _hits, found, search[0])

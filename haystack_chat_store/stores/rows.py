@@ -9,9 +9,12 @@ that an engine can create them from rows of a query.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, NamedTuple
 
 from haystack.dataclasses import ChatRole
+
+from haystack_chat_store.ids import BRANCH_OF_KEY, origin_of
+from haystack_chat_store.json_values import parse_json
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,12 @@ class Scope:
     :param namespace: Only histories of this namespace.
     :param user_id: Only histories of this user, or `None` for all histories of the namespace. Stores have no users yet:
         they pass `None`, and engines do not look at it.
+    :param with_branches: Whether lists, search and statistics see branches, too. Defaults to True.
     """
 
     namespace: str
     user_id: str | None = None
+    with_branches: bool = True
 
 
 @dataclass(slots=True)
@@ -63,6 +68,26 @@ class MessageRow:
     message_id: str
     role: str
     content: str
+
+
+class WindowRows(NamedTuple):
+    """
+    The messages in a window, and what their history is at the same moment.
+
+    :param contents: The messages as JSON texts, oldest first.
+    :param size: The window's size, in its unit.
+    :param revision: The history's revision, 0 if it does not exist.
+    :param round_count: The number of its user messages.
+    """
+
+    contents: list[str]
+    size: int
+    revision: int
+    round_count: int
+
+
+#: Any window of a history that does not exist.
+NO_ROWS: Final = WindowRows([], 0, 0, 0)
 
 
 @dataclass(slots=True)
@@ -112,6 +137,21 @@ class FoundRow:
     created_at: int
     content: str
     score: float
+
+
+def branch_origin(chat_history_id: str, meta: str | None) -> str | None:
+    """
+    Return the id of the history that another one is a branch of, or `None` if it is no branch.
+
+    :param meta: Its meta, as the text of a JSON object. It may be damaged.
+    """
+    if meta is None or BRANCH_OF_KEY not in meta:
+        return None
+    try:
+        parsed = parse_json(meta)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return origin_of(chat_history_id, parsed.get(BRANCH_OF_KEY)) if isinstance(parsed, dict) else None
 
 
 class Unchanged(Enum):

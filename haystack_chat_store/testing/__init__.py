@@ -63,6 +63,7 @@ pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
 from haystack_chat_store.testing.concurrency import ConcurrencyTest
 from haystack_chat_store.testing.contract import ChatMessageStoreContract
 from haystack_chat_store.testing.contract_arguments import Rule01SignaturesTest, Rule02ValidationTest, Rule15ErrorsTest
+from haystack_chat_store.testing.contract_branches import Rule17BranchesTest
 from haystack_chat_store.testing.contract_changes import Rule18PagesTest, Rule19ChangesTest, Rule20ForkingTest
 from haystack_chat_store.testing.contract_content import Rule11LosslessTest
 from haystack_chat_store.testing.contract_directory import Rule17DirectoryTest, Rule22ErasingTest
@@ -109,6 +110,7 @@ __all__ = [
     "Rule13LifecycleTest",
     "Rule14SerializationTest",
     "Rule15ErrorsTest",
+    "Rule17BranchesTest",
     "Rule17DirectoryTest",
     "Rule18PagesTest",
     "Rule19ChangesTest",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules 18, 19 and 20: pages of messages, changing messages, and forking."""
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -19,6 +20,7 @@ from haystack_chat_store.errors import (
     MessageNotFoundError,
 )
 from haystack_chat_store.ids import MESSAGE_ID_KEY
+from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, exactly, ids, texts
 from haystack_chat_store.testing.messages import conversation, expected_rounds, sample_messages, user, with_id
 
@@ -249,6 +251,56 @@ class Rule19ChangesTest(ContractTest):
             change()
             revisions.append(revision_of(calls, store))
         assert revisions == sorted(set(revisions))
+
+    @pytest.mark.parametrize("unit", ["round", "message"])
+    def test_window_comes_with_the_revision_and_the_number_of_rounds(
+        self, new_store: StoreFactory, calls: Calls, unit: str
+    ) -> None:
+        store = new_store(last_k=2, last_k_unit=unit)
+
+        def assert_right(round_count: int) -> None:
+            revision = revision_of(calls, store)
+            for window in ({}, {"last_k": 0}, {"last_k": 1}, {"last_k": 100}, {"last_k": 1, "window_step": 3}):
+                found = calls.call(store, "retrieve_window", "chat", **window)
+                assert found.messages == calls.retrieve(store, "chat", **window)
+                assert (found.revision, found.round_count) == (revision, round_count)
+
+        assert_right(0)
+        for number in range(5):
+            calls.write(store, "chat", named("uaua") if number == 0 else conversation("ucta"))
+            assert_right(number + 2)
+        calls.delete(store, "chat", message_ids=["2"])
+        assert_right(5)
+        calls.delete(store, "chat", from_message_id="0")  # the history stays, without messages
+        assert_right(0)
+        calls.delete(store, "chat")
+        assert_right(0)
+        calls.write(store, "chat", named("a"))
+        assert_right(0)
+
+    def test_revision_and_messages_of_a_window_are_of_one_moment(self, new_store: StoreFactory, calls: Calls) -> None:
+        """Each write adds one message, and one to the revision. At times, the history does not exist."""
+        store = new_store(last_k=None)
+        has_ended = threading.Event()
+
+        def write() -> None:
+            try:
+                for number in range(80):
+                    if number % 10 == 0:
+                        calls.delete(store, "chat")
+                    calls.write(store, "chat", [user(str(revision_of(calls, store)))])
+            finally:
+                has_ended.set()
+
+        def read() -> None:
+            while not has_ended.is_set():
+                found = calls.call(store, "retrieve_window", "chat")
+                assert len(found.messages) == found.round_count
+                if len(found.messages) > 1:
+                    assert found.messages[-1].text == str(found.revision - 1)
+                assert bool(found.messages) == bool(found.revision)
+
+        in_threads(write, read)
 
     def test_what_changes_no_message_leaves_the_revision(self, store: ClosableStore, calls: Calls) -> None:
         calls.write(store, "chat", named("ua"))

@@ -4,6 +4,7 @@
 from typing import Any
 
 from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.testing.contract_branches import Rule17BranchesTest
 from haystack_chat_store.testing.contract_changes import Rule18PagesTest, Rule19ChangesTest, Rule20ForkingTest
 from haystack_chat_store.testing.contract_directory import Rule17DirectoryTest, Rule22ErasingTest
 from haystack_chat_store.testing.contract_moving import Rule23MovingTest
@@ -17,6 +18,7 @@ from haystack_chat_store.testing.kit import ClosableStore
 
 class ManagementContract(
     Rule17DirectoryTest,
+    Rule17BranchesTest,
     Rule18PagesTest,
     Rule19ChangesTest,
     Rule20ForkingTest,

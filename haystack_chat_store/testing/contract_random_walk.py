@@ -372,12 +372,13 @@ class _Walk(RuleBasedStateMachine):
 
     @rule(history=_HISTORIES, last_k=st.integers(1, 6), window_step=st.integers(1, 3))
     def read(self, history: str, last_k: int, window_step: int) -> None:
-        found = self._call("retrieve_messages", history, last_k, window_step=window_step)
+        model = self._model.get(history, _Model())
+        window = self._call("retrieve_window", history, last_k, window_step=window_step)
         everything = self._call("retrieve_messages", history)
-        assert [message.meta[MESSAGE_ID_KEY] for message in everything] == [
-            kept.message_id for kept in self._model.get(history, _Model()).messages
-        ]
-        assert found == expected_rounds(everything, last_k, window_step)
+        assert [message.meta[MESSAGE_ID_KEY] for message in everything] == [kept.message_id for kept in model.messages]
+        assert window.messages == expected_rounds(everything, last_k, window_step)
+        assert window.revision == model.revision
+        assert window.round_count == sum(kept.role == "user" for kept in model.messages)
 
     @rule(query=_WORDS, history=st.none() | _HISTORIES, prefix=st.sampled_from(["", "a/"]))
     def search(self, query: str, history: str | None, prefix: str) -> None:

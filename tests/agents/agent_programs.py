@@ -5,6 +5,7 @@ import asyncio
 import threading
 import uuid
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from haystack import component
@@ -15,10 +16,10 @@ from haystack.hooks.protocol import VALID_HOOK_POINTS
 from haystack.tools import Tool
 from haystack.utils import Secret
 from haystack_integrations.hooks.chat_store import chat_history_hooks
-from servers import PostgresServer
+from servers import PostgresServer, RedisCluster, RedisServer
 from strict_model import problems
 
-from haystack_chat_store import PostgresChatMessageStore, SQLiteChatMessageStore
+from haystack_chat_store import PostgresChatMessageStore, RedisChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.conversation.shown import INTERRUPTED
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 
@@ -37,18 +38,28 @@ def databases():
     What the machine's own crash would lose, these tests do not look at.
     """
     with pytest.MonkeyPatch.context() as monkeypatch:
-        servers, made = [], []
+        servers, made = {}, []
+        kinds = {
+            "postgres": partial(PostgresServer, fsync="off", autovacuum="off", jit="off"),
+            "redis": partial(RedisServer, appendfsync="no"),
+            "redis_cluster": partial(RedisCluster, appendfsync="no"),
+        }
 
         def make(engine, folder, **settings):
             settings = {"namespace": uuid.uuid4().hex, "last_k": None, **settings}
             if engine == "sqlite":
                 made.append(SQLiteChatMessageStore(folder / "chats.db", durability="normal", **settings))
             else:
-                if not servers:
-                    servers.append(PostgresServer(fsync="off", autovacuum="off", jit="off"))
-                    servers[0].__enter__()
-                    monkeypatch.setenv("CHAT_STORE_URL", servers[0].url)
-                made.append(PostgresChatMessageStore(Secret.from_env_var("CHAT_STORE_URL"), **settings))
+                variable = f"CHAT_STORE_URL_OF_{engine.upper()}"
+                if engine not in servers:
+                    servers[engine] = kinds[engine]()
+                    servers[engine].__enter__()
+                    monkeypatch.setenv(variable, servers[engine].url.replace("redis+cluster", "redis"))
+                url = Secret.from_env_var(variable)
+                if engine == "postgres":
+                    made.append(PostgresChatMessageStore(url, **settings))
+                else:
+                    made.append(RedisChatMessageStore(url, cluster=engine == "redis_cluster", **settings))
             return made[-1]
 
         try:
@@ -56,7 +67,7 @@ def databases():
         finally:
             for store in made:
                 store.close()
-            for server in servers:
+            for server in servers.values():
                 server.__exit__(None, None, None)
 
 
@@ -125,7 +136,7 @@ def with_moments(hooks, moments):
 def watch(store, moments):
     """Let a store pass a moment before and after each read and write, and note the ids of what it has acknowledged."""
     write, write_async = store.write_messages, store.write_messages_async
-    read, read_async = store.retrieve_messages, store.retrieve_messages_async
+    read, read_async = store.retrieve_window, store.retrieve_window_async
 
     def acknowledge(messages):
         moments.acknowledged += [message.meta[MESSAGE_ID_KEY] for message in messages]
@@ -143,20 +154,20 @@ def watch(store, moments):
         acknowledge(messages)
         return number
 
-    def retrieve_messages(*arguments, **options):
+    def retrieve_window(*arguments, **options):
         moments("read")
-        messages = read(*arguments, **options)
+        window = read(*arguments, **options)
         moments("has read")
-        return messages
+        return window
 
-    async def retrieve_messages_async(*arguments, **options):
+    async def retrieve_window_async(*arguments, **options):
         moments("read")
-        messages = await read_async(*arguments, **options)
+        window = await read_async(*arguments, **options)
         moments("has read")
-        return messages
+        return window
 
     store.write_messages, store.write_messages_async = write_messages, write_messages_async
-    store.retrieve_messages, store.retrieve_messages_async = retrieve_messages, retrieve_messages_async
+    store.retrieve_window, store.retrieve_window_async = retrieve_window, retrieve_window_async
     return store
 
 

@@ -113,6 +113,7 @@ def test_a_run_fails_if_loading_does(tmp_path, run):
         {"max_tokens": 0},
         {"token_counter": object()},
         {"window_step": 0},
+        {"model": ""},
         {"raise_on_failure": "never"},
         {"exit_conditions": "book"},
         {"exit_conditions": [1]},

@@ -85,7 +85,7 @@ def parameters_of(store, name, statement):
     numbers |= {"created_at": 0, "updated_at": 1_700_000_000_000_000}
     numbers |= {"limit": 50, "few": 256, "near": 306, "messages": 5_000, "updated_before": 0}
     other = {"title": None, "meta": None, "has_title": True, "has_meta": True, "after": "user/l"}
-    other |= {"query": "word77", "keys": [key], "namespace": "default"}
+    other |= {"query": "word77", "keys": [key], "namespace": "default", "branch_of": None, "with_branches": False}
     end = prefix_parameters(store.scope, "user7/") if "%(prefix)s" in statement else {"end": MAX_POSITION}
     return {**sent, **one, **numbers, **other, **end}
 

@@ -155,6 +155,12 @@ def test_two_files_without_a_name():
     assert not problems_of(request, OUTLINE["bedrock"](request), asked)
 
 
+@pytest.mark.provider("ollama")
+def test_a_question_was_a_file_only_and_the_next_model_takes_none():
+    file = FileContent(PDF, mime_type="application/pdf", filename="report.pdf", validation=False)
+    check("ollama", [U(content_parts=[file]), A("It is about 2025.")])
+
+
 # ---------------------------------------------------------------------- ids
 
 
@@ -283,3 +289,27 @@ def test_a_round_that_was_interrupted_before_the_switch(first, second):
     call = received(first, 1, "k1", "k2", thinking="Let me see.")
     stored = [U("Question"), call, *results(call, "k1")]
     check(second, stored, thinking=True, model=model_of(second, True, other=first == second))
+
+
+@pytest.mark.parametrize("provider", ["anthropic", "bedrock", "openrouter", "responses"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("gpt-4o", "gpt-4o-mini"),
+        ("gpt-4o-mini", "gpt-4o"),
+        ("gpt-4", "gpt-4.1"),
+        ("claude-opus-4", "claude-opus-4-1"),
+        ("claude-opus-4-5-20250101", "claude-opus-4-5-20250601"),
+        ("openai/gpt-4o", "openai/gpt-4o-mini"),
+        ("openai/gpt-4o", "gpt-4o"),
+    ],
+)
+def test_a_model_with_a_similar_name_resumes_an_interrupted_round(provider, first, second):
+    call = received(provider, 1, "k1", "k2", thinking="Let me see.", model=first)
+    check(provider, [U("Question"), call, *results(call, "k1")], thinking=True, model=second)
+
+
+@pytest.mark.parametrize("second", EVERY)
+def test_a_refusal_after_a_text(second):
+    reply = A("That is all that I can say.", meta={"refusal": "I cannot help with the rest."})
+    check(second, [U("Question"), reply, U("Why?"), A("Because.")])

@@ -5,7 +5,6 @@ import asyncio
 import select
 import socket
 import threading
-import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +15,7 @@ import pytest
 import redis
 from haystack.dataclasses import ChatMessage
 from haystack.utils import Secret
-from servers import HOST, PASSWORD, RedisCluster, redis_binaries, unused_port
+from servers import HOST, PASSWORD, RedisCluster, redis_binaries, unused_port, wait_until
 
 from haystack_chat_store.stores.redis import RedisChatMessageStore
 from haystack_chat_store.stores.redis.keys import bucket_of
@@ -204,7 +203,7 @@ class LosesAnswers:
 @contextmanager
 def writers_at_work(store, *tolerated):
     """
-    Meanwhile, four threads and four tasks write to one history; at the end, see what has become of it.
+    Meanwhile, four threads and four tasks write to one history, also before and after the block.
 
     :param tolerated: Errors that a write may end with.
     """
@@ -227,13 +226,19 @@ def writers_at_work(store, *tolerated):
     async def write_all(writers):
         await asyncio.gather(*map(write_async, writers))
 
+    def wait_for_more():
+        before = len(acknowledged)
+        wait_until(
+            lambda: len(acknowledged) > before + 20 or any(each.done() for each in at_work), "messages to be written"
+        )
+
     with ThreadPoolExecutor() as threads:
         at_work = [threads.submit(write, batches) for batches in writers[:4]]
         at_work.append(threads.submit(lambda: asyncio.run(write_all(writers[4:]))))
         try:
-            time.sleep(0.3)
+            wait_for_more()
             yield writers, acknowledged
-            time.sleep(0.3)
+            wait_for_more()
         finally:
             ends.set()
         for each in at_work:

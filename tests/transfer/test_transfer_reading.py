@@ -335,6 +335,15 @@ def test_a_refusal_can_be_read(store, name, expected):
     assert expected in (re.sub(r"\\(?=[*<>])", "", text) if name == "markdown" else text)
 
 
+@pytest.mark.parametrize("name", ["markdown", "html", "openai"])
+def test_a_refusal_after_a_text_can_be_read(store, name):
+    answer = ChatMessage.from_assistant("This much.", meta={"refusal": "The rest I cannot say."})
+    store.write_messages("a", [user("Tell me"), answer])
+    text = exported(store, name)
+    assert "This much." in text
+    assert "The rest I cannot say." in text
+
+
 @settings(max_examples=number_of_examples(20), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(any_messages(), max_size=4))
 def test_any_conversation_can_be_read(store, messages):

@@ -27,7 +27,7 @@ class Directory(Engine[Memory]):
         """Return the histories with the latest changes."""
         with session.lock:
             namespace = session.of(scope)
-            keys = ((namespace.histories[each].updated_at, each) for each in namespace.with_prefix(prefix))
+            keys = ((namespace.histories[each].updated_at, each) for each in namespace.with_prefix(prefix, scope))
             newest = heapq.nlargest(limit, keys if before is None else (key for key in keys if key < before))
             return [namespace.histories[each].row(each) for _, each in newest]
 
@@ -35,7 +35,7 @@ class Directory(Engine[Memory]):
         """Return the histories with the next ids."""
         with session.lock:
             namespace = session.of(scope)
-            ids = heapq.nsmallest(limit, (each for each in namespace.with_prefix(prefix) if each > after))
+            ids = heapq.nsmallest(limit, (each for each in namespace.with_prefix(prefix, scope) if each > after))
             return [namespace.histories[each].row(each) for each in ids]
 
     def update_history(
@@ -55,13 +55,14 @@ class Directory(Engine[Memory]):
             title = history.title if title is UNCHANGED else title
             meta = history.meta if meta is UNCHANGED else meta
             namespace.histories[chat_history_id] = replace(history, title=title, meta=meta)
+            namespace.note_branch(chat_history_id)
             return namespace.histories[chat_history_id].row(chat_history_id)
 
     def statistics(self, session: Memory, scope: Scope, prefix: str) -> StoreStatistics:
         """Count all messages."""
         with session.lock:
             namespace = session.of(scope)
-            histories = {each: namespace.histories[each] for each in namespace.with_prefix(prefix)}
+            histories = {each: namespace.histories[each] for each in namespace.with_prefix(prefix, scope)}
             rows = [history.row(each) for each, history in histories.items()]
             days = Counter(
                 datetime_of(message.created_at).date()
@@ -83,7 +84,7 @@ class Directory(Engine[Memory]):
             namespace = session.of(scope)
             erased = [
                 each
-                for each in namespace.with_prefix(prefix)
+                for each in namespace.with_prefix(prefix, scope)
                 if updated_before is None or namespace.histories[each].updated_at < updated_before
             ][:limit]
             for each in erased:

@@ -12,7 +12,7 @@ from haystack.dataclasses import ChatRole
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.search_text import searchable_text_of_content
 from haystack_chat_store.stores.in_memory.search_index import SearchIndex
-from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, WindowRows, branch_origin
 
 
 class Stored(NamedTuple):
@@ -118,8 +118,8 @@ class History:
         )
         return changed.caught_up()  # now, because the next call may run on an event loop
 
-    def read(self, window: Window) -> tuple[list[str], int]:
-        """Return the contents of the messages in the window, and the window's size."""
+    def read(self, window: Window) -> WindowRows:
+        """Return the messages in the window."""
         self.caught_up()
         if window.count is None:
             start, size = 0, 0
@@ -129,7 +129,8 @@ class History:
         else:
             size = window.size(len(self.positions))
             start = self._start_of_last(size)
-        return [message.content for message in self.messages[start:] if message is not None], size
+        contents = [message.content for message in self.messages[start:] if message is not None]
+        return WindowRows(contents, size, self.revision, len(self.user_positions))
 
     def _start_of_last(self, size: int) -> int:
         """
@@ -186,6 +187,8 @@ class Namespace:
     histories: dict[str, History] = field(default_factory=dict)
     index: SearchIndex = field(default_factory=SearchIndex)
     deleted_revision: int = 0  # the greatest that a deleted history had
+    #: The ids of histories that are, or once were, branches of a history.
+    branches: dict[str, set[str]] = field(default_factory=dict)
 
     def find(self, chat_history_id: str) -> History | None:
         """Return a history, or `None` if it does not exist."""
@@ -208,9 +211,28 @@ class Namespace:
             self.index.unindexed[chat_history_id] = 0
             self.histories[chat_history_id] = history
 
-    def with_prefix(self, prefix: str) -> list[str]:
+    def with_prefix(self, prefix: str, scope: Scope) -> list[str]:
         """Return the ids that begin with a text."""
-        return [each for each, history in self.histories.items() if history.exists and each.startswith(prefix)]
+        ids = [each for each, history in self.histories.items() if history.exists and each.startswith(prefix)]
+        return ids if scope.with_branches else [each for each in ids if not self.is_branch(each)]
+
+    def is_branch(self, chat_history_id: str) -> bool:
+        """Whether a history is a branch of another one."""
+        return branch_origin(chat_history_id, self.histories[chat_history_id].meta) is not None
+
+    def note_branch(self, chat_history_id: str) -> None:
+        """Note whose branch a history is, after its meta was set."""
+        origin = branch_origin(chat_history_id, self.histories[chat_history_id].meta)
+        if origin is not None:
+            self.branches.setdefault(origin, set()).add(chat_history_id)
+
+    def delete(self, chat_history_id: str) -> None:
+        """Remove a history and its branches."""
+        self.put(chat_history_id, None)
+        for each in self.branches.pop(chat_history_id, ()):
+            history = self.histories.get(each)
+            if history is not None and branch_origin(each, history.meta) == chat_history_id:
+                self.delete(each)
 
 
 class Memory:

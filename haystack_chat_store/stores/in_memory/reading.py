@@ -4,17 +4,17 @@
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory.histories import Memory
-from haystack_chat_store.stores.rows import MessageRow, Scope
+from haystack_chat_store.stores.rows import NO_ROWS, MessageRow, Scope, WindowRows
 
 
 class Reading(Engine[Memory]):
     """The operations that read messages."""
 
-    def read(self, session: Memory, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
+    def read(self, session: Memory, scope: Scope, chat_history_id: str, window: Window) -> WindowRows:
         """Return the messages in the window."""
         with session.lock:
             history = session.of(scope).find(chat_history_id)
-            return ([], 0) if history is None else history.read(window)
+            return NO_ROWS if history is None else history.read(window)
 
     def count(self, session: Memory, scope: Scope, chat_history_id: str) -> int:
         """Return the number of messages in a history."""

@@ -39,6 +39,8 @@ class Search(Engine[Memory]):
             for history, position in namespace.index.candidates(phrases):
                 if not history.startswith(prefix) or chat_history_id not in (None, history):
                     continue
+                if not scope.with_branches and namespace.is_branch(history):
+                    continue
                 message = namespace.histories[history].messages[position]
                 words = terms(searchable_text_of_content(message.content)) if message is not None else []
                 if message is not None and matches(phrases, words):

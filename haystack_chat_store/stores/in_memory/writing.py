@@ -55,13 +55,13 @@ class Writing(Engine[Memory]):
             return len(plan.new) + len(plan.replaced)
 
     def delete(self, session: Memory, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
-        """Remove the history."""
+        """Remove the history and its branches."""
         with session.lock:
             namespace = session.of(scope)
             history = namespace.find(chat_history_id)
             if history is not None:
                 check_revision(expected_revision, history.revision)
-                namespace.put(chat_history_id, None)
+            namespace.delete(chat_history_id)
 
     def delete_all(self, session: Memory, scope: Scope) -> bool:
         """Remove the namespace's histories and its index."""
@@ -69,7 +69,7 @@ class Writing(Engine[Memory]):
             namespace = session.of(scope)
             revisions = [history.revision for history in namespace.histories.values()]
             namespace.deleted_revision = max([namespace.deleted_revision, *revisions])
-            namespace.histories, namespace.index = {}, SearchIndex()
+            namespace.histories, namespace.index, namespace.branches = {}, SearchIndex(), {}
         return False
 
     def delete_messages(
@@ -208,6 +208,7 @@ def _import(namespace: Namespace, history: HistoryRow, imported: Sequence[Stored
         )
     updated_at = max(target.updated_at, history.updated_at)
     namespace.put(history.chat_history_id, target.changed(updated_at, {}, imported))
+    namespace.note_branch(history.chat_history_id)
     return len(imported)
 
 

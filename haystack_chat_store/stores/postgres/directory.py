@@ -20,7 +20,7 @@ from haystack_chat_store.stores.postgres.statements import (
     READ_WHOLE_TABLES,
     prefix_parameters,
 )
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, branch_origin
 from haystack_chat_store.types import StoreStatistics
 
 # Up to this many histories are sorted, or passed on the walk by time. If they do not suffice, four times as many are.
@@ -35,8 +35,8 @@ class Directory(Engine[Session]):
     """The operations on whole histories."""
 
     async def delete(self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
-        """Delete a history and its messages in one transaction."""
-        await session.in_transaction(_delete_expected, history_key(scope, chat_history_id), expected_revision)
+        """Delete a history and its branches, with their messages, in one transaction."""
+        await session.in_transaction(_delete_expected, scope, chat_history_id, expected_revision)
 
     async def delete_all(self, session: Session, scope: Scope) -> bool:
         """Delete in batches, each with a time limit of its own, so that any number of histories can be deleted."""
@@ -109,6 +109,7 @@ class Directory(Engine[Session]):
             "title": None if title is UNCHANGED else title,
             "has_meta": meta is not UNCHANGED,
             "meta": None if meta is UNCHANGED else meta,
+            "branch_of": None if meta is UNCHANGED else branch_origin(chat_history_id, meta),
         }
         rows = await session.fetch(session.statements.update_history, parameters)
         return HistoryRow(*rows[0]) if rows else None
@@ -154,11 +155,20 @@ async def _statistics(session: Session, parameters: dict[str, Any]) -> StoreStat
     )
 
 
-async def _delete_expected(session: Session, key: uuid.UUID, expected_revision: int | None) -> None:
-    """Delete a history. If it has another revision, raise an error, which undoes the transaction."""
+async def _delete_expected(session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
+    """
+    Delete a history and its branches, and theirs.
+
+    If it has another revision, raise an error, which undoes the transaction.
+    """
+    key = history_key(scope, chat_history_id)
     for _, revision in await session.fetch(session.statements.delete_histories, {"keys": [key]}):
         check_revision(expected_revision, revision)
         await session.run(session.statements.delete_messages, [[key]])
+    ids = [chat_history_id]
+    while found := await session.fetch(session.statements.branches, {"namespace": scope.namespace, "ids": ids}):
+        await _delete_histories(session, [key for _, key in found])
+        ids = [branch for branch, _ in found]
 
 
 async def _delete_histories(session: Session, keys: Sequence[uuid.UUID], updated_before: int | None = None) -> int:

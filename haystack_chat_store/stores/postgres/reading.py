@@ -8,14 +8,14 @@ from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key
 from haystack_chat_store.stores.postgres.session import Session
-from haystack_chat_store.stores.rows import MessageRow, Scope
+from haystack_chat_store.stores.rows import NO_ROWS, MessageRow, Scope, WindowRows
 
 
 class Reading(Engine[Session]):
     """The operations that read messages."""
 
-    async def read(self, session: Session, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
-        """Find the window's start and read from there, in one statement."""
+    async def read(self, session: Session, scope: Scope, chat_history_id: str, window: Window) -> WindowRows:
+        """Find the window's start and read from there, in one statement, unless there are no messages."""
         statements, by_round = session.statements, window.unit == "round"
         parameters: dict[str, Any] = {"key": history_key(scope, chat_history_id), "end": MAX_POSITION}
         statement = statements.read_all
@@ -25,8 +25,15 @@ class Reading(Engine[Session]):
             if window.step > 1:
                 parameters["step"] = min(window.step, MAX_POSITION)
                 statement = statements.read_rounds_by_step if by_round else statements.read_messages_by_step
-        rows = await session.fetch(statement, parameters, prepare=True)
-        return [content for content, _ in rows], rows[-1][1] if rows else 0
+        known = None
+        while not (rows := await session.fetch(statement, parameters, prepare=True)):
+            found = await session.fetch(session.statements.revision, [parameters["key"]], prepare=True)
+            if not found:
+                return NO_ROWS
+            if found[0] == known:  # it had this revision all the time, while it was without messages
+                return WindowRows([], 0, *known)
+            known = found[0]
+        return WindowRows([row[0] for row in rows], *rows[0][1:])
 
     async def count(self, session: Session, scope: Scope, chat_history_id: str) -> int:
         """Return the counter of the history's row."""

@@ -18,8 +18,8 @@ BEGINNING = (uuid.UUID(int=0), -1)
 # Each item takes a database from the version of its index to the next. A released one never changes: add another.
 #
 # Both large tables lead with history_key, a hash of namespace and id, so that they can be distributed by that. No time
-# is infinite, because that is no number of microseconds. Nothing fills user_id, expires_at, branch_of,
-# preview, last_message, summary and question_id yet; their indexes are partial, so that they cost nothing meanwhile.
+# is infinite, because that is no number of microseconds. Nothing fills user_id, expires_at, preview,
+# last_message, summary and question_id yet; their indexes are partial, so that they cost nothing meanwhile.
 MIGRATIONS: list[list[str]] = [
     [
         """

@@ -22,7 +22,8 @@ _EARLIEST = -210_866_803_200_000_000
 
 def prefix_parameters(scope: Scope, prefix: str) -> dict[str, Any]:
     """Return the parameters of the fragment `with_prefix`."""
-    return {"namespace": scope.namespace, "prefix": prefix, "end": end_of_prefix(prefix) or AFTER_ALL_IDS}
+    end = end_of_prefix(prefix) or AFTER_ALL_IDS
+    return {"namespace": scope.namespace, "prefix": prefix, "end": end, "with_branches": scope.with_branches}
 
 
 def _microseconds(column: str) -> str:
@@ -55,6 +56,7 @@ def _is_readable(time: str) -> str:
 
 
 _BY_ID = 'chat_history_id COLLATE "C"'
+_IS_SEEN = "(%(with_branches)s OR branch_of IS NULL)"
 _CURSOR = "%(updated_at)s::bigint"
 _UPDATED_AT_OF_CURSOR = (
     f"CASE WHEN {_CURSOR} = {AFTER_ALL_TIMES} THEN 'infinity' WHEN {_CURSOR} < {_EARLIEST} THEN '-infinity'"
@@ -70,7 +72,8 @@ FRAGMENTS = {
     "message_row": f"position, {_microseconds('created_at')}, message_id, role, content",
     "message_time": _microseconds("created_at"),
     "by_id": _BY_ID,
-    "with_prefix": f"namespace = %(namespace)s AND {_BY_ID} >= %(prefix)s AND {_BY_ID} < %(end)s",
+    "with_prefix": (f"namespace = %(namespace)s AND {_BY_ID} >= %(prefix)s AND {_BY_ID} < %(end)s AND {_IS_SEEN}"),
+    "is_seen": _IS_SEEN,
     "further": f"(updated_at, {_BY_ID}) < ({_UPDATED_AT_OF_CURSOR}, %(id)s)",
     "newest_first": f"ORDER BY updated_at DESC, {_BY_ID} DESC",
     "created_at": _time("%(created_at)s::bigint"),
@@ -136,7 +139,10 @@ _APPEND_REST = _APPEND.format(revision="revision + 1", condition="AND xmin = %(v
 # not know for 0.5 % of the rows. So it walks along the primary key, instead of sorting, or reading the whole table,
 # however much of the table the history is.
 _READ = """
-    SELECT content, {size} FROM {{messages}}
+    SELECT content, {size},
+        (SELECT revision FROM {{histories}} WHERE history_key = %(key)s),
+        (SELECT round_count FROM {{histories}} WHERE history_key = %(key)s)
+    FROM {{messages}}
     WHERE history_key = %(key)s AND position BETWEEN {start} AND (SELECT %(end)s::bigint) ORDER BY position
 """
 _START_OF_ROUNDS = """coalesce(
@@ -238,6 +244,7 @@ class Statements(NamedTuple):
         SELECT message_id, position, role, h.xmin::text FROM {messages} JOIN {histories} AS h USING (history_key)
         WHERE history_key = %s AND message_id = ANY (%s)
     """
+    revision: str = "SELECT revision, round_count FROM {histories} WHERE history_key = %s"
     message_count: str = "SELECT message_count FROM {histories} WHERE history_key = %s"
     read_all: str = _READ_ALL
     read_rounds: str = _READ_ROUNDS
@@ -251,6 +258,10 @@ class Statements(NamedTuple):
     # The history's row goes first: its lock keeps writers out until the messages are deleted, too.
     delete_histories: str = _DELETE_HISTORIES.format(before="true")
     delete_messages: str = "DELETE FROM {messages} WHERE history_key = ANY (%s)"
+    branches: str = """
+        SELECT chat_history_id, history_key FROM {histories}
+        WHERE namespace = %(namespace)s AND branch_of = ANY (%(ids)s)
+    """
 
     lock_key: str = "SELECT FROM {histories} WHERE history_key = %s FOR UPDATE"
     # A history that this transaction has made has revision 0 until its first change.
@@ -298,7 +309,7 @@ class Statements(NamedTuple):
     """
     import_history: str = """
         UPDATE {histories} SET created_at = {created_at}, updated_at = {updated_at},
-            title = %(title)s, meta = %(meta)s::json
+            title = %(title)s, meta = %(meta)s::json, branch_of = %(branch_of)s
         WHERE history_key = %(key)s RETURNING {first_revision}
     """
     import_messages: str = """
@@ -320,8 +331,8 @@ class Statements(NamedTuple):
     history: str = "SELECT {history_row} FROM {histories} WHERE history_key = %s"
     # Its plan is kept. The best plan for a prefix depends on how many histories have it.
     all_histories: str = """
-        SELECT {history_row} FROM {histories} WHERE namespace = %(namespace)s AND {further} {newest_first}
-        LIMIT %(limit)s
+        SELECT {history_row} FROM {histories}
+        WHERE namespace = %(namespace)s AND {further} AND {is_seen} {newest_first} LIMIT %(limit)s
     """
     histories: str = """
         SELECT {history_row} FROM {histories} WHERE {with_prefix} AND {further} {newest_first} LIMIT %(limit)s
@@ -352,7 +363,8 @@ class Statements(NamedTuple):
     update_history: str = """
         UPDATE {histories} SET
             title = CASE WHEN %(has_title)s THEN %(title)s ELSE title END,
-            meta = CASE WHEN %(has_meta)s THEN %(meta)s::json ELSE meta END
+            meta = CASE WHEN %(has_meta)s THEN %(meta)s::json ELSE meta END,
+            branch_of = CASE WHEN %(has_meta)s THEN %(branch_of)s ELSE branch_of END
         WHERE history_key = %(key)s RETURNING {history_row}
     """
     erasable_by_prefix: str = _ERASABLE_BY_PREFIX

@@ -27,7 +27,7 @@ from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.terms import tsvectors
-from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, round_count
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 
 # An import sends up to this many characters in one statement, or one message.
@@ -335,6 +335,7 @@ async def _append_imported(
             "namespace": scope.namespace,
             "title": history.title,
             "meta": history.meta,
+            "branch_of": branch_origin(history.chat_history_id, history.meta),
             "created_at": history.created_at,
             "updated_at": history.updated_at,
         }

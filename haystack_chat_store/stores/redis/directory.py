@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
+from haystack_chat_store.ids import branch_prefix
 from haystack_chat_store.stores.conflicts import check_revision
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
@@ -15,7 +16,7 @@ from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, GREATEST_TI
 from haystack_chat_store.stores.redis.scripts import Script
 from haystack_chat_store.stores.redis.scripts import directory as scripts
 from haystack_chat_store.stores.redis.session import Session
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, end_of_prefix
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, branch_origin, end_of_prefix
 from haystack_chat_store.stores.times import datetime_of
 from haystack_chat_store.types import StoreStatistics
 
@@ -84,7 +85,7 @@ class Directory(RedisOperations):
 
         order = _Order(script=scripts.NEWEST, arguments_of=arguments_of, parsed=parsed, is_descending=True)
         start = None if before is None else _Place(_score_of(before[0]), before[1])
-        return await _merged(session, self.keys(scope), order, start, limit)
+        return await _merged(session, self.keys(scope), order, start, limit, with_branches=scope.with_branches)
 
     async def histories_by_id(
         self, session: Session, scope: Scope, prefix: str, after: str, limit: int
@@ -99,7 +100,7 @@ class Directory(RedisOperations):
             return (_Place(0, last) if last else None), [_Place(0, chat_history_id) for chat_history_id in found]
 
         order = _Order(script=scripts.BY_ID, arguments_of=arguments_of, parsed=parsed, is_descending=False)
-        return await _merged(session, self.keys(scope), order, None, limit)
+        return await _merged(session, self.keys(scope), order, None, limit, with_branches=scope.with_branches)
 
     async def update_history(
         self,
@@ -129,6 +130,8 @@ class Directory(RedisOperations):
             while after is not None:
                 after, chat_history_ids = await next_ids(session, keys, bucket, prefix, after)
                 found = await read_histories(session, keys, chat_history_ids)
+                if not scope.with_branches:
+                    found = {each: history for each, history in found.items() if not _is_branch(history.row)}
                 histories += len(found)
                 messages += sum(each.row.message_count for each in found.values())
                 rounds += sum(each.row.round_count for each in found.values())
@@ -238,7 +241,33 @@ async def delete_histories(
     return deleted
 
 
-async def _merged(session: Session, keys: Keys, order: _Order, start: _Place | None, limit: int) -> list[HistoryRow]:
+async def delete_branches(session: Session, keys: Keys, chat_history_id: str) -> None:
+    """Delete the branches of a history, and theirs. They are found by their ids, and known by their meta."""
+    parts: dict[int, str | None] = dict.fromkeys(range(BUCKETS), "")
+    branches: list[str] = []
+    while parts:
+        calls: list[tuple[Sequence[str], Sequence[str | int]]] = []
+        for bucket, after in parts.items():
+            ends = _range(branch_prefix(chat_history_id), after or "")
+            calls.append((keys.of_bucket(bucket), [*ends, BATCH_SIZE, ""]))
+        answers = await session.run_each(scripts.BY_ID, calls)
+        found = await read_histories(session, keys, [each for _, ids in answers for each in ids])
+        branches += [
+            each for each, history in found.items() if branch_origin(each, history.row.meta) == chat_history_id
+        ]
+        parts = {bucket: last for bucket, (last, _) in zip(parts, answers, strict=True) if last}
+    for branch in branches:
+        await delete_histories(session, keys, bucket_of(branch), [branch])
+        await delete_branches(session, keys, branch)
+
+
+def _is_branch(row: HistoryRow) -> bool:
+    return branch_origin(row.chat_history_id, row.meta) is not None
+
+
+async def _merged(
+    session: Session, keys: Keys, order: _Order, start: _Place | None, limit: int, *, with_branches: bool
+) -> list[HistoryRow]:
     """
     Return the first histories of all buckets together.
 
@@ -271,6 +300,8 @@ async def _merged(session: Session, keys: Keys, order: _Order, start: _Place | N
         for time, chat_history_id in waiting[:needed]:
             if chat_history_id in histories:  # unless it was deleted just now
                 row = histories[chat_history_id].row
+                if not with_branches and _is_branch(row):
+                    continue
                 # A history that has changed just now keeps its place in this list.
                 is_same = not order.is_descending or row.updated_at == time
                 rows.append(row if is_same else replace(row, updated_at=time_of_score(time)))

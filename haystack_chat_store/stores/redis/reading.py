@@ -11,7 +11,7 @@ from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.schema import ROLES, id_and_role, number
 from haystack_chat_store.stores.redis.scripts import messages as scripts
 from haystack_chat_store.stores.redis.session import Session
-from haystack_chat_store.stores.rows import MessageRow, Scope
+from haystack_chat_store.stores.rows import MessageRow, Scope, WindowRows
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 
 #: More messages than a history can have. Lua, whose numbers are doubles, still takes it exactly.
@@ -40,12 +40,14 @@ class Part:
 class Reading(RedisOperations):
     """The operations that read messages."""
 
-    async def read(self, session: Session, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
+    async def read(self, session: Session, scope: Scope, chat_history_id: str, window: Window) -> WindowRows:
         """Find the window in the string of roles."""
         script = scripts.READ_ALL if window.count is None else _WINDOW_SCRIPTS[window.unit]
         counts = [min(window.count or 0, MAX_COUNT), min(window.step, MAX_COUNT)]
-        size, contents = await session.run(script, self.keys(scope).to_read(chat_history_id), counts)
-        return contents, size
+        size, revision, round_count, contents = await session.run(
+            script, self.keys(scope).to_read(chat_history_id), counts
+        )
+        return WindowRows(contents, size, revision, round_count)
 
     async def count(self, session: Session, scope: Scope, chat_history_id: str) -> int:
         """Return the counter of a history."""

@@ -14,7 +14,7 @@ from haystack_chat_store.stores.conflicts import (
     history_has_messages,
     message_not_found,
 )
-from haystack_chat_store.stores.redis.directory import delete_histories, read_histories
+from haystack_chat_store.stores.redis.directory import delete_branches, delete_histories, read_histories
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.reading import read_ids, read_part, read_positions
@@ -61,14 +61,12 @@ class Writing(RedisOperations):
         return written(answer, expected_revision)
 
     async def delete(self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
-        """Delete the keys of a history, and its entries in the lists of its bucket."""
+        """Delete the keys of a history, and its entries in the lists of its bucket, then its branches."""
+        keys = self.keys(scope)
         await delete_histories(
-            session,
-            self.keys(scope),
-            bucket_of(chat_history_id),
-            [chat_history_id],
-            expected_revision=expected_revision,
+            session, keys, bucket_of(chat_history_id), [chat_history_id], expected_revision=expected_revision
         )
+        await delete_branches(session, keys, chat_history_id)
 
     async def delete_all(self, session: Session, scope: Scope) -> bool:
         """Go through the buckets, and delete all that each of them lists by then."""

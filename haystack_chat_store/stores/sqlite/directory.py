@@ -10,7 +10,7 @@ from typing import Any
 
 from haystack_chat_store.errors import StoreTimeoutError
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, end_of_prefix
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryRow, Scope, Unchanged, branch_origin, end_of_prefix
 from haystack_chat_store.stores.sqlite import failures
 from haystack_chat_store.stores.sqlite.connections import Database, readable_rows
 from haystack_chat_store.stores.sqlite.histories import Histories
@@ -52,7 +52,8 @@ _COUNT_UP_TO = """
     )
 """
 _UPDATE_HISTORY = """
-    UPDATE haystack_chat_histories SET title = iif(?, title, ?), meta = iif(?, meta, ?)
+    UPDATE haystack_chat_histories SET title = iif(?, title, ?), meta = iif(?, meta, ?),
+        branch_of = iif(?, branch_of, ?)
     WHERE namespace = ? AND chat_history_id = ?
 """
 _TOTALS = """
@@ -133,8 +134,11 @@ class Directory(Engine[Database]):
     ) -> HistoryRow | None:
         """Change the row, and read it."""
         history = (scope.namespace, chat_history_id)
+        branch_of = UNCHANGED if meta is UNCHANGED else branch_origin(chat_history_id, meta)
         changes = [
-            each for value in (title, meta) for each in (value is UNCHANGED, None if value is UNCHANGED else value)
+            each
+            for value in (title, meta, branch_of)
+            for each in (value is UNCHANGED, None if value is UNCHANGED else value)
         ]
         with session.transaction() as connection:
             connection.execute(_UPDATE_HISTORY, (*changes, *history))
@@ -146,10 +150,10 @@ class Directory(Engine[Database]):
         first, end = id_range(prefix)
         histories = (scope.namespace, first, end or _AFTER_ALL_IDS)
         with session.snapshot() as connection:
-            count, messages, rounds = connection.execute(_TOTALS, histories).fetchone()
+            count, messages, rounds = connection.execute(seen(_TOTALS, scope), histories).fetchone()
             (size,) = connection.execute(_SIZE).fetchone()
             days: Counter[Any] = Counter()
-            for day, messages_of_day in connection.execute(_MESSAGES_PER_DAY, (*histories, _DAY)):
+            for day, messages_of_day in connection.execute(seen(_MESSAGES_PER_DAY, scope), (*histories, _DAY)):
                 days[readable_time(day).date()] += messages_of_day
         return StoreStatistics(
             chat_histories=count, messages=messages, rounds=rounds, size=size, messages_per_day=dict(days)
@@ -191,6 +195,13 @@ def id_range(prefix: str) -> tuple[str, str | bytes]:
     return prefix, b"" if end is None else end
 
 
+def seen(statement: str, scope: Scope) -> str:
+    """Return a statement that leaves branches out, unless the scope has them."""
+    return (
+        statement if scope.with_branches else statement.replace("namespace = ?", "branch_of IS NULL AND namespace = ?")
+    )
+
+
 def is_utf8(text: bytes | None) -> bool:
     """Whether a text can be decoded. There may be none."""
     try:
@@ -226,15 +237,17 @@ def _listed(
     while prefix:
         (count,) = connection.execute(_COUNT_UP_TO, (scope.namespace, *ids, few + 1)).fetchone()
         if count <= few:
-            return readable_rows(connection, _SORT_BY_TIME, (scope.namespace, *place, *ids, limit))
+            return readable_rows(connection, seen(_SORT_BY_TIME, scope), (scope.namespace, *place, *ids, limit))
         further_on = readable_rows(connection, _PLACE_FURTHER_ON, (scope.namespace, *place, limit + few))
         if not further_on:
             break
-        found = readable_rows(connection, _WALK_BY_TIME, (scope.namespace, *place, *further_on[0], *ids, limit))
+        found = readable_rows(
+            connection, seen(_WALK_BY_TIME, scope), (scope.namespace, *place, *further_on[0], *ids, limit)
+        )
         if len(found) == limit:
             return found
         few *= 4
-    return readable_rows(connection, _WALK_BY_TIME, (scope.namespace, *place, *_END, *ids, limit))
+    return readable_rows(connection, seen(_WALK_BY_TIME, scope), (scope.namespace, *place, *_END, *ids, limit))
 
 
 def _first_step(found: Sequence[tuple[int, int]]) -> list[int]:

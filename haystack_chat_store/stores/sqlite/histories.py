@@ -8,7 +8,7 @@ from typing import NamedTuple
 from haystack.dataclasses import ChatRole
 
 from haystack_chat_store.stores.conflicts import Plan, check_revision, is_replaced_already
-from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, round_count
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
 from haystack_chat_store.stores.sqlite.schema import key_range
 from haystack_chat_store.stores.sqlite.term_index import TermIndex
 from haystack_chat_store.stores.times import microseconds_now
@@ -21,8 +21,8 @@ _FIND = """
 _INSERT_HISTORY = """
     INSERT INTO haystack_chat_histories
         (namespace, chat_history_id, revision, next_position, message_count, round_count, created_at, updated_at,
-        title, meta)
-    VALUES (?, ?, ?, 0, 0, 0, ?, ?, ?, ?)
+        title, meta, branch_of)
+    VALUES (?, ?, ?, 0, 0, 0, ?, ?, ?, ?, ?)
 """
 _DELETED_REVISION = "SELECT deleted_revision FROM haystack_chat_namespaces WHERE namespace = ?"
 _KEEP_REVISION = """
@@ -46,6 +46,7 @@ _RECOUNT = """
             (SELECT max(revision) FROM haystack_chat_messages WHERE message_key BETWEEN :first AND :last), 0) + 1)
     WHERE history_key = :key
 """
+_BRANCHES = "SELECT history_key, chat_history_id FROM haystack_chat_histories WHERE namespace = ? AND branch_of = ?"
 _DELETE_HISTORY = "DELETE FROM haystack_chat_histories WHERE history_key = ?"
 _MESSAGE = "SELECT message_key, role FROM haystack_chat_messages WHERE message_key >> 32 = ? AND message_id = ?"
 _IS_EQUAL = "SELECT role = ? AND content = ? FROM haystack_chat_messages WHERE message_key = ?"
@@ -118,7 +119,8 @@ class Histories:
         deleted = self.connection.execute(_DELETED_REVISION, (self._namespace,)).fetchone()
         revision = 0 if deleted is None else deleted[0]  # the change that follows makes it greater
         values = (self._namespace, row.chat_history_id, revision, row.created_at, row.updated_at, row.title, row.meta)
-        return StoredHistory(int(self.connection.execute(_INSERT_HISTORY, values).lastrowid or 0), 0, 0, revision)
+        made = self.connection.execute(_INSERT_HISTORY, (*values, branch_origin(row.chat_history_id, row.meta)))
+        return StoredHistory(int(made.lastrowid or 0), 0, 0, revision)
 
     def find_message(self, history: StoredHistory, message_id: str) -> tuple[int, str] | None:
         """Return the key and the role of a message, or `None` if the history does not have its id."""
@@ -210,6 +212,12 @@ class Histories:
         self._delete(*key_range(history_key))
         self.connection.execute(_KEEP_REVISION, (history_key,))
         self.connection.execute(_DELETE_HISTORY, (history_key,))
+
+    def delete_branches(self, chat_history_id: str) -> None:
+        """Delete the branches of a history, and theirs."""
+        for history_key, branch in self.connection.execute(_BRANCHES, (self._namespace, chat_history_id)).fetchall():
+            self.delete(history_key)
+            self.delete_branches(branch)
 
     def recount(self, history_key: int) -> None:
         """Set the counters of a history by its messages."""

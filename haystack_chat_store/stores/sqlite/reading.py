@@ -5,21 +5,21 @@ from itertools import starmap
 
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import MessageRow, Scope
+from haystack_chat_store.stores.rows import NO_ROWS, MessageRow, Scope, WindowRows
 from haystack_chat_store.stores.sqlite.connections import Database, readable_rows
 from haystack_chat_store.stores.sqlite.schema import MAX_POSITION
 
 _COUNT = "SELECT message_count FROM haystack_chat_histories WHERE namespace = ? AND chat_history_id = ?"
 
-# A read is one statement, so that history and messages are seen as of one moment. {size} is the window's size, {start}
-# its first key.
+# A read is one statement, so that history and messages are seen as of one moment. A history without messages is a row
+# without content. {size} is the window's size, {start} its first key.
 _READ = """
-    WITH history (first_key, last_key, size) AS (
-        SELECT history_key << 32, (history_key + 1 << 32) - 1, {size}
+    WITH history (first_key, last_key, size, revision, round_count) AS (
+        SELECT history_key << 32, (history_key + 1 << 32) - 1, {size}, revision, round_count
         FROM haystack_chat_histories WHERE namespace = ?1 AND chat_history_id = ?2
     )
-    SELECT content, size
-    FROM history CROSS JOIN haystack_chat_messages ON message_key BETWEEN {start} AND last_key
+    SELECT content, size, history.revision, round_count
+    FROM history LEFT JOIN haystack_chat_messages ON message_key BETWEEN {start} AND last_key
     ORDER BY message_key
 """
 _START_OF_ROUNDS = """coalesce(
@@ -68,7 +68,7 @@ _MAX_COUNT = 2**62
 class Reading(Engine[Database]):
     """The operations that read messages."""
 
-    def read(self, session: Database, scope: Scope, chat_history_id: str, window: Window) -> tuple[list[str], int]:
+    def read(self, session: Database, scope: Scope, chat_history_id: str, window: Window) -> WindowRows:
         """Find the window and read it by one statement."""
         history = (scope.namespace, chat_history_id)
         with session.connection() as connection:
@@ -78,7 +78,10 @@ class Reading(Engine[Database]):
                 query = _READ_ROUNDS if window.unit == "round" else _READ_MESSAGES
                 counts = (min(window.count, _MAX_COUNT), min(window.step, _MAX_COUNT))
                 rows = connection.execute(query, (*history, *counts)).fetchall()
-        return [content for content, _ in rows], rows[-1][1] if rows else 0
+        if not rows:
+            return NO_ROWS
+        contents = [row[0] for row in rows if row[0] is not None]
+        return WindowRows(contents, *rows[0][1:])
 
     def count(self, session: Database, scope: Scope, chat_history_id: str) -> int:
         """Read the counter."""

@@ -30,7 +30,7 @@ MIGRATIONS: list[list[str]] = [
             created_at INTEGER NOT NULL,  -- microseconds since 1970, UTC
             updated_at INTEGER NOT NULL,
             expires_at INTEGER,
-            branch_of TEXT,  -- the id of the history that this one branched off
+            branch_of TEXT,  -- the id of the history that this one branched off: see `rows.branch_origin`
             title TEXT,
             meta TEXT,  -- a JSON object
             preview TEXT,

@@ -8,7 +8,7 @@ from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.rows import FoundRow, Scope
 from haystack_chat_store.stores.sqlite.connections import Database, readable_rows
-from haystack_chat_store.stores.sqlite.directory import id_range
+from haystack_chat_store.stores.sqlite.directory import id_range, seen
 from haystack_chat_store.stores.sqlite.schema import key_range
 from haystack_chat_store.stores.sqlite.term_index import TermIndex
 
@@ -75,15 +75,17 @@ class Search(Engine[Database]):
             index.check_not_newer()
             if not index.is_complete:
                 return None if index.has_messages else []
-            count, first, last = connection.execute(_HISTORIES, (*histories, _FEW_HISTORIES + 1)).fetchone()
+            count, first, last = connection.execute(
+                seen(_HISTORIES, scope), (*histories, _FEW_HISTORIES + 1)
+            ).fetchone()
             if count == 0:
                 return []
             values = (_match_expression(phrases), *histories, limit)
             if count > _FEW_HISTORIES:
-                rows = readable_rows(connection, _SEARCH_MANY, values)
+                rows = readable_rows(connection, seen(_SEARCH_MANY, scope), values)
             else:
                 keys = (key_range(first)[0], key_range(last)[1])
-                rows = readable_rows(connection, _SEARCH_FEW, (*values, *keys))
+                rows = readable_rows(connection, seen(_SEARCH_FEW, scope), (*values, *keys))
         return list(starmap(FoundRow, rows))
 
     def index_some(self, session: Database, scope: Scope, limit: int) -> bool:  # noqa: ARG002  (all namespaces)

@@ -55,13 +55,14 @@ class Writing(Engine[Database]):
         return len(plan.new) + len(plan.replaced)
 
     def delete(self, session: Database, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
-        """Delete the history and its messages."""
+        """Delete the history and its branches, with their messages."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             history = histories.find(chat_history_id)
             if history is not None:
                 check_revision(expected_revision, history.revision)
                 histories.delete(history.history_key)
+            histories.delete_branches(chat_history_id)
 
     def delete_all(self, session: Database, scope: Scope) -> bool:
         """Delete some histories, so that no other writer waits for long."""

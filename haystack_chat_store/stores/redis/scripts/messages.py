@@ -118,16 +118,17 @@ local size = 0
 """
 
 _READ = """
-if message_count == length then return {size, redis.call('LRANGE', contents, start, -1)} end
+local found = redis.call('LRANGE', contents, start, -1)
+if message_count == length then return {size, revision, round_count, found} end
 local window = {}
-for _, content in ipairs(redis.call('LRANGE', contents, start, -1)) do
+for _, content in ipairs(found) do
     if content ~= '' then window[#window + 1] = content end
 end
-return {size, window}
+return {size, revision, round_count, window}
 """
 
 # The keys of the three scripts that follow: the bucket's schema version, those of the history. Arguments: the window's
-# count and step. They return the window's size and the contents.
+# count and step. They return the window's size, the history's revision and number of rounds, and the contents.
 
 #: Return the whole history.
 READ_ALL = Script(OF_HISTORY, _BEGIN_READING, _READ)
