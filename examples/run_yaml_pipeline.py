@@ -11,6 +11,7 @@ Runs one turn of a pipeline in a YAML file. Run it twice: the second run remembe
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
 
@@ -30,8 +31,8 @@ if not file.exists():
 pipeline = Pipeline.loads(file.read_text(encoding="utf-8"))
 if "documents" in pipeline.graph.nodes:  # RAG: these are the documents that the model answers from
     texts = options.document or ["The palace in Kyoto opens at nine.", "In Oslo one needs a coat."]
-    store = pipeline.get_component("documents").document_store
-    store.write_documents([Document(content=text) for text in texts], policy=DuplicatePolicy.SKIP)
+    retriever: Any = pipeline.get_component("documents")
+    retriever.document_store.write_documents([Document(content=text) for text in texts], policy=DuplicatePolicy.SKIP)
 data = {"query": " ".join(options.question), "chat_history_id": file.stem}
 if options.request_id is not None:
     data["request_id"] = options.request_id

@@ -11,6 +11,7 @@ it. So the site needs no address of a repository, and its links always lead to t
 import posixpath
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import links
@@ -41,7 +42,7 @@ def write_pages(folder: Path) -> None:
             text = (ROOT / path).read_text(encoding="utf-8")
             linked = [_path(path, target) for target in links.relative(text)]
             paths += [one for one in linked if not one.startswith("docs/") or one.endswith(".md")]
-            target.write_text(links.replaced(text, lambda one, page=path: _link(page, one)), encoding="utf-8")
+            target.write_text(links.replaced(text, partial(_link, path)), encoding="utf-8")
         else:
             target.write_text(_shown(path), encoding="utf-8")
 

@@ -47,7 +47,7 @@ command = os.path.join(os.path.dirname(sys.executable), "haystack-chat-store")
 result = subprocess.run([command, "ls"], capture_output=True, text=True, check=False)
 assert (result.returncode, "haystack-chat-store[cli]" in result.stderr) == (1, True), result
 
-description = metadata("haystack-chat-store").get_payload()
+description = metadata("haystack-chat-store").json["description"]
 assert "](docs/" not in description, "A relative link leads nowhere on the package index."
 assert "](https://example.org/repository/blob/main/docs/agents.md)" in description
 print(sys.version.split()[0], metadata("haystack-chat-store")["Version"], "works")
