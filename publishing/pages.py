@@ -4,8 +4,8 @@ Writes the pages of the site into a folder, from which `nox -s site` builds it.
 
     python publishing/pages.py build/pages
 
-The README is the home page. A file outside docs/ to which a page links, such as an example, becomes a page that shows
-it. So the site needs no address of a repository, and its links always lead to the files of the same version.
+The README is the home page. A file or folder outside docs/ to which a page links, such as an example, becomes a page
+that shows it. So the site needs no address of a repository, and its links lead to the files of the same version.
 """
 
 import posixpath
@@ -67,8 +67,15 @@ def _place(path: str) -> str:
 
 
 def _shown(path: str) -> str:
-    text = (ROOT / path).read_text(encoding="utf-8")
-    return f"# {path}\n\n````{LANGUAGES.get(Path(path).suffix, 'text')}\n{text}````\n"
+    """Return the page that shows a file, or the files of a folder."""
+    place = ROOT / path
+    files = [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.suffix in LANGUAGES)
+    return f"# {path}\n" + "".join(f"\n{_block(file, '' if file == place else file.name)}" for file in files)
+
+
+def _block(file: Path, heading: str) -> str:
+    text = f"````{LANGUAGES.get(file.suffix, 'text')}\n{file.read_text(encoding='utf-8')}````\n"
+    return f"## {heading}\n\n{text}" if heading else text
 
 
 if __name__ == "__main__":

@@ -37,6 +37,12 @@ def test_an_example_is_a_page_that_shows_it(site):
     assert "(files/examples/rag_pipeline.yaml.md)" in (site / "rag.md").read_text(encoding="utf-8")
 
 
+def test_a_folder_is_a_page_that_shows_its_files():
+    page = pages._shown("publishing")
+    assert page.startswith("# publishing\n\n## links.py\n\n````python\n# SPDX")
+    assert "## pages.py" in page
+
+
 def test_the_readme_of_the_package_index_has_no_relative_link():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     text = links.absolute(readme, "https://example.org/repository/", "v1.0")
