@@ -186,12 +186,12 @@ def release(session: nox.Session) -> None:
     project = nox.project.load_toml("pyproject.toml")["project"]
     repository, tag = project.get("urls", {}).get("Repository"), f"v{project['version']}"
     if not repository:
-        session.error("[project.urls] in pyproject.toml has no Repository: see RELEASING.md.")
+        session.error("[project.urls] in pyproject.toml has no Repository: see RELEASING.md")
     if session.run("git", "status", "--porcelain", external=True, silent=True):
-        session.error("There are changes that are not committed.")
+        session.error("There are changes that are not committed")
     tags = session.run("git", "tag", "--points-at", "HEAD", external=True, silent=True) or ""
     if tag not in tags.split():
-        session.error(f"This commit has no tag {tag}.")
+        session.error(f"This commit has no tag {tag}")
     build_distributions(session, "dist", repository, tag)
 
 

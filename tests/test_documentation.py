@@ -26,7 +26,11 @@ from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.testing.fork_server import run_python
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "publishing" / "haystack-chat-store.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 # Printed after each example.
 END = "--- end of the example ---"
 # A fenced block; a name behind the language is the file that the reader is told to save it as.
