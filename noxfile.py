@@ -3,6 +3,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import nox
 
@@ -157,15 +158,66 @@ def torture(session: nox.Session) -> None:
 
 
 @nox.session
+def site(session: nox.Session) -> None:
+    """Build the site with all pages and the API reference into build/site. A broken link is an error."""
+    install(session, "docs")
+    session.run("python", "publishing/pages.py", "build/pages")
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+def build_distributions(session: nox.Session, folder: str, repository: str, version: str) -> None:
+    """Build sdist and wheel from the files that git knows. The links of their README lead to the repository."""
+    session.install("--group", "release")
+    source = Path(session.create_tmp()) / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    tracked = session.run("git", "ls-files", "-z", external=True, silent=True, log=False) or ""
+    for name in filter(None, tracked.split("\0")):
+        if Path(name).exists():  # a file that was deleted is still known to git
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(name, source / name)
+    session.run("python", "publishing/links.py", str(source / "README.md"), repository, version)
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", folder, str(source))
+    session.run("twine", "check", "--strict", *map(str, sorted(Path(folder).iterdir())))
+
+
+@nox.session
 def package(session: nox.Session) -> None:
-    """Test the built wheel and an editable install together with another package in Haystack's namespace."""
-    session.install("build", "haystack-ai", "ollama-haystack")
+    """Test wheel, sdist and an editable install, together with another package in Haystack's namespace."""
+    folder = str(Path(session.create_tmp()) / "distributions")
+    build_distributions(session, folder, "https://example.org/repository", "main")
+    session.install("haystack-ai", "ollama-haystack")
     install(session)  # the dependencies of all modules
-    folder = session.create_tmp()
-    session.run("python", "-m", "build", "--wheel", "--outdir", folder)
-    for source in (["--no-index", f"--find-links={folder}", "haystack-chat-store"], ["--editable", "."]):
+    (sdist,) = Path(folder).glob("*.tar.gz")
+    wheel = ["--no-index", f"--find-links={folder}", "--only-binary=:all:", "haystack-chat-store"]
+    for source in (wheel, [str(sdist)], ["--editable", "."]):
         session.install("--no-deps", "--force-reinstall", *source)
         session.run("python", "-I", "-c", NEIGHBOURS, env=ENVIRONMENT)
+
+
+@nox.session(python=PYTHONS, reuse_venv=False)
+def installed(session: nox.Session) -> None:
+    """Use the built wheel and sdist in clean environments, without extras, on each supported Python."""
+    folder = str(Path(session.create_tmp()) / "distributions")
+    build_distributions(session, folder, "https://example.org/repository", "main")
+    for distribution in sorted(Path(folder).iterdir()):
+        session.install("--reinstall-package", "haystack-chat-store", str(distribution))
+        session.run("python", "-I", "publishing/try_installed.py", env=ENVIRONMENT)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build the files of a release into dist/, from a commit with the tag of the version. See RELEASING.md."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    repository, tag = project.get("urls", {}).get("Repository"), f"v{project['version']}"
+    if not repository:
+        session.error("[project.urls] in pyproject.toml has no Repository: see RELEASING.md")
+    if session.run("git", "status", "--porcelain", external=True, silent=True):
+        session.error("There are changes that are not committed")
+    tags = session.run("git", "tag", "--points-at", "HEAD", external=True, silent=True) or ""
+    if tag not in tags.split():
+        session.error(f"This commit has no tag {tag}")
+    build_distributions(session, "dist", repository, tag)
 
 
 NEIGHBOURS = """

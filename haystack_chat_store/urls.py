@@ -22,6 +22,19 @@ _DRIVERS = {
     "postgresql": {"psycopg", "psycopg_async", "psycopg2", "psycopg2cffi", "asyncpg", "pg8000"},
     "sqlite": {"pysqlite", "aiosqlite"},
 }
+# What an error about a URL shows. Schemes of other packages are added to it.
+# The command line masks passwords in errors. It lets `:password@host:port` pass.
+_FORMS = (
+    "sqlite:///relative.db",
+    "sqlite:////absolute.db",
+    "postgresql://user:password@host:port/database",
+    "redis://:password@host:port/0",
+    "redis+cluster://:password@host:port",
+    "redis+sentinel://:password@host:port/0?service=name",
+    "memory://",
+    "with TLS rediss://, rediss+cluster:// and rediss+sentinel://",
+)
+_SCHEMES_OF_FORMS = {"sqlite", "postgresql", "postgres", "redis", "rediss", "memory"}
 
 
 def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore:
@@ -63,10 +76,9 @@ def store_from_url(url: str, **settings: Any) -> BaseChatMessageStore:
         for entry_point in entry_points(group=_ENTRY_POINTS, name=name):
             store: BaseChatMessageStore = entry_point.load().from_url(url, **settings)
             return store
-    schemes = ", ".join(sorted(f"{entry_point.name}://" for entry_point in entry_points(group=_ENTRY_POINTS)))
+    schemes = {entry_point.name for entry_point in entry_points(group=_ENTRY_POINTS)} - _SCHEMES_OF_FORMS
     raise ValueError(
-        f"The URL must begin with one of {schemes}. For example: sqlite:///relative.db, sqlite:////absolute.db, "
-        "postgresql://user:password@host:port/database, redis://:password@host:port/0, memory://."
+        f"The URL must have one of these forms: {', '.join([*_FORMS, *(f'{name}://…' for name in sorted(schemes))])}."
     )
 
 

@@ -26,7 +26,11 @@ from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.testing.fork_server import run_python
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "publishing" / "haystack-chat-store.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 # Their examples need a server, which tests/web starts.
 SERVED = {"web_apps.md", "hayhooks.md"}
 # Printed after each example.
@@ -137,6 +141,6 @@ except DeserializationError:
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in (*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md"):
+    for page in (*PAGES, *ROOT.glob("[A-Z]*.md"), *(ROOT / "docs" / "reference").glob("*.md")):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -162,7 +162,7 @@ def test_histories_and_databases_of_the_chatbot_are_apart(run):
     [
         (["--db", "missing/chat.db", "--say", "Hello."], 1, "does not exist"),
         (["--history", "", "--say", "Hello."], 1, "chat_history_id must have 1 to 512 characters"),
-        (["--store", "redis//host", "--say", "Hello."], 2, "The URL must begin with one of"),
+        (["--store", "redis//host", "--say", "Hello."], 2, "The URL must have one of these forms"),
         (["--store", "sqlite:///missing/chat.db"], 1, "does not exist"),
     ],
 )
@@ -209,10 +209,20 @@ def test_the_yaml_pipeline_answers_a_request_that_is_sent_again_once(run):
 
     assert "Messages written with the answer: 1" in first.stdout
     assert again.stdout.splitlines() == [
-        "What the model saw:",
-        "It answered: I am Ada.",
+        "The model was not asked.",
+        "The stored answer: I am Ada.",
         "Messages written with the answer: 0",
     ]
+
+
+@pytest.mark.parametrize("name", ["rag_pipeline.yaml", "rag_followup_pipeline.yaml"])
+def test_the_yaml_script_shows_the_documents_that_the_model_saw(run, name):
+    default = run("run_yaml_pipeline.py", "--file", name, "When does the palace in Kyoto open?")
+    own = run("run_yaml_pipeline.py", "--file", name, "--document", "In Leeds it rains.", "Does it rain in Leeds?")
+
+    assert "user: Document: The palace in Kyoto opens at nine.\n" in default.stdout
+    assert "user: When does the palace in Kyoto open?\n" in own.stdout
+    assert "user: Document: In Leeds it rains.\n" in own.stdout
 
 
 RAG_SCRIPT = """

@@ -15,14 +15,14 @@ from haystack_chat_store import store_from_url
 from haystack_chat_store.testing.fork_server import run_python
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICK_START = (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")
 CHOOSING = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
 SERVERS = {"postgresql": PostgresServer, "redis": RedisServer, "redis+cluster": RedisCluster}
 
 # What the documentation shows, by what it leads to.
 LINES = {
     line.partition('"')[2].partition(":")[0]: line
-    for line in re.findall(r"^store = store_from_url\(.*\)$", README, re.MULTILINE)
+    for line in re.findall(r"^store = store_from_url\(.*\)$", QUICK_START, re.MULTILINE)
 }
 BLOCKS = {
     " ".join([block["type"].rpartition(".")[2], *(["cluster"] if "cluster" in block["init_parameters"] else [])]): block
@@ -47,7 +47,7 @@ def run(code, folder):
 
 
 def test_the_quick_start_moves_to_a_server_by_one_line(server, tmp_path):
-    quick_start, printed = re.search(r"```python\n(.*?)```.*?```output\n(.*?)```", README, re.DOTALL).groups()
+    quick_start, printed = re.search(r"```python\n(.*?)```.*?```output\n(.*?)```", QUICK_START, re.DOTALL).groups()
     assert LINES["sqlite"] in quick_start
     moved = quick_start.replace(LINES["sqlite"], re.sub(r'"[^"]+"', repr(server.url), LINES[server.kind]))
 

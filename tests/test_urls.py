@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One line of configuration becomes a store."""
 
+import re
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from haystack_chat_store import (
     RedisChatMessageStore,
     SQLiteChatMessageStore,
     store_from_url,
+    urls,
 )
 
 TOKEN = Secret.from_token
@@ -91,3 +94,20 @@ def test_other_forms_are_refused_and_not_repeated(url):
     with pytest.raises(ValueError, match="URL") as caught:
         store_from_url(url)
     assert "s3cret" not in str(caught.value)
+
+
+def test_the_error_shows_each_form_that_the_docs_show():
+    with pytest.raises(ValueError, match="URL") as caught:
+        store_from_url("chat.db")
+    schemes = set(re.findall(r"[a-z+]+(?=://)", str(caught.value)))
+    page = (Path(__file__).parent.parent / "docs" / "choosing.md").read_text(encoding="utf-8")
+    table = page[page.index("| URL | store |") :].split("\n\n", 1)[0]
+    assert schemes == set(re.findall(r"[a-z+]+(?=://)", table))
+
+
+def test_the_error_shows_schemes_of_other_packages(monkeypatch):
+    registered = entry_points(group="haystack_chat_store.engines")
+    other = EntryPoint("folder", "own_store_directory:SearchableFolderChatMessageStore", "haystack_chat_store.engines")
+    monkeypatch.setattr(urls, "entry_points", lambda name=None, **_: [*registered, other] if name is None else [])
+    with pytest.raises(ValueError, match=r"memory://.*, folder://…\."):
+        store_from_url("folder2")

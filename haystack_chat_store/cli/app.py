@@ -221,7 +221,7 @@ def index(
         terminal.progress("Indexing messages") as shown,
     ):
         chat_store.index_messages(shown)
-    terminal.note("All messages are indexed.")
+    terminal.output().print("All messages are indexed.")
 
 
 @app.command()
@@ -241,7 +241,7 @@ def backup(
     with open_store(store, namespace) as chat_store, terminal.progress("Copying") as shown:
         shown(0, None)
         chat_store.engine.run(chat_store.engine.backup, chat_store.scope, os.path.abspath(file))
-    terminal.note(f"Wrote {file}.")
+    terminal.output().print(f"Wrote {harmless_line(str(file))}.", soft_wrap=True)
 
 
 @app.command()

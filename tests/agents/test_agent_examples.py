@@ -100,7 +100,7 @@ def test_histories_databases_and_stores_of_the_agent_are_apart(tmp_path):
     [
         (["--db", "missing/chat.db", "--say", "Hello."], 1, "does not exist"),
         (["--history", "", "--say", "Hello."], 1, "chat_history_id must have 1 to 512 characters"),
-        (["--store", "redis//host"], 2, "The URL must begin with one of"),
+        (["--store", "redis//host"], 2, "The URL must have one of these forms"),
     ],
 )
 def test_the_agent_says_in_one_line_what_is_wrong(tmp_path, arguments, status, message):

@@ -46,7 +46,7 @@ def test_every_command_works_on_every_engine(any_url, run, run_json, tmp_path, r
         assert run("search", "chrysanthemum", *at)[:2] == (1, "")
     else:
         assert "haystack-chat-store index" in run("search", "chrysanthemum", *at)[2]
-        assert run("index", *at) == (0, "", "")
+        assert run("index", *at) == (0, "All messages are indexed.\n", "")
         assert [line["chat_history_id"] for line in run_json("search", "chrysanthemum", *at)] == ["ada:2"]
     assert run_json("export", "--output", tmp_path / "all.jsonl", *at) == [moved(4, total)]
     assert run_json("copy", "--to-namespace", "copy", *at) == [moved(4, total)]

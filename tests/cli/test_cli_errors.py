@@ -185,12 +185,15 @@ def test_commands_that_read_change_nothing(arguments, run, tmp_path, monkeypatch
 def test_backup_writes_a_store_and_replaces_nothing(run, run_json, tmp_path, url):
     store = filled(url)
     copy = tmp_path / "copy.db"
-    assert run("backup", copy, "--store", url) == (0, "", "")
+    assert run("backup", copy, "--store", url) == (0, f"Wrote {copy}.\n", "")
     assert run_json("ls", "--store", f"sqlite:///{copy}") == run_json("ls", "--store", url)
     before = copy.read_bytes()
     store.write_messages("later", [user()])
     status, _, err = run("backup", copy, "--store", url)
-    assert (status, err) == (1, f"Error: {copy}: File exists\n")
+    assert (status, err) == (
+        1,
+        f"Error: {copy}: There is a file already. Give another path, or remove the file first\n",
+    )
     assert copy.read_bytes() == before
 
 

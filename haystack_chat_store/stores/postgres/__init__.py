@@ -11,7 +11,7 @@ from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.urls import without_driver
 
 with LazyImport(
-    'It comes with the extra \'postgres\': pip install "haystack-chat-store[postgres]", or "psycopg[binary]>=3.3,<4".'
+    'It comes with the extra \'postgres\': pip install "haystack-chat-store[postgres]", or "psycopg[binary]>=3.3,<4"'
 ) as psycopg_import:
     from haystack_chat_store.stores.postgres.connection_string import DEFAULT_SCHEMA, parsed
     from haystack_chat_store.stores.postgres.connections import Settings

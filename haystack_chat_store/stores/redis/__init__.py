@@ -12,7 +12,7 @@ from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.validation import validated_flag, validated_seconds
 
 with LazyImport(
-    'It comes with the extra \'redis\': pip install "haystack-chat-store[redis]", or "redis>=5.1".'
+    'It comes with the extra \'redis\': pip install "haystack-chat-store[redis]", or "redis>=5.1"'
 ) as redis_import:
     from haystack_chat_store.stores.redis.engine import RedisEngine
 

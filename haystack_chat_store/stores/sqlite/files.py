@@ -30,6 +30,7 @@ LOG, LOG_INDEX, JOURNAL = "-wal", "-shm", "-journal"
 
 # How the names of files begin that are not complete yet.
 _TEMPORARY = ".haystack-chat-store."
+_FILE_EXISTS = "There is a file already. Give another path, or remove the file first"
 # How long a process may take that is about to remove an empty log.
 _REMOVAL_SECONDS = 0.5
 _POLL_SECONDS = 0.005
@@ -313,7 +314,7 @@ def back_up(source: sqlite3.Connection, path: str) -> None:
     :raises OSError: If the file cannot be written.
     """
     if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        raise FileExistsError(errno.EEXIST, _FILE_EXISTS, path)
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=os.path.dirname(path))
     except OSError as error:
@@ -352,7 +353,7 @@ def _move_where_nothing_is(source: str, target: str) -> None:
         os.link(source, target)  # which, unlike os.rename, replaces nothing
     except OSError:
         if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+            raise FileExistsError(errno.EEXIST, _FILE_EXISTS, target) from None
         os.rename(source, target)  # the file system has no links
 
 
