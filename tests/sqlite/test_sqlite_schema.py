@@ -103,7 +103,8 @@ def write_with_next_migration(store, report, migration, text):
     store.write_messages("history", [ChatMessage.from_user(text)])
 
 
-def test_processes_that_start_together_upgrade_a_database_once(store, path):
+def test_processes_that_start_together_upgrade_a_database_once(new_store, path):
+    store = new_store(timeout=60)
     say(store, "before")
     store.close()
     with ExitStack() as stack:

@@ -24,7 +24,7 @@ from haystack_chat_store.stores.redis.schema import (
 from haystack_chat_store.stores.redis.scripts import Script
 from haystack_chat_store.stores.redis.scripts import directory as scripts
 from haystack_chat_store.stores.redis.session import Session
-from haystack_chat_store.stores.redis.staging import Stage
+from haystack_chat_store.stores.redis.staging import Stage, note_branch
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, branch_origin, end_of_prefix
 from haystack_chat_store.stores.times import datetime_of
 from haystack_chat_store.stores.usage import UsageCounter
@@ -78,6 +78,18 @@ class ListedHistory:
     next_position: int
     expires_at: str
     renamed_from: str
+
+
+class Deleted(NamedTuple):
+    """
+    What was deleted.
+
+    :param number: How many histories there were.
+    :param may_have_branches: Whether one of them had branches, or was not there, so that this is not known.
+    """
+
+    number: int
+    may_have_branches: bool
 
 
 class Directory(RedisOperations):
@@ -140,6 +152,8 @@ class Directory(RedisOperations):
                 meta, required = change.new_meta(stored), f"={stored or ''}"
             wanted = (("title", change.title), ("meta", meta), ("user_id", change.user_id))
             changes = {name: value for name, value in wanted if value is not UNCHANGED}
+            if isinstance(meta, str):
+                await note_branch(session, keys, chat_history_id, meta)
             values = [each for name, value in changes.items() if value is not None for each in (name, str(value))]
             deleted = [name for name, value in changes.items() if value is None]
             arguments: list[str | int] = [chat_history_id, len(values), *values, *deleted, required, keys.user]
@@ -222,7 +236,7 @@ class Directory(RedisOperations):
                     found = await session.run(scripts.OLDEST, keys.of_bucket(bucket), [before, count, keys.user])
                     after = "" if found else None
                 if found:
-                    erased += await delete_histories(session, keys, bucket, found, updated_before)
+                    erased += (await delete_histories(session, keys, bucket, found, updated_before)).number
                 if erased == limit:
                     return erased
         return erased
@@ -294,9 +308,9 @@ async def delete_histories(
     expected_revision: int | None = None,
     *,
     only_own: bool = False,
-) -> int:
+) -> Deleted:
     """
-    Delete histories of a bucket, and return how many there were.
+    Delete histories of a bucket.
 
     :param updated_before: Only those that have not changed since this time.
     :param expected_revision: The revision that the only one of them must have, if it exists.
@@ -307,14 +321,14 @@ async def delete_histories(
     keys_of_script = [*keys.of_bucket(bucket), *names]
     arguments = [*conditions, keys.user, int(only_own), *chat_history_ids]
     answer, is_repeated = await session.run_reporting(scripts.DELETE, keys_of_script, arguments)
-    if not isinstance(answer, int):
-        if answer[0] == "ACCESS":
-            raise no_access()
+    if answer[0] == "ACCESS":
+        raise no_access()
+    if answer[0] == "CHANGED":
         check_revision(expected_revision, answer[1])
-    deleted = int(answer)
+    deleted, may_have_branches = answer
     if is_repeated:  # the first attempt may have deleted them, and only its answer was lost
         deleted = len(chat_history_ids) - len(await read_histories(session, keys, chat_history_ids))
-    return deleted
+    return Deleted(int(deleted), is_repeated or bool(may_have_branches))
 
 
 async def delete_branches(session: Session, keys: Keys, chat_history_id: str) -> None:
@@ -333,8 +347,8 @@ async def delete_branches(session: Session, keys: Keys, chat_history_id: str) ->
         ]
         parts = {bucket: last for bucket, (last, _) in zip(parts, answers, strict=True) if last}
     for branch in branches:
-        await delete_histories(session, keys, bucket_of(branch), [branch])
-        await delete_branches(session, keys, branch)
+        if (await delete_histories(session, keys, bucket_of(branch), [branch])).may_have_branches:
+            await delete_branches(session, keys, branch)
 
 
 def _is_branch(row: HistoryRow) -> bool:

@@ -13,9 +13,10 @@ from haystack_chat_store.stores.conflicts import duplicate, history_not_found, m
 from haystack_chat_store.stores.redis.keys import Keys, bucket_of
 from haystack_chat_store.stores.redis.reading import read_part, read_positions
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, TIME_LENGTH, letters_of, new_name
+from haystack_chat_store.stores.redis.scripts import directory as of_directory
 from haystack_chat_store.stores.redis.scripts import staging as scripts
 from haystack_chat_store.stores.redis.session import Session
-from haystack_chat_store.stores.rows import HistoryRow, MessageRow
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow, branch_origin
 
 # How long messages wait for those that follow, in milliseconds. After a crash, they are gone after this time.
 _WAITING_TIME = 600_000
@@ -142,10 +143,20 @@ class Stage:
         counts: list[str | int] = [self.length, self.rounds, "" if expected_revision is None else expected_revision]
         ends: list[str | int] = [least_revision, self.gaps, self._keys.user]
         arguments: list[str | int] = [self._target_id, lifetime, *counts, new_name(), changed_at, *fields, *ends]
+        if history is not None:
+            await note_branch(self._session, self._keys, self._target_id, history.meta)
         answer = await self._session.run(scripts.FINISH, [*self._keys.to_write(self._target_id), *self.keys], arguments)
         if isinstance(answer, int):
             self.length = 0  # no messages wait any more
         return answer
+
+
+async def note_branch(session: Session, keys: Keys, chat_history_id: str, meta: str | None) -> None:
+    """Before a history becomes a branch, note in the hash of its origin that this has branches."""
+    origin = branch_origin(chat_history_id, meta)
+    if origin is not None:
+        names = [*keys.of_bucket_of(origin), keys.of_history(origin).counters]
+        await session.run(of_directory.UPDATE, names, [origin, 2, "branches", "1", "", keys.user])
 
 
 def _with_gaps(rows: Sequence[MessageRow], start: int, end: int | None = None) -> list[MessageRow]:

@@ -80,7 +80,7 @@ class Writing(RedisOperations):
     async def delete(self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
         """Delete the keys of a history, and its entries in the lists of its bucket, then its branches."""
         keys = self.keys(scope)
-        await delete_histories(
+        deleted = await delete_histories(
             session,
             keys,
             bucket_of(chat_history_id),
@@ -88,7 +88,8 @@ class Writing(RedisOperations):
             expected_revision=expected_revision,
             only_own=True,
         )
-        await delete_branches(session, keys, chat_history_id)
+        if deleted.may_have_branches:
+            await delete_branches(session, keys, chat_history_id)
 
     async def delete_all(self, session: Session, scope: Scope) -> bool:
         """Go through the buckets, and delete all that each of them lists by then."""
