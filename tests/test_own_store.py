@@ -100,5 +100,5 @@ def test_command_line_works_on_a_registered_store(tmp_path, capsys):
 
 
 def test_unknown_scheme_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"memory://.*postgresql://.*redis://.*sqlite://"):
+    with pytest.raises(ValueError, match=r"sqlite://.*postgresql://.*redis://.*memory://"):
         store_from_url("folder:///chats")

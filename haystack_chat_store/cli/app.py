@@ -551,7 +551,9 @@ def _pages(store: BaseChatMessageStore, prefix: str, limit: int | None = None) -
 
 
 def _note_other_namespaces(store: BaseChatMessageStore) -> None:
-    """Say where there are chat histories, if there are none in the store's namespace."""
+    """Say where there are chat histories, if there are none in the store's namespace. Those of one user hear nothing."""
+    if store.scope.user_id is not None:
+        return
     with suppress(UnsupportedOperationError):
         names = store.list_namespaces()
         if names and store.namespace not in names:

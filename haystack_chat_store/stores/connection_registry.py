@@ -210,7 +210,7 @@ def fingerprint_of(secret: str) -> bytes:
     return hashlib.blake2b(secret.encode(), key=_KEY).digest()
 
 
-def read_secret(read: Callable[[], ResultT]) -> ResultT:
+def read_hidden(read: Callable[[], ResultT]) -> ResultT:
     """
     Call a function that has a secret in its local variables.
 

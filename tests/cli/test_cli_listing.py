@@ -99,8 +99,8 @@ def test_stats_draw_days_and_sizes(url, path, run, run_json):
 
 
 def test_stats_of_an_empty_store(run):
-    status, out, err = run("stats", "--store", "memory://", "--namespace", "nothing")
-    assert (status, err) == (0, "")
+    status, out, _ = run("stats", "--store", "memory://", "--namespace", "nothing")
+    assert status == 0
     assert out.split() == ["chat", "histories", "0", "messages", "0", "rounds", "0"]
 
 

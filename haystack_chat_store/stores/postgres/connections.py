@@ -35,7 +35,7 @@ from haystack_chat_store.stores.connection_registry import (
     fingerprint_of,
     hold_during_forks,
     keep_alive_forever,
-    read_secret,
+    read_hidden,
     resolved,
 )
 from haystack_chat_store.stores.fair_semaphore import FairSemaphore
@@ -230,7 +230,7 @@ class Pool(ServerConnections):
         :raises StoreConfigurationError: If the connection string cannot be used.
         """
         self.fingerprint = settings.fingerprint()
-        found = read_secret(lambda: parsed(settings.location()))
+        found = read_hidden(lambda: parsed(settings.location()))
         self._connection_string, self._connection_info, schema_name = found
         del found
         self.database = Database(settings.schema_name or schema_name or DEFAULT_SCHEMA, settings.table_prefix)

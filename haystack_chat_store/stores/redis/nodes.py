@@ -9,7 +9,7 @@ from typing import Any
 from haystack.utils import Secret
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 
-from haystack_chat_store.stores.connection_registry import fingerprint_of, read_secret, resolved
+from haystack_chat_store.stores.connection_registry import fingerprint_of, read_hidden, resolved
 from haystack_chat_store.stores.redis.failures import Address
 from haystack_chat_store.stores.redis.target import parsed
 
@@ -52,7 +52,7 @@ class Nodes:
         """
         self.settings = settings
         self.fingerprint = settings.fingerprint()
-        self.target = read_secret(lambda: parsed(settings.location(), cluster=settings.cluster))
+        self.target = read_hidden(lambda: parsed(settings.location(), cluster=settings.cluster))
         self.start = self.target.addresses[0]
         #: Whether other servers have to be asked which one serves a slot: nodes of a cluster, or Sentinels.
         self.are_asked = settings.cluster or self.target.service is not None
