@@ -551,7 +551,7 @@ def _pages(store: BaseChatMessageStore, prefix: str, limit: int | None = None) -
 
 
 def _note_other_namespaces(store: BaseChatMessageStore) -> None:
-    """Say where there are chat histories, if there are none in the store's namespace. Those of one user hear nothing."""
+    """Say where there are chat histories, if there are none in the store's namespace, unless it is one user's store."""
     if store.scope.user_id is not None:
         return
     with suppress(UnsupportedOperationError):
