@@ -15,10 +15,11 @@ from typing_extensions import Self
 
 from haystack_chat_store import validation
 from haystack_chat_store.errors import ChatMessageStoreError
+from haystack_chat_store.ids import BRANCH_OF_KEY, branch_id, branch_prefix
 from haystack_chat_store.json_values import equal_json, parse_json
 from haystack_chat_store.stores.conflicts import history_is_there, history_not_found, only_one_user
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, Unchanged
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, Unchanged, branch_origin
 from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, MessagePreview, StoreStatistics
 
@@ -203,7 +204,7 @@ class DirectoryMethods:
         Give a history another id, and return it. All else stays, apart from its revision, which becomes greater.
 
         It is one atomic step. Between hash slots of a Redis Cluster, the history is whole under its new id before the
-        old one goes: a reader may see both, and a call that is repeated finishes it.
+        old one goes: a reader may see both, and a call that is repeated finishes it. Its branches follow it one by one.
 
         :param old_id: The history's id.
         :param new_id: The id that it gets. No history has it yet.
@@ -213,13 +214,27 @@ class DirectoryMethods:
         :raises ChatHistoryAccessError: If one of them is another user's.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        ids = _checked_renaming(old_id, new_id)
-        return _info(self.engine.run(self.engine.rename_history, self.scope, *ids))
+        old_id, new_id = _checked_renaming(old_id, new_id)
+        engine, scope, place = self.engine, self.scope, ""
+        row = engine.run(engine.rename_history, scope, old_id, new_id)
+        while rows := engine.run(engine.histories_by_id, scope, branch_prefix(old_id), place, _MOST_READ):
+            for branch, renamed, change in _renamed_branches(rows, old_id, new_id):
+                self.rename_chat_history(branch, renamed)
+                engine.run(engine.update_history, scope, renamed, change)
+            place = rows[-1].chat_history_id
+        return _info(row)
 
     async def rename_chat_history_async(self, old_id: str, new_id: str) -> ChatHistoryInfo:
         """Do what `rename_chat_history` does, without blocking the event loop."""
-        ids = _checked_renaming(old_id, new_id)
-        return _info(await self.engine.run_async(self.engine.rename_history, self.scope, *ids))
+        old_id, new_id = _checked_renaming(old_id, new_id)
+        engine, scope, place = self.engine, self.scope, ""
+        row = await engine.run_async(engine.rename_history, scope, old_id, new_id)
+        while rows := await engine.run_async(engine.histories_by_id, scope, branch_prefix(old_id), place, _MOST_READ):
+            for branch, renamed, change in _renamed_branches(rows, old_id, new_id):
+                await self.rename_chat_history_async(branch, renamed)
+                await engine.run_async(engine.update_history, scope, renamed, change)
+            place = rows[-1].chat_history_id
+        return _info(row)
 
     def copy_messages(self, source_id: str, target_id: str, *, until_message_id: str | None = None) -> int:
         """
@@ -520,6 +535,15 @@ def _checked_renaming(old_id: str, new_id: str) -> tuple[str, str]:
     if ids[0] == ids[1]:
         raise ValueError("new_id must be another id than old_id.")
     return ids
+
+
+def _renamed_branches(rows: Sequence[HistoryRow], old_id: str, new_id: str) -> Iterator[tuple[str, str, HistoryChange]]:
+    """Yield, of each branch of a history that was renamed, its id, its new id, and the change of its meta."""
+    for row in rows:
+        if branch_origin(row.chat_history_id, row.meta) == old_id:
+            name = row.chat_history_id[len(branch_prefix(old_id)) :].partition("~")[0]
+            change = validation.validated_change(UNCHANGED, UNCHANGED, {BRANCH_OF_KEY: new_id}, UNCHANGED)
+            yield row.chat_history_id, branch_id(new_id, name), change
 
 
 def _created(created: tuple[HistoryRow, bool], exist_ok: bool) -> ChatHistoryInfo:

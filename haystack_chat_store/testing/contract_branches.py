@@ -52,6 +52,16 @@ class Rule17BranchesTest(ContractTest):
             with pytest.raises(ValueError, match="branches"):
                 calls.call(store, name, branches="yes")
 
+    def test_branches_follow_a_history_that_is_renamed(self, store: ClosableStore, calls: Calls) -> None:
+        branch = self._branch(store, calls, "chat")
+        of_branch = self._branch(store, calls, branch)
+        calls.call(store, "rename_chat_history", "chat", "trip")
+        renamed = [each.replace("chat", "trip", 1) for each in ("chat", branch, of_branch)]
+        assert listed(calls, store) == ["trip"]
+        assert sorted(listed(calls, store, branches=True)) == sorted(renamed)
+        calls.call(store, "delete_chat_history", "trip")
+        assert listed(calls, store, branches=True) == []
+
     def test_history_is_a_branch_by_its_id_and_its_meta(self, store: ClosableStore, calls: Calls) -> None:
         for name in ("chat", "main~3", "chat~3"):
             calls.write(store, name, [user("a")])
