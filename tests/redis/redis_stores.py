@@ -207,7 +207,7 @@ def writers_at_work(store, *tolerated):
 
     :param tolerated: Errors that a write may end with.
     """
-    writers = planned_batches(8, 5000)
+    writers = planned_batches(8, 20_000)  # more than they write, also of writes that fail at once
     acknowledged, ends = [], threading.Event()
 
     def write(batches):
@@ -239,6 +239,9 @@ def writers_at_work(store, *tolerated):
             wait_for_more()
             yield writers, acknowledged
             wait_for_more()
+        except TimeoutError:
+            ended = [repr(each.exception()) for each in at_work if each.done()]
+            raise AssertionError(f"Nothing is written any more. These writers have ended: {ended}") from None
         finally:
             ends.set()
         for each in at_work:
