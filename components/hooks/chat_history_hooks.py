@@ -60,8 +60,8 @@ def chat_history_hooks(
     :param model: The name of the agent's model, so that it can resume a round of another model. Defaults to `None`.
     :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. Defaults to `None`.
     :param raise_on_failure: Whether the run fails if saving fails. Defaults to True; see `ChatHistorySaver`.
-    :param require_user_id: Whether a run without `user_id` is refused, so that one that was forgotten shows nobody's
-        conversations. Defaults to False.
+    :param require_user_id: Whether a run without `user_id` is refused. Then a forgotten `user_id` is an error, and
+        never shows the conversations of all users. Defaults to False.
     :param hooks: Other hooks of the agent, by hook point. The mapping is not changed. They are ordered so that the
         history gets the messages as they were really sent: confirmation runs before saving, offloading after it.
     :returns: All hooks, for `Agent(hooks=...)`.

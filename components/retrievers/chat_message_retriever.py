@@ -94,8 +94,8 @@ class ChatMessageRetriever:
         :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
             the portable form, so that another model can go on with an interrupted round. Defaults to `None`: the model
             of the newest reply in that round.
-        :param require_user_id: Whether a run without a `user_id` is refused, so that a connection that was forgotten
-            shows nobody's conversations. Defaults to False.
+        :param require_user_id: Whether a run without a `user_id` is refused. Then a forgotten connection is an error,
+            and never shows the conversations of all users. Defaults to False.
         :raises ValueError: If a setting is wrong, or `chat_message_store` does not follow the protocol.
         """
         self.chat_message_store = protocol_calls.validated_store(chat_message_store)

@@ -29,7 +29,7 @@ class ChatHistoryTitler:
     """
     Gives a conversation a title, once, after its first turn: a ChatGenerator writes it.
 
-    A conversation that has a title keeps it, and so does one that somebody titles while the model writes. Connect the
+    A conversation that has a title keeps it, also if a user sets it while the model writes. Connect the
     writer's `messages_written`, so that the titler runs after the turn was written.
 
     ```python
