@@ -70,9 +70,7 @@ def main() -> None:
                 )
 
 
-def _measured(
-    store: Any, raw: Callable[[int], object], users: int, repetitions: int
-) -> tuple[float, float, float, float, float]:
+def _measured(store: Any, raw: Callable[[int], object], users: int, repetitions: int) -> list[float]:
     """
     Return medians in microseconds: a raw read; a first page; appends to a history without a user, and to a user's
     through the store of all and through that of the user.
@@ -81,11 +79,11 @@ def _measured(
     message = [ChatMessage.from_user("What is the weather like?")]
     ada = store.for_user("ada")
     ada.write_messages("ada", message)
-    store.write_messages("nobody's", message)
+    store.write_messages("without a user", message)
     calls: list[Callable[[], object]] = [
         lambda: raw(chance.randrange(1, users * _HISTORIES_OF_A_USER)),
         lambda: store.for_user(f"user {chance.randrange(users)}").list_chat_histories(limit=20),
-        lambda: store.write_messages("nobody's", message),
+        lambda: store.write_messages("without a user", message),
         lambda: store.write_messages("ada", message),
         lambda: ada.write_messages("ada", message),
     ]
@@ -97,7 +95,7 @@ def _measured(
             call()
             if number >= 50:
                 found.append((time.perf_counter() - started) * 1e6)
-    return tuple(map(median, times))  # type: ignore[return-value]
+    return list(map(median, times))
 
 
 def _sqlite(users: int, running: ExitStack) -> tuple[Any, Callable[[int], object]]:

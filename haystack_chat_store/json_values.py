@@ -166,7 +166,7 @@ def is_plain(data: Any, depth: int = MAX_DEPTH - 10) -> bool:
 
 def has_long_number(text: str) -> bool:
     """Whether JSON text contains more than 4,300 digits in a row, in an integer or inside a text."""
-    # So many in a row include one of these places. The others need no look, so the time is in proportion to the text.
+    # A run of that many digits covers at least one of these places. Only the text around them is looked at.
     for place in range(MAX_DIGITS, len(text), MAX_DIGITS + 1):
         if text[place] in _DIGITS:
             before, after = text[place - MAX_DIGITS : place], text[place : place + MAX_DIGITS + 1]

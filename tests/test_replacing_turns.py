@@ -298,7 +298,7 @@ REGENERATED = {
 
 
 def test_an_answer_that_is_given_anew_through_failures_is_there_once(request, store, writer, run):
-    """The process ends at any moment, also when the store has replaced the answer and nobody has heard of it."""
+    """The process ends at any moment, also when the store has replaced the answer and its caller does not know yet."""
     engine, way = request.node.callspec.params["store"], run.__name__
     number = REGENERATED[engine][request.config.getoption("--full")] // 2
     rng = random.Random(f"{engine} {way}")

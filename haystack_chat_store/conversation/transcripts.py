@@ -137,6 +137,7 @@ def transcript_of(messages: Iterable[ChatMessage]) -> Transcript:
             for message in listed
             if message._role is user
         ]
+        # What is not one text raises one of the errors below, which is faster than to look first.
         keys: list[Any] = list(map(str.strip, [part.text for (part,) in contents]))  # type: ignore[misc, union-attr]
     except (AttributeError, TypeError, ValueError):  # there are other parts than a text, or other values than messages
         keys = [_asked_key(message) for message in validated_messages(listed, "transcript")]

@@ -74,7 +74,7 @@ class Disk:
             if call.place not in self._names:
                 self._name(call.place, _File())
         elif call.kind in ("write", "truncate"):
-            if call.place in self._names:  # else the file has no name any more: nobody finds it after the cut
+            if call.place in self._names:  # else the file has no name, and is gone after the cut
                 self._names[call.place].pending.append(call)
         elif call.kind == "link":
             self._name(call.target, self._names[call.place])

@@ -236,7 +236,7 @@ def write_log_to_database(connection: Connection, path: str, deadline: float) ->
             raise log_of_moved(path, "Another process is still reading it. Try again.")
     # From now on, each process that has this database open finds out before it writes. If there is anything in the log
     # all the same, it is of a database that was put at the path meanwhile, or moved back there: it stays.
-    connection.execute("BEGIN IMMEDIATE")  # nobody writes to the log while it is removed
+    connection.execute("BEGIN IMMEDIATE")  # no process writes to the log while it is removed
     log = content(path + LOG)
     is_own = connection.files is not None and log.identity == connection.files.log
     if log.identity is None or (is_own and log.size == 0):
