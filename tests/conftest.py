@@ -32,7 +32,7 @@ IN_MEMORY, NEEDED_BYTES = "/dev/shm", 4 * 10**9
 
 
 def use_memory_for_files():
-    """Put files and the folders of servers into memory, if there is room. On a disk, much of the time goes into flushes."""
+    """Put files and folders of servers into memory, if there is room. On a disk, much of the time goes into flushes."""
     if os.path.isdir(IN_MEMORY) and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > NEEDED_BYTES:
         os.environ["TMPDIR"] = IN_MEMORY
         tempfile.tempdir = None  # it is looked up again
