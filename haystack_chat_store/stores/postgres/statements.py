@@ -478,8 +478,10 @@ class Statements(NamedTuple):
     """
     update_history: str = """
         UPDATE {histories} SET
-            title = CASE WHEN %(has_title)s THEN %(title)s ELSE title END,
-            title_terms = CASE WHEN %(has_title)s THEN %(title_terms)s::tsvector ELSE title_terms END,
+            title = CASE WHEN %(has_title)s THEN %(title)s ELSE coalesce(title, %(title)s) END,
+            title_terms = CASE
+                WHEN %(has_title)s OR title IS NULL THEN %(title_terms)s::tsvector ELSE title_terms
+            END,
             meta = CASE WHEN %(has_meta)s THEN %(meta)s::json ELSE meta END,
             branch_of = CASE WHEN %(has_meta)s THEN %(branch_of)s ELSE branch_of END,
             user_id = CASE WHEN %(has_user)s THEN %(user)s ELSE user_id END

@@ -156,7 +156,8 @@ class Directory(RedisOperations):
                 await note_branch(session, keys, chat_history_id, meta)
             values = [each for name, value in changes.items() if value is not None for each in (name, str(value))]
             deleted = [name for name, value in changes.items() if value is None]
-            arguments: list[str | int] = [chat_history_id, len(values), *values, *deleted, required, keys.user]
+            default_title = "" if change.default_title is None else f"={change.default_title}"
+            arguments: list[str | int] = [chat_history_id, len(values), *values, *deleted, default_title, required, keys.user]
             fields = await session.run(scripts.UPDATE, names, arguments)
             if fields == ["ACCESS"]:
                 raise no_access()

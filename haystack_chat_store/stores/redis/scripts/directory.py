@@ -145,19 +145,20 @@ return found
 
 #: Set title, meta and user of a history. Keys: those of the bucket, the history's hash. Arguments: the history's id;
 #: how many of the following are names of fields and values, in turn; these; then the names of fields to delete; `=` and
-#: the meta that the history must have, or nothing for any; the user. Returns the fields of INFOS, or ACCESS, or CHANGED
-#: if it has another meta.
+#: a title for a history without one, or nothing; `=` and the meta that the history must have, or nothing for any; the
+#: user. Returns the fields of INFOS, or ACCESS, or CHANGED if it has another meta.
 UPDATE = Script(
     OF_BUCKET,
     f"""
 local chat_history_id, history, set = ARGV[1], KEYS[7], tonumber(ARGV[2])
-local meta, user = ARGV[#ARGV - 1], ARGV[#ARGV]
+local default_title, meta, user = unpack(ARGV, #ARGV - 2)
 if redis.call('HEXISTS', history, 'message_count') == 1 then
     local owner = redis.call('HGET', history, 'user_id')
     if user ~= '' and owner ~= user then return {{'ACCESS'}} end
     if meta ~= '' and meta ~= '=' .. (redis.call('HGET', history, 'meta') or '') then return {{'CHANGED'}} end
     if set > 0 then redis.call('HSET', history, unpack(ARGV, 3, 2 + set)) end
-    if #ARGV > 4 + set then redis.call('HDEL', history, unpack(ARGV, 3 + set, #ARGV - 2)) end
+    if #ARGV > 5 + set then redis.call('HDEL', history, unpack(ARGV, 3 + set, #ARGV - 3)) end
+    if default_title ~= '' then redis.call('HSETNX', history, 'title', string.sub(default_title, 2)) end
     local before = owner
     owner = redis.call('HGET', history, 'user_id')
     if owner ~= before then
