@@ -207,9 +207,7 @@ def validated_meta(meta: Any) -> str | Unchanged | None:
     return encode_meta(meta) if meta else None
 
 
-def validated_change(
-    title: Any, meta: Any, merge_meta: Any, user_id: Any, default_title: Any = None
-) -> HistoryChange:
+def validated_change(title: Any, meta: Any, merge_meta: Any, user_id: Any, default_title: Any = None) -> HistoryChange:
     """
     Return what is to change about a history.
 

@@ -442,7 +442,9 @@ class DirectoryMethods:
         )
         return self.scope, row
 
-    def _checked_change(self, title: Any, default_title: Any, meta: Any, merge_meta: Any, user_id: Any) -> HistoryChange:
+    def _checked_change(
+        self, title: Any, default_title: Any, meta: Any, merge_meta: Any, user_id: Any
+    ) -> HistoryChange:
         change = validation.validated_change(title, meta, merge_meta, user_id, default_title)
         if change.user_id is not UNCHANGED:
             if self.scope.user_id is not None:

@@ -157,7 +157,15 @@ class Directory(RedisOperations):
             values = [each for name, value in changes.items() if value is not None for each in (name, str(value))]
             deleted = [name for name, value in changes.items() if value is None]
             default_title = "" if change.default_title is None else f"={change.default_title}"
-            arguments: list[str | int] = [chat_history_id, len(values), *values, *deleted, default_title, required, keys.user]
+            arguments: list[str | int] = [
+                chat_history_id,
+                len(values),
+                *values,
+                *deleted,
+                default_title,
+                required,
+                keys.user,
+            ]
             fields = await session.run(scripts.UPDATE, names, arguments)
             if fields == ["ACCESS"]:
                 raise no_access()
