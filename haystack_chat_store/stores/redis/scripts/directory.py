@@ -262,4 +262,23 @@ return {{deleted, branched}}
 )
 
 #: Return all ids that a bucket lists, expired ones included. Keys: those of the bucket.
-ALL = Script(OF_BUCKET, "return redis.call('ZUNION', 3, directory, names, expiries)")
+ALL = Script(
+    OF_BUCKET,
+    """
+local found = redis.call('ZUNION', 3, directory, names, expiries)
+for _, owned in ipairs(redis.call('HKEYS', owners)) do
+    if not redis.call('ZSCORE', names, owned) then found[#found + 1] = owned end
+end
+return found
+""",
+)
+
+#: Take a history from the directory of a user whose it is not. Keys: those of the bucket, the history's hash.
+#: Arguments: its id; the user.
+DISOWN = Script(
+    OF_BUCKET,
+    """
+if redis.call('HGET', KEYS[7], 'user_id') == ARGV[2] then return 0 end
+return redis.call('ZREM', users_key(ARGV[2]), ARGV[1])
+""",
+)
