@@ -237,6 +237,8 @@ for index = 5, #ARGV do
     local is_there = redis.call('EXISTS', KEYS[first]) == 1
     local is_other = user ~= '' and is_there and redis.pcall('HGET', KEYS[first], 'user_id') ~= user
     if is_other and ARGV[4] == '1' then return {{'ACCESS', ''}} end
+    -- If the user's directory lists what is not this user's, it must not be found again.
+    if user ~= '' and (is_other or not is_there) then redis.call('ZREM', users_key(user), ARGV[index]) end
     if not is_other and (not time or time < updated_before) then
         local revision = tonumber(redis.pcall('HGET', KEYS[first], 'revision') or nil)  -- it may be damaged
         if revision and ARGV[2] ~= '' and tonumber(ARGV[2]) ~= revision then return {{'CHANGED', revision}} end
