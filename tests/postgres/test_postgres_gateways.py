@@ -12,7 +12,7 @@ import pytest
 from gateways import Gateway
 from haystack.dataclasses import ChatMessage
 from lost_answers import ATTEMPTS, CHANGES, begin, left, made
-from postgres_stores import say, stores_on
+from postgres_stores import BEHIND_PGBOUNCER, DIRECTLY_OR_POOLED, say, stores_on
 from servers import wait_until
 from stopwatch import Stopwatch
 
@@ -193,10 +193,10 @@ def test_a_read_whose_answer_was_lost_is_tried_once_more(gateway, make_store, ca
     calls.close(store)
 
 
-@pytest.mark.parametrize("is_pooled", [False, True], ids=["directly", "behind PgBouncer"])
+@pytest.mark.parametrize("way", DIRECTLY_OR_POOLED)
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_reports_what_it_did_whichever_answer_was_lost(server, pooler, calls, change, is_pooled):
-    way = pooler if is_pooled else server
+def test_a_change_reports_what_it_did_whichever_answer_was_lost(server, pooler, calls, change, way):
+    way = pooler if way == BEHIND_PGBOUNCER else server
     with Gateway(way.port) as gateway, stores_on(gateway.url(way.url), last_k=None) as make_store:
         store = make_store(search=True)
         before = begin(calls, store)
