@@ -15,6 +15,8 @@ from haystack_chat_store.codec import decode_messages
 from haystack_chat_store.errors import MessageDecodingError
 from haystack_chat_store.json_values import parse_json
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow
+from haystack_chat_store.stores.times import readable_time
+from haystack_chat_store.validation import microseconds
 
 MessageT = TypeVar("MessageT", EncodedMessage, MessageRow)
 
@@ -74,7 +76,7 @@ def preview_faults(row: HistoryRow, questions: Iterable[str], last: MessageRow |
     """
     Return what is wrong with the previews that a history keeps, in words for a sentence.
 
-    What a damaged message said is not known, so nothing is compared with it.
+    What a damaged message said, or when, is not known, so nothing is compared with it.
 
     :param row: The history.
     :param questions: The contents of its user messages, in order, at least up to the first that has text.
@@ -94,7 +96,8 @@ def preview_faults(row: HistoryRow, questions: Iterable[str], last: MessageRow |
             text = _beginning_of_readable(last.content)
         except MessageDecodingError:
             text = row.last_text
-        is_right = stored == (last.role, text, last.created_at)
+        is_time = microseconds(readable_time(last.created_at), "created_at") == last.created_at
+        is_right = stored == (last.role, text, last.created_at if is_time else row.last_at)
     return faults if is_right else [*faults, "what it keeps of its last message is wrong"]
 
 

@@ -591,7 +591,9 @@ class Statements(NamedTuple):
     """
     described: str = """
         SELECT h.history_key, chat_history_id, title, meta, branch_of, preview, last_role, last_text,
-            last_at IS NOT DISTINCT FROM said.created_at, question.content, said.role, said.content
+            last_at IS NOT DISTINCT FROM said.created_at
+                OR said.created_at NOT BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00',
+            question.content, said.role, said.content
         FROM {histories} AS h
         LEFT JOIN LATERAL (
             SELECT content FROM {messages} AS m WHERE m.history_key = h.history_key AND role = 'user'

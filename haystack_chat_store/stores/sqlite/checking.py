@@ -65,8 +65,9 @@ _HISTORIES = f"""
     WHERE namespace = ?
 """
 _DESCRIBED = """
-    SELECT history_key, CAST(chat_history_id AS TEXT), CAST(title AS BLOB), CAST(title AS TEXT), CAST(meta AS TEXT),
-        title_terms, branch_of, preview, last_role, last_text, last_at
+    SELECT history_key, CAST(chat_history_id AS TEXT), CAST(title AS BLOB),
+        iif(typeof(title) = 'blob', NULL, CAST(title AS TEXT)), CAST(meta AS TEXT),
+        iif(typeof(title) = 'blob', NULL, title_terms), branch_of, preview, last_role, last_text, last_at
     FROM haystack_chat_histories WHERE namespace = ?
 """
 _LAST_MESSAGE = """
@@ -231,9 +232,10 @@ def _faults_of_descriptions(session: Database, scope: Scope, repair: bool) -> li
     """Compare what is kept of previews, terms of titles and origins with messages, titles and metas; keep it anew."""
     faults, undescribed = [], {}
     with session.snapshot() as connection, damaged_texts_escaped(connection):
-        for history_key, raw_title, title_is_kept, branch_of, row in _described(connection, scope):
+        for history_key, raw_title, kept_terms, branch_of, row in _described(connection, scope):
             found = []
-            if is_utf8(raw_title) and title_is_kept != title_terms(row.title):
+            is_title = is_utf8(raw_title) and _is_valid(validated_title, row.title)
+            if is_title and kept_terms != title_terms(row.title):
                 found.append("The search index says something else than its title.")
             if branch_of != branch_origin(row.chat_history_id, row.meta):
                 found.append("It is listed as a branch of another history than its meta names, or as none.")
