@@ -13,11 +13,13 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+from haystack.components.agents import Agent
 from haystack.components.generators.chat import MockChatGenerator
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 from haystack_integrations.components.titlers.chat_store import ChatHistoryTitler
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
+from haystack_integrations.hooks.chat_store import chat_history_hooks
 
 import haystack_chat_store
 from haystack_chat_store import ChatHistoryInfo, InMemoryChatMessageStore, StoredMessage, doctor, transfer
@@ -99,6 +101,12 @@ def _turn(call):
     return written["messages_written"], [message.text for message in written["replies"]]
 
 
+def _agent_run(call):
+    agent = Agent(chat_generator=MockChatGenerator("Yes."), hooks=chat_history_hooks(call.store))
+    found = call.run(agent, [named("q")], hook_context={"chat_history_id": "new"})
+    return [message.text for message in found["messages"]]
+
+
 #: By a name, what makes a call. It gets a `Call`.
 CHANGES: dict[str, Callable[[Call], Any]] = {
     "write": lambda call: call("write_messages", "history", [named("b"), named("c")]),
@@ -158,6 +166,7 @@ CHANGES: dict[str, Callable[[Call], Any]] = {
     ),
     "give a title": _title,
     "write a turn": _turn,
+    "run an agent": _agent_run,
 }
 
 #: By its name, each method of a store that only reads.
