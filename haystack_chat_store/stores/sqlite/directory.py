@@ -78,9 +78,10 @@ _COUNT_UP_TO = """
     )
 """
 _UPDATE_HISTORY = """
-    UPDATE haystack_chat_histories SET title = iif(?, title, ?), title_terms = iif(?, title_terms, ?),
-        user_id = iif(?, user_id, ?), meta = ?, branch_of = ?
-    WHERE history_key = ?
+    UPDATE haystack_chat_histories SET title = iif(?1, coalesce(title, ?2), ?2),
+        title_terms = iif(?1 AND title IS NOT NULL, title_terms, ?3),
+        user_id = iif(?4, user_id, ?5), meta = ?6, branch_of = ?7
+    WHERE history_key = ?8
 """
 _META = "SELECT CAST(meta AS TEXT) FROM haystack_chat_histories WHERE history_key = ?"
 _IN_STATISTICS = f"namespace = ?1 AND chat_history_id >= ?2 AND chat_history_id < ?5 AND {IS_VISIBLE}"
@@ -170,11 +171,8 @@ class Directory(Engine[Database]):
         change: HistoryChange,
     ) -> HistoryRow | None:
         """Change the row, and read it."""
-        terms = change.title if change.title is UNCHANGED else title_terms(change.title)
-        title, title_words, user_id = (
-            (value is UNCHANGED, None if value is UNCHANGED else value)
-            for value in (change.title, terms, change.user_id)
-        )
+        title = (change.title is UNCHANGED, change.given_title, title_terms(change.given_title))
+        user_id = (change.user_id is UNCHANGED, None if change.user_id is UNCHANGED else change.user_id)
         with session.transaction() as connection:
             found = Histories(connection, scope, session.settings.search).find(chat_history_id)
             if found is None:
@@ -182,7 +180,7 @@ class Directory(Engine[Database]):
             ((stored,),) = readable_rows(connection, _META, (found.history_key,))
             meta = change.new_meta(stored)
             branch_of = branch_origin(chat_history_id, meta)
-            values = (*title, *title_words, *user_id, meta, branch_of, found.history_key)
+            values = (*title, *user_id, meta, branch_of, found.history_key)
             connection.execute(_UPDATE_HISTORY, values)
             return _history(connection, scope, chat_history_id)
 
