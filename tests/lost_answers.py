@@ -7,12 +7,13 @@ Every call that writes, to be cut off after it has done its work, whose answer g
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import pytest
 from haystack.components.agents import Agent
 from haystack.components.generators.chat import MockChatGenerator
 from haystack.dataclasses import ChatMessage
@@ -169,6 +170,39 @@ CHANGES: dict[str, Callable[[Call], Any]] = {
     "run an agent": _agent_run,
 }
 
+#: What the fast suite also cuts off when it is called asynchronously: one of each kind.
+BOTH_WAYS = {"write", "write without ids", "replace", "purge", "import a file of several", "run an agent"}
+#: What goes from slot to slot on a cluster. The fast suite cuts off nothing else there.
+FROM_SLOT_TO_SLOT = {
+    "delete a history with branches",
+    "delete all",
+    "delete a user",
+    "purge",
+    "copy",
+    "make a branch",
+    "claim",
+    "rename",
+    "import a file of several",
+}
+
+
+def both_ways(left_out: Collection[str] = (), *, sync: Collection[str] = CHANGES, async_: Collection[str] = BOTH_WAYS):
+    """
+    Mark a test that makes each change, synchronously and asynchronously.
+
+    :param left_out: Changes that it does not make.
+    :param sync: The changes that it makes synchronously in the fast suite.
+    :param async_: Those that it makes asynchronously there.
+    """
+    cases = [
+        pytest.param(way, change, marks=[] if change in in_fast_suite else pytest.mark.full)
+        for way, in_fast_suite in (("sync", sync), ("async", async_))
+        for change in CHANGES
+        if change not in left_out
+    ]
+    return pytest.mark.parametrize(("calls", "change"), cases, indirect=["calls"])
+
+
 #: By its name, each method of a store that only reads.
 READS: dict[str, Callable[[Call], Any]] = {
     "retrieve_messages": lambda call: call("retrieve_messages", "history"),
@@ -185,8 +219,11 @@ READS: dict[str, Callable[[Call], Any]] = {
 }
 
 
-#: Which answer of a call gets lost, one attempt after the other: each of the first, then fewer of those that follow.
-ATTEMPTS = [*range(12), *range(12, 30, 3), *range(30, 100, 10), *range(100, 1000, 100)]
+def attempts(*, is_full):
+    """Return which answer of a call gets lost, one attempt after the other: the first ones, then fewer and fewer."""
+    if is_full:
+        return [*range(12), *range(12, 30, 3), *range(30, 100, 10), *range(100, 1000, 100)]
+    return [*range(6), 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987]
 
 
 def begin(calls, store):

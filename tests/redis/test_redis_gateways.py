@@ -10,8 +10,8 @@ import pytest
 from gateways import Gateway
 from haystack.dataclasses import ChatMessage
 from haystack.utils import Secret
-from lost_answers import ATTEMPTS, CHANGES, begin, left, made
-from redis_stores import nodes_of, on_every_engine, on_one_server, say
+from lost_answers import FROM_SLOT_TO_SLOT, attempts, begin, both_ways, left, made
+from redis_stores import nodes_of, on_a_cluster, on_every_engine, on_every_server, on_one_server, say
 from servers import HOST, PASSWORD, RedisCluster, silent_port, wait_until
 from stopwatch import Stopwatch
 
@@ -179,14 +179,23 @@ def test_connections_are_kept_alive_unless_the_url_says_otherwise(make_store, mo
 # ---------------------------------------------------------------------- answers that get lost
 
 
-@on_every_engine
-@pytest.mark.parametrize("change", [change for change in CHANGES if change != "index"])
-def test_a_change_reports_what_it_did_whichever_answer_was_lost(gateways, make_store, calls, change):
-    store = make_store(last_k=None)
+@on_every_server
+@both_ways(left_out=["index"])
+def test_a_change_reports_what_it_did_whichever_answer_was_lost(gateways, make_store, calls, change, is_full):
+    lose_each_answer(gateways, make_store, calls, change, is_full=is_full)
 
+
+@on_a_cluster
+@both_ways(left_out=["index"], sync=FROM_SLOT_TO_SLOT, async_=[])
+def test_a_change_on_a_cluster_reports_what_it_did(gateways, make_store, calls, change, is_full):
+    lose_each_answer(gateways, make_store, calls, change, is_full=is_full)
+
+
+def lose_each_answer(gateways, make_store, calls, change, *, is_full):
+    store = make_store(last_k=None)
     before = begin(calls, store)
     expected = made(calls, store, change), left(calls, store, before)
-    for lost in ATTEMPTS:
+    for lost in attempts(is_full=is_full):
         store = make_store(last_k=None, namespace=f"{lost}")
         before = begin(calls, store)
         answers = [lost]
@@ -205,7 +214,7 @@ def test_a_change_reports_what_it_did_whichever_answer_was_lost(gateways, make_s
         assert (result, left(calls, store, before)) == expected, lost
         if answers[0] >= 0:
             break
-    assert 1 <= lost < 900
+    assert 1 <= lost < 900 and answers[0] >= 0
     calls.close(store)
 
 
