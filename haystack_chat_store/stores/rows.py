@@ -162,6 +162,10 @@ class FoundRow:
     score: float
 
 
+#: What a check says of a history whose column for its origin differs from its meta.
+WRONG_BRANCH = "Its column branch_of is not what its meta says."
+
+
 def branch_origin(chat_history_id: str, meta: str | None) -> str | None:
     """
     Return the id of the history that another one is a branch of, or `None` if it is no branch.

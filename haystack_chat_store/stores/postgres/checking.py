@@ -12,13 +12,14 @@ from typing import Any
 
 from haystack import logging
 
+from haystack_chat_store.ids import BRANCH_OF_KEY
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import BEGINNING
 from haystack_chat_store.stores.postgres.search import index_next
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
 from haystack_chat_store.stores.postgres.terms import tsvectors
-from haystack_chat_store.stores.rows import Scope
+from haystack_chat_store.stores.rows import WRONG_BRANCH, Scope, branch_origin
 from haystack_chat_store.types import Fault
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ async def _find_faults(session: Session, scope: Scope) -> list[_Found]:
         *await _wrong_counters(session, scope),
         *await _orphans(session),
         *await _unreadable_times(session, scope),
+        *await _wrong_branches(session, scope),
         *await _wrong_terms(session, scope),
     ]
 
@@ -114,6 +116,18 @@ async def _unreadable_times(session: Session, scope: Scope) -> list[_Found]:
     ]
 
 
+async def _wrong_branches(session: Session, scope: Scope) -> list[_Found]:
+    """Find histories whose column says otherwise than their meta which history they branched off."""
+    session.renew_deadline()
+    return [
+        _Found(history, None, WRONG_BRANCH, key, _set_origin)
+        for key, history, meta, branch_of in await session.fetch(
+            session.statements.origins, [scope.namespace, BRANCH_OF_KEY]
+        )
+        if branch_of != branch_origin(history, meta)
+    ]
+
+
 async def _wrong_terms(session: Session, scope: Scope) -> list[_Found]:
     """Find messages whose terms in the search index are not those of their contents."""
     found: list[_Found] = []
@@ -135,6 +149,12 @@ async def _wrong_terms(session: Session, scope: Scope) -> list[_Found]:
 async def _recount(session: Session, found: _Found) -> None:
     await session.fetch(session.statements.lock_key, [found.key])
     await session.run(session.statements.recount, {"key": found.key})
+
+
+async def _set_origin(session: Session, found: _Found) -> None:
+    """Set the column by the meta as it is now."""
+    for history, meta in await session.fetch(session.statements.lock_origin, [found.key]):
+        await session.run(session.statements.set_origin, [branch_origin(history, meta), found.key])
 
 
 async def _forget_terms(session: Session, found: _Found) -> None:

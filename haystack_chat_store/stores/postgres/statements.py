@@ -616,6 +616,16 @@ class Statements(NamedTuple):
     forget_terms: str = """
         UPDATE {messages} SET search_terms = NULL WHERE history_key = %s AND position = %s
     """
+    origins: str = """
+        SELECT history_key, chat_history_id, meta::text, branch_of FROM {histories}
+        WHERE namespace = %s AND (branch_of IS NOT NULL OR strpos(meta::text, %s) > 0) ORDER BY {by_id}
+    """
+    lock_origin: str = """
+        SELECT chat_history_id, meta::text FROM {histories} WHERE history_key = %s FOR UPDATE
+    """
+    set_origin: str = """
+        UPDATE {histories} SET branch_of = %s WHERE history_key = %s
+    """
     unreadable_times: str = """
         SELECT history_key, chat_history_id FROM {histories}
         WHERE namespace = %s AND NOT ({created_at_is_readable} AND {updated_at_is_readable}) ORDER BY {by_id}

@@ -11,9 +11,10 @@ from typing import Any
 
 from haystack import logging
 
+from haystack_chat_store.ids import BRANCH_OF_KEY
 from haystack_chat_store.json_values import parse_json
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import Scope
+from haystack_chat_store.stores.rows import UNCHANGED, WRONG_BRANCH, Scope, branch_origin
 from haystack_chat_store.stores.sqlite import schema
 from haystack_chat_store.stores.sqlite.connections import Database, damaged_texts_escaped, readable_rows
 from haystack_chat_store.stores.sqlite.directory import is_utf8
@@ -62,6 +63,12 @@ _HISTORIES = f"""
         FROM haystack_chat_histories)
     WHERE namespace = ?
 """
+_BRANCHES = """
+    SELECT history_key, CAST(chat_history_id AS TEXT), CAST(meta AS TEXT), CAST(branch_of AS TEXT)
+    FROM haystack_chat_histories
+    WHERE namespace = ?1 AND (branch_of IS NOT NULL OR instr(meta, ?2))
+"""
+_SET_BRANCH = "UPDATE haystack_chat_histories SET branch_of = ? WHERE history_key = ?"
 _MESSAGES_AND_TERMS = """
     SELECT CAST(chat_history_id AS TEXT), CAST(content AS TEXT), terms
     FROM haystack_chat_histories
@@ -114,6 +121,7 @@ class Checking(Engine[Database]):
             *_orphaned_messages(session, repair),
             *_faults_of_messages(session, scope),
             *_faults_of_histories(session, scope, repair),
+            *_faults_of_branches(session, scope, repair),
             *_faults_of_index(session, scope, repair),
         ]
         repaired = sum(fault.is_repaired for fault in faults)
@@ -211,6 +219,28 @@ def _faults_of_histories(session: Database, scope: Scope, repair: bool) -> list[
         with session.transaction() as connection:
             Histories(connection, scope, session.settings.search).recount(history_key)
     return faults
+
+
+def _faults_of_branches(session: Database, scope: Scope, repair: bool) -> list[Fault]:
+    """Find histories whose column says otherwise than their meta which history they branched off, and set it anew."""
+    faults = []
+    with session.connection() as connection:
+        wrong = _wrong_branches(connection, scope)
+    for history_key, (name, _) in wrong.items():
+        if repair:
+            with session.transaction() as connection:
+                _, origin = _wrong_branches(connection, scope).get(history_key, (name, UNCHANGED))
+                if origin is not UNCHANGED:  # unless its meta was set anew meanwhile
+                    connection.execute(_SET_BRANCH, (origin, history_key))
+        faults.append(Fault(chat_history_id=name, description=WRONG_BRANCH, is_repaired=repair))
+    return faults
+
+
+def _wrong_branches(connection: sqlite3.Connection, scope: Scope) -> dict[int, tuple[str, str | None]]:
+    """Return the ids of histories, and of those that their meta says they branched off, where the column differs."""
+    rows = readable_rows(connection, _BRANCHES, (scope.namespace, BRANCH_OF_KEY))
+    origins = ((key, name, stored, branch_origin(name, meta)) for key, name, meta, stored in rows)
+    return {key: (name, origin) for key, name, stored, origin in origins if stored != origin}
 
 
 def _damages(raw_name: bytes, name: str, columns: Sequence[Any]) -> list[str]:
