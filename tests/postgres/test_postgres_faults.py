@@ -190,3 +190,19 @@ def test_other_namespaces_are_not_looked_at(store, make_store, change):
     )
     assert faults(make_store(namespace="other"), repair=True) == []
     assert len(faults(store)) == 2 + 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["branch_of = NULL WHERE branch_of IS NOT NULL", "branch_of = 'another' WHERE chat_history_id = 'history'"],
+)
+def test_a_branch_that_is_not_what_its_meta_says_is_found_and_set_right(store, change, damage):
+    store.copy_messages("history", "history~1")
+    store.update_chat_history("history~1", meta={"branch_of": "history"})
+    assert faults(store) == []
+    change("UPDATE {0}.haystack_chat_histories SET " + damage)
+    (fault,) = faults(store)
+    assert "branch" in fault.description
+    assert faults(store, repair=True) == [replace(fault, is_repaired=True)]
+    assert faults(store) == []
+    assert {info.chat_history_id for info in store.list_chat_histories().items} == {"history", "another"}

@@ -635,3 +635,19 @@ def test_checking_keeps_no_writer_waiting(store):
     done.set()
     thread.join()
     assert store.count_messages("chat") == 3020
+
+
+@pytest.mark.parametrize(
+    "change", ["branch_of = NULL WHERE branch_of IS NOT NULL", "branch_of = 'another' WHERE chat_history_id = 'chat'"]
+)
+def test_a_branch_that_is_not_what_its_meta_says_is_found_and_set_right(two_histories, path, change):
+    listed = {info.chat_history_id for info in two_histories.list_chat_histories().items}
+    two_histories.copy_messages("chat", "chat~1")
+    two_histories.update_chat_history("chat~1", meta={"branch_of": "chat"})
+    assert faults_of(two_histories) == []
+    damage(path, f"UPDATE haystack_chat_histories SET {change}")
+    (fault,) = faults_of(two_histories)
+    assert "branch" in fault.description
+    assert faults_of(two_histories, repair=True) == [replace(fault, is_repaired=True)]
+    assert faults_of(two_histories) == []
+    assert {info.chat_history_id for info in two_histories.list_chat_histories().items} == listed
