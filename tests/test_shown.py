@@ -315,6 +315,11 @@ class TestPairing:
         results = [answer_to(origin, name) for origin, name in zip(origins, ("Oslo", "Rome"), strict=True)]
         assert self.shown_results([ROME, OSLO], results) == [("Rome", "Rome"), ("Oslo", "Oslo")]
 
+    def test_an_id_that_several_calls_have_tells_nothing_without_their_arguments(self):
+        calls = [replace(call, id="same") for call in (OSLO, ROME)]
+        results = [answer_to(ToolCall("weather", {"city": "Paris"}, id="same"), "Paris")]
+        assert self.shown_results(calls, results) == [("Oslo", INTERRUPTED), ("Rome", INTERRUPTED)]
+
     def test_where_nothing_is_known_the_order_counts(self):
         results = [answer_to(ToolCall("", {}), name) for name in ("first", "second")]
         assert self.shown_results([ROME, OSLO], results) == [("Rome", "first"), ("Oslo", "second")]

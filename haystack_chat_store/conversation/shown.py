@@ -148,7 +148,7 @@ def messages_for_model(
 
 def merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """
-    Join user messages that follow each other, and replies without tool calls.
+    Join user messages that follow each other, and replies. (What follows a call is its result.)
 
     :param messages: Messages for a model. They are not changed.
     """
@@ -159,7 +159,6 @@ def merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
             last is not None
             and last.role is message.role
             and message.role in (ChatRole.USER, ChatRole.ASSISTANT)
-            and not (last.tool_calls or message.tool_calls)
         ):
             both = _joined([last, provider_content.without_provider_content(message)])
             joined[-1] = _marked(provider_content.up_to_date(both))

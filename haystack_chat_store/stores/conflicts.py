@@ -66,7 +66,7 @@ def planned(
     :raises ChatHistoryChangedError: If the history has another revision, unless the whole batch is stored already.
     :raises DuplicateMessageError: If an id is known, and the policy is FAIL.
     """
-    if equal and policy is not DuplicatePolicy.FAIL and all(message.message_id in equal for message in messages):
+    if equal and all(message.message_id in equal for message in messages):
         return Plan([], {})
     check_revision(expected_revision, revision)
     if known and policy is DuplicatePolicy.FAIL:

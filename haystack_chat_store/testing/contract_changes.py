@@ -216,6 +216,7 @@ class Rule19ChangesTest(ContractTest):
 
         def all_deleted() -> None:
             calls.delete_all(store)
+            calls.delete_all(store)  # which finds nothing
             rewritten()
 
         def erased() -> None:
