@@ -40,6 +40,7 @@ from haystack_chat_store.stores.sqlite.files import (
     remove_empty_log,
     write_log_to_database,
 )
+from haystack_chat_store.stores.sqlite.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class Database:
     The connections to one file, and the threads that use them for asynchronous calls.
 
     Calls that read open connections that cannot change the file. The first call that writes makes it.
+
+    :ivar turns: The writers that share a transaction if they wait for each other.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -103,6 +106,7 @@ class Database:
         self._readers: ThreadPoolExecutor | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._executors_lock = threading.Lock()
+        self.turns = Turns(self)
 
     def begin_call(self, deadline: float) -> None:
         """
@@ -222,6 +226,7 @@ class Database:
 
     def after_fork_in_child(self) -> None:
         """Neither use nor close the connections that were still lent, and open no others to their file."""
+        self.turns.after_fork_in_child()
         for connection in self._lent:
             keep_alive_forever(connection)
             connection.is_inherited = True
