@@ -139,12 +139,15 @@ class Database:
             connection.execute("COMMIT")
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(
+        self, before_commit: Callable[[sqlite3.Connection], None] | None = None
+    ) -> Iterator[sqlite3.Connection]:
         """
         Lend a connection for one write transaction: rolled back if anything is raised.
 
         It is committed at the end, unless the caller has committed it. Then no other thread writes until the end.
 
+        :param before_commit: What to do at the end if nothing was raised.
         :raises StoreTimeoutError: If other threads keep the database busy for longer than the timeout.
         """
         deadline = self._deadline()
@@ -158,6 +161,8 @@ class Database:
                 except ChatMessageStoreError:
                     connection.execute("ROLLBACK")
                     raise
+                if before_commit is not None:
+                    before_commit(connection)
                 if connection.in_transaction:
                     connection.execute("COMMIT")
             except BaseException as error:

@@ -123,7 +123,7 @@ def _size_to_share(operation: Callable[..., Any], arguments: Sequence[Any]) -> i
     """Return the number of characters of a write that may share a transaction, or `None` if it may not: it may last."""
     name = operation.__name__
     if name == "append":
-        size = sum(len(message.content) for message in arguments[2])
+        size = sum([len(message.content) for message in arguments[2]])
         return size if size <= MAX_SIZE else None
     return 0 if name in _BRIEF_WRITES else None
 

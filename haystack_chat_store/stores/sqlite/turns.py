@@ -127,20 +127,21 @@ class Turns:
         :param deadline: How long to wait for locks, as a time of `time.monotonic`.
         :param size: The number of its characters.
         """
-        write = _WriteOfThread(call, deadline, size)
-        write.has_turn = self._turn.acquire(blocking=False)
-        try:
-            if not write.has_turn:
-                self._threads.append(write)
-                if self._turn.acquire(blocking=False):  # which became free before anybody could see this write
-                    self._pass_on()
-                self._wait(write)
-            if write.has_turn:
-                self._make(write)
-            return write.outcome()
-        finally:
-            if write.has_turn:
+        if not self._turn.acquire(blocking=False):
+            write = _WriteOfThread(call, deadline, size)
+            self._threads.append(write)
+            if self._turn.acquire(blocking=False):  # which became free before this write could be seen
                 self._pass_on()
+            self._wait(write)
+            if not write.has_turn:
+                return write.outcome()
+        group = _Group(self._database, self._next)
+        try:
+            return group.make(call, deadline)
+        finally:
+            if group.taken:
+                _answer(group.taken)
+            self._pass_on()
 
     async def run_async(self, call: Callable[[WriteSession], Any], deadline: float, size: int) -> Any:
         """
@@ -210,24 +211,19 @@ class Turns:
     def _make_for_tasks(self) -> None:
         """Make the writes of tasks, unless a thread has the turn, which makes them along with its own."""
         self._is_writer_called = False
-        if self._turn.acquire(blocking=False):
-            try:
-                write = _first(self._tasks)
-                if write is not None:
-                    self._make(write)
-            finally:
-                self._pass_on()
-
-    def _make(self, write: _Write) -> None:
-        """Make a write and those that wait in one transaction, and answer all."""
-        group = _Group(self._database, self._next)
-        self._database.begin_call(write.deadline)
+        if not self._turn.acquire(blocking=False):
+            return
         try:
-            write.result = write.call(group)
-        except BaseException as error:
-            group.fail(error)
-            write.error = group.explained(error)
-        _answer([write, *group.taken])
+            write = _first(self._tasks)
+            if write is not None:
+                group = _Group(self._database, self._next)
+                try:
+                    write.result = group.make(write.call, write.deadline)
+                except BaseException as error:
+                    write.error = error
+                _answer([write, *group.taken])
+        finally:
+            self._pass_on()
 
     def _next(self, number: int) -> _Write | None:
         """Take the next write that waits: of a thread and of a task in turn."""
@@ -253,14 +249,26 @@ class _Group:
         self._next = next_write
         self._committed: list[sqlite3.Cursor] = []
 
-    @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Lend a connection for the write. What is raised until others share the transaction concerns it alone."""
-        with self._database.transaction() as connection:
-            yield connection
-            self._make_others(connection)
-            # One step of the interpreter: if an exception comes from outside, it is still known whether this happened.
-            self._committed.extend(map(connection.execute, ("COMMIT",)))
+    def make(self, call: Callable[[WriteSession], Any], deadline: float) -> Any:
+        """Make the write that has the turn, and those that wait."""
+        self._database.begin_call(deadline)
+        try:
+            return call(self)
+        except sqlite3.Error as error:
+            self._fail(error)
+            raise self._explained(error) from failures.cause_of_explained(error)
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
+        """Lend a connection for the write that has the turn. What it raises concerns it alone."""
+        return self._database.transaction(self._end)
+
+    def _end(self, connection: sqlite3.Connection) -> None:
+        self._make_others(connection)
+        # One step of the interpreter: if an exception comes from outside, it is still known whether this happened.
+        self._committed.extend(map(connection.execute, ("COMMIT",)))
 
     def _make_others(self, connection: sqlite3.Connection) -> None:
         size = 0
@@ -275,18 +283,15 @@ class _Group:
             except Exception as error:
                 if not connection.in_transaction:  # SQLite has undone all of it
                     raise
-                write.error = self.explained(error)
+                write.error = self._explained(error) if isinstance(error, sqlite3.Error) else error
 
-    def fail(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Let all that were taken fail, because the transaction did. If it was committed, they did not."""
         for write in () if self._committed else self.taken:
             if write.error is None:
-                write.error = self.explained(error) if isinstance(error, sqlite3.Error) else _interrupted()
+                write.error = self._explained(error) if isinstance(error, sqlite3.Error) else _interrupted()
 
-    def explained(self, error: BaseException) -> BaseException:
-        """Return what a caller is told of an error."""
-        if not isinstance(error, sqlite3.Error):
-            return error
+    def _explained(self, error: sqlite3.Error) -> ChatMessageStoreError:
         explanation = failures.explained(error, self.settings.path, self.settings.timeout)
         explanation.__cause__ = failures.cause_of_explained(error)
         return explanation
