@@ -227,6 +227,8 @@ class Turns:
 
     def _next(self, number: int) -> _Write | None:
         """Take the next write that waits: of a thread and of a task in turn."""
+        if not self._threads and not self._tasks:
+            return None
         if number % 2:
             return _first(self._threads) or _first(self._tasks)
         return _first(self._tasks) or _first(self._threads)
@@ -241,6 +243,8 @@ class _Group:
 
     :ivar taken: The other writes that were taken.
     """
+
+    __slots__ = ("_committed", "_database", "_next", "settings", "taken")
 
     def __init__(self, database: "Database", next_write: Callable[[int], _Write | None]) -> None:
         self.settings = database.settings
@@ -267,8 +271,9 @@ class _Group:
 
     def _end(self, connection: sqlite3.Connection) -> None:
         self._make_others(connection)
-        # One step of the interpreter: if an exception comes from outside, it is still known whether this happened.
-        self._committed.extend(map(connection.execute, ("COMMIT",)))
+        if self.taken:
+            # One step of the interpreter: if an exception comes from outside, it is still known whether it committed.
+            self._committed.extend(map(connection.execute, ("COMMIT",)))
 
     def _make_others(self, connection: sqlite3.Connection) -> None:
         size = 0
