@@ -18,6 +18,7 @@ from haystack_chat_store.stores.sqlite import failures
 from haystack_chat_store.stores.sqlite.connections import Database, damaged_texts_escaped, readable_rows
 from haystack_chat_store.stores.sqlite.histories import Histories
 from haystack_chat_store.stores.sqlite.term_index import TermIndex
+from haystack_chat_store.stores.sqlite.turns import WriteSession
 from haystack_chat_store.stores.sqlite.visibility import IS_VISIBLE, IS_VISIBLE_HISTORY, visible_history
 from haystack_chat_store.stores.times import microseconds_now, readable_time
 from haystack_chat_store.stores.usage import UsageCounter
@@ -165,7 +166,7 @@ class Directory(Engine[Database]):
 
     def update_history(
         self,
-        session: Database,
+        session: WriteSession,
         scope: Scope,
         chat_history_id: str,
         change: HistoryChange,
@@ -184,7 +185,7 @@ class Directory(Engine[Database]):
             connection.execute(_UPDATE_HISTORY, values)
             return _history(connection, scope, chat_history_id)
 
-    def create_history(self, session: Database, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
+    def create_history(self, session: WriteSession, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
         """Insert the row, unless it is there."""
         now = microseconds_now()
         with session.transaction() as connection:
@@ -206,7 +207,7 @@ class Directory(Engine[Database]):
             histories.rename(history, new_id)
             return _history(connection, scope, new_id)
 
-    def renew(self, session: Database, scope: Scope, chat_history_id: str) -> None:
+    def renew(self, session: WriteSession, scope: Scope, chat_history_id: str) -> None:
         """Change the row."""
         with session.transaction() as connection:
             Histories(connection, scope, session.settings.search).renew(chat_history_id)
