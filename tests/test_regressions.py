@@ -272,6 +272,33 @@ def test_a_child_forked_during_a_long_write_is_told_that_it_cannot_use_the_file(
 
 
 @forks
+def test_a_fork_waits_for_a_database_in_the_making(new_sqlite_store, monkeypatch):
+    """Its connection holds locks of SQLite that all files share. A child that gets them held waits for ever."""
+    store, other = new_sqlite_store(), new_sqlite_store("other.db")
+    migrate, is_begun, is_made = connections.schema.migrate, threading.Event(), threading.Event()
+
+    def migrate_while_the_process_forks(connection, path):
+        is_begun.set()
+        while not connections.databases.get(store.engine.settings)._is_forking:
+            time.sleep(0.001)
+        time.sleep(0.2)
+        migrate(connection, path)
+        is_made.set()
+
+    monkeypatch.setattr(connections.schema, "migrate", migrate_while_the_process_forks)
+    thread = threading.Thread(target=store.write_messages, args=("history", [ChatMessage.from_user("Hi!")]))
+    thread.start()
+    assert is_begun.wait(HANG_LIMIT)
+    assert in_child(is_made.is_set)
+    thread.join()
+    monkeypatch.undo()
+    assert in_child(
+        lambda: [each.write_messages("history", [ChatMessage.from_user("From a child")]) for each in (store, other)]
+    ) == [1, 1]
+    assert texts(store.retrieve_messages("history")) == ["Hi!", "From a child"]
+
+
+@forks
 def test_a_child_that_frees_a_connection_of_its_parent_does_not_damage_the_file(new_sqlite_store, monkeypatch):
     monkeypatch.setattr(connections, "_MIN_FORK_WAIT_SECONDS", 0.1)
     store = new_sqlite_store(timeout=0.05)

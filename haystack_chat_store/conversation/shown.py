@@ -155,11 +155,7 @@ def merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     joined: list[ChatMessage] = []
     for message in messages:
         last = joined[-1] if joined else None
-        if (
-            last is not None
-            and last.role is message.role
-            and message.role in (ChatRole.USER, ChatRole.ASSISTANT)
-        ):
+        if last is not None and last.role is message.role and message.role in (ChatRole.USER, ChatRole.ASSISTANT):
             both = _joined([last, provider_content.without_provider_content(message)])
             joined[-1] = _marked(provider_content.up_to_date(both))
         else:

@@ -380,7 +380,9 @@ class Database:
         path = self.settings.path
         if not has_content(path) and identity(path) is None:
             remove_empty_log(path)
-            make_database(path, self.settings.timeout, lambda connection: schema.migrate(connection, path))
+            make_database(
+                path, self.settings.timeout, self._lent_aside, lambda connection: schema.migrate(connection, path)
+            )
         before = identity(path)
         if before is None:
             return None
@@ -438,6 +440,15 @@ class Database:
                 if not self._is_forking:
                     return self._lent_to_this_thread(connect())
             time.sleep(_POLL_SECONDS)
+
+    @contextmanager
+    def _lent_aside(self, connect: Callable[[], Connection]) -> Iterator[Connection]:
+        """Lend a new connection to another file. A fork waits for it, too: SQLite's files share locks in memory."""
+        connection = self._lent_new(connect)
+        try:
+            yield connection
+        finally:
+            self._take_back(connection, is_sound=False)
 
     def _lent_idle(self, *kinds: list[Connection]) -> Connection | None:
         """Lend an idle connection of the first kind that has any, as soon as this process does not fork."""

@@ -15,7 +15,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -190,17 +190,23 @@ def connected(path: str, timeout: float) -> Connection:
     return connection
 
 
-def make_database(path: str, timeout: float, prepare: Callable[[Connection], None]) -> None:
+def make_database(
+    path: str,
+    timeout: float,
+    lent: Callable[[Callable[[], Connection]], AbstractContextManager[Connection]],
+    prepare: Callable[[Connection], None],
+) -> None:
     """
     Make a new database. It appears at the path when it is complete and on the disk, so none that is half made is moved.
 
     If another process is faster, its database stays.
 
+    :param lent: Lends a new connection, which is closed at the end.
     :param prepare: Makes the tables. A power cut in the middle leaves no trace at the path: nothing need be flushed.
     """
     temporary = os.path.join(os.path.dirname(path), f"{_TEMPORARY}{uuid4().hex}")
     with suppress(FileExistsError), _appearing(temporary, path):
-        with closing(_connected(temporary, timeout, uri=False)) as connection:
+        with lent(lambda: _connected(temporary, timeout, uri=False)) as connection:
             connection.execute("PRAGMA synchronous = off")
             connection.execute("PRAGMA journal_mode = memory")
             prepare(connection)

@@ -251,6 +251,7 @@ class Histories:
         rounds = round_count(plan.new)
         for (key, role), message in plan.replaced.items():
             self.connection.execute(_REPLACE_MESSAGE, (message.role, history.revision + 1, message.content, key))
+            self.index.remove(key, key)
             self.index.add([(key, message.content)])
             rounds += (message.role == ChatRole.USER.value) - (role == ChatRole.USER.value)
         self._append(history, plan.new, now)

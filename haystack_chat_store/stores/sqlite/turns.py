@@ -251,7 +251,7 @@ class _Group:
         self.taken: list[_Write] = []
         self._database = database
         self._next = next_write
-        self._committed: list[sqlite3.Cursor] = []
+        self._committed: list[bool] = []
 
     def make(self, call: Callable[[WriteSession], Any], deadline: float) -> Any:
         """Make the write that has the turn, and those that wait."""
@@ -273,7 +273,8 @@ class _Group:
         self._make_others(connection)
         if self.taken:
             # One step of the interpreter: if an exception comes from outside, it is still known whether it committed.
-            self._committed.extend(map(connection.execute, ("COMMIT",)))
+            # The cursor is not kept: it would go when the connection is lent no more, perhaps in the middle of a fork.
+            self._committed.extend(map(bool, map(connection.execute, ("COMMIT",))))
 
     def _make_others(self, connection: sqlite3.Connection) -> None:
         size = 0
