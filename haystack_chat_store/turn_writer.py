@@ -11,7 +11,7 @@ from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.rounds import round_count
-from haystack_chat_store.conversation.turns import answer_of, is_whole, last_question, turn_of, with_message_ids
+from haystack_chat_store.conversation.turns import answer_of, is_whole, last_question, turn_of, validate_question, with_message_ids
 from haystack_chat_store.errors import ChatHistoryChangedError, DuplicateMessageError, MessageNotFoundError
 from haystack_chat_store.ids import (
     MESSAGE_ID_KEY,
@@ -119,7 +119,7 @@ class TurnWriter:
         :param chat_history_id: The history's id.
         :param messages: The messages of this turn, oldest first. They are not changed.
         :param replies: The replies to them. They are not changed.
-        :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises ValueError: If an argument is wrong, or the question says nothing. Nothing was written.
         :raises MessageNotFoundError: If the message to take back is not there. Nothing was written.
         :raises ConflictError: If the options forbid the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
@@ -165,6 +165,7 @@ class TurnWriter:
         return turn
 
     def _requests(self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]) -> _Requests:
+        validate_question(messages, "messages")
         if self._replaced_id is not None:
             return (yield from self._replacing_requests(messages, replies, self._replaced_id))
         turn = yield from self._stored_turn(messages, replies)

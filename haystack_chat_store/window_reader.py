@@ -24,7 +24,7 @@ from haystack_chat_store.conversation.rounds import (
     round_count,
 )
 from haystack_chat_store.conversation.shown import messages_for_model
-from haystack_chat_store.conversation.turns import answer_of, last_question, up_to_turn
+from haystack_chat_store.conversation.turns import answer_of, last_question, up_to_turn, validate_question
 from haystack_chat_store.errors import MessageNotFoundError
 from haystack_chat_store.ids import message_id_of
 from haystack_chat_store.types import ChatMessageStore
@@ -232,7 +232,7 @@ class WindowReader:
         :param current_messages: The messages of this turn.
         :param last_k: The number of rounds before the turn; 0 for none. Defaults to this reader's `last_k`.
         :param until_message_id: The id of the last message to read. Defaults to `None`: the last one of the history.
-        :raises ValueError: If an argument is wrong.
+        :raises ValueError: If an argument is wrong, or the question says nothing.
         :raises MessageNotFoundError: If the history does not have `until_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
@@ -436,6 +436,7 @@ class _End:
     @classmethod
     def before_turn_of(cls, current_messages: Sequence[ChatMessage], until_message_id: str | None) -> "_End":
         """Return the end before the turn of the last question. If it has an id, it is probably stored, and the last."""
+        validate_question(current_messages, "current_messages")
         question_id = usable_id_of(last_question(current_messages))
         return cls(_validated_until(until_message_id), question_id, _size_after=0 if question_id is None else 1)
 

@@ -123,7 +123,7 @@ class ChatMessageWriter:
               stored messages. System messages are among them as they came, though the store may skip them.
             - `replies`: the replies of the turn as the history has them. If the question was answered before, this is
               the stored answer.
-        :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises ValueError: If an argument is wrong, or the question says nothing. Nothing was written.
         :raises ChatHistoryAccessError: If the history is another user's. Nothing was written.
         :raises MessageNotFoundError: If the history does not have `replace_from_message_id`. Nothing was written.
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
@@ -159,7 +159,7 @@ class ChatMessageWriter:
         :param replace_from_message_id: The id of the first message that the batch takes the place of. Defaults to
             `None`: the batch is appended.
         :returns: A dictionary with the keys `messages_written`, `messages` and `replies`.
-        :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises ValueError: If an argument is wrong, or the question says nothing. Nothing was written.
         :raises ChatHistoryAccessError: If the history is another user's. Nothing was written.
         :raises MessageNotFoundError: If the history does not have `replace_from_message_id`. Nothing was written.
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.

@@ -95,6 +95,24 @@ def last_question(messages: Sequence[ChatMessage]) -> ChatMessage | None:
     return next((each for each in reversed(messages) if is_question(each) and question_id_of(each) is None), None)
 
 
+def validate_question(messages: Sequence[ChatMessage], name: str) -> None:
+    """
+    Check that the messages of a turn say something, if a user message is among them.
+
+    A reply to a user message that says nothing would pass for a reply to the question before it.
+
+    :param messages: The messages of a turn. There may be no user message: then the turn before goes on.
+    :param name: The name of the argument.
+    :raises ValueError: If there are user messages, and none of them says anything.
+    """
+    asked = [index for index, each in enumerate(messages) if each.role is ChatRole.USER and question_id_of(each) is None]
+    if asked and last_question(messages) is None:
+        raise ValueError(
+            f"{name}[{asked[-1]}] says nothing: a question needs a text that is not blank, an image or a file. Nothing "
+            "was written."
+        )
+
+
 def up_to_turn(messages: Sequence[ChatMessage], question_id: str | int) -> tuple[list[ChatMessage], list[ChatMessage]]:
     """
     Return the messages before a turn, and the messages of the turn. What other turns have said since is left out.

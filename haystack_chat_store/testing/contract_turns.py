@@ -4,7 +4,7 @@
 from typing import Any
 
 import pytest
-from haystack.dataclasses import ChatMessage
+from haystack.dataclasses import ChatMessage, ImageContent
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, ids, texts
@@ -40,6 +40,31 @@ class Rule26TurnsTest(ContractTest):
         assert first.messages == again.messages == stored
         assert first.replies == again.replies == stored[1:]
         assert stored[1].meta["chat_question_id"] == "q"
+
+    @pytest.mark.parametrize("text", ["", " \n"])
+    def test_question_that_says_nothing_is_refused_and_the_turn_before_stays(
+        self, store: ClosableStore, calls: Calls, text: str
+    ) -> None:
+        stored = self._write(store, calls, [with_id("q", "question")], [_reply("answer")]).messages
+        blank = with_id("blank", text)
+        for call in (
+            lambda: self._write(store, calls, [blank]),
+            lambda: self._write(store, calls, [blank], [_reply("answer to nothing")]),
+            lambda: self._read(store, calls, [blank]),
+        ):
+            with pytest.raises(ValueError, match=r"messages\[0\] says nothing"):
+                call()
+        assert calls.retrieve(store, "chat") == stored
+        answer = self._read(store, calls, [with_id("q")]).answer([with_id("q")])
+        assert answer == stored[1]
+
+    def test_question_may_be_an_image_alone(self, store: ClosableStore, calls: Calls) -> None:
+        picture = ChatMessage.from_user(
+            content_parts=[ImageContent("cGl4ZWxz", mime_type="image/png")], meta={"chat_message_id": "picture"}
+        )
+        self._write(store, calls, [with_id("q", "question")], [_reply("answer")])
+        (reply,) = self._write(store, calls, [picture], [_reply("a cat")]).replies
+        assert reply.meta["chat_question_id"] == "picture"
 
     @pytest.mark.parametrize("other_turns", [0, 1, 30])
     def test_question_is_written_first_and_its_answer_later(

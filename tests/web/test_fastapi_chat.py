@@ -103,6 +103,18 @@ def test_a_conversation_is_streamed_kept_and_found(service, connect):
     assert (ada.texts("trip"), len(ada.texts("other"))) == ([], 2)
 
 
+@pytest.mark.parametrize("text", ["", " "])
+def test_a_question_that_says_nothing_is_refused_before_it_is_stored(service, connect, text):
+    ada, chat = connect(service), f"blank{len(text)}"
+    ada.ask(chat, "My name is Ada.", "1")
+    before = ada.texts(chat)
+    for method, path in (("POST", f"/chats/{chat}/messages"), ("PUT", f"/chats/{chat}/messages/1")):
+        refused = ada.send(method, path, json={"text": text, "request_id": "2"})
+        assert (refused.status_code, refused.json()["error"]) == (422, "ValueError")
+    assert ada.texts(chat) == before
+    assert ada.ask(chat, "My name is Ada.", "1")[1] == before[1]
+
+
 def test_users_see_only_their_own_conversations(service, connect):
     grace, mallory = connect(service, "grace"), connect(service, "mallory")
     grace.ask("secret", "The code is 1234.", "1")
