@@ -11,7 +11,14 @@ from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.rounds import round_count
-from haystack_chat_store.conversation.turns import answer_of, is_whole, last_question, turn_of, validate_question, with_message_ids
+from haystack_chat_store.conversation.turns import (
+    answer_of,
+    is_whole,
+    last_question,
+    turn_of,
+    validate_question,
+    with_message_ids,
+)
 from haystack_chat_store.errors import ChatHistoryChangedError, DuplicateMessageError, MessageNotFoundError
 from haystack_chat_store.ids import (
     MESSAGE_ID_KEY,

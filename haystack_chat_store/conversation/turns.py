@@ -105,7 +105,9 @@ def validate_question(messages: Sequence[ChatMessage], name: str) -> None:
     :param name: The name of the argument.
     :raises ValueError: If there are user messages, and none of them says anything.
     """
-    asked = [index for index, each in enumerate(messages) if each.role is ChatRole.USER and question_id_of(each) is None]
+    asked = [
+        index for index, each in enumerate(messages) if each.role is ChatRole.USER and question_id_of(each) is None
+    ]
     if asked and last_question(messages) is None:
         raise ValueError(
             f"{name}[{asked[-1]}] says nothing: a question needs a text that is not blank, an image or a file. Nothing "
