@@ -82,10 +82,11 @@ async def turn(events: Any, mine: Store, chat: str, question: Any, replace: Any 
     async def on_chunk(chunk: StreamingChunk) -> None:
         events.put_nowait(("token", chunk.content))
 
-    retriever, writer = ChatMessageRetriever(mine, last_k=None, max_tokens=8000), ChatMessageWriter(mine)
+    retriever = ChatMessageRetriever(mine, last_k=None, max_tokens=8000)
+    writer = ChatMessageWriter(mine, question_is_stored=True)  # a chat that is deleted meanwhile stays deleted
     try:
         if replace is None:
-            question = (await writer.run_async(chat, question))["messages"]
+            question = (await ChatMessageWriter(mine).run_async(chat, question))["messages"]
         shown = await retriever.run_async(chat, current_messages=[SYSTEM, *question], **show)
         events.put_nowait(("question", [message.to_dict() for message in question]))
         asked = shown if "replies" in shown else await llm.run_async(shown["messages"], streaming_callback=on_chunk)

@@ -212,6 +212,12 @@ def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_rev
     return options
 
 
+def takes_revisions(store: ChatMessageStore) -> bool:
+    """Whether a store says which revision it has read, and can refuse a write to a history that has another one."""
+    parameters = inspect.signature(store.write_messages).parameters
+    return hasattr(store, "retrieve_window") and "expected_revision" in parameters
+
+
 async def write_async(
     store: ChatMessageStore, chat_history_id: str, messages: list[ChatMessage], **options: Any
 ) -> int:

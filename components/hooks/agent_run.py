@@ -62,6 +62,7 @@ class AgentRun:
         tried again with the same messages. Otherwise `None`.
     :param replaces: The id of the first message that the run takes the place of, also after it was replaced.
     :param question_id: The id of the user message that the run answers.
+    :param is_question_stored: Whether the question is known to have been stored.
     :param steps: The number of messages of the turn after its question that are stored or wait to be stored.
     :param given: The ids of the messages that the run began with. The run produced all other messages.
     :param known: The ids of the messages that are stored or wait to be stored.
@@ -78,6 +79,7 @@ class AgentRun:
     tried: int | None = None
     replaces: str | None = None
     question_id: str | None = None
+    is_question_stored: bool = False
     steps: int = 0
     given: set[str] = field(default_factory=set)
     known: set[str] = field(default_factory=set)

@@ -228,6 +228,7 @@ class ChatHistoryLoader:
         run.collect(run.give([m for m in current if is_said(m) and message_id(m) not in new_ids]))
         if new:
             run.question_id = last_question_id(new) or last_question_id(current) or last_question_id(history)
+            run.is_question_stored = last_question_id(new) is None and run.question_id in run.known
             run.steps = max(len(turn_of(history, run.question_id)) - 1, 0) if run.question_id is not None else 0
             loaded = messages_for_model(history, [*system, *new], portable=self.portable, model=self.model)
             run.collect(_until_last_hidden(new, loaded))
@@ -301,6 +302,7 @@ class ChatHistoryLoader:
             yield window
             before = before_turn(window.messages, turn)
         run.question_id, run.steps = last_question_id(turn), max(len(turn) - 1, 0)
+        run.is_question_stored = run.question_id is not None
         run.exit_reason = exit_reason(turn, self.exit_conditions or ())
         return messages_for_model(run.know([*before, *turn]), system, portable=self.portable, model=self.model)
 

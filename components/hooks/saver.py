@@ -18,12 +18,16 @@ from haystack_chat_store.errors import (
     MessageNotFoundError,
 )
 from haystack_chat_store.ids import MESSAGE_ID_KEY
+from haystack_chat_store.turn_writer import question_is_gone
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_flag
 
 from .agent_run import AgentRun, correct_result, message_id, run_of, set_messages
 
 logger = logging.getLogger(__name__)
+
+# How often a write is tried again because others have written to the history meanwhile.
+_MOST_ATTEMPTS = 100
 
 # If a page does not have what is looked for, the next page is larger by this factor.
 _PAGE_GROWTH = 8
@@ -83,7 +87,9 @@ class ChatHistorySaver:
         for attempt in self._attempts(state, run):
             with attempt:
                 if isinstance(attempt, _Look):
-                    attempt.messages = protocol_calls.retrieve(store, run.chat_history_id, attempt.last_k).messages
+                    attempt.found = protocol_calls.retrieve(store, run.chat_history_id, attempt.last_k)
+                elif isinstance(attempt, _IsStored):
+                    attempt.answer = protocol_calls.has_message(store, run.chat_history_id, attempt.message_id)
                 elif attempt.replaced_id is None:
                     attempt.written = store.write_messages(run.chat_history_id, attempt.messages, **attempt.options)
                 else:
@@ -109,8 +115,11 @@ class ChatHistorySaver:
         for attempt in self._attempts(state, run):
             with attempt:
                 if isinstance(attempt, _Look):
-                    page = await protocol_calls.retrieve_async(store, run.chat_history_id, attempt.last_k)
-                    attempt.messages = page.messages
+                    attempt.found = await protocol_calls.retrieve_async(store, run.chat_history_id, attempt.last_k)
+                elif isinstance(attempt, _IsStored):
+                    attempt.answer = await protocol_calls.has_message_async(
+                        store, run.chat_history_id, attempt.message_id
+                    )
                 elif attempt.replaced_id is None:
                     attempt.written = await protocol_calls.write_async(
                         store, run.chat_history_id, attempt.messages, **attempt.options
@@ -174,14 +183,16 @@ class ChatHistorySaver:
             run.brought = len(run.unsaved) if is_before_run else 0
         return run
 
-    def _attempts(self, state: State, run: AgentRun) -> Iterator["_Attempt | _Look"]:
+    def _attempts(self, state: State, run: AgentRun) -> Iterator["_Attempt | _Look | _IsStored"]:
         if run.replaced_id is not None and not run.has_reply:
             return  # until then, the old messages stay
         size = run.tried or len(run.unsaved)
         while run.unsaved:
             attempt = _Attempt.of(run, size)
-            yield attempt
+            yield from self._tried(run, attempt)
             if attempt.error is None:
+                ids = map(message_id, attempt.messages)
+                run.is_question_stored |= attempt.replaced_id is not None or run.question_id in ids
                 run.replaced_id = run.expected_revision = run.tried = None
             if (
                 attempt.written == 0
@@ -219,6 +230,27 @@ class ChatHistorySaver:
                 return
             run.unsaved = run.unsaved[size:]
 
+    def _tried(self, run: AgentRun, attempt: "_Attempt") -> "Iterator[_Attempt | _Look | _IsStored]":
+        """Write. If the question was stored before, write only as long as the history has it."""
+        is_free = attempt.replaced_id is not None or bool(attempt.options) or not run.is_question_stored
+        if is_free or not protocol_calls.takes_revisions(self.chat_message_store):
+            yield attempt
+            return
+        for _ in range(_MOST_ATTEMPTS):
+            look, stored = _Look(1), _IsStored(str(run.question_id))
+            yield look
+            if look.error is None and run.question_id not in map(message_id, look.found.messages):
+                yield stored
+                if stored.error is None and not stored.answer:
+                    stored.error = question_is_gone(run.question_id)
+            attempt.error = look.error or stored.error
+            if attempt.error is not None:
+                return
+            attempt.options = {"expected_revision": look.found.revision}
+            yield attempt
+            if not isinstance(attempt.error, ChatHistoryChangedError):
+                return
+
     def _compare(self, state: State, run: AgentRun, written: list[ChatMessage]) -> Iterator["_Look"]:
         """
         Compare messages that the store has skipped with those that it has under their ids.
@@ -233,8 +265,8 @@ class ChatHistorySaver:
             yield look
             if look.error is not None and self.raise_on_failure:
                 raise look.error
-            stored = {message_id(message): message for message in look.messages}
-            if ids <= set(stored) or len(look.messages) < look.last_k:
+            stored = {message_id(message): message for message in look.found.messages}
+            if ids <= set(stored) or len(look.found.messages) < look.last_k:
                 break
             look = _Look(look.last_k * _PAGE_GROWTH)
         others = {message_id(each): stored.get(message_id(each), each) for each in written}
@@ -272,7 +304,15 @@ class _Look(_Call):
 
     def __init__(self, last_k: int) -> None:
         self.last_k = last_k
-        self.messages: list[ChatMessage] = []
+        self.found = protocol_calls.Retrieved([])
+
+
+class _IsStored(_Call):
+    """The question whether the history has a message and, afterwards, the answer."""
+
+    def __init__(self, message_id: str) -> None:
+        self.message_id = message_id
+        self.answer = False
 
 
 @dataclass

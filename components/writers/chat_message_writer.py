@@ -38,6 +38,7 @@ class ChatMessageWriter:
         policy: DuplicatePolicy = DuplicatePolicy.SKIP,
         *,
         require_user_id: bool = False,
+        question_is_stored: bool = False,
     ) -> None:
         """
         Create the component.
@@ -48,12 +49,17 @@ class ChatMessageWriter:
             SKIP, the default, and NONE, the message is skipped. With OVERWRITE, it replaces the stored message. With
             FAIL, nothing of the batch is written.
         :param require_user_id: Whether a run without a `user_id` is refused. Defaults to False.
+        :param question_is_stored: Whether the question of the replies must be stored already: for the writer after the
+            model, where another writer has stored the question before. Then a chat that is deleted while the model
+            answers stays deleted. A run with `replace_from_message_id` does not look for the question. Defaults to
+            False.
         :raises ValueError: If `chat_message_store` does not follow the protocol, or its `write_messages` does not take
             a `policy` and the policy is not SKIP or NONE.
         """
         self.chat_message_store = protocol_calls.validated_store(chat_message_store)
         self.policy = policy
         self.require_user_id = validated_flag(require_user_id, "require_user_id")
+        self.question_is_stored = validated_flag(question_is_stored, "question_is_stored")
         protocol_calls.write_options(self.chat_message_store, policy, None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,6 +69,7 @@ class ChatMessageWriter:
             chat_message_store=self.chat_message_store,
             policy=self.policy.name,
             require_user_id=self.require_user_id,
+            question_is_stored=self.question_is_stored,
         )
 
     @classmethod
@@ -125,12 +132,19 @@ class ChatMessageWriter:
               the stored answer.
         :raises ValueError: If an argument is wrong, or the question says nothing. Nothing was written.
         :raises ChatHistoryAccessError: If the history is another user's. Nothing was written.
-        :raises MessageNotFoundError: If the history does not have `replace_from_message_id`. Nothing was written.
+        :raises MessageNotFoundError: If the history does not have `replace_from_message_id` or, with
+            `question_is_stored`, the question. Nothing was written.
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
         store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
-        writer = TurnWriter(store, self.policy, expected_revision, replace_from_message_id)
+        writer = TurnWriter(
+            store,
+            self.policy,
+            expected_revision,
+            replace_from_message_id,
+            question_is_stored=self.question_is_stored,
+        )
         stored, stored_replies, names = _stored(messages, replies)
         with protocol_calls.arguments_named(names):
             return _outputs(writer.write(chat_history_id, stored, stored_replies))
@@ -161,12 +175,19 @@ class ChatMessageWriter:
         :returns: A dictionary with the keys `messages_written`, `messages` and `replies`.
         :raises ValueError: If an argument is wrong, or the question says nothing. Nothing was written.
         :raises ChatHistoryAccessError: If the history is another user's. Nothing was written.
-        :raises MessageNotFoundError: If the history does not have `replace_from_message_id`. Nothing was written.
+        :raises MessageNotFoundError: If the history does not have `replace_from_message_id` or, with
+            `question_is_stored`, the question. Nothing was written.
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
         store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
-        writer = TurnWriter(store, self.policy, expected_revision, replace_from_message_id)
+        writer = TurnWriter(
+            store,
+            self.policy,
+            expected_revision,
+            replace_from_message_id,
+            question_is_stored=self.question_is_stored,
+        )
         stored, stored_replies, names = _stored(messages, replies)
         with protocol_calls.arguments_named(names):
             return _outputs(await writer.write_async(chat_history_id, stored, stored_replies))

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from agent_programs import HISTORY, ids, questions, run_sync, tool
-from agent_runs import agent_with, asked, call, reply, result, says, stored_in, user
+from agent_runs import EARLIER, agent_with, asked, call, reply, result, says, stored_in, user
 from haystack.components.agents import State
 from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.hooks import hook
@@ -14,7 +14,7 @@ from haystack.token_counters import ApproximateTokenCounter
 
 from haystack_chat_store import ChatMessageStoreError
 from haystack_chat_store.conversation.shown import INTERRUPTED, UNANSWERED
-from haystack_chat_store.errors import ChatHistoryChangedError
+from haystack_chat_store.errors import ChatHistoryChangedError, MessageNotFoundError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 
 # ---------------------------------------------------------------------- what is stored, and seen again
@@ -372,6 +372,19 @@ def test_a_step_of_a_request_that_another_run_has_answered_is_not_stored(store, 
         run(agent, [user("Look!", chat_message_id="q")])
     assert says(stored_in(store)) == says([user("Look!"), reply("the first to be stored")])
     assert run(agent, [user("Look!", chat_message_id="q")])["last_message"].text == "the first to be stored"
+
+
+@pytest.mark.parametrize("raise_on_failure", [True, False])
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_a_history_that_is_deleted_while_the_model_answers_stays_deleted(store, run, raise_on_failure, is_resumed):
+    store.write_messages("h", EARLIER if is_resumed else [])
+    if is_resumed:
+        store.write_messages("h", [user("Look!", chat_message_id="q")])
+    replies = during(lambda: store.delete_chat_history("h"), reply(None, call("a")), reply("too late"))
+    agent = agent_with(store, *replies, hook_options={"raise_on_failure": raise_on_failure})
+    with pytest.raises(MessageNotFoundError, match="deleted while the model answered"):
+        run(agent, [user("Look!", chat_message_id="q")])
+    assert store.get_chat_history("h") is None
 
 
 def test_an_answer_is_not_stored_after_a_step_of_another_run(store, run):
