@@ -35,10 +35,6 @@ from haystack_chat_store.validation import usable_id_of, validated_id, validated
 _PAGE_GROWTH = 8
 
 
-# How often a write is tried again because others have written to the history meanwhile.
-_MOST_ATTEMPTS = 100
-
-
 @dataclass(frozen=True, kw_only=True)
 class WrittenTurn:
     """
@@ -259,7 +255,7 @@ class TurnWriter:
             return (yield _Write(batch))
         question = last_question(batch)
         question_id = question_id_of(batch[-1]) if question is None and batch else usable_id_of(question)
-        for _ in range(_MOST_ATTEMPTS):
+        for _ in range(protocol_calls.MOST_ATTEMPTS):
             page = yield _Revision()
             is_stored = question_id is not None and any(message_id_of(each) == question_id for each in page.messages)
             if not is_stored and (question_id is None or not (yield _IsStored(str(question_id)))):
@@ -397,8 +393,8 @@ class TurnWriter:
 def question_is_gone(question_id: str | int | None) -> MessageNotFoundError:
     """Return the error of an answer to a question that the history does not have any more."""
     return MessageNotFoundError(
-        f"The history has no question with the id {question_id!r}. It was deleted while the model answered. Nothing was "
-        "written."
+        f"The history has no question with the id {question_id!r}: it was deleted while the model answered. Nothing "
+        "was written."
     )
 
 

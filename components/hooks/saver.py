@@ -26,9 +26,6 @@ from .agent_run import AgentRun, correct_result, message_id, run_of, set_message
 
 logger = logging.getLogger(__name__)
 
-# How often a write is tried again because others have written to the history meanwhile.
-_MOST_ATTEMPTS = 100
-
 # If a page does not have what is looked for, the next page is larger by this factor.
 _PAGE_GROWTH = 8
 
@@ -236,7 +233,7 @@ class ChatHistorySaver:
         if is_free or not protocol_calls.takes_revisions(self.chat_message_store):
             yield attempt
             return
-        for _ in range(_MOST_ATTEMPTS):
+        for _ in range(protocol_calls.MOST_ATTEMPTS):
             look, stored = _Look(1), _IsStored(str(run.question_id))
             yield look
             if look.error is None and run.question_id not in map(message_id, look.found.messages):

@@ -134,6 +134,28 @@ def up_to_turn(messages: Sequence[ChatMessage], question_id: str | int) -> tuple
     return [message for group in groups[:place] for message in group], groups[place]
 
 
+def answers_to_others(messages: Sequence[ChatMessage], from_message_id: str) -> list[ChatMessage]:
+    """
+    Return the messages after a message that belong to questions before it, other than its own.
+
+    Turns at the same moment are stored mixed. If the end of a history is replaced, these messages stay with their
+    questions.
+
+    :param messages: The end of a history, oldest first.
+    :param from_message_id: The id of the message.
+    :returns: The messages. A question that one of them names may be gone.
+    """
+    ids = [message_id_of(message) for message in messages]
+    if from_message_id not in ids:
+        return []
+    first, *after = messages[ids.index(from_message_id) :]
+    own_id = question_id_of(first)
+    if own_id is None and first.role is not ChatRole.USER:
+        return []
+    own = {None, own_id, *ids[ids.index(from_message_id) :]}
+    return [message for message in after if question_id_of(message) not in own]
+
+
 def answer_of(turn: Sequence[ChatMessage]) -> ChatMessage | None:
     """
     Return the answer of a turn: its last reply, if the turn ends with it. `None` if it is not answered yet.
