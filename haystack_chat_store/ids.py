@@ -29,6 +29,9 @@ SHOWN_KEY = "chat_shown"
 #: The key in the `meta` of a question that came in a transcript: its place in the conversation, with a digest.
 TRANSCRIPT_KEY = "chat_transcript"
 
+#: The keys in the `meta` of messages that this package sets itself.
+OWN_META_KEYS = frozenset({MESSAGE_ID_KEY, QUESTION_ID_KEY, SHOWN_KEY, TRANSCRIPT_KEY})
+
 #: The key in the meta of a branch: the id of the history that it was copied from.
 BRANCH_OF_KEY = "branch_of"
 

@@ -270,7 +270,8 @@ def replace(
 
     :returns: The number of messages of the batch that were appended.
     """
-    requests, found = _replacing(store, from_message_id, messages, options), None
+    requests = _replacing(store, from_message_id, messages, options)
+    found: Any = None
     while True:
         try:
             request = requests.send(found)
@@ -295,7 +296,8 @@ async def replace_async(
     """Do what `replace` does. If the store has no `replace_messages_async`, run it in a thread."""
     if not hasattr(store, "replace_messages_async"):
         return await asyncio.to_thread(replace, store, chat_history_id, from_message_id, messages, **options)
-    requests, found = _replacing(store, from_message_id, messages, options), None
+    requests = _replacing(store, from_message_id, messages, options)
+    found: Any = None
     while True:
         try:
             request = requests.send(found)

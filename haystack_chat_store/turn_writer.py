@@ -252,7 +252,7 @@ class TurnWriter:
         :raises MessageNotFoundError: If it does not.
         """
         if not self._question_is_stored:
-            return (yield _Write(batch))
+            return int((yield _Write(batch)))
         question = last_question(batch)
         question_id = question_id_of(batch[-1]) if question is None and batch else usable_id_of(question)
         for _ in range(protocol_calls.MOST_ATTEMPTS):
@@ -261,7 +261,7 @@ class TurnWriter:
             if not is_stored and (question_id is None or not (yield _IsStored(str(question_id)))):
                 raise question_is_gone(question_id)
             if self._expected_revision is not None or not protocol_calls.takes_revisions(self._store):
-                return (yield _Write(batch))
+                return int((yield _Write(batch)))
             written = yield _WriteAt(batch, page.revision)
             if not isinstance(written, Exception):
                 return int(written)

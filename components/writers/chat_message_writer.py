@@ -117,11 +117,12 @@ class ChatMessageWriter:
         :param expected_revision: The revision that the history must have, 0 if it must not exist; if it has another
             one, nothing is written. The store's `write_messages` must take it. Defaults to `None`: any revision.
         :param replace_from_message_id: The id of a message of the history. It is taken back with all messages after it,
-            except answers to other questions before it, and this batch takes their place, in one step: for an answer that is given anew, or a question that is
-            edited. Messages of the batch that the history has before it are skipped. Ask the model first, so that a
-            failing model costs nothing. A repeated call, which does not find the message any more, finds what the first
-            one has put in its place, and returns that. The store must have `replace_messages`. Defaults to `None`: the
-            batch is appended.
+            except answers to other questions before it. This batch takes their place, in one step: for an answer that
+            is given anew, or a question that is edited. Messages of the batch that the history has before it are
+            skipped. Ask the model first, so that a failing model costs nothing, and give the `expected_revision` that
+            the retriever has read, so that nothing is taken back that was stored meanwhile. A repeated call, which does
+            not find the message any more, finds what the first one has put in its place, and returns that. The store
+            must have `replace_messages`. Defaults to `None`: the batch is appended.
         :returns: A dictionary with the keys
 
             - `messages_written`: the number of messages that this call wrote. Messages that a retriever or an agent's

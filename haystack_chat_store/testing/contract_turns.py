@@ -22,7 +22,7 @@ class Rule26TurnsTest(ContractTest):
     """Rule 26: a turn that is sent again is stored once."""
 
     def _write(
-        self, store: ClosableStore, calls: Calls, messages: Any, replies: Any = (), **options: bool
+        self, store: ClosableStore, calls: Calls, messages: Any, replies: Any = (), **options: Any
     ) -> WrittenTurn:
         turn: WrittenTurn = calls.call(
             TurnWriter(store, DuplicatePolicy.SKIP, **options), "write", "chat", messages, list(replies)
