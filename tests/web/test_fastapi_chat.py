@@ -121,12 +121,14 @@ def test_users_see_only_their_own_conversations(service, connect):
 
     assert mallory.texts("secret") == []
     question = {"text": "What is the code?", "request_id": "2"}
-    assert mallory.send("POST", "/chats/secret/messages", json=question).status_code == 403
+    assert mallory.send("POST", "/chats/secret/messages", json=question).status_code == 404
     assert mallory.get("/chats")["items"] == []
     assert mallory.get("/search", q="code") == []
-    assert mallory.send("PATCH", "/chats/secret", json={"title": "Mine"}).status_code == 403
+    refused = [mallory.send("PATCH", f"/chats/{chat}", json={"title": "Mine"}) for chat in ("secret", "missing")]
+    assert [response.status_code for response in refused] == [404, 404]
+    assert refused[0].json() == refused[1].json()
     assert mallory.send("POST", "/chats/secret/fork/mine").status_code == 404
-    assert mallory.send("DELETE", "/chats/secret").status_code == 403
+    assert [mallory.send("DELETE", f"/chats/{chat}").status_code for chat in ("secret", "missing")] == [204, 204]
     assert len(grace.texts("secret")) == 2
 
 
@@ -182,6 +184,20 @@ def test_a_client_that_goes_away_finds_its_answer(start, model, connect):
 
     assert ada.ask("chat", "Are you there?", "1")[1] == "You said: Are you there? This is answer 1."
     assert len(model.requests) == 1
+
+
+def test_an_answer_that_is_stopped_is_what_the_user_has_seen(start, model, connect):
+    ada = connect(start(*COMMAND, **model.environment))
+    model.hold()
+    with ada.stream("chat", "Are you there?", "1") as response:
+        events = read_events(response)
+        assert [next(events)[0], next(events)[0]] == ["question", "token"]
+        stopped = ada.send("POST", "/chats/chat/messages/1/stop", json={"text": "You sa"})
+        assert stopped.json()[0]["content"] == [{"text": "You sa"}]
+        model.go_on()
+        assert [json.loads(data)[0]["content"] for name, data in events if name == "done"] == [[{"text": "You sa"}]]
+    assert ada.texts("chat") == ["Are you there?", "You sa"]
+    assert ada.send("POST", "/chats/chat/messages/2/stop", json={"text": "?"}).status_code == 404
 
 
 def test_a_turn_survives_the_death_of_the_server(start, model, connect):
