@@ -2,7 +2,7 @@
 """
 A chat pipeline with a memory behind Hayhooks, for every client of OpenAI's chat completions and responses.
 
-    hayhooks run --pipelines-dir examples/hayhooks
+    HAYHOOKS_STARTUP_DEPLOY_STRATEGY=sequential hayhooks run --pipelines-dir examples/hayhooks
 
 HAYSTACK_CHAT_STORE_URL names another store than chat_history.db. Replace the mock by any ChatGenerator.
 """
