@@ -16,7 +16,6 @@ from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.provider_content import as_text
 from haystack_chat_store.conversation.rounds import (
     Window,
-    in_question_order,
     last_messages,
     last_rounds,
     question_groups,
@@ -334,7 +333,7 @@ class WindowReader:
         while True:
             page = yield from self._whole_rounds(store, count, end)
             fitting = self._newest_that_fit(page, current_messages, end)
-            if len(fitting) < len(in_question_order(page)) or _size(page, store) < count:
+            if len(fitting) < sum(map(len, question_groups(page, with_strays=False))) or _size(page, store) < count:
                 return fitting
             count *= _PAGE_GROWTH
 
@@ -361,7 +360,9 @@ class WindowReader:
         self, page: list[ChatMessage], current_messages: Sequence[ChatMessage], end: "_End"
     ) -> list[ChatMessage]:
         """Return the newest part of a page that fits `max_tokens`, in question order."""
-        history = in_question_order(page)
+        # Without answers to questions before the page: they would pass for answers to another question.
+        preamble, *rounds = question_groups(page, with_strays=False)
+        history = [*preamble, *chain.from_iterable(rounds)]
         counter, max_tokens = self.token_counter, self.max_tokens
         if counter is None or max_tokens is None:
             return history
@@ -377,7 +378,6 @@ class WindowReader:
 
         if fits(history):
             return history
-        _, *rounds = question_groups(page)
         if not rounds:
             return []
 

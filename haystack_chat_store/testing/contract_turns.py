@@ -127,6 +127,14 @@ class Rule26TurnsTest(ContractTest):
         assert window.rounds_after == other_turns
         assert window.answer([with_id("mine", "mine")]) is None
 
+    def test_window_has_no_answer_without_its_question(self, store: ClosableStore, calls: Calls) -> None:
+        left = self._write(store, calls, [with_id("left", "left?")]).messages
+        right = self._write(store, calls, [with_id("right", "right?")], [_reply("right!")]).messages
+        self._write(store, calls, left, [_reply("left!")])
+        assert texts(calls.call(WindowReader(1), "read", store, "chat")) == ["right?", "right!"]
+        assert texts(calls.call(WindowReader(2), "read", store, "chat")) == ["left?", "left!", "right?", "right!"]
+        assert texts(self._read(store, calls, right[:1], last_k=0).turn) == ["right?", "right!"]
+
     def test_stored_answer_is_found_outside_the_window(self, store: ClosableStore, calls: Calls) -> None:
         for number in range(40):
             self._write(store, calls, [with_id(f"q{number}", f"q{number}")], [_reply(f"a{number}")])
