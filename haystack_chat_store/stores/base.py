@@ -206,7 +206,8 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
                 self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, write.expected_revision
             )
         except ChatHistoryChangedError:
-            if write.policy is not DuplicatePolicy.SKIP or not all(map(partial(self._is_said, write), encoded)):
+            is_repeated = bool(encoded) and write.policy is DuplicatePolicy.SKIP
+            if not is_repeated or not all(map(partial(self._is_said, write), encoded)):
                 raise
         return 0
 
@@ -228,7 +229,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
                 self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, write.expected_revision
             )
         except ChatHistoryChangedError:
-            if write.policy is not DuplicatePolicy.SKIP:
+            if not encoded or write.policy is not DuplicatePolicy.SKIP:
                 raise
             for message in encoded:
                 if not await self._is_said_async(write, message):
