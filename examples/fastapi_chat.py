@@ -12,7 +12,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 import anyio
@@ -27,8 +27,8 @@ from terminal_chatbot import answer_from_memory
 from haystack_chat_store import BaseChatMessageStore, errors, store_from_url
 
 SYSTEM = ChatMessage.from_system("You are helpful.")
-STATUS: dict[type, int] = {LookupError: 404, ValueError: 422, ConnectionError: 503}
-STATUS |= {errors.ConflictError: 409, errors.UnsupportedOperationError: 501, errors.ChatHistoryAccessError: 403}
+STATUS: dict[type, int] = {LookupError: 404, ValueError: 422, ConnectionError: 503, errors.ConflictError: 409}
+STATUS |= {errors.UnsupportedOperationError: 501}
 
 url = os.environ.get("HAYSTACK_CHAT_STORE_URL", "sqlite:///chat_history.db")
 store = store_from_url(url, search=not url.startswith("redis"))  # Redis cannot search
@@ -56,6 +56,8 @@ async def failed(_: Request, error: Exception) -> JSONResponse:
 
 
 def described(error: Exception) -> dict[str, Any]:
+    if isinstance(error, errors.ChatHistoryAccessError | errors.ChatHistoryNotFoundError):
+        error = errors.ChatHistoryNotFoundError("There is no such chat.")  # the same for chats of other users
     status = next((STATUS[each] for each in STATUS if isinstance(error, each)), 500)
     return {"status": status, "error": type(error).__name__, "text": str(error)}
 
@@ -82,10 +84,11 @@ async def turn(events: Any, mine: Store, chat: str, question: Any, replace: Any 
     async def on_chunk(chunk: StreamingChunk) -> None:
         events.put_nowait(("token", chunk.content))
 
-    retriever, writer = ChatMessageRetriever(mine, last_k=None, max_tokens=8000), ChatMessageWriter(mine)
+    retriever = ChatMessageRetriever(mine, last_k=None, max_tokens=8000)
+    writer = ChatMessageWriter(mine, question_is_stored=True)  # a chat that is deleted meanwhile stays deleted
     try:
         if replace is None:
-            question = (await writer.run_async(chat, question))["messages"]
+            question = (await ChatMessageWriter(mine).run_async(chat, question))["messages"]
         shown = await retriever.run_async(chat, current_messages=[SYSTEM, *question], **show)
         events.put_nowait(("question", [message.to_dict() for message in question]))
         asked = shown if "replies" in shown else await llm.run_async(shown["messages"], streaming_callback=on_chunk)
@@ -107,6 +110,15 @@ async def regenerate(mine: Store, chat: str, question_id: str, answer_id: Text) 
     return await streamed(mine, chat, [], replace=answer_id, until_message_id=question_id)
 
 
+@app.post("/chats/{chat}/messages/{question_id}/stop")
+async def stop(mine: Store, chat: str, question_id: str, text: Text) -> list[dict[str, Any]]:
+    """Keep what the user has seen as the answer. The model's own answer comes second, so it is not stored."""
+    question = [ChatMessage.from_user("?", meta={"chat_message_id": question_id})]  # the stored text stays
+    seen = [ChatMessage.from_assistant(text.strip() or "(stopped)")]
+    stored = await ChatMessageWriter(mine, question_is_stored=True).run_async(chat, question, seen)
+    return [message.to_dict() for message in stored["replies"]]
+
+
 @app.put("/chats/{chat}/messages/{question_id}")
 async def edit(mine: Store, chat: str, question_id: str, text: Text, request_id: Text) -> Response:
     """Ask an edited question in the place of the old one and of all after it."""
@@ -115,7 +127,7 @@ async def edit(mine: Store, chat: str, question_id: str, text: Text, request_id:
     if request_id in ids:  # the request is sent again
         return await streamed(mine, chat, edited)
     if question_id not in ids:
-        raise HTTPException(404, "The chat does not have this question.")
+        raise HTTPException(404)
     show = {"last_k": 0} if ids[0] == question_id else {"until_message_id": ids[ids.index(question_id) - 1]}
     return await streamed(mine, chat, edited, replace=question_id, **show)
 
@@ -147,4 +159,5 @@ async def search(mine: Store, q: str) -> list[dict[str, Any]]:
 
 @app.delete("/chats/{chat}", status_code=204)
 async def delete(mine: Store, chat: str) -> None:
-    await mine.delete_chat_history_async(chat)
+    with suppress(errors.ChatHistoryAccessError):
+        await mine.delete_chat_history_async(chat)

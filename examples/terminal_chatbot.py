@@ -69,7 +69,7 @@ def build_pipeline(store: ChatMessageStore, llm: str) -> Pipeline:
     pipeline.add_component("question_writer", ChatMessageWriter(store))
     pipeline.add_component("retriever", ChatMessageRetriever(store, last_k=None))
     pipeline.add_component("llm", generator)
-    pipeline.add_component("answer_writer", ChatMessageWriter(store))
+    pipeline.add_component("answer_writer", ChatMessageWriter(store, question_is_stored=True))
     pipeline.connect("prompt_builder.prompt", "question_writer.messages")
     pipeline.connect("question_writer.messages", "retriever.current_messages")
     pipeline.connect("question_writer.messages", "answer_writer.messages")

@@ -29,6 +29,9 @@ SHOWN_KEY = "chat_shown"
 #: The key in the `meta` of a question that came in a transcript: its place in the conversation, with a digest.
 TRANSCRIPT_KEY = "chat_transcript"
 
+#: The keys in the `meta` of messages that this package sets itself.
+OWN_META_KEYS = frozenset({MESSAGE_ID_KEY, QUESTION_ID_KEY, SHOWN_KEY, TRANSCRIPT_KEY})
+
 #: The key in the meta of a branch: the id of the history that it was copied from.
 BRANCH_OF_KEY = "branch_of"
 
@@ -68,6 +71,18 @@ def is_reply_id_instead_of(message_id: str | int | None, replaced_id: str) -> bo
     return isinstance(message_id, str) and message_id.endswith(":" + _digest(replaced_id))
 
 
+def step_id(question_id: str, number: int) -> str:
+    """
+    Return the id of a message that an agent's run stores for a question.
+
+    It is the same in each run. So of two runs that answer one question at the same moment, only one stores each step.
+
+    :param question_id: The question's id.
+    :param number: The number of the message in the turn, 0 for the first after the question.
+    """
+    return f"{_readable(question_id)}:step:{number}"
+
+
 def first_step_id(replaced_id: str) -> str:
     """
     Return the id of the first reply of an agent's run that replaces a message.
@@ -80,8 +95,12 @@ def first_step_id(replaced_id: str) -> str:
 
 
 def _reply_prefix(question_id: str | int) -> str:
+    return f"{_readable(question_id)}:reply:"
+
+
+def _readable(question_id: str | int) -> str:
     readable = str(question_id)
-    return f"{readable if len(readable) <= _LONGEST_READABLE_ID else _digest(readable)}:reply:"
+    return readable if len(readable) <= _LONGEST_READABLE_ID else _digest(readable)
 
 
 def _digest(message_id: str) -> str:

@@ -9,17 +9,23 @@ The protocol requires no asynchronous methods, and no `close`, `window_step`, `p
 import asyncio
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from haystack import DeserializationError, default_from_dict
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.conversation.rounds import LastKUnit, Window, last_rounds
-from haystack_chat_store.errors import DuplicateMessageError, MessageEncodingError, UnsupportedOperationError
-from haystack_chat_store.ids import message_id_of
+from haystack_chat_store.conversation.turns import answers_to_others
+from haystack_chat_store.errors import (
+    ChatHistoryChangedError,
+    DuplicateMessageError,
+    MessageEncodingError,
+    UnsupportedOperationError,
+)
+from haystack_chat_store.ids import message_id_of, question_id_of
 from haystack_chat_store.types import AsyncChatMessageStore, ChatMessageStore, HistoryWindow
 from haystack_chat_store.validation import validated_id, validated_policy
 
@@ -27,6 +33,12 @@ ComponentT = TypeVar("ComponentT")
 
 # A `last_k` that is larger than any history, and small enough for any database.
 _LARGE_LAST_K = 2**31 - 1
+
+#: How often a write is tried again because others have written to the history meanwhile.
+MOST_ATTEMPTS = 100
+
+# If a page does not have what is looked for, the next page is larger by this factor.
+_PAGE_GROWTH = 8
 
 # How the errors of a write begin that concern one message of the batch, and their types.
 _ITEM = re.compile(r"messages\[(\d+)\]")
@@ -218,6 +230,12 @@ def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_rev
     return options
 
 
+def takes_revisions(store: ChatMessageStore) -> bool:
+    """Whether a store says which revision it has read, and can refuse a write to a history that has another one."""
+    parameters = inspect.signature(store.write_messages).parameters
+    return hasattr(store, "retrieve_window") and "expected_revision" in parameters
+
+
 async def write_async(
     store: ChatMessageStore, chat_history_id: str, messages: list[ChatMessage], **options: Any
 ) -> int:
@@ -239,24 +257,95 @@ def validate_replaces(store: ChatMessageStore) -> None:
         )
 
 
+class _Replace(NamedTuple):
+    """A request to replace messages by a batch, with the options of the call. The error of a refusal is answered."""
+
+    messages: list[ChatMessage]
+    options: dict[str, Any]
+
+
+# Yields requests for the last rounds, for whether the history has a message, or for a replacement.
+_Replacing: TypeAlias = Generator[int | str | _Replace, Any, int]
+
+
 def replace(
     store: ChatMessageStore, chat_history_id: str, from_message_id: str, messages: list[ChatMessage], **options: Any
 ) -> int:
-    """Call a store's `replace_messages`."""
-    written: int = store.replace_messages(  # type: ignore[attr-defined]  # see validate_replaces
-        chat_history_id, from_message_id, messages, **options
-    )
-    return written
+    """
+    Call a store's `replace_messages`. Answers to questions before the replaced message stay, unless it is their own.
+
+    :returns: The number of messages of the batch that were appended.
+    """
+    requests = _replacing(store, from_message_id, messages, options)
+    found: Any = None
+    while True:
+        try:
+            request = requests.send(found)
+        except StopIteration as done:
+            return int(done.value)
+        if isinstance(request, int):
+            found = retrieve(store, chat_history_id, request)
+        elif isinstance(request, str):
+            found = has_message(store, chat_history_id, request)
+        else:
+            try:
+                found = store.replace_messages(  # type: ignore[attr-defined]  # see validate_replaces
+                    chat_history_id, from_message_id, request.messages, **request.options
+                )
+            except ChatHistoryChangedError as error:
+                found = error
 
 
 async def replace_async(
     store: ChatMessageStore, chat_history_id: str, from_message_id: str, messages: list[ChatMessage], **options: Any
 ) -> int:
-    """Await a store's `replace_messages_async`. If the store has none, run `replace_messages` in a thread."""
-    if hasattr(store, "replace_messages_async"):
-        written: int = await store.replace_messages_async(chat_history_id, from_message_id, messages, **options)
-        return written
-    return await asyncio.to_thread(replace, store, chat_history_id, from_message_id, messages, **options)
+    """Do what `replace` does. If the store has no `replace_messages_async`, run it in a thread."""
+    if not hasattr(store, "replace_messages_async"):
+        return await asyncio.to_thread(replace, store, chat_history_id, from_message_id, messages, **options)
+    requests = _replacing(store, from_message_id, messages, options)
+    found: Any = None
+    while True:
+        try:
+            request = requests.send(found)
+        except StopIteration as done:
+            return int(done.value)
+        if isinstance(request, int):
+            found = await retrieve_async(store, chat_history_id, request)
+        elif isinstance(request, str):
+            found = await has_message_async(store, chat_history_id, request)
+        else:
+            try:
+                found = await store.replace_messages_async(
+                    chat_history_id, from_message_id, request.messages, **request.options
+                )
+            except ChatHistoryChangedError as error:
+                found = error
+
+
+def _replacing(
+    store: ChatMessageStore, from_message_id: str, messages: list[ChatMessage], options: dict[str, Any]
+) -> _Replacing:
+    is_expected, takes = "expected_revision" in options, takes_revisions(store)
+    for _ in range(MOST_ATTEMPTS):
+        staying: list[ChatMessage] = []
+        at: dict[str, Any] = options
+        if takes:
+            rounds = 1
+            page: Retrieved = yield rounds
+            while from_message_id not in map(message_id_of, page.messages) and len(page.messages) >= rounds:
+                rounds *= _PAGE_GROWTH
+                page = yield rounds
+            others = answers_to_others(page.messages, from_message_id)
+            for question_id in {str(question_id_of(each)) for each in others}:
+                if (yield question_id):
+                    staying += [each for each in others if question_id_of(each) == question_id]
+            at = options if is_expected else {**options, "expected_revision": page.revision}
+        written = yield _Replace([*staying, *messages], at)
+        if isinstance(written, int):
+            return max(written - len(staying), 0)
+        if is_expected or not takes:
+            break
+    raise written
 
 
 @contextmanager

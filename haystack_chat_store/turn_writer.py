@@ -11,7 +11,14 @@ from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.rounds import round_count
-from haystack_chat_store.conversation.turns import answer_of, is_whole, last_question, turn_of, with_message_ids
+from haystack_chat_store.conversation.turns import (
+    answer_of,
+    is_whole,
+    last_question,
+    turn_of,
+    validate_question,
+    with_message_ids,
+)
 from haystack_chat_store.errors import ChatHistoryChangedError, DuplicateMessageError, MessageNotFoundError
 from haystack_chat_store.ids import (
     MESSAGE_ID_KEY,
@@ -49,6 +56,17 @@ class _Write(NamedTuple):
     batch: list[ChatMessage]
 
 
+class _WriteAt(NamedTuple):
+    """A request to write a batch if the history has a revision. If the store refuses it, its error is what is found."""
+
+    batch: list[ChatMessage]
+    revision: int
+
+
+class _Revision(NamedTuple):
+    """A request for the last round, and for the revision of the history."""
+
+
 class _Replace(NamedTuple):
     """A request to replace messages by a batch. If the store refuses it, its error is what is found."""
 
@@ -69,7 +87,7 @@ class _IsStored(NamedTuple):
 
 
 # Yields requests, and receives the number of messages written, the messages of the page, or the answer.
-_Request: TypeAlias = _Write | _Replace | _Page | _IsStored
+_Request: TypeAlias = _Write | _WriteAt | _Revision | _Replace | _Page | _IsStored
 _Requests: TypeAlias = Generator[_Request, Any, WrittenTurn]
 _Reads: TypeAlias = Generator[_Page | _IsStored, Any, list[ChatMessage]]
 
@@ -88,6 +106,8 @@ class TurnWriter:
         policy: DuplicatePolicy,
         expected_revision: int | None = None,
         replace_from_message_id: str | None = None,
+        *,
+        question_is_stored: bool = False,
     ) -> None:
         """
         Keep the store and the options of the write.
@@ -97,10 +117,14 @@ class TurnWriter:
         :param expected_revision: The revision that the history must have. Defaults to `None`: any revision.
         :param replace_from_message_id: The id of a message. It is taken back with all messages after it, and the turn
             takes their place, in one step. Defaults to `None`: the turn is appended.
+        :param question_is_stored: Whether the turn is refused if the history does not have its question. Defaults to
+            False.
         :raises ValueError: If the store does not take one of the options.
         """
         self._store = store
         self._policy = policy
+        self._question_is_stored = question_is_stored
+        self._expected_revision = expected_revision
         self._is_skipping = validated_policy(policy) is DuplicatePolicy.SKIP
         self._options = protocol_calls.write_options(store, policy, expected_revision)
         self._replaced_id: str | None = None
@@ -119,8 +143,9 @@ class TurnWriter:
         :param chat_history_id: The history's id.
         :param messages: The messages of this turn, oldest first. They are not changed.
         :param replies: The replies to them. They are not changed.
-        :raises ValueError: If an argument is wrong. Nothing was written.
-        :raises MessageNotFoundError: If the message to take back is not there. Nothing was written.
+        :raises ValueError: If an argument is wrong, or the question says nothing. Nothing was written.
+        :raises MessageNotFoundError: If the message to take back, or the question that must be stored, is not there.
+            Nothing was written.
         :raises ConflictError: If the options forbid the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
@@ -133,6 +158,14 @@ class TurnWriter:
                     found = protocol_calls.replace(self._store, chat_history_id, *request, **self._options)
                 except (MessageNotFoundError, ChatHistoryChangedError) as error:
                     found = error
+            elif isinstance(request, _WriteAt):
+                options = protocol_calls.write_options(self._store, self._policy, request.revision)
+                try:
+                    found = self._store.write_messages(chat_history_id, request.batch, **options)
+                except ChatHistoryChangedError as error:
+                    found = error
+            elif isinstance(request, _Revision):
+                found = protocol_calls.retrieve(self._store, chat_history_id, 1)
             elif isinstance(request, _Write):
                 found = self._store.write_messages(chat_history_id, request.batch, **self._options)
             elif isinstance(request, _IsStored):
@@ -155,6 +188,14 @@ class TurnWriter:
                     found = await protocol_calls.replace_async(self._store, chat_history_id, *request, **self._options)
                 except (MessageNotFoundError, ChatHistoryChangedError) as error:
                     found = error
+            elif isinstance(request, _WriteAt):
+                options = protocol_calls.write_options(self._store, self._policy, request.revision)
+                try:
+                    found = await protocol_calls.write_async(self._store, chat_history_id, request.batch, **options)
+                except ChatHistoryChangedError as error:
+                    found = error
+            elif isinstance(request, _Revision):
+                found = await protocol_calls.retrieve_async(self._store, chat_history_id, 1)
             elif isinstance(request, _Write):
                 found = await protocol_calls.write_async(self._store, chat_history_id, request.batch, **self._options)
             elif isinstance(request, _IsStored):
@@ -165,6 +206,7 @@ class TurnWriter:
         return turn
 
     def _requests(self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]) -> _Requests:
+        validate_question(messages, "messages")
         if self._replaced_id is not None:
             return (yield from self._replacing_requests(messages, replies, self._replaced_id))
         turn = yield from self._stored_turn(messages, replies)
@@ -177,7 +219,7 @@ class TurnWriter:
 
         given, answers = self._identified(messages, replies, turn)
         ids = {message_id_of(message) for message in [*given, *answers] if not self._is_skipped(message)}
-        written = yield _Write([*given, *answers])
+        written = yield from self._append([*given, *answers])
         self._options = protocol_calls.write_options(self._store, self._policy, None)  # of a further write
         if written >= len(ids):
             return WrittenTurn(messages_written=written, messages=[*given, *answers], replies=answers)
@@ -197,11 +239,33 @@ class TurnWriter:
             moved = {id(reply): _answering(reply, question_id, next(free)) for reply in skipped}
             answers = [moved.get(id(reply), reply) for reply in answers]
             ids.update(map(message_id_of, answers))
-            written += yield _Write(list(moved.values()))
+            written += yield from self._append(list(moved.values()))
         stored_answers = [stored.get(message_id_of(reply), reply) for reply in answers]
         if skipped and answer is not None:
             stored_answers = [answer]
         return self._written(written, given, stored_answers, stored)
+
+    def _append(self, batch: list[ChatMessage]) -> Generator[_Request, Any, int]:
+        """
+        Append a batch. If its question must be stored, append it only as long as the history has the question.
+
+        :raises MessageNotFoundError: If it does not.
+        """
+        if not self._question_is_stored:
+            return int((yield _Write(batch)))
+        question = last_question(batch)
+        question_id = question_id_of(batch[-1]) if question is None and batch else usable_id_of(question)
+        for _ in range(protocol_calls.MOST_ATTEMPTS):
+            page = yield _Revision()
+            is_stored = question_id is not None and any(message_id_of(each) == question_id for each in page.messages)
+            if not is_stored and (question_id is None or not (yield _IsStored(str(question_id)))):
+                raise question_is_gone(question_id)
+            if self._expected_revision is not None or not protocol_calls.takes_revisions(self._store):
+                return int((yield _Write(batch)))
+            written = yield _WriteAt(batch, page.revision)
+            if not isinstance(written, Exception):
+                return int(written)
+        raise written
 
     def _replacing_requests(
         self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage], replaced_id: str
@@ -324,6 +388,14 @@ class TurnWriter:
     def _is_skipped(self, message: ChatMessage) -> bool:
         """Whether the store leaves the message out."""
         return message.role is ChatRole.SYSTEM and bool(getattr(self._store, "skip_system_messages", True))
+
+
+def question_is_gone(question_id: str | int | None) -> MessageNotFoundError:
+    """Return the error of an answer to a question that the history does not have any more."""
+    return MessageNotFoundError(
+        f"The history has no question with the id {question_id!r}: it was deleted while the model answered. Nothing "
+        "was written."
+    )
 
 
 def _advance(requests: _Requests, found: Any = None) -> tuple[_Request, WrittenTurn | None]:

@@ -92,7 +92,8 @@ class ChatMessageStore(Protocol):
         its messages, edits in place included; a history that does not exist has revision 0, and one that is deleted
         and begins anew has greater revisions than before. With `expected_revision`, a write or a deletion is refused
         if the history has another revision. A call that finds its work done is no conflict with itself: a batch whose
-        messages are all stored already, equal, returns 0 whatever `expected_revision` says (unless the policy is FAIL),
+        messages are all stored already, equal, returns 0 whatever `expected_revision` says (unless the policy is FAIL;
+        with SKIP, messages are equal even if their meta differs, as after a rating),
         and a deletion of what is not there does nothing. `retrieve_window` returns what `retrieve_messages` returns,
         with the revision and the number of rounds of the same moment.
     20. **Forking.** `copy_messages` copies a history, or its beginning, to a history without messages. The copy appears

@@ -16,7 +16,6 @@ from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.provider_content import as_text
 from haystack_chat_store.conversation.rounds import (
     Window,
-    in_question_order,
     last_messages,
     last_rounds,
     question_groups,
@@ -24,7 +23,7 @@ from haystack_chat_store.conversation.rounds import (
     round_count,
 )
 from haystack_chat_store.conversation.shown import messages_for_model
-from haystack_chat_store.conversation.turns import answer_of, last_question, up_to_turn
+from haystack_chat_store.conversation.turns import answer_of, last_question, up_to_turn, validate_question
 from haystack_chat_store.errors import MessageNotFoundError
 from haystack_chat_store.ids import message_id_of
 from haystack_chat_store.types import ChatMessageStore
@@ -232,7 +231,7 @@ class WindowReader:
         :param current_messages: The messages of this turn.
         :param last_k: The number of rounds before the turn; 0 for none. Defaults to this reader's `last_k`.
         :param until_message_id: The id of the last message to read. Defaults to `None`: the last one of the history.
-        :raises ValueError: If an argument is wrong.
+        :raises ValueError: If an argument is wrong, or the question says nothing.
         :raises MessageNotFoundError: If the history does not have `until_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
@@ -334,7 +333,7 @@ class WindowReader:
         while True:
             page = yield from self._whole_rounds(store, count, end)
             fitting = self._newest_that_fit(page, current_messages, end)
-            if len(fitting) < len(in_question_order(page)) or _size(page, store) < count:
+            if len(fitting) < sum(map(len, question_groups(page, with_strays=False))) or _size(page, store) < count:
                 return fitting
             count *= _PAGE_GROWTH
 
@@ -361,7 +360,9 @@ class WindowReader:
         self, page: list[ChatMessage], current_messages: Sequence[ChatMessage], end: "_End"
     ) -> list[ChatMessage]:
         """Return the newest part of a page that fits `max_tokens`, in question order."""
-        history = in_question_order(page)
+        # Without answers to questions before the page: they would pass for answers to another question.
+        preamble, *rounds = question_groups(page, with_strays=False)
+        history = [*preamble, *chain.from_iterable(rounds)]
         counter, max_tokens = self.token_counter, self.max_tokens
         if counter is None or max_tokens is None:
             return history
@@ -377,7 +378,6 @@ class WindowReader:
 
         if fits(history):
             return history
-        _, *rounds = question_groups(page)
         if not rounds:
             return []
 
@@ -436,6 +436,7 @@ class _End:
     @classmethod
     def before_turn_of(cls, current_messages: Sequence[ChatMessage], until_message_id: str | None) -> "_End":
         """Return the end before the turn of the last question. If it has an id, it is probably stored, and the last."""
+        validate_question(current_messages, "current_messages")
         question_id = usable_id_of(last_question(current_messages))
         return cls(_validated_until(until_message_id), question_id, _size_after=0 if question_id is None else 1)
 

@@ -61,6 +61,32 @@ def ids(messages):
     return [message.meta["chat_message_id"] for message in messages]
 
 
+@pytest.mark.parametrize("options", [{}, {"expected_revision": "read"}], ids=["any revision", "expected revision"])
+@pytest.mark.parametrize("is_edit", [False, True], ids=["regenerate", "edit"])
+def test_answers_to_other_questions_stay_though_they_were_stored_later(store, run, is_edit, options):
+    writer = ChatMessageWriter(store)
+    left = run(writer, "h", [question("left?", "left")])["messages"]
+    right = run(writer, "h", [question("right?", "right")])["messages"]
+    (old,) = run(writer, "h", right, [ASSISTANT("right!")])["replies"]
+    run(writer, "h", left, [ASSISTANT("left!")])
+    run(writer, "h", [question("later?", "later")], [ASSISTANT("later!")])
+    store.update_message_meta("h", "left:reply:0", merge={"rating": "up"})
+
+    current = [question("edited?", "edited")] if is_edit else right
+    options = {name: store.get_chat_history("h").revision for name in options}
+    replaced = "right" if is_edit else old.meta["chat_message_id"]
+    turn = run(writer, "h", current, [ASSISTANT("anew!")], replace_from_message_id=replaced, **options)
+    assert texts(turn["replies"]) == ["anew!"]
+    assert turn["messages_written"] == len(current) + len(turn["replies"]) - (not is_edit)
+    shown = texts(ChatMessageRetriever(store).run("h")["messages"])
+    assert shown == ["left?", "left!", "edited?" if is_edit else "right?", "anew!"]
+    stored = store.retrieve_messages("h")
+    again = run(writer, "h", current, [ASSISTANT("once more!")], replace_from_message_id=replaced, **options)
+    assert (again["messages_written"], texts(again["replies"])) == (0, ["anew!"])
+    assert store.retrieve_messages("h") == stored
+    assert next(each for each in stored if each.text == "left!").meta["rating"] == "up"
+
+
 @pytest.fixture
 def writer(store):
     """A writer to a history with two answered questions."""

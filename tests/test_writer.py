@@ -182,6 +182,7 @@ class TestSerialization:
                     "chat_message_store": store.to_dict(),
                     "policy": "SKIP",
                     "require_user_id": False,
+                    "question_is_stored": False,
                 },
             }
             loaded = ChatMessageWriter.from_dict(data)

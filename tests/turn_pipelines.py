@@ -148,7 +148,7 @@ def turn_pipeline(store, model, last_k=3):
     pipeline.add_component("question_writer", ChatMessageWriter(store))
     pipeline.add_component("retriever", ChatMessageRetriever(store, last_k))
     pipeline.add_component("llm", model)
-    pipeline.add_component("answer_writer", ChatMessageWriter(store))
+    pipeline.add_component("answer_writer", ChatMessageWriter(store, question_is_stored=True))
     pipeline.connect("prompt_builder.prompt", "question_writer.messages")
     pipeline.connect("question_writer.messages", "retriever.current_messages")
     pipeline.connect("question_writer.messages", "answer_writer.messages")

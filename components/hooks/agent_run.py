@@ -9,12 +9,20 @@ travels with the run, in its state.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from haystack.components.agents.state import State, replace_values
 from haystack.dataclasses import ChatMessage, ChatRole
 
-from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, first_step_id, is_shown_only, new_message_id
+from haystack_chat_store.ids import (
+    MESSAGE_ID_KEY,
+    QUESTION_ID_KEY,
+    first_step_id,
+    is_shown_only,
+    new_message_id,
+    step_id,
+)
 from haystack_chat_store.validation import validated_id, validated_revision
 
 #: The key of the chat history's id, in the `hook_context` of the run or else in its state.
@@ -52,7 +60,10 @@ class AgentRun:
     :param brought: The number of messages in `unsaved` before the model was first asked. `None` until the saver runs.
     :param tried: The number of messages in a replacement that has failed, and may have been done all the same. It is
         tried again with the same messages. Otherwise `None`.
+    :param replaces: The id of the first message that the run takes the place of, also after it was replaced.
     :param question_id: The id of the user message that the run answers.
+    :param is_question_stored: Whether the question is known to have been stored.
+    :param steps: The number of messages of the turn after its question that are stored or wait to be stored.
     :param given: The ids of the messages that the run began with. The run produced all other messages.
     :param known: The ids of the messages that are stored or wait to be stored.
     :param unsaved: The messages that wait to be stored, in order.
@@ -66,7 +77,10 @@ class AgentRun:
     expected_revision: int | None = None
     brought: int | None = None
     tried: int | None = None
+    replaces: str | None = None
     question_id: str | None = None
+    is_question_stored: bool = False
+    steps: int = 0
     given: set[str] = field(default_factory=set)
     known: set[str] = field(default_factory=set)
     unsaved: list[ChatMessage] = field(default_factory=list)
@@ -120,7 +134,11 @@ class AgentRun:
             if is_said(message) and message_id(kept) not in self.known:
                 if self._is_first_step(kept):
                     kept = replace(kept, _meta={**kept.meta, MESSAGE_ID_KEY: first_step_id(str(self.replaced_id))})
+                elif message_id(kept) != message_id(message):
+                    kept = self._with_step_id(kept)
                 kept = self._with_question_id(kept)
+                is_given_by_user = message_id(kept) in self.given and kept.role is ChatRole.USER
+                self.steps += not is_given_by_user
                 self.known.add(message_id(kept))
                 self.unsaved.append(kept)
             collected.append(kept)
@@ -138,6 +156,14 @@ class AgentRun:
         # Different messages can share one meta, and so one id: Haystack's confirmation splits a message into several,
         # and a generator may give its reply the question's meta. All but the first get a new id.
         return identified if first == message else with_new_id(message)
+
+    def _with_step_id(self, message: ChatMessage) -> ChatMessage:
+        """Return a message that the run produced, and that has a new id, with the id of its step instead."""
+        if self.question_id is None or message_id(message) in self.given:
+            return message
+        taken = {*self.known, self.replaces}
+        ids = (step_id(self.question_id, number) for number in count(self.steps))
+        return replace(message, _meta={**message.meta, MESSAGE_ID_KEY: next(each for each in ids if each not in taken)})
 
     def _with_question_id(self, message: ChatMessage) -> ChatMessage:
         if self.question_id is None or message_id(message) in self.given:
@@ -175,11 +201,13 @@ def begin_run(state: State) -> AgentRun:
             f"{CHAT_HISTORY_ID_KEY}=... if the agent's state_schema has this key."
         )
     replaced_id = hook_context.get(REPLACE_FROM_MESSAGE_ID_KEY)
+    replaced_id = None if replaced_id is None else validated_id(replaced_id, REPLACE_FROM_MESSAGE_ID_KEY)
     run = AgentRun(
         chat_history_id,
         user_id=hook_context.get(USER_ID_KEY),
         until_message_id=hook_context.get(UNTIL_MESSAGE_ID_KEY),
-        replaced_id=None if replaced_id is None else validated_id(replaced_id, REPLACE_FROM_MESSAGE_ID_KEY),
+        replaced_id=replaced_id,
+        replaces=replaced_id,
         expected_revision=validated_revision(hook_context.get(EXPECTED_REVISION_KEY)),
     )
     # The caller may use the same context for the next run, so it is replaced by a new dict and not changed. Its values

@@ -47,7 +47,8 @@ def chat_history_hooks(
     - `until_message_id`: the id of the last message of the history that the agent is shown.
     - `user_id`: the user of the history. The history of another user is as empty as one that does not exist, and saving
       to it is refused.
-    - `expected_revision`: the revision that the history must have when the run first writes to it.
+    - `expected_revision`: the revision that the history must have when the run first writes to it. With
+      `replace_from_message_id`, it defaults to the revision at the beginning of the run.
 
     :param chat_message_store: The store of the chat histories: any object that follows the `ChatMessageStore` protocol.
     :param last_k: The number of rounds of the history to load. Defaults to 10; see `ChatHistoryLoader`.

@@ -138,7 +138,10 @@ class ChatHistoryLoader:
         run = begin_run(state)
         store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
         for request in self._loading(state, run):
-            if isinstance(request, _IsStored):
+            if isinstance(request, _Revision):
+                if protocol_calls.takes_revisions(store):
+                    request.revision = protocol_calls.retrieve(store, run.chat_history_id, 1).revision
+            elif isinstance(request, _IsStored):
                 request.answer = protocol_calls.has_message(store, run.chat_history_id, request.message_id)
             else:
                 request.messages = request.reader.read(
@@ -163,7 +166,10 @@ class ChatHistoryLoader:
         run = begin_run(state)
         store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
         for request in self._loading(state, run):
-            if isinstance(request, _IsStored):
+            if isinstance(request, _Revision):
+                if protocol_calls.takes_revisions(store):
+                    request.revision = (await protocol_calls.retrieve_async(store, run.chat_history_id, 1)).revision
+            elif isinstance(request, _IsStored):
                 request.answer = await protocol_calls.has_message_async(store, run.chat_history_id, request.message_id)
             else:
                 request.messages = await request.reader.read_async(
@@ -219,6 +225,11 @@ class ChatHistoryLoader:
         if run.replaced_id is not None and not (yield from _is_stored(run.replaced_id)):
             yield from self._resume_replacement(state, run, current)
             return
+        if run.replaced_id is not None and run.expected_revision is None:
+            # What others store while the model answers is not replaced unseen.
+            revision = _Revision()
+            yield revision
+            run.expected_revision = revision.revision
         window = _Read(self._window_reader(self.last_k), current)
         if any(map(is_said, current)):
             yield window
@@ -229,6 +240,8 @@ class ChatHistoryLoader:
         run.collect(run.give([m for m in current if is_said(m) and message_id(m) not in new_ids]))
         if new:
             run.question_id = last_question_id(new) or last_question_id(current) or last_question_id(history)
+            run.is_question_stored = last_question_id(new) is None and run.question_id in run.known
+            run.steps = max(len(turn_of(history, run.question_id)) - 1, 0) if run.question_id is not None else 0
             loaded = messages_for_model(history, [*system, *new], portable=self.portable, model=self.model)
             run.collect(_until_last_hidden(new, loaded))
         else:
@@ -300,7 +313,8 @@ class ChatHistoryLoader:
             window = _Read(self._window_reader(last_k), [*system, *turn])
             yield window
             before = before_turn(window.messages, turn)
-        run.question_id = last_question_id(turn)
+        run.question_id, run.steps = last_question_id(turn), max(len(turn) - 1, 0)
+        run.is_question_stored = run.question_id is not None
         run.exit_reason = exit_reason(turn, self.exit_conditions or ())
         return messages_for_model(run.know([*before, *turn]), system, portable=self.portable, model=self.model)
 
@@ -333,7 +347,14 @@ class _IsStored:
     answer: bool = False
 
 
-_Requests: TypeAlias = Generator[_Read | _IsStored, None, ResultT]
+@dataclass
+class _Revision:
+    """A request for the revision of the history and, afterwards, the revision, or `None` if the store does not say."""
+
+    revision: int | None = None
+
+
+_Requests: TypeAlias = Generator[_Read | _IsStored | _Revision, None, ResultT]
 
 
 def _is_stored(message_id: str) -> "_Requests[bool]":

@@ -5,23 +5,29 @@ from typing import Any
 
 from haystack import default_to_dict, logging
 from haystack.components.agents.state import State
-from haystack.dataclasses import ChatMessage
+from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import protocol_calls
+from haystack_chat_store.conversation.turns import exit_reason
 from haystack_chat_store.errors import (
     ChatHistoryAccessError,
+    ChatHistoryChangedError,
     ChatMessageStoreError,
     ConflictError,
     MessageNotFoundError,
 )
 from haystack_chat_store.ids import MESSAGE_ID_KEY
+from haystack_chat_store.turn_writer import question_is_gone
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_flag
 
 from .agent_run import AgentRun, correct_result, message_id, run_of, set_messages
 
 logger = logging.getLogger(__name__)
+
+# If a page does not have what is looked for, the next page is larger by this factor.
+_PAGE_GROWTH = 8
 
 
 class ChatHistorySaver:
@@ -65,18 +71,23 @@ class ChatHistorySaver:
         Save the messages that this run has not saved yet.
 
         :param state: The state of the agent's run.
-        :raises ValueError: If the run has no chat history id, its question was asked before, or a message cannot be
-            stored.
+        :raises ValueError: If the run has no chat history id or nothing to answer, its question was asked before, or a
+            message cannot be stored.
         :raises MessageNotFoundError: If the history does not have the `replace_from_message_id` any more.
         :raises ChatHistoryAccessError: If the history is another user's.
-        :raises ConflictError: If the history has another revision than the `expected_revision`.
+        :raises ConflictError: If the history has another revision than the `expected_revision`, or another run has
+            stored a step of the same turn meanwhile.
         :raises ChatMessageStoreError: If the store fails.
         """
         run = self._collected(state)
         store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
-        for attempt in self._attempts(run):
+        for attempt in self._attempts(state, run):
             with attempt:
-                if attempt.replaced_id is None:
+                if isinstance(attempt, _Look):
+                    attempt.found = protocol_calls.retrieve(store, run.chat_history_id, attempt.last_k)
+                elif isinstance(attempt, _IsStored):
+                    attempt.answer = protocol_calls.has_message(store, run.chat_history_id, attempt.message_id)
+                elif attempt.replaced_id is None:
                     attempt.written = store.write_messages(run.chat_history_id, attempt.messages, **attempt.options)
                 else:
                     attempt.written = protocol_calls.replace(
@@ -88,18 +99,25 @@ class ChatHistorySaver:
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
 
         :param state: The state of the agent's run.
-        :raises ValueError: If the run has no chat history id, its question was asked before, or a message cannot be
-            stored.
+        :raises ValueError: If the run has no chat history id or nothing to answer, its question was asked before, or a
+            message cannot be stored.
         :raises MessageNotFoundError: If the history does not have the `replace_from_message_id` any more.
         :raises ChatHistoryAccessError: If the history is another user's.
-        :raises ConflictError: If the history has another revision than the `expected_revision`.
+        :raises ConflictError: If the history has another revision than the `expected_revision`, or another run has
+            stored a step of the same turn meanwhile.
         :raises ChatMessageStoreError: If the store fails.
         """
         run = self._collected(state)
         store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
-        for attempt in self._attempts(run):
+        for attempt in self._attempts(state, run):
             with attempt:
-                if attempt.replaced_id is None:
+                if isinstance(attempt, _Look):
+                    attempt.found = await protocol_calls.retrieve_async(store, run.chat_history_id, attempt.last_k)
+                elif isinstance(attempt, _IsStored):
+                    attempt.answer = await protocol_calls.has_message_async(
+                        store, run.chat_history_id, attempt.message_id
+                    )
+                elif attempt.replaced_id is None:
                     attempt.written = await protocol_calls.write_async(
                         store, run.chat_history_id, attempt.messages, **attempt.options
                     )
@@ -139,7 +157,8 @@ class ChatHistorySaver:
         """
         Collect what a run has to save.
 
-        :raises ValueError: If the store cannot do what the run asks for. That is found out before the model is asked.
+        :raises ValueError: If the store cannot do what the run asks for, or the run has nothing to answer. That is
+            found out before the model is asked.
         """
         run = run_of(state)
         if run.replaced_id is not None:
@@ -148,6 +167,11 @@ class ChatHistorySaver:
             protocol_calls.write_options(self.chat_message_store, DuplicatePolicy.SKIP, run.expected_revision)
         # A run that ends before its first step has produced no messages, even if hooks have added some.
         if run.exit_reason is None:
+            if run.brought is None and all(message.role is ChatRole.SYSTEM for message in state.data["messages"]):
+                raise ValueError(
+                    "The agent has nothing to answer: the run has no messages, and its history has no question. Pass a "
+                    "question."
+                )
             set_messages(state, run.collect(state.data["messages"]))
         else:
             correct_result(state, run.exit_reason)
@@ -156,14 +180,16 @@ class ChatHistorySaver:
             run.brought = len(run.unsaved) if is_before_run else 0
         return run
 
-    def _attempts(self, run: AgentRun) -> Iterator["_Attempt"]:
+    def _attempts(self, state: State, run: AgentRun) -> Iterator["_Attempt | _Look | _IsStored"]:
         if run.replaced_id is not None and not run.has_reply:
             return  # until then, the old messages stay
         size = run.tried or len(run.unsaved)
         while run.unsaved:
             attempt = _Attempt.of(run, size)
-            yield attempt
+            yield from self._tried(run, attempt)
             if attempt.error is None:
+                ids = map(message_id, attempt.messages)
+                run.is_question_stored |= attempt.replaced_id is not None or run.question_id in ids
                 run.replaced_id = run.expected_revision = run.tried = None
             if (
                 attempt.written == 0
@@ -175,6 +201,8 @@ class ChatHistorySaver:
                     "the loaded messages, or another run is answering it. Ask it again with another id, or give "
                     "chat_history_hooks a larger last_k."
                 )
+            if attempt.written is not None and attempt.written < len(attempt.messages):
+                yield from self._compare(state, run, attempt.messages)
             # Another attempt would be refused, too.
             is_refused = isinstance(attempt.error, (ChatHistoryAccessError, ConflictError, MessageNotFoundError))
             if attempt.error is not None and (self.raise_on_failure or is_refused):
@@ -199,9 +227,93 @@ class ChatHistorySaver:
                 return
             run.unsaved = run.unsaved[size:]
 
+    def _tried(self, run: AgentRun, attempt: "_Attempt") -> "Iterator[_Attempt | _Look | _IsStored]":
+        """Write. If the question was stored before, write only as long as the history has it."""
+        is_free = attempt.replaced_id is not None or bool(attempt.options) or not run.is_question_stored
+        if is_free or not protocol_calls.takes_revisions(self.chat_message_store):
+            yield attempt
+            return
+        for _ in range(protocol_calls.MOST_ATTEMPTS):
+            look, stored = _Look(1), _IsStored(str(run.question_id))
+            yield look
+            if look.error is None and run.question_id not in map(message_id, look.found.messages):
+                yield stored
+                if stored.error is None and not stored.answer:
+                    stored.error = question_is_gone(run.question_id)
+            attempt.error = look.error or stored.error
+            if attempt.error is not None:
+                return
+            attempt.options = {"expected_revision": look.found.revision}
+            yield attempt
+            if not isinstance(attempt.error, ChatHistoryChangedError):
+                return
+
+    def _compare(self, state: State, run: AgentRun, written: list[ChatMessage]) -> Iterator["_Look"]:
+        """
+        Compare messages that the store has skipped with those that it has under their ids.
+
+        If another run has stored the answer to the same question meanwhile, it takes the place of this run's answer.
+
+        :raises ChatHistoryChangedError: If another run has stored another step of the turn meanwhile.
+        """
+        ids = {message_id(message) for message in written}
+        look, stored = _Look(1), dict[Any, ChatMessage]()
+        while True:
+            yield look
+            if look.error is not None and self.raise_on_failure:
+                raise look.error
+            stored = {message_id(message): message for message in look.found.messages}
+            if ids <= set(stored) or len(look.found.messages) < look.last_k:
+                break
+            look = _Look(look.last_k * _PAGE_GROWTH)
+        others = {message_id(each): stored.get(message_id(each), each) for each in written}
+        different = [each for each in written if not _says_the_same(each, others[message_id(each)])]
+        for message in different:
+            other = others[message_id(message)]
+            if message is not written[-1] or None in (exit_reason([message], ()), exit_reason([other], ())):
+                raise ChatHistoryChangedError(
+                    f"Another run answers the question with the {MESSAGE_ID_KEY} {run.question_id!r}, and has stored a "
+                    "step of it before this run. Repeat the run later: then it returns the stored answer, or goes on."
+                )
+            set_messages(
+                state, [other if message_id(each) == message_id(other) else each for each in state.data["messages"]]
+            )
+
+
+def _says_the_same(message: ChatMessage, other: ChatMessage) -> bool:
+    return message.role is other.role and message._content == other._content
+
+
+class _Call:
+    """One call of the store. Afterwards, it has the error that it failed with, or `None`."""
+
+    error: Exception | None = None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        self.error = error if isinstance(error, Exception) else None
+        return self.error is not None
+
+
+class _Look(_Call):
+    """A read of the last rounds and, afterwards, their messages."""
+
+    def __init__(self, last_k: int) -> None:
+        self.last_k = last_k
+        self.found = protocol_calls.Retrieved([])
+
+
+class _IsStored(_Call):
+    """The question whether the history has a message and, afterwards, the answer."""
+
+    def __init__(self, message_id: str) -> None:
+        self.message_id = message_id
+        self.answer = False
+
 
 @dataclass
-class _Attempt:
+class _Attempt(_Call):
     """
     One write: its arguments and, afterwards, the number of messages written or the error that it failed with.
 
@@ -220,9 +332,3 @@ class _Attempt:
         """Return the attempt to write the next messages of a run."""
         options = {} if run.expected_revision is None else {"expected_revision": run.expected_revision}
         return cls(run.unsaved[:size], run.replaced_id, options)
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        self.error = error if isinstance(error, Exception) else None
-        return self.error is not None

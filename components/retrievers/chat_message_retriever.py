@@ -173,7 +173,7 @@ class ChatMessageRetriever:
               a write that follows from what was read. (The key is missing if the store has no `retrieve_window`.)
             - `omitted_rounds`: the number of rounds before this turn that are not shown. (A store of another package
               may not count rounds. Then the key is missing, unless the whole history is shown.)
-        :raises ValueError: If an argument is wrong.
+        :raises ValueError: If an argument is wrong, or the question of this turn says nothing.
         :raises MessageNotFoundError: If the history does not have `until_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
@@ -203,7 +203,7 @@ class ChatMessageRetriever:
         :param user_id: The user whose histories alone are seen. Defaults to `None`: all that the store sees.
         :param until_message_id: The id of the last message to show. Defaults to `None`: the last one of the history.
         :returns: A dictionary with the keys `messages` or `replies`, `revision`, and `omitted_rounds`.
-        :raises ValueError: If an argument is wrong.
+        :raises ValueError: If an argument is wrong, or the question of this turn says nothing.
         :raises MessageNotFoundError: If the history does not have `until_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """

@@ -38,6 +38,7 @@ class ChatMessageWriter:
         policy: DuplicatePolicy = DuplicatePolicy.SKIP,
         *,
         require_user_id: bool = False,
+        question_is_stored: bool = False,
     ) -> None:
         """
         Create the component.
@@ -48,12 +49,17 @@ class ChatMessageWriter:
             SKIP, the default, and NONE, the message is skipped. With OVERWRITE, it replaces the stored message. With
             FAIL, nothing of the batch is written.
         :param require_user_id: Whether a run without a `user_id` is refused. Defaults to False.
+        :param question_is_stored: Whether the question of the replies must be stored already: for the writer after the
+            model, where another writer has stored the question before. Then a chat that is deleted while the model
+            answers stays deleted. A run with `replace_from_message_id` does not look for the question. Defaults to
+            False.
         :raises ValueError: If `chat_message_store` does not follow the protocol, or its `write_messages` does not take
             a `policy` and the policy is not SKIP or NONE.
         """
         self.chat_message_store = protocol_calls.validated_store(chat_message_store)
         self.policy = policy
         self.require_user_id = validated_flag(require_user_id, "require_user_id")
+        self.question_is_stored = validated_flag(question_is_stored, "question_is_stored")
         protocol_calls.write_options(self.chat_message_store, policy, None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,6 +69,7 @@ class ChatMessageWriter:
             chat_message_store=self.chat_message_store,
             policy=self.policy.name,
             require_user_id=self.require_user_id,
+            question_is_stored=self.question_is_stored,
         )
 
     @classmethod
@@ -110,11 +117,12 @@ class ChatMessageWriter:
         :param expected_revision: The revision that the history must have, 0 if it must not exist; if it has another
             one, nothing is written. The store's `write_messages` must take it. Defaults to `None`: any revision.
         :param replace_from_message_id: The id of a message of the history. It is taken back with all messages after it,
-            and this batch takes their place, in one step: for an answer that is given anew, or a question that is
-            edited. Messages of the batch that the history has before it are skipped. Ask the model first, so that a
-            failing model costs nothing. A repeated call, which does not find the message any more, finds what the first
-            one has put in its place, and returns that. The store must have `replace_messages`. Defaults to `None`: the
-            batch is appended.
+            except answers to other questions before it. This batch takes their place, in one step: for an answer that
+            is given anew, or a question that is edited. Messages of the batch that the history has before it are
+            skipped. Ask the model first, so that a failing model costs nothing, and give the `expected_revision` that
+            the retriever has read, so that nothing is taken back that was stored meanwhile. A repeated call, which does
+            not find the message any more, finds what the first one has put in its place, and returns that. The store
+            must have `replace_messages`. Defaults to `None`: the batch is appended.
         :returns: A dictionary with the keys
 
             - `messages_written`: the number of messages that this call wrote. Messages that a retriever or an agent's
@@ -123,14 +131,21 @@ class ChatMessageWriter:
               stored messages. System messages are among them as they came, though the store may skip them.
             - `replies`: the replies of the turn as the history has them. If the question was answered before, this is
               the stored answer.
-        :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises ValueError: If an argument is wrong, or the question says nothing. Nothing was written.
         :raises ChatHistoryAccessError: If the history is another user's. Nothing was written.
-        :raises MessageNotFoundError: If the history does not have `replace_from_message_id`. Nothing was written.
+        :raises MessageNotFoundError: If the history does not have `replace_from_message_id` or, with
+            `question_is_stored`, the question. Nothing was written.
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
         store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
-        writer = TurnWriter(store, self.policy, expected_revision, replace_from_message_id)
+        writer = TurnWriter(
+            store,
+            self.policy,
+            expected_revision,
+            replace_from_message_id,
+            question_is_stored=self.question_is_stored,
+        )
         stored, stored_replies, names = _stored(messages, replies)
         with protocol_calls.arguments_named(names):
             return _outputs(writer.write(chat_history_id, stored, stored_replies))
@@ -159,14 +174,21 @@ class ChatMessageWriter:
         :param replace_from_message_id: The id of the first message that the batch takes the place of. Defaults to
             `None`: the batch is appended.
         :returns: A dictionary with the keys `messages_written`, `messages` and `replies`.
-        :raises ValueError: If an argument is wrong. Nothing was written.
+        :raises ValueError: If an argument is wrong, or the question says nothing. Nothing was written.
         :raises ChatHistoryAccessError: If the history is another user's. Nothing was written.
-        :raises MessageNotFoundError: If the history does not have `replace_from_message_id`. Nothing was written.
+        :raises MessageNotFoundError: If the history does not have `replace_from_message_id` or, with
+            `question_is_stored`, the question. Nothing was written.
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
         store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
-        writer = TurnWriter(store, self.policy, expected_revision, replace_from_message_id)
+        writer = TurnWriter(
+            store,
+            self.policy,
+            expected_revision,
+            replace_from_message_id,
+            question_is_stored=self.question_is_stored,
+        )
         stored, stored_replies, names = _stored(messages, replies)
         with protocol_calls.arguments_named(names):
             return _outputs(await writer.write_async(chat_history_id, stored, stored_replies))

@@ -95,6 +95,26 @@ def last_question(messages: Sequence[ChatMessage]) -> ChatMessage | None:
     return next((each for each in reversed(messages) if is_question(each) and question_id_of(each) is None), None)
 
 
+def validate_question(messages: Sequence[ChatMessage], name: str) -> None:
+    """
+    Check that the messages of a turn say something, if a user message is among them.
+
+    A reply to a user message that says nothing would pass for a reply to the question before it.
+
+    :param messages: The messages of a turn. There may be no user message: then the turn before goes on.
+    :param name: The name of the argument.
+    :raises ValueError: If there are user messages, and none of them says anything.
+    """
+    asked = [
+        index for index, each in enumerate(messages) if each.role is ChatRole.USER and question_id_of(each) is None
+    ]
+    if asked and last_question(messages) is None:
+        raise ValueError(
+            f"{name}[{asked[-1]}] says nothing: a question needs a text that is not blank, an image or a file. Nothing "
+            "was written."
+        )
+
+
 def up_to_turn(messages: Sequence[ChatMessage], question_id: str | int) -> tuple[list[ChatMessage], list[ChatMessage]]:
     """
     Return the messages before a turn, and the messages of the turn. What other turns have said since is left out.
@@ -112,6 +132,28 @@ def up_to_turn(messages: Sequence[ChatMessage], question_id: str | int) -> tuple
     if place is None:
         return list(messages), []
     return [message for group in groups[:place] for message in group], groups[place]
+
+
+def answers_to_others(messages: Sequence[ChatMessage], from_message_id: str) -> list[ChatMessage]:
+    """
+    Return the messages after a message that belong to questions before it, other than its own.
+
+    Turns at the same moment are stored mixed. If the end of a history is replaced, these messages stay with their
+    questions.
+
+    :param messages: The end of a history, oldest first.
+    :param from_message_id: The id of the message.
+    :returns: The messages. A question that one of them names may be gone.
+    """
+    ids = [message_id_of(message) for message in messages]
+    if from_message_id not in ids:
+        return []
+    first, *after = messages[ids.index(from_message_id) :]
+    own_id = question_id_of(first)
+    if own_id is None and first.role is not ChatRole.USER:
+        return []
+    own = {None, own_id, *ids[ids.index(from_message_id) :]}
+    return [message for message in after if question_id_of(message) not in own]
 
 
 def answer_of(turn: Sequence[ChatMessage]) -> ChatMessage | None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base of all stores: settings, validation, ids, encoding; writing, reading and deleting messages."""
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -16,14 +17,14 @@ from haystack_chat_store import validation
 from haystack_chat_store.codec import decode_messages, encode_message, with_merged_meta
 from haystack_chat_store.conversation import rounds
 from haystack_chat_store.conversation.rounds import LastKUnit, Window
-from haystack_chat_store.errors import UnsupportedOperationError
-from haystack_chat_store.ids import MESSAGE_ID_KEY, new_message_id
+from haystack_chat_store.errors import ChatHistoryChangedError, UnsupportedOperationError
+from haystack_chat_store.ids import MESSAGE_ID_KEY, OWN_META_KEYS, new_message_id
 from haystack_chat_store.stores.conflicts import duplicate_in_batch, only_one_user
 from haystack_chat_store.stores.directory import DirectoryMethods
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.previews import beginning_of
 from haystack_chat_store.stores.reading import ReadingMethods, stored
-from haystack_chat_store.stores.rows import EncodedMessage, Scope, WindowRows
+from haystack_chat_store.stores.rows import EncodedMessage, MessageRow, Scope, WindowRows
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP, to_thread_if_large
 from haystack_chat_store.types import HistoryWindow, StoredMessage
 
@@ -186,7 +187,8 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
             same message, the second one gets an error. Defaults to `None`: any revision.
         :returns: The number of messages that this call wrote, including replacements. A message that the history has
             already, equal, is not replaced. If the history has all messages already, equal, the call returns 0
-            whatever `expected_revision` says: a call that is repeated is no conflict with itself.
+            whatever `expected_revision` says: a call that is repeated is no conflict with itself. (With SKIP, they are
+            equal even if their meta differs, as after a rating.)
         :raises ValueError: If an argument is wrong. If a message contains a value that cannot be stored, the error is a
             `MessageEncodingError`. Nothing was written.
         :raises DuplicateMessageError: If the policy is FAIL, and the history already has an id, or the batch has an id
@@ -199,9 +201,15 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         encoded = _encoded(write)
         if not encoded and write.expected_revision is None:
             return 0
-        return self.engine.run(
-            self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, write.expected_revision
-        )
+        try:
+            return self.engine.run(
+                self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, write.expected_revision
+            )
+        except ChatHistoryChangedError:
+            is_repeated = bool(encoded) and write.policy is DuplicatePolicy.SKIP
+            if not is_repeated or not all(map(partial(self._is_said, write), encoded)):
+                raise
+        return 0
 
     async def write_messages_async(
         self,
@@ -216,9 +224,17 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         encoded = await to_thread_if_large(_work_to_encode(write), _encoded, write)
         if not encoded and write.expected_revision is None:
             return 0
-        return await self.engine.run_async(
-            self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, write.expected_revision
-        )
+        try:
+            return await self.engine.run_async(
+                self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, write.expected_revision
+            )
+        except ChatHistoryChangedError:
+            if not encoded or write.policy is not DuplicatePolicy.SKIP:
+                raise
+            for message in encoded:
+                if not await self._is_said_async(write, message):
+                    raise
+        return 0
 
     def retrieve_messages(
         self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
@@ -533,6 +549,31 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         ]
         return _Write(history, named, policy, expected_revision, self.strict)
 
+    def _is_said(self, write: _Write, message: EncodedMessage) -> bool:
+        """Whether the history has a message of a repeated write. Its meta may have changed since, as by a rating."""
+        where = self.scope, write.chat_history_id
+        if not message.has_caller_id:
+            return False
+        try:
+            position = self.engine.run(self.engine.position, *where, message.message_id)
+            if position is None:
+                return False
+            return _says_the_same(message, self.engine.run(self.engine.page, *where, None, position - 1, 1))
+        except UnsupportedOperationError:
+            return False
+
+    async def _is_said_async(self, write: _Write, message: EncodedMessage) -> bool:
+        where = self.scope, write.chat_history_id
+        if not message.has_caller_id:
+            return False
+        try:
+            position = await self.engine.run_async(self.engine.position, *where, message.message_id)
+            if position is None:
+                return False
+            return _says_the_same(message, await self.engine.run_async(self.engine.page, *where, None, position - 1, 1))
+        except UnsupportedOperationError:
+            return False
+
     def _checked_window(self, last_k: int | None, window_step: int) -> Window:
         validation.validate_last_k(last_k)
         validation.validate_window_step(window_step)
@@ -546,9 +587,15 @@ def _checked_merge(
     history = validation.validated_id(chat_history_id, "chat_history_id")
     message = validation.validated_id(message_id, "message_id")
     merged = validation.validated_merge(merge, "merge")
-    if MESSAGE_ID_KEY in merge:
-        raise ValueError(f"merge must not have the key {MESSAGE_ID_KEY!r}: the id of a message stays.")
+    for key in OWN_META_KEYS.intersection(merge):
+        raise ValueError(f"merge must not have the key {key!r}: the store sets it, and it stays.")
     return history, message, partial(with_merged_meta, merged=merged)
+
+
+def _says_the_same(message: EncodedMessage, rows: list[MessageRow]) -> bool:
+    """Whether the stored message is the same, apart from its meta."""
+    said = [{**json.loads(content), "meta": None} for content in (message.content, *(row.content for row in rows))]
+    return len(said) == 2 and rows[0].message_id == message.message_id and said[0] == said[1]
 
 
 def _not_kept(engine: Engine[Any], what: str, attribute: str) -> UnsupportedOperationError:

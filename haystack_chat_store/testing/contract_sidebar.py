@@ -289,6 +289,24 @@ class Rule17SidebarTest(ContractTest):
             in_threads(*map(give, titles))
             assert seen == [store_.get_chat_history(f"chat {round_}").title] * len(titles)
 
+    def test_write_that_is_repeated_after_a_rating_is_no_conflict(self, store: ClosableStore, calls: Calls) -> None:
+        turn = [with_id("q", "question"), with_id("a", "answer")]
+        assert calls.write(store, "chat", turn, expected_revision=0) == 2
+        calls.call(store, "update_message_meta", "chat", "a", merge={"rating": "up"})
+        assert calls.write(store, "chat", turn, expected_revision=0) == 0
+        for other in ([*turn, with_id("b")], [with_id("q", "another question")], [with_id("c")]):
+            with pytest.raises(ChatHistoryChangedError):
+                calls.write(store, "chat", other, expected_revision=0)
+        assert calls.retrieve(store, "chat")[1].meta["rating"] == "up"
+
+    @pytest.mark.parametrize("key", ["chat_message_id", "chat_question_id", "chat_shown", "chat_transcript"])
+    def test_keys_of_the_store_are_not_merged(self, store: ClosableStore, calls: Calls, key: str) -> None:
+        calls.write(store, "chat", [with_id("a")])
+        stored = calls.retrieve(store, "chat")
+        with pytest.raises(ValueError, match=key):
+            calls.call(store, "update_message_meta", "chat", "a", merge={key: None})
+        assert calls.retrieve(store, "chat") == stored
+
     def test_merges_at_the_same_time_lose_nothing(self, store: ClosableStore) -> None:
         store_: Any = store
         store_.create_chat_history("chat")

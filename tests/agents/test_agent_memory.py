@@ -5,8 +5,8 @@ import copy
 import threading
 
 import pytest
-from agent_programs import HISTORY, ids, questions, tool
-from agent_runs import agent_with, asked, call, reply, result, says, stored_in, user
+from agent_programs import HISTORY, ids, questions, run_sync, tool
+from agent_runs import EARLIER, agent_with, asked, call, reply, result, says, stored_in, user
 from haystack.components.agents import State
 from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.hooks import hook
@@ -14,6 +14,7 @@ from haystack.token_counters import ApproximateTokenCounter
 
 from haystack_chat_store import ChatMessageStoreError
 from haystack_chat_store.conversation.shown import INTERRUPTED, UNANSWERED
+from haystack_chat_store.errors import ChatHistoryChangedError, MessageNotFoundError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 
 # ---------------------------------------------------------------------- what is stored, and seen again
@@ -339,6 +340,65 @@ def test_a_question_that_another_run_has_begun_to_answer_meanwhile_is_not_answer
     with pytest.raises(ValueError, match="or another run is answering it"):
         run(agent, [question])
     assert agent.chat_generator.asked == []
+
+
+def during(agent_run, *replies):
+    """Replies of a model. While it gives the first of them, another run takes place."""
+    first, *rest = replies
+
+    def answer(_):
+        agent_run()
+        return first
+
+    return [answer, *rest]
+
+
+def sent_again(store):
+    """The same request once more, in a process of its own: with another model, and with other ids of calls."""
+    agent = agent_with(store, reply("the first to be stored"))
+    return lambda: run_sync(agent, [user("Look!", chat_message_id="q")])
+
+
+def test_of_two_answers_to_the_same_request_one_is_stored_and_both_runs_return_it(store, run):
+    agent = agent_with(store, *during(sent_again(store), reply("too late")))
+    for _attempt in range(2):
+        assert run(agent, [user("Look!", chat_message_id="q")])["last_message"].text == "the first to be stored"
+        assert says(stored_in(store)) == says([user("Look!"), reply("the first to be stored")])
+
+
+def test_a_step_of_a_request_that_another_run_has_answered_is_not_stored(store, run):
+    agent = agent_with(store, *during(sent_again(store), reply(None, call("a")), reply("too late")))
+    with pytest.raises(ChatHistoryChangedError, match="has stored a step of it before"):
+        run(agent, [user("Look!", chat_message_id="q")])
+    assert says(stored_in(store)) == says([user("Look!"), reply("the first to be stored")])
+    assert run(agent, [user("Look!", chat_message_id="q")])["last_message"].text == "the first to be stored"
+
+
+@pytest.mark.parametrize("raise_on_failure", [True, False])
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_a_history_that_is_deleted_while_the_model_answers_stays_deleted(store, run, raise_on_failure, is_resumed):
+    store.write_messages("h", EARLIER if is_resumed else [])
+    if is_resumed:
+        store.write_messages("h", [user("Look!", chat_message_id="q")])
+    replies = during(lambda: store.delete_chat_history("h"), reply(None, call("a")), reply("too late"))
+    agent = agent_with(store, *replies, hook_options={"raise_on_failure": raise_on_failure})
+    with pytest.raises(MessageNotFoundError, match="deleted while the model answered"):
+        run(agent, [user("Look!", chat_message_id="q")])
+    assert store.get_chat_history("h") is None
+
+
+def test_an_answer_is_not_stored_after_a_step_of_another_run(store, run):
+    other = agent_with(store, reply(None, call("a")), RuntimeError("The model is down."))
+
+    def begin():
+        with pytest.raises(RuntimeError):
+            run_sync(other, [user("Look!", chat_message_id="q")])
+
+    agent = agent_with(store, *during(begin, reply("too late")), reply("together"))
+    with pytest.raises(ChatHistoryChangedError):
+        run(agent, [user("Look!", chat_message_id="q")])
+    assert run(agent, [user("Look!", chat_message_id="q")])["last_message"].text == "together"
+    assert says(stored_in(store)) == says([user("Look!"), reply(None, call("a")), result("a"), reply("together")])
 
 
 def test_a_reply_with_the_meta_of_its_question_is_stored_all_the_same(store, run):

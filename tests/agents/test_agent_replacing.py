@@ -195,6 +195,23 @@ class TestRefused:
                     run(agent, question, **options)
         assert texts(store) == [*OLD, "q2", "a2"]
 
+    def test_what_others_have_stored_while_the_model_answers_is_not_replaced(self, store, run):
+        def answer(_):
+            store.write_messages("h", [user("q2"), reply("a2")])
+            return reply("too late")
+
+        with pytest.raises(ChatHistoryChangedError):
+            run(agent_with(store, answer), [], **context(replace_from_message_id=last_id(store)))
+        assert texts(store) == [*OLD, "q2", "a2"]
+
+    def test_an_answer_to_another_question_stays(self, store, run):
+        other, replaced = user("q2", chat_message_id="id2"), last_id(store)
+        store.replace_messages(
+            "h", "id1", [other, *store.retrieve_messages("h")[2:], reply("a2", chat_question_id="id2")]
+        )
+        run(agent_with(store, reply("new")), [], **context(replace_from_message_id=replaced))
+        assert sorted(texts(store)) == ["a0", "a2", "new", "q0", "q1", "q2"]
+
     def test_if_the_message_was_never_there(self, store, run):
         agent = agent_with(store, reply("never"))
         with pytest.raises(MessageNotFoundError, match="'other'"):

@@ -110,10 +110,24 @@ def test_a_reply_that_was_cut_short_is_complete(store, run):
     assert agent.chat_generator.asked == []
 
 
-def test_an_empty_history_is_left_to_the_agent(store, run):
-    agent = agent_with(store, reply("Hello!"))
+@pytest.mark.parametrize("before", [[], [user(" ")]], ids=["empty", "blank"])
+def test_without_a_question_the_run_fails_before_the_model_is_asked(store, run, before):
+    store.write_messages("h", before)
+    agent = agent_with(store, reply("Hello!"), system_prompt="Be brief.")
+    with pytest.raises(ValueError, match="nothing to answer"):
+        run(agent, [])
+    assert agent.chat_generator.asked == []
+    assert says(stored_in(store)) == says(before)
+
+
+def test_the_question_may_come_from_a_hook(store, run):
+    @hook
+    def ask(state: State) -> None:
+        state.set("messages", [user("Hi")])
+
+    agent = agent_with(store, reply("Hello!"), hooks={"before_run": [ask]})
     run(agent, [])
-    assert asked(agent) == []
+    assert asked(agent) == says([user("Hi")])
 
 
 def test_a_tool_result_that_the_caller_brings_answers_the_stored_call(store, run):

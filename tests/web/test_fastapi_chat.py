@@ -103,18 +103,32 @@ def test_a_conversation_is_streamed_kept_and_found(service, connect):
     assert (ada.texts("trip"), len(ada.texts("other"))) == ([], 2)
 
 
+@pytest.mark.parametrize("text", ["", " "])
+def test_a_question_that_says_nothing_is_refused_before_it_is_stored(service, connect, text):
+    ada, chat = connect(service), f"blank{len(text)}"
+    ada.ask(chat, "My name is Ada.", "1")
+    before = ada.texts(chat)
+    for method, path in (("POST", f"/chats/{chat}/messages"), ("PUT", f"/chats/{chat}/messages/1")):
+        refused = ada.send(method, path, json={"text": text, "request_id": "2"})
+        assert (refused.status_code, refused.json()["error"]) == (422, "ValueError")
+    assert ada.texts(chat) == before
+    assert ada.ask(chat, "My name is Ada.", "1")[1] == before[1]
+
+
 def test_users_see_only_their_own_conversations(service, connect):
     grace, mallory = connect(service, "grace"), connect(service, "mallory")
     grace.ask("secret", "The code is 1234.", "1")
 
     assert mallory.texts("secret") == []
     question = {"text": "What is the code?", "request_id": "2"}
-    assert mallory.send("POST", "/chats/secret/messages", json=question).status_code == 403
+    assert mallory.send("POST", "/chats/secret/messages", json=question).status_code == 404
     assert mallory.get("/chats")["items"] == []
     assert mallory.get("/search", q="code") == []
-    assert mallory.send("PATCH", "/chats/secret", json={"title": "Mine"}).status_code == 403
+    refused = [mallory.send("PATCH", f"/chats/{chat}", json={"title": "Mine"}) for chat in ("secret", "missing")]
+    assert [response.status_code for response in refused] == [404, 404]
+    assert refused[0].json() == refused[1].json()
     assert mallory.send("POST", "/chats/secret/fork/mine").status_code == 404
-    assert mallory.send("DELETE", "/chats/secret").status_code == 403
+    assert [mallory.send("DELETE", f"/chats/{chat}").status_code for chat in ("secret", "missing")] == [204, 204]
     assert len(grace.texts("secret")) == 2
 
 
@@ -170,6 +184,20 @@ def test_a_client_that_goes_away_finds_its_answer(start, model, connect):
 
     assert ada.ask("chat", "Are you there?", "1")[1] == "You said: Are you there? This is answer 1."
     assert len(model.requests) == 1
+
+
+def test_an_answer_that_is_stopped_is_what_the_user_has_seen(start, model, connect):
+    ada = connect(start(*COMMAND, **model.environment))
+    model.hold()
+    with ada.stream("chat", "Are you there?", "1") as response:
+        events = read_events(response)
+        assert [next(events)[0], next(events)[0]] == ["question", "token"]
+        stopped = ada.send("POST", "/chats/chat/messages/1/stop", json={"text": "You sa"})
+        assert stopped.json()[0]["content"] == [{"text": "You sa"}]
+        model.go_on()
+        assert [json.loads(data)[0]["content"] for name, data in events if name == "done"] == [[{"text": "You sa"}]]
+    assert ada.texts("chat") == ["Are you there?", "You sa"]
+    assert ada.send("POST", "/chats/chat/messages/2/stop", json={"text": "?"}).status_code == 404
 
 
 def test_a_turn_survives_the_death_of_the_server(start, model, connect):

@@ -2,7 +2,7 @@
 """
 A chat pipeline with a memory behind Hayhooks, for every client of OpenAI's chat completions and responses.
 
-    hayhooks run --pipelines-dir examples/hayhooks
+    HAYHOOKS_STARTUP_DEPLOY_STRATEGY=sequential hayhooks run --pipelines-dir examples/hayhooks
 
 HAYSTACK_CHAT_STORE_URL names another store than chat_history.db. Replace the mock by any ChatGenerator.
 """
@@ -42,7 +42,7 @@ class PipelineWrapper(BasePipelineWrapper):
         self.pipeline.add_component("question_writer", ChatMessageWriter(self.store))
         self.pipeline.add_component("retriever", ChatMessageRetriever(self.store, last_k=None, max_tokens=8000))
         self.pipeline.add_component("llm", self.llm)
-        self.pipeline.add_component("answer_writer", ChatMessageWriter(self.store))
+        self.pipeline.add_component("answer_writer", ChatMessageWriter(self.store, question_is_stored=True))
         self.pipeline.connect("question_writer.messages", "retriever.current_messages")
         self.pipeline.connect("question_writer.messages", "answer_writer.messages")
         self.pipeline.connect("retriever.messages", "llm.messages")
