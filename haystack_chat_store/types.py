@@ -99,7 +99,7 @@ class ChatMessageStore(Protocol):
         whole or not at all.
     21. **Search.** `search_messages` finds exactly the messages and titles that have all words, symbols and phrases of
         the query, for any query and in any language. They can be found as soon as they are written, and no longer once
-        they are deleted.
+        they are deleted. A score depends on nothing but what is found: it tells nothing of other users and namespaces.
     22. **Erasing.** `delete_chat_histories` deletes the histories with a prefix, `purge` those that have not changed
         for a long time. Both work in batches, and delete each history whole. A history that is deleted by its id takes
         its branches with it, and theirs. Erasing treats branches like other histories.

@@ -542,7 +542,8 @@ class Engine(ABC, Generic[SessionT]):
         Those of branches are among them only if the scope has branches.
 
         How good a match is, is for the engine to say. At least, of two messages with the same word, the one in which
-        the word is a larger part of the text has the greater score.
+        the word is a larger part of the text has the greater score. A score depends on nothing but the message and the
+        query, so that it tells nothing of what is stored outside the scope; neither does the order of equal scores.
 
         :param chat_history_id: Only messages of this history, or `None` for all.
         :param prefix: Only messages of histories whose ids begin with this text.

@@ -268,18 +268,19 @@ _DELETE_HISTORIES = """
 
 # ------------------------------------------------------------------ search
 
-# Histories are looked up in the order of the scores, until there are enough hits.
+# Histories are looked up in the order of the scores, until there are enough hits. A score depends on the message alone,
+# and so does the order of equal ones: neither tells what others have.
 _SEARCH = """
     SELECT chat_history_id, position, message_id, role, {{message_time}}, content, score FROM (
         SELECT chat_history_id, history_key, position, score FROM (
             SELECT history_key, position, ts_rank(search_terms, %(query)s::tsquery) AS score FROM {searched}
             WHERE search_terms @@ %(query)s::tsquery AND search_terms IS NOT NULL {restrict}
-            ORDER BY score DESC, position DESC
+            ORDER BY score DESC, position DESC, history_key
         ) AS found
         JOIN {{histories}} USING (history_key)
-        WHERE {{with_prefix}} ORDER BY score DESC, position DESC LIMIT %(limit)s
+        WHERE {{with_prefix}} ORDER BY score DESC, position DESC, history_key LIMIT %(limit)s
     ) AS best
-    JOIN {{messages}} USING (history_key, position) ORDER BY score DESC, position DESC
+    JOIN {{messages}} USING (history_key, position) ORDER BY score DESC, position DESC, history_key
 """
 # The planner does not know how common a word is. OFFSET 0 keeps it from the index of terms, which has the messages of
 # all histories.
