@@ -113,7 +113,8 @@ class ChatMessageStore(Protocol):
         sees, counts, finds, changes and deletes only this user's histories. For what reads, a history of another user,
         or of none, is as absent as one that does not exist; a write to it raises a `ChatHistoryAccessError`, which says
         nothing about it. The engine checks that in the statement that reads or writes. `list_chat_histories`,
-        `search_messages`, `purge` and `statistics` take a `user_id`, too, and `delete_user` erases a person.
+        `search_messages`, `purge` and `statistics` take a `user_id`, too, and `delete_user` erases a person. Branches
+        belong to the user of their history, and follow it to another one: what another user calls a branch is none.
 
     26. **A transcript, once.** What `match_transcript` finds new in a transcript that a client sends whole is stored
         once. What it takes back is in a branch as a whole before it is deleted, and is deleted only if the history has

@@ -262,7 +262,8 @@ class Engine(ABC, Generic[SessionT]):
         """
         Delete a history with its messages, title and meta, and the branches of it and of its branches.
 
-        A history that does not exist is ignored, but its branches are not. Where that is not one atomic step, the
+        A history that does not exist is ignored, but its branches are not. What another user than the history's calls
+        its branch is none. Where that is not one atomic step, the
         history goes first, and a repeated call deletes what is left.
 
         :param expected_revision: The revision that a history that exists must have, or `None` for any.
@@ -445,6 +446,9 @@ class Engine(ABC, Generic[SessionT]):
     ) -> Operation[HistoryRow | None]:
         """
         Change title, meta or user, and return the changed history, or `None` if the history does not exist.
+
+        If the user changes, so does that of its branches, and of theirs: of those that had the same user. Where that is
+        not one atomic step, the branches come first, and a repeated call finishes it.
 
         If keys of the meta are set, no other change of the meta comes between reading and writing it.
         """

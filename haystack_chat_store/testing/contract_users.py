@@ -11,6 +11,7 @@ import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
+from haystack_chat_store import transcript_matcher
 from haystack_chat_store.errors import (
     ChatHistoryAccessError,
     ChatHistoryExistsError,
@@ -121,6 +122,14 @@ _WRITES: dict[str, Callable[[Calls, Any, str], Any]] = {
     "import_history": lambda calls, store, chat: imported(calls, store, _row(chat), []),
     "import_histories": lambda calls, store, chat: calls.call(_Engine(store), "import_histories", [(_row(chat), [])]),
 }
+
+
+def branch_of(calls: Calls, store: Any, chat_history_id: str) -> str:
+    """Write a turn to a history, ask for another answer, and return the id of the branch that keeps the first one."""
+    calls.write(store, chat_history_id, [user("question"), answer("an answer", "kept")])
+    matched = calls.call(transcript_matcher, "match_transcript", store, chat_history_id, [user("question")])
+    calls.write(store, chat_history_id, [answer("another answer", "shown")])
+    return str(matched.branch_id)
 
 
 def skip_without(test: ContractTest, attribute: str) -> None:
@@ -269,6 +278,22 @@ class Rule25UsersTest(ContractTest):
         calls.call(store, "update_chat_history", "hers", user_id=None)
         assert (listed(calls, ada), listed(calls, bob)) == (["free"], ["own"])
         assert calls.count(store, "hers") == 2
+
+    def test_branches_have_the_user_of_their_history(self, users: tuple[Any, Any, Any], calls: Calls) -> None:
+        store, ada, bob = users
+        branch = branch_of(calls, ada, "chat")
+        family = ["chat", branch, branch_of(calls, ada, branch)]
+        calls.call(store, "update_chat_history", "chat", user_id="bob", title="given")
+        assert listed(calls, ada, branches=True) == ["hers"]
+        assert sorted(listed(calls, bob, branches=True)) == sorted([*family, "own"])
+        assert [calls.call(store, "get_chat_history", each).user_id for each in family] == ["bob"] * 3
+        assert calls.count(ada, branch) == 0
+        calls.call(store, "update_chat_history", "chat", user_id=None)
+        assert listed(calls, bob, branches=True) == ["own"]
+        calls.call(store, "update_chat_history", "chat", user_id="ada")
+        assert sorted(listed(calls, ada, branches=True)) == sorted([*family, "hers"])
+        assert calls.call(store, "delete_user", "ada") == 4
+        assert sorted(listed(calls, store, branches=True)) == ["free", "own"]
 
     def test_a_person_is_erased(self, users: tuple[Any, Any, Any], calls: Calls) -> None:
         store, ada, bob = users

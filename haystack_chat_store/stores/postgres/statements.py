@@ -314,9 +314,16 @@ class Statements(NamedTuple):
     # The history's row goes first: its lock keeps writers out until the messages are deleted, too.
     delete_histories: str = _DELETE_HISTORIES.format(before="{of_user}")
     delete_messages: str = "DELETE FROM {messages} WHERE history_key = ANY (%s)"
+    # Those of a history that is there are its user's. Otherwise all of the scope are asked for.
     branches: str = """
-        SELECT chat_history_id, history_key FROM {histories}
-        WHERE namespace = %(namespace)s AND branch_of = ANY (%(ids)s) AND {of_user}
+        SELECT chat_history_id, history_key, user_id FROM {histories}
+        WHERE namespace = %(namespace)s AND branch_of = ANY (%(ids)s)
+            AND CASE WHEN %(is_there)s THEN user_id IS NOT DISTINCT FROM %(owner)s ELSE {of_user} END
+    """
+    hand_over_branches: str = """
+        UPDATE {histories} SET user_id = %(after)s
+        WHERE namespace = %(namespace)s AND branch_of = ANY (%(ids)s) AND user_id IS NOT DISTINCT FROM %(before)s
+        RETURNING chat_history_id
     """
 
     lock_key: str = "SELECT FROM {histories} WHERE history_key = %s FOR UPDATE"

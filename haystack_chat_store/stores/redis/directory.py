@@ -86,10 +86,12 @@ class Deleted(NamedTuple):
 
     :param number: How many histories there were.
     :param may_have_branches: Whether one of them had branches, or was not there, so that this is not known.
+    :param owner: The user of the last one, an empty text for none, or `None` if this is not known.
     """
 
     number: int
     may_have_branches: bool
+    owner: str | None
 
 
 class Directory(RedisOperations):
@@ -141,8 +143,14 @@ class Directory(RedisOperations):
         chat_history_id: str,
         change: HistoryChange,
     ) -> HistoryRow | None:
-        """Set and delete fields of the hash of a history. Keys of the meta are set only if it is still the same."""
+        """
+        Set and delete fields of the hash of a history. Keys of the meta are set only if it is still the same.
+
+        Branches get another user before the history does, so that a repeated call finishes what another one began.
+        """
         keys = self.keys(scope)
+        if change.user_id is not UNCHANGED:
+            await _hand_over_branches(session, keys, chat_history_id, change.user_id, set())
         names = [*keys.of_bucket_of(chat_history_id), keys.of_history(chat_history_id).counters]
         while True:
             meta, required = change.meta, ""
@@ -325,16 +333,52 @@ async def delete_histories(
         raise no_access()
     if answer[0] == "CHANGED":
         check_revision(expected_revision, answer[1])
-    deleted, may_have_branches = answer
+    deleted, may_have_branches, owner = answer
     if is_repeated:  # the first attempt may have deleted them, and only its answer was lost
         deleted = len(chat_history_ids) - len(await read_histories(session, keys, chat_history_ids))
-    return Deleted(int(deleted), is_repeated or bool(may_have_branches))
+    return Deleted(int(deleted), is_repeated or bool(may_have_branches), owner[1:] if owner else None)
 
 
-async def delete_branches(session: Session, keys: Keys, chat_history_id: str) -> None:
-    """Delete the branches of a history, and theirs. They are found by their ids, and known by their meta."""
+async def delete_branches(session: Session, keys: Keys, chat_history_id: str, owner: str | None) -> None:
+    """
+    Delete the branches of a history, and theirs.
+
+    :param owner: The user of the history, an empty text for none, or `None` if it is not known: then all of the scope
+        that name the history as their origin are deleted.
+    """
+    for branch, user_id in (await _branches(session, keys, chat_history_id)).items():
+        if owner in (None, user_id or ""):
+            deleted = await delete_histories(session, keys, bucket_of(branch), [branch])
+            if deleted.may_have_branches:
+                await delete_branches(session, keys, branch, user_id or "")
+
+
+async def _hand_over_branches(
+    session: Session, keys: Keys, chat_history_id: str, after: str | None, passed: set[str]
+) -> None:
+    """
+    Give the branches of a history, and theirs, to another user, or to none. Those of a branch go before it.
+
+    :param passed: The histories that this was done for: two may name each other as their origin.
+    """
+    passed.add(chat_history_id)
+    found = await read_histories(session, keys, [chat_history_id])
+    if chat_history_id not in found or found[chat_history_id].row.user_id == after:
+        return
+    before = found[chat_history_id].row.user_id
+    arguments = ["user_id"] if after is None else ["user_id", after]
+    for branch, user_id in (await _branches(session, keys, chat_history_id)).items():
+        if user_id == before and branch not in passed:
+            await _hand_over_branches(session, keys, branch, after, passed)
+            names = [*keys.of_bucket_of(branch), keys.of_history(branch).counters]
+            count = len(arguments) if after is not None else 0
+            await session.run(scripts.UPDATE, names, [branch, count, *arguments, "", before or ""])
+
+
+async def _branches(session: Session, keys: Keys, chat_history_id: str) -> dict[str, str | None]:
+    """Return the branches of a history, each with its user. They are found by their ids, and known by their meta."""
     parts: dict[int, str | None] = dict.fromkeys(range(BUCKETS), "")
-    branches: list[str] = []
+    branches: dict[str, str | None] = {}
     while parts:
         calls: list[tuple[Sequence[str], Sequence[str | int]]] = []
         for bucket, after in parts.items():
@@ -342,13 +386,13 @@ async def delete_branches(session: Session, keys: Keys, chat_history_id: str) ->
             calls.append((keys.of_bucket(bucket), [*ends, BATCH_SIZE, "", keys.user]))
         answers = await session.run_each(scripts.BY_ID, calls)
         found = await read_histories(session, keys, [each for _, ids in answers for each in ids])
-        branches += [
-            each for each, history in found.items() if branch_origin(each, history.row.meta) == chat_history_id
-        ]
+        branches |= {
+            each: history.row.user_id
+            for each, history in found.items()
+            if branch_origin(each, history.row.meta) == chat_history_id
+        }
         parts = {bucket: last for bucket, (last, _) in zip(parts, answers, strict=True) if last}
-    for branch in branches:
-        if (await delete_histories(session, keys, bucket_of(branch), [branch])).may_have_branches:
-            await delete_branches(session, keys, branch)
+    return branches
 
 
 def _is_branch(row: HistoryRow) -> bool:

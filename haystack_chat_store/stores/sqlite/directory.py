@@ -79,7 +79,7 @@ _COUNT_UP_TO = """
 """
 _UPDATE_HISTORY = """
     UPDATE haystack_chat_histories SET title = iif(?, title, ?), title_terms = iif(?, title_terms, ?),
-        user_id = iif(?, user_id, ?), meta = ?, branch_of = ?
+        meta = ?, branch_of = ?
     WHERE history_key = ?
 """
 _META = "SELECT CAST(meta AS TEXT) FROM haystack_chat_histories WHERE history_key = ?"
@@ -169,21 +169,23 @@ class Directory(Engine[Database]):
         chat_history_id: str,
         change: HistoryChange,
     ) -> HistoryRow | None:
-        """Change the row, and read it."""
+        """Change the row, hand over the branches, and read the row."""
         terms = change.title if change.title is UNCHANGED else title_terms(change.title)
-        title, title_words, user_id = (
-            (value is UNCHANGED, None if value is UNCHANGED else value)
-            for value in (change.title, terms, change.user_id)
+        title, title_words = (
+            (value is UNCHANGED, None if value is UNCHANGED else value) for value in (change.title, terms)
         )
         with session.transaction() as connection:
-            found = Histories(connection, scope, session.settings.search).find(chat_history_id)
+            histories = Histories(connection, scope, session.settings.search)
+            found = histories.find(chat_history_id)
             if found is None:
                 return None
             ((stored,),) = readable_rows(connection, _META, (found.history_key,))
             meta = change.new_meta(stored)
             branch_of = branch_origin(chat_history_id, meta)
-            values = (*title, *title_words, *user_id, meta, branch_of, found.history_key)
+            values = (*title, *title_words, meta, branch_of, found.history_key)
             connection.execute(_UPDATE_HISTORY, values)
+            if change.user_id is not UNCHANGED:
+                histories.hand_over(found.history_key, chat_history_id, found.user_id, change.user_id)
             return _history(connection, scope, chat_history_id)
 
     def create_history(self, session: Database, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:

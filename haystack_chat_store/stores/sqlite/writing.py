@@ -62,7 +62,8 @@ class Writing(Engine[Database]):
             if history is not None:
                 check_revision(expected_revision, history.revision)
                 histories.delete(history.history_key)
-            histories.delete_branches(chat_history_id)
+            user_id = None if history is None else history.user_id
+            histories.delete_branches(chat_history_id, is_there=history is not None, user_id=user_id)
 
     def delete_all(self, session: Database, scope: Scope) -> bool:
         """Delete some histories, so that no other writer waits for long."""

@@ -219,7 +219,8 @@ return found
 #: Delete histories of a bucket. Keys: those of the bucket, then those of the histories. Arguments: a time, for those
 #: that have not changed since, or nothing; the revision that a history that is there must have, or nothing; the user;
 #: whether a history of another user is an error, 1 or 0, or left out; the histories' ids. Returns how many there were,
-#: and 1 if one of them may have branches; or ACCESS, or CHANGED and a revision.
+#: 1 if one of them may have branches, and the user of the last one: nothing if it was not there, or else a = and the
+#: user, if it had one; or ACCESS, or CHANGED and a revision.
 DELETE = Script(
     OF_BUCKET,
     f"""
@@ -229,7 +230,7 @@ local expiring, deleted = redis.call('ZCARD', expiries), 0
 local kept_revision = tonumber(redis.call('GET', deleted_revision) or 0)
 local updated_before, greatest = tonumber(ARGV[1]), kept_revision
 local of_history = (#KEYS - 6) / (#ARGV - 4)
-local user, owner, branched = ARGV[3], false, 0
+local user, owner, branched, owner_then = ARGV[3], false, 0, ''
 for index = 5, #ARGV do
     local time = updated_before and tonumber(redis.call('ZSCORE', directory, ARGV[index]) or nil)
     local first = 7 + (index - 5) * of_history
@@ -241,6 +242,8 @@ for index = 5, #ARGV do
         if revision and ARGV[2] ~= '' and tonumber(ARGV[2]) ~= revision then return {{'CHANGED', revision}} end
         greatest = math.max(greatest, revision or 0)
         if not is_there or redis.pcall('HGET', KEYS[first], 'branches') then branched = 1 end
+        local their_owner = is_there and redis.pcall('HGET', KEYS[first], 'user_id')
+        owner_then = is_there and '=' .. (type(their_owner) == 'string' and their_owner or '') or ''
         if redis.call('UNLINK', unpack(KEYS, first, first + of_history - 1)) > 0 then deleted = deleted + 1 end
         for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, ARGV[index]) end
         local gone_user = redis.call('HGET', owners, ARGV[index])
@@ -256,7 +259,7 @@ if expiring > 0 then
     {AGE_BUCKET}
 end
 if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', KEYS[1]) end
-return {{deleted, branched}}
+return {{deleted, branched, owner_then}}
 """,
 )
 
