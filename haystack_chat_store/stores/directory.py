@@ -6,7 +6,7 @@ import binascii
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -14,8 +14,13 @@ from typing import Any
 from typing_extensions import Self
 
 from haystack_chat_store import validation
-from haystack_chat_store.errors import ChatMessageStoreError
-from haystack_chat_store.ids import BRANCH_OF_KEY, branch_id, branch_prefix
+from haystack_chat_store.errors import (
+    ChatHistoryAccessError,
+    ChatHistoryExistsError,
+    ChatHistoryNotFoundError,
+    ChatMessageStoreError,
+)
+from haystack_chat_store.ids import BRANCH_OF_KEY, MAX_ID_LENGTH, branch_id, branch_prefix, new_message_id
 from haystack_chat_store.json_values import equal_json, parse_json
 from haystack_chat_store.stores.conflicts import history_is_there, history_not_found, only_one_user
 from haystack_chat_store.stores.engine import Engine
@@ -27,6 +32,8 @@ from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, MessageP
 _ERASE_BATCH_SIZE = 100
 # The most histories that one call of the engine returns when most of them do not have the meta that is looked for.
 _MOST_READ = 1_000
+# The errors that say that a branch cannot get an id, or is not there any more.
+_REFUSED_RENAMING = (ChatHistoryExistsError, ChatHistoryAccessError, ChatHistoryNotFoundError)
 # The first element of a cursor. A later version with another order of the directory gets another number.
 _CURSOR_VERSION = 1
 
@@ -167,8 +174,9 @@ class DirectoryMethods:
             Values that JSON does not know are stored in the same form as in messages.
         :param merge_meta: Keys of the meta to set, while all others stay. A value of `None` deletes its key. No other
             change is lost. Cannot be given together with `meta`. Defaults to `None`: no change.
-        :param user_id: The user that the history belongs to from now on, `None` for none. A store of one user can
-            neither claim a history nor hand one over. Defaults to `UNCHANGED`.
+        :param user_id: The user that the history belongs to from now on, with its branches, `None` for none. They get
+            it in one step; on Redis, the branches get it first, and a repeated call finishes it. A store of one user
+            can neither claim a history nor hand one over. Defaults to `UNCHANGED`.
         :returns: The history after the change.
         :raises ValueError: If an argument is wrong. Nothing was changed.
         :raises ChatHistoryNotFoundError: If the history does not exist.
@@ -204,7 +212,8 @@ class DirectoryMethods:
         Give a history another id, and return it. All else stays, apart from its revision, which becomes greater.
 
         It is one atomic step. Between hash slots of a Redis Cluster, the history is whole under its new id before the
-        old one goes: a reader may see both, and a call that is repeated finishes it. Its branches follow it one by one.
+        old one goes: a reader may see both, and a call that is repeated finishes it. Its branches follow it one by one;
+        one whose new id is taken gets another.
 
         :param old_id: The history's id.
         :param new_id: The id that it gets. No history has it yet.
@@ -218,9 +227,12 @@ class DirectoryMethods:
         engine, scope, place = self.engine, self.scope, ""
         row = engine.run(engine.rename_history, scope, old_id, new_id)
         while rows := engine.run(engine.histories_by_id, scope, branch_prefix(old_id), place, _MOST_READ):
-            for branch, renamed, change in _renamed_branches(rows, old_id, new_id):
-                self.rename_chat_history(branch, renamed)
-                engine.run(engine.update_history, scope, renamed, change)
+            for branch, names, change in _renamed_branches(rows, old_id, row):
+                for name in names:
+                    with suppress(*_REFUSED_RENAMING):
+                        self.rename_chat_history(branch, name)
+                        engine.run(engine.update_history, scope, name, change)
+                        break
             place = rows[-1].chat_history_id
         return _info(row)
 
@@ -230,9 +242,12 @@ class DirectoryMethods:
         engine, scope, place = self.engine, self.scope, ""
         row = await engine.run_async(engine.rename_history, scope, old_id, new_id)
         while rows := await engine.run_async(engine.histories_by_id, scope, branch_prefix(old_id), place, _MOST_READ):
-            for branch, renamed, change in _renamed_branches(rows, old_id, new_id):
-                await self.rename_chat_history_async(branch, renamed)
-                await engine.run_async(engine.update_history, scope, renamed, change)
+            for branch, names, change in _renamed_branches(rows, old_id, row):
+                for name in names:
+                    with suppress(*_REFUSED_RENAMING):
+                        await self.rename_chat_history_async(branch, name)
+                        await engine.run_async(engine.update_history, scope, name, change)
+                        break
             place = rows[-1].chat_history_id
         return _info(row)
 
@@ -537,13 +552,24 @@ def _checked_renaming(old_id: str, new_id: str) -> tuple[str, str]:
     return ids
 
 
-def _renamed_branches(rows: Sequence[HistoryRow], old_id: str, new_id: str) -> Iterator[tuple[str, str, HistoryChange]]:
-    """Yield, of each branch of a history that was renamed, its id, its new id, and the change of its meta."""
+def _renamed_branches(
+    rows: Sequence[HistoryRow], old_id: str, renamed: HistoryRow
+) -> Iterator[tuple[str, list[str], HistoryChange]]:
+    """
+    Yield, of each branch of a history that was renamed, its id, ids that it may get, and the change of its meta.
+
+    The first of them goes on saying which branch it is. If it is taken, the last one is free, and cannot be guessed.
+
+    :param rows: The histories whose ids begin like those of its branches.
+    :param renamed: The history, which is renamed by now.
+    """
+    new_id = renamed.chat_history_id
     for row in rows:
-        if branch_origin(row.chat_history_id, row.meta) == old_id:
+        if branch_origin(row.chat_history_id, row.meta) == old_id and row.user_id == renamed.user_id:
             name = row.chat_history_id[len(branch_prefix(old_id)) :].partition("~")[0]
             change = validation.validated_change(UNCHANGED, UNCHANGED, {BRANCH_OF_KEY: new_id}, UNCHANGED)
-            yield row.chat_history_id, branch_id(new_id, name), change
+            names = [branch_id(new_id, name), branch_id(new_id, new_message_id())]
+            yield row.chat_history_id, [each for each in names if len(each) <= MAX_ID_LENGTH], change
 
 
 def _created(created: tuple[HistoryRow, bool], exist_ok: bool) -> ChatHistoryInfo:

@@ -295,6 +295,56 @@ class Rule25UsersTest(ContractTest):
         assert calls.call(store, "delete_user", "ada") == 4
         assert sorted(listed(calls, store, branches=True)) == ["free", "own"]
 
+    def test_history_of_another_user_is_no_branch(self, users: tuple[Any, Any, Any], calls: Calls) -> None:
+        store, ada, bob = users
+        calls.call(bob, "create_chat_history", "chat~spy", meta={"branch_of": "chat"})
+        branch = branch_of(calls, ada, "chat")
+        before = _state(calls, store, "chat~spy")
+        calls.call(store, "update_chat_history", "chat", user_id="eve")
+        calls.call(store, "update_chat_history", "chat", user_id="ada")
+        calls.call(store, "rename_chat_history", "chat", "renamed")
+        assert _state(calls, store, "chat~spy") == before
+        renamed = ["renamed", branch.replace("chat", "renamed")]
+        assert sorted(listed(calls, store, prefix="renamed", branches=True)) == renamed
+        calls.call(store, "rename_chat_history", "renamed", "chat")
+        calls.call(store, "delete_chat_history", "chat")
+        assert _state(calls, store, "chat~spy") == before
+        assert listed(calls, store, prefix="chat", branches=True) == ["chat~spy"]
+
+    def test_branches_follow_a_history_to_an_id_whose_branches_another_user_has(
+        self, users: tuple[Any, Any, Any], calls: Calls
+    ) -> None:
+        store, ada, bob = users
+        branch = branch_of(calls, ada, "chat")
+        squatted, own = branch.replace("chat", "new"), branch.replace("chat", "newer")
+        calls.write(bob, squatted, [user("mine")])
+        calls.write(ada, own, [user("mine")])
+        before = [_state(calls, store, each) for each in (squatted, own)]
+        for old, new in (("chat", "new"), ("new", "newer")):
+            calls.call(ada, "rename_chat_history", old, new)
+            (renamed,) = set(listed(calls, ada, prefix=f"{new}~", branches=True)) - {own}
+            assert renamed not in (squatted, own)
+            assert calls.call(ada, "get_chat_history", renamed).meta == {"branch_of": new}
+            assert texts(calls.retrieve(ada, renamed)) == ["question", "kept"]
+            assert listed(calls, ada, prefix=f"{old}~", branches=True) == []
+        assert [_state(calls, store, each) for each in (squatted, own)] == before
+        calls.call(ada, "delete_chat_history", "newer")
+        assert sorted(listed(calls, ada, branches=True)) == sorted(["hers", own])
+
+    def test_what_is_taken_back_is_kept_if_another_user_has_the_id_of_the_branch(
+        self, users: tuple[Any, Any, Any], calls: Calls
+    ) -> None:
+        store, ada, bob = users
+        for revision in range(1, 5):
+            calls.write(bob, f"chat~{revision}", [user("question"), answer("an answer", "mine")])
+        branch = branch_of(calls, ada, "chat")
+        assert texts(calls.retrieve(ada, branch)) == ["question", "kept"]
+        assert texts(calls.retrieve(ada, "chat")) == ["question", "shown"]
+        by_all = branch_of(calls, store, "chat of all")
+        assert calls.call(store, "get_chat_history", branch).user_id == "ada"
+        calls.call(ada, "delete_chat_history", "chat")
+        assert [calls.count(store, each) for each in (branch, by_all, "chat~1")] == [0, 2, 2]
+
     def test_a_person_is_erased(self, users: tuple[Any, Any, Any], calls: Calls) -> None:
         store, ada, bob = users
         calls.write(ada, "more", [user()])
