@@ -267,7 +267,8 @@ class DirectoryMethods:
         :raises ChatHistoryNotFoundError: If the source does not exist.
         :raises MessageNotFoundError: If the source does not have `until_message_id`.
         :raises ChatHistoryExistsError: If the target already has messages.
-        :raises ChatHistoryAccessError: If the target is another user's.
+        :raises ChatHistoryAccessError: If the target is another user's, or the source is a user's and the target, which
+            exists, is not.
         :raises ChatMessageStoreError: If the engine fails.
         """
         copy = _checked_copy(source_id, target_id, until_message_id)

@@ -263,8 +263,8 @@ class Engine(ABC, Generic[SessionT]):
         Delete a history with its messages, title and meta, and the branches of it and of its branches.
 
         A history that does not exist is ignored, but its branches are not. What another user than the history's calls
-        its branch is none. Where that is not one atomic step, the
-        history goes first, and a repeated call deletes what is left.
+        its branch is none. Where that is not one atomic step, the history goes first, and a repeated call deletes what
+        is left.
 
         :param expected_revision: The revision that a history that exists must have, or `None` for any.
         :raises ChatHistoryChangedError: If it has another revision.

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from haystack_chat_store.testing.kit import (
     texts,
 )
 from haystack_chat_store.testing.messages import user, with_id
+from haystack_chat_store.transfer import export_histories, import_histories
 from haystack_chat_store.types import SearchHit
 
 _LATER = datetime(9999, 1, 1, tzinfo=timezone.utc)
@@ -229,6 +231,30 @@ class Rule25UsersTest(ContractTest):
         assert calls.call(store, "get_chat_history", "free").user_id is None
         calls.write(store, "hers", [user("of all")])
         assert calls.call(store, "get_chat_history", "hers").user_id == "ada"
+
+    def test_messages_of_a_user_are_not_given_to_another(
+        self, users: tuple[Any, Any, Any], calls: Calls, tmp_path: Path
+    ) -> None:
+        store, ada, _ = users
+        export_histories(ada, tmp_path / "hers.jsonl")
+        calls.call(store, "create_chat_history", "of bob", user_id="bob")
+        calls.call(store, "create_chat_history", "of none")
+        for target in ("of bob", "of none"):
+            before = _state(calls, store, target)
+            with pytest.raises(ChatHistoryAccessError, match="different users"):
+                calls.call(store, "copy_messages", "hers", target)
+            assert _state(calls, store, target) == before
+        assert calls.call(store, "copy_messages", "free", "of bob") == 2  # what belongs to no user can be given
+        for user_id in ("bob", None):
+            calls.delete(store, "hers")
+            calls.call(store, "create_chat_history", "hers", user_id=user_id)
+            calls.write(store, "hers", [with_id("q", "Secret?")])
+            before = _state(calls, store, "hers")
+            with pytest.raises(ChatHistoryAccessError, match="different users"):
+                import_histories(store, tmp_path / "hers.jsonl")
+            assert _state(calls, store, "hers") == before
+        calls.call(store, "update_chat_history", "hers", user_id="ada")
+        assert import_histories(store, tmp_path / "hers.jsonl").messages == 1
 
     def test_a_store_of_a_user_stays_with_this_user(self, users: tuple[Any, Any, Any], calls: Calls) -> None:
         _, ada, _ = users

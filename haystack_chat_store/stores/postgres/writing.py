@@ -17,6 +17,7 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack_chat_store.stores.conflicts import (
     check_access,
     check_revision,
+    check_same_user,
     compares_contents,
     history_exists,
     history_has_messages,
@@ -331,6 +332,7 @@ async def _copy_locked(
         raise history_has_messages(target_id)
     if target is None or not has_messages_to_copy:
         return 0
+    check_same_user(source.user_id, target.user_id)
     parameters: dict[str, Any] = {
         "source": source_key,
         "target": history_key(scope, target_id),
@@ -365,6 +367,8 @@ async def _import_locked(
     while (locked := await lock_history(session, scope, history.chat_history_id)) is None:
         is_new = await make_history(session, scope, history.chat_history_id)
     check_revision(expected_revision, locked.revision)
+    if not is_new:
+        check_same_user(history.user_id if scope.user_id is None else scope.user_id, locked.user_id)
     return await _append_imported(session, scope, history, batches, locked, is_new)
 
 

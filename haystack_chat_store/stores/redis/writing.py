@@ -19,6 +19,7 @@ from haystack_chat_store.stores.conflicts import (
     history_not_found,
     message_not_found,
     no_access,
+    other_user,
 )
 from haystack_chat_store.stores.previews import first_question, last_said
 from haystack_chat_store.stores.redis.directory import (
@@ -381,6 +382,8 @@ def written(answer: Any, expected_revision: int | None) -> int:
     reason, found = answer
     if reason == "ACCESS":
         raise no_access()
+    if reason == "OTHER":
+        raise other_user()
     if reason == "CHANGED":
         check_revision(expected_revision, found)
     raise duplicate(found)

@@ -8,7 +8,13 @@ from typing import NamedTuple
 from haystack.dataclasses import ChatRole
 
 from haystack_chat_store.search_text import title_terms
-from haystack_chat_store.stores.conflicts import Plan, check_access, check_revision, is_replaced_already
+from haystack_chat_store.stores.conflicts import (
+    Plan,
+    check_access,
+    check_revision,
+    check_same_user,
+    is_replaced_already,
+)
 from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_said
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
 from haystack_chat_store.stores.sqlite.connections import readable_rows
@@ -273,7 +279,9 @@ class Histories:
         """Append all batches to a history, which is made if it does not exist, and count them."""
         history = self.find(row.chat_history_id)
         check_revision(expected_revision, 0 if history is None else history.revision)
-        if history is None:
+        if history is not None:
+            check_same_user(row.user_id if self._scope.user_id is None else self._scope.user_id, history.user_id)
+        else:
             history = self.make(row)
         imported = rounds = 0
         preview = last = None
@@ -324,7 +332,7 @@ class Histories:
         """
         Delete the branches of a history, and theirs, but none of another user.
 
-        :param is_there: Whether the history is there, or was until now. If not, all of the scope name it as their origin.
+        :param is_there: Whether the history is there, or was until now. If not, those of the scope go that name it.
         :param user_id: The user of the history.
         """
         origin = (self._namespace, chat_history_id, is_there, user_id if is_there else self._scope.user_id)

@@ -7,6 +7,7 @@ from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.stores.conflicts import (
     check_revision,
+    check_same_user,
     compares_contents,
     history_exists,
     history_has_messages,
@@ -141,6 +142,8 @@ class Writing(Engine[Database]):
                 raise history_has_messages(target_id)
             if not connection.execute(_HAS_MESSAGES, (first_key, last_key)).fetchone()[0]:
                 return 0
+            if target is not None:
+                check_same_user(source.user_id, target.user_id)
             target = target or histories.make(_new(target_id, now, source.user_id))
             return histories.copy(first_key, last_key, target, now)
 
