@@ -471,7 +471,7 @@ class Engine(ABC, Generic[SessionT]):
         Where that is not one atomic step, the history is whole under its new id before the old one goes, and a repeated
         call finishes it.
 
-        :raises ChatHistoryNotFoundError: If there is no history `old_id`.
+        :raises ChatHistoryNotFoundError: If there is no history `old_id`, whatever there is under `new_id`.
         :raises ChatHistoryExistsError: If there is a history `new_id`.
         """
         raise self.unsupported("renaming", "rename_history")

@@ -246,9 +246,12 @@ async def _create_locked(session: Session, scope: Scope, history: HistoryRow) ->
 
 async def _rename_locked(session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
     # In the order of their ids, so that two calls in opposite directions do not deadlock.
-    locked = {each: await lock_history(session, scope, each) for each in sorted((old_id, new_id))}
+    locked = {each: await lock_history(session, scope, each, is_checked=False) for each in sorted((old_id, new_id))}
     if locked[old_id] is None:
         raise history_not_found(old_id)
+    for history in (locked[old_id], locked[new_id]):
+        if history is not None:
+            check_access(scope, history.user_id)
     if locked[new_id] is not None or not await make_history(session, scope, new_id):
         raise history_is_there(new_id)
     old_key = history_key(scope, old_id)
@@ -283,8 +286,8 @@ async def _delete_expected(session: Session, scope: Scope, chat_history_id: str,
     origins = [(is_there, owner, [chat_history_id])]
     while origins:
         is_there, owner, ids = origins.pop()
-        parameters = {"namespace": scope.namespace, "user": scope.user_id, "is_there": is_there, "owner": owner}
-        found = await session.fetch(session.statements.branches, {**parameters, "ids": ids})
+        named = {"namespace": scope.namespace, "user": scope.user_id, "is_there": is_there, "owner": owner, "ids": ids}
+        found = await session.fetch(session.statements.branches, named)
         await _delete_histories(session, scope, [key for _, key, _ in found])
         for user_id in {user_id for *_, user_id in found}:
             origins.append((True, user_id, [branch for branch, _, owner in found if owner == user_id]))

@@ -201,16 +201,16 @@ class Writing(RedisOperations):
         keys = self.keys(scope)
         for _ in range(_COPY_ATTEMPTS):
             found = await read_histories(session, keys, [old_id, new_id], of_all=True)
-            for each in found.values():
-                check_access(scope, each.row.user_id)
             old, new = found.get(old_id), found.get(new_id)
             is_begun = new is not None and new.renamed_from.rpartition(" ")[0] == old_id
+            if old is None and not is_begun:
+                raise history_not_found(old_id)
+            for each in filter(None, (old, new)):
+                check_access(scope, each.row.user_id)
             if new is not None and not is_begun and old is not None:
                 raise history_is_there(new_id)
             if old is None:
-                if new is None or not is_begun:
-                    raise history_not_found(old_id)
-                return new.row
+                return found[new_id].row
             if new is not None and new.renamed_from != f"{old_id} {old.row.revision}":
                 await delete_histories(
                     session, keys, bucket_of(new_id), [new_id], expected_revision=new.row.revision, only_own=True
