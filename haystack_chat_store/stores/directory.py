@@ -308,9 +308,11 @@ class DirectoryMethods:
         :param prefix: The text that the ids begin with, taken literally. It must not be empty; to delete everything,
             call `delete_all_messages`.
         :param vacuum: Whether to remove the deleted bytes from the engine's files, too, where they may stay until they
-            are overwritten. This takes long on a large database. Defaults to False.
+            are overwritten. This takes long on a large database, and concerns what all users have: the store of one
+            user refuses it. Defaults to False.
         :returns: The number of histories deleted.
         :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryAccessError: If `vacuum` is given to the store of one user. Nothing was deleted.
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
         return self._erase(self.scope, validation.validated_id(prefix, "prefix"), None, vacuum)
@@ -330,7 +332,7 @@ class DirectoryMethods:
             Defaults to False.
         :returns: The number of histories deleted.
         :raises ValueError: If an argument is wrong.
-        :raises ChatHistoryAccessError: If this is the store of another user.
+        :raises ChatHistoryAccessError: If this is the store of another user, or of one user, and `vacuum` is given.
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
         return self._erase(self._scope_of(validation.validated_id(user_id, "user_id")), "", None, vacuum)
@@ -369,7 +371,7 @@ class DirectoryMethods:
             Defaults to False.
         :returns: The number of histories deleted.
         :raises ValueError: If an argument is wrong.
-        :raises ChatHistoryAccessError: If this is the store of another user.
+        :raises ChatHistoryAccessError: If this is the store of another user, or of one user, and `vacuum` is given.
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
         return self._erase(*self._checked_purge(older_than, prefix, user_id), vacuum)
@@ -467,7 +469,12 @@ class DirectoryMethods:
         time = validation.microseconds(older_than, "older_than")
         return self._scope_of(user_id), validation.validated_text(prefix, "prefix"), time
 
+    def _check_vacuum(self, vacuum: bool) -> None:
+        if vacuum and self.scope.user_id is not None:
+            raise only_one_user("rewrite the files of all users")
+
     def _erase(self, scope: Scope, prefix: str, updated_before: int | None, vacuum: bool) -> int:
+        self._check_vacuum(vacuum)
         count = 0
         while erased := self.engine.run(self.engine.erase_some, scope, prefix, updated_before, _ERASE_BATCH_SIZE):
             count += erased
@@ -477,6 +484,7 @@ class DirectoryMethods:
         return count
 
     async def _erase_async(self, scope: Scope, prefix: str, updated_before: int | None, vacuum: bool) -> int:
+        self._check_vacuum(vacuum)
         count = 0
         erase = self.engine.erase_some
         while erased := await self.engine.run_async(erase, scope, prefix, updated_before, _ERASE_BATCH_SIZE):

@@ -232,6 +232,16 @@ class Rule25UsersTest(ContractTest):
         calls.write(store, "hers", [user("of all")])
         assert calls.call(store, "get_chat_history", "hers").user_id == "ada"
 
+    @pytest.mark.parametrize("name", ["rename_chat_history", "copy_messages"])
+    def test_source_that_is_not_there_is_not_found_whatever_the_target_is(
+        self, users: tuple[Any, Any, Any], calls: Calls, name: str
+    ) -> None:
+        store, _, bob = users
+        for each in (store, bob):
+            for target in ("hers", "free", "nothing", "own"):
+                with pytest.raises(ChatHistoryNotFoundError):
+                    calls.call(each, name, "not there", target)
+
     def test_messages_of_a_user_are_not_given_to_another(
         self, users: tuple[Any, Any, Any], calls: Calls, tmp_path: Path
     ) -> None:
@@ -269,6 +279,9 @@ class Rule25UsersTest(ContractTest):
             lambda: calls.call(ada, "update_chat_history", "hers", user_id="bob"),
             lambda: calls.call(ada, "update_chat_history", "hers", user_id=None),
             lambda: calls.call(ada, "update_chat_history", "free", user_id="ada"),
+            lambda: calls.call(ada, "delete_chat_histories", prefix="hers", vacuum=True),
+            lambda: calls.call(ada, "delete_user", "ada", vacuum=True),
+            lambda: calls.call(ada, "purge", older_than=_LATER, vacuum=True),
         ]
         if self.searches:
             refused.append(lambda: calls.call(ada, "search_messages", "x", user_id="bob"))
