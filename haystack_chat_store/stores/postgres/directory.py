@@ -216,7 +216,7 @@ async def _update_locked(
         "user": None if change.user_id is UNCHANGED else change.user_id,
     }
     row = HistoryRow(*(await session.fetch(session.statements.update_history, parameters))[0])
-    origins: dict[str, Any] = {"namespace": scope.namespace, "before": locked.user_id, "after": row.user_id}
+    origins: dict[str, Any] = {"namespace": scope.namespace, "owner": locked.user_id, "new_owner": row.user_id}
     origins["ids"] = [chat_history_id] if row.user_id != locked.user_id else []
     while origins["ids"]:
         found = await session.fetch(session.statements.hand_over_branches, origins)

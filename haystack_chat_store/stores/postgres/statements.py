@@ -321,8 +321,8 @@ class Statements(NamedTuple):
             AND CASE WHEN %(is_there)s THEN user_id IS NOT DISTINCT FROM %(owner)s ELSE {of_user} END
     """
     hand_over_branches: str = """
-        UPDATE {histories} SET user_id = %(after)s
-        WHERE namespace = %(namespace)s AND branch_of = ANY (%(ids)s) AND user_id IS NOT DISTINCT FROM %(before)s
+        UPDATE {histories} SET user_id = %(new_owner)s
+        WHERE namespace = %(namespace)s AND branch_of = ANY (%(ids)s) AND user_id IS NOT DISTINCT FROM %(owner)s
         RETURNING chat_history_id
     """
 
