@@ -33,7 +33,8 @@ def check(
     """
     Check all histories in a store's namespace, and return the faults.
 
-    First the engine checks, and repairs, its own data: counts, positions, rows without a history, the search index.
+    First the engine checks, and repairs, its own data: counts, positions, rows without a history, what lists show, and
+    the search index.
     Then every message is read back. A damaged message does not hide the faults of other messages.
 
     ```python

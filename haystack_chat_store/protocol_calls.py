@@ -9,7 +9,7 @@ The protocol requires no asynchronous methods, and no `close`, `window_step`, `p
 import asyncio
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -155,10 +155,16 @@ class _Read(NamedTuple):
 def _read_of(store: ChatMessageStore, last_k: int | None, window_step: int) -> _Read:
     if window_step == 1:
         return _Read(last_k, {}, None)
-    if "window_step" in inspect.signature(store.retrieve_messages).parameters:
+    if _takes(store.retrieve_messages, "window_step"):
         return _Read(last_k, {"window_step": window_step}, None)
     count = default_last_k(store) if last_k is None else last_k
     return _Read(_LARGE_LAST_K, {}, Window("round", count, window_step))
+
+
+def _takes(method: Callable[..., Any], name: str) -> bool:
+    """Whether a method takes a keyword argument. One that takes any, such as that of a wrapper, is taken to."""
+    parameters = inspect.signature(method).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def _cut(messages: list[ChatMessage], window: Window | None) -> Retrieved:
@@ -207,7 +213,7 @@ def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_rev
     if expected_revision is not None:
         options["expected_revision"] = expected_revision
     for name in options:
-        if name not in inspect.signature(store.write_messages).parameters:
+        if not _takes(store.write_messages, name):
             raise ValueError(f"write_messages of {type(store).__name__} does not take {name}.")
     return options
 

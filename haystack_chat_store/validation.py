@@ -207,18 +207,23 @@ def validated_meta(meta: Any) -> str | Unchanged | None:
     return encode_meta(meta) if meta else None
 
 
-def validated_change(title: Any, meta: Any, merge_meta: Any, user_id: Any) -> HistoryChange:
+def validated_change(title: Any, meta: Any, merge_meta: Any, user_id: Any, default_title: Any = None) -> HistoryChange:
     """
     Return what is to change about a history.
 
-    :raises ValueError: If a value is wrong, or both `meta` and `merge_meta` are given.
+    :raises ValueError: If a value is wrong, or both `meta` and `merge_meta`, or `title` and `default_title`, are given.
     """
     if merge_meta is not None and meta is not UNCHANGED:
         raise ValueError("Only one of meta and merge_meta can be given. Leave one of them out.")
+    if default_title is not None and title is not UNCHANGED:
+        raise ValueError("Only one of title and default_title can be given. Leave one of them out.")
+    if default_title is not None:
+        default_title = validated_text(default_title, "default_title", MAX_TITLE_LENGTH)
     if user_id is not None and user_id is not UNCHANGED:
         user_id = validated_id(user_id, "user_id")
     return HistoryChange(
         title=validated_title(title),
+        default_title=default_title,
         meta=validated_meta(meta),
         merged=None if merge_meta is None else validated_merge(merge_meta, "merge_meta"),
         user_id=user_id,

@@ -3,7 +3,9 @@
 
 import gc
 import os
+import shutil
 import signal
+import tempfile
 from contextlib import ExitStack
 
 # Before anything imports Haystack: tests send nothing anywhere.
@@ -19,11 +21,24 @@ from haystack_chat_store.testing import fork_server
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# ---------------------------------------------------------------------- how many tests run
-
 # No deadline: the machine may be busy. The same goes for how long it takes to make an example.
 settings.register_profile("dev", max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("nightly", max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+# ---------------------------------------------------------------------- where files go
+
+#: A folder in memory, where Linux has one, and how many bytes must be free in it.
+IN_MEMORY, NEEDED_BYTES = "/dev/shm", 4 * 10**9
+
+
+def use_memory_for_files():
+    """Put files and folders of servers into memory, if there is room. On a disk, much of the time goes into flushes."""
+    if os.path.isdir(IN_MEMORY) and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > NEEDED_BYTES:
+        os.environ["TMPDIR"] = IN_MEMORY
+        tempfile.tempdir = None  # it is looked up again
+
+
+# ---------------------------------------------------------------------- how many tests run
 
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 #: The fixtures that need a server, in every test that takes them.
@@ -39,6 +54,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "servers: needs a server of PostgreSQL or Redis, which it starts")
     config.stash[LEFT_OUT] = {}
     fork_server.ENDS_AT_ONCE = not config.getoption("--full")
+    if not config.getoption("--full"):  # the full suite shows that a disk is as good
+        use_memory_for_files()
     if not config.getoption("--hypothesis-profile", None):
         settings.load_profile("nightly" if config.getoption("--full") else "dev")
 

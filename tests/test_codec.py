@@ -25,6 +25,7 @@ from haystack.dataclasses import (
     TextContent,
     ToolCall,
     ToolCallResult,
+    chat_message,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -515,6 +516,25 @@ def test_a_message_with_a_field_that_would_be_lost_is_refused():
         encoded(TaggedMessage(ChatRole.USER, [TextContent("Hi!")]), where="messages[2]")
     with pytest.raises(MessageEncodingError, match=r"^messages\[2\]\.content\[0\] is a TaggedText"):
         encoded(ChatMessage(ChatRole.USER, [TaggedText("Hi!")]), where="messages[2]")
+
+
+@dataclass
+class AudioPart:
+    seconds: float
+    meta: dict
+
+    def to_dict(self):
+        return {"seconds": self.seconds, "meta": self.meta}
+
+    @classmethod
+    def from_dict(cls, data):
+        return cls(**data)
+
+
+def test_a_kind_of_part_that_a_newer_haystack_adds_is_stored(monkeypatch):
+    monkeypatch.setitem(chat_message._CONTENT_PART_CLASSES_TO_SERIALIZATION_KEYS, AudioPart, "audio")
+    message = ChatMessage(ChatRole.USER, [TextContent("Listen!"), AudioPart(1.5, {"b": [None, "\ud800"]})])
+    assert round_trip(message) == with_id(message)
 
 
 def test_a_message_of_a_subclass_without_fields_of_its_own_is_stored():

@@ -94,6 +94,48 @@ def test_each_damaged_message_is_found_by_history_and_position_and_hides_no_othe
     assert [message.fault for message in examined_messages(store, "ada")] == [None, NO_MESSAGE, NO_MESSAGE, None]
 
 
+@pytest.mark.parametrize(
+    ("change", "description"),
+    [
+        ("preview = 'another'", "Its preview is not the beginning of its first question."),
+        ("preview = NULL", "Its preview is not the beginning of its first question."),
+        ("last_role = 'tool'", "What it keeps of its last message is wrong."),
+        ("last_text = NULL", "What it keeps of its last message is wrong."),
+        ("last_at = last_at + 1", "What it keeps of its last message is wrong."),
+        ("title_terms = ' another '", "The search index says something else than its title."),
+        ("title_terms = NULL", "The search index says something else than its title."),
+        ("branch_of = 'bob'", "It is listed as a branch of another history than its meta names, or as none."),
+        ("branch_of = NULL", "It is listed as a branch of another history than its meta names, or as none."),
+    ],
+)
+def test_what_lists_and_searches_show_of_a_history_is_compared_and_made_anew(store, path, change, description):
+    store.update_chat_history("ada", title="A trip to Kyoto")
+    store.write_messages("ada~1", conversation("ua"))
+    store.update_chat_history("ada~1", title="A trip to Nara", meta={"branch_of": "ada"})
+    assert check(store) == []
+    damaged = "ada~1" if change == "branch_of = NULL" else "ada"
+    before = store.get_chat_history(damaged)
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"UPDATE haystack_chat_histories SET {change} WHERE chat_history_id = ?", [damaged])
+    connection.close()
+
+    fault = Fault(chat_history_id=damaged, description=description)
+    assert check(store) == [fault]
+    assert check(store, repair=True) == [replace(fault, is_repaired=True)]
+
+    assert check(store) == []
+    assert store.get_chat_history(damaged) == before
+    assert {info.chat_history_id for info in store.list_chat_histories().items} == {"ada", "bob", "eve"}
+
+
+def test_a_damaged_message_does_not_make_the_previews_wrong(store, path):
+    damage(path, "ada", 0, content="no JSON")
+    damage(path, "ada", 3, content="no JSON")
+    assert places(check(store, repair=True)) == [("ada", 0), ("ada", 3)]
+    assert {fault.description for fault in check(store)} == {NO_MESSAGE}
+    assert store.get_chat_history("ada").preview == "text 0"
+
+
 @pytest.fixture
 def odd_store():
     """

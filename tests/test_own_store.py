@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 from breadth import ONCE
+from haystack.document_stores.types import DuplicatePolicy
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+from haystack_integrations.components.writers.chat_store import ChatMessageWriter
 
-from haystack_chat_store import StoreUnavailableError, store_from_url
+from haystack_chat_store import (
+    ChatHistoryChangedError,
+    InMemoryChatMessageStore,
+    StoreUnavailableError,
+    store_from_url,
+)
 from haystack_chat_store.cli import main
 from haystack_chat_store.testing import ChatMessageStoreContract, ManagementContract
 from haystack_chat_store.testing.messages import conversation
@@ -102,3 +110,44 @@ def test_command_line_works_on_a_registered_store(tmp_path, capsys):
 def test_unknown_scheme_names_the_known_ones():
     with pytest.raises(ValueError, match=r"sqlite://.*postgresql://.*redis://.*memory://"):
         store_from_url("folder:///chats")
+
+
+class Wrapped:
+    """What traces or counts the calls of a store: it takes all arguments, and passes them on."""
+
+    def __init__(self, store):
+        self._store = store
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*arguments, **options):
+            self.calls.append((name, arguments, options))
+            return method(*arguments, **options)
+
+        method = getattr(self._store, name)
+        return call
+
+
+class PublishedProtocol(Wrapped):
+    """The same with the methods of the published protocol alone."""
+
+    def __getattr__(self, name):
+        if name in ("retrieve_window", "replace_messages", "for_user", "engine") or name.endswith("_async"):
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+
+@pytest.mark.parametrize("kind", [Wrapped, PublishedProtocol])
+def test_wrapper_that_passes_on_all_arguments_can_do_what_its_store_can(kind):
+    store = InMemoryChatMessageStore(namespace="wrapped")
+    store.delete_all_messages()
+    store.write_messages("chat", conversation("ua" * 30))
+    wrapped = kind(store)
+    assert len(ChatMessageRetriever(wrapped, 3, window_step=4).run("chat")["messages"]) == 12
+    assert all(2**31 - 1 not in arguments for _, arguments, _ in wrapped.calls)
+    revision = store.get_chat_history("chat").revision
+    writer = ChatMessageWriter(wrapped, policy=DuplicatePolicy.FAIL)
+    assert writer.run("chat", conversation("u"), expected_revision=revision)["messages_written"] == 1
+    with pytest.raises(ChatHistoryChangedError):
+        writer.run("chat", conversation("u"), expected_revision=revision)
+    store.delete_all_messages()

@@ -3,10 +3,14 @@
 
 import asyncio
 import itertools
+import json
+import os
 import random
 import signal
+from urllib.parse import urlsplit
 
 import pytest
+from gateways import Gateway
 from haystack.dataclasses import ChatMessage, ToolCall
 from haystack.document_stores.types import DuplicatePolicy
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
@@ -372,3 +376,56 @@ def test_a_process_killed_at_any_statement_of_a_replacement_leaves_the_old_or_th
         assert store.engine.run(store.engine.check, store.scope) == []
     store.close()
     assert number * step >= 7
+
+
+KILLED_ON_A_SERVER = """
+import json, os, sys
+from haystack.core.serialization import import_class_by_name
+from haystack.dataclasses import ChatMessage
+
+stored, path = json.loads(sys.argv[1]), sys.argv[2]
+with open(path, "w") as file:
+    file.write(str(os.getpid()))
+store = import_class_by_name(stored["type"]).from_dict(stored)
+answer = ChatMessage.from_assistant("new", meta={"chat_message_id": "new"})
+print(store.replace_messages("h", "old", [answer]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+@pytest.mark.parametrize(
+    "store", [pytest.param(name, marks=pytest.mark.servers) for name in ("postgres", "redis")], indirect=True
+)
+def test_a_process_killed_at_any_answer_of_the_server_leaves_the_old_or_the_new(store, tmp_path, is_full):
+    url = os.environ["CHAT_STORE_URL"]
+    arguments = ["-c", KILLED_ON_A_SERVER, json.dumps(store.to_dict()), str(tmp_path / "pid")]
+    outcomes = []
+    with Gateway(urlsplit(url).port) as gateway:
+        options = {"capture_output": True, "text": True, "timeout": 120}
+        options["env"] = {**os.environ, "CHAT_STORE_URL": gateway.url(url)}
+        for moment in itertools.count(1, 1 if is_full else 7):
+            store.delete_messages("h")
+            store.write_messages("h", [question("q", "q"), ASSISTANT("old", meta={"chat_message_id": "old"})])
+            answers = itertools.count(1)
+
+            def is_heard(_request, moment=moment, answers=answers):
+                if next(answers) == moment:
+                    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+                    return False
+                return True
+
+            gateway.is_answered = is_heard
+            killed = run_python(arguments, **options)
+            if killed.returncode == 0:
+                break
+            assert killed.returncode == -signal.SIGKILL, killed.stderr
+            outcomes.append(history(store))
+            assert outcomes[-1] in (["q", "old"], ["q", "new"])
+            gateway.is_answered = lambda _request: True
+            again = run_python(arguments, **options)
+            assert again.stdout.strip() in ("0", "1"), again.stderr
+            assert history(store) == ["q", "new"]
+            assert store.engine.run(store.engine.check, store.scope) == []
+    print(len(outcomes), "killed")
+    assert ["q", "old"] in outcomes
+    assert not is_full or ["q", "new"] in outcomes

@@ -2,6 +2,7 @@
 """What a model is shown of a history: repaired, portable, and never taken for what is stored."""
 
 import asyncio
+import base64
 import copy
 import random
 from dataclasses import replace
@@ -41,6 +42,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strict_model import StrictChatGenerator, problems, problems_when_asked
 
+from haystack_chat_store.conversation.media import MAX_FILE_TEXT
 from haystack_chat_store.conversation.rounds import said_parts
 from haystack_chat_store.conversation.shown import (
     GO_ON,
@@ -52,6 +54,8 @@ from haystack_chat_store.conversation.shown import (
 from haystack_chat_store.ids import MESSAGE_ID_KEY, SHOWN_KEY
 
 MADE_UP = (UNANSWERED, GO_ON)
+PDF = "application/pdf"
+DAMAGED = [FileContent(data, PDF, validation=False) for data in ("!", "", "aGk")]
 
 
 class TestParted:
@@ -365,9 +369,95 @@ class TestPortable:
         shown = messages_for_model([user, calling(*calls), *answers, picture], [QUESTION])
         assert shown[0] is user
         assert [message.tool_call_results[0].result for message in shown[2:5]] == [
-            *("Look:\n\n[image: image/png]\n\n[file: notes.txt]", "(no output)", "[image: image/png]")
+            "Look:\n\n[image: image/png, 2 bytes]\n\n[file: notes.txt, text/plain, 2 bytes]\nhi\n[end of the file]",
+            "(no output)",
+            "[image: image/png, 2 bytes]",
         ]
-        assert shown[5].text == "Here.\n\n[image: image/png]"
+        assert shown[5].text == "Here.\n\n[image: image/png, 2 bytes]"
+
+    @staticmethod
+    def shown_first(*parts, replies=(ANSWER,), current=(QUESTION,), **settings):
+        """Return what is shown of a question with parts in an earlier round."""
+        question = ChatMessage.from_user(content_parts=list(parts), meta={MESSAGE_ID_KEY: "q"})
+        return messages_for_model([question, *replies], current, **settings)[0]
+
+    @pytest.mark.parametrize("mime_type", ["image/gif", "image/heic", "image/svg+xml", None])
+    def test_an_image_that_a_provider_does_not_take_is_named(self, mime_type):
+        shown = self.shown_first("See.", ImageContent("aGk=", mime_type, validation=False))
+        assert shown.text == f"See.\n\n[image: {mime_type or 'unknown type'}, 2 bytes]"
+        assert not shown.images
+        assert shown.meta[SHOWN_KEY]
+
+    def test_an_image_under_another_name_of_its_type_has_the_name_that_all_providers_know(self):
+        (image,) = self.shown_first("See.", ImageContent("aGk=", "image/jpg")).images
+        assert (image.mime_type, image.base64_image) == ("image/jpeg", "aGk=")
+
+    @pytest.mark.parametrize("part", [ImageContent("!", "image/png", validation=False), *DAMAGED])
+    def test_data_that_is_damaged_is_named(self, part):
+        shown = self.shown_first("See.", part)
+        assert not shown.images
+        assert not shown.files
+        assert str(shown.text).startswith("See.\n\n[")
+
+    def test_a_short_text_file_is_shown_as_its_text(self):
+        file = FileContent.from_file_path(__file__.replace("test_shown.py", "event_loops.py"))
+        for text_file in (replace(file, mime_type="text/markdown"), replace(file, mime_type=None, validation=False)):
+            text = self.shown_first("Read.", text_file).text
+            assert "SPDX-License-Identifier: Apache-2.0" in text
+            assert text.startswith("Read.\n\n[file: event_loops.py, ")
+            assert text.endswith("\n[end of the file]")
+
+    @pytest.mark.parametrize("text", ["x" * (MAX_FILE_TEXT + 1), "x" * 10 * MAX_FILE_TEXT, "a\0b", " \n", "caf\u00e9"])
+    def test_a_file_that_is_long_or_no_text_is_named(self, text):
+        data = base64.b64encode(text.encode("latin-1")).decode()
+        file = FileContent(data, "text/plain", filename="a ] [\nb.txt", validation=False)
+        assert self.shown_first("Read.", file).text == f"Read.\n\n[file: a b.txt, text/plain, {len(text)} bytes]"
+
+    @pytest.mark.parametrize("mime_type", ["audio/wav", "video/mp4", "application/pdf"])
+    def test_the_bytes_of_a_file_of_another_type_are_not_taken_for_a_text(self, mime_type):
+        file = FileContent("aGk=", mime_type)
+        reply = ChatMessage(ChatRole.ASSISTANT, [file])
+        assert self.shown_first("Hear.", file).text == f"Hear.\n\n[file: {mime_type}, 2 bytes]"
+        assert messages_for_model([QUESTION, reply], [QUESTION])[1].text == f"[file: {mime_type}, 2 bytes]"
+
+    def test_a_pdf_stays_a_file_and_has_a_name_of_its_own(self):
+        file = FileContent("aGk=", PDF, filename="report.pdf", extra={"citations": {"enabled": True}})
+        shown = self.shown_first("Read.", file, file)
+        text, first, second = shown._content
+        assert text.text.split("\n\n") == ["Read.", *["[file: report.pdf, application/pdf, 2 bytes]"] * 2]
+        assert first.filename != second.filename
+        assert {each.filename[:8] for each in shown.files} == {"report ["}
+        assert (first.base64_data, first.mime_type, first.extra) == ("aGk=", PDF, {})
+        assert shown.meta[SHOWN_KEY]
+        assert self.shown_first("Read.", file, file, replies=[ANSWER, QUESTION, ANSWER]) == shown
+
+    def test_texts_around_an_image_are_one_text_before_it(self):
+        image = ImageContent("aGk=", "image/png")
+        shown = self.shown_first("Compare", image, "with", image)
+        assert shown._content == [TextContent("Compare\n\n[image: image/png, 2 bytes]\n\nwith"), image, image]
+
+    def test_files_that_the_asked_model_has_taken_before_are_shown_as_they_are_stored(self):
+        file = FileContent("aGk=", "audio/mpeg", filename="talk.mp3")
+        replies = [replace(ANSWER, _meta={"model": "gemini-3-pro-001"})]
+        assert self.shown_first("Hear.", file, replies=replies, model="gemini-3-pro").files == [file]
+        assert self.shown_first("Hear.", file, replies=replies, portable=False).files == [file]
+        assert not self.shown_first("Hear.", file, replies=replies).files
+        assert not self.shown_first("Hear.", file, replies=replies, model="claude-opus-5").files
+        assert not self.shown_first("Hear.", file, model="gemini-3-pro").files  # which model has answered is not known
+        assert not self.shown_first("Hear.", file, replies=[], model="gemini-3-pro").files
+        other = replace(ANSWER, _meta={"model": "gpt-4o"})
+        assert not self.shown_first("Hear.", file, replies=[other, *replies], model="gemini-3-pro").files
+
+    def test_files_of_the_round_under_way_are_shown_as_they_are_stored(self):
+        file = FileContent("aGk=", "audio/mpeg", filename="talk.mp3")
+        question = ChatMessage.from_user(content_parts=["Hear.", file])
+        assert messages_for_model([], [question]) == [question]
+        own = [replace(calling(ROME), _meta={"model": "one"}), result_of(ROME)]
+        assert self.shown_first("Hear.", file, replies=own, current=()).files == [file]
+        assert self.shown_first("Hear.", file, replies=own, current=(), model="one").files == [file]
+        assert not self.shown_first("Hear.", file, replies=own, current=(), model="two").files
+        theirs = [*own, replace(calling(OSLO), _meta={"model": "two"}), result_of(OSLO)]
+        assert not self.shown_first("Hear.", file, replies=theirs, current=(), model="two").files
 
     def test_steps_of_another_model_in_the_round_under_way_are_shown_as_an_interrupted_round(self):
         first = replace(calling(self.CALLED, reasoning="Hm."), _meta={"model": "one"})

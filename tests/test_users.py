@@ -223,6 +223,31 @@ def test_title_that_somebody_gives_meanwhile_stays(store, run):
     assert store.get_chat_history("hers").title == "Mine"
 
 
+def test_title_that_somebody_gives_in_the_last_moment_stays(run):
+    class Raced(InMemoryChatMessageStore):
+        def update_chat_history(self, chat_history_id, **change):
+            super().update_chat_history(chat_history_id, title="Mine")
+            return super().update_chat_history(chat_history_id, **change)
+
+        async def update_chat_history_async(self, chat_history_id, **change):
+            return self.update_chat_history(chat_history_id, **change)
+
+    store = Raced(namespace="raced")
+    store.write_messages("hers", [ChatMessage.from_user("Rome?"), ChatMessage.from_assistant("Sunny.")])
+    assert run(ChatHistoryTitler(store, MockChatGenerator("The model's")), "hers") == {"title": "Mine"}
+    assert store.get_chat_history("hers").title == "Mine"
+    store.delete_all_messages()
+
+
+def test_history_that_is_deleted_meanwhile_gets_no_title(store, run):
+    def title(messages):
+        store.delete_chat_history("hers")
+        return "The model's"
+
+    assert run(ChatHistoryTitler(store, MockChatGenerator(response_fn=title)), "hers") == {"title": None}
+    assert store.get_chat_history("hers") is None
+
+
 def test_conversation_without_an_answer_is_not_titled(store, run):
     def fail(messages):
         raise AssertionError

@@ -57,7 +57,8 @@ def chat_history_hooks(
     :param portable: Whether completed rounds are shown in a form that every provider takes. Defaults to True; see
         `ChatHistoryLoader`.
     :param merge_consecutive: Whether messages of the same role that follow each other are joined. Defaults to False.
-    :param model: The name of the agent's model, so that it can resume a round of another model. Defaults to `None`.
+    :param model: The name of the agent's model, so that it can resume a round of another model, and is shown the files
+        that it has taken before. Defaults to `None`; see `ChatHistoryLoader`.
     :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. Defaults to `None`.
     :param raise_on_failure: Whether the run fails if saving fails. Defaults to True; see `ChatHistorySaver`.
     :param require_user_id: Whether a run without `user_id` is refused. Then a forgotten `user_id` is an error, and

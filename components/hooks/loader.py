@@ -92,8 +92,9 @@ class ChatHistoryLoader:
         :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
             insist on user and assistant in turns. Defaults to False.
         :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
-            the portable form, so that another model can go on with an interrupted round. Defaults to `None`: the model
-            of the newest reply in that round.
+            the portable form, so that another model can go on with an interrupted round. Files of rounds that this
+            model has answered are shown as they are stored. Defaults to `None`: the model of the newest reply in the
+            round under way, and files in the portable form.
         :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. A turn is complete if it
             ended with a successful result of one of these tools. Defaults to `None`.
         :param require_user_id: Whether a run without `hook_context["user_id"]` is refused. Defaults to False.

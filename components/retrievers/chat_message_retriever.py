@@ -87,13 +87,14 @@ class ChatMessageRetriever:
             fewer than would fit. Histories in stores of other packages are read whole for it.
         :param portable: Whether completed rounds are shown in a form that every provider takes, so that the model may
             change in the middle of a conversation: without reasoning, signatures and other content for one provider,
-            and with neutral ids of tool calls. Defaults to True. If False, they are shown as they are stored. The round
-            under way is shown as it is stored, because its model needs it.
+            with neutral ids of tool calls, and with text for files that not all take. Defaults to True. If False, they
+            are shown as they are stored. The round under way is shown as it is stored, because its model needs it.
         :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
             insist on user and assistant in turns. Defaults to False.
         :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
-            the portable form, so that another model can go on with an interrupted round. Defaults to `None`: the model
-            of the newest reply in that round.
+            the portable form, so that another model can go on with an interrupted round. Files of rounds that this
+            model has answered are shown as they are stored. Defaults to `None`: the model of the newest reply in the
+            round under way, and files in the portable form.
         :param require_user_id: Whether a run without a `user_id` is refused. Then a forgotten connection is an error,
             and never shows the conversations of all users. Defaults to False.
         :raises ValueError: If a setting is wrong, or `chat_message_store` does not follow the protocol.

@@ -8,6 +8,7 @@ from haystack.components.generators.chat.types import ChatGenerator
 from haystack.dataclasses import ChatMessage, ChatRole
 
 from haystack_chat_store import protocol_calls
+from haystack_chat_store.errors import ChatHistoryAccessError, ChatHistoryNotFoundError
 from haystack_chat_store.types import ChatHistoryInfo, ChatMessageStore, StoredMessage
 from haystack_chat_store.validation import validated_flag
 
@@ -21,6 +22,8 @@ _LOOKED_AT = 50
 _SHOWN_CHARACTERS = 2_000
 _MAX_TITLE_LENGTH = 100
 _QUOTATION_MARKS = "\"'`“”„«»* "
+# What a history that was deleted, or handed over, while the model wrote its title raises.
+_GONE = (ChatHistoryNotFoundError, ChatHistoryAccessError)
 _NEEDED_METHODS = ("get_chat_history", "list_messages", "update_chat_history")
 
 
@@ -67,7 +70,7 @@ class ChatHistoryTitler:
         Create the component.
 
         :param chat_message_store: The store of the chat histories. It must have `get_chat_history`, `list_messages` and
-            `update_chat_history`, as all stores of this package have.
+            `update_chat_history` with `default_title`, as all stores of this package have.
         :param chat_generator: The ChatGenerator that writes titles. A small and fast model suffices.
         :param require_user_id: Whether a run without a `user_id` is refused. Defaults to False.
         :raises ValueError: If a setting is wrong.
@@ -123,9 +126,10 @@ class ChatHistoryTitler:
         )
         if prompt is not None:
             title = _title(self.chat_generator.run(messages=prompt))
-            info = store.get_chat_history(chat_history_id)
-            if title is not None and not _is_settled(info):
-                info = store.update_chat_history(chat_history_id, title=title)
+            try:
+                info = store.update_chat_history(chat_history_id, default_title=title)
+            except _GONE:
+                info = None
         return {"title": None if info is None else info.title}
 
     @component.output_types(title=str | None)
@@ -157,9 +161,10 @@ class ChatHistoryTitler:
                 title = _title(await generator.run_async(messages=prompt))
             else:
                 title = _title(await asyncio.to_thread(generator.run, messages=prompt))
-            info = await store.get_chat_history_async(chat_history_id)
-            if title is not None and not _is_settled(info):
-                info = await store.update_chat_history_async(chat_history_id, title=title)
+            try:
+                info = await store.update_chat_history_async(chat_history_id, default_title=title)
+            except _GONE:
+                info = None
         return {"title": None if info is None else info.title}
 
     def warm_up(self) -> None:

@@ -19,6 +19,7 @@ from haystack_chat_store.cli import terminal
 from haystack_chat_store.cli.conversation import print_messages
 from haystack_chat_store.cli.options import (
     AsJson,
+    Branches,
     HistoryId,
     HistoryIds,
     InputFile,
@@ -77,6 +78,7 @@ def ls(
         int | None, typer.Option("--limit", "-n", metavar="COUNT", min=1, help="The most to list. Defaults to 50.")
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="List all.")] = False,
+    branches: Branches = False,
     store: Store = None,
     namespace: Namespace = "default",
     user: User = None,
@@ -88,7 +90,7 @@ def ls(
     directory = DirectoryPrinter(terminal.output())
     listed = 0
     with open_store(store, namespace, user) as chat_store:
-        for page in _pages(chat_store, prefix, None if show_all else limit or _DEFAULT_HISTORIES):
+        for page in _pages(chat_store, prefix, None if show_all else limit or _DEFAULT_HISTORIES, branches=branches):
             listed += len(page.items)
             if as_json:
                 for history in page.items:
@@ -184,6 +186,7 @@ def search(
         bool, typer.Option("--match-prefix", help="The last word may be the beginning of a word.")
     ] = False,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=MAX_LIMIT, help="The most hits to show.")] = 20,
+    branches: Branches = False,
     store: Store = None,
     namespace: Namespace = "default",
     user: User = None,
@@ -192,7 +195,12 @@ def search(
     """Find titles and messages by their words, the best match first."""
     with open_store(store, namespace, user, search=True) as chat_store:
         hits = chat_store.search_messages(
-            query, chat_history_id=history, prefix=prefix, match_prefix=match_prefix, limit=limit
+            query,
+            chat_history_id=history,
+            prefix=prefix,
+            match_prefix=match_prefix,
+            branches=branches,
+            limit=limit,
         )
         if as_json:
             for hit in hits:
@@ -249,6 +257,7 @@ def stats(
     *,
     prefix: Prefix = "",
     days: Annotated[int, typer.Option("--days", min=1, max=10_000, help="The most days to show.")] = 30,
+    branches: Branches = False,
     store: Store = None,
     namespace: Namespace = "default",
     user: User = None,
@@ -257,8 +266,8 @@ def stats(
     """Show totals, messages by day, and histories by size."""
     with open_store(store, namespace, user) as chat_store, terminal.progress("Counting") as shown:
         shown(0, None)
-        statistics = chat_store.statistics(prefix=prefix)
-        sizes = sizes_of(_histories(chat_store, prefix))
+        statistics = chat_store.statistics(prefix=prefix, branches=branches)
+        sizes = sizes_of(_histories(chat_store, prefix, branches=branches))
         if not statistics.chat_histories:
             _note_other_namespaces(chat_store)
     if as_json:
@@ -428,7 +437,7 @@ def delete(
     chat_history_ids = chosen_ids(histories, prefix, or_all=user is not None)
     with open_store(store, namespace, user) as chat_store:
         if chat_history_ids is None:
-            found = _histories(chat_store, prefix)
+            found = _histories(chat_store, prefix, branches=True)
         else:
             found = iter([_existing(chat_store, history) for history in chat_history_ids])
         if not yes:
@@ -470,7 +479,8 @@ def purge(
     time = time_from(older_than)
     with open_store(store, namespace, user) as chat_store:
         if not yes:
-            _confirm(history for history in _histories(chat_store, prefix) if history.updated_at < time)
+            found = _histories(chat_store, prefix, branches=True)
+            _confirm(history for history in found if history.updated_at < time)
         with terminal.progress("Deleting") as shown:
             shown(0, None)
             deleted = chat_store.purge(older_than=time, prefix=prefix)
@@ -529,7 +539,9 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _pages(store: BaseChatMessageStore, prefix: str, limit: int | None = None) -> Iterator[ChatHistoryPage]:
+def _pages(
+    store: BaseChatMessageStore, prefix: str, limit: int | None = None, *, branches: bool = False
+) -> Iterator[ChatHistoryPage]:
     """
     Yield the pages of the directory.
 
@@ -538,7 +550,7 @@ def _pages(store: BaseChatMessageStore, prefix: str, limit: int | None = None) -
     cursor, left = None, limit
     while True:
         size = MAX_LIMIT if left is None else min(left, MAX_LIMIT)
-        page = store.list_chat_histories(prefix=prefix, limit=size, cursor=cursor)
+        page = store.list_chat_histories(prefix=prefix, branches=branches, limit=size, cursor=cursor)
         yield page
         cursor = page.cursor
         if left is not None:
@@ -569,8 +581,8 @@ def _note_other_namespaces(store: BaseChatMessageStore) -> None:
             )
 
 
-def _histories(store: BaseChatMessageStore, prefix: str = "") -> Iterator[ChatHistoryInfo]:
-    for page in _pages(store, prefix):
+def _histories(store: BaseChatMessageStore, prefix: str = "", *, branches: bool = False) -> Iterator[ChatHistoryInfo]:
+    for page in _pages(store, prefix, branches=branches):
         yield from page.items
 
 

@@ -72,6 +72,7 @@ Prefix = Annotated[
     str,
     typer.Option("--prefix", metavar="TEXT", help="Only histories whose ids begin with this text.", show_default=False),
 ]
+Branches = Annotated[bool, typer.Option("--branches", help="Also branches, which keep what was taken back.")]
 HistoryId = Annotated[
     str,
     typer.Argument(metavar="ID", help="The id of the history.", show_default=False, autocompletion=completed_ids),

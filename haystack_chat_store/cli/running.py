@@ -10,7 +10,7 @@ import typer
 
 from haystack_chat_store.cli.app import app
 from haystack_chat_store.cli.completion import complete
-from haystack_chat_store.cli.process import COMPLETION_VARIABLE, DONE, FAILED, INTERRUPTED, WRONG_USE
+from haystack_chat_store.cli.process import COMPLETION_VARIABLE, DONE, FAILED, INTERRUPTED, READER_GONE, WRONG_USE
 from haystack_chat_store.cli.terminal import error
 from haystack_chat_store.errors import ChatMessageStoreError
 
@@ -36,9 +36,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         status = _run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+    except (BrokenPipeError, SystemExit) as failure:  # typer raises the latter if the reader has closed the pipe
+        if not isinstance(failure, BrokenPipeError) and not isinstance(failure.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        return READER_GONE
     return status
 
 

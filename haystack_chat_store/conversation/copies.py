@@ -3,9 +3,9 @@
 
 from typing import TypeVar
 
-from haystack.dataclasses import ChatMessage, ToolCall, ToolCallResult
+from haystack.dataclasses import ChatMessage, FileContent, ImageContent, ToolCall, ToolCallResult
 
-_Copied = TypeVar("_Copied", ChatMessage, ToolCall, ToolCallResult)
+_Copied = TypeVar("_Copied", ChatMessage, ToolCall, ToolCallResult, ImageContent, FileContent)
 
 
 def changed(original: _Copied, **fields: object) -> _Copied:
@@ -15,7 +15,7 @@ def changed(original: _Copied, **fields: object) -> _Copied:
     The constructor would repeat validation that was done when the original was created, and takes several times as long
     as the copy. A model is shown dozens of copies in each turn.
 
-    :param original: A message, a tool call or a tool result. It is not changed.
+    :param original: A message or a part of one. It is not changed.
     :param fields: The names of fields, and their new values.
     """
     copied = object.__new__(type(original))

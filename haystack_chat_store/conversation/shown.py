@@ -21,8 +21,6 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 from haystack.dataclasses import (
     ChatMessage,
     ChatRole,
-    FileContent,
-    ImageContent,
     ReasoningContent,
     TextContent,
     ToolCall,
@@ -31,6 +29,7 @@ from haystack.dataclasses import (
 
 from haystack_chat_store.conversation import provider_content
 from haystack_chat_store.conversation.copies import changed
+from haystack_chat_store.conversation.media import as_text, is_media, portable_question, with_joined_texts
 from haystack_chat_store.conversation.rounds import is_alternative, is_question, said_parts
 from haystack_chat_store.conversation.tool_calls import results_of_calls
 from haystack_chat_store.ids import SHOWN_KEY, is_shown_only, message_id_of, question_id_of
@@ -131,14 +130,15 @@ def messages_for_model(
     :param current_messages: The messages of this turn. See `split_system_history_current` for where they go. Their
         tool results answer calls in the history.
     :param portable: Whether completed rounds are shown in a form that every provider takes: without reasoning,
-        signatures and raw blocks, with neutral ids of calls, and with text for what only some take in a reply or a
-        result. Defaults to True. If False, they are shown as they are stored.
+        signatures and raw blocks, with neutral ids of calls, and with text for images and files in replies and results
+        and for those of the user that only some take. Defaults to True. If False, they are shown as they are stored.
     :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
         insist on user and assistant in turns. Defaults to False.
     :param model: The name of the model that is asked. In the round under way, replies of other models are shown in the
-        portable form, as a round that was interrupted. A name with a version, such as the one in a reply's
+        portable form, as a round that was interrupted. Images and files in completed rounds, all of whose replies
+        name this model, are shown as they are stored. A name with a version, such as the one in a reply's
         `meta["model"]`, is the same model as the name without it. Without `portable`, the name has no effect.
-        Defaults to the model of the newest reply in that round.
+        Defaults to the model of the newest reply in the round under way, and is not known for completed rounds.
     """
     system, shown, current = split_system_history_current(history, current_messages)
     view = _View([*_from_first_user(shown), *current], current, current_messages, portable=portable, model=model)
@@ -194,7 +194,7 @@ class _View:
         # A stored message that this turn brings along again has the marks that this turn puts on it.
         self._requested = provider_content.requests_of(current_messages)
         self._under_way = len(self._given)
-        self._model = model
+        self._asked = self._model = model
         while self._under_way > 0:
             self._under_way -= 1
             message = self._given[self._under_way]
@@ -219,7 +219,7 @@ class _View:
             if message._role is not ChatRole.ASSISTANT:
                 self._close_round(shown, message)
                 if message._role is not ChatRole.TOOL:  # a result without a call
-                    shown.append(message if self._is_simple(message) else self._said(message, self._is_portable(index)))
+                    shown.append(message if self._is_simple(message) else self._said(message, index))
                 index += 1
             elif (following is None or following._role in _OTHERS) and self._is_simple(message):
                 shown.append(message)  # as most replies are
@@ -272,15 +272,42 @@ class _View:
         model = self._given[index].meta.get("model")
         return self._portable and not _is_same_model(model, self._model)
 
-    def _said(self, message: ChatMessage, portable: bool) -> ChatMessage:
+    def _said(self, message: ChatMessage, index: int) -> ChatMessage:
         """Show a message of the user or the system."""
         content = said_parts(message)
-        if portable and content and all(isinstance(part, FileContent) for part in content):
-            # Ollama's converter leaves files out, and fails if nothing else is left.
-            content = [*map(_text_for_media, content), *content]
-        if portable and len(content) > 1:
-            content = _with_joined_texts(content)
+        if any(map(is_media, content)):
+            if self._has_portable_media(index):
+                content = portable_question(content, lambda number: self._mark_of_file(message, number))
+        elif len(content) > 1 and self._is_portable(index):
+            content = with_joined_texts(content)
         return self._as_shown(message, content, message.meta)
+
+    def _has_portable_media(self, index: int) -> bool:
+        """
+        Whether the images and files of the message are shown in a form that every provider takes.
+
+        They are shown as they are stored where the model that is asked has taken them before: all replies of the round
+        are known to be its own. So they are in the round under way, unless another model has begun it.
+        """
+        if not self._portable or id(self._given[index]) in self._current:
+            return False
+        models = []
+        for message in self._given[index + 1 :]:
+            if _begins_round(message):
+                break
+            if _is_reply(message):
+                models.append(message.meta.get("model"))
+        if index >= self._under_way:
+            return not all(_is_same_model(model, self._model) for model in models)
+        is_own = isinstance(self._asked, str) and all(isinstance(model, str) for model in models)
+        return not (models and is_own and all(_is_same_model(model, self._asked) for model in models))
+
+    def _mark_of_file(self, message: ChatMessage, number: int) -> str:
+        """Return a text that only this file of a message has, and that is the same in each prompt."""
+        seed = message_id_of(message)
+        if seed is None:
+            self._seeds[""] = number = self._seeds.get("", -1) + 1
+        return _short_id(f"{seed} file {number}").removeprefix(_CALL_ID_PREFIX)
 
     def _exchange(
         self, replies: Sequence[ChatMessage], answers: Sequence[ChatMessage], portable: bool, *, is_last: bool
@@ -339,7 +366,7 @@ class _View:
         elif portable:
             content = said_parts(reply)
             if len(content) > 1 or not isinstance(content[0] if content else None, ToolCall):
-                content = _with_joined_texts(list(map(_text_for_media, content)))
+                content = with_joined_texts(list(map(as_text, content)))
             content = self._with_neutral_ids(reply, content)
         else:
             reply = self._with_unique_ids(provider_content.up_to_date(reply))
@@ -557,7 +584,7 @@ def _joined(messages: Sequence[ChatMessage]) -> ChatMessage:
     others = [part for part in content if not isinstance(part, (TextContent, ToolCall))]
     reasoning = [part for part in others if isinstance(part, ReasoningContent)]
     content = [*reasoning, *texts, *(part for part in others if part not in reasoning), *calls]
-    return changed(messages[0], _content=_with_joined_texts(content))
+    return changed(messages[0], _content=with_joined_texts(content))
 
 
 def _marked(message: ChatMessage) -> ChatMessage:
@@ -569,29 +596,9 @@ def _shown_result(result: ToolCallResult, call: ToolCall, portable: bool) -> Too
     said = result.result
     if portable:
         if not isinstance(said, str):
-            said = "\n\n".join(part.text for part in map(_text_for_media, said) if isinstance(part, TextContent))
+            said = "\n\n".join(part.text for part in map(as_text, said) if isinstance(part, TextContent))
         if not said.strip():
             said = _NO_OUTPUT
     if result.origin == call and said is result.result:
         return result
     return changed(result, result=said, origin=call)
-
-
-def _text_for_media(part: Any) -> Any:
-    """Return text that stands for an image or file, which many providers take from users only."""
-    if isinstance(part, ImageContent):
-        return TextContent(f"[image: {part.mime_type or 'unknown type'}]")
-    if isinstance(part, FileContent):
-        return TextContent(f"[file: {part.filename or part.mime_type or 'unknown type'}]")
-    return part
-
-
-def _with_joined_texts(content: Sequence[Any]) -> list[Any]:
-    """Join texts that follow each other. Some providers take only one."""
-    joined: list[Any] = []
-    for part in content:
-        if joined and isinstance(part, TextContent) and isinstance(joined[-1], TextContent):
-            joined[-1] = TextContent(f"{joined[-1].text}\n\n{part.text}")
-        else:
-            joined.append(part)
-    return joined

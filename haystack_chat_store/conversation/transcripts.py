@@ -32,6 +32,8 @@ from haystack_chat_store.validation import validated_messages
 
 # The fields of images and files in which a client may differ from itself.
 _INCIDENTAL_FIELDS = ("meta", "validation")
+# The fields of images and files that may be megabytes long. Their digests are compared.
+_DATA_FIELDS = frozenset({"base64_image", "base64_data"})
 # The number of hexadecimal digits of a digest.
 _DIGEST_LENGTH = 32
 # What ends a question in the text that a digest is made of, and what begins one that stands there as JSON.
@@ -133,14 +135,15 @@ def transcript_of(messages: Iterable[ChatMessage]) -> Transcript:
     user, hooks_key = ChatRole.USER, QUESTION_ID_KEY  # to look them up each time would take twice as long
     try:
         contents = [
-            None if message._meta and hooks_key in message._meta else message._content
+            message._content
             for message in listed
             if message._role is user
+            and (not message._meta or hooks_key not in message._meta or question_id_of(message) is None)
         ]
         # What is not one text raises one of the errors below, which is faster than to look first.
-        keys: list[Any] = list(map(str.strip, [part.text for (part,) in contents]))  # type: ignore[misc, union-attr]
+        keys: list[Any] = list(map(str.strip, [part.text for (part,) in contents]))  # type: ignore[union-attr]
     except (AttributeError, TypeError, ValueError):  # there are other parts than a text, or other values than messages
-        keys = [_asked_key(message) for message in validated_messages(listed, "transcript")]
+        keys = _checked_keys(listed)
     return Transcript(listed, keys if all(keys) else [key for key in keys if key])
 
 
@@ -342,12 +345,32 @@ def _part_key(part: Any) -> Any:
     if isinstance(part, TextContent):
         return part.text.strip()
     fields = {name: value for name, value in part.to_dict().items() if name not in _INCIDENTAL_FIELDS}
+    for name in _DATA_FIELDS & fields.keys():
+        fields[name] = hashlib.sha256(str(fields[name]).encode("utf-8", "surrogatepass")).hexdigest()
     return [type(part).__name__, fields]
 
 
 def _asked_key(message: ChatMessage) -> Any:
     """Return the key of a question, or something empty if the message is none."""
     return _key(message) if message._role is ChatRole.USER and question_id_of(message) is None else ""
+
+
+def _checked_keys(messages: list[Any]) -> list[Any]:
+    """Return the keys of all questions, whatever they have beside texts."""
+    user = ChatRole.USER
+    try:
+        return [
+            part.text.strip()
+            if len(message._content) == 1
+            and type(part := message._content[0]) is TextContent
+            and QUESTION_ID_KEY not in message._meta
+            else _asked_key(message)
+            for message in messages
+            if message._role is user
+        ]
+    except (AttributeError, TypeError):
+        validated_messages(messages, "transcript")  # says which one is not a message
+        raise
 
 
 def _digest_of(keys: Sequence[Any]) -> "hashlib._Hash":

@@ -160,6 +160,7 @@ class DirectoryMethods:
         chat_history_id: str,
         *,
         title: str | Unchanged | None = UNCHANGED,
+        default_title: str | None = None,
         meta: dict[str, Any] | Unchanged | None = UNCHANGED,
         merge_meta: dict[str, Any] | None = None,
         user_id: str | Unchanged | None = UNCHANGED,
@@ -170,6 +171,8 @@ class DirectoryMethods:
         :param chat_history_id: The history's id. The history must exist.
         :param title: The new title, up to 1,000 characters without NUL. `None` removes the title. Defaults to
             `UNCHANGED`.
+        :param default_title: A title for a history that has none. One that has a title keeps it: looking and setting
+            are one step. Cannot be given together with `title`. Defaults to `None`: no change.
         :param meta: The new meta, which replaces the whole old meta. `None` removes the meta. Defaults to `UNCHANGED`.
             Values that JSON does not know are stored in the same form as in messages.
         :param merge_meta: Keys of the meta to set, while all others stay. A value of `None` deletes its key. No other
@@ -184,7 +187,7 @@ class DirectoryMethods:
         :raises ChatMessageStoreError: If the engine fails.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
-        change = self._checked_change(title, meta, merge_meta, user_id)
+        change = self._checked_change(title, default_title, meta, merge_meta, user_id)
         row = self.engine.run(self.engine.update_history, self.scope, history, change)
         if row is None:
             raise history_not_found(history)
@@ -195,13 +198,14 @@ class DirectoryMethods:
         chat_history_id: str,
         *,
         title: str | Unchanged | None = UNCHANGED,
+        default_title: str | None = None,
         meta: dict[str, Any] | Unchanged | None = UNCHANGED,
         merge_meta: dict[str, Any] | None = None,
         user_id: str | Unchanged | None = UNCHANGED,
     ) -> ChatHistoryInfo:
         """Do what `update_chat_history` does, without blocking the event loop."""
         history = validation.validated_id(chat_history_id, "chat_history_id")
-        change = self._checked_change(title, meta, merge_meta, user_id)
+        change = self._checked_change(title, default_title, meta, merge_meta, user_id)
         row = await self.engine.run_async(self.engine.update_history, self.scope, history, change)
         if row is None:
             raise history_not_found(history)
@@ -456,8 +460,10 @@ class DirectoryMethods:
         )
         return self.scope, row
 
-    def _checked_change(self, title: Any, meta: Any, merge_meta: Any, user_id: Any) -> HistoryChange:
-        change = validation.validated_change(title, meta, merge_meta, user_id)
+    def _checked_change(
+        self, title: Any, default_title: Any, meta: Any, merge_meta: Any, user_id: Any
+    ) -> HistoryChange:
+        change = validation.validated_change(title, meta, merge_meta, user_id, default_title)
         if change.user_id is not UNCHANGED:
             if self.scope.user_id is not None:
                 raise only_one_user("claim a chat history or hand one over")

@@ -381,7 +381,7 @@ class Engine(ABC, Generic[SessionT]):
 
         :param batches: Yields lists of rows, whose positions are ignored. It may be slow, because it reads a file or
             another store. All ids are different, and the history has none of them. It raises an error if its source is
-            damaged; then nothing is stored.
+            damaged; then nothing is stored. If it is no iterator, the engine may go through it again.
         :param expected_revision: The revision that the history must have, 0 if it does not exist.
         :returns: The number of messages imported.
         :raises ChatHistoryChangedError: If the history has another revision.
@@ -590,7 +590,9 @@ class Engine(ABC, Generic[SessionT]):
     @reads_only
     def check(self, session: SessionT, scope: Scope) -> Operation[list[Fault]]:
         """
-        Find inconsistencies: counts, positions, rows without a history, the search index.
+        Find inconsistencies: counts, positions, rows without a history, what lists show, the search index.
+
+        What lists show is the previews, branches and users of histories. Terms of titles belong to the search index.
 
         The caller checks the contents of messages.
         """

@@ -6,13 +6,17 @@ An engine keeps both with the history. It changes them as it appends messages, a
 deleted or replaced.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from haystack.dataclasses import ChatMessage, ChatRole, TextContent, ToolCallResult
 
+from haystack_chat_store.codec import decode_messages
+from haystack_chat_store.errors import MessageDecodingError
 from haystack_chat_store.json_values import parse_json
-from haystack_chat_store.stores.rows import EncodedMessage, MessageRow
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow
+from haystack_chat_store.stores.times import readable_time
+from haystack_chat_store.validation import microseconds
 
 MessageT = TypeVar("MessageT", EncodedMessage, MessageRow)
 
@@ -66,6 +70,40 @@ def last_said(messages: Sequence[MessageT]) -> MessageT | None:
         if message.role != _SYSTEM:
             return message
     return None
+
+
+def preview_faults(row: HistoryRow, questions: Iterable[str], last: MessageRow | None) -> list[str]:
+    """
+    Return what is wrong with the previews that a history keeps, in words for a sentence.
+
+    What a damaged message said, or when, is not known, so nothing is compared with it.
+
+    :param row: The history.
+    :param questions: The contents of its user messages, in order, at least up to the first that has text.
+    :param last: Its last message that is no system message, or `None`.
+    """
+    faults = []
+    try:
+        if row.preview != next(filter(None, map(_beginning_of_readable, questions)), None):
+            faults.append("its preview is not the beginning of its first question")
+    except MessageDecodingError:
+        pass
+    stored = row.last_role, row.last_text, row.last_at
+    if last is None:
+        is_right = stored == (None, None, None)
+    else:
+        try:
+            text = _beginning_of_readable(last.content)
+        except MessageDecodingError:
+            text = row.last_text
+        is_time = microseconds(readable_time(last.created_at), "created_at") == last.created_at
+        is_right = stored == (last.role, text, last.created_at if is_time else row.last_at)
+    return faults if is_right else [*faults, "what it keeps of its last message is wrong"]
+
+
+def _beginning_of_readable(content: str) -> str | None:
+    (message,) = decode_messages([content])
+    return beginning_of(message)
 
 
 def _beginning(text: str) -> str:

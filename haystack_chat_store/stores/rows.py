@@ -196,15 +196,22 @@ class HistoryChange:
     What is to change about a history itself. UNCHANGED keeps a value as it is, and `None` removes it.
 
     :param title: The new title.
+    :param default_title: The title of a history that has none. It counts only if `title` is UNCHANGED.
     :param meta: The new meta, as the text of a JSON object.
     :param merged: Keys of the meta to set, as the text of a JSON object, or `None`. A null removes its key.
     :param user_id: The new user. The scope of such a change has no user.
     """
 
     title: str | Unchanged | None = UNCHANGED
+    default_title: str | None = None
     meta: str | Unchanged | None = UNCHANGED
     merged: str | None = None
     user_id: str | Unchanged | None = UNCHANGED
+
+    @property
+    def given_title(self) -> str | None:
+        """The title that a history without one gets."""
+        return self.default_title if isinstance(self.title, Unchanged) else self.title
 
     def new_meta(self, stored: str | None) -> str | None:
         """

@@ -3,6 +3,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -250,6 +251,43 @@ class Rule17SidebarTest(ContractTest):
             calls.call(store, "update_chat_history", "chat", merge_meta=[])
         with pytest.raises(ChatHistoryNotFoundError):
             calls.call(store, "update_chat_history", "nothing", merge_meta={"a": 1})
+
+    def test_default_title_is_for_a_history_that_has_none(self, new_store: StoreFactory, calls: Calls) -> None:
+        store = new_store(search=self.searches)
+        for name, title in (("new", None), ("blank", ""), ("titled", "a title")):
+            calls.call(store, "create_chat_history", name, title=title, meta={"a": 1})
+        before = {name: calls.call(store, "get_chat_history", name) for name in ("new", "blank", "titled")}
+        new = calls.call(store, "update_chat_history", "new", default_title="needle", merge_meta={"b": 2})
+        assert new == replace(before["new"], title="needle", meta={"a": 1, "b": 2})
+        assert calls.call(store, "update_chat_history", "new", default_title="another") == new
+        for name in ("blank", "titled"):
+            assert calls.call(store, "update_chat_history", name, default_title="needle") == before[name]
+        if self.searches:
+            assert [hit.chat_history_id for hit in calls.call(store, "search_messages", "needle")] == ["new"]
+            assert [hit.chat_history_id for hit in calls.call(store, "search_messages", "title")] == ["titled"]
+        calls.call(store, "update_chat_history", "new", title=None)
+        assert calls.call(store, "update_chat_history", "new", default_title="").title == ""
+        for wrong in ({"title": "x"}, {"title": None}):
+            with pytest.raises(ValueError, match="default_title"):
+                calls.call(store, "update_chat_history", "new", default_title="needle", **wrong)
+        for odd in (1, "\0", "x" * 1_001, "\ud800"):
+            with pytest.raises(ValueError, match="default_title"):
+                calls.call(store, "update_chat_history", "new", default_title=odd)
+        with pytest.raises(ChatHistoryNotFoundError):
+            calls.call(store, "update_chat_history", "nothing", default_title="needle")
+
+    def test_of_default_titles_at_the_same_time_one_is_set(self, store: ClosableStore) -> None:
+        store_: Any = store
+        titles = [f"title {number}" for number in range(8)]
+        for round_ in range(5):
+            store_.create_chat_history(f"chat {round_}")
+            seen: list[str] = []
+
+            def give(title: str, history: str = f"chat {round_}", seen: list[str] = seen) -> Callable[[], None]:
+                return lambda: seen.append(store_.update_chat_history(history, default_title=title).title)
+
+            in_threads(*map(give, titles))
+            assert seen == [store_.get_chat_history(f"chat {round_}").title] * len(titles)
 
     def test_merges_at_the_same_time_lose_nothing(self, store: ClosableStore) -> None:
         store_: Any = store

@@ -221,6 +221,7 @@ def import_messages(
     *,
     title: str | None = None,
     meta: dict[str, Any] | None = None,
+    user_id: str | None = None,
 ) -> int:
     """
     Import one conversation, with the times at which its messages were said: from a program of one's own.
@@ -247,16 +248,20 @@ def import_messages(
     :param messages: The messages, oldest first, each with its time, which is an aware datetime.
     :param title: The title of the history. A history that exists keeps its own. Defaults to none.
     :param meta: The meta of the history, likewise. Defaults to none.
+    :param user_id: The user that the history belongs to. Defaults to `None`: the user of the store, if it has one.
     :returns: The number of messages added.
     :raises ValueError: If an argument is wrong. If a message contains a value that cannot be stored, the error is a
         `MessageEncodingError`. Nothing was imported.
     :raises DuplicateMessageError: If two messages have the same id. Nothing was imported.
     :raises ChatHistoryExistsError: If the store has other messages under this id. Nothing was imported.
-    :raises UnsupportedOperationError: If the store cannot import.
+    :raises ChatHistoryAccessError: If the history is another user's, or this is the store of another user. Nothing was
+        imported.
+    :raises UnsupportedOperationError: If the store cannot import, or has no users.
     :raises ChatMessageStoreError: If the engine fails. Nothing was imported.
     """
-    history = given_history(chat_history_id, messages, title, meta, strict=_checked_store(store).strict)
-    return import_into(store, iter([history]), {}).messages
+    store = _checked_store(store) if user_id is None else _checked_store(store).for_user(user_id)
+    history = given_history(chat_history_id, messages, title, meta, strict=store.strict)
+    return import_into(store, iter([history]), Faults()).messages
 
 
 async def export_histories_async(
@@ -300,10 +305,13 @@ async def import_messages_async(
     *,
     title: str | None = None,
     meta: dict[str, Any] | None = None,
+    user_id: str | None = None,
 ) -> int:
     """Do what `import_messages` does, without blocking the event loop. If it is cancelled, all or nothing is there."""
     given = list(messages)
-    return await _on_thread(lambda _: import_messages(store, chat_history_id, given, title=title, meta=meta), None)
+    return await _on_thread(
+        lambda _: import_messages(store, chat_history_id, given, title=title, meta=meta, user_id=user_id), None
+    )
 
 
 async def copy_histories_async(
@@ -376,14 +384,14 @@ def _export_to(
     work: _Work,
 ) -> TransferResult:
     write = _WRITERS[_checked_format(format, EXPORT_FORMATS)]
-    faults: Faults = {}
+    faults = Faults()
     written = write(_exported(store, chat_history_ids, prefix, work, faults), stream)
     return replace(written, faults=(*faults, *written.faults))
 
 
 def _import(store: Store, file: File, format: str, work: _Work) -> TransferResult:  # noqa: A002
     _checked_format(format, IMPORT_FORMATS)
-    faults: Faults = {}
+    faults = Faults()
     if format == "jsonl":
         with open(file, "rb") as stream:
             name = os.fspath(file)
@@ -401,7 +409,7 @@ def _import(store: Store, file: File, format: str, work: _Work) -> TransferResul
 def _copy(
     source: Store, target: Store, chat_history_ids: Iterable[str] | None, prefix: str, work: _Work
 ) -> TransferResult:
-    faults: Faults = {}
+    faults = Faults()
     return import_into(_checked_store(target), _exported(source, chat_history_ids, prefix, work, faults), faults)
 
 

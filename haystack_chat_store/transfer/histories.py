@@ -20,8 +20,22 @@ Rows: TypeAlias = Iterable[Sequence[MessageRow]]
 #: Histories, each with its messages. The messages of a history must be read before the next history is requested.
 Histories: TypeAlias = Iterator[tuple[HistoryRow, Rows]]
 
-#: What a source could not read: an ordered set.
-Faults: TypeAlias = dict[Fault, None]
+#: The most faults that a result lists.
+MAX_FAULTS = 10_000
+
+
+class Faults(dict[Fault, None]):
+    """What a source could not read: an ordered set. It keeps the first faults, and that there are more."""
+
+    def __setitem__(self, fault: Fault, value: None) -> None:
+        """Add a fault."""
+        if len(self) < MAX_FAULTS or fault in self:
+            super().__setitem__(fault, value)
+        else:
+            super().__setitem__(_MORE_FAULTS, value)
+
+
+_MORE_FAULTS = Fault(description=f"There are more faults than these {MAX_FAULTS:,}.")
 
 #: Called with the number of messages done, and the total number, or `None` if it is not known.
 Progress: TypeAlias = Callable[[int, int | None], None]
@@ -37,7 +51,7 @@ class TransferResult(Result):
     :param skipped: The number of messages skipped, because the store had them already or (in OpenAI's format) because a
         model cannot be trained on them.
     :param faults: The data that could not be read and was left out, each with its history and, in a store, its
-        position.
+        position. If there are more than 10,000, the last one says so.
     """
 
     chat_histories: int

@@ -16,7 +16,7 @@ from haystack_chat_store.conversation.shown import messages_for_model
 from haystack_chat_store.ids import message_id_of
 from haystack_chat_store.json_values import encode_values
 from haystack_chat_store.stores.rows import HistoryRow
-from haystack_chat_store.transfer.histories import Rows, TransferResult
+from haystack_chat_store.transfer.histories import Faults, Rows, TransferResult
 from haystack_chat_store.types import Fault
 
 
@@ -29,7 +29,7 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
     :returns: The numbers of histories and messages written, and the histories that could not be.
     """
     chat_histories = messages = total = 0
-    faults = []
+    faults = Faults()
     for history, rows in histories:
         stored = [message for batch in rows for message in decode_messages([row.content for row in batch])]
         total += len(stored)
@@ -38,7 +38,7 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
             example = list(chain.from_iterable(map(_as_openai, training_messages)))
         except ValueError:  # Haystack's error quotes the message, so it is not shown
             description = "It was left out: OpenAI's format has no form for one of its tool calls or results."
-            faults.append(Fault(chat_history_id=history.chat_history_id, description=description))
+            faults[Fault(chat_history_id=history.chat_history_id, description=description)] = None
             continue
         if example:
             stream.write(encode_values({"messages": example}, "example").encode() + b"\n")

@@ -6,7 +6,7 @@ from contextlib import closing
 
 from haystack.dataclasses import ChatMessage
 
-from haystack_chat_store import store_from_url
+from haystack_chat_store import match_transcript, store_from_url
 from haystack_chat_store.testing.messages import conversation
 
 DAMAGED = '{"no": "message"}'
@@ -22,6 +22,16 @@ def filled(url, **settings):
     )
     store.write_messages("bob:1", [ChatMessage.from_user("Hi")])
     return store
+
+
+def branched(url):
+    """A store with the history `h` and its branch, which has the question that was taken back; and the branch's id."""
+    store = store_from_url(url, last_k=None)
+    user, assistant = ChatMessage.from_user, ChatMessage.from_assistant
+    for question in ("lavender", "rosemary"):
+        turn = match_transcript(store, "h", [user("first"), assistant("one"), user(question)])
+        store.write_messages("h", [*turn.messages, assistant("two")])
+    return store, turn.branch_id
 
 
 def names(store):

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta, timezone
 from time import tzset
 
 import pytest
-from filled_stores import change, filled
+from filled_stores import branched, change, filled
 
 from haystack_chat_store import store_from_url
 from haystack_chat_store.testing.messages import conversation
@@ -156,3 +156,19 @@ def test_a_title_is_never_empty(url, run):
         assert status == 2
         assert "--clear" in err
     assert store.get_chat_history("ada:1").title == "Zürich"
+
+
+def test_branches_are_listed_found_and_counted_if_asked_for(url, run, run_json):
+    _, branch = branched(url)
+    run("index", "--store", url)
+    listed = [
+        [each["chat_history_id"] for each in run_json("ls", "--store", url, *more)] for more in ([], ["--branches"])
+    ]
+    assert [set(each) for each in listed] == [{"h"}, {"h", branch}]
+    assert run_json("search", "lavender", "--store", url, status=0) == []
+    (hit,) = run_json("search", "lavender", "--branches", "--store", url)
+    assert hit["chat_history_id"] == branch
+    assert run_json("stats", "--store", url)[0]["chat_histories"] == 1
+    counted = run_json("stats", "--branches", "--store", url)[0]
+    assert counted["chat_histories"] == 2
+    assert counted["chat_histories_by_message_count"] == {"1": 2}  # 1 to 9

@@ -12,7 +12,7 @@ import sys
 from datetime import datetime, timezone
 
 import pytest
-from filled_stores import age, change
+from filled_stores import age, branched, change
 from haystack.dataclasses import ChatMessage, FileContent, ImageContent, ReasoningContent, TextContent, ToolCall
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -462,3 +462,16 @@ def test_an_interrupted_command_ends_quietly_with_130(url, store):
     assert status == 130
     assert text.endswith("[y/N] \n")
     assert store.count_messages("chat") == 2
+
+
+@pytest.mark.parametrize("arguments", [("delete", "--prefix", "h"), ("purge", "--older-than", "1d")])
+def test_branches_that_would_be_deleted_are_named(url, path, arguments):
+    store, branch = branched(url)
+    age(path, 2, "h", branch)
+    terminal = Terminal(*arguments, "--store", url)
+    terminal.read_until("[y/N]")
+    assert b"Delete 2 chat histories with 8 messages for good?" in terminal.screen
+    assert branch.encode() in terminal.screen
+    terminal.type("y\n")
+    terminal.end()
+    assert store.list_chat_histories(branches=True).items == []

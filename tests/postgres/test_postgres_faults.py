@@ -4,13 +4,14 @@
 from dataclasses import replace
 
 import pytest
-from haystack.dataclasses import ChatMessage
+from haystack.dataclasses import ChatMessage, ImageContent
 from postgres_stores import NEWEST_AND_OLDEST, execute, say, stores_on
 
 from haystack_chat_store.doctor import check
 from haystack_chat_store.stores.postgres.schema import history_key
 
 VERSIONS = NEWEST_AND_OLDEST
+IMAGE = ImageContent(base64_image="iVBORw0KGgo=", mime_type="image/png", validation=False)
 
 
 @pytest.fixture(params=["directly", "behind PgBouncer", "partitioned"])
@@ -71,12 +72,50 @@ def test_a_counter_that_is_wrong_is_found_and_set_right(store, change, damage, d
     assert [stored.position for stored in store.list_messages("history")] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("damage", "description"),
+    [
+        ("preview = 'another'", "Its preview is not the beginning of its first question."),
+        ("preview = NULL", "Its preview is not the beginning of its first question."),
+        ("last_role = 'tool'", "What it keeps of its last message is wrong."),
+        ("last_text = NULL", "What it keeps of its last message is wrong."),
+        ("last_at = last_at + interval '1 second'", "What it keeps of its last message is wrong."),
+        ("title_terms = 'another'", "The search index has other words than its title."),
+        ("title_terms = NULL", "The search index has other words than its title."),
+        ("branch_of = 'another'", "It is listed as a branch of another history than its meta names, or as none."),
+        ("branch_of = NULL", "It is listed as a branch of another history than its meta names, or as none."),
+    ],
+)
+def test_what_lists_and_searches_show_of_a_history_is_compared_and_made_anew(store, change, damage, description):
+    store.update_chat_history("history", title="A trip to Kyoto")
+    say(store, "first question", history="history~1")
+    store.update_chat_history("history~1", title="A trip to Nara", meta={"branch_of": "history"})
+    assert faults(store) == []
+    damaged = "history~1" if damage == "branch_of = NULL" else "history"
+    before = store.get_chat_history(damaged)
+    change(f"UPDATE {{0}}.haystack_chat_histories SET {damage} WHERE chat_history_id = '{damaged}'")
+    (fault,) = faults(store)
+    assert (fault.chat_history_id, fault.description) == (damaged, description)
+    assert faults(store, repair=True) == [replace(fault, is_repaired=True)]
+    assert faults(store) == []
+    assert store.get_chat_history(damaged) == before
+    assert {info.chat_history_id for info in store.list_chat_histories().items} == {"another", "history"}
+
+
+def test_a_first_question_without_text_is_passed_over(store):
+    questions = [ChatMessage.from_user(content_parts=[IMAGE]) for _ in range(12)]
+    store.write_messages("images", [*questions, ChatMessage.from_user("What is this?")])
+    assert faults(store) == []
+    assert store.get_chat_history("images").preview == "What is this?"
+
+
 def test_messages_that_were_deleted_by_hand_are_counted_again(store, change):
     change("DELETE FROM {0}.haystack_chat_messages WHERE message_id = 'c'")
-    assert len(faults(store, repair=True)) == 4
+    assert len(faults(store, repair=True)) == 6
     assert faults(store) == []
     info = store.get_chat_history("history")
     assert (info.message_count, info.round_count) == (2, 1)
+    assert info.last_message.text == "first answer"
 
 
 def test_messages_without_a_history_are_reported_and_left(store, change):
@@ -151,3 +190,19 @@ def test_other_namespaces_are_not_looked_at(store, make_store, change):
     )
     assert faults(make_store(namespace="other"), repair=True) == []
     assert len(faults(store)) == 2 + 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["branch_of = NULL WHERE branch_of IS NOT NULL", "branch_of = 'another' WHERE chat_history_id = 'history'"],
+)
+def test_a_branch_that_is_not_what_its_meta_says_is_found_and_set_right(store, change, damage):
+    store.copy_messages("history", "history~1")
+    store.update_chat_history("history~1", meta={"branch_of": "history"})
+    assert faults(store) == []
+    change("UPDATE {0}.haystack_chat_histories SET " + damage)
+    (fault,) = faults(store)
+    assert "branch" in fault.description
+    assert faults(store, repair=True) == [replace(fault, is_repaired=True)]
+    assert faults(store) == []
+    assert {info.chat_history_id for info in store.list_chat_histories().items} == {"history", "another"}

@@ -11,11 +11,12 @@ import psycopg
 import pytest
 from gateways import Gateway
 from haystack.dataclasses import ChatMessage
-from lost_answers import CHANGES, begin, left, made
-from postgres_stores import say, stores_on
+from lost_answers import attempts, begin, both_ways, left, made
+from postgres_stores import BEHIND_PGBOUNCER, DIRECTLY_OR_POOLED, say, stores_on
 from servers import wait_until
 from stopwatch import Stopwatch
 
+from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.idle_connections import PROBE_SECONDS
 from haystack_chat_store.stores.postgres.connections import pools
@@ -192,33 +193,60 @@ def test_a_read_whose_answer_was_lost_is_tried_once_more(gateway, make_store, ca
     calls.close(store)
 
 
-@pytest.mark.parametrize("is_pooled", [False, True], ids=["directly", "behind PgBouncer"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_reports_what_it_did_whichever_answer_was_lost(server, pooler, calls, change, is_pooled):
-    way = pooler if is_pooled else server
+@pytest.mark.parametrize("way", DIRECTLY_OR_POOLED)
+@both_ways()
+def test_a_change_reports_what_it_did_whichever_answer_was_lost(server, pooler, calls, change, way, is_full):
+    way = pooler if way == BEHIND_PGBOUNCER else server
     with Gateway(way.port) as gateway, stores_on(gateway.url(way.url), last_k=None) as make_store:
-        store = make_store()
-        begin(calls, store)
-        expected = made(calls, store, change), left(calls, store)
-        for lost in range(40):  # the answers that a call gets, one after the other
-            begin(calls, store)
+        store = make_store(search=True)
+        before = begin(calls, store)
+        expected = made(calls, store, change), left(calls, store, before)
+        for lost in attempts(is_full=is_full):
+            store = make_store(search=True, namespace=f"{lost}")
+            before = begin(calls, store)
             losing = Losing(gateway, after=lost)
             result = made(calls, store, change)
             gateway.is_answered = lambda _: True
-            assert (result, left(calls, store)) == expected
+            assert (result, left(calls, store, before)) == expected, lost
             if losing.times > 0:
                 break
-        assert 1 <= lost < 39
+        assert 1 <= lost < 900 and losing.times > 0
         calls.close(store)
+
+
+def test_a_repair_reports_what_it_did_whichever_answer_was_lost(server, gateway, make_store):
+    store = make_store(search=True)
+
+    def damaged():
+        for history in ("history", "another"):
+            store.delete_messages(history)
+            say(store, "Hi!", history=history)
+        server.execute(f"UPDATE {store.schema_name}.haystack_chat_histories SET message_count = 7, round_count = 7")
+        server.execute(f"UPDATE {store.schema_name}.haystack_chat_messages SET search_terms = 'another'")
+
+    damaged()
+    expected = check(store, repair=True)
+    assert len(expected) == 6
+    for lost in range(100):
+        damaged()
+        losing = Losing(gateway, after=lost)
+        found = check(store, repair=True)
+        gateway.is_answered = lambda _: True
+        assert sorted(found, key=str) == sorted(expected, key=str), lost
+        assert check(store) == []
+        if losing.times > 0:
+            break
+    assert 20 < lost < 99
 
 
 @pytest.mark.parametrize("change", ["write", "write without ids", "delete from a message on", "copy"])
 def test_a_change_waits_for_its_first_attempt(server, gateway, make_store, calls, change):
     """The connection breaks while the server waits for a lock, and it goes on as if nothing had happened."""
     store = make_store()
-    begin(calls, store)
-    expected = made(calls, store, change), left(calls, store)
-    begin(calls, store)
+    before = begin(calls, store)
+    expected = made(calls, store, change), left(calls, store, before)
+    store = make_store(namespace="another")
+    before = begin(calls, store)
     with psycopg.connect(server.url) as other, ThreadPoolExecutor(1) as executor:
         other.execute(f"SELECT FROM {store.schema_name}.haystack_chat_histories FOR UPDATE")
         made_later = executor.submit(made, calls, store, change)
@@ -229,7 +257,7 @@ def test_a_change_waits_for_its_first_attempt(server, gateway, make_store, calls
             wait_until(lambda: watching.execute(waiting).fetchone()[0] == 2, "its second attempt waits, too")
         other.commit()
         result = made_later.result()
-    assert (result, left(calls, store)) == expected
+    assert (result, left(calls, store, before)) == expected
     calls.close(store)
 
 

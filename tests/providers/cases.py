@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One case: a stored history, a window, the messages of this turn, and the model that is asked; and what is wrong."""
 
+import base64
 import inspect
 import logging
 import random
@@ -183,6 +184,8 @@ def expected_problems(case: Case, steps: list[Step]) -> Iterator[Problem]:
             yield Problem("question-lost", repr(text))
         elif message.role is ChatRole.ASSISTANT and not message.meta.get("index") and text not in unsigned:
             yield Problem("answer-lost", repr(text))
+    if case.portable:
+        yield from _lost_files(case, part, steps)
     for text in case.gone:
         if text in texts:
             rule = "alternative-shown" if text.startswith("Alternative") else "old-text"
@@ -194,6 +197,23 @@ def expected_problems(case: Case, steps: list[Step]) -> Iterator[Problem]:
         sent = characters(steps)
         if sent // 4 > case.window.max_tokens and sent > this_turn:
             yield Problem("over-budget", f"{sent} characters for {case.window.max_tokens} tokens")
+
+
+def _lost_files(case: Case, part: list[ChatMessage], steps: list[Step]) -> Iterator[Problem]:
+    """Yield the files of questions of which neither the file itself is sent, nor its text or type."""
+    texts = texts_of(steps)
+    for message in part:
+        question = said_by(message)
+        has_media = any(step.media and question in "\n".join(step.texts) for step in steps)
+        for file in message.files if question and not has_media else ():
+            data = base64.b64decode(file.base64_data)
+            said = (
+                data.decode()
+                if file.mime_type == "text/plain"
+                else f"{file.mime_type or 'unknown type'}, {len(data)} bytes"
+            )
+            if said not in texts:
+                yield Problem("file-lost", f"{said!r}, of {question!r}")
 
 
 def _unsigned_texts(case: Case) -> set[str]:
@@ -241,7 +261,10 @@ def _cases_of(
             for window in windows(rng, len(damaged.stored)):
                 merges = asked.provider in ALTERNATING or rng.random() < 0.15
                 for portable in PORTABLE:
-                    yield Case(name, asked, damaged.stored, turn, window, portable, merges, damaged.gone, history_id)
+                    model = asked.model if rng.random() < 0.3 else None
+                    yield Case(
+                        name, asked, damaged.stored, turn, window, portable, merges, damaged.gone, history_id, model
+                    )
     finally:
         STORES["round"].delete_messages(history_id)
 

@@ -29,13 +29,35 @@ MODULES = {
 PROVIDERS = list(MODULES)
 
 THINKING = {"responses", "anthropic", "gemini", "bedrock", "mistral", "ollama", "openrouter"}
-FILES = {"openai", "responses", "anthropic", "gemini", "bedrock", "openrouter"}
+#: The types of images and files that a user's message has, as far as the converter of the provider takes them.
+IMAGES = {
+    "openai": ("image/png", "image/gif", "image/jpg", "image/bmp", None),
+    "responses": ("image/png", "image/gif", "image/webp", None),
+    "anthropic": ("image/png", "image/gif", "image/webp"),
+    "gemini": ("image/png", "image/jpg", "image/heic"),
+    "bedrock": ("image/png", "image/gif", "image/jpg"),
+    "mistral": ("image/png", "image/gif", None),
+    "cohere": ("image/png", "image/gif", "image/webp"),
+    "ollama": ("image/png", "image/bmp", None),
+    "openrouter": ("image/png", "image/gif", None),
+}
+_DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+_PDF, _TEXT, _AUDIO = "application/pdf", "text/plain", "audio/mpeg"
+FILES = {
+    "openai": (_PDF, _TEXT, _DOCX, _AUDIO, None),
+    "responses": (_PDF, _TEXT, _DOCX, "text/csv", None),
+    "anthropic": (_PDF,),
+    "gemini": (_PDF, _TEXT, _AUDIO, "video/mp4"),
+    "bedrock": (_PDF, _TEXT, _DOCX, "video/mp4"),
+    "openrouter": (_PDF, _TEXT, _AUDIO),
+}
 LISTS_AS_RESULTS = {"openai", "responses", "anthropic", "gemini", "bedrock", "mistral", "openrouter"}
 IMAGES_AS_RESULTS = {"responses", "anthropic", "gemini", "bedrock"}
 CITATIONS = {"anthropic", "cohere", "bedrock"}
 REFUSALS = {"openai", "responses", "anthropic", "gemini", "bedrock", "openrouter"}
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
+BINARY = base64.b64encode(b"PK\x03\x04\xff nothing").decode()
 PDF = base64.b64encode(b"%PDF-1.4 nothing").decode()
 
 
@@ -96,13 +118,32 @@ class Talk:
         text = f"Question {number}: what is new?"
         meta = {MESSAGE_ID_KEY: f"m{number}"} if by.is_agent else {}
         extra = rng.random()
-        if extra < 0.08:
-            image = ImageContent(base64_image=PIXEL, mime_type="image/png", detail="auto", validation=False)
-            return ChatMessage.from_user(content_parts=[text, image], meta=meta)
-        if extra < 0.14 and by.provider in FILES:
-            file = FileContent(PDF, mime_type="application/pdf", filename=f"file {number}.pdf", validation=False)
-            return ChatMessage.from_user(content_parts=[text, file], meta=meta)
+        if extra < 0.4:
+            text, *media = parts = self._parts(by, text)
+            return ChatMessage.from_user(content_parts=parts if media else [text], meta=meta)
         return ChatMessage.from_user(text, meta=meta)
+
+    def _parts(self, by: Speaker, text: str) -> list[str | ImageContent | FileContent]:
+        """Return a question with images and files, before, behind and between its texts."""
+        rng = self._rng
+        media = [self._image(by), self._image(by)] if rng.random() < 0.5 else []
+        media += [self._file(by)] * rng.choice((1, 1, 2)) if by.provider in FILES and rng.random() < 0.7 else []
+        media = rng.sample(media, min(len(media), 2))
+        kind = rng.random()
+        if kind < 0.15 and by.provider != "ollama":  # which takes one text
+            return [text, *media, "That is all."]
+        return [*media, text] if kind < 0.3 and media else [text, *media]
+
+    def _image(self, by: Speaker) -> ImageContent:
+        mime_type = self._rng.choice(IMAGES[by.provider])
+        return ImageContent(base64_image=PIXEL, mime_type=mime_type, detail="auto", validation=False)
+
+    def _file(self, by: Speaker) -> FileContent:
+        rng, number = self._rng, next(self._numbers)
+        mime_type = rng.choice(FILES[by.provider])
+        data = {_PDF: PDF, _TEXT: base64.b64encode(f"Text of file {number}.".encode()).decode()}.get(mime_type, BINARY)
+        name = rng.choice((None, "report.pdf", f"file {number}.x"))
+        return FileContent(data, mime_type=mime_type, filename=name, validation=False)
 
     def round(self, by: Speaker) -> list[ChatMessage]:
         """Return a question, the steps of the model and its answer."""
@@ -176,7 +217,8 @@ class Talk:
             return ChatMessage.from_tool([TextContent(value)], origin=call)
         if kind < 0.22 and by.provider in IMAGES_AS_RESULTS:
             image = ImageContent(base64_image=PIXEL, mime_type="image/png", validation=False)
-            return ChatMessage.from_tool([TextContent(value), image], origin=call)
+            file = FileContent(PDF, mime_type=_PDF, filename=f"{call.id}.pdf", validation=False)
+            return ChatMessage.from_tool([TextContent(value), self._rng.choice((image, file))], origin=call)
         return ChatMessage.from_tool(value, origin=call, error=kind > 0.95)
 
     def _named(self, messages: list[ChatMessage], by: Speaker) -> list[ChatMessage]:

@@ -49,6 +49,7 @@ COMMON_RULES = {
     "pair-wrong": Rule("sure", f"{_OURS}: a result that is not the call's"),
     "pair-lost": Rule("sure", f"{_OURS}: a call and its result that are stored together"),
     "question-lost": Rule("sure", f"{_OURS}: the user's words in the rounds that are shown"),
+    "file-lost": Rule("sure", f"{_OURS}: what a file in an earlier round was"),
     "answer-lost": Rule("sure", f"{_OURS}: the model's words in the rounds that are shown"),
     "old-text": Rule("sure", f"{_OURS}: words that were edited or deleted"),
     "alternative-shown": Rule("sure", f"{_OURS}: of alternative replies, the first"),

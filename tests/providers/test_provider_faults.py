@@ -144,15 +144,70 @@ def test_parallel_calls_of_which_only_the_first_is_signed(goes_on):
 
 
 @pytest.mark.provider("bedrock")
-@pytest.mark.xfail(reason="the integration calls files without a name alike", strict=True)
-def test_two_files_without_a_name():
+@pytest.mark.parametrize("name", [None, "report.pdf", "\u5831\u544a.pdf", "x" * 300 + ".pdf"])
+def test_files_with_one_name_or_without(name):
     def file():
-        return FileContent(PDF, mime_type="application/pdf", validation=False)
+        return FileContent(PDF, mime_type="application/pdf", filename=name, validation=False)
 
-    stored = [U(content_parts=["One", file()]), A("Read."), U(content_parts=["Two", file()]), A("Read.")]
+    stored = [U(content_parts=["One", file()]), A("Read."), U(content_parts=["Two", file(), file()]), A("Read.")]
+    now = U(content_parts=["And this?", file()])
     asked = Asked("bedrock", model_of("bedrock", False))
-    request = REQUEST["bedrock"](show(Case("files", asked, stored, [U("And now?")])))
+    request = REQUEST["bedrock"](show(Case("files", asked, stored, [now], portable=True)))
     assert not problems_of(request, OUTLINE["bedrock"](request), asked)
+    blocks = [
+        block["document"] for message in request["messages"] for block in message["content"] if "document" in block
+    ]
+    assert len(blocks) == 4
+    assert all(len(block["name"]) <= 200 for block in blocks[:-1])
+
+
+MIME_TYPES = [
+    *(
+        "text/plain",
+        "text/csv",
+        "application/json",
+        "audio/mpeg",
+        "video/mp4",
+        "application/zip",
+        "application/pdf",
+        None,
+    ),
+    "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
+]
+
+
+@pytest.mark.parametrize("provider", EVERY)
+@pytest.mark.parametrize("mime_type", MIME_TYPES)
+@pytest.mark.parametrize("data", [PDF, "", "damaged"])
+@pytest.mark.parametrize("text", [["Question"], []])
+def test_a_file_in_an_earlier_round_that_the_next_model_may_not_take(provider, mime_type, data, text):
+    file = FileContent(data, mime_type=mime_type, filename="report", validation=False)
+    check(provider, [U(content_parts=[*text, file]), A("Answer.")])
+
+
+@pytest.mark.parametrize("provider", EVERY)
+@pytest.mark.parametrize("mime_type", ["image/png", "image/gif", "image/jpg", "image/heic", "image/svg+xml", None])
+@pytest.mark.parametrize("data", [PIXEL, "", "damaged"])
+@pytest.mark.parametrize("text", [["Question"], []])
+def test_an_image_in_an_earlier_round_that_the_next_model_may_not_take(provider, mime_type, data, text):
+    image = ImageContent(data, mime_type=mime_type, validation=False)
+    check(provider, [U(content_parts=[*text, image]), A("Answer.")])
+
+
+@pytest.mark.provider("ollama")
+def test_a_question_with_an_image_between_its_texts():
+    image = ImageContent(PIXEL, mime_type="image/png", validation=False)
+    check("ollama", [U(content_parts=["Compare", image, "with", image, "please."]), A("They are equal.")])
+
+
+@pytest.mark.parametrize("provider", ["anthropic", "bedrock"])
+def test_another_model_resumes_a_round_with_a_file_that_it_does_not_take(provider):
+    file = FileContent(PDF, mime_type="audio/mpeg", validation=False)
+    call = received("gemini", 1, "k1", thinking="Let me see.")
+    stored = [U(content_parts=["Question", file]), call, *results(call)]
+    asked = Asked(provider, model_of(provider, True), True)
+    case = Case("resumed", asked, stored, [], merges=provider in ALTERNATING, portable=True, model=asked.model)
+    assert not [problem for problem in judged(case) if fails(provider, problem.rule)]
 
 
 @pytest.mark.provider("ollama")

@@ -10,11 +10,12 @@ import pytest
 from gateways import Gateway
 from haystack.dataclasses import ChatMessage
 from haystack.utils import Secret
-from lost_answers import CHANGES, begin, left, made
-from redis_stores import nodes_of, on_every_engine, on_one_server, say
+from lost_answers import FROM_SLOT_TO_SLOT, attempts, begin, both_ways, left, made
+from redis_stores import nodes_of, on_a_cluster, on_every_engine, on_every_server, on_one_server, say
 from servers import HOST, PASSWORD, RedisCluster, silent_port, wait_until
 from stopwatch import Stopwatch
 
+from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import StoreConfigurationError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.idle_connections import PROBE_SECONDS
 from haystack_chat_store.stores.redis import RedisChatMessageStore
@@ -178,15 +179,25 @@ def test_connections_are_kept_alive_unless_the_url_says_otherwise(make_store, mo
 # ---------------------------------------------------------------------- answers that get lost
 
 
-@on_every_engine
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_reports_what_it_did_whichever_answer_was_lost(gateways, make_store, calls, change):
-    store = make_store(last_k=None)
+@on_every_server
+@both_ways(left_out=["index"])
+def test_a_change_reports_what_it_did_whichever_answer_was_lost(gateways, make_store, calls, change, is_full):
+    lose_each_answer(gateways, make_store, calls, change, is_full=is_full)
 
-    begin(calls, store)
-    expected = made(calls, store, change), left(calls, store)
-    for lost in range(4):  # the answers that a call gets, one after the other
-        begin(calls, store)
+
+@on_a_cluster
+@both_ways(left_out=["index"], sync=FROM_SLOT_TO_SLOT, async_=[])
+def test_a_change_on_a_cluster_reports_what_it_did(gateways, make_store, calls, change, is_full):
+    lose_each_answer(gateways, make_store, calls, change, is_full=is_full)
+
+
+def lose_each_answer(gateways, make_store, calls, change, *, is_full):
+    store = make_store(last_k=None)
+    before = begin(calls, store)
+    expected = made(calls, store, change), left(calls, store, before)
+    for lost in attempts(is_full=is_full):
+        store = make_store(last_k=None, namespace=f"{lost}")
+        before = begin(calls, store)
         answers = [lost]
 
         def is_answered(request, answers=answers):
@@ -197,11 +208,51 @@ def test_a_change_reports_what_it_did_whichever_answer_was_lost(gateways, make_s
 
         for gateway in gateways:
             gateway.is_answered = is_answered
-        assert (made(calls, store, change), left(calls, store)) == expected
-        assert answers[0] < 0
+        result = made(calls, store, change)
         for gateway in gateways:
             gateway.is_answered = lambda _: True
+        assert (result, left(calls, store, before)) == expected, lost
+        if answers[0] >= 0:
+            break
+    assert 1 <= lost < 900 and answers[0] >= 0
     calls.close(store)
+
+
+@on_every_engine
+@pytest.mark.parametrize("damage", ["damaged", "listed"])
+def test_a_repair_reports_what_it_did_whichever_answer_was_lost(gateways, make_store, client, damage):
+    store = make_store(last_k=None)
+    keys = store.engine.keys(store.scope)
+    directory, counters = keys.of_bucket_of("history").directory, keys.of_history("history").counters
+
+    def damaged():
+        if damage == "damaged":
+            say(store, "Hi!")
+            client.hdel(counters, "preview", "message_count")
+        else:
+            client.zadd(directory, {"history": 1})
+
+    damaged()
+    expected = check(store, repair=True)
+    assert all(fault.is_repaired for fault in expected)
+    for lost in [*range(60, 80), *range(80, 1000, 50)]:  # first, each bucket is asked for its histories
+        damaged()
+        answers = [lost]
+
+        def is_answered(request, answers=answers):
+            answers[0] -= b"EVAL" in request
+            return answers[0] != -1 or b"EVAL" not in request
+
+        for gateway in gateways:
+            gateway.is_answered = is_answered
+        found = check(store, repair=True)
+        for gateway in gateways:
+            gateway.is_answered = lambda _: True
+        assert found == expected, lost
+        assert check(store) == []
+        if answers[0] >= 0:
+            break
+    assert 66 < lost < 900
 
 
 # ---------------------------------------------------------------------- TLS

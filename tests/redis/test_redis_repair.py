@@ -68,6 +68,50 @@ def test_a_sound_store_has_no_faults(damaged, client):
 
 
 @on_every_engine
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("preview", "another"), ("preview", None), ("last_role", "t"), ("last_text", "another"), ("last_at", "5")],
+)
+def test_what_lists_show_of_a_history_is_compared_and_made_anew(damaged, client, field, value):
+    before = damaged.store.get_chat_history("history")
+    if value is None:
+        client.hdel(damaged.key("history"), field)
+    else:
+        client.hset(damaged.key("history"), field, value)
+    wrong = "its preview is not" if field == "preview" else "what it keeps of its last message is wrong"
+    damaged.assert_found_and_mended(wrong)
+    after = damaged.store.get_chat_history("history")
+    assert (after.preview, after.last_message) == (before.preview, before.last_message)
+
+
+@on_every_engine
+def test_an_origin_that_does_not_know_of_its_branches_is_told(damaged, client):
+    say(damaged.store, "Hi!", history="history~1")
+    damaged.store.update_chat_history("history~1", meta={"branch_of": "history"})
+    client.hdel(damaged.key("history"), "branches")
+    damaged.assert_found_and_mended("it has branches and does not know of them")
+    damaged.store.delete_chat_history("history")
+    assert damaged.store.get_chat_history("history~1") is None
+
+
+@on_every_engine
+def test_a_directory_of_a_user_has_only_what_is_this_users(damaged, client):
+    directory = damaged.of_bucket("users::ada")
+    client.zadd(directory, {"history": 1})
+    damaged.assert_found_and_mended("it is in the directory of a user whose it is not")
+    assert not client.exists(directory)
+
+
+@on_every_engine
+def test_an_owner_of_a_history_that_is_gone_is_forgotten(damaged, client):
+    owners = damaged.of_bucket("owners")
+    damaged.store.delete_chat_history("history")
+    client.hset(owners, "history", "ada")
+    damaged.assert_found_and_mended("is listed, but not there")
+    assert not client.exists(owners)
+
+
+@on_every_engine
 @pytest.mark.parametrize("lost", [kind for kind in KINDS if kind != "contents"])
 def test_a_history_that_has_lost_a_key_is_rebuilt_from_its_messages(damaged, client, lost):
     times = [each.created_at for each in damaged.store.list_messages("history")]

@@ -41,7 +41,7 @@ def connections_of_stores(path):
     """Every connection to the file that is open in this process."""
     found = []
     for connection in (thing for thing in gc.get_objects() if isinstance(thing, sqlite3.Connection)):
-        with suppress(sqlite3.ProgrammingError):  # closed
+        with suppress(sqlite3.ProgrammingError, FileNotFoundError):  # closed, or to a file that is gone
             if os.path.samefile(connection.execute("PRAGMA database_list").fetchone()[2], path):
                 found.append(connection)
     return found

@@ -76,8 +76,9 @@ def test_a_page_with_any_prefix_costs_little_more_than_the_better_way_to_find_it
     def rename(before, after, chosen):
         with closing(sqlite3.connect(path)) as connection:
             connection.executemany(
-                "UPDATE haystack_chat_histories SET chat_history_id = ? || ? WHERE chat_history_id = ? || ?",
-                [(after, name, before, name) for name in chosen],
+                "UPDATE haystack_chat_histories SET chat_history_id = ? "
+                "WHERE namespace = 'default' AND chat_history_id = ?",
+                [(after + name, before + name) for name in chosen],
             )
             connection.commit()
 

@@ -16,7 +16,7 @@ from sqlite_stores import SIDE_FILES, rows, said, say
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.errors import ChatMessageStoreError, StoreConfigurationError, StoreUnavailableError
-from haystack_chat_store.stores.sqlite import connections
+from haystack_chat_store.stores.sqlite import connections, files
 from haystack_chat_store.testing.processes import Program
 
 TEXTS = "SELECT json_extract(content, '$.content[0].text') FROM haystack_chat_messages ORDER BY message_key"
@@ -102,7 +102,7 @@ def test_no_message_is_lost_of_a_database_behind_a_symbolic_link(new_store, tmp_
 
 
 def write_when_told(store, report):
-    """Write once now, and once more at each line of input."""
+    """Write once now, and once more at each line of input, until an empty one."""
     import sys
 
     from haystack.dataclasses import ChatMessage
@@ -117,7 +117,7 @@ def write_when_told(store, report):
         except ChatMessageStoreError as error:
             report([type(error).__name__, str(error)])
         number += 1
-        if not sys.stdin.readline():
+        if not sys.stdin.readline().strip():
             return
 
 
@@ -154,6 +154,7 @@ def test_no_message_is_lost_with_another_process_beside_it(store, path, moved, w
             program.kill()
         else:
             program.tell("")
+            assert program.exit_code() == 0
     store.close()
     found = texts_in(moved) + texts_in(path)
     assert sorted(text for text in found if text != "from the backup") == sorted(acknowledged)
@@ -213,6 +214,21 @@ def test_a_log_without_its_database_is_left_alone(new_store, store, tmp_path, pa
     assert said(after_crash) == ["before"]
     say(after_crash, "after")
     assert said(after_crash) == ["before", "after"]
+
+
+def test_a_database_that_is_made_while_a_reader_looks_for_it_is_not_taken_for_a_log_alone(new_store, path, monkeypatch):
+    reading, writing = new_store(), new_store()
+    look = files.content
+
+    def look_just_after_the_first_write(looked_at):
+        monkeypatch.setattr(files, "content", look)
+        assert looked_at == f"{path}-wal"
+        say(writing, "first")
+        return look(looked_at)
+
+    monkeypatch.setattr(files, "content", look_just_after_the_first_write)
+    assert said(reading) == []  # there was no database when the call began
+    assert said(reading) == ["first"]
 
 
 def test_a_reader_that_does_not_end_keeps_the_log_in_its_place(new_store, path, moved):

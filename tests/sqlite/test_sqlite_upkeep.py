@@ -286,6 +286,16 @@ def assert_sound(store):
     assert texts(store.retrieve_messages("chat", last_k=1)) == ["afterwards"]
 
 
+def divided(faults):
+    """Divide faults into those of what is stored and those of what lists show of it."""
+    shown = [
+        fault
+        for fault in faults
+        if "first question" in fault.description or "last message is wrong" in fault.description
+    ]
+    return [fault for fault in faults if fault not in shown], shown
+
+
 def test_nothing_is_wrong_with_what_stores_write(two_histories):
     assert faults_of(two_histories) == faults_of(two_histories, repair=True) == []
 
@@ -294,9 +304,10 @@ def test_nothing_is_wrong_with_what_stores_write(two_histories):
 def test_history_that_does_not_fit_its_messages_is_found_and_mended(two_histories, path, kind):
     statement, description = DAMAGES[kind]
     damage(path, statement)
-    found = faults_of(two_histories)
+    found, shown = divided(faults_of(two_histories))
     assert [(fault.chat_history_id, fault.position, fault.is_repaired) for fault in found] == [("chat", None, False)]
     assert description in found[0].description
+    assert len(shown) == (kind == "role")  # the last message in lists has the role that it had
     assert {fault.is_repaired for fault in faults_of(two_histories, repair=True)} == {True}
     assert_sound(two_histories)
 
@@ -558,10 +569,11 @@ def test_index_that_does_not_fit_the_messages_is_found_and_mended(new_store, pat
     for name in ("chat", "other chat"):
         store.write_messages(name, [user("fox 0"), user("fox 1")])
     damage(path, INDEX_DAMAGES[kind])
-    found = faults_of(store)
+    found, shown = divided(faults_of(store))
     assert [fault.is_repaired for fault in found] == [False]
     assert "search index" in found[0].description
-    assert [fault.is_repaired for fault in faults_of(store, repair=True)] == [True]
+    assert len(shown) == (kind == "other text")
+    assert {fault.is_repaired for fault in faults_of(store, repair=True)} == {True}
     assert faults_of(store) == []
     hits = store.search_messages("fox")
     assert len(hits) == (3 if "text" in kind else 4)
@@ -623,3 +635,19 @@ def test_checking_keeps_no_writer_waiting(store):
     done.set()
     thread.join()
     assert store.count_messages("chat") == 3020
+
+
+@pytest.mark.parametrize(
+    "change", ["branch_of = NULL WHERE branch_of IS NOT NULL", "branch_of = 'another' WHERE chat_history_id = 'chat'"]
+)
+def test_a_branch_that_is_not_what_its_meta_says_is_found_and_set_right(two_histories, path, change):
+    listed = {info.chat_history_id for info in two_histories.list_chat_histories().items}
+    two_histories.copy_messages("chat", "chat~1")
+    two_histories.update_chat_history("chat~1", meta={"branch_of": "chat"})
+    assert faults_of(two_histories) == []
+    damage(path, f"UPDATE haystack_chat_histories SET {change}")
+    (fault,) = faults_of(two_histories)
+    assert "branch" in fault.description
+    assert faults_of(two_histories, repair=True) == [replace(fault, is_repaired=True)]
+    assert faults_of(two_histories) == []
+    assert {info.chat_history_id for info in two_histories.list_chat_histories().items} == listed

@@ -266,3 +266,18 @@ def test_an_engine_that_does_not_answer_is_an_error_and_no_fault(file):
     with pytest.raises(StoreUnavailableError, match="gone"):
         export_histories(store, file)
     assert not file.exists()
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_any_number_of_faults_makes_a_bounded_list_that_says_that_there_are_more(
+    sqlite, target, file, monkeypatch, is_copied
+):
+    monkeypatch.setattr("haystack_chat_store.transfer.histories.MAX_FAULTS", 10)
+    for number in range(13):
+        put(sqlite, f"{number:02}", "zero", "one")
+    with closing(sqlite3.connect(sqlite.path, isolation_level=None)) as connection:
+        connection.execute("UPDATE haystack_chat_messages SET content = 'no JSON' WHERE message_id = 'm1'")
+    result = copy_histories(sqlite, target) if is_copied else export_histories(sqlite, file)
+    assert result.chat_histories == 13
+    assert [fault.chat_history_id for fault in result.faults] == [*(f"{number:02}" for number in range(10)), None]
+    assert "more faults" in result.faults[-1].description

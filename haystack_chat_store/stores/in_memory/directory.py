@@ -55,9 +55,10 @@ class Directory(Engine[Memory]):
             history = namespace.find_to_write(scope, chat_history_id)
             if history is None:
                 return None
+            keeps_title = change.title is UNCHANGED and history.title is not None
             namespace.histories[chat_history_id] = replace(
                 history,
-                title=history.title if change.title is UNCHANGED else change.title,
+                title=history.title if keeps_title else change.given_title,
                 meta=change.new_meta(history.meta),
             )
             namespace.note_branch(chat_history_id)

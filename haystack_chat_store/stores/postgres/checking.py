@@ -17,8 +17,10 @@ from haystack_chat_store.stores.postgres.schema import BEGINNING
 from haystack_chat_store.stores.postgres.search import index_next
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
-from haystack_chat_store.stores.postgres.terms import tsvectors
-from haystack_chat_store.stores.rows import Scope
+from haystack_chat_store.stores.postgres.terms import title_tsvector, tsvectors
+from haystack_chat_store.stores.postgres.writing import find_previews
+from haystack_chat_store.stores.previews import beginning_of_content, preview_faults
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow, Scope, branch_origin
 from haystack_chat_store.types import Fault
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,14 @@ class _Found:
     key: uuid.UUID
     repair: Callable[[Session, "_Found"], Awaitable[None]] | None = None
 
+    def fault(self, *, is_repaired: bool) -> Fault:
+        return Fault(
+            chat_history_id=self.chat_history_id,
+            position=self.position,
+            description=self.description,
+            is_repaired=is_repaired,
+        )
+
 
 class Checking(Engine[Session]):
     """The operations that check a namespace."""
@@ -50,20 +60,15 @@ class Checking(Engine[Session]):
 
     @staticmethod
     async def _check(session: Session, scope: Scope, *, repair: bool) -> list[Fault]:
-        faults: list[Fault] = []
-        for found in await session.in_transaction(_find_faults, scope, begin=BEGIN_READING):
-            is_repaired = repair and found.repair is not None
-            if repair and found.repair is not None:
+        found = await session.in_transaction(_find_faults, scope, begin=BEGIN_READING)
+        faults = [each.fault(is_repaired=repair and each.repair is not None) for each in found]
+        # What an earlier attempt has found, and is not there any more, this attempt has repaired.
+        faults = [each for each in session.found_earlier if each.is_repaired and each not in faults] + faults
+        session.faults = faults
+        for each in found if repair else ():
+            if each.repair is not None:
                 session.renew_deadline()
-                await session.in_transaction(found.repair, found, is_result=lambda _: False)
-            faults.append(
-                Fault(
-                    chat_history_id=found.chat_history_id,
-                    position=found.position,
-                    description=found.description,
-                    is_repaired=is_repaired,
-                )
-            )
+                await session.in_transaction(each.repair, each, is_result=lambda _: False)
         while repair and session.database.is_indexed and await index_next(session, _BATCH_SIZE):
             session.renew_deadline()
         if repaired := sum(fault.is_repaired for fault in faults):
@@ -77,6 +82,7 @@ async def _find_faults(session: Session, scope: Scope) -> list[_Found]:
         *await _wrong_counters(session, scope),
         *await _orphans(session),
         *await _unreadable_times(session, scope),
+        *await _wrong_descriptions(session, scope),
         *await _wrong_terms(session, scope),
     ]
 
@@ -114,6 +120,60 @@ async def _unreadable_times(session: Session, scope: Scope) -> list[_Found]:
     ]
 
 
+async def _wrong_descriptions(session: Session, scope: Scope) -> list[_Found]:
+    """Find histories whose previews, terms of titles or origins are not those of their messages, titles and metas."""
+    found: list[_Found] = []
+    last: uuid.UUID = BEGINNING[0]
+    while rows := await session.fetch(session.statements.described, [scope.namespace, last, _BATCH_SIZE]):
+        session.renew_deadline()
+        last = rows[-1][0]
+        names = {key: history for key, history, *_ in rows}
+        terms = [title_tsvector(row[2]) for row in rows]
+        for (key,) in await session.fetch(session.statements.mismatched_titles, [list(names), terms]):
+            wrong = "The search index has other words than its title."
+            found.append(_Found(names[key], None, wrong, key, _describe_anew))
+        for key, history, _, meta, branch_of, *previews in rows:
+            if branch_of != branch_origin(history, meta):
+                wrong = "It is listed as a branch of another history than its meta names, or as none."
+                found.append(_Found(history, None, wrong, key, _describe_anew))
+            for wrong in await _wrong_previews(session, key, history, *previews):
+                found.append(_Found(history, None, wrong, key, _find_previews))
+    return found
+
+
+async def _wrong_previews(
+    session: Session,
+    key: uuid.UUID,
+    chat_history_id: str,
+    preview: str | None,
+    last_role: str | None,
+    last_text: str | None,
+    is_time_right: bool,
+    question: str | None,
+    role: str | None,
+    content: str,
+) -> list[str]:
+    questions = [] if question is None else [question]
+    if question is not None and beginning_of_content(question) is None:  # another one may have text
+        position = -1
+        while more := await session.fetch(session.statements.next_questions, [key, position]):
+            position = more[-1][0]
+            questions += [each for _, each in more]
+    row = HistoryRow(
+        chat_history_id=chat_history_id,
+        created_at=0,
+        updated_at=0,
+        preview=preview,
+        last_role=last_role,
+        last_text=last_text,
+        last_at=None if role is None and is_time_right else 0,
+    )
+    last = None
+    if role is not None:
+        last = MessageRow(position=0, created_at=0 if is_time_right else 1, message_id="", role=role, content=content)
+    return [f"{each.capitalize()}." for each in preview_faults(row, questions, last)]
+
+
 async def _wrong_terms(session: Session, scope: Scope) -> list[_Found]:
     """Find messages whose terms in the search index are not those of their contents."""
     found: list[_Found] = []
@@ -135,6 +195,17 @@ async def _wrong_terms(session: Session, scope: Scope) -> list[_Found]:
 async def _recount(session: Session, found: _Found) -> None:
     await session.fetch(session.statements.lock_key, [found.key])
     await session.run(session.statements.recount, {"key": found.key})
+
+
+async def _find_previews(session: Session, found: _Found) -> None:
+    await session.fetch(session.statements.lock_key, [found.key])
+    await find_previews(session, found.key)
+
+
+async def _describe_anew(session: Session, found: _Found) -> None:
+    for history, title, meta in await session.fetch(session.statements.title_and_meta, [found.key]):
+        described = [title_tsvector(title), branch_origin(history, meta), found.key]
+        await session.run(session.statements.describe_anew, described)
 
 
 async def _forget_terms(session: Session, found: _Found) -> None:

@@ -207,8 +207,8 @@ async def _update_locked(
     parameters = {
         "key": key,
         "has_title": change.title is not UNCHANGED,
-        "title": None if change.title is UNCHANGED else change.title,
-        "title_terms": None if change.title is UNCHANGED else title_tsvector(change.title),
+        "title": change.given_title,
+        "title_terms": title_tsvector(change.given_title),
         "has_meta": has_meta,
         "meta": meta,
         "branch_of": branch_origin(chat_history_id, meta),

@@ -130,5 +130,5 @@ async def _repeat(
         return cast(ResultT, lost.commit.result)
     if not lost.is_repeatable:
         raise cause
-    session.appended_earlier = lost.appending
+    session.appended_earlier, session.found_earlier = lost.appending, lost.faults
     return await _coroutine(operation(session, *arguments, **options))

@@ -12,6 +12,7 @@ from haystack import logging
 
 from haystack_chat_store.stores.postgres.schema import BEGINNING, Tables
 from haystack_chat_store.stores.postgres.statements import BEGIN_AND_NUMBER, STATUS_OF_TRANSACTION
+from haystack_chat_store.types import Fault
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,9 @@ class Session:
         self.appending: Sequence[str] = ()
         #: What `appending` was when an earlier attempt of this call lost its connection.
         self.appended_earlier: Sequence[str] = ()
+        #: What a repair has found, and what an earlier attempt of this call had found when its connection was lost.
+        self.faults: list[Fault] = []
+        self.found_earlier: Sequence[Fault] = ()
         #: Whether the operation can be done again.
         self.is_repeatable = True
 

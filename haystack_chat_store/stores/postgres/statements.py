@@ -486,8 +486,10 @@ class Statements(NamedTuple):
     """
     update_history: str = """
         UPDATE {histories} SET
-            title = CASE WHEN %(has_title)s THEN %(title)s ELSE title END,
-            title_terms = CASE WHEN %(has_title)s THEN %(title_terms)s::tsvector ELSE title_terms END,
+            title = CASE WHEN %(has_title)s THEN %(title)s ELSE coalesce(title, %(title)s) END,
+            title_terms = CASE
+                WHEN %(has_title)s OR title IS NULL THEN %(title_terms)s::tsvector ELSE title_terms
+            END,
             meta = CASE WHEN %(has_meta)s THEN %(meta)s::json ELSE meta END,
             branch_of = CASE WHEN %(has_meta)s THEN %(branch_of)s ELSE branch_of END,
             user_id = CASE WHEN %(has_user)s THEN %(user)s ELSE user_id END
@@ -594,6 +596,31 @@ class Statements(NamedTuple):
         WHERE namespace = %s
             AND (message_count <> messages OR round_count <> rounds OR next_position <= coalesce(last, -1))
         ORDER BY chat_history_id COLLATE "C"
+    """
+    described: str = """
+        SELECT h.history_key, chat_history_id, title, meta, branch_of, preview, last_role, last_text,
+            last_at IS NOT DISTINCT FROM said.created_at
+                OR said.created_at NOT BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00',
+            question.content, said.role, said.content
+        FROM {histories} AS h
+        LEFT JOIN LATERAL (
+            SELECT content FROM {messages} AS m WHERE m.history_key = h.history_key AND role = 'user'
+            ORDER BY position LIMIT 1
+        ) AS question ON true
+        LEFT JOIN LATERAL (
+            SELECT role, content, created_at FROM {messages} AS m
+            WHERE m.history_key = h.history_key AND role <> 'system' AND position >= 0 ORDER BY position DESC LIMIT 1
+        ) AS said ON true
+        WHERE namespace = %s AND h.history_key > %s ORDER BY h.history_key LIMIT %s
+    """
+    mismatched_titles: str = """
+        SELECT h.history_key FROM {histories} AS h
+        JOIN unnest(%s::uuid[], %s::text[]) AS sent (history_key, terms) USING (history_key)
+        WHERE title_terms IS DISTINCT FROM terms::tsvector
+    """
+    title_and_meta: str = "SELECT chat_history_id, title, meta FROM {histories} WHERE history_key = %s FOR UPDATE"
+    describe_anew: str = """
+        UPDATE {histories} SET title_terms = %s::tsvector, branch_of = %s WHERE history_key = %s
     """
     recount: str = """
         UPDATE {histories} SET message_count = messages, round_count = rounds,

@@ -134,7 +134,12 @@ class Writing(Engine[Session]):
     ) -> int:
         """Read and send the batches in one transaction, in which each part has a time limit of its own."""
         return await session.in_transaction(
-            _import_locked, scope, history, batches, expected_revision, repeatable=False
+            _import_locked,
+            scope,
+            history,
+            batches,
+            expected_revision,
+            repeatable=not isinstance(batches, Iterator),
         )
 
     async def import_histories(

@@ -9,7 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from haystack import logging
+from haystack.dataclasses import ChatRole
 
+from haystack_chat_store.ids import branch_id
+from haystack_chat_store.stores.previews import beginning_of_content, last_said, preview_faults
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys
 from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.reading import read_ids
@@ -25,10 +28,10 @@ from haystack_chat_store.stores.redis.schema import (
     time_of_score,
 )
 from haystack_chat_store.stores.redis.scripts import checking as scripts
-from haystack_chat_store.stores.redis.scripts.directory import ALL
+from haystack_chat_store.stores.redis.scripts import directory as of_directory
 from haystack_chat_store.stores.redis.session import Session
-from haystack_chat_store.stores.redis.staging import Stage
-from haystack_chat_store.stores.rows import MessageRow, Scope
+from haystack_chat_store.stores.redis.staging import Stage, note_branch
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow, Scope, branch_origin
 from haystack_chat_store.stores.times import microseconds_now
 from haystack_chat_store.types import Fault
 
@@ -64,6 +67,12 @@ class _Inspected:
     user_id: str
     owner: str
     user_time: str
+    preview: str
+    last_role: str
+    last_text: str
+    last_at: str
+    meta: str
+    branches: str
 
     def end(self) -> int:
         """Return the position after the last message."""
@@ -91,6 +100,8 @@ class _Examination:
         self._letters = ""
         self._stored_letters = ""
         self._first_time = 0
+        self._questions: list[str] = []
+        self._last: MessageRow | None = None
 
     def examine(self, contents: Sequence[str], letters: str, times: str, count: int) -> list[MessageRow]:
         """
@@ -116,6 +127,10 @@ class _Examination:
                     content=content,
                 )
             )
+        for row in rows:
+            if row.role == ChatRole.USER.value and not any(map(beginning_of_content, self._questions[-1:])):
+                self._questions.append(row.content)  # up to the first that has text
+        self._last = last_said([row for row in rows if row.role]) or self._last
         self._letters += letters_of(row.role or GAP for row in rows)
         self._stored_letters += letters
         return rows
@@ -149,6 +164,21 @@ class _Examination:
             ),
         }
         self.faults = [description for description, is_so in is_right.items() if not is_so]
+        if not self.faults:  # else the messages may be others than those that it shows
+            self.faults = preview_faults(self._shown(chat_history_id), self._questions, self._last)
+
+    def _shown(self, chat_history_id: str) -> HistoryRow:
+        """Return what lists show of the history's messages."""
+        inspected = self.inspected
+        return HistoryRow(
+            chat_history_id=chat_history_id,
+            created_at=0,
+            updated_at=0,
+            preview=inspected.preview or None,
+            last_role=ROLES.get(inspected.last_role, inspected.last_role) or None,
+            last_text=inspected.last_text or None,
+            last_at=number(inspected.last_at) if inspected.last_at else None,
+        )
 
     def fields(self, chat_history_id: str) -> dict[str, str | int]:
         """Return what the hash of the history should hold."""
@@ -191,38 +221,84 @@ class Checking(RedisOperations):
     async def _check(self, session: Session, scope: Scope, *, repair: bool) -> list[Fault]:
         keys = self.keys(scope)
         ids: dict[str, None] = {}
+        listed: list[tuple[str, str]] = []
         for bucket in range(BUCKETS):
-            ids.update(dict.fromkeys(await session.run(ALL, keys.of_bucket(bucket))))
+            ids.update(dict.fromkeys(await session.run(of_directory.ALL, keys.of_bucket(bucket))))
         for address in await session.masters():
             cursor = ""
             while cursor != "0":
                 options = "MATCH", keys.pattern(), "COUNT", BATCH_SIZE
                 cursor, names = await session.ask(address, "SCAN", cursor or "0", *options)
                 ids.update(dict.fromkeys(filter(None, map(keys.history_of, names))))
+                for name in names:
+                    user = keys.user_of(name)
+                    if user is not None:
+                        listed += [(user, each) for each in await session.ask(address, "ZRANGE", name, 0, -1)]
         faults: list[Fault] = []
+        branches: dict[str, str] = {}
         for chat_history_id in ids:
-            faults += await check_history(session, keys, chat_history_id, repair)
+            faults += await check_history(session, keys, chat_history_id, repair, branches)
+        for origin, branch_meta in branches.items():
+            faults += await _check_origin(session, keys, origin, branch_meta, repair)
+        for user, chat_history_id in listed:
+            faults += await _check_listing(session, keys, user, chat_history_id, repair)
         return faults
 
 
-async def check_history(session: Session, keys: Keys, chat_history_id: str, repair: bool) -> list[Fault]:
-    """Return the faults of a history. What others write meanwhile is neither taken for a fault nor lost."""
+async def _check_origin(session: Session, keys: Keys, origin: str, meta: str, repair: bool) -> list[Fault]:
+    """Check that a history knows of its branches, which otherwise would not be deleted with it."""
+    inspected = await _inspect(session, keys, origin)
+    if inspected is None or not inspected.keys or inspected.branches:
+        return []
+    if repair:
+        await note_branch(session, keys, branch_id(origin, ""), meta)
+    wrong = "The chat history: it has branches and does not know of them."
+    return [Fault(chat_history_id=origin, description=wrong, is_repaired=repair)]
+
+
+async def _check_listing(session: Session, keys: Keys, user: str, chat_history_id: str, repair: bool) -> list[Fault]:
+    """Check that a history in the directory of a user is this user's."""
+    inspected = await _inspect(session, keys, chat_history_id)
+    if inspected is None or inspected.user_id == user:
+        return []
+    if repair:
+        names = [*keys.of_bucket_of(chat_history_id), keys.of_history(chat_history_id).counters]
+        await session.run(of_directory.DISOWN, names, [chat_history_id, user])
+    wrong = "The chat history: it is in the directory of a user whose it is not."
+    return [Fault(chat_history_id=chat_history_id, description=wrong, is_repaired=repair)]
+
+
+async def check_history(
+    session: Session, keys: Keys, chat_history_id: str, repair: bool, branches: dict[str, str] | None = None
+) -> list[Fault]:
+    """
+    Return the faults of a history. What others write meanwhile is neither taken for a fault nor lost.
+
+    :param branches: Receives, if the history is a branch, its origin and its meta.
+    """
     faults: list[Fault] = []
+    repaired: list[Fault] = []  # by an attempt whose answer was lost, if nothing is wrong any more
     for _ in range(_ATTEMPTS):
         inspected = await _inspect(session, keys, chat_history_id)
         if inspected is None:
-            return []
+            return repaired
+        origin = branch_origin(chat_history_id, inspected.meta or None)
+        if origin is not None and branches is not None:
+            branches[origin] = inspected.meta
         examination = await examine_history(session, keys, chat_history_id, inspected)
         faults = [
             Fault(chat_history_id=chat_history_id, description=f"The chat history: {description}.")
             for description in examination.faults
         ]
         if not faults:
-            return []
+            return repaired
         if repair:
-            if await _rebuild(session, keys, chat_history_id, inspected):
+            is_rebuilt, is_repeated = await _rebuild(session, keys, chat_history_id, inspected)
+            if is_rebuilt or is_repeated:
+                repaired = [replace(fault, is_repaired=True) for fault in faults]
+            if is_rebuilt:
                 logger.info("Repaired {count} faults of a chat history in Redis.", count=len(faults))
-                return [replace(fault, is_repaired=True) for fault in faults]
+                return repaired
         elif await _inspect(session, keys, chat_history_id) == inspected:
             return faults
     return faults
@@ -238,7 +314,7 @@ async def examine_history(
     """
     if not inspected.keys:
         examination = _Examination(inspected, {})
-        if inspected.directory_time or inspected.name_score or inspected.expiries_time:
+        if inspected.directory_time or inspected.name_score or inspected.expiries_time or inspected.owner:
             examination.faults = ["is listed, but not there"]
         return examination
     examination = _Examination(inspected, await read_ids(session, keys, chat_history_id))
@@ -265,8 +341,12 @@ async def _inspect(session: Session, keys: Keys, chat_history_id: str) -> _Inspe
     return None if found == ["expired"] else _Inspected(*found)
 
 
-async def _rebuild(session: Session, keys: Keys, chat_history_id: str, inspected: _Inspected) -> bool:
-    """Put the history in order, and return True. Return False, and change nothing, if it was written to meanwhile."""
+async def _rebuild(session: Session, keys: Keys, chat_history_id: str, inspected: _Inspected) -> tuple[bool, bool]:
+    """
+    Put the history in order, unless it was written to meanwhile.
+
+    :returns: Whether it is in order now, and whether it may be because an answer was lost.
+    """
     async with Stage(session, keys, chat_history_id) as stage:
         examination = await examine_history(session, keys, chat_history_id, inspected, stage)
         fields = examination.fields(chat_history_id)
@@ -274,7 +354,7 @@ async def _rebuild(session: Session, keys: Keys, chat_history_id: str, inspected
         values = [value for field in fields.items() for value in field] if inspected.keys else []
         arguments = [chat_history_id, inspected.joined(), expires_at, fields["updated_at"], *values]
         names = [*keys.to_write(chat_history_id), *stage.keys]
-        if not await session.run(scripts.REBUILD, names, arguments):
-            return False
-        stage.length = 0  # no messages wait any more
-        return True
+        is_rebuilt, is_repeated = await session.run_reporting(scripts.REBUILD, names, arguments)
+        if is_rebuilt:
+            stage.length = 0  # no messages wait any more
+        return bool(is_rebuilt), is_repeated

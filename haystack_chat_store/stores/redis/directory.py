@@ -164,7 +164,16 @@ class Directory(RedisOperations):
                 await note_branch(session, keys, chat_history_id, meta)
             values = [each for name, value in changes.items() if value is not None for each in (name, str(value))]
             deleted = [name for name, value in changes.items() if value is None]
-            arguments: list[str | int] = [chat_history_id, len(values), *values, *deleted, required, keys.user]
+            default_title = "" if change.default_title is None else f"={change.default_title}"
+            arguments: list[str | int] = [
+                chat_history_id,
+                len(values),
+                *values,
+                *deleted,
+                default_title,
+                required,
+                keys.user,
+            ]
             fields = await session.run(scripts.UPDATE, names, arguments)
             if fields == ["ACCESS"]:
                 raise no_access()
@@ -235,6 +244,7 @@ class Directory(RedisOperations):
         erased = 0
         for bucket in range(BUCKETS):
             after: str | None = ""
+            seen: set[str] = set()
             while after is not None:
                 count = min(limit - erased, _ERASED_PER_STEP)
                 if prefix or (updated_before is None and not keys.user):
@@ -242,7 +252,8 @@ class Directory(RedisOperations):
                 else:
                     before = "+inf" if updated_before is None else updated_before
                     found = await session.run(scripts.OLDEST, keys.of_bucket(bucket), [before, count, keys.user])
-                    after = "" if found else None
+                    after = None if seen.issuperset(found) else ""  # else it cannot be deleted
+                    seen.update(found)
                 if found:
                     erased += (await delete_histories(session, keys, bucket, found, updated_before)).number
                 if erased == limit:

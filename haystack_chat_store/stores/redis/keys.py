@@ -128,6 +128,11 @@ class Keys(NamedTuple):
         chat_history_id = unquote(parts[1]) if len(parts) == 3 else ""
         return chat_history_id if chat_history_id and key in self.of_history(chat_history_id) else None
 
+    def user_of(self, key: str) -> str | None:
+        """Return the user whose directory in a bucket a key is, or `None` if it is no such directory."""
+        _, separator, user = key.partition("}:users::")
+        return user if separator else None
+
     def _tag(self, bucket: int) -> str:
         return f"{{{self.key_prefix}:{_encoded(self.namespace)}:{bucket}}}"
 

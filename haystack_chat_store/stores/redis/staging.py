@@ -156,7 +156,7 @@ async def note_branch(session: Session, keys: Keys, chat_history_id: str, meta: 
     origin = branch_origin(chat_history_id, meta)
     if origin is not None:
         names = [*keys.of_bucket_of(origin), keys.of_history(origin).counters]
-        await session.run(of_directory.UPDATE, names, [origin, 2, "branches", "1", "", keys.user])
+        await session.run(of_directory.UPDATE, names, [origin, 2, "branches", "1", "", "", keys.user])
 
 
 def _with_gaps(rows: Sequence[MessageRow], start: int, end: int | None = None) -> list[MessageRow]:

@@ -179,7 +179,7 @@ class Writing(RedisOperations):
                     raise message_not_found(message_id)
                 continue
             content = change(row.content)
-            arguments: list[str | int] = [message_id, row.position, row.content, content, keys.user]
+            arguments: list[str | int] = [message_id, row.position, row.content, content, new_name(), keys.user]
             answer = await session.run(scripts.SET_CONTENT, keys.to_write(chat_history_id), arguments)
             if answer == 1:
                 return replace(row, content=content)

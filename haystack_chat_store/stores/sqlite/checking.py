@@ -12,12 +12,14 @@ from typing import Any
 from haystack import logging
 
 from haystack_chat_store.json_values import parse_json
+from haystack_chat_store.search_text import title_terms
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import Scope
+from haystack_chat_store.stores.previews import preview_faults
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow, Scope, branch_origin
 from haystack_chat_store.stores.sqlite import schema
 from haystack_chat_store.stores.sqlite.connections import Database, damaged_texts_escaped, readable_rows
 from haystack_chat_store.stores.sqlite.directory import is_utf8
-from haystack_chat_store.stores.sqlite.histories import Histories
+from haystack_chat_store.stores.sqlite.histories import QUESTIONS, Histories
 from haystack_chat_store.stores.sqlite.term_index import TermIndex, terms_of
 from haystack_chat_store.stores.times import microseconds_now
 from haystack_chat_store.types import Fault
@@ -62,6 +64,18 @@ _HISTORIES = f"""
         FROM haystack_chat_histories)
     WHERE namespace = ?
 """
+_DESCRIBED = """
+    SELECT history_key, CAST(chat_history_id AS TEXT), CAST(title AS BLOB),
+        iif(typeof(title) = 'blob', NULL, CAST(title AS TEXT)), CAST(meta AS TEXT),
+        iif(typeof(title) = 'blob', NULL, title_terms), branch_of, preview, last_role, last_text, last_at
+    FROM haystack_chat_histories WHERE namespace = ?
+"""
+_LAST_MESSAGE = """
+    SELECT 0, created_at, '', CAST(role AS TEXT), CAST(content AS TEXT) FROM haystack_chat_messages
+    WHERE message_key BETWEEN ? AND ? AND role <> 'system' ORDER BY message_key DESC LIMIT 1
+"""
+_TITLE_AND_META = "SELECT CAST(title AS TEXT), CAST(meta AS TEXT) FROM haystack_chat_histories WHERE history_key = ?"
+_DESCRIBE_ANEW = "UPDATE haystack_chat_histories SET title_terms = ?, branch_of = ? WHERE history_key = ?"
 _MESSAGES_AND_TERMS = """
     SELECT CAST(chat_history_id AS TEXT), CAST(content AS TEXT), terms
     FROM haystack_chat_histories
@@ -114,6 +128,7 @@ class Checking(Engine[Database]):
             *_orphaned_messages(session, repair),
             *_faults_of_messages(session, scope),
             *_faults_of_histories(session, scope, repair),
+            *_faults_of_descriptions(session, scope, repair),
             *_faults_of_index(session, scope, repair),
         ]
         repaired = sum(fault.is_repaired for fault in faults)
@@ -211,6 +226,58 @@ def _faults_of_histories(session: Database, scope: Scope, repair: bool) -> list[
         with session.transaction() as connection:
             Histories(connection, scope, session.settings.search).recount(history_key)
     return faults
+
+
+def _faults_of_descriptions(session: Database, scope: Scope, repair: bool) -> list[Fault]:
+    """Compare what is kept of previews, terms of titles and origins with messages, titles and metas; keep it anew."""
+    faults, undescribed = [], {}
+    with session.snapshot() as connection, damaged_texts_escaped(connection):
+        for history_key, raw_title, kept_terms, branch_of, row in _described(connection, scope):
+            found = []
+            is_title = is_utf8(raw_title) and _is_valid(validated_title, row.title)
+            if is_title and kept_terms != title_terms(row.title):
+                found.append("The search index says something else than its title.")
+            if branch_of != branch_origin(row.chat_history_id, row.meta):
+                found.append("It is listed as a branch of another history than its meta names, or as none.")
+            keys = schema.key_range(history_key)
+            questions = (content for (content,) in connection.execute(QUESTIONS, keys))
+            last = connection.execute(_LAST_MESSAGE, keys).fetchone()
+            wrong = preview_faults(row, questions, None if last is None else MessageRow(*last))
+            found += [f"{each.capitalize()}." for each in wrong]
+            faults += [
+                Fault(chat_history_id=row.chat_history_id, description=each, is_repaired=repair) for each in found
+            ]
+            if found:
+                undescribed[history_key] = row.chat_history_id
+    for history_key, name in undescribed.items() if repair else ():
+        with session.transaction() as connection, damaged_texts_escaped(connection):
+            for title, meta in connection.execute(_TITLE_AND_META, (history_key,)).fetchall():
+                values = title_terms(title), branch_origin(name, meta), history_key
+                connection.execute(_DESCRIBE_ANEW, values)
+                Histories(connection, scope, session.settings.search).find_previews(history_key)
+    return faults
+
+
+def _described(
+    connection: sqlite3.Connection, scope: Scope
+) -> Iterator[tuple[int, bytes | None, str | None, str | None, HistoryRow]]:
+    """Yield of each history its key, title, the terms kept of it, the origin kept of it, and what else is kept."""
+    for history_key, name, raw_title, title, meta, terms, branch_of, *previews in connection.execute(
+        _DESCRIBED, (scope.namespace,)
+    ):
+        preview, last_role, last_text, last_at = previews
+        row = HistoryRow(
+            chat_history_id=name,
+            created_at=0,
+            updated_at=0,
+            title=title,
+            meta=meta,
+            preview=preview,
+            last_role=last_role,
+            last_text=last_text,
+            last_at=last_at,
+        )
+        yield history_key, raw_title, terms, branch_of, row
 
 
 def _damages(raw_name: bytes, name: str, columns: Sequence[Any]) -> list[str]:

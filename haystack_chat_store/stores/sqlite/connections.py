@@ -40,6 +40,7 @@ from haystack_chat_store.stores.sqlite.files import (
     remove_empty_log,
     write_log_to_database,
 )
+from haystack_chat_store.stores.sqlite.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class Database:
     The connections to one file, and the threads that use them for asynchronous calls.
 
     Calls that read open connections that cannot change the file. The first call that writes makes it.
+
+    :ivar turns: The writers that share a transaction if they wait for each other.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -103,6 +106,7 @@ class Database:
         self._readers: ThreadPoolExecutor | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._executors_lock = threading.Lock()
+        self.turns = Turns(self)
 
     def begin_call(self, deadline: float) -> None:
         """
@@ -135,12 +139,15 @@ class Database:
             connection.execute("COMMIT")
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(
+        self, before_commit: Callable[[sqlite3.Connection], None] | None = None
+    ) -> Iterator[sqlite3.Connection]:
         """
         Lend a connection for one write transaction: rolled back if anything is raised.
 
         It is committed at the end, unless the caller has committed it. Then no other thread writes until the end.
 
+        :param before_commit: What to do at the end if nothing was raised.
         :raises StoreTimeoutError: If other threads keep the database busy for longer than the timeout.
         """
         deadline = self._deadline()
@@ -154,6 +161,8 @@ class Database:
                 except ChatMessageStoreError:
                     connection.execute("ROLLBACK")
                     raise
+                if before_commit is not None:
+                    before_commit(connection)
                 if connection.in_transaction:
                     connection.execute("COMMIT")
             except BaseException as error:
@@ -222,6 +231,7 @@ class Database:
 
     def after_fork_in_child(self) -> None:
         """Neither use nor close the connections that were still lent, and open no others to their file."""
+        self.turns.after_fork_in_child()
         for connection in self._lent:
             keep_alive_forever(connection)
             connection.is_inherited = True

@@ -18,6 +18,7 @@ from haystack_chat_store.stores.sqlite import failures
 from haystack_chat_store.stores.sqlite.connections import Database, damaged_texts_escaped, readable_rows
 from haystack_chat_store.stores.sqlite.histories import Histories
 from haystack_chat_store.stores.sqlite.term_index import TermIndex
+from haystack_chat_store.stores.sqlite.turns import WriteSession
 from haystack_chat_store.stores.sqlite.visibility import IS_VISIBLE, IS_VISIBLE_HISTORY, visible_history
 from haystack_chat_store.stores.times import microseconds_now, readable_time
 from haystack_chat_store.stores.usage import UsageCounter
@@ -78,9 +79,9 @@ _COUNT_UP_TO = """
     )
 """
 _UPDATE_HISTORY = """
-    UPDATE haystack_chat_histories SET title = iif(?, title, ?), title_terms = iif(?, title_terms, ?),
-        meta = ?, branch_of = ?
-    WHERE history_key = ?
+    UPDATE haystack_chat_histories SET title = iif(?1, coalesce(title, ?2), ?2),
+        title_terms = iif(?1 AND title IS NOT NULL, title_terms, ?3), meta = ?4, branch_of = ?5
+    WHERE history_key = ?6
 """
 _META = "SELECT CAST(meta AS TEXT) FROM haystack_chat_histories WHERE history_key = ?"
 _IN_STATISTICS = f"namespace = ?1 AND chat_history_id >= ?2 AND chat_history_id < ?5 AND {IS_VISIBLE}"
@@ -164,16 +165,13 @@ class Directory(Engine[Database]):
 
     def update_history(
         self,
-        session: Database,
+        session: WriteSession,
         scope: Scope,
         chat_history_id: str,
         change: HistoryChange,
     ) -> HistoryRow | None:
         """Change the row, hand over the branches, and read the row."""
-        terms = change.title if change.title is UNCHANGED else title_terms(change.title)
-        title, title_words = (
-            (value is UNCHANGED, None if value is UNCHANGED else value) for value in (change.title, terms)
-        )
+        title = (change.title is UNCHANGED, change.given_title, title_terms(change.given_title))
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             found = histories.find(chat_history_id)
@@ -182,13 +180,13 @@ class Directory(Engine[Database]):
             ((stored,),) = readable_rows(connection, _META, (found.history_key,))
             meta = change.new_meta(stored)
             branch_of = branch_origin(chat_history_id, meta)
-            values = (*title, *title_words, meta, branch_of, found.history_key)
+            values = (*title, meta, branch_of, found.history_key)
             connection.execute(_UPDATE_HISTORY, values)
             if change.user_id is not UNCHANGED:
                 histories.hand_over(found.history_key, chat_history_id, found.user_id, change.user_id)
             return _history(connection, scope, chat_history_id)
 
-    def create_history(self, session: Database, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
+    def create_history(self, session: WriteSession, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
         """Insert the row, unless it is there."""
         now = microseconds_now()
         with session.transaction() as connection:
@@ -210,7 +208,7 @@ class Directory(Engine[Database]):
             histories.rename(history, new_id)
             return _history(connection, scope, new_id)
 
-    def renew(self, session: Database, scope: Scope, chat_history_id: str) -> None:
+    def renew(self, session: WriteSession, scope: Scope, chat_history_id: str) -> None:
         """Change the row."""
         with session.transaction() as connection:
             Histories(connection, scope, session.settings.search).renew(chat_history_id)

@@ -4,11 +4,13 @@
 import asyncio
 import os
 import sqlite3
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Concatenate, cast
 
-from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
+from haystack_chat_store.errors import StoreConfigurationError
 from haystack_chat_store.stores.engine import (
     ArgumentsT,
     Operation,
@@ -26,7 +28,11 @@ from haystack_chat_store.stores.sqlite.directory import Directory
 from haystack_chat_store.stores.sqlite.files import back_up
 from haystack_chat_store.stores.sqlite.reading import Reading
 from haystack_chat_store.stores.sqlite.search import Search
+from haystack_chat_store.stores.sqlite.turns import MAX_SIZE, WriteSession
 from haystack_chat_store.stores.sqlite.writing import Writing
+
+# Operations whose cost does not depend on how much is stored, beside `append`.
+_BRIEF_WRITES = frozenset({"create_history", "update_history", "update_message", "renew"})
 
 
 class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
@@ -45,8 +51,12 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """Run an operation in this thread."""
-        return _run_on(databases.get(self.settings), self._deadline(), operation, *arguments, **options)
+        """Run an operation in this thread, or in that of another writer whose transaction it shares."""
+        database, deadline = databases.get(self.settings), self._deadline()
+        size = _size_to_share(operation, arguments)
+        if size is None or threading.get_ident() == threading.main_thread().ident:
+            return _run_on(database, deadline, operation, *arguments, **options)
+        return cast(ResultT, database.turns.run(partial(_call, operation, arguments, options), deadline, size))
 
     async def execute_async(
         self,
@@ -56,15 +66,15 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
     ) -> ResultT:
         """Run an operation in a thread: sqlite3 can wait for a lock or a disk only by blocking."""
         database, deadline = databases.get(self.settings), self._deadline()
+        size = _size_to_share(operation, arguments)
+        if size is not None:
+            call = partial(_call, operation, arguments, options)
+            return cast(ResultT, await database.turns.run_async(call, deadline, size))
         submit = database.submit_read if is_marked(operation, reads_only) else database.submit_write
         try:
             future = submit(_run_on, database, deadline, operation, *arguments, **options)
         except RuntimeError as error:
-            if "shutdown" in str(error):
-                raise StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.") from error
-            raise StoreUnavailableError(
-                f"No thread could be started: {error}. Raise the limit of threads, or use the synchronous methods."
-            ) from error
+            raise failures.no_thread(error) from error
         is_late = False
 
         def give_up() -> None:
@@ -109,6 +119,21 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         return time.monotonic() + self.settings.timeout
 
 
+def _size_to_share(operation: Callable[..., Any], arguments: Sequence[Any]) -> int | None:
+    """Return the number of characters of a write that may share a transaction, or `None` if it may not: it may last."""
+    name = operation.__name__
+    if name == "append":
+        size = sum([len(message.content) for message in arguments[2]])
+        return size if size <= MAX_SIZE else None
+    return 0 if name in _BRIEF_WRITES else None
+
+
+def _call(
+    operation: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any], session: WriteSession
+) -> Any:
+    return operation(session, *arguments, **options)
+
+
 def _is_being_cancelled(task: "asyncio.Task[Any] | None") -> bool:
     return bool(getattr(task, "cancelling", int)())  # Python 3.10 does not tell
 
@@ -136,6 +161,5 @@ def _run_on(
             raise StoreConfigurationError(f"There is nothing to back up at {database.settings.path}.") from None
         return cast(ResultT, result_without_database(operation))
     except sqlite3.Error as error:
-        # The message about a damaged text quotes it, so it must not appear in a traceback.
-        cause = None if failures.is_of_damaged_text(error) else error
+        cause = failures.cause_of_explained(error)
         raise failures.explained(error, database.settings.path, database.settings.timeout) from cause

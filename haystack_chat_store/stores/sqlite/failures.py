@@ -57,9 +57,23 @@ def explained(error: sqlite3.Error, path: str, timeout: float) -> ChatMessageSto
     return kind(f"SQLite failed on {path}: {text}. {advice}".rstrip())
 
 
+def cause_of_explained(error: sqlite3.Error) -> sqlite3.Error | None:
+    """Return the cause to give to the exception for an error: the message about a damaged text quotes it."""
+    return None if is_of_damaged_text(error) else error
+
+
 def is_of_damaged_text(error: sqlite3.Error) -> bool:
     """Whether SQLite could not decode a text. Its message quotes the text."""
     return "Could not decode" in str(error)
+
+
+def no_thread(error: RuntimeError) -> StoreUnavailableError:
+    """Return the error of an asynchronous call for which no thread could be started."""
+    if "shutdown" in str(error):
+        return StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.")
+    return StoreUnavailableError(
+        f"No thread could be started: {error}. Raise the limit of threads, or use the synchronous methods."
+    )
 
 
 def timed_out(path: str, timeout: float, holder: str) -> StoreTimeoutError:

@@ -166,10 +166,11 @@ def refuse_log_without_database(path: str) -> None:
     """
     Refuse to take the place of a database of which only the log is left: SQLite would delete it.
 
-    :raises StoreConfigurationError: If there is a log with content.
+    A database that is made meanwhile appears before its log. So this looks for it again after it has found a log.
+
+    :raises StoreConfigurationError: If there is a log with content, and still no database.
     """
-    log = content(path + LOG)
-    if log.size:
+    if content(path + LOG).size and not has_content(path):
         raise StoreConfigurationError(
             f"There is no database {path}, but {path}{LOG} holds messages of the one that was there. Nothing was "
             f"changed. If the database was moved, move it back beside this file, or move this file along with it (to "
@@ -219,9 +220,10 @@ def remove_empty_log(path: str) -> None:
     while identity(path) is None and (identity(path + LOG) or identity(path + LOG_INDEX)):
         if time.monotonic() > waits_until:
             refuse_log_without_database(path)
-            for ending in (LOG_INDEX, LOG):
-                with suppress(FileNotFoundError):
-                    os.remove(path + ending)
+            if identity(path) is None:
+                for ending in (LOG_INDEX, LOG):
+                    with suppress(FileNotFoundError):
+                        os.remove(path + ending)
         time.sleep(_POLL_SECONDS)
 
 

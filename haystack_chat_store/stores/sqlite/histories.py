@@ -17,7 +17,7 @@ from haystack_chat_store.stores.conflicts import (
 )
 from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_said
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
-from haystack_chat_store.stores.sqlite.connections import readable_rows
+from haystack_chat_store.stores.sqlite.connections import damaged_texts_escaped, readable_rows
 from haystack_chat_store.stores.sqlite.schema import key_range
 from haystack_chat_store.stores.sqlite.term_index import TermIndex
 from haystack_chat_store.stores.sqlite.visibility import IS_VISIBLE_HISTORY, visible_history
@@ -56,7 +56,8 @@ _SET_EXPIRY = "UPDATE haystack_chat_histories SET expires_at = ? WHERE history_k
 _SET_PREVIEWS = """
     UPDATE haystack_chat_histories SET preview = ?, last_role = ?, last_text = ?, last_at = ? WHERE history_key = ?
 """
-_QUESTIONS = """
+#: The contents of the user messages between two keys, in order.
+QUESTIONS = """
     SELECT CAST(content AS TEXT) FROM haystack_chat_messages
     WHERE role = 'user' AND message_key BETWEEN ? AND ? ORDER BY message_key
 """
@@ -357,8 +358,9 @@ class Histories:
     def find_previews(self, history_key: int) -> None:
         """Find the first question and the last message of a history anew."""
         keys = key_range(history_key)
-        questions = (beginning_of_content(content) for (content,) in self.connection.execute(_QUESTIONS, keys))
-        preview = next(filter(None, questions), None)
+        with damaged_texts_escaped(self.connection):
+            questions = (beginning_of_content(content) for (content,) in self.connection.execute(QUESTIONS, keys))
+            preview = next(filter(None, questions), None)
         found = readable_rows(self.connection, _LAST_MESSAGE, keys)
         last = [(role, beginning_of_content(content), at) for role, at, content in found] or [(None, None, None)]
         self.connection.execute(_SET_PREVIEWS, (preview, *last[0], history_key))

@@ -20,6 +20,7 @@ from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageR
 from haystack_chat_store.stores.sqlite.connections import Database
 from haystack_chat_store.stores.sqlite.histories import Histories
 from haystack_chat_store.stores.sqlite.schema import key_range
+from haystack_chat_store.stores.sqlite.turns import WriteSession
 from haystack_chat_store.stores.times import microseconds_now
 
 _HAS_MESSAGES = "SELECT EXISTS (SELECT 1 FROM haystack_chat_messages WHERE message_key BETWEEN ? AND ?)"
@@ -33,7 +34,7 @@ class Writing(Engine[Database]):
 
     def append(
         self,
-        session: Database,
+        session: WriteSession,
         scope: Scope,
         chat_history_id: str,
         messages: Sequence[EncodedMessage],
@@ -148,7 +149,7 @@ class Writing(Engine[Database]):
             return histories.copy(first_key, last_key, target, now)
 
     def update_message(
-        self, session: Database, scope: Scope, chat_history_id: str, message_id: str, change: Callable[[str], str]
+        self, session: WriteSession, scope: Scope, chat_history_id: str, message_id: str, change: Callable[[str], str]
     ) -> MessageRow:
         """Read and write the content in one transaction."""
         with session.transaction() as connection:

@@ -145,19 +145,20 @@ return found
 
 #: Set title, meta and user of a history. Keys: those of the bucket, the history's hash. Arguments: the history's id;
 #: how many of the following are names of fields and values, in turn; these; then the names of fields to delete; `=` and
-#: the meta that the history must have, or nothing for any; the user. Returns the fields of INFOS, or ACCESS, or CHANGED
-#: if it has another meta.
+#: a title for a history without one, or nothing; `=` and the meta that the history must have, or nothing for any; the
+#: user. Returns the fields of INFOS, or ACCESS, or CHANGED if it has another meta.
 UPDATE = Script(
     OF_BUCKET,
     f"""
 local chat_history_id, history, set = ARGV[1], KEYS[7], tonumber(ARGV[2])
-local meta, user = ARGV[#ARGV - 1], ARGV[#ARGV]
+local default_title, meta, user = unpack(ARGV, #ARGV - 2)
 if redis.call('HEXISTS', history, 'message_count') == 1 then
     local owner = redis.call('HGET', history, 'user_id')
     if user ~= '' and owner ~= user then return {{'ACCESS'}} end
     if meta ~= '' and meta ~= '=' .. (redis.call('HGET', history, 'meta') or '') then return {{'CHANGED'}} end
     if set > 0 then redis.call('HSET', history, unpack(ARGV, 3, 2 + set)) end
-    if #ARGV > 4 + set then redis.call('HDEL', history, unpack(ARGV, 3 + set, #ARGV - 2)) end
+    if #ARGV > 5 + set then redis.call('HDEL', history, unpack(ARGV, 3 + set, #ARGV - 3)) end
+    if default_title ~= '' then redis.call('HSETNX', history, 'title', string.sub(default_title, 2)) end
     local before = owner
     owner = redis.call('HGET', history, 'user_id')
     if owner ~= before then
@@ -237,6 +238,8 @@ for index = 5, #ARGV do
     local is_there = redis.call('EXISTS', KEYS[first]) == 1
     local is_other = user ~= '' and is_there and redis.pcall('HGET', KEYS[first], 'user_id') ~= user
     if is_other and ARGV[4] == '1' then return {{'ACCESS', ''}} end
+    -- If the user's directory lists what is not this user's, it must not be found again.
+    if user ~= '' and (is_other or not is_there) then redis.call('ZREM', users_key(user), ARGV[index]) end
     if not is_other and (not time or time < updated_before) then
         local revision = tonumber(redis.pcall('HGET', KEYS[first], 'revision') or nil)  -- it may be damaged
         if revision and ARGV[2] ~= '' and tonumber(ARGV[2]) ~= revision then return {{'CHANGED', revision}} end
@@ -264,4 +267,23 @@ return {{deleted, branched, owner_then}}
 )
 
 #: Return all ids that a bucket lists, expired ones included. Keys: those of the bucket.
-ALL = Script(OF_BUCKET, "return redis.call('ZUNION', 3, directory, names, expiries)")
+ALL = Script(
+    OF_BUCKET,
+    """
+local found = redis.call('ZUNION', 3, directory, names, expiries)
+for _, owned in ipairs(redis.call('HKEYS', owners)) do
+    if not redis.call('ZSCORE', names, owned) then found[#found + 1] = owned end
+end
+return found
+""",
+)
+
+#: Take a history from the directory of a user whose it is not. Keys: those of the bucket, the history's hash.
+#: Arguments: its id; the user.
+DISOWN = Script(
+    OF_BUCKET,
+    """
+if redis.call('HGET', KEYS[7], 'user_id') == ARGV[2] then return 0 end
+return redis.call('ZREM', users_key(ARGV[2]), ARGV[1])
+""",
+)

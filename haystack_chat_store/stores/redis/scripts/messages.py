@@ -394,20 +394,24 @@ find_previews()
 )
 
 #: Change the content of a message, but not what was said. Keys: those of the bucket, those of the history. Arguments:
-#: the message's id; its position; its content; the new content; the user. Returns 1, or the reason why it was not
-#: changed: ACCESS, or OTHERS if the history does not have this message with this content any more.
+#: the message's id; its position; its content; the new content; a name for this call; the user. Returns 1, or why it
+#: was not changed: ACCESS, or OTHERS if the history does not have this message with this content any more.
 SET_CONTENT = Script(
+    "local call = ARGV[5]",
+    ONCE,
     OF_BUCKET_AND_HISTORY,
     f"""
 if redis.call('HGET', message_ids, ARGV[1]) ~= ARGV[2] or redis.call('LINDEX', contents, ARGV[2]) ~= ARGV[3] then
     return {{'OTHERS', ''}}
 end
 redis.call('LSET', contents, ARGV[2], ARGV[4])
+local result = 1
 revision = next_revision
 redis.call('HSET', history, 'revision', revision)
 redis.call('HINCRBY', history, 'edits', 1)
+{REMEMBER_CALL}
 {KEEP_REVISION}
-return 1
+return result
 """,
 )
 
