@@ -383,7 +383,7 @@ async def _hand_over_branches(
             await _hand_over_branches(session, keys, branch, after, passed)
             names = [*keys.of_bucket_of(branch), keys.of_history(branch).counters]
             count = len(arguments) if after is not None else 0
-            await session.run(scripts.UPDATE, names, [branch, count, *arguments, "", before or ""])
+            await session.run(scripts.UPDATE, names, [branch, count, *arguments, "", "", before or ""])
 
 
 async def _branches(session: Session, keys: Keys, chat_history_id: str) -> dict[str, str | None]:
