@@ -71,7 +71,6 @@ class ListedHistory:
     :param row: The history.
     :param next_position: How many times of messages it has.
     :param expires_at: When it expires, in milliseconds since 1970, or nothing.
-    :param has_branches: Whether it may have branches.
     :param renamed_from: The id that it had before it was renamed, or nothing.
     :param renaming: Of what the history with this id is the copy, until that is gone: its time of creation, its state
         and, separated by blanks, the state that the copy had at first. Otherwise nothing.
@@ -80,7 +79,6 @@ class ListedHistory:
     row: HistoryRow
     next_position: int
     expires_at: str
-    has_branches: bool
     renamed_from: str
     renaming: str
 
@@ -545,7 +543,7 @@ def listed_history(chat_history_id: str, fields: Sequence[str | None]) -> Listed
     message_count, round_count, created_at, updated_at, title, meta, next_position, revision, *others = fields
     if message_count is None:
         return None
-    user_id, preview, last_role, last_text, last_at, expires_at, branches, renamed_from, renaming = others
+    user_id, preview, last_role, last_text, last_at, expires_at, renamed_from, renaming = others
     row = HistoryRow(
         chat_history_id=chat_history_id,
         message_count=number(message_count),
@@ -565,7 +563,6 @@ def listed_history(chat_history_id: str, fields: Sequence[str | None]) -> Listed
         row=row,
         next_position=number(next_position),
         expires_at=expires_at or "",
-        has_branches=branches is not None,
         renamed_from=renamed_from or "",
         renaming=renaming or "",
     )

@@ -154,11 +154,10 @@ class Stage:
 
 
 async def note_branch(session: Session, keys: Keys, chat_history_id: str, meta: str | None) -> None:
-    """Before a history becomes a branch, note in the hash of its origin that this has branches."""
+    """Before a history becomes a branch, note in the bucket of its origin that this has branches."""
     origin = branch_origin(chat_history_id, meta)
     if origin is not None:
-        names = [*keys.of_bucket_of(origin), keys.of_history(origin).counters]
-        await session.run(of_directory.UPDATE, names, [origin, 2, "branches", "1", "", keys.user])
+        await session.run(of_directory.NOTE_ORIGIN, keys.of_bucket_of(origin), [origin])
 
 
 def _with_gaps(rows: Sequence[MessageRow], start: int, end: int | None = None) -> list[MessageRow]:

@@ -98,6 +98,8 @@ class Writing(RedisOperations):
         keys = self.keys(scope)
         for bucket in range(BUCKETS):
             found = await session.run(of_directory.ALL, keys.of_bucket(bucket))
+            if not found and not keys.user:
+                await session.run(of_directory.FORGET_ORIGINS, keys.of_bucket(bucket))
             for first in range(0, len(found), _DELETED_HISTORIES_PER_STEP):
                 await delete_histories(session, keys, bucket, found[first : first + _DELETED_HISTORIES_PER_STEP])
         return False
@@ -264,8 +266,6 @@ class Writing(RedisOperations):
             if now is None or now.state != old.state:
                 return False
             further = {"renamed_from": row.chat_history_id, "renaming": f"{row.created_at} {old.state}"}
-            if old.history.has_branches:
-                further["branches"] = "1"
             expiry = f"@{old.history.expires_at}" if old.history.expires_at else 0
             answer = await stage.finish(
                 0, expiry, row, user_id=row.user_id, further=further, least_revision=row.revision

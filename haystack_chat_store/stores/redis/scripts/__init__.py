@@ -37,7 +37,7 @@ end
 
 #: The fields of a history's hash that describe it.
 INFO: Final = """'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position',
-    'revision', 'user_id', 'preview', 'last_role', 'last_text', 'last_at', 'expires_at', 'branches',
+    'revision', 'user_id', 'preview', 'last_role', 'last_text', 'last_at', 'expires_at',
     'renamed_from', 'renaming'"""
 
 #: The state of a history's hash, which differs after each change of the history. That it takes part in a renaming, and
@@ -53,7 +53,9 @@ end
 #: Names the keys of a bucket.
 OF_BUCKET: Final = """
 local schema_version, directory, expiries, names, deleted_revision, owners = unpack(KEYS)
-local function users_key(user) return string.sub(schema_version, 1, -16) .. ':users::' .. user end
+local bucket = string.sub(schema_version, 1, -16)
+local origins = bucket .. ':origins'
+local function users_key(user) return bucket .. ':users::' .. user end
 """
 
 # {of_another} is what a script does with a history of another user. The last argument is the user, or nothing for all.
@@ -209,7 +211,8 @@ end
 -- If all histories of the bucket expire, its own keys expire with the last of them.
 local last = redis.call('ZREVRANGE', expiries, 0, 0, 'WITHSCORES')[2]
 local has_end = last and redis.call('ZCARD', expiries) == redis.call('ZCARD', directory)
-for _, key in ipairs({schema_version, directory, expiries, names, owners, owner and users_key(owner) or nil}) do
+local own_keys = {schema_version, directory, expiries, names, owners, origins, owner and users_key(owner) or nil}
+for _, key in ipairs(own_keys) do
     if has_end then redis.call('PEXPIREAT', key, last) else redis.call('PERSIST', key) end
 end
 """

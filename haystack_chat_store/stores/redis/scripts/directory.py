@@ -267,7 +267,8 @@ for index = 6, #ARGV do
         if revision and ARGV[2] ~= '' and tonumber(ARGV[2]) ~= revision then return {{'CHANGED', revision}} end
         if is_there and ARGV[5] ~= '' and state_of(KEYS[first]) ~= ARGV[5] then return {{'CHANGED', revision}} end
         greatest = math.max(greatest, revision or 0)
-        if not is_there or redis.pcall('HGET', KEYS[first], 'branches') then branched = 1 end
+        if not is_there or redis.call('SISMEMBER', origins, ARGV[index]) == 1 then branched = 1 end
+        if ARGV[4] == '1' then redis.call('SREM', origins, ARGV[index]) end
         if redis.call('UNLINK', unpack(KEYS, first, first + of_history - 1)) > 0 then deleted = deleted + 1 end
         for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, ARGV[index]) end
         local gone_user = redis.call('HGET', owners, ARGV[index])
@@ -282,7 +283,7 @@ if expiring > 0 then
     {NOW}
     {AGE_BUCKET}
 end
-if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', schema_version) end
+if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', schema_version, origins) end
 return {{deleted, branched}}
 """,
 )
@@ -324,13 +325,15 @@ if revision > kept_revision then redis.call('SET', deleted_revision, revision) e
 if expiring > 0 then
     {AGE_BUCKET}
 end
-if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', schema_version) end
+if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', schema_version, origins) end
 
 -- From here on, the names stand for what belongs to the other id.
 local chat_history_id, updated_at = new_id, last_updated_at
 is_new, revision, kept_revision = true, new_revision, revision_there
 history, contents, roles, message_ids, times = unpack(renamed)
 schema_version, directory, expiries, names, deleted_revision, owners = unpack(KEYS, 12, 17)
+bucket = string.sub(schema_version, 1, -16)
+origins = bucket .. ':origins'
 version, expiring = redis.call('GET', schema_version), redis.call('ZCARD', expiries)
 {LIST_HISTORY}
 {SET_EXPIRY}
@@ -345,6 +348,12 @@ return redis.call('HMGET', history, {INFO})
 #: Note that the renaming of a history is done, once the one with the old id is gone. Keys: the bucket's schema version,
 #: the history's hash.
 END_RENAMING = Script("return redis.call('HDEL', KEYS[2], 'renaming')")
+
+#: Note that a history of a bucket, which may come later, has branches. Keys: those of the bucket. Argument: its id.
+NOTE_ORIGIN = Script(OF_BUCKET, "return redis.call('SADD', origins, ARGV[1])")
+
+#: Forget which histories have branches, if the bucket has none. Keys: those of the bucket.
+FORGET_ORIGINS = Script(OF_BUCKET, "if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', origins) end")
 
 #: Return all ids that a bucket lists, expired ones included. Keys: those of the bucket.
 ALL = Script(OF_BUCKET, "return redis.call('ZUNION', 3, directory, names, expiries)")
