@@ -373,7 +373,8 @@ class DirectoryMethods:
         :param user_id: Only histories of this user. Defaults to `None`: all histories.
         :param vacuum: Whether to remove the deleted bytes from the engine's files, as in `delete_chat_histories`.
             Defaults to False.
-        :returns: The number of histories deleted.
+        :returns: The number of histories deleted. On Redis, the server has deleted those that have expired; they do not
+            count.
         :raises ValueError: If an argument is wrong.
         :raises ChatHistoryAccessError: If this is the store of another user, or of one user, and `vacuum` is given.
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.

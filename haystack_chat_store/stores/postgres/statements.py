@@ -573,11 +573,16 @@ class Statements(NamedTuple):
             CROSS JOIN LATERAL (SELECT CASE WHEN {created_at_is_readable} THEN created_at ELSE 'epoch' END) AS s (time)
         ) AS days GROUP BY day ORDER BY day
     """
+    # PostgreSQL cannot look into a content that has a NUL or a lone surrogate anywhere. They are written as \u…
     usage: str = """
         SELECT CASE WHEN {created_at_is_readable} THEN {message_time} ELSE 0 END,
-            json_build_object('model', content -> 'meta' -> 'model', 'usage', content -> 'meta' -> 'usage')
+            CASE WHEN can_be_read
+                THEN json_build_object('model', content -> 'meta' -> 'model', 'usage', content -> 'meta' -> 'usage')
+                ELSE content END
         FROM {messages} JOIN (SELECT history_key FROM {histories} WHERE {with_prefix}) AS h USING (history_key)
-        WHERE role = 'assistant' AND json_typeof(content -> 'meta' -> 'usage') = 'object'
+        CROSS JOIN LATERAL (SELECT strpos(content::text, '\\u') = 0) AS s (can_be_read)
+        WHERE role = 'assistant' AND CASE WHEN can_be_read
+            THEN json_typeof(content -> 'meta' -> 'usage') = 'object' ELSE strpos(content::text, '"usage":') > 0 END
     """
     size_on_disk: str = """
         SELECT sum(pg_total_relation_size(part))::bigint

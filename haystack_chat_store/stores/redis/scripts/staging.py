@@ -12,6 +12,7 @@ from haystack_chat_store.stores.redis.scripts import (
     OF_BUCKET_AND_HISTORY,
     ONCE,
     REMEMBER_CALL,
+    STATE_OF,
     Script,
 )
 
@@ -145,5 +146,10 @@ find_previews()
 {REMEMBER_CALL}
 """,
     EXPIRE,
-    "return result",
+    STATE_OF,
+    """
+local renaming = is_new and redis.call('HGET', history, 'renaming')
+if renaming then redis.call('HSET', history, 'renaming', renaming .. ' ' .. state_of(history)) end
+return result
+""",
 )
