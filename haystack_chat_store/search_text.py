@@ -305,6 +305,30 @@ def matches(phrases: Sequence[Phrase], text_terms: Sequence[str]) -> bool:
     return bool(phrases) and all(_index_of(phrase, text_terms) is not None for phrase in phrases)
 
 
+def spaced(text_terms: Sequence[str]) -> str:
+    """Return terms with a blank before and after each of them. `spaced_patterns` are parts of it."""
+    return f" {'  '.join(text_terms)} " if text_terms else ""
+
+
+def spaced_patterns(phrases: Sequence[Phrase]) -> list[str]:
+    """Return what `spaced` terms of a text contain for each term of a query."""
+    return list(dict.fromkeys(f" {term}{'' if p.is_prefix else ' '}" for p in phrases for term in p.terms))
+
+
+def relevance(phrases: Sequence[Phrase], text_terms: Sequence[str]) -> float:
+    """
+    Return how much of a text is what a query asks for: the share of its bytes that its terms have in common with it.
+
+    It depends on nothing but the query and the text: a score must not tell what else is stored.
+
+    :param phrases: The result of `parsed_query`.
+    :param text_terms: The `terms` of the text.
+    """
+    text = spaced(text_terms).encode()
+    found = sum(text.count(pattern) * len(pattern) for pattern in map(str.encode, spaced_patterns(phrases)))
+    return found / len(text) if text else 0.0
+
+
 def _index_of(phrase: Phrase, text_terms: Sequence[str]) -> int | None:
     first, count = phrase.terms[0], len(phrase.terms)
     for index, term in enumerate(text_terms):

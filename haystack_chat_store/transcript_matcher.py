@@ -9,6 +9,7 @@ from haystack.dataclasses import ChatMessage
 from haystack_chat_store.conversation import transcripts
 from haystack_chat_store.conversation.transcripts import Conversation, Plan
 from haystack_chat_store.errors import (
+    ChatHistoryAccessError,
     ChatHistoryChangedError,
     ChatHistoryExistsError,
     ChatHistoryNotFoundError,
@@ -17,7 +18,7 @@ from haystack_chat_store.errors import (
     MessageNotFoundError,
     TranscriptError,
 )
-from haystack_chat_store.ids import BRANCH_OF_KEY, MESSAGE_ID_KEY, branch_id
+from haystack_chat_store.ids import BRANCH_OF_KEY, MESSAGE_ID_KEY, branch_id, new_message_id
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.types import ChatHistoryInfo, MatchedTranscript
 from haystack_chat_store.validation import validated_flag, validated_id
@@ -25,7 +26,7 @@ from haystack_chat_store.validation import validated_flag, validated_id
 # How many rounds, or messages, are read to find the last question: one or, if hooks have added user messages, more.
 _READS = (1, 16)
 # The errors that say that the history is not as it was read, or that a branch is there already.
-_REFUSALS = (ConflictError, ChatHistoryNotFoundError, MessageNotFoundError)
+_REFUSALS = (ConflictError, ChatHistoryAccessError, ChatHistoryNotFoundError, MessageNotFoundError)
 # A `last_k` that is larger than any history, and small enough for any database.
 _ALL = 2**31 - 1
 
@@ -79,7 +80,6 @@ def match_transcript(
         changed.
     :raises ChatHistoryChangedError: If another request has changed the history meanwhile, and the change would be taken
         back. Nothing was deleted.
-    :raises ChatHistoryExistsError: If another history has the branch's id. Nothing was changed.
     :raises ChatHistoryAccessError: If `store` is the store of another user.
     :raises ChatMessageStoreError: If the store fails. The same request, sent again, goes on from there.
     """
@@ -276,19 +276,25 @@ class _Matching:
         return branch
 
     def _branch(self, info: ChatHistoryInfo, messages: list[ChatMessage]) -> Generator[_Request, Any, str]:
-        """Copy the history as it was read. If an earlier attempt did, its copy is used."""
+        """
+        Copy the history as it was read. If an earlier attempt did, its copy is used.
+
+        If another history has the id, or a user has taken it before, the branch gets an id that cannot be guessed.
+        """
         branch = branch_id(self._chat_history_id, info.revision)
         last_id = messages[-1].meta[MESSAGE_ID_KEY]
         meta: dict[str, Any] = {}
         try:
             yield _Copy(self._chat_history_id, branch, last_id)
-        except ChatHistoryExistsError:
+        except (ChatHistoryExistsError, ChatHistoryAccessError):
             copy: ChatHistoryInfo | None = yield _Find(branch)
             end: list[ChatMessage] = yield _Read(branch, 1)
-            is_copy = copy is not None and copy.message_count == info.message_count and bool(end)
-            if copy is None or not is_copy or end[-1].meta[MESSAGE_ID_KEY] != last_id:
-                raise
-            meta = copy.meta
+            is_copy = copy is not None and (copy.message_count, copy.user_id) == (info.message_count, info.user_id)
+            if copy is not None and is_copy and end and end[-1].meta[MESSAGE_ID_KEY] == last_id:
+                meta = copy.meta
+            else:
+                branch = branch_id(self._chat_history_id, new_message_id())
+                yield _Copy(self._chat_history_id, branch, last_id)
         if meta.get(BRANCH_OF_KEY) != self._chat_history_id:
             yield _SetMeta(branch, {**meta, BRANCH_OF_KEY: self._chat_history_id})
         return branch

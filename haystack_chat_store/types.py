@@ -100,7 +100,7 @@ class ChatMessageStore(Protocol):
         whole or not at all.
     21. **Search.** `search_messages` finds exactly the messages and titles that have all words, symbols and phrases of
         the query, for any query and in any language. They can be found as soon as they are written, and no longer once
-        they are deleted.
+        they are deleted. A score depends on nothing but what is found: it tells nothing of other users and namespaces.
     22. **Erasing.** `delete_chat_histories` deletes the histories with a prefix, `purge` those that have not changed
         for a long time. Both work in batches, and delete each history whole. A history that is deleted by its id takes
         its branches with it, and theirs. Erasing treats branches like other histories.
@@ -114,7 +114,8 @@ class ChatMessageStore(Protocol):
         sees, counts, finds, changes and deletes only this user's histories. For what reads, a history of another user,
         or of none, is as absent as one that does not exist; a write to it raises a `ChatHistoryAccessError`, which says
         nothing about it. The engine checks that in the statement that reads or writes. `list_chat_histories`,
-        `search_messages`, `purge` and `statistics` take a `user_id`, too, and `delete_user` erases a person.
+        `search_messages`, `purge` and `statistics` take a `user_id`, too, and `delete_user` erases a person. Branches
+        belong to the user of their history, and follow it to another one: what another user calls a branch is none.
 
     26. **A transcript, once.** What `match_transcript` finds new in a transcript that a client sends whole is stored
         once. What it takes back is in a branch as a whole before it is deleted, and is deleted only if the history has

@@ -19,7 +19,6 @@ from turn_pipelines import CrashError, FailingEngine, Moments
 
 from haystack_chat_store import (
     ChatHistoryChangedError,
-    ChatHistoryExistsError,
     InMemoryChatMessageStore,
     SQLiteChatMessageStore,
     TranscriptError,
@@ -445,9 +444,11 @@ class TestOthers:
         stored_turns(store, "a", "1", "b", "2")
         revision = store.get_chat_history("h").revision
         store.write_messages(f"h~{revision}", transcript_of("x", "1", "y", "2"))
-        with pytest.raises(ChatHistoryExistsError):
-            match_transcript(store, "h", transcript_of("a", "1", "b"))
-        assert texts(store) == ["a", "1", "b", "2"]
+        branch = match_transcript(store, "h", transcript_of("a", "1", "b")).branch_id
+        assert branch != f"h~{revision}"
+        assert branches(store, "h") == {branch}
+        assert texts(store, branch) == ["a", "1", "b", "2"]
+        assert texts(store, f"h~{revision}") == ["x", "1", "y", "2"]
 
     def test_late_answer_to_a_question_that_stays_stays(self, store):
         write(store, [ChatMessage.from_user("a", meta={"chat_message_id": "a"})])

@@ -447,9 +447,7 @@ def delete(
             if chat_history_ids is None:
                 erase_user = user is not None and not prefix
                 deleted = (
-                    chat_store.delete_user(str(user), vacuum=vacuum)
-                    if erase_user
-                    else chat_store.delete_chat_histories(prefix=prefix, vacuum=vacuum)
+                    chat_store.delete_user(str(user)) if erase_user else chat_store.delete_chat_histories(prefix=prefix)
                 )
             else:
                 deleted = 0
@@ -457,9 +455,7 @@ def delete(
                     deleted += chat_store.get_chat_history(history) is not None
                     chat_store.delete_messages(history)
                     shown(number, len(chat_history_ids))
-                if vacuum:
-                    with deletions_stated():
-                        chat_store.engine.run(chat_store.engine.vacuum, chat_store.scope)
+            _vacuum(chat_store, vacuum)
         if not deleted:
             _note_other_namespaces(chat_store)
     _report_deleted(deleted, as_json)
@@ -487,7 +483,8 @@ def purge(
             _confirm(history for history in found if history.updated_at < time)
         with terminal.progress("Deleting") as shown:
             shown(0, None)
-            deleted = chat_store.purge(older_than=time, prefix=prefix, vacuum=vacuum)
+            deleted = chat_store.purge(older_than=time, prefix=prefix)
+            _vacuum(chat_store, vacuum)
         if not deleted:
             _note_other_namespaces(chat_store)
     _report_deleted(deleted, as_json)
@@ -560,6 +557,13 @@ def _pages(
             left -= len(page.items)
         if cursor is None or left == 0:
             return
+
+
+def _vacuum(store: BaseChatMessageStore, is_wanted: bool) -> None:
+    """Remove what was deleted from the engine's files, also after a command for one user."""
+    if is_wanted:
+        with deletions_stated():
+            store.engine.run(store.engine.vacuum, store.scope)
 
 
 def _note_other_namespaces(store: BaseChatMessageStore) -> None:

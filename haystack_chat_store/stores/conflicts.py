@@ -120,6 +120,23 @@ def check_access(scope: Scope, user_id: str | None) -> None:
         raise no_access()
 
 
+def check_same_user(user_id: str | None, target_user_id: str | None) -> None:
+    """
+    Check that the messages of a user's history may be added to a history that exists.
+
+    :param user_id: The user of the messages, or `None`.
+    :param target_user_id: The user of the history that exists, or `None`.
+    :raises ChatHistoryAccessError: If they are a user's, and the history is not.
+    """
+    if user_id not in (None, target_user_id):
+        raise other_user()
+
+
+def other_user() -> ChatHistoryAccessError:
+    """Return the error of a copy or an import that would give the messages of a user to another one, or to none."""
+    return ChatHistoryAccessError("The messages and the chat history belong to different users. Nothing was changed.")
+
+
 def no_access() -> ChatHistoryAccessError:
     """Return the error of a write to a history of another user. It says nothing about the history."""
     return ChatHistoryAccessError("This user has no access to the chat history. Nothing was changed.")

@@ -6,7 +6,7 @@ import binascii
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -14,8 +14,13 @@ from typing import Any
 from typing_extensions import Self
 
 from haystack_chat_store import validation
-from haystack_chat_store.errors import ChatMessageStoreError
-from haystack_chat_store.ids import BRANCH_OF_KEY, branch_id, branch_prefix
+from haystack_chat_store.errors import (
+    ChatHistoryAccessError,
+    ChatHistoryExistsError,
+    ChatHistoryNotFoundError,
+    ChatMessageStoreError,
+)
+from haystack_chat_store.ids import BRANCH_OF_KEY, MAX_ID_LENGTH, branch_id, branch_prefix, new_message_id
 from haystack_chat_store.json_values import equal_json, parse_json
 from haystack_chat_store.stores.conflicts import history_is_there, history_not_found, only_one_user
 from haystack_chat_store.stores.engine import Engine
@@ -27,6 +32,8 @@ from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, MessageP
 _ERASE_BATCH_SIZE = 100
 # The most histories that one call of the engine returns when most of them do not have the meta that is looked for.
 _MOST_READ = 1_000
+# The errors that say that a branch cannot get an id, or is not there any more.
+_REFUSED_RENAMING = (ChatHistoryExistsError, ChatHistoryAccessError, ChatHistoryNotFoundError)
 # The first element of a cursor. A later version with another order of the directory gets another number.
 _CURSOR_VERSION = 1
 
@@ -170,8 +177,9 @@ class DirectoryMethods:
             Values that JSON does not know are stored in the same form as in messages.
         :param merge_meta: Keys of the meta to set, while all others stay. A value of `None` deletes its key. No other
             change is lost. Cannot be given together with `meta`. Defaults to `None`: no change.
-        :param user_id: The user that the history belongs to from now on, `None` for none. A store of one user can
-            neither claim a history nor hand one over. Defaults to `UNCHANGED`.
+        :param user_id: The user that the history belongs to from now on, with its branches, `None` for none. They get
+            it in one step; on Redis, the branches get it first, and a repeated call finishes it. A store of one user
+            can neither claim a history nor hand one over. Defaults to `UNCHANGED`.
         :returns: The history after the change.
         :raises ValueError: If an argument is wrong. Nothing was changed.
         :raises ChatHistoryNotFoundError: If the history does not exist.
@@ -208,7 +216,8 @@ class DirectoryMethods:
         Give a history another id, and return it. All else stays, apart from its revision, which becomes greater.
 
         It is one atomic step. Between hash slots of a Redis Cluster, the history is whole under its new id before the
-        old one goes: a reader may see both, and a call that is repeated finishes it. Its branches follow it one by one.
+        old one goes: a reader may see both, and a call that is repeated finishes it. Its branches follow it one by one;
+        one whose new id is taken gets another.
 
         :param old_id: The history's id.
         :param new_id: The id that it gets. No history has it yet.
@@ -222,9 +231,12 @@ class DirectoryMethods:
         engine, scope, place = self.engine, self.scope, ""
         row = engine.run(engine.rename_history, scope, old_id, new_id)
         while rows := engine.run(engine.histories_by_id, scope, branch_prefix(old_id), place, _MOST_READ):
-            for branch, renamed, change in _renamed_branches(rows, old_id, new_id):
-                self.rename_chat_history(branch, renamed)
-                engine.run(engine.update_history, scope, renamed, change)
+            for branch, names, change in _renamed_branches(rows, old_id, row):
+                for name in names:
+                    with suppress(*_REFUSED_RENAMING):
+                        self.rename_chat_history(branch, name)
+                        engine.run(engine.update_history, scope, name, change)
+                        break
             place = rows[-1].chat_history_id
         return _info(row)
 
@@ -234,9 +246,12 @@ class DirectoryMethods:
         engine, scope, place = self.engine, self.scope, ""
         row = await engine.run_async(engine.rename_history, scope, old_id, new_id)
         while rows := await engine.run_async(engine.histories_by_id, scope, branch_prefix(old_id), place, _MOST_READ):
-            for branch, renamed, change in _renamed_branches(rows, old_id, new_id):
-                await self.rename_chat_history_async(branch, renamed)
-                await engine.run_async(engine.update_history, scope, renamed, change)
+            for branch, names, change in _renamed_branches(rows, old_id, row):
+                for name in names:
+                    with suppress(*_REFUSED_RENAMING):
+                        await self.rename_chat_history_async(branch, name)
+                        await engine.run_async(engine.update_history, scope, name, change)
+                        break
             place = rows[-1].chat_history_id
         return _info(row)
 
@@ -256,7 +271,8 @@ class DirectoryMethods:
         :raises ChatHistoryNotFoundError: If the source does not exist.
         :raises MessageNotFoundError: If the source does not have `until_message_id`.
         :raises ChatHistoryExistsError: If the target already has messages.
-        :raises ChatHistoryAccessError: If the target is another user's.
+        :raises ChatHistoryAccessError: If the target is another user's, or the source is a user's and the target, which
+            exists, is not.
         :raises ChatMessageStoreError: If the engine fails.
         """
         copy = _checked_copy(source_id, target_id, until_message_id)
@@ -296,9 +312,11 @@ class DirectoryMethods:
         :param prefix: The text that the ids begin with, taken literally. It must not be empty; to delete everything,
             call `delete_all_messages`.
         :param vacuum: Whether to remove the deleted bytes from the engine's files, too, where they may stay until they
-            are overwritten. This takes long on a large database. Defaults to False.
+            are overwritten. This takes long on a large database, and concerns what all users have: the store of one
+            user refuses it. Defaults to False.
         :returns: The number of histories deleted.
         :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryAccessError: If `vacuum` is given to the store of one user. Nothing was deleted.
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
         return self._erase(self.scope, validation.validated_id(prefix, "prefix"), None, vacuum)
@@ -318,7 +336,7 @@ class DirectoryMethods:
             Defaults to False.
         :returns: The number of histories deleted.
         :raises ValueError: If an argument is wrong.
-        :raises ChatHistoryAccessError: If this is the store of another user.
+        :raises ChatHistoryAccessError: If this is the store of another user, or of one user, and `vacuum` is given.
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
         return self._erase(self._scope_of(validation.validated_id(user_id, "user_id")), "", None, vacuum)
@@ -355,9 +373,10 @@ class DirectoryMethods:
         :param user_id: Only histories of this user. Defaults to `None`: all histories.
         :param vacuum: Whether to remove the deleted bytes from the engine's files, as in `delete_chat_histories`.
             Defaults to False.
-        :returns: The number of histories deleted.
+        :returns: The number of histories deleted. On Redis, the server has deleted those that have expired; they do not
+            count.
         :raises ValueError: If an argument is wrong.
-        :raises ChatHistoryAccessError: If this is the store of another user.
+        :raises ChatHistoryAccessError: If this is the store of another user, or of one user, and `vacuum` is given.
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
         return self._erase(*self._checked_purge(older_than, prefix, user_id), vacuum)
@@ -457,7 +476,12 @@ class DirectoryMethods:
         time = validation.microseconds(older_than, "older_than")
         return self._scope_of(user_id), validation.validated_text(prefix, "prefix"), time
 
+    def _check_vacuum(self, vacuum: bool) -> None:
+        if vacuum and self.scope.user_id is not None:
+            raise only_one_user("rewrite the files of all users")
+
     def _erase(self, scope: Scope, prefix: str, updated_before: int | None, vacuum: bool) -> int:
+        self._check_vacuum(vacuum)
         count = 0
         while erased := self.engine.run(self.engine.erase_some, scope, prefix, updated_before, _ERASE_BATCH_SIZE):
             count += erased
@@ -467,6 +491,7 @@ class DirectoryMethods:
         return count
 
     async def _erase_async(self, scope: Scope, prefix: str, updated_before: int | None, vacuum: bool) -> int:
+        self._check_vacuum(vacuum)
         count = 0
         erase = self.engine.erase_some
         while erased := await self.engine.run_async(erase, scope, prefix, updated_before, _ERASE_BATCH_SIZE):
@@ -543,13 +568,24 @@ def _checked_renaming(old_id: str, new_id: str) -> tuple[str, str]:
     return ids
 
 
-def _renamed_branches(rows: Sequence[HistoryRow], old_id: str, new_id: str) -> Iterator[tuple[str, str, HistoryChange]]:
-    """Yield, of each branch of a history that was renamed, its id, its new id, and the change of its meta."""
+def _renamed_branches(
+    rows: Sequence[HistoryRow], old_id: str, renamed: HistoryRow
+) -> Iterator[tuple[str, list[str], HistoryChange]]:
+    """
+    Yield, of each branch of a history that was renamed, its id, ids that it may get, and the change of its meta.
+
+    The first of them goes on saying which branch it is. If it is taken, the last one is free, and cannot be guessed.
+
+    :param rows: The histories whose ids begin like those of its branches.
+    :param renamed: The history, which is renamed by now.
+    """
+    new_id = renamed.chat_history_id
     for row in rows:
-        if branch_origin(row.chat_history_id, row.meta) == old_id:
+        if branch_origin(row.chat_history_id, row.meta) == old_id and row.user_id == renamed.user_id:
             name = row.chat_history_id[len(branch_prefix(old_id)) :].partition("~")[0]
             change = validation.validated_change(UNCHANGED, UNCHANGED, {BRANCH_OF_KEY: new_id}, UNCHANGED)
-            yield row.chat_history_id, branch_id(new_id, name), change
+            names = [branch_id(new_id, name), branch_id(new_id, new_message_id())]
+            yield row.chat_history_id, [each for each in names if len(each) <= MAX_ID_LENGTH], change
 
 
 def _created(created: tuple[HistoryRow, bool], exist_ok: bool) -> ChatHistoryInfo:

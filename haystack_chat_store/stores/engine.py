@@ -262,8 +262,9 @@ class Engine(ABC, Generic[SessionT]):
         """
         Delete a history with its messages, title and meta, and the branches of it and of its branches.
 
-        A history that does not exist is ignored, but its branches are not. Where that is not one atomic step, the
-        history goes first, and a repeated call deletes what is left.
+        A history that does not exist is ignored, but its branches are not. What another user than the history's calls
+        its branch is none. Where that is not one atomic step, the history goes first, and a repeated call deletes what
+        is left.
 
         :param expected_revision: The revision that a history that exists must have, or `None` for any.
         :raises ChatHistoryChangedError: If it has another revision.
@@ -446,6 +447,9 @@ class Engine(ABC, Generic[SessionT]):
         """
         Change title, meta or user, and return the changed history, or `None` if the history does not exist.
 
+        If the user changes, so does that of its branches, and of theirs: of those that had the same user. Where that is
+        not one atomic step, the branches come first, and a repeated call finishes it.
+
         If keys of the meta are set, no other change of the meta comes between reading and writing it.
         """
         raise self.unsupported("titles and meta", "update_history")
@@ -467,7 +471,7 @@ class Engine(ABC, Generic[SessionT]):
         Where that is not one atomic step, the history is whole under its new id before the old one goes, and a repeated
         call finishes it.
 
-        :raises ChatHistoryNotFoundError: If there is no history `old_id`.
+        :raises ChatHistoryNotFoundError: If there is no history `old_id`, whatever there is under `new_id`.
         :raises ChatHistoryExistsError: If there is a history `new_id`.
         """
         raise self.unsupported("renaming", "rename_history")
@@ -542,7 +546,8 @@ class Engine(ABC, Generic[SessionT]):
         Those of branches are among them only if the scope has branches.
 
         How good a match is, is for the engine to say. At least, of two messages with the same word, the one in which
-        the word is a larger part of the text has the greater score.
+        the word is a larger part of the text has the greater score. A score depends on nothing but the message and the
+        query, so that it tells nothing of what is stored outside the scope; neither does the order of equal scores.
 
         :param chat_history_id: Only messages of this history, or `None` for all.
         :param prefix: Only messages of histories whose ids begin with this text.

@@ -222,9 +222,9 @@ class ReadingMethods:
         return phrases, chat_history_id, prefix, limit
 
     def _check_indexing(self) -> None:
-        self._check_searchable()
         if self.scope.user_id is not None:
             raise only_one_user("index the messages of all users")
+        self._check_searchable()
 
     def _check_searchable(self) -> None:
         if not self.search:

@@ -150,7 +150,8 @@ class FoundRow:
     :param role: The message's role.
     :param created_at: The time when the message was stored, in microseconds since 1970, UTC.
     :param content: The whole message as JSON text.
-    :param score: The quality of the match, in the engine's own measure. A higher score is better.
+    :param score: The quality of the match, in the engine's own measure. A higher score is better. It depends on nothing
+        but the message and the query.
     """
 
     chat_history_id: str

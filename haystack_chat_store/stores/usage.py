@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adds up the token usage that replies carry in `meta["usage"]`, by model and by day."""
 
+import re
 from collections.abc import Mapping
 from datetime import date
-from typing import Any
+from typing import Any, TypeGuard
 
 from haystack_chat_store.json_values import parse_json
 from haystack_chat_store.stores.times import readable_time
@@ -11,6 +12,9 @@ from haystack_chat_store.types import TokenUsage
 
 #: The name of the model of replies that do not name theirs.
 UNKNOWN_MODEL = "unknown"
+# A greater number of tokens is none. A sum may have too many digits to be written.
+_MAX_NUMBER = 2**63 - 1
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class UsageCounter:
@@ -25,7 +29,8 @@ class UsageCounter:
         Add the usage of a reply.
 
         :param created_at: The time of the reply, in microseconds since 1970.
-        :param meta: The meta of the reply. What is no usage in it is ignored.
+        :param meta: The meta of the reply. What is no usage in it is ignored. A number counts if it is a positive
+            integer of at most 64 bits. A name counts if it is text that every engine can keep.
         """
         usage = meta.get("usage") if isinstance(meta, dict) else None
         if not isinstance(usage, dict):
@@ -36,9 +41,16 @@ class UsageCounter:
             return
         model = meta.get("model")
         models = self._per_day.setdefault(readable_time(created_at).date(), {})
-        sums = models.setdefault(model if isinstance(model, str) and model else UNKNOWN_MODEL, [0, 0, 0])
+        sums = models.setdefault(model if _is_name(model) else UNKNOWN_MODEL, [0, 0, 0])
         for index, number in enumerate((prompt, completion, total)):
             sums[index] += number
+
+    def add_all(self, other: "UsageCounter") -> None:
+        """Add what another counter has summed."""
+        for day, models in other._per_day.items():
+            own = self._per_day.setdefault(day, {})
+            for model, sums in models.items():
+                own[model] = [one + another for one, another in zip(own.get(model, [0, 0, 0]), sums, strict=True)]
 
     def add_text(self, created_at: Any, text: str) -> None:
         """
@@ -70,7 +82,12 @@ class UsageCounter:
 
 
 def _number(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MAX_NUMBER else 0
+
+
+def _is_name(value: Any) -> TypeGuard[str]:
+    is_text = isinstance(value, str) and value != "" and "\x00" not in value
+    return is_text and not _LONE_SURROGATE.search(value)
 
 
 def _usage(sums: list[int]) -> TokenUsage:

@@ -62,6 +62,12 @@ class Rule17BranchesTest(ContractTest):
         calls.call(store, "delete_chat_history", "trip")
         assert listed(calls, store, branches=True) == []
 
+    def test_branch_that_came_before_its_history_goes_with_it(self, store: ClosableStore, calls: Calls) -> None:
+        calls.call(store, "create_chat_history", "chat~1", meta={"branch_of": "chat"})
+        calls.write(store, "chat", [user("a")])
+        calls.call(store, "delete_chat_history", "chat")
+        assert listed(calls, store, branches=True) == []
+
     def test_history_is_a_branch_by_its_id_and_its_meta(self, store: ClosableStore, calls: Calls) -> None:
         for name in ("chat", "main~3", "chat~3"):
             calls.write(store, name, [user("a")])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rule 17, continued: what a list of conversations is made of, and histories that expire."""
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -422,6 +423,35 @@ class Rule17SidebarTest(ContractTest):
         assert sums == {"small": (20, 10, 30), "large": (7, 1, 8), "unknown": (10, 5, 15)}
         assert dict(found.usage_per_day) == {datetime.now(timezone.utc).date(): dict(found.usage)}
         assert dict(calls.call(store, "statistics", prefix="b").usage)["small"].total_tokens == 15
+
+    def test_statistics_do_not_fail_whatever_replies_say(self, store: ClosableStore, calls: Calls) -> None:
+        hostile: list[Any] = [
+            *("\x00", "\ud800", "\udc00 \ud800", "1", "", 10**400, -(10**400), 2**63, -1, 1.0, 1e300),
+            *(True, False, None, [1], {"total_tokens": 5}, [[[{"a": [None]}]]], {"usage": {"model": 1}}),
+        ]
+        said: list[tuple[str, dict[str, Any]]] = [
+            *(("Hi", {"model": each, "usage": {"total_tokens": 1}}) for each in hostile if each != "1"),
+            *(("Hi", {"model": "m", "usage": {"total_tokens": each}}) for each in (float("nan"), float("inf"))),
+            *(("Hi", {"model": "m", "usage": {"prompt_tokens": each, "total_tokens": each}}) for each in hostile),
+            *(("Hi", {"model": "m", "usage": each}) for each in hostile),
+            *(("Hi", {"model": "m", "usage": {"\x00": each, "\ud800": 1, "total_tokens": 100}}) for each in hostile),
+            *((text, {"model": "m", "usage": {"total_tokens": 1000}}) for text in ("\x00", "\ud800", "\\u0000")),
+            ("Hi", {"model": "m", "usage": {"total_tokens": 2**63 - 1}}),
+        ]
+        replies = [ChatMessage.from_assistant(text, meta=meta) for text, meta in said]
+        calls.write(store, "a", replies)
+        found = calls.call(store, "statistics")
+        totals = {model: each.total_tokens for model, each in found.usage.items()}
+        # Of the usages that are a dict, one says how many tokens there were.
+        known = 5 + 100 * len(hostile) + 1000 * 3 + 2**63 - 1
+        assert totals == {"unknown": len(hostile) - 1, "m": known}
+        assert found.messages == len(replies)
+        json.dumps(found.to_dict(), allow_nan=False).encode()
+        calls.write(
+            store, "a", [user("\x00 \ud800"), ChatMessage.from_assistant("\x00 \ud800", meta={"\x00": "\udc00"})]
+        )
+        info = calls.call(store, "list_chat_histories").items[0]
+        assert (info.preview, info.last_message.text) == ("\ufffd \ufffd", "\ufffd \ufffd")
 
     # ------------------------------------------------------------------ expiry
 

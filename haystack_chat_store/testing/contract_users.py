@@ -5,12 +5,14 @@ import random
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
+from haystack_chat_store import transcript_matcher
 from haystack_chat_store.errors import (
     ChatHistoryAccessError,
     ChatHistoryExistsError,
@@ -27,9 +29,12 @@ from haystack_chat_store.testing.kit import (
     ContractTest,
     StoreFactory,
     number_of_examples,
+    only_where,
     texts,
 )
 from haystack_chat_store.testing.messages import user, with_id
+from haystack_chat_store.transfer import export_histories, import_histories
+from haystack_chat_store.types import SearchHit
 
 _LATER = datetime(9999, 1, 1, tzinfo=timezone.utc)
 
@@ -121,6 +126,14 @@ _WRITES: dict[str, Callable[[Calls, Any, str], Any]] = {
 }
 
 
+def branch_of(calls: Calls, store: Any, chat_history_id: str) -> str:
+    """Write a turn to a history, ask for another answer, and return the id of the branch that keeps the first one."""
+    calls.write(store, chat_history_id, [user("question"), answer("an answer", "kept")])
+    matched = calls.call(transcript_matcher, "match_transcript", store, chat_history_id, [user("question")])
+    calls.write(store, chat_history_id, [answer("another answer", "shown")])
+    return str(matched.branch_id)
+
+
 def skip_without(test: ContractTest, attribute: str) -> None:
     """Skip a test that needs what the engine does not keep: `"keeps_users"`, for example."""
     if attribute in test.lacks:
@@ -183,6 +196,28 @@ class Rule25UsersTest(ContractTest):
             assert calls.call(bob, "search_messages", "secret", chat_history_id="hers") == []
             assert len(calls.call(store, "search_messages", "secret", user_id="ada")) == 2
 
+    @only_where("searches")
+    def test_score_says_nothing_of_what_others_have(self, new_store: StoreFactory, calls: Calls) -> None:
+        store: Any = new_store(search=True)
+        scopes: list[Any] = [new_store(search=True, namespace="own namespace")]
+        if "keeps_users" not in self.lacks:
+            scopes.append(store.for_user("bob"))
+        queries = ["merger", '"pin is 4711"', "mer", "merger talk"]
+        for own in scopes:
+            calls.write(own, "of bob", [user("merger talk"), user("my pin is 4711, merger"), user("no talk, merger")])
+            calls.call(own, "update_chat_history", "of bob", title="merger")
+
+        def found() -> list[list[SearchHit]]:
+            return [calls.call(own, "search_messages", query, match_prefix=True) for own in scopes for query in queries]
+
+        before = found()
+        assert [len(hits) for hits in before[:4]] == [4, 1, 4, 2]
+        for number in range(20):
+            calls.write(store, f"of others {number}", [user("my pin is 4711"), user("the merger"), user("talk " * 50)])
+            assert found() == before
+        calls.call(store, "delete_chat_histories", prefix="of others")
+        assert found() == before
+
     def test_what_is_made_through_it_is_the_users(self, users: tuple[Any, Any, Any], calls: Calls) -> None:
         store, ada, _ = users
         calls.write(ada, "written", [user()])
@@ -197,6 +232,40 @@ class Rule25UsersTest(ContractTest):
         calls.write(store, "hers", [user("of all")])
         assert calls.call(store, "get_chat_history", "hers").user_id == "ada"
 
+    @pytest.mark.parametrize("name", ["rename_chat_history", "copy_messages"])
+    def test_source_that_is_not_there_is_not_found_whatever_the_target_is(
+        self, users: tuple[Any, Any, Any], calls: Calls, name: str
+    ) -> None:
+        store, _, bob = users
+        for each in (store, bob):
+            for target in ("hers", "free", "nothing", "own"):
+                with pytest.raises(ChatHistoryNotFoundError):
+                    calls.call(each, name, "not there", target)
+
+    def test_messages_of_a_user_are_not_given_to_another(
+        self, users: tuple[Any, Any, Any], calls: Calls, tmp_path: Path
+    ) -> None:
+        store, ada, _ = users
+        export_histories(ada, tmp_path / "hers.jsonl")
+        calls.call(store, "create_chat_history", "of bob", user_id="bob")
+        calls.call(store, "create_chat_history", "of none")
+        for target in ("of bob", "of none"):
+            before = _state(calls, store, target)
+            with pytest.raises(ChatHistoryAccessError, match="different users"):
+                calls.call(store, "copy_messages", "hers", target)
+            assert _state(calls, store, target) == before
+        assert calls.call(store, "copy_messages", "free", "of bob") == 2  # what belongs to no user can be given
+        for user_id in ("bob", None):
+            calls.delete(store, "hers")
+            calls.call(store, "create_chat_history", "hers", user_id=user_id)
+            calls.write(store, "hers", [with_id("q", "Secret?")])
+            before = _state(calls, store, "hers")
+            with pytest.raises(ChatHistoryAccessError, match="different users"):
+                import_histories(store, tmp_path / "hers.jsonl")
+            assert _state(calls, store, "hers") == before
+        calls.call(store, "update_chat_history", "hers", user_id="ada")
+        assert import_histories(store, tmp_path / "hers.jsonl").messages == 1
+
     def test_a_store_of_a_user_stays_with_this_user(self, users: tuple[Any, Any, Any], calls: Calls) -> None:
         _, ada, _ = users
         assert ada.for_user("ada") == ada
@@ -210,10 +279,13 @@ class Rule25UsersTest(ContractTest):
             lambda: calls.call(ada, "update_chat_history", "hers", user_id="bob"),
             lambda: calls.call(ada, "update_chat_history", "hers", user_id=None),
             lambda: calls.call(ada, "update_chat_history", "free", user_id="ada"),
+            lambda: calls.call(ada, "delete_chat_histories", prefix="hers", vacuum=True),
+            lambda: calls.call(ada, "delete_user", "ada", vacuum=True),
+            lambda: calls.call(ada, "purge", older_than=_LATER, vacuum=True),
+            lambda: calls.call(ada, "index_messages"),
         ]
         if self.searches:
             refused.append(lambda: calls.call(ada, "search_messages", "x", user_id="bob"))
-            refused.append(lambda: calls.call(ada, "index_messages"))
         for call in refused:
             with pytest.raises(ChatHistoryAccessError):
                 call()
@@ -245,6 +317,72 @@ class Rule25UsersTest(ContractTest):
         calls.call(store, "update_chat_history", "hers", user_id=None)
         assert (listed(calls, ada), listed(calls, bob)) == (["free"], ["own"])
         assert calls.count(store, "hers") == 2
+
+    def test_branches_have_the_user_of_their_history(self, users: tuple[Any, Any, Any], calls: Calls) -> None:
+        store, ada, bob = users
+        branch = branch_of(calls, ada, "chat")
+        family = ["chat", branch, branch_of(calls, ada, branch)]
+        calls.call(store, "update_chat_history", "chat", user_id="bob", title="given")
+        assert listed(calls, ada, branches=True) == ["hers"]
+        assert sorted(listed(calls, bob, branches=True)) == sorted([*family, "own"])
+        assert [calls.call(store, "get_chat_history", each).user_id for each in family] == ["bob"] * 3
+        assert calls.count(ada, branch) == 0
+        calls.call(store, "update_chat_history", "chat", user_id=None)
+        assert listed(calls, bob, branches=True) == ["own"]
+        calls.call(store, "update_chat_history", "chat", user_id="ada")
+        assert sorted(listed(calls, ada, branches=True)) == sorted([*family, "hers"])
+        assert calls.call(store, "delete_user", "ada") == 4
+        assert sorted(listed(calls, store, branches=True)) == ["free", "own"]
+
+    def test_history_of_another_user_is_no_branch(self, users: tuple[Any, Any, Any], calls: Calls) -> None:
+        store, ada, bob = users
+        calls.call(bob, "create_chat_history", "chat~spy", meta={"branch_of": "chat"})
+        branch = branch_of(calls, ada, "chat")
+        before = _state(calls, store, "chat~spy")
+        calls.call(store, "update_chat_history", "chat", user_id="eve")
+        calls.call(store, "update_chat_history", "chat", user_id="ada")
+        calls.call(store, "rename_chat_history", "chat", "renamed")
+        assert _state(calls, store, "chat~spy") == before
+        renamed = ["renamed", branch.replace("chat", "renamed")]
+        assert sorted(listed(calls, store, prefix="renamed", branches=True)) == renamed
+        calls.call(store, "rename_chat_history", "renamed", "chat")
+        calls.call(store, "delete_chat_history", "chat")
+        assert _state(calls, store, "chat~spy") == before
+        assert listed(calls, store, prefix="chat", branches=True) == ["chat~spy"]
+
+    def test_branches_follow_a_history_to_an_id_whose_branches_another_user_has(
+        self, users: tuple[Any, Any, Any], calls: Calls
+    ) -> None:
+        store, ada, bob = users
+        branch = branch_of(calls, ada, "chat")
+        squatted, own = branch.replace("chat", "new"), branch.replace("chat", "newer")
+        calls.write(bob, squatted, [user("mine")])
+        calls.write(ada, own, [user("mine")])
+        before = [_state(calls, store, each) for each in (squatted, own)]
+        for old, new in (("chat", "new"), ("new", "newer")):
+            calls.call(ada, "rename_chat_history", old, new)
+            (renamed,) = set(listed(calls, ada, prefix=f"{new}~", branches=True)) - {own}
+            assert renamed not in (squatted, own)
+            assert calls.call(ada, "get_chat_history", renamed).meta == {"branch_of": new}
+            assert texts(calls.retrieve(ada, renamed)) == ["question", "kept"]
+            assert listed(calls, ada, prefix=f"{old}~", branches=True) == []
+        assert [_state(calls, store, each) for each in (squatted, own)] == before
+        calls.call(ada, "delete_chat_history", "newer")
+        assert sorted(listed(calls, ada, branches=True)) == sorted(["hers", own])
+
+    def test_what_is_taken_back_is_kept_if_another_user_has_the_id_of_the_branch(
+        self, users: tuple[Any, Any, Any], calls: Calls
+    ) -> None:
+        store, ada, bob = users
+        for revision in range(1, 5):
+            calls.write(bob, f"chat~{revision}", [user("question"), answer("an answer", "mine")])
+        branch = branch_of(calls, ada, "chat")
+        assert texts(calls.retrieve(ada, branch)) == ["question", "kept"]
+        assert texts(calls.retrieve(ada, "chat")) == ["question", "shown"]
+        by_all = branch_of(calls, store, "chat of all")
+        assert calls.call(store, "get_chat_history", branch).user_id == "ada"
+        calls.call(ada, "delete_chat_history", "chat")
+        assert [calls.count(store, each) for each in (branch, by_all, "chat~1")] == [0, 2, 2]
 
     def test_a_person_is_erased(self, users: tuple[Any, Any, Any], calls: Calls) -> None:
         store, ada, bob = users
@@ -382,7 +520,7 @@ class _Walk:
             lambda calls, store: calls.call(store, "purge", older_than=_LATER, prefix="c"),
         ]
         if self._searches:
-            reads.append(lambda calls, store: calls.call(store, "search_messages", "fox"))
+            reads.append(lambda calls, store: _best_first(calls.call(store, "search_messages", "fox", limit=1000)))
         if chance.random() < 0.02:
             return lambda calls, store: calls.delete_all(store), []
         if chance.random() < 0.6:
@@ -399,6 +537,11 @@ class _Walk:
         return repeatable, []
 
 
+def _best_first(hits: list[SearchHit]) -> list[SearchHit]:
+    """Sort hits by their scores. An engine may order equal ones by the namespace, too."""
+    return sorted(hits, key=lambda hit: (-hit.score, hit.chat_history_id, str(hit.position)))
+
+
 def _result(call: Callable[[Calls, Any], Any], calls: Calls, store: Any) -> Any:
     try:
         return call(calls, store)
@@ -408,7 +551,7 @@ def _result(call: Callable[[Calls, Any], Any], calls: Calls, store: Any) -> Any:
 
 # The moments of two calls differ, the revisions of a namespace depend on what others delete, and only the shared store
 # has users.
-_DIFFERING = ("created_at", "updated_at", "revision", "user_id", "score", "size", "last_message", "last_at")
+_DIFFERING = ("created_at", "updated_at", "revision", "user_id", "size", "last_message", "last_at")
 
 
 def _comparable(value: Any) -> Any:

@@ -87,6 +87,7 @@ def parameters_of(store, name, statement):
     other |= {"query": "word77", "keys": [key], "namespace": "default", "branch_of": None, "with_branches": False}
     other |= {"user": None, "lifetime": None, "preview": None, "last_role": None, "last_text": None, "last_at": 0}
     other |= {"message_id": "a", "place": 1000, "position": 5, "content": "{}", "old_key": key, "has_user": False}
+    other |= {"is_there": True, "owner": "ada", "new_owner": "bob"}
     end = prefix_parameters(store.scope, "user7/") if "%(prefix)s" in statement else {"end": MAX_POSITION}
     of_user = {"user": "ada"} if name.endswith("_of_user") else {}
     return {**sent, **one, **numbers, **other, **end, **of_user}

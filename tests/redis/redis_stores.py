@@ -19,6 +19,7 @@ from servers import HOST, PASSWORD, RedisCluster, redis_binaries, unused_port, w
 
 from haystack_chat_store.stores.redis import RedisChatMessageStore
 from haystack_chat_store.stores.redis.keys import bucket_of
+from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.testing.concurrency import planned_batches, to_messages
 from haystack_chat_store.testing.kit import texts
 
@@ -246,3 +247,25 @@ def writers_at_work(store, *tolerated):
             ends.set()
         for each in at_work:
             each.result()
+
+
+@contextmanager
+def before_script(number, history, action):
+    """
+    Meanwhile, do something before the given one of the scripts, counted from 0.
+
+    :param history: The history whose keys the scripts use that count, or nothing for all scripts.
+    :returns: A list, which has an item once it was done.
+    """
+    run_reporting, numbers, done = Session.run_reporting, count(), []
+
+    async def run(session, script, keys, arguments=()):
+        is_counted = not history or any(f":{history}:" in key for key in keys)
+        if not done and is_counted and next(numbers) == number:
+            done.append(number)
+            action()
+        return await run_reporting(session, script, keys, arguments)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Session, "run_reporting", run)
+        yield done

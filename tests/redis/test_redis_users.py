@@ -5,10 +5,10 @@ import time
 
 import pytest
 from haystack.dataclasses import ChatMessage
-from redis_stores import keys_of, on_every_engine
+from redis_stores import keys_of, on_a_cluster, on_every_engine
 
 from haystack_chat_store import ChatHistoryExistsError
-from haystack_chat_store.stores.redis.directory import read_histories
+from haystack_chat_store.stores.redis.directory import read_state
 from haystack_chat_store.testing.kit import texts
 
 
@@ -21,13 +21,13 @@ def begin_renaming(store, old_id, new_id):
 
     async def begin(session, scope):
         keys = store.engine.keys(scope)
-        old = (await read_histories(session, keys, [old_id]))[old_id]
+        old = await read_state(session, keys, old_id)
         return await store.engine._copy_whole(session, keys, old, new_id)
 
     assert store.engine.run(begin, store.scope)
 
 
-@on_every_engine
+@on_a_cluster
 def test_a_repeated_call_finishes_renaming(make_store):
     store = make_store(user_id="ada", last_k=None)
     say(store, "old", "one", "two", "three")
@@ -42,7 +42,7 @@ def test_a_repeated_call_finishes_renaming(make_store):
     assert store.engine.run(store.engine.check, make_store().scope) == []
 
 
-@on_every_engine
+@on_a_cluster
 def test_what_is_written_while_a_history_is_renamed_is_not_lost(make_store):
     store = make_store(last_k=None)
     say(store, "old", "one")

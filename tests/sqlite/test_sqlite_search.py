@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF001  (these are letters that look alike)
 """SQLite's index of words matches the messages, whichever process writes them and whenever search is turned on."""
 
 import json
@@ -11,9 +12,11 @@ from functools import partial
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlite_stores import connections_of_stores
 
-from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store import SQLiteChatMessageStore, search_text
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.search_text import parsed_query, terms
@@ -304,17 +307,29 @@ def test_many_histories_are_searched_like_few(searching, new_store, monkeypatch)
     assert [len(hits) for hits in few] == [7, 7, 7]
 
 
+@given(
+    said=st.lists(st.lists(st.sampled_from("fox foxes f 東京 京 c＋＋".split()), min_size=1).map(" ".join), min_size=1),
+    query=st.sampled_from(["fox", "f", '"fox fox" f', "東京", "c++ fox", "京"]),
+    match_prefix=st.booleans(),
+)
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+def test_scores_are_those_of_the_rule(searching, said, query, match_prefix):
+    searching.delete_all_messages()
+    searching.write_messages("chat", [user(text) for text in said])
+    phrases = search_text.parsed_query(query, match_prefix=match_prefix)
+    hits = searching.search_messages(query, match_prefix=match_prefix, limit=1000)
+    scores = [search_text.relevance(phrases, search_text.terms(said[hit.position])) for hit in hits]
+    assert [hit.score for hit in hits] == scores == sorted(scores, reverse=True)
+    assert not scores or min(scores) > 0
+
+
 def test_neither_way_to_search_sorts_or_scans_more_than_it_must(searching, path):
-    values = ["fox", "default", None, 0, "", "", 1, 1, 1]
+    values = ["fox", "default", None, 0, "", "", 1, 1, 1, " fox "]
     searching.write_messages("chat", [user("fox")])
     with closing(sqlite3.connect(path)) as connection:
         plans = [
-            [step for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {query}", values[:count])]
-            for query, count in (
-                (search._SEARCH_FEW, 9),
-                (search._SEARCH_FEW_OF_USER, 9),
-                (search._SEARCH_MANY, 7),
-            )
+            [step for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {search._scored(query, 1)}", values)]
+            for query in (search._SEARCH_FEW, search._SEARCH_FEW_OF_USER, search._SEARCH_MANY)
         ]
     for plan in plans:
         scans = [step for step in plan if step.startswith("SCAN") and "SUBQUERY" not in step and "(" not in step]

@@ -127,7 +127,7 @@ def test_what_was_deleted_is_in_no_table_and_no_index(new_store, path):
     store.write_messages("user_1/a", [user(" ".join(SECRETS)), user("kept")])
     store.delete_messages("user_1/a", message_ids=[store.list_messages("user_1/a")[0].message.meta[MESSAGE_ID_KEY]])
     with opened(path) as connection:
-        assert connection.execute("SELECT terms FROM haystack_chat_terms").fetchall() == [("kept",)]
+        assert connection.execute("SELECT terms FROM haystack_chat_terms").fetchall() == [(" kept ",)]
         assert connection.execute("SELECT count(*) FROM haystack_chat_messages").fetchone() == (1,)
 
 

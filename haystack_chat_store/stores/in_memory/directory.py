@@ -49,7 +49,7 @@ class Directory(Engine[Memory]):
         chat_history_id: str,
         change: HistoryChange,
     ) -> HistoryRow | None:
-        """Replace the history by one with the changes."""
+        """Replace the history by one with the changes, and hand over its branches."""
         with session.lock:
             namespace = session.of(scope)
             history = namespace.find_to_write(scope, chat_history_id)
@@ -60,9 +60,10 @@ class Directory(Engine[Memory]):
                 history,
                 title=history.title if keeps_title else change.given_title,
                 meta=change.new_meta(history.meta),
-                user_id=history.user_id if change.user_id is UNCHANGED else change.user_id,
             )
             namespace.note_branch(chat_history_id)
+            if change.user_id is not UNCHANGED:
+                namespace.hand_over(chat_history_id, change.user_id)
             return namespace.histories[chat_history_id].row(chat_history_id)
 
     def create_history(self, session: Memory, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:

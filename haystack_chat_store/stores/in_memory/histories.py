@@ -278,15 +278,33 @@ class Namespace:
     def delete(self, scope: Scope, chat_history_id: str) -> None:
         """Remove a history and its branches, but none of another user."""
         history = self.histories.get(chat_history_id)
-        if history is not None and scope.includes(history.user_id):
+        if history is not None:
             self.put(chat_history_id, None)
-        for each in sorted(self.branches.get(chat_history_id, ())):
-            branch = self.histories.get(each)
-            if branch is None or branch_origin(each, branch.meta) != chat_history_id:
-                self.branches[chat_history_id].discard(each)
-            elif scope.includes(branch.user_id):
-                self.branches[chat_history_id].discard(each)
+        for each, branch in self._branches_of(chat_history_id):
+            is_own = scope.includes(branch.user_id) if history is None else branch.user_id == history.user_id
+            if is_own and each in self.histories:
                 self.delete(scope, each)
+
+    def hand_over(self, chat_history_id: str, after: str | None) -> None:
+        """Give a history, with its branches and theirs, to another user, or to none."""
+        history = self.histories[chat_history_id]
+        if history.user_id != after:
+            self.histories[chat_history_id] = replace(history, user_id=after)
+            for each, branch in self._branches_of(chat_history_id):
+                if branch.user_id == history.user_id:
+                    self.hand_over(each, after)
+
+    def _branches_of(self, chat_history_id: str) -> list[tuple[str, History]]:
+        """Return the histories that name this one as their origin, of whatever user, and forget those that do not."""
+        noted = {each: self.histories.get(each) for each in sorted(self.branches.get(chat_history_id, ()))}
+        found = [
+            (each, branch)
+            for each, branch in noted.items()
+            if branch is not None and branch_origin(each, branch.meta) == chat_history_id
+        ]
+        if noted:
+            self.branches[chat_history_id] = {each for each, _ in found}
+        return found
 
 
 class Memory:

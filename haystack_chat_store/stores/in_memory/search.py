@@ -2,10 +2,9 @@
 """The operations on the index of words, which the first search creates."""
 
 import heapq
-from collections import Counter
 from collections.abc import Sequence
 
-from haystack_chat_store.search_text import Phrase, matches, searchable_text_of_content, terms
+from haystack_chat_store.search_text import Phrase, matches, relevance, searchable_text_of_content, terms
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory.histories import Memory
 from haystack_chat_store.stores.rows import FoundRow, HistoryRow, Scope
@@ -26,11 +25,7 @@ class Search(Engine[Memory]):
         prefix: str,
         limit: int,
     ) -> list[FoundRow]:
-        """
-        Index what is not indexed yet. Then check each message that has all terms.
-
-        Its score is the share of the query's terms among its words.
-        """
+        """Index what is not indexed yet. Then check each message that has all terms."""
         while self.index_some(session, scope, _INDEX_BATCH_SIZE):
             pass
         with session.lock:
@@ -46,8 +41,6 @@ class Search(Engine[Memory]):
                 message = visible.messages[position]
                 words = terms(searchable_text_of_content(message.content)) if message is not None else []
                 if message is not None and matches(phrases, words):
-                    counts = Counter(words)
-                    score = sum(counts[term] for phrase in phrases for term in phrase.terms) / len(words)
                     found.append(
                         FoundRow(
                             chat_history_id=history,
@@ -56,7 +49,7 @@ class Search(Engine[Memory]):
                             role=message.role,
                             created_at=message.created_at,
                             content=message.content,
-                            score=score,
+                            score=relevance(phrases, words),
                         )
                     )
             return heapq.nlargest(limit, found, key=lambda row: row.score)

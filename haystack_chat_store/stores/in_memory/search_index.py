@@ -31,7 +31,7 @@ class SearchIndex:
                 self._places.pop(term, None)
 
     def candidates(self, phrases: Sequence[Phrase]) -> list[Place]:
-        """Return the places that have all terms of all phrases, the latest first."""
+        """Return the places that have all terms of all phrases, in an order that does not depend on other places."""
         found: list[set[Place]] = []
         for phrase in phrases:
             if phrase.is_prefix:
@@ -40,4 +40,4 @@ class SearchIndex:
                 found.append(set().union(*starting))
             else:
                 found += [set(self._places.get(term, {})) for term in phrase.terms]
-        return sorted(set.intersection(*found), key=lambda place: place[1], reverse=True)
+        return sorted(set.intersection(*found), key=lambda place: (-place[1], place[0]))

@@ -8,6 +8,7 @@ from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.stores.conflicts import (
     check_revision,
+    check_same_user,
     compares_contents,
     history_exists,
     history_has_messages,
@@ -163,6 +164,8 @@ class Writing(Engine[Memory]):
                 raise history_has_messages(target_id)
             copied = [message for message in source.messages[:end] if message is not None]
             if copied:
+                if target is not None:
+                    check_same_user(source.user_id, target.user_id)
                 _append(namespace, scope, target_id, copied, microseconds_now(), source.user_id)
             return len(copied)
 
@@ -231,14 +234,17 @@ def _import(
 ) -> int:
     target = namespace.find_to_write(scope, history.chat_history_id)
     check_revision(expected_revision, 0 if target is None else target.revision)
-    if target is None:
+    user_id = history.user_id if scope.user_id is None else scope.user_id
+    if target is not None:
+        check_same_user(user_id, target.user_id)
+    else:
         target = History(
             history.created_at,
             namespace.deleted_revision,
             title=history.title,
             meta=history.meta,
             exists_without_messages=True,
-            user_id=history.user_id if scope.user_id is None else scope.user_id,
+            user_id=user_id,
         )
     updated_at = max(target.updated_at, history.updated_at)
     changed = target.changed(updated_at, {}, imported)

@@ -110,7 +110,7 @@ class Directory(Engine[Session]):
         chat_history_id: str,
         change: HistoryChange,
     ) -> HistoryRow | None:
-        """Change the row in a transaction that has it locked."""
+        """Change the row in a transaction that has it locked, and hand over its branches."""
         return await session.in_transaction(_update_locked, scope, chat_history_id, change)
 
     async def create_history(self, session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
@@ -197,7 +197,8 @@ async def _statistics(session: Session, parameters: dict[str, Any]) -> StoreStat
 async def _update_locked(
     session: Session, scope: Scope, chat_history_id: str, change: HistoryChange
 ) -> HistoryRow | None:
-    if await lock_history(session, scope, chat_history_id) is None:
+    locked = await lock_history(session, scope, chat_history_id)
+    if locked is None:
         return None
     key = history_key(scope, chat_history_id)
     has_meta = change.meta is not UNCHANGED or change.merged is not None
@@ -214,7 +215,13 @@ async def _update_locked(
         "has_user": change.user_id is not UNCHANGED,
         "user": None if change.user_id is UNCHANGED else change.user_id,
     }
-    return HistoryRow(*(await session.fetch(session.statements.update_history, parameters))[0])
+    row = HistoryRow(*(await session.fetch(session.statements.update_history, parameters))[0])
+    origins: dict[str, Any] = {"namespace": scope.namespace, "owner": locked.user_id, "new_owner": row.user_id}
+    origins["ids"] = [chat_history_id] if row.user_id != locked.user_id else []
+    while origins["ids"]:
+        found = await session.fetch(session.statements.hand_over_branches, origins)
+        origins["ids"] = [branch for (branch,) in found]
+    return row
 
 
 async def _create_locked(session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
@@ -239,9 +246,12 @@ async def _create_locked(session: Session, scope: Scope, history: HistoryRow) ->
 
 async def _rename_locked(session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
     # In the order of their ids, so that two calls in opposite directions do not deadlock.
-    locked = {each: await lock_history(session, scope, each) for each in sorted((old_id, new_id))}
+    locked = {each: await lock_history(session, scope, each, is_checked=False) for each in sorted((old_id, new_id))}
     if locked[old_id] is None:
         raise history_not_found(old_id)
+    for history in (locked[old_id], locked[new_id]):
+        if history is not None:
+            check_access(scope, history.user_id)
     if locked[new_id] is not None or not await make_history(session, scope, new_id):
         raise history_is_there(new_id)
     old_key = history_key(scope, old_id)
@@ -266,15 +276,21 @@ async def _delete_expected(session: Session, scope: Scope, chat_history_id: str,
     If it is another user's, or has another revision, raise an error, which undoes the transaction.
     """
     parameters = {"keys": [history_key(scope, chat_history_id)], "user": None}
+    is_there, owner = False, None
     for key, revision, user_id, has_expired in await session.fetch(session.statements.delete_histories, parameters):
         if not has_expired:
             check_access(scope, user_id)
             check_revision(expected_revision, revision)
+            is_there, owner = True, user_id
         await session.run(session.statements.delete_messages, [[key]])
-    origins = {"namespace": scope.namespace, "user": scope.user_id, "ids": [chat_history_id]}
-    while found := await session.fetch(session.statements.branches, origins):
-        await _delete_histories(session, scope, [key for _, key in found])
-        origins["ids"] = [branch for branch, _ in found]
+    origins = [(is_there, owner, [chat_history_id])]
+    while origins:
+        is_there, owner, ids = origins.pop()
+        named = {"namespace": scope.namespace, "user": scope.user_id, "is_there": is_there, "owner": owner, "ids": ids}
+        found = await session.fetch(session.statements.branches, named)
+        await _delete_histories(session, scope, [key for _, key, _ in found])
+        for user_id in {user_id for *_, user_id in found}:
+            origins.append((True, user_id, [branch for branch, _, owner in found if owner == user_id]))
 
 
 async def _delete_histories(

@@ -268,18 +268,19 @@ _DELETE_HISTORIES = """
 
 # ------------------------------------------------------------------ search
 
-# Histories are looked up in the order of the scores, until there are enough hits.
+# Histories are looked up in the order of the scores, until there are enough hits. A score depends on the message alone,
+# and so does the order of equal ones: neither tells what others have.
 _SEARCH = """
     SELECT chat_history_id, position, message_id, role, {{message_time}}, content, score FROM (
         SELECT chat_history_id, history_key, position, score FROM (
             SELECT history_key, position, ts_rank(search_terms, %(query)s::tsquery) AS score FROM {searched}
             WHERE search_terms @@ %(query)s::tsquery AND search_terms IS NOT NULL {restrict}
-            ORDER BY score DESC, position DESC
+            ORDER BY score DESC, position DESC, history_key
         ) AS found
         JOIN {{histories}} USING (history_key)
-        WHERE {{with_prefix}} ORDER BY score DESC, position DESC LIMIT %(limit)s
+        WHERE {{with_prefix}} ORDER BY score DESC, position DESC, history_key LIMIT %(limit)s
     ) AS best
-    JOIN {{messages}} USING (history_key, position) ORDER BY score DESC, position DESC
+    JOIN {{messages}} USING (history_key, position) ORDER BY score DESC, position DESC, history_key
 """
 # The planner does not know how common a word is. OFFSET 0 keeps it from the index of terms, which has the messages of
 # all histories.
@@ -313,9 +314,16 @@ class Statements(NamedTuple):
     # The history's row goes first: its lock keeps writers out until the messages are deleted, too.
     delete_histories: str = _DELETE_HISTORIES.format(before="{of_user}")
     delete_messages: str = "DELETE FROM {messages} WHERE history_key = ANY (%s)"
+    # Those of a history that is there are its user's. Otherwise all of the scope are asked for.
     branches: str = """
-        SELECT chat_history_id, history_key FROM {histories}
-        WHERE namespace = %(namespace)s AND branch_of = ANY (%(ids)s) AND {of_user}
+        SELECT chat_history_id, history_key, user_id FROM {histories}
+        WHERE namespace = %(namespace)s AND branch_of = ANY (%(ids)s)
+            AND CASE WHEN %(is_there)s THEN user_id IS NOT DISTINCT FROM %(owner)s ELSE {of_user} END
+    """
+    hand_over_branches: str = """
+        UPDATE {histories} SET user_id = %(new_owner)s
+        WHERE namespace = %(namespace)s AND branch_of = ANY (%(ids)s) AND user_id IS NOT DISTINCT FROM %(owner)s
+        RETURNING chat_history_id
     """
 
     lock_key: str = "SELECT FROM {histories} WHERE history_key = %s FOR UPDATE"
@@ -565,11 +573,16 @@ class Statements(NamedTuple):
             CROSS JOIN LATERAL (SELECT CASE WHEN {created_at_is_readable} THEN created_at ELSE 'epoch' END) AS s (time)
         ) AS days GROUP BY day ORDER BY day
     """
+    # PostgreSQL cannot look into a content that has a NUL or a lone surrogate anywhere. They are written as \u…
     usage: str = """
         SELECT CASE WHEN {created_at_is_readable} THEN {message_time} ELSE 0 END,
-            json_build_object('model', content -> 'meta' -> 'model', 'usage', content -> 'meta' -> 'usage')
+            CASE WHEN can_be_read
+                THEN json_build_object('model', content -> 'meta' -> 'model', 'usage', content -> 'meta' -> 'usage')
+                ELSE content END
         FROM {messages} JOIN (SELECT history_key FROM {histories} WHERE {with_prefix}) AS h USING (history_key)
-        WHERE role = 'assistant' AND json_typeof(content -> 'meta' -> 'usage') = 'object'
+        CROSS JOIN LATERAL (SELECT strpos(content::text, '\\u') = 0) AS s (can_be_read)
+        WHERE role = 'assistant' AND CASE WHEN can_be_read
+            THEN json_typeof(content -> 'meta' -> 'usage') = 'object' ELSE strpos(content::text, '"usage":') > 0 END
     """
     size_on_disk: str = """
         SELECT sum(pg_total_relation_size(part))::bigint

@@ -17,6 +17,7 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack_chat_store.stores.conflicts import (
     check_access,
     check_revision,
+    check_same_user,
     compares_contents,
     history_exists,
     history_has_messages,
@@ -317,7 +318,7 @@ async def _copy_locked(
 ) -> int:
     # In the order of their ids, so that two copies in opposite directions do not deadlock.
     locked = {
-        history: await lock_history(session, scope, history, is_read=history == source_id)
+        history: await lock_history(session, scope, history, is_read=history == source_id, is_checked=False)
         for history in sorted({source_id, target_id})
     }
     source, target = locked[source_id], locked[target_id]
@@ -330,12 +331,15 @@ async def _copy_locked(
         if found is None:
             raise message_not_found(until_message_id)
         end = found
+    if target is not None:
+        check_access(scope, target.user_id)
     if target is None and has_messages_to_copy:
         target = await lock_history(session, scope, target_id, make=True, user_id=source.user_id)
     if target is not None and target.message_count:
         raise history_has_messages(target_id)
     if target is None or not has_messages_to_copy:
         return 0
+    check_same_user(source.user_id, target.user_id)
     parameters: dict[str, Any] = {
         "source": source_key,
         "target": history_key(scope, target_id),
@@ -370,6 +374,8 @@ async def _import_locked(
     while (locked := await lock_history(session, scope, history.chat_history_id)) is None:
         is_new = await make_history(session, scope, history.chat_history_id)
     check_revision(expected_revision, locked.revision)
+    if not is_new:
+        check_same_user(history.user_id if scope.user_id is None else scope.user_id, locked.user_id)
     return await _append_imported(session, scope, history, batches, locked, is_new)
 
 
@@ -433,6 +439,7 @@ async def lock_history(
     make: bool = False,
     user_id: str | None = None,
     is_read: bool = False,
+    is_checked: bool = True,
 ) -> _Locked | None:
     """
     Lock a history until the transaction ends. If it has expired, delete it.
@@ -440,6 +447,7 @@ async def lock_history(
     :param make: Whether to make the history if it does not exist.
     :param user_id: The user of a history that is made in a scope without a user.
     :param is_read: Whether it is only read: then that of another user does not exist.
+    :param is_checked: Whether that of another user is an error. Otherwise, the caller has to check it.
     :returns: `None` if it does not exist and is not made.
     :raises ChatHistoryAccessError: If it is another user's.
     """
@@ -454,7 +462,8 @@ async def lock_history(
             locked = _Locked(*rows[0][:-1])
             if is_read and not scope.includes(locked.user_id):
                 return None
-            check_access(scope, locked.user_id)
+            if is_checked:
+                check_access(scope, locked.user_id)
             return locked
         if not make:
             return None

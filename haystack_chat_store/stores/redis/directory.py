@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.ids import branch_prefix
 from haystack_chat_store.stores.conflicts import check_revision, no_access
-from haystack_chat_store.stores.redis.keys import BUCKETS, HistoryKeys, Keys, bucket_of
+from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
 from haystack_chat_store.stores.redis.schema import (
     BATCH_SIZE,
@@ -71,13 +71,42 @@ class ListedHistory:
     :param row: The history.
     :param next_position: How many times of messages it has.
     :param expires_at: When it expires, in milliseconds since 1970, or nothing.
-    :param renamed_from: The id that it had before it was renamed, a blank, and its revision then; or nothing.
+    :param renamed_from: The id that it had before it was renamed, or nothing.
+    :param renaming: Of what the history with this id is the copy, until that is gone: its time of creation, its state
+        and, separated by blanks, the state that the copy had at first. Otherwise nothing.
     """
 
     row: HistoryRow
     next_position: int
     expires_at: str
     renamed_from: str
+    renaming: str
+
+
+class StateOfHistory(NamedTuple):
+    """
+    A history, and a text that differs after each change of it.
+
+    :param history: The history.
+    :param state: The text.
+    """
+
+    history: ListedHistory
+    state: str
+
+    def is_copy_of(self, other: "StateOfHistory") -> bool:
+        """Whether this is a copy that was made to rename the other one, which is still there."""
+        row = other.history.row
+        is_its = self.history.renamed_from == row.chat_history_id
+        return is_its and self.history.renaming.partition(" ")[0] == str(row.created_at)
+
+    def copied_state(self) -> str:
+        """Return the state that the other history had when this copy of it was made."""
+        return self.history.renaming.split(" ")[1]
+
+    def first_state(self) -> str:
+        """Return the state that this copy had when it was made."""
+        return self.history.renaming.split(" ")[2]
 
 
 class Deleted(NamedTuple):
@@ -86,10 +115,12 @@ class Deleted(NamedTuple):
 
     :param number: How many histories there were.
     :param may_have_branches: Whether one of them had branches, or was not there, so that this is not known.
+    :param owner: The user of the last one, an empty text for none, or `None` if this is not known.
     """
 
     number: int
     may_have_branches: bool
+    owner: str | None
 
 
 class Directory(RedisOperations):
@@ -141,8 +172,14 @@ class Directory(RedisOperations):
         chat_history_id: str,
         change: HistoryChange,
     ) -> HistoryRow | None:
-        """Set and delete fields of the hash of a history. Keys of the meta are set only if it is still the same."""
+        """
+        Set and delete fields of the hash of a history. Keys of the meta are set only if it is still the same.
+
+        Branches get another user before the history does, so that a repeated call finishes what another one began.
+        """
         keys = self.keys(scope)
+        if change.user_id is not UNCHANGED:
+            await _hand_over_branches(session, keys, chat_history_id, change.user_id, set())
         names = [*keys.of_bucket_of(chat_history_id), keys.of_history(chat_history_id).counters]
         while True:
             meta, required = change.meta, ""
@@ -170,7 +207,7 @@ class Directory(RedisOperations):
             if fields == ["ACCESS"]:
                 raise no_access()
             if fields != ["CHANGED"]:
-                updated = _listed_history(chat_history_id, fields)
+                updated = listed_history(chat_history_id, fields)
                 return None if updated is None else updated.row
 
     async def create_history(self, session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
@@ -211,11 +248,16 @@ class Directory(RedisOperations):
                 found = await read_histories(session, keys, chat_history_ids)
                 if not scope.with_branches:
                     found = {each: history for each, history in found.items() if not _is_branch(history.row)}
-                histories += len(found)
-                messages += sum(each.row.message_count for each in found.values())
-                rounds += sum(each.row.round_count for each in found.values())
-                days.update(await _messages_per_day(session, keys, bucket, list(found.values())))
-                await _add_usage(session, keys, bucket, list(found.values()), usage)
+                days_of = await _messages_per_day(session, keys, list(found.values()))
+                for chat_history_id, history in found.items():
+                    days_of_history, usage_of_history = days_of[chat_history_id], await _usage(session, keys, history)
+                    if days_of_history is None or usage_of_history is None:  # it was handed over meanwhile
+                        continue
+                    histories += 1
+                    messages += history.row.message_count
+                    rounds += history.row.round_count
+                    days.update(days_of_history)
+                    usage.add_all(usage_of_history)
         return StoreStatistics(
             chat_histories=histories,
             messages=messages,
@@ -280,7 +322,7 @@ async def read_histories(
         calls.append(([keys.of_bucket(bucket).schema_version, *hashes], ()))
     answers = await session.run_each(scripts.INFOS, calls)
     found = {
-        member: _listed_history(member, fields)
+        member: listed_history(member, fields)
         for members, infos in zip(by_bucket.values(), answers, strict=True)
         for member, fields in zip(members, infos, strict=True)
     }
@@ -330,22 +372,77 @@ async def delete_histories(
     names = [name for chat_history_id in chat_history_ids for name in keys.of_history(chat_history_id)]
     conditions = ["" if each is None else each for each in (updated_before, expected_revision)]
     keys_of_script = [*keys.of_bucket(bucket), *names]
-    arguments = [*conditions, keys.user, int(only_own), *chat_history_ids]
+    arguments = [*conditions, keys.user, int(only_own), "", *chat_history_ids]
     answer, is_repeated = await session.run_reporting(scripts.DELETE, keys_of_script, arguments)
     if answer[0] == "ACCESS":
         raise no_access()
     if answer[0] == "CHANGED":
         check_revision(expected_revision, answer[1])
-    deleted, may_have_branches = answer
+    deleted, may_have_branches, owner = answer
     if is_repeated:  # the first attempt may have deleted them, and only its answer was lost
         deleted = len(chat_history_ids) - len(await read_histories(session, keys, chat_history_ids))
-    return Deleted(int(deleted), is_repeated or bool(may_have_branches))
+    return Deleted(int(deleted), is_repeated or bool(may_have_branches), owner[1:] if owner else None)
 
 
-async def delete_branches(session: Session, keys: Keys, chat_history_id: str) -> None:
-    """Delete the branches of a history, and theirs. They are found by their ids, and known by their meta."""
+async def read_state(session: Session, keys: Keys, chat_history_id: str) -> StateOfHistory | None:
+    """Return a history of any user, and its state, or `None` if it does not exist."""
+    names = [keys.of_bucket_of(chat_history_id).schema_version, keys.of_history(chat_history_id).counters]
+    *fields, state = await session.run(scripts.STATE, names)
+    history = listed_history(chat_history_id, fields)
+    return None if history is None else StateOfHistory(history, state)
+
+
+async def delete_in_state(session: Session, keys: Keys, chat_history_id: str, state: str) -> bool:
+    """
+    Delete a history of any user if it has a state still. Return whether it is gone now.
+
+    :param state: The state, from `read_state`.
+    """
+    names = [*keys.of_bucket_of(chat_history_id), *keys.of_history(chat_history_id)]
+    answer = await session.run(scripts.DELETE, names, ["", "", "", 0, state, chat_history_id])
+    return bool(answer[0] != "CHANGED")
+
+
+async def delete_branches(session: Session, keys: Keys, chat_history_id: str, owner: str | None) -> None:
+    """
+    Delete the branches of a history, and theirs.
+
+    :param owner: The user of the history, an empty text for none, or `None` if it is not known: then all of the scope
+        that name the history as their origin are deleted.
+    """
+    for branch, user_id in (await _branches(session, keys, chat_history_id)).items():
+        if owner in (None, user_id or ""):
+            deleted = await delete_histories(session, keys, bucket_of(branch), [branch])
+            if deleted.may_have_branches:
+                await delete_branches(session, keys, branch, user_id or "")
+
+
+async def _hand_over_branches(
+    session: Session, keys: Keys, chat_history_id: str, after: str | None, passed: set[str]
+) -> None:
+    """
+    Give the branches of a history, and theirs, to another user, or to none. Those of a branch go before it.
+
+    :param passed: The histories that this was done for: two may name each other as their origin.
+    """
+    passed.add(chat_history_id)
+    found = await read_histories(session, keys, [chat_history_id])
+    if chat_history_id not in found or found[chat_history_id].row.user_id == after:
+        return
+    before = found[chat_history_id].row.user_id
+    arguments = ["user_id"] if after is None else ["user_id", after]
+    for branch, user_id in (await _branches(session, keys, chat_history_id)).items():
+        if user_id == before and branch not in passed:
+            await _hand_over_branches(session, keys, branch, after, passed)
+            names = [*keys.of_bucket_of(branch), keys.of_history(branch).counters]
+            count = len(arguments) if after is not None else 0
+            await session.run(scripts.UPDATE, names, [branch, count, *arguments, "", "", before or ""])
+
+
+async def _branches(session: Session, keys: Keys, chat_history_id: str) -> dict[str, str | None]:
+    """Return the branches of a history, each with its user. They are found by their ids, and known by their meta."""
     parts: dict[int, str | None] = dict.fromkeys(range(BUCKETS), "")
-    branches: list[str] = []
+    branches: dict[str, str | None] = {}
     while parts:
         calls: list[tuple[Sequence[str], Sequence[str | int]]] = []
         for bucket, after in parts.items():
@@ -353,13 +450,13 @@ async def delete_branches(session: Session, keys: Keys, chat_history_id: str) ->
             calls.append((keys.of_bucket(bucket), [*ends, BATCH_SIZE, "", keys.user]))
         answers = await session.run_each(scripts.BY_ID, calls)
         found = await read_histories(session, keys, [each for _, ids in answers for each in ids])
-        branches += [
-            each for each, history in found.items() if branch_origin(each, history.row.meta) == chat_history_id
-        ]
+        branches |= {
+            each: history.row.user_id
+            for each, history in found.items()
+            if branch_origin(each, history.row.meta) == chat_history_id
+        }
         parts = {bucket: last for bucket, (last, _) in zip(parts, answers, strict=True) if last}
-    for branch in branches:
-        if (await delete_histories(session, keys, bucket_of(branch), [branch])).may_have_branches:
-            await delete_branches(session, keys, branch)
+    return branches
 
 
 def _is_branch(row: HistoryRow) -> bool:
@@ -412,41 +509,59 @@ async def _merged(
 
 
 async def _messages_per_day(
-    session: Session, keys: Keys, bucket: int, histories: Sequence[ListedHistory]
-) -> Counter[int]:
-    """Return how many messages of a bucket's histories were stored on which day since 1970."""
-    days: Counter[int] = Counter()
-    parts = _parts(keys, histories)
+    session: Session, keys: Keys, histories: Sequence[ListedHistory]
+) -> dict[str, Counter[int] | None]:
+    """
+    Return, by the ids of histories of one bucket, how many messages were stored on which day since 1970.
+
+    A history that is another user's by now has `None`.
+    """
+    days_of: dict[str, Counter[int] | None] = {each.row.chat_history_id: Counter() for each in histories}
+    parts = _parts(histories)
     for index in range(0, len(parts), _PARTS_PER_STEP):
         some = parts[index : index + _PARTS_PER_STEP]
-        names = [name for history, _, _ in some for name in (history.roles, history.times)]
+        names = [name for chat_history_id, *_ in some for name in _counted_keys(keys, chat_history_id)]
         ranges = [end for _, *ends in some for end in ends]
-        found = await session.run(scripts.TIMES, [keys.of_bucket(bucket).schema_version, *names], ranges)
-        for roles, times in zip(found[::2], found[1::2], strict=True):
+        version = keys.of_bucket_of(some[0][0]).schema_version
+        found = await session.run(scripts.TIMES, [version, *names], [*ranges, keys.user])
+        for (chat_history_id, _, _), roles, times in zip(some, found[::2], found[1::2], strict=True):
+            days = days_of[chat_history_id]
+            if roles is None or days is None:
+                days_of[chat_history_id] = None
+                continue
             starts = (TIME_LENGTH * place for place, letter in enumerate(roles) if letter != GAP)
             days.update(number(times[start : start + TIME_LENGTH]) // _MICROSECONDS_PER_DAY for start in starts)
-    return days
+    return days_of
 
 
-def _parts(keys: Keys, histories: Sequence[ListedHistory]) -> list[tuple[HistoryKeys, int, int]]:
-    """Divide histories into parts of a size for one script: the keys, the first position and the last one of each."""
+def _counted_keys(keys: Keys, chat_history_id: str) -> tuple[str, str, str]:
+    names = keys.of_history(chat_history_id)
+    return names.counters, names.roles, names.times
+
+
+def _parts(histories: Sequence[ListedHistory]) -> list[tuple[str, int, int]]:
+    """Divide histories into parts of a size for one script: the id, the first position and the last one of each."""
     return [
-        (keys.of_history(each.row.chat_history_id), first, min(first + BATCH_SIZE, each.next_position) - 1)
+        (each.row.chat_history_id, first, min(first + BATCH_SIZE, each.next_position) - 1)
         for each in histories
         for first in range(0, each.next_position, BATCH_SIZE)
     ]
 
 
-async def _add_usage(
-    session: Session, keys: Keys, bucket: int, histories: Sequence[ListedHistory], usage: UsageCounter
-) -> None:
-    """Add up what the replies of a bucket's histories say of their token usage."""
-    version = keys.of_bucket(bucket).schema_version
-    for history, first, last in _parts(keys, histories):
-        names = [version, history.roles, history.times, history.contents]
-        found = await session.run(scripts.USAGE, names, [first, last])
-        for time, meta in zip(found[::2], found[1::2], strict=True):
-            usage.add_text(number(time), meta)
+async def _usage(session: Session, keys: Keys, history: ListedHistory) -> UsageCounter | None:
+    """Return what the replies of a history say of their token usage, or `None` if it is another user's by now."""
+    chat_history_id, usage = history.row.chat_history_id, UsageCounter()
+    version, names = keys.of_bucket_of(chat_history_id).schema_version, keys.of_history(chat_history_id)
+    first = 0
+    while first < history.next_position:
+        last = min(first + BATCH_SIZE, history.next_position) - 1
+        counted = [version, *_counted_keys(keys, chat_history_id), names.contents]
+        first, found = await session.run(scripts.USAGE, counted, [first, last, keys.user])
+        if first < 0:
+            return None
+        for time, content in zip(found[::2], found[1::2], strict=True):
+            usage.add_text(number(time), content)
+    return usage
 
 
 async def _used_memory(session: Session) -> int | None:
@@ -478,11 +593,12 @@ async def _info(session: Session, section: str) -> list[dict[str, str]]:
     return [dict(line.split(":", 1) for line in text.splitlines() if ":" in line) for text in texts]
 
 
-def _listed_history(chat_history_id: str, fields: Sequence[str | None]) -> ListedHistory | None:
+def listed_history(chat_history_id: str, fields: Sequence[str | None]) -> ListedHistory | None:
+    """Return what the fields of a history's hash say, in the order of the script INFOS, or `None` if there are none."""
     message_count, round_count, created_at, updated_at, title, meta, next_position, revision, *others = fields
     if message_count is None:
         return None
-    user_id, preview, last_role, last_text, last_at, expires_at, renamed_from = others
+    user_id, preview, last_role, last_text, last_at, expires_at, renamed_from, renaming = others
     row = HistoryRow(
         chat_history_id=chat_history_id,
         message_count=number(message_count),
@@ -499,7 +615,11 @@ def _listed_history(chat_history_id: str, fields: Sequence[str | None]) -> Liste
         last_at=None if last_at is None else number(last_at),
     )
     return ListedHistory(
-        row=row, next_position=number(next_position), expires_at=expires_at or "", renamed_from=renamed_from or ""
+        row=row,
+        next_position=number(next_position),
+        expires_at=expires_at or "",
+        renamed_from=renamed_from or "",
+        renaming=renaming or "",
     )
 
 

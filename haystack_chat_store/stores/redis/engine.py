@@ -27,7 +27,7 @@ class RedisEngine(Writing, Reading, Directory, Checking):
 
     def __init__(self, url: Secret, *, cluster: bool, key_prefix: str, timeout: float) -> None:
         """Keep the settings. Connects to nothing."""
-        super().__init__(key_prefix=key_prefix)
+        super().__init__(key_prefix=key_prefix, cluster=cluster)
         self.settings = Settings(url=url, cluster=cluster, timeout=timeout)
 
     def execute(

@@ -16,7 +16,8 @@ class BucketKeys(NamedTuple):
     """
     The keys of a bucket: its version, the lists of its histories, the greatest revision of a deleted one, their users.
 
-    Scripts make the names of further keys: the directory of each user that has histories in the bucket.
+    Scripts make the names of further keys: the directory of each user that has histories in the bucket, and the set of
+    the histories that have branches.
     """
 
     schema_version: str

@@ -26,12 +26,14 @@ class Part:
     Some messages of a history, and the state that it was in.
 
     :param exists: Whether the history exists.
-    :param state: Differs after each edit. Appending does not change it.
+    :param user_id: The user that it belongs to, or `None`.
+    :param state: Differs after each edit, and with another user. Appending does not change it.
     :param next_position: The position that the next message gets.
     :param rows: The messages.
     """
 
     exists: bool
+    user_id: str | None
     state: str
     next_position: int
     rows: list[MessageRow]
@@ -85,7 +87,7 @@ async def read_part(
 ) -> Part:
     """Return up to `limit` messages as of one moment: the last ones before a position, or the first ones after one."""
     page = ["" if after is None else after, min(before, MAX_COUNT), limit, keys.user]
-    state, next_position, found = await session.run(scripts.PAGE, keys.to_read(chat_history_id), page)
+    state, user_id, next_position, found = await session.run(scripts.PAGE, keys.to_read(chat_history_id), page)
     is_large = sum(map(len, found[3::4])) > MAX_CHARACTERS_ON_LOOP
     rows = await session.to_thread(_rows, found) if is_large else _rows(found)
     if not all(row.message_id for row in rows):  # damaged messages, whose ids only the index knows
@@ -93,7 +95,7 @@ async def read_part(
             position: message_id for message_id, position in (await read_ids(session, keys, chat_history_id)).items()
         }
         rows = [row if row.message_id else replace(row, message_id=ids.get(row.position, "")) for row in rows]
-    return Part(exists=bool(state), state=state, next_position=next_position, rows=rows)
+    return Part(exists=bool(state), user_id=user_id, state=state, next_position=next_position, rows=rows)
 
 
 async def read_positions(
@@ -107,10 +109,10 @@ async def read_positions(
 async def read_ids(session: Session, keys: Keys, chat_history_id: str) -> dict[str, int]:
     """Return the index of a history: the position of each message id."""
     found: dict[str, int] = {}
-    of_index = [keys.of_bucket_of(chat_history_id).schema_version, keys.of_history(chat_history_id).message_ids]
-    cursor = "0"
+    names, cursor = keys.of_history(chat_history_id), "0"
+    of_index = [keys.of_bucket_of(chat_history_id).schema_version, names.counters, names.message_ids]
     while True:
-        cursor, items = await session.run(scripts.SCAN_IDS, of_index, [cursor])
+        cursor, items = await session.run(scripts.SCAN_IDS, of_index, [cursor, keys.user])
         found.update(zip(items[::2], map(number, items[1::2]), strict=True))
         if cursor == "0":
             return found

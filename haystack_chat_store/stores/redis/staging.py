@@ -11,7 +11,7 @@ from typing import Any
 from haystack_chat_store.errors import ChatMessageStoreError, MessageDecodingError
 from haystack_chat_store.stores.conflicts import duplicate, history_not_found, message_not_found
 from haystack_chat_store.stores.redis.keys import Keys, bucket_of
-from haystack_chat_store.stores.redis.reading import read_part, read_positions
+from haystack_chat_store.stores.redis.reading import Part, read_part, read_positions
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, TIME_LENGTH, letters_of, new_name
 from haystack_chat_store.stores.redis.scripts import directory as of_directory
 from haystack_chat_store.stores.redis.scripts import staging as scripts
@@ -82,36 +82,38 @@ class Stage:
             self.rounds += letters.count("u")
             self.gaps += letters.count(GAP)
 
-    async def add_history(self, source_id: str, until_message_id: str | None, *, gaps: bool = False) -> bool:
+    async def add_history(self, source_id: str, until_message_id: str | None, *, gaps: bool = False) -> Part | None:
         """
-        Add the messages of a history as of one moment. Return False if it was edited while it was read.
+        Add the messages of a history as of one moment.
 
         :param gaps: Whether each message keeps its position.
-
+        :returns: The first messages and the history's state, or `None` if it was edited or handed over meanwhile.
         :raises ChatHistoryNotFoundError: If there is no such history.
         :raises MessageNotFoundError: If it does not have `until_message_id`.
         """
-        part = await read_part(self._session, self._keys, source_id, BATCH_SIZE, after=-1)
+        first = part = await read_part(self._session, self._keys, source_id, BATCH_SIZE, after=-1)
         if not part.exists:
             raise history_not_found(source_id)
-        end, state = part.next_position, part.state
+        end = part.next_position
         if until_message_id is not None:
             (position,) = await read_positions(self._session, self._keys, source_id, [until_message_id])
             if position is None:
                 raise message_not_found(until_message_id)
             end = position + 1
-        rows = part.rows
-        while rows and part.state == state:
+        rows, last_id = part.rows, None
+        while rows and part.state == first.state:
             own = [row for row in rows if row.position < end]
             await self.add(_with_gaps(own, self.length) if gaps else own)
-            last = rows[-1].position
+            last, last_id = rows[-1].position, own[-1].message_id if own else last_id
             if last >= end - 1:
                 break
             part = await read_part(self._session, self._keys, source_id, BATCH_SIZE, after=last, before=end)
             rows = part.rows
-        if gaps and part.state == state:
+        if part.state != first.state or last_id != (until_message_id or last_id):
+            return None
+        if gaps:
             await self.add(_with_gaps([], self.length, end))
-        return part.state == state
+        return first
 
     async def finish(
         self,
@@ -152,11 +154,10 @@ class Stage:
 
 
 async def note_branch(session: Session, keys: Keys, chat_history_id: str, meta: str | None) -> None:
-    """Before a history becomes a branch, note in the hash of its origin that this has branches."""
+    """Before a history becomes a branch, note in the bucket of its origin that this has branches."""
     origin = branch_origin(chat_history_id, meta)
     if origin is not None:
-        names = [*keys.of_bucket_of(origin), keys.of_history(origin).counters]
-        await session.run(of_directory.UPDATE, names, [origin, 2, "branches", "1", "", "", keys.user])
+        await session.run(of_directory.NOTE_ORIGIN, keys.of_bucket_of(origin), [origin])
 
 
 def _with_gaps(rows: Sequence[MessageRow], start: int, end: int | None = None) -> list[MessageRow]:

@@ -2,13 +2,12 @@
 """The operations that change what was said."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store.errors import ChatHistoryChangedError, StoreUnavailableError
+from haystack_chat_store.errors import StoreUnavailableError
 from haystack_chat_store.stores.conflicts import (
     check_access,
     check_revision,
@@ -19,13 +18,17 @@ from haystack_chat_store.stores.conflicts import (
     history_not_found,
     message_not_found,
     no_access,
+    other_user,
 )
 from haystack_chat_store.stores.previews import first_question, last_said
 from haystack_chat_store.stores.redis.directory import (
-    ListedHistory,
+    StateOfHistory,
     delete_branches,
     delete_histories,
+    delete_in_state,
+    listed_history,
     read_histories,
+    read_state,
 )
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
@@ -89,13 +92,15 @@ class Writing(RedisOperations):
             only_own=True,
         )
         if deleted.may_have_branches:
-            await delete_branches(session, keys, chat_history_id)
+            await delete_branches(session, keys, chat_history_id, deleted.owner)
 
     async def delete_all(self, session: Session, scope: Scope) -> bool:
         """Go through the buckets, and delete all that each of them lists by then."""
         keys = self.keys(scope)
         for bucket in range(BUCKETS):
             found = await session.run(of_directory.ALL, keys.of_bucket(bucket))
+            if not found and not keys.user:
+                await session.run(of_directory.FORGET_ORIGINS, keys.of_bucket(bucket))
             for first in range(0, len(found), _DELETED_HISTORIES_PER_STEP):
                 await delete_histories(session, keys, bucket, found[first : first + _DELETED_HISTORIES_PER_STEP])
         return False
@@ -192,56 +197,92 @@ class Writing(RedisOperations):
         await session.run(scripts.RENEW, keys.to_write(chat_history_id), arguments)
 
     async def rename_history(self, session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
-        """
-        Copy the history, and delete the old one if it has not changed meanwhile; otherwise begin again.
+        """Rename the keys by one script, or copy the history where no script can use the keys of both ids."""
+        if self.cluster and bucket_of(old_id) != bucket_of(new_id):
+            return await self._rename_by_copying(session, scope, old_id, new_id)
+        keys = self.keys(scope)
+        names = [*keys.to_write(old_id), *keys.to_write(new_id)]
+        fields = await session.run(of_directory.RENAME, names, [old_id, new_id, keys.user])
+        if fields[0] == "ACCESS":
+            raise no_access()
+        if fields[0] == "EXISTS":
+            raise history_is_there(new_id)
+        renamed = None if fields[0] == "MISSING" else listed_history(new_id, fields)
+        if renamed is None:
+            raise history_not_found(old_id)
+        return renamed.row
 
-        The new history names the old one and its revision, so that a repeated call finishes what another one began.
+    async def _rename_by_copying(self, session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
+        """
+        Copy the history, and delete the old one if nothing about it has changed meanwhile; otherwise begin again.
+
+        Until the old one is gone, the new one notes of which state it is the copy, so that a repeated call finishes
+        what another one began. Neither is deleted if it has a change that the other lacks.
         """
         keys = self.keys(scope)
         for _ in range(_COPY_ATTEMPTS):
-            found = await read_histories(session, keys, [old_id, new_id], of_all=True)
-            for each in found.values():
-                check_access(scope, each.row.user_id)
-            old, new = found.get(old_id), found.get(new_id)
-            is_begun = new is not None and new.renamed_from.rpartition(" ")[0] == old_id
-            if new is not None and not is_begun and old is not None:
-                raise history_is_there(new_id)
+            old, new = await read_state(session, keys, old_id), await read_state(session, keys, new_id)
             if old is None:
-                if new is None or not is_begun:
+                if new is None or new.history.renamed_from != old_id:
                     raise history_not_found(old_id)
-                return new.row
-            if new is not None and new.renamed_from != f"{old_id} {old.row.revision}":
-                await delete_histories(
-                    session, keys, bucket_of(new_id), [new_id], expected_revision=new.row.revision, only_own=True
-                )
-                new = None
-            if new is None and not await self._copy_whole(session, keys, old, new_id):
+                check_access(scope, new.history.row.user_id)
+                return await self._end_renaming(session, keys, new.history.row)
+            for each in filter(None, (old, new)):
+                check_access(scope, each.history.row.user_id)
+            is_copied = new is not None and await self._is_present_copy(session, scope, keys, old, new)
+            if not is_copied and not await self._copy_whole(session, keys, old, new_id):
                 continue
-            with suppress(ChatHistoryChangedError):
-                await delete_histories(
-                    session, keys, bucket_of(old_id), [old_id], expected_revision=old.row.revision, only_own=True
-                )
-                return (await read_histories(session, keys, [new_id], of_all=True))[new_id].row
+            if await delete_in_state(session, keys, old_id, old.state):
+                return await self._end_renaming(session, keys, replace(old.history.row, chat_history_id=new_id))
+            copy = await read_state(session, keys, new_id)
+            if copy is not None and copy.is_copy_of(old):
+                await delete_in_state(session, keys, new_id, copy.first_state())
         raise StoreUnavailableError("The history was changed each time while it was being renamed. Try again.")
 
     @staticmethod
-    async def _copy_whole(session: Session, keys: Keys, old: ListedHistory, new_id: str) -> bool:
-        """Copy a history with everything. Return False if it was changed meanwhile, and then copy nothing."""
-        row = old.row
-        async with Stage(session, keys, new_id) as stage:
-            is_same = await stage.add_history(row.chat_history_id, None, gaps=True)
-            found = await read_histories(session, keys, [row.chat_history_id], of_all=True)
-            now = found.get(row.chat_history_id)
-            if not is_same or now is None or now.row != row:
+    async def _is_present_copy(
+        session: Session, scope: Scope, keys: Keys, old: StateOfHistory, new: StateOfHistory
+    ) -> bool:
+        """
+        Whether a call that was cut off has copied the old history as it is. A copy of an earlier state is deleted.
+
+        :raises ChatHistoryExistsError: If the new history is no such copy, or has changed since.
+        """
+        if new.is_copy_of(old):
+            if new.copied_state() == old.state:
+                return True
+            if await delete_in_state(session, keys, new.history.row.chat_history_id, new.first_state()):
                 return False
-            further = {"renamed_from": f"{row.chat_history_id} {row.revision}"}
-            expiry = f"@{old.expires_at}" if old.expires_at else 0
+        check_access(scope, old.history.row.user_id)
+        raise history_is_there(new.history.row.chat_history_id)
+
+    @staticmethod
+    async def _copy_whole(session: Session, keys: Keys, old: StateOfHistory, new_id: str) -> bool:
+        """Copy a history with everything. Return False if it was changed meanwhile, and then copy nothing."""
+        row = old.history.row
+        async with Stage(session, keys, new_id) as stage:
+            if await stage.add_history(row.chat_history_id, None, gaps=True) is None:
+                return False
+            now = await read_state(session, keys, row.chat_history_id)
+            if now is None or now.state != old.state:
+                return False
+            further = {"renamed_from": row.chat_history_id, "renaming": f"{row.created_at} {old.state}"}
+            expiry = f"@{old.history.expires_at}" if old.history.expires_at else 0
             answer = await stage.finish(
                 0, expiry, row, user_id=row.user_id, further=further, least_revision=row.revision
             )
-        if not isinstance(answer, int) and answer[0] == "CHANGED":
-            raise history_is_there(new_id)
+        if not isinstance(answer, int) and answer[0] == "CHANGED":  # the same call of another client, perhaps
+            return False
         return written(answer, 0) >= 0
+
+    @staticmethod
+    async def _end_renaming(session: Session, keys: Keys, row: HistoryRow) -> HistoryRow:
+        """Have the new history be a copy no more, and return it, or the given row if it is not there any more."""
+        new_id = row.chat_history_id
+        names = [keys.of_bucket_of(new_id).schema_version, keys.of_history(new_id).counters]
+        await session.run(of_directory.END_RENAMING, names)
+        found = await read_histories(session, keys, [new_id])
+        return found[new_id].row if new_id in found else row
 
     async def remove(self, session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
         """Delete the messages that the index has at these positions."""
@@ -257,14 +298,13 @@ class Writing(RedisOperations):
     async def copy(
         self, session: Session, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
     ) -> int:
-        """Read the source and stage its messages, again if the source is edited meanwhile."""
+        """Read the source and stage its messages, again if the source is edited or handed over meanwhile."""
         keys = self.keys(scope)
         for _ in range(_COPY_ATTEMPTS):
-            found = await read_histories(session, keys, [source_id])
-            user_id = next((each.row.user_id for each in found.values()), None)
             async with Stage(session, keys, target_id) as stage:
-                if await stage.add_history(source_id, until_message_id):
-                    answer = await stage.finish(None, lifetime(scope), user_id=user_id)
+                source = await stage.add_history(source_id, until_message_id)
+                if source is not None:
+                    answer = await stage.finish(None, lifetime(scope), user_id=source.user_id)
                     if not isinstance(answer, int) and answer[0] == "CHANGED":
                         raise history_has_messages(target_id)
                     return written(answer, None)
@@ -381,6 +421,8 @@ def written(answer: Any, expected_revision: int | None) -> int:
     reason, found = answer
     if reason == "ACCESS":
         raise no_access()
+    if reason == "OTHER":
+        raise other_user()
     if reason == "CHANGED":
         check_revision(expected_revision, found)
     raise duplicate(found)

@@ -80,9 +80,8 @@ _COUNT_UP_TO = """
 """
 _UPDATE_HISTORY = """
     UPDATE haystack_chat_histories SET title = iif(?1, coalesce(title, ?2), ?2),
-        title_terms = iif(?1 AND title IS NOT NULL, title_terms, ?3),
-        user_id = iif(?4, user_id, ?5), meta = ?6, branch_of = ?7
-    WHERE history_key = ?8
+        title_terms = iif(?1 AND title IS NOT NULL, title_terms, ?3), meta = ?4, branch_of = ?5
+    WHERE history_key = ?6
 """
 _META = "SELECT CAST(meta AS TEXT) FROM haystack_chat_histories WHERE history_key = ?"
 _IN_STATISTICS = f"namespace = ?1 AND chat_history_id >= ?2 AND chat_history_id < ?5 AND {IS_VISIBLE}"
@@ -171,18 +170,20 @@ class Directory(Engine[Database]):
         chat_history_id: str,
         change: HistoryChange,
     ) -> HistoryRow | None:
-        """Change the row, and read it."""
+        """Change the row, hand over the branches, and read the row."""
         title = (change.title is UNCHANGED, change.given_title, title_terms(change.given_title))
-        user_id = (change.user_id is UNCHANGED, None if change.user_id is UNCHANGED else change.user_id)
         with session.transaction() as connection:
-            found = Histories(connection, scope, session.settings.search).find(chat_history_id)
+            histories = Histories(connection, scope, session.settings.search)
+            found = histories.find(chat_history_id)
             if found is None:
                 return None
             ((stored,),) = readable_rows(connection, _META, (found.history_key,))
             meta = change.new_meta(stored)
             branch_of = branch_origin(chat_history_id, meta)
-            values = (*title, *user_id, meta, branch_of, found.history_key)
+            values = (*title, meta, branch_of, found.history_key)
             connection.execute(_UPDATE_HISTORY, values)
+            if change.user_id is not UNCHANGED:
+                histories.hand_over(found.history_key, chat_history_id, found.user_id, change.user_id)
             return _history(connection, scope, chat_history_id)
 
     def create_history(self, session: WriteSession, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:

@@ -8,7 +8,13 @@ from typing import NamedTuple
 from haystack.dataclasses import ChatRole
 
 from haystack_chat_store.search_text import title_terms
-from haystack_chat_store.stores.conflicts import Plan, check_access, check_revision, is_replaced_already
+from haystack_chat_store.stores.conflicts import (
+    Plan,
+    check_access,
+    check_revision,
+    check_same_user,
+    is_replaced_already,
+)
 from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_said
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
 from haystack_chat_store.stores.sqlite.connections import damaged_texts_escaped, readable_rows
@@ -81,10 +87,12 @@ _RECOUNT = """
             (SELECT max(revision) FROM haystack_chat_messages WHERE message_key BETWEEN :first AND :last), 0) + 1)
     WHERE history_key = :key
 """
+# ?4 is the user of a history that is there, which ?3 says, or else the user of the scope.
 _BRANCHES = """
-    SELECT history_key, chat_history_id FROM haystack_chat_histories
-    WHERE namespace = ?1 AND branch_of = ?2 AND (?3 IS NULL OR user_id = ?3)
+    SELECT history_key, chat_history_id, user_id FROM haystack_chat_histories
+    WHERE namespace = ?1 AND branch_of = ?2 AND (user_id IS ?4 OR (NOT ?3 AND ?4 IS NULL))
 """
+_HAND_OVER = "UPDATE haystack_chat_histories SET user_id = ? WHERE history_key = ?"
 _DELETE_HISTORY = "DELETE FROM haystack_chat_histories WHERE history_key = ?"
 _MESSAGE = "SELECT message_key, role FROM haystack_chat_messages WHERE message_key >> 32 = ? AND message_id = ?"
 _IS_EQUAL = "SELECT role = ? AND content = ? FROM haystack_chat_messages WHERE message_key = ?"
@@ -272,7 +280,9 @@ class Histories:
         """Append all batches to a history, which is made if it does not exist, and count them."""
         history = self.find(row.chat_history_id)
         check_revision(expected_revision, 0 if history is None else history.revision)
-        if history is None:
+        if history is not None:
+            check_same_user(row.user_id if self._scope.user_id is None else self._scope.user_id, history.user_id)
+        else:
             history = self.make(row)
         imported = rounds = 0
         preview = last = None
@@ -319,12 +329,25 @@ class Histories:
         self.connection.execute(_KEEP_REVISION, (history_key,))
         self.connection.execute(_DELETE_HISTORY, (history_key,))
 
-    def delete_branches(self, chat_history_id: str) -> None:
-        """Delete the branches of a history, and theirs, but none of another user."""
-        origin = (self._namespace, chat_history_id, self._scope.user_id)
-        for history_key, branch in self.connection.execute(_BRANCHES, origin).fetchall():
+    def delete_branches(self, chat_history_id: str, *, is_there: bool, user_id: str | None) -> None:
+        """
+        Delete the branches of a history, and theirs, but none of another user.
+
+        :param is_there: Whether the history is there, or was until now. If not, those of the scope go that name it.
+        :param user_id: The user of the history.
+        """
+        origin = (self._namespace, chat_history_id, is_there, user_id if is_there else self._scope.user_id)
+        for history_key, branch, user_of_branch in self.connection.execute(_BRANCHES, origin).fetchall():
             self.delete(history_key)
-            self.delete_branches(branch)
+            self.delete_branches(branch, is_there=True, user_id=user_of_branch)
+
+    def hand_over(self, history_key: int, chat_history_id: str, before: str | None, after: str | None) -> None:
+        """Give a history of a user, with its branches and theirs, to another user, or to none."""
+        if before != after:
+            self.connection.execute(_HAND_OVER, (after, history_key))
+            origin = (self._namespace, chat_history_id, True, before)
+            for key_of_branch, branch, _ in self.connection.execute(_BRANCHES, origin).fetchall():
+                self.hand_over(key_of_branch, branch, before, after)
 
     def recount(self, history_key: int) -> None:
         """Set the counters of a history by its messages."""

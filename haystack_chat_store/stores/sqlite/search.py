@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from itertools import starmap
 
-from haystack_chat_store.search_text import Phrase
+from haystack_chat_store.search_text import Phrase, spaced_patterns
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.rows import FoundRow, Scope
 from haystack_chat_store.stores.sqlite.connections import Database, readable_rows
@@ -29,36 +29,40 @@ _HISTORIES, _HISTORIES_OF_USER = (
 # {found} finds the keys of the best messages. The join leaves out those that another program has deleted.
 _SEARCH = """
     SELECT chat_history_id, message_key & 0xffffffff, CAST(message_id AS TEXT), CAST(role AS TEXT),
-        haystack_chat_messages.created_at, CAST(content AS TEXT), -score
+        haystack_chat_messages.created_at, CAST(content AS TEXT), score
     FROM ({found}) CROSS JOIN haystack_chat_messages ON message_key = found_key
         CROSS JOIN haystack_chat_histories ON history_key = found_key >> 32
-    ORDER BY score
+    ORDER BY score DESC, found_key
 """
-# To rank a message costs more than to find it. With few histories only their messages are ranked.
+# How much of a message is what the query asks for: see `search_text.relevance`. FTS5's own ranks depend on how many
+# messages of the file have a term, whose ever they are. {shares} is a sum of what follows, one for each pattern.
+_SCORE = "coalesce(({shares}) * 1.0 / length(CAST(terms AS BLOB)), 0.0)"
+_SHARE = "length(CAST(terms AS BLOB)) - length(CAST(replace(terms, ?{number}, '') AS BLOB))"
+# The keys of few histories are a range of the index.
 _SEARCH_FEW, _SEARCH_FEW_OF_USER = (
     _SEARCH.format(
         found=f"""
-        SELECT rowid AS found_key, bm25(haystack_chat_terms) AS score FROM haystack_chat_terms
+        SELECT rowid AS found_key, {{score}} AS score FROM haystack_chat_terms
         WHERE haystack_chat_terms MATCH ?1 AND rowid BETWEEN ?8 AND ?9 AND rowid >> 32 IN ({few})
             AND EXISTS (SELECT 1 FROM haystack_chat_messages WHERE message_key = haystack_chat_terms.rowid)
-        ORDER BY score LIMIT ?7
+        ORDER BY score DESC, found_key LIMIT ?7
     """
     )
     for few in (_SELECT_FEW, _SELECT_FEW_OF_USER)
 )
-# With many, FTS5 ranks all, and only the best are looked at until there are enough.
+# With many, each message that is found is looked up before it gets a score.
 _SEARCH_MANY = _SEARCH.format(
     found=f"""
-        SELECT haystack_chat_terms.rowid AS found_key, rank AS score
+        SELECT haystack_chat_terms.rowid AS found_key, {{score}} AS score
         FROM haystack_chat_terms
             CROSS JOIN haystack_chat_messages ON message_key = haystack_chat_terms.rowid
             CROSS JOIN haystack_chat_histories ON history_key = haystack_chat_terms.rowid >> 32
         WHERE haystack_chat_terms MATCH ?1 AND {_IS_SEARCHED.format(plus="+")}
-        ORDER BY rank LIMIT ?7
+        ORDER BY score DESC, found_key LIMIT ?7
     """
 )
 
-# Up to this many histories, only their messages are ranked.
+# Up to this many histories, only their messages are looked at.
 _FEW_HISTORIES = 200
 
 
@@ -74,7 +78,7 @@ class Search(Engine[Database]):
         prefix: str,
         limit: int,
     ) -> list[FoundRow] | None:
-        """Ask FTS5, which ranks by bm25."""
+        """Ask FTS5 which messages match, and compare how much of each matches."""
         # The first text after an id is the id and a NUL.
         ids = id_range(prefix) if chat_history_id is None else (chat_history_id, f"{chat_history_id}\x00")
         histories = (scope.namespace, scope.user_id, microseconds_now(), *ids)
@@ -88,13 +92,14 @@ class Search(Engine[Database]):
             count, first, last = connection.execute(counted, (_FEW_HISTORIES + 1, *histories)).fetchone()
             if count == 0:
                 return []
-            values = (_match_expression(phrases), *histories, limit)
             if count > _FEW_HISTORIES:
-                rows = readable_rows(connection, seen(_SEARCH_MANY, scope), values)
+                statement = _SEARCH_MANY
             else:
-                keys = (key_range(first)[0], key_range(last)[1])
-                few = seen(_SEARCH_FEW_OF_USER if of_user else _SEARCH_FEW, scope)
-                rows = readable_rows(connection, few, (*values, *keys))
+                statement = _SEARCH_FEW_OF_USER if of_user else _SEARCH_FEW
+            patterns = spaced_patterns(phrases)
+            keys = (key_range(first)[0], key_range(last)[1])
+            values = (_match_expression(phrases), *histories, limit, *keys, *patterns)
+            rows = readable_rows(connection, seen(_scored(statement, len(patterns)), scope), values)
         return list(starmap(FoundRow, rows))
 
     def index_some(self, session: Database, scope: Scope, limit: int) -> bool:  # noqa: ARG002  (all namespaces)
@@ -105,6 +110,12 @@ class Search(Engine[Database]):
         if not index.is_complete:
             session.pause_for_other_writers()
         return not index.is_complete
+
+
+def _scored(statement: str, patterns: int) -> str:
+    """Return a search with its score. The parameters from ?10 on are the patterns."""
+    shares = " + ".join(_SHARE.format(number=number) for number in range(10, 10 + patterns))
+    return statement.format(score=_SCORE.format(shares=shares))
 
 
 def _match_expression(phrases: Sequence[Phrase]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from haystack import logging
 
 from haystack_chat_store.errors import UnsupportedOperationError
-from haystack_chat_store.search_text import searchable_text_of_content, terms
+from haystack_chat_store.search_text import searchable_text_of_content, spaced, terms
 from haystack_chat_store.stores.sqlite.connections import readable_rows
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ _OF_NEWER = (
 
 
 def terms_of(content: str) -> str:
-    """Return the terms of a stored message as the index keeps them: between blanks, in their order."""
-    return " ".join(terms(searchable_text_of_content(content)))
+    """Return the terms of a stored message as the index keeps them: in their order, with blanks around each."""
+    return spaced(terms(searchable_text_of_content(content)))
 
 
 class TermIndex:

@@ -7,6 +7,7 @@ from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.stores.conflicts import (
     check_revision,
+    check_same_user,
     compares_contents,
     history_exists,
     history_has_messages,
@@ -63,7 +64,8 @@ class Writing(Engine[Database]):
             if history is not None:
                 check_revision(expected_revision, history.revision)
                 histories.delete(history.history_key)
-            histories.delete_branches(chat_history_id)
+            user_id = None if history is None else history.user_id
+            histories.delete_branches(chat_history_id, is_there=history is not None, user_id=user_id)
 
     def delete_all(self, session: Database, scope: Scope) -> bool:
         """Delete some histories, so that no other writer waits for long."""
@@ -141,6 +143,8 @@ class Writing(Engine[Database]):
                 raise history_has_messages(target_id)
             if not connection.execute(_HAS_MESSAGES, (first_key, last_key)).fetchone()[0]:
                 return 0
+            if target is not None:
+                check_same_user(source.user_id, target.user_id)
             target = target or histories.make(_new(target_id, now, source.user_id))
             return histories.copy(first_key, last_key, target, now)
 

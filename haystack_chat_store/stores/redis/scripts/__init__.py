@@ -35,10 +35,27 @@ if version and tonumber(version) > {SCHEMA_VERSION} then
 end
 """
 
+#: The fields of a history's hash that describe it.
+INFO: Final = """'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position',
+    'revision', 'user_id', 'preview', 'last_role', 'last_text', 'last_at', 'expires_at',
+    'renamed_from', 'renaming'"""
+
+#: The state of a history's hash, which differs after each change of the history. That it takes part in a renaming, and
+#: which calls it remembers, does not count.
+STATE_OF: Final = f"""
+local function state_of(history)
+    local parts = redis.call('HMGET', history, 'edits', {INFO})
+    for index, value in ipairs(parts) do parts[index] = value and #value .. ':' .. value or '-' end
+    return redis.sha1hex(table.concat(parts, '', 1, #parts - 2))
+end
+"""
+
 #: Names the keys of a bucket.
 OF_BUCKET: Final = """
-local _, directory, expiries, names, deleted_revision, owners = unpack(KEYS)
-local function users_key(user) return string.sub(KEYS[1], 1, -16) .. ':users::' .. user end  -- not :schema_version
+local schema_version, directory, expiries, names, deleted_revision, owners = unpack(KEYS)
+local bucket = string.sub(schema_version, 1, -16)
+local origins = bucket .. ':origins'
+local function users_key(user) return bucket .. ':users::' .. user end
 """
 
 # {of_another} is what a script does with a history of another user. The last argument is the user, or nothing for all.
@@ -155,12 +172,19 @@ _CALLS_LENGTH = 4000
 #: What follows a change of a history's messages.
 LIST_HISTORY: Final = f"""
 redis.call('ZADD', directory, updated_at, chat_history_id)
-if is_new then redis.call('ZADD', names, 0, chat_history_id) end
+if is_new then
+    redis.call('ZADD', names, 0, chat_history_id)
+    local expired_user = redis.call('HGET', owners, chat_history_id)  -- of a history with this id, which has expired
+    if expired_user then
+        redis.call('ZREM', users_key(expired_user), chat_history_id)
+        redis.call('HDEL', owners, chat_history_id)
+    end
+end
 if owner then
     redis.call('ZADD', users_key(owner), updated_at, chat_history_id)
     if is_new then redis.call('HSET', owners, chat_history_id, owner) end
 end
-if not version then redis.call('SET', KEYS[1], {SCHEMA_VERSION}) end
+if not version then redis.call('SET', schema_version, {SCHEMA_VERSION}) end
 """
 
 #: Remembers the result of a call in its history.
@@ -187,7 +211,8 @@ end
 -- If all histories of the bucket expire, its own keys expire with the last of them.
 local last = redis.call('ZREVRANGE', expiries, 0, 0, 'WITHSCORES')[2]
 local has_end = last and redis.call('ZCARD', expiries) == redis.call('ZCARD', directory)
-for _, key in ipairs({KEYS[1], directory, expiries, names, owners, owner and users_key(owner) or nil}) do
+local own_keys = {schema_version, directory, expiries, names, owners, origins, owner and users_key(owner) or nil}
+for _, key in ipairs(own_keys) do
     if has_end then redis.call('PEXPIREAT', key, last) else redis.call('PERSIST', key) end
 end
 """

@@ -1,8 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts that find, describe and delete whole histories."""
 
-from haystack_chat_store.stores.redis.schema import TIME_LENGTH
-from haystack_chat_store.stores.redis.scripts import AGE_BUCKET, NOW, OF_BUCKET, Script
+from haystack_chat_store.stores.redis.schema import SCHEMA_VERSION, TIME_LENGTH
+from haystack_chat_store.stores.redis.scripts import (
+    AGE_BUCKET,
+    INFO,
+    KEEP_REVISION,
+    LIST_HISTORY,
+    NOW,
+    OF_BUCKET,
+    OF_BUCKET_AND_HISTORY,
+    SET_EXPIRY,
+    STATE_OF,
+    Script,
+)
 
 # Tells expired histories from others among the ids that a bucket lists. Reading changes nothing: they stay listed until
 # a write, a deletion or a purge removes them.
@@ -21,6 +32,8 @@ end
 _PASSED_MEANWHILE = 5
 # The most histories that a script looks up, so that other clients do not wait for long.
 _LOOKED_UP = 5000
+# How many bytes of replies a script returns, to be looked through for their token usage, or a little more.
+_USAGE_SIZE = 4_000_000
 
 #: Return the ids of histories of a bucket, the one that changed last first. Keys: those of the bucket. Arguments: a
 #: prefix; the ends of its range, as ZRANGEBYLEX takes them; how many ids; the time and the id of a history to begin
@@ -133,15 +146,22 @@ return redis.call('ZRANGEBYSCORE', directory, '-inf', before, 'LIMIT', 0, ARGV[2
 """,
 )
 
-_INFO = """'message_count', 'round_count', 'created_at', 'updated_at', 'title', 'meta', 'next_position', 'revision',
-    'user_id', 'preview', 'last_role', 'last_text', 'last_at', 'expires_at', 'renamed_from'"""
-
 #: Return fields of the hashes of histories. Keys: the bucket's schema version, then each history's hash.
 INFOS = Script(f"""
 local found = {{}}
-for key = 2, #KEYS do found[key - 1] = redis.call('HMGET', KEYS[key], {_INFO}) end
+for key = 2, #KEYS do found[key - 1] = redis.call('HMGET', KEYS[key], {INFO}) end
 return found
 """)
+
+#: Return the fields of INFOS of one history, and the state of its hash. Keys: the bucket's schema version, the hash.
+STATE = Script(
+    STATE_OF,
+    f"""
+local found = redis.call('HMGET', KEYS[2], {INFO})
+found[#found + 1] = state_of(KEYS[2])
+return found
+""",
+)
 
 #: Set title, meta and user of a history. Keys: those of the bucket, the history's hash. Arguments: the history's id;
 #: how many of the following are names of fields and values, in turn; these; then the names of fields to delete; `=` and
@@ -175,65 +195,70 @@ if redis.call('HEXISTS', history, 'message_count') == 1 then
         end
     end
 end
-return redis.call('HMGET', history, {_INFO})
+return redis.call('HMGET', history, {INFO})
 """,
 )
 
-#: Return the letters of the roles and the times of messages. Keys: the bucket's schema version, then the roles and the
-#: times of each history. Arguments: of each, the first position and the last.
+#: Return the letters of the roles and the times of messages. Keys: the bucket's schema version, then the hash, the
+#: roles and the times of each history. Arguments: of each, the first position and the last; then the user. Of a
+#: history of another user, it returns nothing.
 TIMES = Script(f"""
-local found = {{}}
-for index = 1, #ARGV, 2 do
-    local first, last = tonumber(ARGV[index]), tonumber(ARGV[index + 1])
-    found[index] = redis.call('GETRANGE', KEYS[index + 1], first, last)
-    found[index + 1] = redis.call('GETRANGE', KEYS[index + 2], {TIME_LENGTH} * first, {TIME_LENGTH} * (last + 1) - 1)
-end
-return found
-""")
-
-#: Return what replies say of their token usage. Keys: the bucket's schema version, then the roles, the times and the
-#: contents of a history. Arguments: the first position and the last. Returns times and JSON texts in turn.
-USAGE = Script(f"""
-local found, first = {{}}, tonumber(ARGV[1])
-local letters = redis.call('GETRANGE', KEYS[2], first, ARGV[2])
-if string.find(letters, 'a', 1, true) then
-    for index, content in ipairs(redis.call('LRANGE', KEYS[4], first, ARGV[2])) do
-        if string.sub(letters, index, index) == 'a' and string.find(content, '"usage":', 1, true) then
-            local is_read, message = pcall(cjson.decode, content)
-            local meta = is_read and type(message) == 'table' and message.meta
-            if type(meta) == 'table' and type(meta.usage) == 'table' then
-                local start = {TIME_LENGTH} * (first + index - 1)
-                found[#found + 1] = redis.call('GETRANGE', KEYS[3], start, start + {TIME_LENGTH} - 1)
-                local usage = {{}}
-                for _, name in ipairs({{'prompt_tokens', 'completion_tokens', 'total_tokens'}}) do
-                    if type(meta.usage[name]) == 'number' then usage[name] = meta.usage[name] end
-                end
-                local model = type(meta.model) == 'string' and meta.model or nil
-                found[#found + 1] = cjson.encode({{model = model, usage = usage}})
-            end
-        end
+local found, user = {{}}, ARGV[#ARGV]
+for index = 1, #KEYS / 3 do
+    local history, roles, times = unpack(KEYS, 3 * index - 1, 3 * index + 1)
+    local first, last = tonumber(ARGV[2 * index - 1]), tonumber(ARGV[2 * index])
+    if user == '' or redis.call('HGET', history, 'user_id') == user then
+        found[2 * index - 1] = redis.call('GETRANGE', roles, first, last)
+        found[2 * index] = redis.call('GETRANGE', times, {TIME_LENGTH} * first,
+            {TIME_LENGTH} * (last + 1) - 1)
+    else
+        found[2 * index - 1], found[2 * index] = false, false
     end
 end
 return found
 """)
 
+#: Return the replies that say something of their token usage. Keys: the bucket's schema version, then the hash, the
+#: roles, the times and the contents of a history. Arguments: the first position and the last; the user. Returns the
+#: position to go on from, -1 if the history is another user's; then times and contents in turn.
+USAGE = Script(f"""
+local _, history, roles, times, contents = unpack(KEYS)
+if ARGV[3] ~= '' and redis.call('HGET', history, 'user_id') ~= ARGV[3] then return {{-1, {{}}}} end
+local found, first, size = {{}}, tonumber(ARGV[1]), 0
+local letters = redis.call('GETRANGE', roles, first, ARGV[2])
+if string.find(letters, 'a', 1, true) then
+    for index, content in ipairs(redis.call('LRANGE', contents, first, ARGV[2])) do
+        if string.sub(letters, index, index) == 'a' and string.find(content, '"usage":', 1, true) then
+            local start = {TIME_LENGTH} * (first + index - 1)
+            found[#found + 1] = redis.call('GETRANGE', times, start, start + {TIME_LENGTH} - 1)
+            found[#found + 1] = content
+            size = size + #content
+            if size > {_USAGE_SIZE} then return {{first + index, found}} end
+        end
+    end
+end
+return {{ARGV[2] + 1, found}}
+""")
+
 #: Delete histories of a bucket. Keys: those of the bucket, then those of the histories. Arguments: a time, for those
 #: that have not changed since, or nothing; the revision that a history that is there must have, or nothing; the user;
-#: whether a history of another user is an error, 1 or 0, or left out; the histories' ids. Returns how many there were,
-#: and 1 if one of them may have branches; or ACCESS, or CHANGED and a revision.
+#: whether a history of another user is an error, 1 or 0, or left out; the state that a history that is there must have,
+#: or nothing; the histories' ids. Returns how many there were, 1 if one of them may have branches, and the user of the
+#: last one: nothing if it was not there, or else a = and the user, if it had one; or ACCESS, or CHANGED and a revision.
 DELETE = Script(
     OF_BUCKET,
+    STATE_OF,
     f"""
 redis.call('ZCARD', directory)
 redis.call('ZCARD', names)
 local expiring, deleted = redis.call('ZCARD', expiries), 0
 local kept_revision = tonumber(redis.call('GET', deleted_revision) or 0)
 local updated_before, greatest = tonumber(ARGV[1]), kept_revision
-local of_history = (#KEYS - 6) / (#ARGV - 4)
-local user, owner, branched = ARGV[3], false, 0
-for index = 5, #ARGV do
+local of_history = (#KEYS - 6) / (#ARGV - 5)
+local user, owner, branched, owner_then = ARGV[3], false, 0, ''
+for index = 6, #ARGV do
     local time = updated_before and tonumber(redis.call('ZSCORE', directory, ARGV[index]) or nil)
-    local first = 7 + (index - 5) * of_history
+    local first = 7 + (index - 6) * of_history
     local is_there = redis.call('EXISTS', KEYS[first]) == 1
     local is_other = user ~= '' and is_there and redis.pcall('HGET', KEYS[first], 'user_id') ~= user
     if is_other and ARGV[4] == '1' then return {{'ACCESS', ''}} end
@@ -242,8 +267,12 @@ for index = 5, #ARGV do
     if not is_other and (not time or time < updated_before) then
         local revision = tonumber(redis.pcall('HGET', KEYS[first], 'revision') or nil)  -- it may be damaged
         if revision and ARGV[2] ~= '' and tonumber(ARGV[2]) ~= revision then return {{'CHANGED', revision}} end
+        if is_there and ARGV[5] ~= '' and state_of(KEYS[first]) ~= ARGV[5] then return {{'CHANGED', revision}} end
         greatest = math.max(greatest, revision or 0)
-        if not is_there or redis.pcall('HGET', KEYS[first], 'branches') then branched = 1 end
+        if not is_there or redis.call('SISMEMBER', origins, ARGV[index]) == 1 then branched = 1 end
+        if ARGV[4] == '1' then redis.call('SREM', origins, ARGV[index]) end
+        local their_owner = is_there and redis.pcall('HGET', KEYS[first], 'user_id')
+        owner_then = is_there and '=' .. (type(their_owner) == 'string' and their_owner or '') or ''
         if redis.call('UNLINK', unpack(KEYS, first, first + of_history - 1)) > 0 then deleted = deleted + 1 end
         for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, ARGV[index]) end
         local gone_user = redis.call('HGET', owners, ARGV[index])
@@ -258,10 +287,75 @@ if expiring > 0 then
     {NOW}
     {AGE_BUCKET}
 end
-if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', KEYS[1]) end
-return {{deleted, branched}}
+if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', schema_version, origins) end
+return {{deleted, branched, owner_then}}
 """,
 )
+
+#: Give a history another id. Keys: those of its bucket, its own; those of the other bucket, of the other id.
+#: Arguments: the history's id; the other one; the user. Returns the fields of INFOS, also if an earlier attempt has
+#: done it, or ACCESS, or EXISTS if there is a history with the other id, or MISSING if there is none with the first.
+RENAME = Script(
+    OF_BUCKET_AND_HISTORY,
+    f"""
+local old_id, new_id, renamed = ARGV[1], ARGV[2], {{unpack(KEYS, 18, 22)}}
+local version_there = redis.call('GET', KEYS[12])
+if version_there and tonumber(version_there) > {SCHEMA_VERSION} then
+    return redis.error_reply('NEWERSCHEMA ' .. version_there)
+end
+local there = redis.call('HMGET', renamed[1], 'created_at', 'user_id', 'renamed_from')
+if is_new and (not there[1] or there[3] ~= old_id) then return {{'MISSING'}} end
+if there[1] and user ~= '' and there[2] ~= user then return {{'ACCESS'}} end
+if is_new then return redis.call('HMGET', renamed[1], {INFO}) end
+if there[1] then return {{'EXISTS'}} end
+if redis.call('EXISTS', unpack(renamed)) > 0 then return redis.error_reply('DAMAGED ' .. renamed[1]) end
+local revision_there = tonumber(redis.call('GET', KEYS[16]) or 0)
+for key = 13, 15 do redis.call('ZCARD', KEYS[key]) end
+{NOW}
+
+local new_revision = math.max(revision, revision_there) + 1
+redis.call('HSET', history, 'chat_history_id', new_id, 'revision', new_revision, 'renamed_from', old_id)
+for index, key in ipairs({{history, contents, roles, message_ids, times}}) do
+    if redis.call('EXISTS', key) == 1 then redis.call('RENAME', key, renamed[index]) end
+end
+for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, old_id) end
+if owner then
+    redis.call('ZREM', users_key(owner), old_id)
+    redis.call('HDEL', owners, old_id)
+end
+if revision > kept_revision then redis.call('SET', deleted_revision, revision) end
+if expiring > 0 then
+    {AGE_BUCKET}
+end
+if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', schema_version, origins) end
+
+-- From here on, the names stand for what belongs to the other id.
+local chat_history_id, updated_at = new_id, last_updated_at
+is_new, revision, kept_revision = true, new_revision, revision_there
+history, contents, roles, message_ids, times = unpack(renamed)
+schema_version, directory, expiries, names, deleted_revision, owners = unpack(KEYS, 12, 17)
+bucket = string.sub(schema_version, 1, -16)
+origins = bucket .. ':origins'
+version, expiring = redis.call('GET', schema_version), redis.call('ZCARD', expiries)
+{LIST_HISTORY}
+{SET_EXPIRY}
+{KEEP_REVISION}
+if expires_at or expiring > 0 then
+    {AGE_BUCKET}
+end
+return redis.call('HMGET', history, {INFO})
+""",
+)
+
+#: Note that the renaming of a history is done, once the one with the old id is gone. Keys: the bucket's schema version,
+#: the history's hash.
+END_RENAMING = Script("return redis.call('HDEL', KEYS[2], 'renaming')")
+
+#: Note that a history of a bucket, which may come later, has branches. Keys: those of the bucket. Argument: its id.
+NOTE_ORIGIN = Script(OF_BUCKET, "return redis.call('SADD', origins, ARGV[1])")
+
+#: Forget which histories have branches, if the bucket has none. Keys: those of the bucket.
+FORGET_ORIGINS = Script(OF_BUCKET, "if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', origins) end")
 
 #: Return all ids that a bucket lists, expired ones included. Keys: those of the bucket.
 ALL = Script(

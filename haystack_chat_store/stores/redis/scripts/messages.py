@@ -184,11 +184,11 @@ COUNT = Script(OF_HISTORY, if_absent("0"), " return message_count")
 
 #: Return a page. Keys: the bucket's schema version, those of the history. Arguments: a position after which the page
 #: begins, or nothing; a position before which it ends; the most messages of the page; the user. Returns the state of
-#: the history, which each edit changes: its time of creation and its number of edits; its next position; and of each
-#: message, in turn, its position, the letter of its role, its time and its content.
+#: the history, which each edit changes: its time of creation, its number of edits and its user; its user; its next
+#: position; and of each message, in turn, its position, the letter of its role, its time and its content.
 PAGE = Script(
     OF_HISTORY,
-    if_absent("{'', 0, {}}"),
+    if_absent("{'', false, 0, {}}"),
     _TO_MESSAGE,
     f"""
 local after, last, limit = tonumber(ARGV[1]), math.min(ARGV[2], position) - 1, tonumber(ARGV[3])
@@ -211,7 +211,8 @@ while first <= last and limit > 0 do
     first = stop + 1
 end
 local edits = redis.call('HGET', history, 'edits') or '0'
-return {{is_new and '' or created_at .. ' ' .. edits, position, found}}
+local state = is_new and '' or table.concat({{created_at, edits, owner and '=' .. owner or ''}}, ' ')
+return {{state, owner, position, found}}
 """,
 )
 
@@ -229,9 +230,13 @@ return redis.call('HMGET', message_ids, unpack(ARGV, 1, #ARGV - 1))
 """,
 )
 
-#: Return some ids of messages and their positions. Keys: the bucket's schema version, the history's message ids.
-#: Argument: the cursor, 0 at first. Returns the next cursor, 0 at the end, then ids and positions in turn.
-SCAN_IDS = Script("return redis.call('HSCAN', KEYS[2], ARGV[1], 'COUNT', 1000)")
+#: Return some ids of messages and their positions. Keys: the bucket's schema version, the history's hash, its message
+#: ids. Arguments: the cursor, 0 at first; the user. Returns the next cursor, 0 at the end, then ids and positions in
+#: turn.
+SCAN_IDS = Script("""
+if ARGV[2] ~= '' and redis.call('HGET', KEYS[2], 'user_id') ~= ARGV[2] then return {'0', {}} end
+return redis.call('HSCAN', KEYS[3], ARGV[1], 'COUNT', 1000)
+""")
 
 # Finds the messages to delete among those with some ids: the ones from `start` on. Refuses a damaged history.
 _FIND_GONE = """

@@ -12,6 +12,7 @@ from haystack_chat_store.stores.redis.scripts import (
     OF_BUCKET_AND_HISTORY,
     ONCE,
     REMEMBER_CALL,
+    STATE_OF,
     Script,
 )
 
@@ -74,7 +75,8 @@ end
 #: must have no messages; a name for this call; the time of the change, `now`, or nothing for now; for a new history,
 #: names of fields and values of its hash, in turn; a revision that the history is to exceed; how many gaps wait; the
 #: user. If no messages wait, nothing changes, except that a new history is made if a time is given. Returns how many
-#: messages waited, or ACCESS, or CHANGED and the history's revision, or DUPLICATE and the id of a message that it has.
+#: messages waited, or ACCESS, or OTHER if the history is there and not of the user given, or CHANGED and the history's
+#: revision, or DUPLICATE and the id of a message that it has.
 FINISH = Script(
     "local call = ARGV[6]",
     ONCE,
@@ -94,6 +96,11 @@ end
     _OF_STAGED,
     """
 if waiting == 0 and not (is_new and ARGV[7] ~= '') then return 0 end
+if not is_new then
+    for index = 8, #ARGV - 4, 2 do
+        if ARGV[index] == 'user_id' and ARGV[index + 1] ~= owner then return {'OTHER', ''} end
+    end
+end
 local moved = {}
 if position > 0 then
     local cursor = '0'
@@ -139,5 +146,10 @@ find_previews()
 {REMEMBER_CALL}
 """,
     EXPIRE,
-    "return result",
+    STATE_OF,
+    """
+local renaming = is_new and redis.call('HGET', history, 'renaming')
+if renaming then redis.call('HSET', history, 'renaming', renaming .. ' ' .. state_of(history)) end
+return result
+""",
 )
