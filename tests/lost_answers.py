@@ -28,6 +28,7 @@ CHANGES = {
     "delete by prefix": lambda call: call("delete_chat_histories", prefix="hist"),
     "purge": lambda call: call("purge", older_than=LATER),
     "copy": lambda call: call("copy_messages", "history", "copy"),
+    "rename": lambda call: call("rename_chat_history", "history", "renamed").chat_history_id,
     "update": lambda call: call("update_chat_history", "history", title="new", meta={"a": 1}).title,
 }
 
