@@ -291,8 +291,8 @@ return {{deleted, branched}}
 
 #: Give a history another id. Keys: those of its bucket, its own; those of the other bucket, of the other id.
 #: Arguments: the history's id; the other one; a name for this call; the user. Returns the fields of INFOS, also if an
-#: earlier attempt has done it, or ACCESS, or EXISTS if there is a history with the other id, or MISSING if there is none
-#: with the first.
+#: earlier attempt has done it, or ACCESS, or EXISTS if there is a history with the other id, or MISSING if there is
+#: none with the first.
 RENAME = Script(
     OF_BUCKET_AND_HISTORY,
     f"""
