@@ -553,6 +553,41 @@ def test_an_asynchronous_call_in_memory_waits_for_one_that_has_just_begun_in_a_t
     assert asyncio.run(main()) == [True, 0]
 
 
+@pytest.mark.parametrize("change", ["write", "import", "delete"])
+def test_a_call_that_is_cancelled_as_it_waits_in_memory_changes_nothing_later(change):
+    store = InMemoryChatMessageStore(namespace=uuid.uuid4().hex)
+    store.write_messages("history", [user("first")])
+    has_begun, may_end = threading.Event(), threading.Event()
+    calls = {
+        "write": lambda: store.write_messages_async("history", [user("cancelled")]),
+        "import": lambda: store.copy_messages_async("history", "copy"),
+        "delete": lambda: store.delete_messages_async("history"),
+    }
+
+    def call_of_another_thread():
+        with _memory.lock:
+            has_begun.set()
+            return may_end.wait(HANG_LIMIT)
+
+    async def main():
+        other = asyncio.create_task(asyncio.to_thread(call_of_another_thread))
+        while not has_begun.is_set():
+            await asyncio.sleep(0.001)
+        cancelled = asyncio.create_task(calls[change]())
+        await asyncio.sleep(0.05)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        written = asyncio.create_task(store.write_messages_async("history", [user("last")]))
+        await asyncio.sleep(0.01)
+        may_end.set()
+        await asyncio.gather(other, written)
+
+    asyncio.run(main())  # which waits for the threads
+    assert texts(store.retrieve_messages("history")) == ["first", "last"]
+    assert [info.chat_history_id for info in store.list_chat_histories().items] == ["history"]
+
+
 def test_an_edit_in_memory_leaves_nothing_for_the_next_append_to_make_up_for():
     store = InMemoryChatMessageStore(namespace=uuid.uuid4().hex)
     store.write_messages("history", [user(chat_message_id=str(number)) for number in range(50_000)])

@@ -2,15 +2,17 @@
 """What others change between two scripts of one call: no change is lost, and no user sees what is another's."""
 
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import count
 
 import pytest
 from haystack.dataclasses import ChatMessage
-from redis_stores import before_script, neighbours, on_every_engine, said, say
+from haystack.utils import Secret
+from redis_stores import LosesAnswers, before_script, neighbours, on_every_engine, on_one_server, said, say
 from servers import wait_until
 
 from haystack_chat_store.errors import ChatHistoryExistsError, ChatMessageStoreError, StoreUnavailableError
+from haystack_chat_store.stores.redis import RedisChatMessageStore
 from haystack_chat_store.testing.messages import with_id
 
 CHANGES = {
@@ -102,6 +104,23 @@ def test_what_is_written_to_a_history_that_has_its_new_id_is_not_lost(make_store
         kept = {message.meta["chat_message_id"] for each in left for message in store.retrieve_messages(each)}
         assert kept == {"a", "b", *written}
         written.clear()
+
+
+@on_one_server
+def test_a_renaming_whose_answer_was_lost_is_not_done_twice(make_store, server, monkeypatch):
+    store = make_store()
+    other = RedisChatMessageStore(Secret.from_token(server.url), key_prefix=store.key_prefix)
+    prepare(other)
+    with closing(LosesAnswers(server)) as proxy:
+        monkeypatch.setenv("CHAT_STORE_URL", proxy.url)
+        assert store.count_messages("old") == 2  # so that there is a connection
+        proxy.meanwhile = lambda: say(other, "another", history="old")
+        proxy.to_lose = 1
+        assert store.rename_chat_history("old", "new").message_count == 2
+        store.close()
+    assert proxy.to_lose == 0
+    assert [said(other, each) for each in ("old", "new")] == [["another"], ["Hello", "Hello"]]
+    other.close()
 
 
 @on_every_engine

@@ -2,6 +2,7 @@
 """Runs operations on the histories in memory: one at a time, and long ones never on an event loop."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Concatenate
@@ -14,8 +15,33 @@ from haystack_chat_store.stores.in_memory.reading import Reading
 from haystack_chat_store.stores.in_memory.search import Search
 from haystack_chat_store.stores.in_memory.writing import Writing
 
-_memory = Memory()
-hold_during_forks(_memory.lock)  # a forked child must not get histories in the middle of an operation
+_lock = threading.RLock()
+_memory = Memory(_lock)
+hold_during_forks(_lock)  # a forked child must not get histories in the middle of an operation
+
+
+class _LockOfCall:
+    """
+    The lock, for a call in a thread of its own. If the call is cancelled before it has the lock, it never gets it.
+
+    Otherwise it might change histories after what the same task writes later.
+    """
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self.is_withdrawn = False
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        _lock.acquire()
+        if self.is_withdrawn and not self._depth:
+            _lock.release()
+            raise asyncio.CancelledError
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        _lock.release()
 
 
 class InMemoryEngine(Writing, Reading, Directory, Search):
@@ -42,10 +68,17 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
         """Run a brief operation on the event loop itself if no other call holds the lock, and any other in a thread."""
         if is_marked(operation, is_brief):
             try:
-                if _memory.lock.acquire(blocking=False):
+                if _lock.acquire(blocking=False):
                     return plain_result(operation(_memory, *arguments, **options))
             finally:
                 # Only the thread that holds an RLock can release it. So an interrupted call may try to in any case.
                 with suppress(RuntimeError):
-                    _memory.lock.release()
-        return await asyncio.to_thread(lambda: self.execute(operation, *arguments, **options))
+                    _lock.release()
+        lock = _LockOfCall()
+        try:
+            return await asyncio.to_thread(
+                lambda: plain_result(operation(_memory.with_lock(lock), *arguments, **options))
+            )
+        except asyncio.CancelledError:
+            lock.is_withdrawn = True
+            raise

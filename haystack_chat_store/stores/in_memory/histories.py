@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data structures of chat histories in memory."""
 
-import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from haystack.dataclasses import ChatRole
 
@@ -315,10 +316,20 @@ class Memory:
     finalizer may interrupt an operation of the same thread and write.
     """
 
-    def __init__(self) -> None:
-        """Start without histories."""
-        self.lock = threading.RLock()
+    def __init__(self, lock: AbstractContextManager[Any]) -> None:
+        """
+        Start without histories.
+
+        :param lock: The lock that each operation holds.
+        """
+        self.lock = lock
         self._namespaces: dict[str, Namespace] = {}
+
+    def with_lock(self, lock: AbstractContextManager[Any]) -> "Memory":
+        """Return the same histories, with another way to the lock."""
+        memory = copy(self)
+        memory.lock = lock
+        return memory
 
     def of(self, scope: Scope) -> Namespace:
         """Return the namespace of a scope."""

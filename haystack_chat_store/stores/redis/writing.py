@@ -202,7 +202,7 @@ class Writing(RedisOperations):
             return await self._rename_by_copying(session, scope, old_id, new_id)
         keys = self.keys(scope)
         names = [*keys.to_write(old_id), *keys.to_write(new_id)]
-        fields = await session.run(of_directory.RENAME, names, [old_id, new_id, keys.user])
+        fields = await session.run(of_directory.RENAME, names, [old_id, new_id, new_name(), keys.user])
         if fields[0] == "ACCESS":
             raise no_access()
         if fields[0] == "EXISTS":

@@ -10,6 +10,7 @@ from haystack_chat_store.stores.redis.scripts import (
     NOW,
     OF_BUCKET,
     OF_BUCKET_AND_HISTORY,
+    REMEMBER_CALL,
     SET_EXPIRY,
     STATE_OF,
     Script,
@@ -293,8 +294,9 @@ return {{deleted, branched, owner_then}}
 )
 
 #: Give a history another id. Keys: those of its bucket, its own; those of the other bucket, of the other id.
-#: Arguments: the history's id; the other one; the user. Returns the fields of INFOS, also if an earlier attempt has
-#: done it, or ACCESS, or EXISTS if there is a history with the other id, or MISSING if there is none with the first.
+#: Arguments: the history's id; the other one; a name for this call; the user. Returns the fields of INFOS, also if an
+#: earlier attempt has done it, or ACCESS, or EXISTS if there is a history with the other id, or MISSING if there is
+#: none with the first.
 RENAME = Script(
     OF_BUCKET_AND_HISTORY,
     f"""
@@ -303,10 +305,12 @@ local version_there = redis.call('GET', KEYS[12])
 if version_there and tonumber(version_there) > {SCHEMA_VERSION} then
     return redis.error_reply('NEWERSCHEMA ' .. version_there)
 end
-local there = redis.call('HMGET', renamed[1], 'created_at', 'user_id', 'renamed_from')
-if is_new and (not there[1] or there[3] ~= old_id) then return {{'MISSING'}} end
+local there = redis.call('HMGET', renamed[1], 'created_at', 'user_id', 'renamed_from', 'calls')
+local call = ARGV[3]
+local is_done = is_new and there[3] == old_id or string.find(there[4] or '', call .. '=', 1, true)
+if is_new and not is_done then return {{'MISSING'}} end
 if there[1] and user ~= '' and there[2] ~= user then return {{'ACCESS'}} end
-if is_new then return redis.call('HMGET', renamed[1], {INFO}) end
+if is_done then return redis.call('HMGET', renamed[1], {INFO}) end
 if there[1] then return {{'EXISTS'}} end
 if redis.call('EXISTS', unpack(renamed)) > 0 then return redis.error_reply('DAMAGED ' .. renamed[1]) end
 local revision_there = tonumber(redis.call('GET', KEYS[16]) or 0)
@@ -330,7 +334,8 @@ end
 if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', schema_version, origins) end
 
 -- From here on, the names stand for what belongs to the other id.
-local chat_history_id, updated_at = new_id, last_updated_at
+local chat_history_id, updated_at, result = new_id, last_updated_at, 0
+local known_calls = redis.call('HGET', renamed[1], 'calls') or ''
 is_new, revision, kept_revision = true, new_revision, revision_there
 history, contents, roles, message_ids, times = unpack(renamed)
 schema_version, directory, expiries, names, deleted_revision, owners = unpack(KEYS, 12, 17)
@@ -338,6 +343,7 @@ bucket = string.sub(schema_version, 1, -16)
 origins = bucket .. ':origins'
 version, expiring = redis.call('GET', schema_version), redis.call('ZCARD', expiries)
 {LIST_HISTORY}
+{REMEMBER_CALL}
 {SET_EXPIRY}
 {KEEP_REVISION}
 if expires_at or expiring > 0 then
