@@ -16,6 +16,7 @@ from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.provider_content import as_text
 from haystack_chat_store.conversation.rounds import (
     Window,
+    in_question_order,
     last_messages,
     last_rounds,
     question_groups,
@@ -25,7 +26,7 @@ from haystack_chat_store.conversation.rounds import (
 from haystack_chat_store.conversation.shown import messages_for_model
 from haystack_chat_store.conversation.turns import answer_of, last_question, up_to_turn, validate_question
 from haystack_chat_store.errors import MessageNotFoundError
-from haystack_chat_store.ids import message_id_of
+from haystack_chat_store.ids import message_id_of, question_id_of
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import (
     usable_id_of,
@@ -328,12 +329,14 @@ class WindowReader:
             return []
         if last_k is not None or self.max_tokens is None:
             page = yield from self._whole_rounds(store, last_k, end)
+            page = yield from _without_earlier_questions(page, store, last_k)
             return self._newest_that_fit(page, current_messages, end)
         count = _FIRST_PAGE_SIZE
         while True:
             page = yield from self._whole_rounds(store, count, end)
-            fitting = self._newest_that_fit(page, current_messages, end)
-            if len(fitting) < sum(map(len, question_groups(page, with_strays=False))) or _size(page, store) < count:
+            own = yield from _without_earlier_questions(page, store, count)
+            fitting = self._newest_that_fit(own, current_messages, end)
+            if len(fitting) < len(in_question_order(own)) or _size(page, store) < count:
                 return fitting
             count *= _PAGE_GROWTH
 
@@ -360,9 +363,7 @@ class WindowReader:
         self, page: list[ChatMessage], current_messages: Sequence[ChatMessage], end: "_End"
     ) -> list[ChatMessage]:
         """Return the newest part of a page that fits `max_tokens`, in question order."""
-        # Without answers to questions before the page: they would pass for answers to another question.
-        preamble, *rounds = question_groups(page, with_strays=False)
-        history = [*preamble, *chain.from_iterable(rounds)]
+        history = in_question_order(page)
         counter, max_tokens = self.token_counter, self.max_tokens
         if counter is None or max_tokens is None:
             return history
@@ -378,6 +379,7 @@ class WindowReader:
 
         if fits(history):
             return history
+        _, *rounds = question_groups(page)
         if not rounds:
             return []
 
@@ -403,6 +405,25 @@ class WindowReader:
             or longest([*steps, len(rest)], newest_steps_from)
             or []
         )
+
+
+def _without_earlier_questions(page: list[ChatMessage], store: ChatMessageStore, last_k: int | None) -> _Reads:
+    """
+    Leave out the messages of questions that are stored before the page: they would pass for answers to another one.
+
+    Messages of a question that was deleted stay.
+
+    :param last_k: The number of rounds or messages that the page was to have.
+    """
+    limit = protocol_calls.default_last_k(store) if last_k is None else last_k
+    if limit is None or _size(page, store) < limit:
+        return page  # the whole history
+    ids = {message_id_of(message) for message in page}
+    earlier = set()
+    for question in dict.fromkeys(map(question_id_of, page)):
+        if isinstance(question, str) and question not in ids and (yield _IsStored(question)):
+            earlier.add(question)
+    return [message for message in page if question_id_of(message) not in earlier] if earlier else page
 
 
 @dataclass

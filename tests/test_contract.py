@@ -88,7 +88,9 @@ class TestInMemory(OurContract):
             made.append(InMemoryChatMessageStore(**{"namespace": namespace, **settings}))
             return made[-1]
 
-        namespace = uuid.uuid4().hex  # the histories of one process last from test to test
+        namespace = uuid.uuid4().hex
+        for left in InMemoryChatMessageStore().list_namespaces():  # by other tests: they last as long as the process
+            InMemoryChatMessageStore(namespace=left).delete_all_messages()
         yield make
         for store in made:
             store.delete_all_messages()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from strict_model import problems
 
 from haystack_chat_store import InMemoryChatMessageStore
-from haystack_chat_store.conversation.rounds import question_groups
+from haystack_chat_store.conversation.rounds import in_question_order
 from haystack_chat_store.conversation.shown import INTERRUPTED, messages_for_model
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 from haystack_chat_store.testing.messages import conversation, positions
@@ -389,16 +389,11 @@ def test_whatever_is_read_fits_and_is_valid_for_the_model(history, current, last
     assert len(shown) <= max_tokens or shown == messages_for_model([], current)
 
 
-def in_order(history):
-    """The messages of each question together, without answers to questions that are not there."""
-    return [message for group in question_groups(history, with_strays=False) for message in group]
-
-
 @untimed
 @given(marked_histories(), st.integers(1, 30), st.integers(1, 4))
 def test_whatever_is_read_is_the_newest_of_the_history_in_question_order(history, max_tokens, window_step):
     store, history = stored(history)
-    ordered = in_order(history)
+    ordered = in_question_order(history)
     window = budget(max_tokens, 10**6, window_step=window_step).read(store, "h")
     rounds = [index for index, message in enumerate(ordered) if message.role == ChatRole.USER]
     if window and len(window) > 1:
@@ -423,7 +418,12 @@ def test_without_a_budget_it_is_the_stores_window_from_a_question_on(history, la
     read = WindowReader(last_k, window_step=window_step).read(store, "h")
     asked = [index for index in range(start) if is_question(whole[index])]
     possible = [start] if start in (0, len(whole)) or is_question(whole[start]) else asked or [start]
-    assert read in [in_order(whole[index:]) for index in possible]
+    assert read in [in_question_order(without_answers_to(whole[:index], whole[index:])) for index in possible]
+
+
+def without_answers_to(earlier, messages):
+    ids = {message.meta.get(MESSAGE_ID_KEY) for message in earlier} - {None}
+    return [message for message in messages if message.meta.get(QUESTION_ID_KEY) not in ids]
 
 
 @untimed

@@ -8,6 +8,7 @@ from haystack.dataclasses import ChatMessage, ImageContent
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.errors import MessageNotFoundError
+from haystack_chat_store.ids import QUESTION_ID_KEY
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, ids, texts
 from haystack_chat_store.testing.messages import user, with_id
 from haystack_chat_store.turn_writer import TurnWriter, WrittenTurn
@@ -134,6 +135,9 @@ class Rule26TurnsTest(ContractTest):
         assert texts(calls.call(WindowReader(1), "read", store, "chat")) == ["right?", "right!"]
         assert texts(calls.call(WindowReader(2), "read", store, "chat")) == ["left?", "left!", "right?", "right!"]
         assert texts(self._read(store, calls, right[:1], last_k=0).turn) == ["right?", "right!"]
+        of_deleted = ChatMessage.from_assistant("gone!", meta={QUESTION_ID_KEY: "deleted"})
+        calls.write(store, "chat", [of_deleted])
+        assert texts(calls.call(WindowReader(1), "read", store, "chat")) == ["right?", "right!", "gone!"]
 
     def test_stored_answer_is_found_outside_the_window(self, store: ClosableStore, calls: Calls) -> None:
         for number in range(40):
