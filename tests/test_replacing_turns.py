@@ -337,7 +337,7 @@ def test_an_answer_that_is_given_anew_through_failures_is_there_once(request, st
         before = store.retrieve_messages("h")
         turn = None
         while turn is None:
-            copy, moments = type(store).from_dict(store.to_dict()), Moments(rng.randrange(1, 20), CrashError)
+            copy, moments = type(store).from_dict(store.to_dict()), Moments(rng.randrange(1, 28), CrashError)
             copy.engine = FailingEngine(copy.engine, moments)
             try:
                 turn = run(pipeline_of(copy, Model(moments), False), turn_of(False, ids(before)[-1]))["answer_writer"]
