@@ -88,7 +88,7 @@ def test_what_lists_show_of_a_history_is_compared_and_made_anew(damaged, client,
 def test_an_origin_that_does_not_know_of_its_branches_is_told(damaged, client):
     say(damaged.store, "Hi!", history="history~1")
     damaged.store.update_chat_history("history~1", meta={"branch_of": "history"})
-    client.hdel(damaged.key("history"), "branches")
+    client.srem(damaged.of_bucket("origins"), "history")
     damaged.assert_found_and_mended("it has branches and does not know of them")
     damaged.store.delete_chat_history("history")
     assert damaged.store.get_chat_history("history~1") is None

@@ -72,7 +72,7 @@ class _Inspected:
     last_text: str
     last_at: str
     meta: str
-    branches: str
+    is_origin: int
 
     def end(self) -> int:
         """Return the position after the last message."""
@@ -248,7 +248,7 @@ class Checking(RedisOperations):
 async def _check_origin(session: Session, keys: Keys, origin: str, meta: str, repair: bool) -> list[Fault]:
     """Check that a history knows of its branches, which otherwise would not be deleted with it."""
     inspected = await _inspect(session, keys, origin)
-    if inspected is None or not inspected.keys or inspected.branches:
+    if inspected is None or not inspected.keys or inspected.is_origin:
         return []
     if repair:
         await note_branch(session, keys, branch_id(origin, ""), meta)

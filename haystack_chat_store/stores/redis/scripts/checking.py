@@ -41,9 +41,10 @@ local function inspected(chat_history_id)
     found[20] = redis.call('HGET', history, 'user_id') or ''
     found[21] = redis.call('HGET', owners, chat_history_id) or ''
     found[22] = found[21] ~= '' and redis.call('ZSCORE', users_key(found[21]), chat_history_id) or ''
-    for index, field in ipairs({{'preview', 'last_role', 'last_text', 'last_at', 'meta', 'branches'}}) do
+    for index, field in ipairs({{'preview', 'last_role', 'last_text', 'last_at', 'meta'}}) do
         found[22 + index] = redis.call('HGET', history, field) or ''
     end
+    found[28] = redis.call('SISMEMBER', origins, chat_history_id)
     return found
 end
 """
