@@ -643,6 +643,15 @@ class TestShownIsNotStored:
         assert split_system_history_current([], [shown, QUESTION]).current == [QUESTION]
 
 
+def test_the_texts_of_a_stored_question_become_one_also_where_it_is_not_answered():
+    """Ollama's converter takes only one. What this turn brings along is the caller's own."""
+    question = ChatMessage(ChatRole.USER, [TextContent("Where?"), TextContent("When?")])
+    (shown,) = messages_for_model([question])
+    assert (shown._content, SHOWN_KEY in shown.meta) == ([TextContent("Where?\n\nWhen?")], True)
+    for options in ({"history": [question], "portable": False}, {"history": [], "current_messages": [question]}):
+        assert messages_for_model(**options) == [question]
+
+
 class TestMergeConsecutive:
     def test_neighbours_of_a_role_are_joined(self):
         history = [QUESTION, ChatMessage.from_user("Please."), ANSWER, ChatMessage.from_assistant("Really."), QUESTION]

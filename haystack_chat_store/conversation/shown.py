@@ -273,8 +273,8 @@ class _View:
         if any(map(is_media, content)):
             if self._has_portable_media(index):
                 content = portable_question(content, lambda number: self._mark_of_file(message, number))
-        elif len(content) > 1 and self._is_portable(index):
-            content = with_joined_texts(content)
+        elif len(content) > 1 and self._portable and id(message) not in self._current:
+            content = with_joined_texts(content)  # of a stored question, whichever model it was for
         return self._as_shown(message, content, message.meta)
 
     def _has_portable_media(self, index: int) -> bool:
