@@ -29,13 +29,21 @@ settings.register_profile("nightly", max_examples=200, deadline=None, suppress_h
 
 #: A folder in memory, where Linux has one, and how many bytes must be free in it.
 IN_MEMORY, NEEDED_BYTES = "/dev/shm", 4 * 10**9
+#: The folder of this run, which all its processes share.
+FOLDER = pytest.StashKey[str]()
 
 
-def use_memory_for_files():
+def use_memory_for_files(config):
     """Put files and folders of servers into memory, if there is room. On a disk, much of the time goes into flushes."""
     if os.path.isdir(IN_MEMORY) and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > NEEDED_BYTES:
-        os.environ["TMPDIR"] = IN_MEMORY
+        config.stash[FOLDER] = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="chat-store-tests-", dir=IN_MEMORY)
+        os.chmod(config.stash[FOLDER], 0o711)  # a server may run as another user
         tempfile.tempdir = None  # it is looked up again
+
+
+def pytest_unconfigure(config):
+    if FOLDER in config.stash:
+        shutil.rmtree(config.stash[FOLDER], ignore_errors=True)
 
 
 # ---------------------------------------------------------------------- how many tests run
@@ -54,8 +62,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "servers: needs a server of PostgreSQL or Redis, which it starts")
     config.stash[LEFT_OUT] = {}
     fork_server.ENDS_AT_ONCE = not config.getoption("--full")
-    if not config.getoption("--full"):  # the full suite shows that a disk is as good
-        use_memory_for_files()
+    if not (config.getoption("--full") or hasattr(config, "workerinput")):  # the full suite runs on a disk
+        use_memory_for_files(config)
     if not config.getoption("--hypothesis-profile", None):
         settings.load_profile("nightly" if config.getoption("--full") else "dev")
 
