@@ -231,6 +231,28 @@ def test_a_database_that_is_made_while_a_reader_looks_for_it_is_not_taken_for_a_
     assert said(reading) == ["first"]
 
 
+def test_no_database_appears_beside_the_log_of_one_that_came_and_went_while_it_was_made(
+    new_store, path, moved, monkeypatch
+):
+    slow, quick = new_store(), new_store(timeout=20)
+    migrate = connections.schema.migrate
+
+    def migrate_while_another_one_comes_and_goes(connection, place):
+        monkeypatch.setattr(connections.schema, "migrate", migrate)
+        migrate(connection, place)
+        say(quick, "quick")
+        move_database(path, moved)
+
+    monkeypatch.setattr(connections.schema, "migrate", migrate_while_another_one_comes_and_goes)
+    with pytest.raises(StoreConfigurationError, match="holds messages"):
+        say(slow, "slow")
+    assert not os.path.exists(path)
+    say(slow, "slow")
+    slow.close()
+    quick.close()
+    assert (texts_in(moved), texts_in(path)) == (["quick"], ["slow"])
+
+
 def test_a_reader_that_does_not_end_keeps_the_log_in_its_place(new_store, path, moved):
     store = new_store(timeout=0.3)
     say(store, "before")

@@ -205,7 +205,8 @@ def make_database(
     :param prepare: Makes the tables. A power cut in the middle leaves no trace at the path: nothing need be flushed.
     """
     temporary = os.path.join(os.path.dirname(path), f"{_TEMPORARY}{uuid4().hex}")
-    with suppress(FileExistsError), _appearing(temporary, path):
+    # While this one is made, another one may come to the path, be written to, and be moved. Its log stays there.
+    with suppress(FileExistsError), _appearing(temporary, path, lambda: remove_empty_log(path)):
         with lent(lambda: _connected(temporary, timeout, uri=False)) as connection:
             connection.execute("PRAGMA synchronous = off")
             connection.execute("PRAGMA journal_mode = memory")
@@ -338,15 +339,18 @@ def back_up(source: sqlite3.Connection, path: str) -> None:
 
 
 @contextmanager
-def _appearing(temporary: str, path: str) -> Iterator[None]:
+def _appearing(temporary: str, path: str, check: Callable[[], None] | None = None) -> Iterator[None]:
     """
     Have a file that is made under another name appear at a path when it is complete and on the disk.
 
+    :param check: What to do just before. If it raises, nothing appears. Defaults to nothing.
     :raises FileExistsError: If there is something at the path then.
     """
     try:
         yield
         _sync(temporary)
+        if check is not None:
+            check()
         _move_where_nothing_is(temporary, path)
     finally:
         for ending in ("", LOG, LOG_INDEX, JOURNAL):
