@@ -30,6 +30,7 @@ from haystack_chat_store.conversation.rounds import (
     last_messages,
     last_rounds,
     question_groups,
+    window_start,
     question_of,
 )
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
@@ -56,6 +57,11 @@ class TestValidateWindowStep:
     def test_refuses_what_is_no_count(self, window_step):
         with pytest.raises(ValueError, match="window_step must be"):
             validate_window_step(window_step)
+
+
+def test_a_window_of_messages_goes_back_to_the_call_of_its_first_result_up_to_the_beginning():
+    assert window_start(["assistant", "tool", "user"], Window("message", 2)) == (0, 2)
+    assert window_start(["tool", "tool", "user"], Window("message", 2)) == (0, 2)
 
 
 class TestLastRounds:

@@ -187,6 +187,13 @@ class TestRepliesNameTheirQuestion:
         reply = store.retrieve_messages("h")[1]
         assert (reply.meta["chat_message_id"], reply.meta["chat_question_id"]) == ("mine", "q0")
 
+    def test_a_reply_with_an_id_of_its_own_is_stored_although_the_question_is_answered(self, run, store, writer):
+        turn = [question("q0", "q0")]
+        run(writer, "h", turn, [ASSISTANT("a0")])
+        again = run(writer, "h", turn, [ASSISTANT("another", meta={"chat_message_id": "mine"})])
+        assert (again["messages_written"], texts(again["replies"])) == (1, ["another"])
+        assert texts(store.retrieve_messages("h")) == ["q0", "a0", "another"]
+
     def test_without_messages_a_reply_names_the_question_that_it_was_given_for(self, run, store, writer):
         store.write_messages("h", [question("q0"), question("q1")])
         run(writer, "h", [], [ASSISTANT("a0", meta={"chat_question_id": "q0"})])
