@@ -30,8 +30,8 @@ from haystack_chat_store.conversation.rounds import (
     last_messages,
     last_rounds,
     question_groups,
-    window_start,
     question_of,
+    window_start,
 )
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 from haystack_chat_store.validation import validate_last_k, validate_window_step
