@@ -2,7 +2,7 @@
 """
 Group commit: writers of one process that wait for each other share a transaction, and so one flush of the disk.
 
-A writer that finds nobody writing has the turn at once, and makes its write alone. Writers that come meanwhile wait.
+A writer has the turn at once if no other one writes, and makes its write alone. Writers that come meanwhile wait.
 The next one that has the turn takes what is waiting by then into its transaction, commits once, and answers all. So
 groups form while the disk is flushed, without a timer and without a thread of their own.
 
