@@ -134,14 +134,14 @@ def transcript_of(messages: Iterable[ChatMessage]) -> Transcript:
     listed = list(messages) if isinstance(messages, (list, tuple)) else validated_messages(messages, "transcript")
     user, hooks_key = ChatRole.USER, QUESTION_ID_KEY  # to look them up each time would take twice as long
     try:
-        contents = [
+        contents: Any = [
             message._content
             for message in listed
             if message._role is user
             and (not message._meta or hooks_key not in message._meta or question_id_of(message) is None)
         ]
         # What is not one text raises one of the errors below, which is faster than to look first.
-        keys: list[Any] = list(map(str.strip, [part.text for (part,) in contents]))  # type: ignore[union-attr]
+        keys: list[Any] = list(map(str.strip, [part.text for (part,) in contents]))
     except (AttributeError, TypeError, ValueError):  # there are other parts than a text, or other values than messages
         keys = _checked_keys(listed)
     return Transcript(listed, keys if all(keys) else [key for key in keys if key])

@@ -501,11 +501,11 @@ def test_a_clock_that_was_set_back_moves_no_history_back(store, change):
 
 
 @on_every_engine
-@pytest.mark.parametrize("stray", ["somebody else's", "gone", "too old"])
+@pytest.mark.parametrize("stray", ["another user's", "gone", "too old"])
 def test_erasing_ends_though_a_directory_lists_what_cannot_be_erased(store, client, stray):
     say(store.for_user("ada"), "Hi!", history="hers")
     say(store.for_user("eve"), "Hi!", history="another")
-    history = {"somebody else's": "another", "gone": "gone", "too old": "hers"}[stray]
+    history = {"another user's": "another", "gone": "gone", "too old": "hers"}[stray]
     keys = store.engine.keys(store.scope)
     client.zadd(keys.of_user(bucket_of(history), "ada"), {history: 1})
     if stray == "too old":

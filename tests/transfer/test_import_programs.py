@@ -698,15 +698,15 @@ def test_a_program_imports_what_a_user_said(store, importing):
     assert store.get_chat_history("hers").user_id == "ada"
     assert importing(store, "hers", messages, user_id="ada") == 0
     assert importing(store.for_user("ada"), "hers", timed(conversation("uau")), user_id="ada") == 1
-    store.write_messages("nobody's", conversation("u"))
+    store.write_messages("without a user", conversation("u"))
     for history, where, user_id in (("hers", store, "bob"), ("hers", store.for_user("ada"), "bob")):
         with pytest.raises(ChatHistoryAccessError):
             importing(where, history, timed(conversation("uauau")), user_id=user_id)
     with pytest.raises(ChatHistoryAccessError):
-        importing(store, "nobody's", timed(conversation("uau")), user_id="ada")
+        importing(store, "without a user", timed(conversation("uau")), user_id="ada")
     with pytest.raises(ValueError, match="user_id"):
         importing(store, "hers", messages, user_id="")
-    assert (store.count_messages("hers"), store.count_messages("nobody's")) == (3, 1)
+    assert (store.count_messages("hers"), store.count_messages("without a user")) == (3, 1)
 
 
 def test_messages_keep_the_ids_that_they_have(store):
