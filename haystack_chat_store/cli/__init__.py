@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     :raises SystemExit: Always, with the exit status.
     """
     try:
-        status = _run(arguments)
+        status = _run_if_installed(arguments)
     except KeyboardInterrupt:  # Ctrl-C during the imports, before `run` can handle it
         if COMPLETION_VARIABLE not in os.environ:
             print(file=sys.stderr)  # noqa: T201  (rich may not be imported yet)
@@ -24,13 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run_if_installed(arguments: Sequence[str] | None) -> int:
     try:
         import rich  # noqa: F401  (only to check that it is installed)
         import typer  # noqa: F401  (only to check that it is installed)
     except ImportError:
         print(  # noqa: T201  (the usual output needs rich, which may be missing)
-            "The command line needs typer and rich. Install them: pip install 'haystack-chat-store[cli]'",
+            "The command line needs typer and rich. They come with the extra 'cli': "
+            'pip install "haystack-chat-store[cli]", or "typer>=0.26.8" "rich>=13.8"',
             file=sys.stderr,
         )
         return FAILED

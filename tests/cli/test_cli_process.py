@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from filled_stores import command
@@ -33,6 +34,10 @@ main(["ls"])
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "haystack-chat-store[cli]" in result.stderr
+    extra = metadata.requires("haystack-chat-store")
+    for driver in ("typer", "rich"):  # installing these works from a clone, too
+        (requirement,) = [each.partition(";")[0].strip() for each in extra if each.startswith(f"{driver}>")]
+        assert f'"{requirement}"' in result.stderr
     assert "Traceback" not in result.stderr
 
 
