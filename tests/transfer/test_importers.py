@@ -325,11 +325,18 @@ def test_a_response_that_was_not_complete_is_not_taken_for_the_whole_one(store, 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [("", {}), ("{", {"": "{"}), ("[1]", {"": [1]}), ('{"a":1}', {"a": 1}), (None, {"": None})],
+    [("{", {"": "{"}), ("[1]", {"": [1]}), ("0", {"": 0}), ('{"a":1}', {"a": 1})],
 )
 def test_arguments_that_are_no_object_are_kept(store, tmp_path, arguments, expected):
     messages, _ = imported_items(store, tmp_path, {**item_call(1), "arguments": arguments})
     assert messages[0].tool_call.arguments == expected
+
+
+@pytest.mark.parametrize("fields", [{"arguments": ""}, {"arguments": None}, {"arguments": "null"}, {}])
+def test_a_call_without_arguments_has_none(store, tmp_path, fields):
+    call = {key: value for key, value in item_call(1).items() if key != "arguments"}
+    messages, _ = imported_items(store, tmp_path, {**call, **fields})
+    assert messages[0].tool_call.arguments == {}
 
 
 # ---------------------------------------------------------------------- early versions

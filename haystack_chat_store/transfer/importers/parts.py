@@ -90,13 +90,16 @@ def arguments_of(value: Any) -> dict[str, Any]:
     """
     Return the arguments of a tool call, which may be JSON text.
 
-    A value that is not an object becomes one argument with an empty name.
+    An empty text, null and a missing value mean no arguments. Any other value that is not an object, also a text that
+    is not JSON, becomes one argument with an empty name.
     """
     if isinstance(value, str):
         try:
-            value = parse_json(value) if value else {}
+            value = parse_json(value) if value else None
         except (ValueError, RecursionError):
             pass
+    if value is None:
+        return {}
     return value if isinstance(value, dict) else {"": value}
 
 
