@@ -24,9 +24,10 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
     """
     Write each history as a model would see it, up to the last message of the assistant.
 
-    Each history is held in memory as a whole, because the result of a tool call may come at its end.
+    Each history is held in memory as a whole, because the result of a tool call may come much later than the call.
 
-    :returns: The numbers of histories and messages written, and the histories that could not be.
+    :returns: The numbers of histories and messages written, the number of messages left out, and a fault for each
+        history that this format has no form for.
     """
     chat_histories = messages = total = 0
     faults = Faults()
@@ -43,7 +44,8 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
         if example:
             stream.write(encode_values({"messages": example}, "example").encode() + b"\n")
             chat_histories += 1
-            messages += sum(message_id_of(message) is not None for message in training_messages)  # not made up
+            # Messages that `messages_for_model` added have no id.
+            messages += sum(message_id_of(message) is not None for message in training_messages)
     return TransferResult(
         chat_histories=chat_histories, messages=messages, skipped=total - messages, faults=tuple(faults)
     )

@@ -210,7 +210,7 @@ def test_a_tree_that_is_broken_is_reported_and_never_joined(store, tmp_path):
     assert ids(store) == ["conversation-1", "conversation-1~answer-1"]
     assert said(store, "conversation-1") == [("user", "What is a fox?"), ("assistant", "An animal.")]
     assert faults_of(imported)[:3] == [
-        f"Node {key} of conversation-1 was left out: its way to the first message is broken."
+        f"Node {key} of conversation-1 was left out: its path to the first message is broken."
         for key in ("lost", "circle-1", "circle-2")
     ]
 

@@ -51,7 +51,7 @@ def _branches(entry: dict[str, Any], place: str, report: Report) -> Iterator[Con
     nodes = {key: node for key, node in entry["mapping"].items() if isinstance(node, dict)}
     current = parts.text_in(entry, "current_node") or None
     tree = branches_of({key: node.get("parent") for key, node in nodes.items()}, current)
-    lost = [f"Node {key} of {chat_history_id} was left out: its way to the first message is broken." for key in
+    lost = [f"Node {key} of {chat_history_id} was left out: its path to the first message is broken." for key in
             [*tree.broken, *(key for key in entry["mapping"] if key not in nodes)]]  # fmt: skip
     for each in lost:
         report(each)

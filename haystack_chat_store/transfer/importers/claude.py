@@ -64,7 +64,7 @@ def _branches(entry: dict[str, Any], place: str, report: Report) -> Iterator[Con
 
     model = parts.unused_fields({"model": entry.get("model")}, ())  # programs that read Claude's pages know it
     meta = {**parts.unused_fields({"summary": entry.get("summary")}, ()), **model}
-    for own_key, keys in _ways(entry, messages, chat_history_id, report):
+    for own_key, keys in _branches_in(entry, messages, chat_history_id, report):
         conversation = Conversation(
             chat_history_id,
             _messages_of([messages[key] for key in keys], model),
@@ -76,10 +76,10 @@ def _branches(entry: dict[str, Any], place: str, report: Report) -> Iterator[Con
         yield conversation if own_key is None else branch_of(conversation, own_key)
 
 
-def _ways(
+def _branches_in(
     entry: dict[str, Any], messages: dict[str, dict[str, Any]], chat_history_id: str, report: Report
 ) -> Iterator[tuple[str | None, list[str]]]:
-    """Yield the branches: the first message that each has for itself, and its messages."""
+    """Yield `own_key` and `keys` of each branch."""
     if not any("parent_message_uuid" in each for each in messages.values()):
         for before, after in zip(list(messages.values()), list(messages.values())[1:], strict=False):
             if before.get("sender") == after.get("sender"):
@@ -95,7 +95,7 @@ def _ways(
         parts.text_in(entry, "current_leaf_message_uuid") or None,
     )
     for key in tree.broken:
-        report(f"Message {key} of {chat_history_id} was left out: its way to the first message is broken.")
+        report(f"Message {key} of {chat_history_id} was left out: its path to the first message is broken.")
     for branch in tree.branches:
         yield branch.own_key, branch.keys
 

@@ -157,7 +157,7 @@ class ForeignDatabase(ReadOnlyDatabase):
 
         :param faults: Receives the faults of sessions and rows that are left out.
         """
-        for chat_history_id, first, last, meta in self._sessions():
+        for chat_history_id, first, last, meta in self._history_rows():
             try:
                 validation.validated_id(chat_history_id, "the id of a session")
             except ValueError as error:
@@ -169,8 +169,8 @@ class ForeignDatabase(ReadOnlyDatabase):
                 _SessionRows(self, chat_history_id, faults),
             )
 
-    def _sessions(self) -> Iterator[tuple[Any, ...]]:
-        """Yield each session: its id, the times of its first and last row, and the meta of its history."""
+    def _history_rows(self) -> Iterator[tuple[Any, ...]]:
+        """Yield a row for each history: its id, the times of its first and last message, and its meta."""
         session, moment = self._layout.session, self._layout.time or "NULL"
         return self._query(
             f"SELECT {session}, min({moment}), max({moment}), NULL FROM {self._table} "  # noqa: S608  (quoted)

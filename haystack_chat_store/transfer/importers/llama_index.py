@@ -123,18 +123,20 @@ def _conversations(items: Iterator[Item], _: str, report: Report) -> Iterator[Co
         store = value.get("store") if isinstance(value, dict) else None
         if item.number > 1 or not isinstance(store, dict) or not all(isinstance(each, list) for each in store.values()):
             raise ValueError("it is not what SimpleChatStore.persist writes")
-        for key, said in store.items():
-            yield Conversation(key, _messages_in_json(said))
+        for key, chat in store.items():
+            yield Conversation(key, _messages_in_json(chat))
 
 
-def _messages_in_json(said: list[Any]) -> Callable[[Report], Iterator[ImportedMessage]]:
+def _messages_in_json(items: list[Any]) -> Callable[[Report], Iterator[ImportedMessage]]:
+    """Return a function that converts one chat of the file. Keys are digests, because the file has no ids."""
+
     def messages(report: Report) -> Iterator[ImportedMessage]:
         digest = Digest()
         keys, rows = {}, []
-        for number, each in enumerate(said, start=1):
+        for number, each in enumerate(items, start=1):
             keys[number] = digest.key(json.dumps(each, sort_keys=True))
             if isinstance(each, dict):
-                rows.append(ForeignRow(number, 0, each))
+                rows.append(ForeignRow(number, created_at=0, data=each))  # the format has no times
             else:
                 report(f"Message {number} is not a JSON object, and was left out.")
         for row, message in _messages(rows, report):

@@ -85,7 +85,7 @@ class LlmDatabase(ReadOnlyDatabase):
             nodes = self._nodes({thread["tip_message_hash"], *(turn["tip_message_hash"] for turn in turns)})
             tree = branches_of({key: node["parent_hash"] for key, node in nodes.items()}, thread["tip_message_hash"])
             for key in tree.broken:
-                description = f"Message {key} was left out: its way to the first message is broken."
+                description = f"Message {key} was left out: its path to the first message is broken."
                 faults[Fault(chat_history_id=thread["id"], description=description)] = None
             for branch in tree.branches:
                 conversation = Conversation(
@@ -103,9 +103,9 @@ class LlmDatabase(ReadOnlyDatabase):
     def _nodes(self, tips: set[str | None]) -> dict[str, dict[str, Any]]:
         """Return the messages that lead to some messages, in the order in which they were stored."""
         found = self._rows(
-            "WITH RECURSIVE way (hash) AS (SELECT value FROM json_each(?) UNION "
-            "SELECT parent_hash FROM messages JOIN way USING (hash) WHERE parent_hash IS NOT NULL) "
-            "SELECT * FROM messages WHERE hash IN way ORDER BY rowid",
+            "WITH RECURSIVE path (hash) AS (SELECT value FROM json_each(?) UNION "
+            "SELECT parent_hash FROM messages JOIN path USING (hash) WHERE parent_hash IS NOT NULL) "
+            "SELECT * FROM messages WHERE hash IN path ORDER BY rowid",
             json.dumps([tip for tip in tips if tip]),
         )
         return {row["hash"]: row for row in found}

@@ -183,11 +183,17 @@ class AgentsDatabase(ForeignDatabase):
             description = f"{rows} to no branch, and {'was' if count == 1 else 'were'} left out."
             faults[Fault(chat_history_id=session, description=description)] = None
 
-    def _sessions(self) -> Iterator[tuple[Any, ...]]:
+    def _history_rows(self) -> Iterator[tuple[Any, ...]]:
+        """
+        Yield a row for each branch of each session, because each becomes a history of its own.
+
+        Remember in `_branches` what each history is made of, for `_stored`. A branch whose history's id is taken is
+        left out, and noted in `_clashes`.
+        """
         if not self._has_branches:
-            yield from super()._sessions()
+            yield from super()._history_rows()
             return
-        for session, first, last, _ in super()._sessions():
+        for session, first, last, _ in super()._history_rows():
             branches = [
                 branch
                 for (branch,) in self._query(

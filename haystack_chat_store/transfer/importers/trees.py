@@ -4,17 +4,17 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-# Stands for a parent that cannot be the key of a node. Keys are not so long.
-_NO_KEY = "\0" * 1000
+# Stands for a parent that cannot be the key of a node, because it is not text.
+_NO_KEY = object()
 
 
 class Branch(NamedTuple):
     """
-    A way through the tree, from its root to one of its ends.
+    A path through the tree, from a root to the current node or to a node without children.
 
     :param keys: The keys of its nodes, the root first.
-    :param own_key: The first node that no branch before it has, or `None` for the first branch. It stays the same when
-        the branch grows, so it can name the branch.
+    :param own_key: The key of the first node that no earlier branch has. It stays the same when the branch grows, so it
+        can name the branch. `None` for the current branch, and only for it.
     """
 
     keys: list[str]
@@ -25,24 +25,26 @@ class Tree(NamedTuple):
     """
     The branches of a tree.
 
-    :param branches: The current branch, if it is whole, and then the others.
-    :param broken: The keys of nodes whose way to a root is interrupted or goes in a circle.
+    :param branches: The current branch, if its path is unbroken, and then the others.
+    :param broken: The keys of nodes whose path to a root is broken, because a parent is missing, or has a cycle.
     """
 
     branches: list[Branch]
     broken: list[str]
 
 
-def branches_of(named_parents: Mapping[str, Any], current: str | None) -> Tree:
+def branches_of(parent_of: Mapping[str, Any], current: str | None) -> Tree:
     """
     Return the branches of a tree.
 
-    :param named_parents: The key of each node, and of the node before it, `None` for a root. A parent that is no key
-        interrupts the way.
-    :param current: The last node of the current branch, or a key that is no node: then the
-        end that comes last in `named_parents` is taken.
+    :param parent_of: The key of each node's parent, `None` for a root. A parent that is not the key of a node breaks
+        the path.
+    :param current: The last node of the current branch. If it is not the key of a node, the last node in `parent_of`
+        that has no children is taken.
     """
-    parents = {key: each if each is None or isinstance(each, str) else _NO_KEY for key, each in named_parents.items()}
+    parents: dict[str, Any] = {
+        key: parent if parent is None or isinstance(parent, str) else _NO_KEY for key, parent in parent_of.items()
+    }
     inner = set(parents.values())
     ends = [key for key in parents if key not in inner]
     if current not in parents:
@@ -52,7 +54,7 @@ def branches_of(named_parents: Mapping[str, Any], current: str | None) -> Tree:
     taken: set[str] = set()
     branches: list[Branch] = []
     for end in ends:
-        keys = _way(parents, end)
+        keys = _path_to(parents, end)
         if keys is None:
             continue
         own_key = next((key for key in keys if key not in taken), None)
@@ -63,8 +65,8 @@ def branches_of(named_parents: Mapping[str, Any], current: str | None) -> Tree:
     return Tree(branches, [key for key in parents if key not in taken])
 
 
-def _way(parents: Mapping[str, str | None], end: str) -> list[str] | None:
-    """Return the keys from the root to a node, or `None` if the way is interrupted or a circle."""
+def _path_to(parents: Mapping[str, Any], end: str) -> list[str] | None:
+    """Return the keys from the root to a node, or `None` if the path is broken or has a cycle."""
     keys: list[str] = []
     seen = set()
     key: str | None = end
