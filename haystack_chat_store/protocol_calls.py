@@ -257,24 +257,45 @@ def validate_replaces(store: ChatMessageStore) -> None:
         )
 
 
+class _LastRounds(NamedTuple):
+    """A request for the last rounds of the history."""
+
+    last_k: int
+
+
+class _IsStored(NamedTuple):
+    """The question whether the history has a message."""
+
+    message_id: str
+
+
 class _Replace(NamedTuple):
-    """A request to replace messages by a batch, with the options of the call. The error of a refusal is answered."""
+    """A request to replace messages by a batch. If the store refuses it, the error is sent back as the result."""
 
     messages: list[ChatMessage]
     options: dict[str, Any]
 
 
-# Yields requests for the last rounds, for whether the history has a message, or for a replacement.
-_Replacing: TypeAlias = Generator[int | str | _Replace, Any, int]
+# Yields requests, receives what they ask for, and returns the number of messages that were appended.
+_Replacing: TypeAlias = Generator[_LastRounds | _IsStored | _Replace, Any, int]
 
 
-def replace(
+def replace_keeping_other_answers(
     store: ChatMessageStore, chat_history_id: str, from_message_id: str, messages: list[ChatMessage], **options: Any
 ) -> int:
     """
-    Call a store's `replace_messages`. Answers to questions before the replaced message stay, unless it is their own.
+    Call a store's `replace_messages`, and keep later answers to other questions.
 
+    A message after the replaced one may answer an earlier question. It is written again, before the batch, and so
+    stays. What answers the same question as the replaced message goes.
+
+    :param from_message_id: The id of the first message to replace.
+    :param messages: The batch that takes its place.
+    :param options: Further arguments of `replace_messages`, such as `expected_revision`.
     :returns: The number of messages of the batch that were appended.
+    :raises MessageNotFoundError: If the history does not have `from_message_id`.
+    :raises ChatHistoryChangedError: If the history has another revision than `expected_revision`. Without it, if others
+        change the history before each of `MOST_ATTEMPTS` attempts.
     """
     requests = _replacing(store, from_message_id, messages, options)
     found: Any = None
@@ -283,10 +304,10 @@ def replace(
             request = requests.send(found)
         except StopIteration as done:
             return int(done.value)
-        if isinstance(request, int):
-            found = retrieve(store, chat_history_id, request)
-        elif isinstance(request, str):
-            found = has_message(store, chat_history_id, request)
+        if isinstance(request, _LastRounds):
+            found = retrieve(store, chat_history_id, request.last_k)
+        elif isinstance(request, _IsStored):
+            found = has_message(store, chat_history_id, request.message_id)
         else:
             try:
                 found = store.replace_messages(  # type: ignore[attr-defined]  # see validate_replaces
@@ -296,12 +317,18 @@ def replace(
                 found = error
 
 
-async def replace_async(
+async def replace_keeping_other_answers_async(
     store: ChatMessageStore, chat_history_id: str, from_message_id: str, messages: list[ChatMessage], **options: Any
 ) -> int:
-    """Do what `replace` does. If the store has no `replace_messages_async`, run it in a thread."""
+    """
+    Do what `replace_keeping_other_answers` does.
+
+    If the store has no `replace_messages_async`, run it in a thread.
+    """
     if not hasattr(store, "replace_messages_async"):
-        return await asyncio.to_thread(replace, store, chat_history_id, from_message_id, messages, **options)
+        return await asyncio.to_thread(
+            replace_keeping_other_answers, store, chat_history_id, from_message_id, messages, **options
+        )
     requests = _replacing(store, from_message_id, messages, options)
     found: Any = None
     while True:
@@ -309,10 +336,10 @@ async def replace_async(
             request = requests.send(found)
         except StopIteration as done:
             return int(done.value)
-        if isinstance(request, int):
-            found = await retrieve_async(store, chat_history_id, request)
-        elif isinstance(request, str):
-            found = await has_message_async(store, chat_history_id, request)
+        if isinstance(request, _LastRounds):
+            found = await retrieve_async(store, chat_history_id, request.last_k)
+        elif isinstance(request, _IsStored):
+            found = await has_message_async(store, chat_history_id, request.message_id)
         else:
             try:
                 found = await store.replace_messages_async(
@@ -331,13 +358,13 @@ def _replacing(
         at: dict[str, Any] = options
         if takes:
             rounds = 1
-            page: Retrieved = yield rounds
+            page: Retrieved = yield _LastRounds(rounds)
             while from_message_id not in map(message_id_of, page.messages) and len(page.messages) >= rounds:
                 rounds *= _PAGE_GROWTH
-                page = yield rounds
+                page = yield _LastRounds(rounds)
             others = answers_to_others(page.messages, from_message_id)
             for question_id in {str(question_id_of(each)) for each in others}:
-                if (yield question_id):
+                if (yield _IsStored(question_id)):
                     staying += [each for each in others if question_id_of(each) == question_id]
             at = options if is_expected else {**options, "expected_revision": page.revision}
         written = yield _Replace([*staying, *messages], at)

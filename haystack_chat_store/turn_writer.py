@@ -155,7 +155,9 @@ class TurnWriter:
             found: Any
             if isinstance(request, _Replace):
                 try:
-                    found = protocol_calls.replace(self._store, chat_history_id, *request, **self._options)
+                    found = protocol_calls.replace_keeping_other_answers(
+                        self._store, chat_history_id, *request, **self._options
+                    )
                 except (MessageNotFoundError, ChatHistoryChangedError) as error:
                     found = error
             elif isinstance(request, _WriteAt):
@@ -185,7 +187,9 @@ class TurnWriter:
             found: Any
             if isinstance(request, _Replace):
                 try:
-                    found = await protocol_calls.replace_async(self._store, chat_history_id, *request, **self._options)
+                    found = await protocol_calls.replace_keeping_other_answers_async(
+                        self._store, chat_history_id, *request, **self._options
+                    )
                 except (MessageNotFoundError, ChatHistoryChangedError) as error:
                     found = error
             elif isinstance(request, _WriteAt):

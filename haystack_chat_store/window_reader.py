@@ -81,8 +81,8 @@ class TurnWindow:
         """
         Return the stored answer of the turn, or `None` if the model is to be asked.
 
-        :param current_messages: The messages of this turn. If one comes after the question that is not stored, such as
-            the result of a tool, the turn goes on. If the answer itself is there, it is not asked for.
+        :param current_messages: The messages of this turn. The model is asked if a message after the question is not
+            stored yet, such as the result of a tool, and if the stored answer itself is among these messages.
         """
         answer = answer_of(self.turn)
         question = last_question(current_messages)
@@ -195,8 +195,8 @@ class WindowReader:
         :raises MessageNotFoundError: If the history does not have `until_message_id` or `before_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        end = _End(_validated_until(until_message_id), before_message_id=before_message_id)
-        return self._run(self._reads(store, current_messages, last_k, end), store, chat_history_id)
+        search = _WindowSearch(_validated_until(until_message_id), before_message_id=before_message_id)
+        return self._run(self._reads(store, current_messages, last_k, search), store, chat_history_id)
 
     async def read_async(
         self,
@@ -209,8 +209,8 @@ class WindowReader:
         before_message_id: str | None = None,
     ) -> list[ChatMessage]:
         """Do what `read` does, without blocking the event loop: neither for the store nor for the token counter."""
-        end = _End(_validated_until(until_message_id), before_message_id=before_message_id)
-        return await self._run_async(self._reads(store, current_messages, last_k, end), store, chat_history_id)
+        search = _WindowSearch(_validated_until(until_message_id), before_message_id=before_message_id)
+        return await self._run_async(self._reads(store, current_messages, last_k, search), store, chat_history_id)
 
     def read_turn(
         self,
@@ -236,9 +236,9 @@ class WindowReader:
         :raises MessageNotFoundError: If the history does not have `until_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        end = _End.before_turn_of(current_messages, until_message_id)
-        before = self._run(self._turn_reads(store, current_messages, last_k, end), store, chat_history_id)
-        return end.turn_window(before)
+        search = _WindowSearch.before_turn_of(current_messages, until_message_id)
+        before = self._run(self._turn_reads(store, current_messages, last_k, search), store, chat_history_id)
+        return search.turn_window(before)
 
     async def read_turn_async(
         self,
@@ -250,10 +250,10 @@ class WindowReader:
         until_message_id: str | None = None,
     ) -> TurnWindow:
         """Do what `read_turn` does, without blocking the event loop."""
-        end = _End.before_turn_of(current_messages, until_message_id)
-        reads = self._turn_reads(store, current_messages, last_k, end)
+        search = _WindowSearch.before_turn_of(current_messages, until_message_id)
+        reads = self._turn_reads(store, current_messages, last_k, search)
         before = await self._run_async(reads, store, chat_history_id)
-        return end.turn_window(before)
+        return search.turn_window(before)
 
     def shown(self, window: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
         """
@@ -307,60 +307,73 @@ class WindowReader:
         return window
 
     def _turn_reads(
-        self, store: ChatMessageStore, current_messages: Sequence[ChatMessage], last_k: int | None, end: "_End"
+        self,
+        store: ChatMessageStore,
+        current_messages: Sequence[ChatMessage],
+        last_k: int | None,
+        search: "_WindowSearch",
     ) -> _Reads:
-        shows_nothing = (self.last_k if last_k is None else last_k) == 0
-        if shows_nothing:
-            # Finds the end, if there is one to find, and the revision.
-            yield from end.page(store, 0 if end == _End() else 1, self.window_step)
-        window = yield from self._reads(store, current_messages, last_k, end)
-        if end.may_be_further_back and (yield _IsStored(str(end.question_id))):
-            end.is_turn_stored = True
-            yield from end.page(store, 1, self.window_step)
-            window = yield from self._reads(store, current_messages, last_k, end)
+        """
+        Read the rounds before the turn.
+
+        If the question is not on the first page, look it up. If the history has it further back, read again.
+        """
+        if (self.last_k if last_k is None else last_k) == 0:
+            # No rounds are wanted, but the revision and the stored turn are.
+            yield from search.page(store, 0 if search.is_open else 1, self.window_step)
+        window = yield from self._reads(store, current_messages, last_k, search)
+        if search.may_be_further_back and (yield _IsStored(str(search.question_id))):
+            search.is_turn_stored = True
+            yield from search.page(store, 1, self.window_step)
+            window = yield from self._reads(store, current_messages, last_k, search)
         return window
 
     def _reads(
-        self, store: ChatMessageStore, current_messages: Sequence[ChatMessage], last_k: int | None, end: "_End"
+        self,
+        store: ChatMessageStore,
+        current_messages: Sequence[ChatMessage],
+        last_k: int | None,
+        search: "_WindowSearch",
     ) -> _Reads:
+        """Read the rounds before the end: `last_k` of them or, if only the tokens limit them, as many as fit."""
         validate_last_k(last_k)
         last_k = self.last_k if last_k is None else last_k
         if last_k == 0:
             return []
         if last_k is not None or self.max_tokens is None:
-            page = yield from self._whole_rounds(store, last_k, end)
+            page = yield from self._whole_rounds(store, last_k, search)
             page = yield from _without_earlier_questions(page, store, last_k)
-            return self._newest_that_fit(page, current_messages, end)
+            return self._newest_that_fit(page, current_messages, search)
         count = _FIRST_PAGE_SIZE
         while True:
-            page = yield from self._whole_rounds(store, count, end)
+            page = yield from self._whole_rounds(store, count, search)
             own = yield from _without_earlier_questions(page, store, count)
-            fitting = self._newest_that_fit(own, current_messages, end)
+            fitting = self._newest_that_fit(own, current_messages, search)
             if len(fitting) < len(in_question_order(own)) or _size(page, store) < count:
                 return fitting
             count *= _PAGE_GROWTH
 
-    def _whole_rounds(self, store: ChatMessageStore, last_k: int | None, end: "_End") -> _Reads:
+    def _whole_rounds(self, store: ChatMessageStore, last_k: int | None, search: "_WindowSearch") -> _Reads:
         """
         Read a window. If it begins in the middle of a round, read more pages, back to the round's question.
 
         In a store that counts messages, a window can begin anywhere. In a store that counts rounds, it can begin at a
         user message that a hook added to a round.
         """
-        window = page = yield from end.page(store, last_k, self.window_step)
+        window = page = yield from search.page(store, last_k, self.window_step)
         limit = protocol_calls.default_last_k(store) if last_k is None else last_k
         if not window or limit is None or _size(window, store) < limit:
             return window
         more = _FIRST_PAGE_SIZE
         while (question := question_of(page, len(page) - len(window))) is None:
-            longer = yield from end.page(store, _size(window, store) + more, self.window_step)
+            longer = yield from search.page(store, _size(window, store) + more, self.window_step)
             if len(longer) <= len(page):
                 return longer[max(len(longer) - len(window), 0) :]  # the page is the whole history
             page, more = longer, more * _PAGE_GROWTH
         return page[question:]
 
     def _newest_that_fit(
-        self, page: list[ChatMessage], current_messages: Sequence[ChatMessage], end: "_End"
+        self, page: list[ChatMessage], current_messages: Sequence[ChatMessage], search: "_WindowSearch"
     ) -> list[ChatMessage]:
         """Return the newest part of a page that fits `max_tokens`, in question order."""
         history = in_question_order(page)
@@ -369,7 +382,7 @@ class WindowReader:
             return history
 
         def fits(part: list[ChatMessage]) -> bool:
-            shown = self.shown([*part, *_steps_of(end.turn, current_messages)], current_messages)
+            shown = self.shown([*part, *_steps_of(search.turn, current_messages)], current_messages)
             return counter.count([as_text(message) for message in shown]) <= max_tokens
 
         def longest(starts: Sequence[int], part_from: Callable[[int], list[ChatMessage]]) -> list[ChatMessage] | None:
@@ -427,14 +440,17 @@ def _without_earlier_questions(page: list[ChatMessage], store: ChatMessageStore,
 
 
 @dataclass
-class _End:
+class _WindowSearch:
     """
-    Where a window ends: at the end of the history, at a message, or before a turn, which is read apart.
+    The search for a window, page by page, and what the last page had of the turn and of the history.
+
+    A window ends at the end of the history, at a message, or before a turn, which is read apart.
 
     :param until_message_id: The id of the last message to read, or `None` for all.
     :param before_message_id: The id of the message after the last one to read, or `None` for all.
     :param question_id: The id of the turn's question, or `None`.
-    :param is_turn_stored: Whether the history is known to have the question. It is looked for until it is found then.
+    :param is_turn_stored: Whether the history is known to have the question. If so, larger pages are read until it is
+        found.
     :param turn: The messages of the turn, its question first, as the last page had them.
     :param rounds_after: The number of rounds after the end, on the last page.
     :param rounds: The number of rounds in the history, as the last page was read, or `None` if it is not known.
@@ -454,9 +470,18 @@ class _End:
     # The number of rounds or messages, in the store's unit, that a page is to have after the end.
     _size_after: int = 0
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the window ends with the history: no message or question is looked for."""
+        return self.until_message_id is None and self.before_message_id is None and self.question_id is None
+
     @classmethod
-    def before_turn_of(cls, current_messages: Sequence[ChatMessage], until_message_id: str | None) -> "_End":
-        """Return the end before the turn of the last question. If it has an id, it is probably stored, and the last."""
+    def before_turn_of(cls, current_messages: Sequence[ChatMessage], until_message_id: str | None) -> "_WindowSearch":
+        """
+        Return a search for the window before the turn of the last question.
+
+        If the question has an id, its turn is probably stored as the last one.
+        """
         validate_question(current_messages, "current_messages")
         question_id = usable_id_of(last_question(current_messages))
         return cls(_validated_until(until_message_id), question_id, _size_after=0 if question_id is None else 1)

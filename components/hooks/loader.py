@@ -299,17 +299,20 @@ class ChatHistoryLoader:
         self, run: AgentRun, system: list[ChatMessage], question_id: str | None
     ) -> "_Requests[list[ChatMessage]]":
         """
-        Resume a turn: the one of this question, otherwise the last one.
+        Resume a turn, and return what the model is shown.
 
-        The turn is read whole, because its end shows whether it is complete. `last_k` and `max_tokens` limit the
-        messages before it, as they did when the turn began.
+        The turn is read whole, because its end shows whether it is complete. `last_k` counts the rounds before the turn
+        only.
+
+        :param system: The system messages of this run.
+        :param question_id: The id of the turn's question, or `None` for the last turn.
         """
         turn = yield from _whole_turn(question_id)
         before: list[ChatMessage] = []
         if is_whole(turn) and self.last_k != 0:
-            in_rounds = protocol_calls.last_k_unit(self.chat_message_store) == "round"
-            own = len(round_starts(turn) if in_rounds else turn)
-            last_k = None if self.last_k is None else self.last_k + own
+            counts_rounds = protocol_calls.last_k_unit(self.chat_message_store) == "round"
+            turn_size = len(round_starts(turn) if counts_rounds else turn)
+            last_k = None if self.last_k is None else self.last_k + turn_size
             window = _Read(self._window_reader(last_k), [*system, *turn])
             yield window
             before = before_turn(window.messages, turn)

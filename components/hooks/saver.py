@@ -83,14 +83,14 @@ class ChatHistorySaver:
         store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
         for attempt in self._attempts(state, run):
             with attempt:
-                if isinstance(attempt, _Look):
+                if isinstance(attempt, _LastRounds):
                     attempt.found = protocol_calls.retrieve(store, run.chat_history_id, attempt.last_k)
                 elif isinstance(attempt, _IsStored):
                     attempt.answer = protocol_calls.has_message(store, run.chat_history_id, attempt.message_id)
                 elif attempt.replaced_id is None:
                     attempt.written = store.write_messages(run.chat_history_id, attempt.messages, **attempt.options)
                 else:
-                    attempt.written = protocol_calls.replace(
+                    attempt.written = protocol_calls.replace_keeping_other_answers(
                         store, run.chat_history_id, attempt.replaced_id, attempt.messages, **attempt.options
                     )
 
@@ -111,7 +111,7 @@ class ChatHistorySaver:
         store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
         for attempt in self._attempts(state, run):
             with attempt:
-                if isinstance(attempt, _Look):
+                if isinstance(attempt, _LastRounds):
                     attempt.found = await protocol_calls.retrieve_async(store, run.chat_history_id, attempt.last_k)
                 elif isinstance(attempt, _IsStored):
                     attempt.answer = await protocol_calls.has_message_async(
@@ -122,7 +122,7 @@ class ChatHistorySaver:
                         store, run.chat_history_id, attempt.messages, **attempt.options
                     )
                 else:
-                    attempt.written = await protocol_calls.replace_async(
+                    attempt.written = await protocol_calls.replace_keeping_other_answers_async(
                         store, run.chat_history_id, attempt.replaced_id, attempt.messages, **attempt.options
                     )
 
@@ -180,7 +180,7 @@ class ChatHistorySaver:
             run.brought = len(run.unsaved) if is_before_run else 0
         return run
 
-    def _attempts(self, state: State, run: AgentRun) -> Iterator["_Attempt | _Look | _IsStored"]:
+    def _attempts(self, state: State, run: AgentRun) -> Iterator["_Attempt | _LastRounds | _IsStored"]:
         if run.replaced_id is not None and not run.has_reply:
             return  # until then, the old messages stay
         size = run.tried or len(run.unsaved)
@@ -227,14 +227,14 @@ class ChatHistorySaver:
                 return
             run.unsaved = run.unsaved[size:]
 
-    def _tried(self, run: AgentRun, attempt: "_Attempt") -> "Iterator[_Attempt | _Look | _IsStored]":
+    def _tried(self, run: AgentRun, attempt: "_Attempt") -> "Iterator[_Attempt | _LastRounds | _IsStored]":
         """Write. If the question was stored before, write only as long as the history has it."""
         is_free = attempt.replaced_id is not None or bool(attempt.options) or not run.is_question_stored
         if is_free or not protocol_calls.takes_revisions(self.chat_message_store):
             yield attempt
             return
         for _ in range(protocol_calls.MOST_ATTEMPTS):
-            look, stored = _Look(1), _IsStored(str(run.question_id))
+            look, stored = _LastRounds(1), _IsStored(str(run.question_id))
             yield look
             if look.error is None and run.question_id not in map(message_id, look.found.messages):
                 yield stored
@@ -248,7 +248,7 @@ class ChatHistorySaver:
             if not isinstance(attempt.error, ChatHistoryChangedError):
                 return
 
-    def _compare(self, state: State, run: AgentRun, written: list[ChatMessage]) -> Iterator["_Look"]:
+    def _compare(self, state: State, run: AgentRun, written: list[ChatMessage]) -> Iterator["_LastRounds"]:
         """
         Compare messages that the store has skipped with those that it has under their ids.
 
@@ -257,7 +257,7 @@ class ChatHistorySaver:
         :raises ChatHistoryChangedError: If another run has stored another step of the turn meanwhile.
         """
         ids = {message_id(message) for message in written}
-        look, stored = _Look(1), dict[Any, ChatMessage]()
+        look, stored = _LastRounds(1), dict[Any, ChatMessage]()
         while True:
             yield look
             if look.error is not None and self.raise_on_failure:
@@ -265,7 +265,7 @@ class ChatHistorySaver:
             stored = {message_id(message): message for message in look.found.messages}
             if ids <= set(stored) or len(look.found.messages) < look.last_k:
                 break
-            look = _Look(look.last_k * _PAGE_GROWTH)
+            look = _LastRounds(look.last_k * _PAGE_GROWTH)
         others = {message_id(each): stored.get(message_id(each), each) for each in written}
         different = [each for each in written if not _says_the_same(each, others[message_id(each)])]
         for message in different:
@@ -296,7 +296,7 @@ class _Call:
         return self.error is not None
 
 
-class _Look(_Call):
+class _LastRounds(_Call):
     """A read of the last rounds and, afterwards, their messages."""
 
     def __init__(self, last_k: int) -> None:

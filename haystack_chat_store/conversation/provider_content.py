@@ -176,9 +176,9 @@ def with_id(call: ToolCall, call_id: str | None) -> ToolCall:
 
 def without_provider_content(message: ChatMessage) -> ChatMessage:
     """
-    Return a reply with what all providers share: no reasoning, signatures or raw blocks. A refusal becomes its text.
+    Return a reply without reasoning, signatures and raw blocks. A refusal becomes a text.
 
-    The ids of its calls stay. See `with_call_ids`.
+    Tool calls keep their ids and their `extra`. `with_call_ids` changes the ids.
 
     :param message: The reply. It is not changed.
     :returns: A new message, or the message itself if nothing changes.

@@ -99,7 +99,7 @@ class Place(NamedTuple):
     digest: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """
     What a transcript means for a history.
@@ -166,7 +166,7 @@ def plan_from_end(
     asked: Transcript, end: Conversation, messages: Sequence[ChatMessage], round_count: int
 ) -> Plan | None:
     """
-    Decide by the last stored question, without the questions before it.
+    Decide what a transcript means for a history, by the last stored question alone.
 
     :param asked: The transcript.
     :param end: The end of the history. The plan counts only the rounds in it.
@@ -188,55 +188,73 @@ def plan_from_end(
     # An end that is the beginning, too, such as "yes" of "yes", "no", "yes": the transcript may also be a window.
     if keys.count(keys[0]) > 1 and len(_overlaps(keys, keys)) > 1:
         return None
-    if place.number < len(asked.keys):
-        return Plan("append", len(end.rounds), place.number, len(keys), users, digest)
-    return Plan("resume", len(end.rounds), place.number, len(keys), users, digest, is_asked_again=True)
+    is_asked_again = place.number == len(asked.keys)
+    return Plan(
+        outcome="resume" if is_asked_again else "append",
+        kept=len(end.rounds),
+        known=place.number,
+        questions=len(keys),
+        users=users,
+        digest=digest,
+        is_asked_again=is_asked_again,
+    )
 
 
 def plan_from_all(asked: Transcript, stored: Conversation) -> Plan:
     """
-    Decide by all questions.
+    Decide what a transcript means for a history, by comparing all questions of both.
 
     :param asked: The transcript. It has a question.
     :param stored: The whole history.
     :raises TranscriptError: If the transcript has nothing in common with the history.
     """
     if not stored.rounds:
-        return Plan("first", 0, 0, 0, _users(stored.preamble), _digest_of([]))
+        users = _users(stored.preamble)
+        return Plan(outcome="first", kept=0, known=0, questions=0, users=users, digest=_digest_of([]))
     asked_keys = asked.keys
     stored_keys = [_key(round_[0]) for round_ in stored.rounds]
     all_asked, all_stored = len(asked_keys), len(stored_keys)
 
     def plan(outcome: TranscriptOutcome, kept: int, known: int, *, is_asked_again: bool = False) -> Plan:
         users = _users(stored.preamble) + sum(map(_users, stored.rounds[:kept]))
-        return Plan(outcome, kept, known, kept, users, _digest_of(stored_keys[:kept]), is_asked_again)
+        return Plan(
+            outcome=outcome,
+            kept=kept,
+            known=known,
+            questions=kept,
+            users=users,
+            digest=_digest_of(stored_keys[:kept]),
+            is_asked_again=is_asked_again,
+        )
 
-    same = 0
-    while same < min(all_asked, all_stored) and asked_keys[same] == stored_keys[same]:
-        same += 1
+    same_at_start = 0
+    while same_at_start < min(all_asked, all_stored) and asked_keys[same_at_start] == stored_keys[same_at_start]:
+        same_at_start += 1
 
-    # A client that cuts off the beginning sends the end of the history. It counts if the beginning does not fit at all,
-    # or if more of the answers agree: "yes", "yes", "yes".
+    # The client may have cut off the beginning of the conversation. Then its questions overlap with the end of the
+    # history. This overlap is used if the first questions differ, or if more answers agree in it than at the beginning,
+    # as may be with three times "yes".
     said = list(map(_answer, asked.rounds_from(0)))
     stored_answers = list(map(_answer, stored.rounds))
     overlaps = [length for length in _overlaps(asked_keys, stored_keys) if length < all_stored and all_asked > 1]
     agreeing = {length: _agreeing(said, stored_answers[all_stored - length :]) for length in overlaps}
     overlap = max(overlaps, key=lambda length: (agreeing[length], length), default=0)
-    if overlap and (same == 0 or agreeing[overlap] > _agreeing(said[:same], stored_answers)):
+    if overlap and (same_at_start == 0 or agreeing[overlap] > _agreeing(said[:same_at_start], stored_answers)):
         if overlap == all_asked:
             return plan("resume", all_stored, all_asked, is_asked_again=True)
         return plan("append", all_stored, overlap)
 
-    if same == 0:
+    if same_at_start == 0:
         raise TranscriptError(
             f"The transcript has nothing in common with the history: none of its {all_asked} questions is the first of "
             f"the {all_stored} that are stored, nor does it begin with the last of them. Nothing was changed."
         )
-    if same == all_stored and same < all_asked:
-        return plan("append", all_stored, same)
-    if same == all_asked:
-        return plan("resume" if same == all_stored else "rewind", same, same, is_asked_again=True)
-    return plan("rewind", same, same)
+    if same_at_start == all_stored and same_at_start < all_asked:
+        return plan("append", all_stored, same_at_start)
+    if same_at_start == all_asked:
+        outcome: TranscriptOutcome = "resume" if same_at_start == all_stored else "rewind"
+        return plan(outcome, same_at_start, same_at_start, is_asked_again=True)
+    return plan("rewind", same_at_start, same_at_start)
 
 
 def with_outcome(plan: Plan, stored: Conversation, *, is_retry: bool) -> Plan:

@@ -82,8 +82,9 @@ def before_turn(messages: Sequence[ChatMessage], turn: Sequence[ChatMessage]) ->
     """
     Return the messages before a turn.
 
-    :param messages: The end of a history. It may begin in the middle of the turn, or after it.
-    :param turn: A turn of the same history.
+    :param messages: The end of a history.
+    :param turn: A turn of the same history, its question first.
+    :returns: The messages. The list is empty if the question is not among `messages`.
     """
     # Messages are compared as a whole, because a store of another package may not keep ids.
     starts = [index for index, message in enumerate(messages) if message == turn[0]]

@@ -410,11 +410,12 @@ def _standard_stream(number: int, servers: Any) -> io.TextIOWrapper:
     )
 
 
-class _End:
+class _QuickExit:
     """
-    The end of a program, which would take six times as long as all else if it took all that is imported to pieces.
+    An exit handler that ends the process without taking apart what was imported before the program.
 
-    It is the first exit handler, so it runs last. What the program has forked ends as the interpreter ends it.
+    To take it apart would take six times as long as all else. This is the first exit handler, so it runs last. What the
+    program has forked ends as the interpreter ends it.
     """
 
     def __init__(self) -> None:
@@ -497,10 +498,10 @@ def _preload(modules: Sequence[str], path: Sequence[str]) -> list[str]:
 def _main() -> None:
     descriptor, path, modules = json.loads(sys.argv[1])
     requests = socket.socket(fileno=descriptor)
-    end = _End()
+    quick_exit = _QuickExit()
     fresh_path = _preload(modules, path)
     arguments, ends_at_once = _become(*_serve(requests), fresh_path)
-    (end.run if ends_at_once else _run)(arguments)
+    (quick_exit.run if ends_at_once else _run)(arguments)
 
 
 if __name__ == "__main__":
