@@ -187,6 +187,7 @@ async def _statistics(session: Session, parameters: dict[str, Any]) -> StoreStat
         chat_histories=histories,
         messages=messages,
         rounds=rounds,
+        # The size is that of the whole database, so a store of one user does not tell it.
         size=size if parameters["user"] is None else None,
         messages_per_day={_EPOCH + timedelta(days=day): count for day, count in per_day},
         usage=usage.total(),

@@ -13,15 +13,15 @@ BEGIN_AND_NUMBER = f"{BEGIN}; SELECT txid_current()"
 STATUS_OF_TRANSACTION = "SELECT txid_status(%s)"
 # For operations that read with several statements, as of one moment.
 BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
-# What reads most of a table may read it from end to end, whatever the connection's setting is.
+# Connections switch sequential scans off (`_KEEP_TO_INDEXES`). Operations that read most of a table switch them on.
 READ_WHOLE_TABLES = "SET LOCAL enable_seqscan = on"
 #: Greater than all ids, which have 512 characters at most.
 AFTER_ALL_IDS = "\U0010ffff" * 513
 
 #: Later than all times, in microseconds since 1970.
 AFTER_ALL_TIMES = 2**62
-# The first time that PostgreSQL has, in 4713 BC.
-_EARLIEST = -210_866_803_200_000_000
+# The first timestamp of PostgreSQL, in 4713 BC, in microseconds since 1970.
+_EARLIEST_TIME = -210_866_803_200_000_000
 
 
 def prefix_parameters(scope: Scope, prefix: str) -> dict[str, Any]:
@@ -36,9 +36,9 @@ def prefix_parameters(scope: Scope, prefix: str) -> dict[str, Any]:
     }
 
 
-def _microseconds(column: str) -> str:
+def _microseconds_sql(column: str) -> str:
     """
-    Return the expression for a time in microseconds since 1970.
+    Return the SQL expression that makes microseconds since 1970 of a timestamp.
 
     Before PostgreSQL 14, extract() returns numbers that are exact only if they are whole and not too large.
     """
@@ -48,11 +48,13 @@ def _microseconds(column: str) -> str:
     )
 
 
-def _time(microseconds: str) -> str:
+def _timestamp_sql(microseconds: str) -> str:
     """
-    Return the expression for the time that microseconds since 1970 stand for.
+    Return the SQL expression that makes a timestamp of microseconds since 1970.
 
     An interval is multiplied in floating point, which is exact for whole hours of any year.
+
+    :param microseconds: An SQL expression of the type `bigint`.
     """
     return (
         f"('epoch'::timestamptz + {microseconds} / 3600000000 * interval '1 hour'"
@@ -60,9 +62,9 @@ def _time(microseconds: str) -> str:
     )
 
 
-def _is_readable(time: str) -> str:
-    """Return the expression for whether Python's `datetime` has a time."""
-    return f"{time} BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00'"
+def _is_readable_sql(timestamp: str) -> str:
+    """Return the SQL expression for whether Python's `datetime` can hold a timestamp."""
+    return f"{timestamp} BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00'"
 
 
 # The histories of the scope: of its user, unless it has none, and not those that have expired.
@@ -76,18 +78,18 @@ _BY_ID = 'chat_history_id COLLATE "C"'
 _IS_SEEN = "(%(with_branches)s OR branch_of IS NULL)"
 _CURSOR = "%(updated_at)s::bigint"
 _UPDATED_AT_OF_CURSOR = (
-    f"CASE WHEN {_CURSOR} = {AFTER_ALL_TIMES} THEN 'infinity' WHEN {_CURSOR} < {_EARLIEST} THEN '-infinity'"
-    f" ELSE {_time(_CURSOR)} END"
+    f"CASE WHEN {_CURSOR} = {AFTER_ALL_TIMES} THEN 'infinity' WHEN {_CURSOR} < {_EARLIEST_TIME} THEN '-infinity'"
+    f" ELSE {_timestamp_sql(_CURSOR)} END"
 )
 
 #: What statements have in common, under the names by which they include it.
 FRAGMENTS = {
     "history_row": (
-        f"chat_history_id, {_microseconds('created_at')}, {_microseconds('updated_at')}, message_count, round_count, "
-        f"title, meta, revision, user_id, preview, last_role, last_text, {_microseconds('last_at')}"
+        f"chat_history_id, {_microseconds_sql('created_at')}, {_microseconds_sql('updated_at')}, message_count, "
+        f"round_count, title, meta, revision, user_id, preview, last_role, last_text, {_microseconds_sql('last_at')}"
     ),
-    "message_row": f"position, {_microseconds('created_at')}, message_id, role, content",
-    "message_time": _microseconds("created_at"),
+    "message_row": f"position, {_microseconds_sql('created_at')}, message_id, role, content",
+    "message_time": _microseconds_sql("created_at"),
     "by_id": _BY_ID,
     "with_prefix": (
         f"namespace = %(namespace)s AND {_BY_ID} >= %(prefix)s AND {_BY_ID} < %(end)s AND {_VISIBLE} AND {_IS_SEEN}"
@@ -105,15 +107,15 @@ FRAGMENTS = {
     "expires_at": "statement_timestamp() + %(lifetime)s::bigint * interval '1 microsecond'",
     "further": f"(updated_at, {_BY_ID}) < ({_UPDATED_AT_OF_CURSOR}, %(id)s)",
     "newest_first": f"ORDER BY updated_at DESC, {_BY_ID} DESC",
-    "created_at": _time("%(created_at)s::bigint"),
-    "updated_at": _time("%(updated_at)s::bigint"),
-    "updated_before": _time("%(updated_before)s::bigint"),
-    "time_sent": _time("number"),
-    "last_at": _time("%(last_at)s::bigint"),
+    "created_at": _timestamp_sql("%(created_at)s::bigint"),
+    "updated_at": _timestamp_sql("%(updated_at)s::bigint"),
+    "updated_before": _timestamp_sql("%(updated_before)s::bigint"),
+    "time_sent": _timestamp_sql("number"),
+    "last_at": _timestamp_sql("%(last_at)s::bigint"),
     # For statements whose transaction holds the history's lock. After a failover, the server's clock may be behind.
     "now": "greatest(updated_at, statement_timestamp())",
-    "created_at_is_readable": _is_readable("created_at"),
-    "updated_at_is_readable": _is_readable("updated_at"),
+    "created_at_is_readable": _is_readable_sql("created_at"),
+    "updated_at_is_readable": _is_readable_sql("updated_at"),
     # Messages are sent as joined texts, because psycopg takes as long for three arrays as for all the rest. Contents
     # are JSON, which needs no line breaks, and terms have none.
     "sent": """

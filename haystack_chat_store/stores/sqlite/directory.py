@@ -256,6 +256,7 @@ class Directory(Engine[Database]):
             chat_histories=count,
             messages=messages,
             rounds=rounds,
+            # The size is that of the whole database, so a store of one user does not tell it.
             size=size if scope.user_id is None else None,
             messages_per_day=dict(days),
             usage=usage.total(),
