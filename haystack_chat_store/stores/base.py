@@ -84,10 +84,11 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         :param search: Whether messages can be searched. Defaults to False.
         :param strict: Whether a message is refused if its `meta` contains a value without a JSON form, such as a
             function. Defaults to False: the `repr` of such a value is stored, and the log says so.
-        :param user_id: The user whose histories alone the store sees and changes, 1 to 512 characters: see `for_user`.
+        :param user_id: The store sees and changes only histories of this user, 1 to 512 characters: see `for_user`.
             Defaults to `None`: all histories of the namespace.
-        :param ttl: After how many seconds without a write a history expires, by the server's clock. Each write to it
-            starts the time anew, with the `ttl` of the store that writes. Defaults to `None`: never.
+        :param ttl: The number of seconds after which a history expires, by the server's clock. The time starts anew
+            when messages are stored in the history, with the `ttl` of the store that stores them. A new title or meta
+            does not start it anew. Defaults to `None`: a history never expires.
         :param renew_ttl_on_read: Whether reading messages of a history starts the time anew, too. Defaults to False.
         :raises ValueError: If a setting is wrong.
         :raises UnsupportedOperationError: If the engine has no users, or no histories that expire.
@@ -139,16 +140,16 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
 
     def for_user(self, user_id: str) -> Self:
         """
-        Return this store for one user: the same store, which sees and changes only this user's histories.
+        Return a copy of this store that sees and changes only the histories of one user.
 
-        For what reads, a history of another user, or of none, is as absent as one that does not exist. A write to it
-        raises a `ChatHistoryAccessError`. A history that is made through it is this user's. It costs next to nothing to
-        make, and shares the connections of this store.
+        Calls of it that read treat a history of another user, or of no user, like one that does not exist. A write to
+        such a history raises a `ChatHistoryAccessError`. A history that is created through it belongs to the user. It
+        shares the connections of this store, so it is cheap: make one for each request.
 
         :param user_id: The user's id: 1 to 512 characters, without NUL and lone surrogates.
         :returns: A store of this class. Its `user_id` is a setting like others, which `to_dict` contains.
         :raises ValueError: If `user_id` is not a valid id.
-        :raises ChatHistoryAccessError: If this is the store of another user already.
+        :raises ChatHistoryAccessError: If this store belongs to another user.
         :raises UnsupportedOperationError: If the engine has no users.
         """
         user = validation.validated_id(user_id, "user_id")
@@ -170,7 +171,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         expected_revision: int | None = None,
     ) -> int:
         """
-        Append messages to a history, as one batch that becomes visible and durable whole or not at all.
+        Append messages to a history, as one batch: either all of it is stored, or nothing.
 
         A message is skipped if the history already has its id (in `meta["chat_message_id"]`), so retrieved messages can
         safely be written again. A message without an id gets a new one at each call. To repeat a call that may have
@@ -182,20 +183,20 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         :param policy: Decides about a message whose id the history already has. With SKIP, the default, and NONE, the
             message is skipped. With OVERWRITE, it replaces the stored message, at the same position. (Of several
             messages in the batch with the same id, the last one counts.) With FAIL, nothing is written.
-        :param expected_revision: The history's `revision` (see `get_chat_history`) that this write follows, 0 if the
-            history must not exist. If the history has another one, nothing is written. So if two writers answer the
-            same message, the second one gets an error. Defaults to `None`: any revision.
-        :returns: The number of messages that this call wrote, including replacements. A message that the history has
-            already, equal, is not replaced. If the history has all messages already, equal, the call returns 0
-            whatever `expected_revision` says: a call that is repeated is no conflict with itself. (With SKIP, they are
-            equal even if their meta differs, as after a rating.)
+        :param expected_revision: The `revision` that the history must have (see `get_chat_history`), 0 if it must not
+            exist. If it has another one, nothing is written. So if two writers answer the same message, the second one
+            gets an error. Defaults to `None`: any revision.
+        :returns: The number of messages that this call wrote, including replacements. If the history already has equal
+            messages under all the ids, the call returns 0, whatever `expected_revision` is: a repeated call is no
+            conflict with itself. (With SKIP, messages are equal even if their meta differs, as after a rating.)
         :raises ValueError: If an argument is wrong. If a message contains a value that cannot be stored, the error is a
             `MessageEncodingError`. Nothing was written.
         :raises DuplicateMessageError: If the policy is FAIL, and the history already has an id, or the batch has an id
             twice. Nothing was written.
         :raises ChatHistoryChangedError: If the history has another revision than `expected_revision`. Nothing was
             written.
-        :raises ChatMessageStoreError: If the engine fails. None or all of the batch was written.
+        :raises ChatHistoryAccessError: If the history is another user's. Nothing was written.
+        :raises ChatMessageStoreError: If the engine fails. All of the batch was written, or nothing.
         """
         write = self._checked_write(chat_history_id, messages, policy, expected_revision)
         encoded = _encoded(write)
@@ -282,7 +283,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
     ) -> HistoryWindow:
         """
-        Return what `retrieve_messages` returns, with the revision and the number of rounds that the history then has.
+        Return what `retrieve_messages` returns, with the revision and the number of rounds of the whole history.
 
         :param chat_history_id: The history's id. A history that does not exist is empty, and has revision 0.
         :param last_k: The number of rounds, 0 for none. Defaults to `None`: the store's own `last_k`.
@@ -311,7 +312,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
 
     def count_messages(self, chat_history_id: str) -> int:
         """
-        Return the number of messages in a history. It is read from a counter, at the same cost for any length.
+        Return the number of messages in a history. It is read from a counter, so it costs the same for any length.
 
         :param chat_history_id: The history's id. A history that does not exist has 0 messages.
         :raises ValueError: If `chat_history_id` is not a valid id.
@@ -334,27 +335,28 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         expected_revision: int | None = None,
     ) -> int:
         """
-        Take back a message and all messages after it, and append others, in one atomic step.
+        Delete a message and all messages after it, and append others in their place, in one atomic step.
 
-        For an answer that is asked for again, or a question that is edited: ask the model first and replace afterwards,
-        so that a failing model costs nothing.
+        Use it to regenerate an answer or to edit a question. Ask the model first and replace afterwards, so that a
+        failing model costs nothing.
 
-        The new messages get new positions. They may have ids of messages that are taken back. A message whose id the
-        history has before `from_message_id` is skipped. To repeat a call that may have failed, give its messages ids
+        The new messages get new positions. They may have the ids of deleted messages. A message is skipped if the
+        history has its id before `from_message_id`. To repeat a call that may have failed, give its messages ids
         before the first call (see `with_message_ids`): if the first call was successful, and its messages are still
         the end of the history, the second one changes nothing and returns 0.
 
         :param chat_history_id: The history's id.
-        :param from_message_id: The id of the first message to take back.
-        :param messages: The messages to append, oldest first. If there are none, the others are only taken back.
-        :param expected_revision: The history's `revision` that this change follows. If the history has another one,
-            nothing is changed. Defaults to `None`: any revision.
+        :param from_message_id: The id of the first message to delete.
+        :param messages: The messages to append, oldest first. If there are none, the call only deletes.
+        :param expected_revision: The `revision` that the history must have. If it has another one, nothing is changed.
+            Defaults to `None`: any revision.
         :returns: The number of messages that this call appended.
         :raises ValueError: If an argument is wrong. If a message contains a value that cannot be stored, the error is a
             `MessageEncodingError`. Nothing was changed.
         :raises MessageNotFoundError: If the history does not have `from_message_id`. Nothing was changed.
         :raises ChatHistoryChangedError: If the history has another revision than `expected_revision`. Nothing was
             changed.
+        :raises ChatHistoryAccessError: If the history is another user's. Nothing was changed.
         :raises ChatMessageStoreError: If the engine fails. The messages were replaced, or nothing was changed.
         """
         write = self._checked_write(chat_history_id, messages, DuplicatePolicy.SKIP, expected_revision)
@@ -382,13 +384,15 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
 
     def update_message_meta(self, chat_history_id: str, message_id: str, *, merge: dict[str, Any]) -> StoredMessage:
         """
-        Set keys in the meta of a message, such as a rating, while all others stay. What was said does not change.
+        Set keys in the meta of a message, such as a rating. Its other keys and its content stay.
 
-        No other change is lost. The history's revision becomes greater, and its `updated_at` stays.
+        Changes that others make at the same time are kept. The history's revision becomes greater, and its `updated_at`
+        stays.
 
         :param chat_history_id: The history's id.
         :param message_id: The message's id.
-        :param merge: The keys to set. A value of `None` deletes its key. The message's id cannot be changed.
+        :param merge: The keys to set, with their values. The value `None` deletes a key. The message's id cannot be
+            changed.
         :returns: The message after the change.
         :raises ValueError: If an argument is wrong. Nothing was changed.
         :raises MessageNotFoundError: If the history does not have the message.
@@ -423,12 +427,14 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
             has no messages any more. Defaults to `None`: the whole history is deleted.
         :param from_message_id: The id of a message. It is deleted with all messages after it, so that the conversation
             can go on from before it. Cannot be given together with `message_ids`.
-        :param expected_revision: The history's `revision` that this deletion follows. If the history has another one,
-            nothing is deleted. If there is nothing to delete, it does not matter. Defaults to `None`: any revision.
+        :param expected_revision: The `revision` that the history must have. If it has another one, nothing is deleted.
+            If the history has none of the messages to delete, the revision is not checked. Defaults to `None`: any
+            revision.
         :raises ValueError: If an argument is wrong.
         :raises MessageNotFoundError: If the history does not have `from_message_id`. Nothing was deleted.
         :raises ChatHistoryChangedError: If the history has another revision than `expected_revision`. Nothing was
             deleted.
+        :raises ChatHistoryAccessError: If the history is another user's. Nothing was deleted.
         :raises ChatMessageStoreError: If the engine fails. All of the messages were deleted, or none.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
@@ -460,7 +466,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
 
     def delete_all_messages(self) -> None:
         """
-        Delete every history of this store's namespace, for good. Other namespaces are not changed.
+        Delete every history of this store, for good: those of its namespace or, in a store of one user, the user's.
 
         The engine deletes in batches, and each history whole. After an error, some histories may be deleted.
 
@@ -523,7 +529,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
 
     def _check_engine(self) -> None:
         """
-        Check that the engine can keep what the settings ask for.
+        Check that the engine can do what the settings ask for.
 
         :raises UnsupportedOperationError: If it has no users, or no histories that expire.
         """
@@ -550,7 +556,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         return _Write(history, named, policy, expected_revision, self.strict)
 
     def _is_said(self, write: _Write, message: EncodedMessage) -> bool:
-        """Whether the history has a message of a repeated write. Its meta may have changed since, as by a rating."""
+        """Whether the history has a message of a repeated write. Its meta may differ, as after a rating."""
         where = self.scope, write.chat_history_id
         if not message.has_caller_id:
             return False
@@ -632,7 +638,7 @@ def _encoded(write: _Write) -> list[EncodedMessage]:
 
 
 def _at_least_one(window: Window) -> Window:
-    """Return a window that engines read: nothing is no window."""
+    """Return the window, or one of a single round or message: an engine cannot read an empty window."""
     return Window(window.unit, 1) if window.count == 0 else window
 
 
@@ -649,7 +655,11 @@ def _decoded(rows: WindowRows, window: Window) -> list[ChatMessage]:
 
 
 def _work_to_encode(write: _Write) -> int:
-    """Estimate the cost of encoding, in characters of text. Stops counting at the limit of what the event loop does."""
+    """
+    Estimate the cost of encoding, as a number of characters.
+
+    Counting stops as soon as the number is too large for the event loop.
+    """
     work, left = 0, [part for _, message in write.named for part in (message.meta, *message._content)]
     while left and work <= MAX_CHARACTERS_ON_LOOP:
         value = left.pop()

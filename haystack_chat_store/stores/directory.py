@@ -30,7 +30,7 @@ from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, MessageP
 
 # The number of histories that one step erases. Other writers wait no longer than for one step.
 _ERASE_BATCH_SIZE = 100
-# The most histories that one call of the engine returns when most of them do not have the meta that is looked for.
+# The number of histories that the engine returns at a time while a list looks for a meta or for branches.
 _MOST_READ = 1_000
 # The errors that say that a branch cannot get an id, or is not there any more.
 _REFUSED_RENAMING = (ChatHistoryExistsError, ChatHistoryAccessError, ChatHistoryNotFoundError)
@@ -68,14 +68,14 @@ class DirectoryMethods:
         :param prefix: Only histories whose ids begin with this text, taken literally. Defaults to all.
         :param user_id: Only histories of this user. They are found by an index. Defaults to `None`: all histories.
         :param meta: Only histories whose meta has these values under these keys. JSON values are compared: 1 equals
-            1.0, and not `True`. `None` stands for a key that is null or not there. There is no index: histories are
-            read until the page is full. Defaults to `None`: all histories.
-        :param branches: Whether branches are listed, too: what `match_transcript` keeps of what it takes back. Defaults
-            to False.
+            1.0, and not `True`. The value `None` matches a key that is null or missing. There is no index: histories
+            are read until the page is full. Defaults to `None`: all histories.
+        :param branches: Whether branches are listed, too. (Branches are the copies that `match_transcript` keeps before
+            it deletes messages.) Defaults to False.
         :param limit: The largest number of histories on the page, 1 to 1,000. Defaults to 50.
         :param cursor: The cursor of the page before. Defaults to `None`: the first page.
         :raises ValueError: If an argument is wrong.
-        :raises ChatHistoryAccessError: If this is the store of another user.
+        :raises ChatHistoryAccessError: If this store belongs to another user.
         :raises ChatMessageStoreError: If the engine fails.
         """
         listing = self._checked_listing(prefix, user_id, meta, branches, limit, cursor)
@@ -101,7 +101,7 @@ class DirectoryMethods:
 
     def get_chat_history(self, chat_history_id: str) -> ChatHistoryInfo | None:
         """
-        Return all about a history but its messages, or `None` if the history does not exist.
+        Return a history's title, meta, counters and times, or `None` if the history does not exist.
 
         :param chat_history_id: The history's id.
         :raises ValueError: If `chat_history_id` is not a valid id.
@@ -127,16 +127,17 @@ class DirectoryMethods:
         exist_ok: bool = False,
     ) -> ChatHistoryInfo:
         """
-        Make a history before its first message, and return it.
+        Create a history before its first message, and return it.
 
         :param chat_history_id: The history's id.
         :param user_id: The user that it belongs to. Defaults to `None`: the user of this store, if it has one.
-        :param title: Its title, up to 1,000 characters without NUL. Defaults to `None`.
+        :param title: Its title, up to 1,000 characters without NUL. Defaults to `None`: no title.
         :param meta: Its meta. Defaults to `None`: an empty meta.
-        :param exist_ok: Whether a history that exists is returned as it is, unchanged. Defaults to False.
+        :param exist_ok: Whether a history that exists is returned unchanged. Defaults to False.
         :raises ValueError: If an argument is wrong.
         :raises ChatHistoryExistsError: If there is a history with this id, and `exist_ok` is False.
-        :raises ChatHistoryAccessError: If there is one of another user, or this is the store of another user.
+        :raises ChatHistoryAccessError: If another user has a history with this id, or this store belongs to another
+            user.
         :raises ChatMessageStoreError: If the engine fails.
         """
         scope, history = self._checked_creation(chat_history_id, user_id, title, meta, exist_ok)
@@ -171,19 +172,21 @@ class DirectoryMethods:
         :param chat_history_id: The history's id. The history must exist.
         :param title: The new title, up to 1,000 characters without NUL. `None` removes the title. Defaults to
             `UNCHANGED`.
-        :param default_title: A title for a history that has none. One that has a title keeps it: looking and setting
-            are one step. Cannot be given together with `title`. Defaults to `None`: no change.
+        :param default_title: A title for a history that has none. If the history has a title, also one that was set
+            meanwhile, that title stays. Cannot be given together with `title`. Defaults to `None`: no change.
         :param meta: The new meta, which replaces the whole old meta. `None` removes the meta. Defaults to `UNCHANGED`.
             Values that JSON does not know are stored in the same form as in messages.
-        :param merge_meta: Keys of the meta to set, while all others stay. A value of `None` deletes its key. No other
-            change is lost. Cannot be given together with `meta`. Defaults to `None`: no change.
-        :param user_id: The user that the history belongs to from now on, with its branches, `None` for none. They get
-            it in one step; on Redis, the branches get it first, and a repeated call finishes it. A store of one user
-            can neither claim a history nor hand one over. Defaults to `UNCHANGED`.
+        :param merge_meta: Keys of the meta to set, with their values. Other keys stay, also those that others set at
+            the same time. The value `None` deletes a key. Cannot be given together with `meta`. Defaults to `None`: no
+            change.
+        :param user_id: The user that the history and its branches belong to from now on, or `None` for no user. All
+            change in one step. (On Redis, the branches change first. If the call fails, call it again.) A store of one
+            user refuses this argument. Defaults to `UNCHANGED`.
         :returns: The history after the change.
         :raises ValueError: If an argument is wrong. Nothing was changed.
         :raises ChatHistoryNotFoundError: If the history does not exist.
-        :raises ChatHistoryAccessError: If it is another user's, or `user_id` is given to the store of one user.
+        :raises ChatHistoryAccessError: If it is another user's, or `user_id` is given and this store belongs to one
+            user. Nothing was changed.
         :raises ChatMessageStoreError: If the engine fails.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
@@ -213,14 +216,14 @@ class DirectoryMethods:
 
     def rename_chat_history(self, old_id: str, new_id: str) -> ChatHistoryInfo:
         """
-        Give a history another id, and return it. All else stays, apart from its revision, which becomes greater.
+        Give a history another id, and return it. Only its id changes, and its revision, which becomes greater.
 
-        It is one atomic step. Between hash slots of a Redis Cluster, the history is whole under its new id before the
-        old one goes: a reader may see both, and a call that is repeated finishes it. Its branches follow it one by one;
-        one whose new id is taken gets another.
+        This is one atomic step. (Between hash slots of a Redis Cluster, the history is complete under its new id before
+        the old one is deleted. A reader may see both. If the call fails, call it again.) The branches get new ids
+        afterwards, one by one. If such an id is taken, the branch gets another one.
 
         :param old_id: The history's id.
-        :param new_id: The id that it gets. No history has it yet.
+        :param new_id: Its new id. No other history may have it.
         :raises ValueError: If an argument is wrong.
         :raises ChatHistoryNotFoundError: If there is no history `old_id`.
         :raises ChatHistoryExistsError: If there is a history `new_id`.
@@ -264,15 +267,15 @@ class DirectoryMethods:
         Title and meta are not copied.
 
         :param source_id: The id of the history to copy from.
-        :param target_id: The id of the history to copy to. It may exist, but must have no messages.
+        :param target_id: The id of the history to copy to. If it exists, it must have no messages.
         :param until_message_id: The id of the last message to copy. Defaults to `None`: all messages.
         :returns: The number of messages copied.
         :raises ValueError: If an argument is wrong.
         :raises ChatHistoryNotFoundError: If the source does not exist.
         :raises MessageNotFoundError: If the source does not have `until_message_id`.
         :raises ChatHistoryExistsError: If the target already has messages.
-        :raises ChatHistoryAccessError: If the target is another user's, or the source is a user's and the target, which
-            exists, is not.
+        :raises ChatHistoryAccessError: If the target is another user's, or if it exists without a user and the source
+            belongs to one.
         :raises ChatMessageStoreError: If the engine fails.
         """
         copy = _checked_copy(source_id, target_id, until_message_id)
@@ -287,12 +290,12 @@ class DirectoryMethods:
         """
         Delete a history with its messages, title and meta, and its branches, for good.
 
-        A history that does not exist is ignored. The history and its branches go in one step; on Redis, it goes first,
-        then its branches.
+        A history that does not exist is ignored. The history and its branches are deleted in one step. (On Redis, the
+        history is deleted first, then its branches. If the call fails, call it again.)
 
         :param chat_history_id: The history's id.
         :raises ValueError: If `chat_history_id` is not a valid id.
-        :raises ChatHistoryAccessError: If the history is another user's.
+        :raises ChatHistoryAccessError: If the history is another user's. Nothing was deleted.
         :raises ChatMessageStoreError: If the engine fails. The whole history was deleted, or nothing of it.
         """
         history = validation.validated_id(chat_history_id, "chat_history_id")
@@ -311,12 +314,12 @@ class DirectoryMethods:
 
         :param prefix: The text that the ids begin with, taken literally. It must not be empty; to delete everything,
             call `delete_all_messages`.
-        :param vacuum: Whether to remove the deleted bytes from the engine's files, too, where they may stay until they
-            are overwritten. This takes long on a large database, and concerns what all users have: the store of one
-            user refuses it. Defaults to False.
+        :param vacuum: Whether to remove the deleted bytes from the engine's files, too. Otherwise they may stay there
+            until they are overwritten. This rewrites the data of all users and takes long on a large database. A store
+            of one user refuses it. Defaults to False.
         :returns: The number of histories deleted.
         :raises ValueError: If an argument is wrong.
-        :raises ChatHistoryAccessError: If `vacuum` is given to the store of one user. Nothing was deleted.
+        :raises ChatHistoryAccessError: If this store belongs to one user, and `vacuum` is given. Nothing was deleted.
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
         return self._erase(self.scope, validation.validated_id(prefix, "prefix"), None, vacuum)
@@ -327,7 +330,7 @@ class DirectoryMethods:
 
     def delete_user(self, user_id: str, *, vacuum: bool = False) -> int:
         """
-        Delete all histories of a user, for good: erase a person.
+        Delete all histories of a user with their branches, for good.
 
         The engine deletes in batches, and each history whole. After an error, some histories may be deleted.
 
@@ -336,7 +339,8 @@ class DirectoryMethods:
             Defaults to False.
         :returns: The number of histories deleted.
         :raises ValueError: If an argument is wrong.
-        :raises ChatHistoryAccessError: If this is the store of another user, or of one user, and `vacuum` is given.
+        :raises ChatHistoryAccessError: If this store belongs to another user. Also if it belongs to one user, and
+            `vacuum` is given. Nothing was deleted.
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
         return self._erase(self._scope_of(validation.validated_id(user_id, "user_id")), "", None, vacuum)
@@ -347,12 +351,12 @@ class DirectoryMethods:
 
     def list_namespaces(self) -> list[str]:
         """
-        Return the names of all namespaces of the database that have histories, in order.
+        Return the names of all namespaces in the database that have histories, in order.
 
-        On Redis, the call looks through the keys of the whole server. There, a namespace whose histories have all
-        expired may be listed until something is written to it.
+        On Redis, the call looks through the keys of the whole server, and may list a namespace whose histories have all
+        expired, until something is written to it.
 
-        :raises ChatHistoryAccessError: If this is the store of one user.
+        :raises ChatHistoryAccessError: If this store belongs to one user.
         :raises ChatMessageStoreError: If the engine fails.
         """
         return self.engine.run(self.engine.namespaces, self._scope_of_everyone())
@@ -363,20 +367,22 @@ class DirectoryMethods:
 
     def purge(self, *, older_than: datetime, prefix: str = "", user_id: str | None = None, vacuum: bool = False) -> int:
         """
-        Delete all histories whose messages have not changed since a time, and all that have expired, for good.
+        Delete histories whose messages have not changed since a time, or that have expired, for good.
 
         The engine deletes in batches, and each history whole. After an error, some histories may be deleted.
 
         :param older_than: An aware datetime. Histories that changed at this time or later stay, unless they have
             expired.
-        :param prefix: Only histories whose ids begin with this text, taken literally. Defaults to all.
+        :param prefix: Only histories, expired ones included, whose ids begin with this text, taken literally. Defaults
+            to all.
         :param user_id: Only histories of this user. Defaults to `None`: all histories.
         :param vacuum: Whether to remove the deleted bytes from the engine's files, as in `delete_chat_histories`.
             Defaults to False.
-        :returns: The number of histories deleted. On Redis, the server has deleted those that have expired; they do not
-            count.
+        :returns: The number of histories deleted. On Redis, expired histories do not count, because the server itself
+            has deleted them.
         :raises ValueError: If an argument is wrong.
-        :raises ChatHistoryAccessError: If this is the store of another user, or of one user, and `vacuum` is given.
+        :raises ChatHistoryAccessError: If this store belongs to another user. Also if it belongs to one user, and
+            `vacuum` is given. Nothing was deleted.
         :raises ChatMessageStoreError: If the engine fails. Call it again to delete the rest.
         """
         return self._erase(*self._checked_purge(older_than, prefix, user_id), vacuum)
@@ -389,15 +395,15 @@ class DirectoryMethods:
 
     def statistics(self, *, prefix: str = "", user_id: str | None = None, branches: bool = False) -> StoreStatistics:
         """
-        Return the numbers of histories, messages and rounds, and the token usage that replies carry.
+        Return the numbers of histories, messages and rounds, and the sum of the token usage in the replies' meta.
 
-        The call reads every message, so its cost grows with them.
+        The call reads every message, so its cost grows with their number.
 
         :param prefix: Only histories whose ids begin with this text. Defaults to all histories of this namespace.
         :param user_id: Only histories of this user. Defaults to `None`: all histories.
         :param branches: Whether branches count, too. Defaults to False.
         :raises ValueError: If an argument is wrong.
-        :raises ChatHistoryAccessError: If this is the store of another user.
+        :raises ChatHistoryAccessError: If this store belongs to another user.
         :raises ChatMessageStoreError: If the engine fails.
         """
         prefix = validation.validated_text(prefix, "prefix")
@@ -414,10 +420,10 @@ class DirectoryMethods:
 
     def _scope_of(self, user_id: str | None) -> Scope:
         """
-        Return the part of this store's scope that is a user's.
+        Return this store's scope, limited to a user.
 
         :param user_id: A user's id, or `None` for the whole scope.
-        :raises ChatHistoryAccessError: If this is the store of another user.
+        :raises ChatHistoryAccessError: If this store belongs to another user.
         """
         return self.scope if user_id is None else self.for_user(user_id).scope
 
@@ -503,7 +509,7 @@ class DirectoryMethods:
 
 
 class _Listing:
-    """A page of the directory under way: what was asked for, and what was found so far."""
+    """A page of the list of histories that is being put together: what was asked for, and what was found so far."""
 
     def __init__(
         self, scope: Scope, prefix: str, meta: dict[str, Any], limit: int, before: tuple[int, str] | None
@@ -542,7 +548,7 @@ class _Listing:
 
 @contextmanager
 def deletions_stated() -> Iterator[None]:
-    """Make the errors of a vacuum say that the deletions before it are done."""
+    """Make the errors of a vacuum say that the histories were deleted."""
     try:
         yield
     except ChatMessageStoreError as error:
@@ -553,9 +559,9 @@ def deletions_stated() -> Iterator[None]:
 
 def seen_scope(scope: Scope, branches: Any) -> Scope:
     """
-    Return the scope of a list, a search or of statistics.
+    Return the scope with which lists, searches and statistics are made.
 
-    :param branches: Whether it has branches.
+    :param branches: Whether branches are included.
     :raises ValueError: If `branches` is not a bool.
     """
     return replace(scope, with_branches=validation.validated_flag(branches, "branches"))
@@ -572,12 +578,13 @@ def _renamed_branches(
     rows: Sequence[HistoryRow], old_id: str, renamed: HistoryRow
 ) -> Iterator[tuple[str, list[str], HistoryChange]]:
     """
-    Yield, of each branch of a history that was renamed, its id, ids that it may get, and the change of its meta.
+    Yield for each branch of a renamed history: its id, the new ids to try in turn, and the change of its meta.
 
-    The first of them goes on saying which branch it is. If it is taken, the last one is free, and cannot be guessed.
+    The first new id keeps the branch's own part of the old one. The second one is random, for when the first is taken.
 
-    :param rows: The histories whose ids begin like those of its branches.
-    :param renamed: The history, which is renamed by now.
+    :param rows: Histories whose ids begin like those of the branches.
+    :param old_id: The id of the history before it was renamed.
+    :param renamed: The history after it was renamed.
     """
     new_id = renamed.chat_history_id
     for row in rows:

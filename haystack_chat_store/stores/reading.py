@@ -36,7 +36,7 @@ class ReadingMethods:
 
     @abstractmethod
     def _scope_of(self, user_id: str | None) -> Scope:
-        """Return the part of this store's scope that is a user's."""
+        """Return this store's scope, limited to a user."""
 
     def list_messages(
         self, chat_history_id: str, *, before: int | None = None, after: int | None = None, limit: int = 100
@@ -140,7 +140,7 @@ class ReadingMethods:
         :returns: The hits, the best first: titles, the shortest first, and then messages. The hit of a title has no
             `message_id`, `position` and `role`.
         :raises ValueError: If an argument is wrong.
-        :raises ChatHistoryAccessError: If this is the store of another user.
+        :raises ChatHistoryAccessError: If this store belongs to another user.
         :raises UnsupportedOperationError: If the store was created without `search=True`, its engine has no search, or
             some messages are not indexed.
         :raises ChatMessageStoreError: If the engine fails.
@@ -186,7 +186,7 @@ class ReadingMethods:
 
         :param progress: Called after each batch but the last, with the number of messages indexed so far, and `None`.
             Defaults to `None`: no calls.
-        :raises ChatHistoryAccessError: If this is the store of one user: the index is that of all.
+        :raises ChatHistoryAccessError: If this store belongs to one user, because all users share the index.
         :raises UnsupportedOperationError: If the store was created without `search=True`, or its engine has no search.
         :raises ChatMessageStoreError: If the engine fails. Messages that were indexed stay indexed.
         """

@@ -175,6 +175,8 @@ def import_histories(
         changed during the import: then the histories before the damage were imported.
     :raises ChatHistoryExistsError: If the store has other messages under the ids of some histories. The error names up
         to ten of these ids. All other histories were imported.
+    :raises ChatHistoryAccessError: If the store has one of the histories for another user. Histories before it may have
+        been imported.
     :raises UnsupportedOperationError: If the store cannot import.
     :raises ChatMessageStoreError: If the engine fails. Each history was imported whole or not at all.
     :raises OSError: If the file cannot be read.
@@ -208,6 +210,8 @@ def copy_histories(
     :raises ChatHistoryNotFoundError: If one of the ids has no history. Nothing was copied.
     :raises ChatHistoryExistsError: If the target has other messages under the ids of some histories. The error names up
         to ten of these ids. All other histories were copied.
+    :raises ChatHistoryAccessError: If the target has one of the histories for another user. Histories before it
+        may have been copied.
     :raises UnsupportedOperationError: If the source has no directory of histories, or the target cannot import.
     :raises ChatMessageStoreError: If an engine fails. Each history was copied whole or not at all.
     """
@@ -254,7 +258,7 @@ def import_messages(
         `MessageEncodingError`. Nothing was imported.
     :raises DuplicateMessageError: If two messages have the same id. Nothing was imported.
     :raises ChatHistoryExistsError: If the store has other messages under this id. Nothing was imported.
-    :raises ChatHistoryAccessError: If the history is another user's, or this is the store of another user. Nothing was
+    :raises ChatHistoryAccessError: If the history is another user's, or this store belongs to another user. Nothing was
         imported.
     :raises UnsupportedOperationError: If the store cannot import, or has no users.
     :raises ChatMessageStoreError: If the engine fails. Nothing was imported.
