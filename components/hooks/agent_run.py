@@ -31,7 +31,7 @@ CHAT_HISTORY_ID_KEY = "chat_history_id"
 #: The key of the id of the last message of the history that the run is shown, in its `hook_context`.
 UNTIL_MESSAGE_ID_KEY = "until_message_id"
 
-#: The key of the id of the first message that the run takes the place of, in its `hook_context`.
+#: The key of the id of the first message that the run replaces, in its `hook_context`.
 REPLACE_FROM_MESSAGE_ID_KEY = "replace_from_message_id"
 
 #: The key of the revision that the history must have when the run is first saved, in its `hook_context`.
@@ -54,13 +54,12 @@ class AgentRun:
     :param chat_history_id: The id of the history that its messages are stored in.
     :param user_id: The user of the history, or `None`.
     :param until_message_id: The id of the last message of the history that the run is shown, or `None` for all.
-    :param replaced_id: The id of the first message that the run takes the place of. `None` if there is none, or as soon
-        as it was replaced.
+    :param replaced_id: The id of the first message that the run still has to replace, or `None`.
     :param expected_revision: The revision that the history must have at the next write, or `None` for any revision.
     :param brought: The number of messages in `unsaved` before the model was first asked. `None` until the saver runs.
-    :param tried: The number of messages in a replacement that has failed, and may have been done all the same. It is
+    :param tried: The number of messages in a replacement that has failed, but may have been stored nevertheless. It is
         tried again with the same messages. Otherwise `None`.
-    :param replaces: The id of the first message that the run takes the place of, also after it was replaced.
+    :param replaces: The id of the first message that the run replaces, also after it was replaced, or `None`.
     :param question_id: The id of the user message that the run answers.
     :param is_question_stored: Whether the question is known to have been stored.
     :param steps: The number of messages of the turn after its question that are stored or wait to be stored.
@@ -88,7 +87,7 @@ class AgentRun:
 
     @property
     def before_message_id(self) -> str | None:
-        """The id of the message before which the history ends for the run: it ends at `until_message_id` or here."""
+        """The id of the message before which the history ends for the run, unless `until_message_id` ends it."""
         return self.replaced_id if self.until_message_id is None else None
 
     @property

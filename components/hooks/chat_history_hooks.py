@@ -26,7 +26,10 @@ def chat_history_hooks(
     hooks: Mapping[HookPoint, Sequence[Hook]] | None = None,
 ) -> dict[HookPoint, list[Hook]]:
     """
-    Return the hooks that give an agent a memory: loaded before its run, saved at every step, complete after a crash.
+    Return the hooks that give an agent a memory.
+
+    The history is loaded before a run. Each step is saved as soon as it is taken. So after a crash, a run without new
+    messages finishes the turn from the last saved step.
 
     ```python
     from haystack.components.agents import Agent
@@ -41,12 +44,11 @@ def chat_history_hooks(
 
     The keys of `hook_context` are `chat_history_id` and, optionally,
 
-    - `replace_from_message_id`: the id of the first message that the run takes the place of, to give an answer anew or
-      to edit a question. The agent is shown what comes before it. As soon as the first reply is there, it replaces the
-      old messages in one step, together with the question. So a failing model leaves the old answer.
+    - `replace_from_message_id`: the id of a message. The run replaces it and all messages after it, to regenerate an
+      answer or to edit a question. The agent is shown what comes before this message. As soon as the first reply is
+      there, the question and this reply replace the old messages in one step. So a failing model leaves the old answer.
     - `until_message_id`: the id of the last message of the history that the agent is shown.
-    - `user_id`: the user of the history. The history of another user is as empty as one that does not exist, and saving
-      to it is refused.
+    - `user_id`: the user of the history. A history of another user looks empty, and saving to it is refused.
     - `expected_revision`: the revision that the history must have when the run first writes to it. With
       `replace_from_message_id`, it defaults to the revision at the beginning of the run.
 
@@ -62,10 +64,11 @@ def chat_history_hooks(
         that it has taken before. Defaults to `None`; see `ChatHistoryLoader`.
     :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. Defaults to `None`.
     :param raise_on_failure: Whether the run fails if saving fails. Defaults to True; see `ChatHistorySaver`.
-    :param require_user_id: Whether a run without `user_id` is refused. Then a forgotten `user_id` is an error, and
-        never shows the conversations of all users. Defaults to False.
+    :param require_user_id: Whether a run without `hook_context["user_id"]` is refused. Then a forgotten user id is an
+        error, and never shows the conversations of all users. Defaults to False.
     :param hooks: Other hooks of the agent, by hook point. The mapping is not changed. They are ordered so that the
-        history gets the messages as they were really sent: confirmation runs before saving, offloading after it.
+        history gets the messages as the model and the tools got them: confirmation runs before saving, offloading after
+        it.
     :returns: All hooks, for `Agent(hooks=...)`.
     :raises ValueError: If an argument is wrong.
     """

@@ -50,11 +50,11 @@ class ChatHistoryLoader:
     are answered by a result that says that they were interrupted. If the turn is complete, the run ends at once,
     returns the messages of the history and does not call the model.
 
-    With `hook_context["until_message_id"]`, the conversation is shown up to and including this message, as if nothing
-    had been said since. With `hook_context["replace_from_message_id"]` alone, it is shown up to that message, which the
-    run takes the place of. If it was replaced already, by the same run before, the run resumes its own turn.
+    With `hook_context["until_message_id"]`, the conversation is shown up to and including this message, as if it ended
+    there. With `hook_context["replace_from_message_id"]` alone, what comes before the replaced message is shown. If an
+    earlier attempt of the same run has replaced it already, the run resumes its own turn.
 
-    What the model is shown of the history is in a form that providers accept, as `ChatMessageRetriever` shows it.
+    The history is shown in a form that providers accept, as `ChatMessageRetriever` shows it.
     """
 
     allowed_hook_points = ("before_run",)
@@ -90,7 +90,7 @@ class ChatHistoryLoader:
             and with neutral ids of tool calls. Defaults to True. If False, they are shown as they are stored. The round
             under way is shown as it is stored, because its model needs it.
         :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
-            insist on user and assistant in turns. Defaults to False.
+            accept user and assistant messages only in turn. Defaults to False.
         :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
             the portable form, so that another model can go on with an interrupted round. Files of rounds that this
             model has answered are shown as they are stored. Defaults to `None`: the model of the newest reply in the
@@ -133,6 +133,7 @@ class ChatHistoryLoader:
             messages have no content for a model.
         :raises MessageNotFoundError: If the history does not have the `until_message_id` or the
             `replace_from_message_id`.
+        :raises ChatHistoryAccessError: If the store belongs to another user than the run.
         :raises ChatMessageStoreError: If the store fails.
         """
         run = begin_run(state)
@@ -161,6 +162,7 @@ class ChatHistoryLoader:
             messages have no content for a model.
         :raises MessageNotFoundError: If the history does not have the `until_message_id` or the
             `replace_from_message_id`.
+        :raises ChatHistoryAccessError: If the store belongs to another user than the run.
         :raises ChatMessageStoreError: If the store fails.
         """
         run = begin_run(state)

@@ -38,9 +38,9 @@ class ChatHistorySaver:
     other hooks. At each hook point it writes the messages that are not saved yet, as one batch. Saved messages stay,
     even if the process crashes afterwards. System messages and messages that a compactor created are not saved.
 
-    With `hook_context["replace_from_message_id"]`, the run takes the place of this message and all after it. Then
-    nothing is saved before the first reply is there. Question and reply replace the old messages in one step, and all
-    further steps are appended. With `hook_context["expected_revision"]`, the first write is refused if the history has
+    With `hook_context["replace_from_message_id"]`, the run replaces this message and all after it. Nothing is saved
+    before the first reply is there. Then the question and the reply replace the old messages in one step. All further
+    steps are appended. With `hook_context["expected_revision"]`, the first write is refused if the history has
     another revision.
     """
 
@@ -73,7 +73,8 @@ class ChatHistorySaver:
         :param state: The state of the agent's run.
         :raises ValueError: If the run has no chat history id or nothing to answer, its question was asked before, or a
             message cannot be stored.
-        :raises MessageNotFoundError: If the history does not have the `replace_from_message_id` any more.
+        :raises MessageNotFoundError: If the history does not have the `replace_from_message_id`, or was deleted during
+            the run.
         :raises ChatHistoryAccessError: If the history is another user's.
         :raises ConflictError: If the history has another revision than the `expected_revision`, or another run has
             stored a step of the same turn meanwhile.
@@ -101,7 +102,8 @@ class ChatHistorySaver:
         :param state: The state of the agent's run.
         :raises ValueError: If the run has no chat history id or nothing to answer, its question was asked before, or a
             message cannot be stored.
-        :raises MessageNotFoundError: If the history does not have the `replace_from_message_id` any more.
+        :raises MessageNotFoundError: If the history does not have the `replace_from_message_id`, or was deleted during
+            the run.
         :raises ChatHistoryAccessError: If the history is another user's.
         :raises ConflictError: If the history has another revision than the `expected_revision`, or another run has
             stored a step of the same turn meanwhile.
@@ -157,8 +159,8 @@ class ChatHistorySaver:
         """
         Collect what a run has to save.
 
-        :raises ValueError: If the store cannot do what the run asks for, or the run has nothing to answer. That is
-            found out before the model is asked.
+        :raises ValueError: If the store cannot do what the run asks for, or the run has nothing to answer. It is raised
+            before the model is asked.
         """
         run = run_of(state)
         if run.replaced_id is not None:
@@ -252,7 +254,7 @@ class ChatHistorySaver:
         """
         Compare messages that the store has skipped with those that it has under their ids.
 
-        If another run has stored the answer to the same question meanwhile, it takes the place of this run's answer.
+        If another run has stored the answer to the same question meanwhile, this run returns that answer.
 
         :raises ChatHistoryChangedError: If another run has stored another step of the turn meanwhile.
         """

@@ -14,16 +14,17 @@ from haystack_chat_store.window_reader import TurnWindow, WindowReader
 @component
 class ChatMessageRetriever:
     """
-    Retrieves the end of a chat history and puts the messages of this turn around it, ready for a ChatGenerator.
+    Retrieves the end of a chat history, and adds the messages of this turn, ready for a ChatGenerator.
 
-    The result is in a form that model providers accept, and fits `max_tokens`. A tool call without a result is answered
+    System messages of this turn come before the history, all others after it. The result is in a form that model
+    providers accept, and fits `max_tokens`. A tool call without a result is answered
     by a result that says that the call was interrupted. Results without a call and assistant messages before the first
     user message are left out. If several agents ran on the history at the same time, the messages of each question
     stand together. The store keeps everything as it was said. A message that is not shown as it is stored carries
     `meta["chat_shown"]`.
 
-    The question of this turn stands last, also if it is stored already and others have asked since. If it is answered
-    already, the stored answer comes out instead.
+    The question of this turn stands last, even if it is stored already and others have asked since. If it is answered
+    already, the output is the stored answer, as `replies`.
 
     ```python
     from haystack import Pipeline
@@ -69,8 +70,8 @@ class ChatMessageRetriever:
 
         :param chat_message_store: The store of the chat histories: any object that follows the `ChatMessageStore`
             protocol.
-        :param last_k: The number of rounds of the history that a run without `last_k` retrieves. Defaults to 10; the
-            store's own `last_k` does not count. `None` for as many as fit `max_tokens` or, without `max_tokens`, for
+        :param last_k: The number of rounds of the history that a run without `last_k` retrieves. Defaults to 10,
+            whatever the store's own `last_k` is. `None` for as many as fit `max_tokens` or, without `max_tokens`, for
             the store's own `last_k`. A round is a user message and everything up to the next one. (If the store has
             `last_k_unit="message"`, this is a number of messages, and the window goes back to the beginning of the
             round in which they begin.)
@@ -84,13 +85,13 @@ class ChatMessageRetriever:
         :param window_step: The start of the window moves only in steps of this many rounds, so that the prompts of
             several turns begin with the same messages and a provider's prompt cache can be used. Defaults to 1. The
             window then holds up to `window_step - 1` rounds more than `last_k` or, with `max_tokens`, up to that many
-            fewer than would fit. Histories in stores of other packages are read whole for it.
+            fewer than would fit. Above 1, histories in stores of other packages are read whole.
         :param portable: Whether completed rounds are shown in a form that every provider takes, so that the model may
             change in the middle of a conversation: without reasoning, signatures and other content for one provider,
-            with neutral ids of tool calls, and with text for files that not all take. Defaults to True. If False, they
+            with neutral ids of tool calls, and with text for files that some refuse. Defaults to True. If False, they
             are shown as they are stored. The round under way is shown as it is stored, because its model needs it.
         :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
-            insist on user and assistant in turns. Defaults to False.
+            accept user and assistant messages only in turn. Defaults to False.
         :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
             the portable form, so that another model can go on with an interrupted round. Files of rounds that this
             model has answered are shown as they are stored. Defaults to `None`: the model of the newest reply in the
@@ -146,35 +147,36 @@ class ChatMessageRetriever:
         until_message_id: str | None = None,
     ) -> dict[str, Any]:
         """
-        Retrieve the end of a history and put the messages of this turn around it.
+        Retrieve the end of a history, and add the messages of this turn.
 
         If the question of this turn is stored already, by its id, it is not repeated. What others have asked since is
-        left out, so the question stands last. If it is answered already, the model need not be asked: the answer comes
-        out as `replies`, and there are no `messages`.
+        left out, so the question stands last. If it is answered already, the model need not be asked: the output has
+        the answer as `replies`, and no `messages`.
 
         :param chat_history_id: The history's id. A history that does not exist is empty.
         :param last_k: The number of rounds before this turn to retrieve; 0 for none. Defaults to the component's
             `last_k`.
         :param current_messages: The messages of this turn. System messages come before the history, all others after
-            it. Messages of the retrieved history are not repeated: a message with the id of a retrieved one is left
-            out, and so are the messages with ids before it, as in a whole transcript. The turn's question, which is the
-            last user message, is shown as it stands here, also if it is stored otherwise. Tool results answer stored
-            calls.
-        :param user_id: The user whose histories alone are seen: that of another user is as empty as one that does not
-            exist. Defaults to `None`: all that the store sees.
-        :param until_message_id: The id of a message: the conversation is shown up to and including it, as if nothing
-            had been said since. Defaults to `None`: the whole conversation.
+            it. If a message has the id of a retrieved one, it is left out, and so are the messages with ids before it:
+            so a whole transcript is not repeated. The turn's question, which is the last user message, is shown as it
+            stands here, even if it is stored with another content. Tool results answer stored calls.
+        :param user_id: The user of the history. A history of another user looks empty. Defaults to `None`: the user of
+            the store, if it has one.
+        :param until_message_id: The id of a message. The conversation is shown up to and including it, as if it ended
+            there. Defaults to `None`: the whole conversation.
         :returns: A dictionary with the keys
 
             - `messages`: a list of `ChatMessage`s for a ChatGenerator. The key is missing if there are `replies`.
             - `replies`: a list with the stored answer to the question of this turn. The key is missing if it is not
               answered yet.
-            - `revision`: the revision of the history that was read, 0 if it does not exist: the `expected_revision` of
-              a write that follows from what was read. (The key is missing if the store has no `retrieve_window`.)
+            - `revision`: the revision of the history that was read, 0 if it does not exist. Pass it to a write as
+              `expected_revision`, if the write depends on what was read. (The key is missing if the store has no
+              `retrieve_window`.)
             - `omitted_rounds`: the number of rounds before this turn that are not shown. (A store of another package
               may not count rounds. Then the key is missing, unless the whole history is shown.)
         :raises ValueError: If an argument is wrong, or the question of this turn says nothing.
         :raises MessageNotFoundError: If the history does not have `until_message_id`.
+        :raises ChatHistoryAccessError: If `user_id` is given and the store belongs to another user.
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
@@ -200,11 +202,12 @@ class ChatMessageRetriever:
         :param last_k: The number of rounds before this turn to retrieve; 0 for none. Defaults to the component's
             `last_k`.
         :param current_messages: The messages of this turn.
-        :param user_id: The user whose histories alone are seen. Defaults to `None`: all that the store sees.
+        :param user_id: The user of the history. Defaults to `None`: the user of the store, if it has one.
         :param until_message_id: The id of the last message to show. Defaults to `None`: the last one of the history.
         :returns: A dictionary with the keys `messages` or `replies`, `revision`, and `omitted_rounds`.
         :raises ValueError: If an argument is wrong, or the question of this turn says nothing.
         :raises MessageNotFoundError: If the history does not have `until_message_id`.
+        :raises ChatHistoryAccessError: If `user_id` is given and the store belongs to another user.
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")

@@ -16,13 +16,13 @@ _INSTRUCTION = (
     "Write a title for the conversation below: at most six words, in the language of the conversation, without "
     "quotation marks. Answer with the title alone."
 )
-# How many messages at the beginning of a history are looked at for its first question and answer.
-_LOOKED_AT = 50
-# How many characters of a message the model is shown.
+# The number of messages at the beginning of a history in which its first question and answer are looked for.
+_FIRST_MESSAGES = 50
+# The largest number of characters of a message that the model is shown.
 _SHOWN_CHARACTERS = 2_000
 _MAX_TITLE_LENGTH = 100
 _QUOTATION_MARKS = "\"'`“”„«»* "
-# What a history that was deleted, or handed over, while the model wrote its title raises.
+# The errors of a history that was deleted, or given to another user, while the model wrote its title.
 _GONE = (ChatHistoryNotFoundError, ChatHistoryAccessError)
 _NEEDED_METHODS = ("get_chat_history", "list_messages", "update_chat_history")
 
@@ -30,10 +30,10 @@ _NEEDED_METHODS = ("get_chat_history", "list_messages", "update_chat_history")
 @component
 class ChatHistoryTitler:
     """
-    Gives a conversation a title, once, after its first turn: a ChatGenerator writes it.
+    Gives a conversation a title that a ChatGenerator writes, once, after its first turn.
 
-    A conversation that has a title keeps it, also if a user sets it while the model writes. Connect the
-    writer's `messages_written`, so that the titler runs after the turn was written.
+    If a conversation has a title, it stays, also one that a user sets while the model writes. Connect the writer's
+    `messages_written`, so that the titler runs after the turn was written.
 
     ```python
     from haystack import Pipeline
@@ -110,19 +110,23 @@ class ChatHistoryTitler:
         messages_written: int | None = None,  # noqa: ARG002  (its connection gives the order)
     ) -> dict[str, Any]:
         """
-        Title a conversation that has no title, if its first question was answered.
+        Give a conversation a title if it has none, and its first question was answered.
 
         :param chat_history_id: The history's id.
         :param user_id: The user of the history. Defaults to `None`: the user of the store, if it has one.
-        :param messages_written: Is not looked at: connect the writer's output here, so that the titler comes after it.
+        :param messages_written: Connect the writer's output here, so that the titler runs after the writer. The value
+            is not used.
         :returns: A dictionary with the key `title`: the title that the history has now, or `None`.
         :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryAccessError: If `user_id` is given and the store belongs to another user.
         :raises ChatMessageStoreError: If the store fails. If the ChatGenerator fails, its error is raised.
         """
         store: Any = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         info = store.get_chat_history(chat_history_id)
         prompt = (
-            None if _is_settled(info) else _prompt(store.list_messages(chat_history_id, after=-1, limit=_LOOKED_AT))
+            None
+            if _is_settled(info)
+            else _prompt(store.list_messages(chat_history_id, after=-1, limit=_FIRST_MESSAGES))
         )
         if prompt is not None:
             title = _title(self.chat_generator.run(messages=prompt))
@@ -145,16 +149,17 @@ class ChatHistoryTitler:
 
         :param chat_history_id: The history's id.
         :param user_id: The user of the history. Defaults to `None`: the user of the store, if it has one.
-        :param messages_written: Is not looked at.
+        :param messages_written: Connected for the order only. The value is not used.
         :returns: A dictionary with the key `title`.
         :raises ValueError: If an argument is wrong.
+        :raises ChatHistoryAccessError: If `user_id` is given and the store belongs to another user.
         :raises ChatMessageStoreError: If the store fails. If the ChatGenerator fails, its error is raised.
         """
         store: Any = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         info = await store.get_chat_history_async(chat_history_id)
         prompt = None
         if not _is_settled(info):
-            prompt = _prompt(await store.list_messages_async(chat_history_id, after=-1, limit=_LOOKED_AT))
+            prompt = _prompt(await store.list_messages_async(chat_history_id, after=-1, limit=_FIRST_MESSAGES))
         if prompt is not None:
             generator: Any = self.chat_generator
             if hasattr(generator, "run_async"):

@@ -15,11 +15,12 @@ from haystack_chat_store.validation import validated_flag, validated_messages
 @component
 class ChatMessageWriter:
     """
-    Writes the messages of a turn to a chat history, and says what the history has of it.
+    Writes the messages of a turn to a chat history, and returns them as the history has them.
 
-    One writer can write question and answer as one batch, in this order. Two can write the question before the model is
-    asked and the answer after it, so that no question is lost: connect the `messages` of the first to the `messages` of
-    the second. A turn that is sent again, with the same id of its question, is stored once.
+    One writer can write question and answer as one batch, in this order. To keep the question even if the model fails,
+    use two: one writes the question before the model is asked, the other the answer after it. Connect the `messages` of
+    the first to the `messages` of the second. If a turn is sent again, with the same id of its question, it is stored
+    once.
 
     ```python
     from haystack.dataclasses import ChatMessage
@@ -49,10 +50,9 @@ class ChatMessageWriter:
             SKIP, the default, and NONE, the message is skipped. With OVERWRITE, it replaces the stored message. With
             FAIL, nothing of the batch is written.
         :param require_user_id: Whether a run without a `user_id` is refused. Defaults to False.
-        :param question_is_stored: Whether the question of the replies must be stored already: for the writer after the
-            model, where another writer has stored the question before. Then a chat that is deleted while the model
-            answers stays deleted. A run with `replace_from_message_id` does not look for the question. Defaults to
-            False.
+        :param question_is_stored: Whether a run is refused if the question of the replies is not stored. Set it for the
+            writer after the model if another writer has stored the question. Then a chat that is deleted while the
+            model answers stays deleted. It has no effect on a run with `replace_from_message_id`. Defaults to False.
         :raises ValueError: If `chat_message_store` does not follow the protocol, or its `write_messages` does not take
             a `policy` and the policy is not SKIP or NONE.
         """
@@ -109,30 +109,31 @@ class ChatMessageWriter:
         :param chat_history_id: The history's id. A history that does not exist is created.
         :param messages: The messages of this turn, oldest first. The `policy` decides about messages whose ids the
             history already has.
-        :param replies: The replies to them: connect a ChatGenerator's `replies` here, and the retriever's `replies`,
-            too. One of them arrives. (If replies and messages were connected to one list input, Haystack would not
-            promise their order.) Defaults to none.
+        :param replies: The replies to them. Connect the `replies` of the ChatGenerator and of the retriever here: each
+            run has one of the two. (This is an input of its own, because Haystack does not promise the order of
+            several connections to one list.) Defaults to none.
         :param user_id: The user of the history. A history that is created is this user's. Defaults to `None`: the user
             of the store, if it has one.
-        :param expected_revision: The revision that the history must have, 0 if it must not exist; if it has another
-            one, nothing is written. The store's `write_messages` must take it. Defaults to `None`: any revision.
-        :param replace_from_message_id: The id of a message of the history. It is taken back with all messages after it,
-            except answers to other questions before it. This batch takes their place, in one step: for an answer that
-            is given anew, or a question that is edited. Messages of the batch that the history has before it are
-            skipped. Ask the model first, so that a failing model costs nothing, and give the `expected_revision` that
-            the retriever has read, so that nothing is taken back that was stored meanwhile. A repeated call, which does
-            not find the message any more, finds what the first one has put in its place, and returns that. The store
+        :param expected_revision: The revision that the history must have, 0 if it must not exist. If it has another
+            one, nothing is written. The store's `write_messages` must have this argument. Defaults to `None`: any
+            revision.
+        :param replace_from_message_id: The id of a message of the history, to regenerate an answer or to edit a
+            question. This batch replaces it and all messages after it, in one step. Answers to earlier questions stay,
+            and messages of the batch that the history has before it are skipped. Ask the model first, so that a failing
+            model costs nothing. Pass the retriever's `revision` as `expected_revision`, so that nothing is replaced
+            that was stored meanwhile. If the call is repeated, it returns what the first call has stored. The store
             must have `replace_messages`. Defaults to `None`: the batch is appended.
         :returns: A dictionary with the keys
 
-            - `messages_written`: the number of messages that this call wrote. Messages that a retriever or an agent's
-              hook has shown otherwise than they are stored are not written.
-            - `messages`: the batch as the history has it now, with ids. Of a turn that is sent again, these are the
-              stored messages. System messages are among them as they came, though the store may skip them.
+            - `messages_written`: the number of messages that this call wrote. Messages with `meta["chat_shown"]` are
+              not written: a retriever or an agent's hook has shown them in another form than they are stored.
+            - `messages`: the batch as the history has it now, with ids. If a turn is sent again, these are the stored
+              messages. System messages are included unchanged, even if the store skips them.
             - `replies`: the replies of the turn as the history has them. If the question was answered before, this is
               the stored answer.
         :raises ValueError: If an argument is wrong, or the question says nothing. Nothing was written.
-        :raises ChatHistoryAccessError: If the history is another user's. Nothing was written.
+        :raises ChatHistoryAccessError: If the history is another user's, or the store belongs to another user than
+            `user_id`. Nothing was written.
         :raises MessageNotFoundError: If the history does not have `replace_from_message_id` or, with
             `question_is_stored`, the question. Nothing was written.
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
@@ -171,11 +172,12 @@ class ChatMessageWriter:
             of the store, if it has one.
         :param expected_revision: The revision that the history must have, 0 if it must not exist; if it has another
             one, nothing is written. Defaults to `None`: any revision.
-        :param replace_from_message_id: The id of the first message that the batch takes the place of. Defaults to
-            `None`: the batch is appended.
+        :param replace_from_message_id: The id of the first message that the batch replaces. Defaults to `None`: the
+            batch is appended.
         :returns: A dictionary with the keys `messages_written`, `messages` and `replies`.
         :raises ValueError: If an argument is wrong, or the question says nothing. Nothing was written.
-        :raises ChatHistoryAccessError: If the history is another user's. Nothing was written.
+        :raises ChatHistoryAccessError: If the history is another user's, or the store belongs to another user than
+            `user_id`. Nothing was written.
         :raises MessageNotFoundError: If the history does not have `replace_from_message_id` or, with
             `question_is_stored`, the question. Nothing was written.
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
