@@ -123,11 +123,9 @@ class ChatHistoryTitler:
         """
         store: Any = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         info = store.get_chat_history(chat_history_id)
-        prompt = (
-            None
-            if _is_settled(info)
-            else _prompt(store.list_messages(chat_history_id, after=-1, limit=_FIRST_MESSAGES))
-        )
+        prompt = None
+        if not _is_settled(info):
+            prompt = _prompt(store.list_messages(chat_history_id, after=-1, limit=_FIRST_MESSAGES))
         if prompt is not None:
             title = _title(self.chat_generator.run(messages=prompt))
             try:
