@@ -51,10 +51,10 @@ class InMemoryChatMessageStore(BaseChatMessageStore):
             the memory of the messages. Defaults to False.
         :param strict: Whether a message is refused if its `meta` contains a value without a JSON form. Defaults to
             False: the value's `repr` is stored, and the log says so.
-        :param user_id: The user whose histories alone the store sees and changes: see `for_user`. Defaults to `None`:
-            all histories of the namespace.
-        :param ttl: After how many seconds without a write a history expires, all of it at once. A write starts the time
-            anew. Defaults to `None`: never.
+        :param user_id: The store sees and changes only histories of this user: see `for_user`. Defaults to `None`: all
+            histories of the namespace.
+        :param ttl: The number of seconds after which a history expires as a whole. The time starts anew when messages
+            are stored in it. Defaults to `None`: a history never expires.
         :param renew_ttl_on_read: Whether reading messages of a history starts the time anew, too. Defaults to False.
         :raises ValueError: If a setting is wrong.
         """

@@ -26,10 +26,10 @@ class PostgresChatMessageStore(BaseChatMessageStore):
     """
     Keeps chat histories in a PostgreSQL database: for many machines at once, beside the data you already have there.
 
-    Needs PostgreSQL 12 or newer and `pip install "haystack-chat-store[postgres]"`. The tables are made on first use. A
-    pooler such as PgBouncer may stand in between, in transaction mode too.
+    Needs PostgreSQL 12 or newer and `pip install "haystack-chat-store[postgres]"`. The tables are created by the first
+    write. A pooler such as PgBouncer may stand in between, also in transaction mode.
 
-    `delete_all_messages` deletes up to 1,000 histories at a time. If it fails, some are gone and others whole; call it
+    `delete_all_messages` deletes up to 1,000 histories at a time. If it fails, some histories may be deleted; call it
     again. A history that is written to meanwhile may be deleted or begin anew.
 
     ```python
@@ -63,32 +63,34 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         Create the store. It connects on first use.
 
         :param connection_string: A secret with a URL, `postgresql://user:password@host:port/database`, or with libpq's
-            `key=value` pairs. A driver in its scheme (`postgresql+psycopg://`) is passed over. Defaults to the
-            environment variable `PG_CONN_STR`. Read at each call: when it has changed, the store closes its connections
-            and connects to where the string leads now.
+            `key=value` pairs. A driver in its scheme (`postgresql+psycopg://`) is ignored. Defaults to the environment
+            variable `PG_CONN_STR`. The secret is read at each call. If it has changed, the store closes its connections
+            and connects to the new address.
         :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
-        :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
-        :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
-        :param namespace: Separates tenants, applications or test runs in one database. Defaults to `"default"`.
-        :param search: Whether messages can be searched. What is written is then indexed with it. Defaults to False.
-        :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
-            such a value is stored as its `repr`, and logged.
-        :param user_id: The user whose histories alone the store sees and changes: see `for_user`. Defaults to `None`:
-            all histories of the namespace.
-        :param ttl: After how many seconds without a write a history expires, all of it at once. A write starts the time
-            anew. Defaults to `None`: never.
+        :param last_k: The number of rounds that `retrieve_messages` returns if it is called without `last_k`. Defaults
+            to 10. `None` for all.
+        :param last_k_unit: The unit of `last_k`: `"round"`, the default, or `"message"`.
+        :param namespace: The namespace of the store's histories, 1 to 128 characters. A store sees only its own
+            namespace, so tenants, applications or test runs can share one database. Defaults to `"default"`.
+        :param search: Whether messages can be searched. Each message is then indexed as it is written. Defaults to
+            False.
+        :param strict: Whether a message is refused if its `meta` contains a value without a JSON form. Defaults to
+            False: the value's `repr` is stored, and the log says so.
+        :param user_id: The store sees and changes only histories of this user: see `for_user`. Defaults to `None`: all
+            histories of the namespace.
+        :param ttl: The number of seconds after which a history expires as a whole. The time starts anew when messages
+            are stored in it. Defaults to `None`: a history never expires.
         :param renew_ttl_on_read: Whether reading messages of a history starts the time anew, too. Defaults to False.
-        :param schema_name: The PostgreSQL schema that holds the tables; made if it is missing. Defaults to `None`: the
+        :param schema_name: The PostgreSQL schema of the tables. It is created if it is missing. Defaults to `None`: the
             first one of the connection string's `search_path` (`?options=-csearch_path%3Dapp`), else `"public"`.
-        :param table_prefix: What the tables' names begin with. Defaults to `"haystack_chat"`. 1 to 40 characters.
-        :param min_pool_size: How many idle connections stay open. The first call after others were idle for ten minutes
-            closes those. Defaults to 1.
-        :param max_pool_size: How many connections are open at most for all synchronous calls of the process, and how
-            many for each event loop. Defaults to 10.
-        :param timeout: How long a call may take, in seconds: waiting for a connection, connecting, and waiting for the
-            server. In `delete_all_messages`, each step may take as
-            long. Defaults to 30.
-        :raises ValueError: If a setting is not one of these.
+        :param table_prefix: The beginning of the tables' names, 1 to 40 characters. Defaults to `"haystack_chat"`.
+        :param min_pool_size: The number of idle connections that stay open. If more were idle for ten minutes, the next
+            call closes them. Defaults to 1.
+        :param max_pool_size: The largest number of open connections for all synchronous calls of the process, and for
+            each event loop. Defaults to 10.
+        :param timeout: The largest number of seconds that a call takes: to wait for a connection, to connect, and to
+            wait for the server. In `delete_all_messages`, each step may take as long. Defaults to 30.
+        :raises ValueError: If a setting is wrong.
         :raises ImportError: If psycopg is not installed.
         """
         psycopg_import.check()
@@ -126,10 +128,10 @@ class PostgresChatMessageStore(BaseChatMessageStore):
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> Self:
         """
-        Make a store from `postgresql://user:password@host:port/database`.
+        Create a store from `postgresql://user:password@host:port/database`.
 
         :param url: A connection string as a URL.
-        :param settings: Further settings of the constructor.
+        :param settings: Further arguments of the constructor.
         :raises ValueError: If the URL has nothing after its scheme, or a scheme of another engine.
         """
         scheme, _, rest = without_driver(url).partition("://")
@@ -138,7 +140,7 @@ class PostgresChatMessageStore(BaseChatMessageStore):
         return cls(Secret.from_token(url), **settings)
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments that make an equal store."""
+        """Return the constructor's arguments for an equal store."""
         return {
             "connection_string": self.connection_string,
             **super().settings(),

@@ -50,27 +50,29 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         timeout: float = 30.0,
     ) -> None:
         """
-        Create the store. The file is opened on first use, and made by the first write.
+        Create the store. The file is opened on first use, and created by the first write.
 
         :param path: The database file; its folder must exist. Defaults to `chat_history.db` in the current folder.
         :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
-        :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
-        :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
-        :param namespace: Separates tenants, applications or test runs in one file. Defaults to `"default"`.
-        :param search: Whether messages can be searched. What is written is then indexed with it; what the file had
-            before is indexed by `index_messages`. Defaults to False.
-        :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
-            the value's `repr` is stored.
-        :param user_id: The user whose histories alone the store sees and changes: see `for_user`. Defaults to `None`:
-            all histories of the namespace.
-        :param ttl: After how many seconds without a write a history expires, all of it at once. A write starts the time
-            anew. Defaults to `None`: never.
+        :param last_k: The number of rounds that `retrieve_messages` returns if it is called without `last_k`. Defaults
+            to 10. `None` for all.
+        :param last_k_unit: The unit of `last_k`: `"round"`, the default, or `"message"`.
+        :param namespace: The namespace of the store's histories, 1 to 128 characters. A store sees only its own
+            namespace, so tenants, applications or test runs can share one file. Defaults to `"default"`.
+        :param search: Whether messages can be searched. Each message is then indexed as it is written. Call
+            `index_messages` once to index messages that the file had before. Defaults to False.
+        :param strict: Whether a message is refused if its `meta` contains a value without a JSON form. Defaults to
+            False: the value's `repr` is stored, and the log says so.
+        :param user_id: The store sees and changes only histories of this user: see `for_user`. Defaults to `None`: all
+            histories of the namespace.
+        :param ttl: The number of seconds after which a history expires as a whole. The time starts anew when messages
+            are stored in it. Defaults to `None`: a history never expires.
         :param renew_ttl_on_read: Whether reading messages of a history starts the time anew, too. Defaults to False.
-        :param durability: `"full"`, the default: a write that has returned survives a power cut. `"normal"`: it
-            survives a crash of the process, but the last writes before a power cut may be gone (the file stays sound);
-            several times as fast where syncing the disk is slow. These are SQLite's `synchronous` levels in WAL mode.
-        :param timeout: How long to wait for a database that another process has locked, in seconds. Defaults to 30.
-        :raises ValueError: If a setting is not one of these, or the path is empty or `":memory:"`.
+        :param durability: With `"full"`, the default, a write that has returned survives a power cut. With `"normal"`,
+            it survives a crash of the process, but a power cut may lose the last writes (the file stays sound). This is
+            several times as fast on a disk that syncs slowly. These are SQLite's `synchronous` levels in WAL mode.
+        :param timeout: The number of seconds to wait for a database that another process has locked. Defaults to 30.
+        :raises ValueError: If a setting is wrong, or the path is empty or `":memory:"`.
         """
         if not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"path must be text or a Path, got {type(path).__name__}.")
@@ -111,7 +113,7 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         :raises FileExistsError: If there is something at the path. It was left as it is.
         :raises OSError: If the file cannot be written.
         :raises StoreConfigurationError: If there is nothing to back up.
-        :raises ChatHistoryAccessError: If this is the store of one user.
+        :raises ChatHistoryAccessError: If this store belongs to one user.
         :raises ChatMessageStoreError: If the store's file cannot be read.
         """
         self._check_backup()
@@ -129,10 +131,10 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> Self:
         """
-        Make a store from `sqlite:///relative.db` or `sqlite:////absolute.db`.
+        Create a store from `sqlite:///relative.db` or `sqlite:////absolute.db`.
 
         :param url: One of these forms. `?` and `#` in the file's name are `%3F` and `%23`.
-        :param settings: Further settings of the constructor.
+        :param settings: Further arguments of the constructor.
         :raises ValueError: If the URL has none of these forms.
         """
         scheme, _, rest = url.partition("://")
@@ -141,7 +143,7 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         return cls(unquote(rest[1:]), **settings)
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments that make an equal store."""
+        """Return the constructor's arguments for an equal store."""
         return {"path": self.path, "durability": self.durability, "timeout": self.timeout, **super().settings()}
 
     def __repr__(self) -> str:
