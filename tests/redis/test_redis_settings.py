@@ -172,7 +172,7 @@ except ImportError as error:
     print(error)
 """
     output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-    assert 'pip install "haystack-chat-store[redis]", or "redis>=5.1". Original error' in output
+    assert 'pip install "haystack-chat-store[redis]", or "redis>=5.1,<9". Original error' in output
 
 
 def test_the_driver_is_not_imported_with_the_package():

@@ -12,7 +12,7 @@ from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.validation import validated_flag, validated_seconds
 
 with LazyImport(
-    'It comes with the extra \'redis\': pip install "haystack-chat-store[redis]", or "redis>=5.1"'
+    'It comes with the extra \'redis\': pip install "haystack-chat-store[redis]", or "redis>=5.1,<9"'
 ) as redis_import:
     from haystack_chat_store.stores.redis.engine import RedisEngine
 
@@ -60,16 +60,18 @@ class RedisChatMessageStore(BaseChatMessageStore):
             variable `REDIS_URL`. It is read at each call: when it has changed, the store connects to the new address,
             and closes what it had open.
         :param skip_system_messages: Whether system messages are left out when writing. Defaults to True.
-        :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
-        :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
-        :param namespace: Separates tenants, applications or test runs in one database. Defaults to `"default"`.
+        :param last_k: The number of rounds that `retrieve_messages` returns if it is called without `last_k`. Defaults
+            to 10. `None` for all.
+        :param last_k_unit: The unit of `last_k`: `"round"`, the default, or `"message"`.
+        :param namespace: The namespace of the store's histories, 1 to 128 characters. A store sees only its own
+            namespace, so tenants, applications or test runs can share one database. Defaults to `"default"`.
         :param search: Must be False: see `docs/redis.md`.
-        :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
-            the value's `repr` is stored.
-        :param user_id: The user whose histories alone the store sees and changes: see `for_user`. Defaults to `None`:
-            all histories of the namespace.
-        :param ttl: After how many seconds without a write a history expires, all of it at once. A write starts the time
-            anew. Defaults to `None`: never.
+        :param strict: Whether a message is refused if its `meta` contains a value without a JSON form. Defaults to
+            False: the value's `repr` is stored, and the log says so.
+        :param user_id: The store sees and changes only histories of this user: see `for_user`. Defaults to `None`: all
+            histories of the namespace.
+        :param ttl: The number of seconds after which a history expires as a whole. The time starts anew when messages
+            are stored in it. Defaults to `None`: a history never expires.
         :param renew_ttl_on_read: Whether reading messages of a history starts the time anew, too. Defaults to False.
         :param cluster: Whether the URL leads to a node of a Redis Cluster, which is then asked for the others.
             Defaults to False.
@@ -79,7 +81,7 @@ class RedisChatMessageStore(BaseChatMessageStore):
             answer. A call waits as long for a server that is starting, and for another master; a node of a cluster, or
             a master of Sentinels, that does not answer for a quarter of it counts as failed. An operation of several
             steps, such as a list or an import, takes as long for each. Defaults to 30.
-        :raises ValueError: If a setting is not one of these.
+        :raises ValueError: If a setting is wrong.
         :raises ImportError: If redis-py is not installed.
         """
         redis_import.check()
@@ -111,7 +113,7 @@ class RedisChatMessageStore(BaseChatMessageStore):
             )
 
     def settings(self) -> dict[str, Any]:
-        """Return the arguments that make an equal store."""
+        """Return the constructor's arguments for an equal store."""
         return {
             "url": self.url,
             **super().settings(),
@@ -126,7 +128,7 @@ class RedisChatMessageStore(BaseChatMessageStore):
         Make a store from `redis://…` or `rediss://…`, with `+cluster` or `+sentinel` in the scheme.
 
         :param url: The URL, with its scheme. The store holds it as a token secret, which cannot be serialized.
-        :param settings: Further settings of the constructor.
+        :param settings: Further arguments of the constructor.
         :raises ValueError: If the URL names no host, or has another scheme.
         """
         scheme, _, rest = url.partition("://")
