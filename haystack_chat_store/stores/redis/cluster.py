@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The roads of a cluster, and of a master that Sentinels watch: calls go to the node that has their keys by now."""
+"""Finds the server for a call: the node of a cluster that has its keys now, or the master that Sentinels name."""
 
 import time
 from typing import Any
