@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operations of all rooms need: the settings of the engine, and the keys of a scope."""
+"""What all operations need: the settings of the engine, and the keys of a scope."""
 
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.redis.keys import Keys
@@ -26,5 +26,5 @@ class RedisOperations(Engine[Session]):
 
 
 def lifetime(scope: Scope) -> int:
-    """Return after how many milliseconds without a write a history expires, or 0 for never."""
+    """Return the number of milliseconds after which a history expires, or 0 for never."""
     return 0 if scope.lifetime is None else max(1, round(scope.lifetime / 1000))
