@@ -38,7 +38,7 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         """
         Keep the settings. Nothing connects yet.
 
-        :param settings: What engines have in common that share their connections.
+        :param settings: The connection settings. Engines with equal settings share connections.
         :param search: Whether to turn search on in the database, if it is off.
         """
         self.settings = settings
@@ -50,7 +50,7 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """Run an operation on a synchronous connection, with which it never waits for an event loop."""
+        """Run an operation on a synchronous connection, and return its result."""
         deadline = time.monotonic() + self.settings.timeout
         reads = is_marked(operation, reads_only)
         pool = pools.get(self.settings)
@@ -76,7 +76,7 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """Run an operation on a connection of the running event loop."""
+        """Run an operation on a connection of the running event loop, and return its result."""
         deadline = time.monotonic() + self.settings.timeout
         reads = is_marked(operation, reads_only)
         pool = pools.get(self.settings)
@@ -109,6 +109,7 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
 
 
 def _coroutine(result: Operation[ResultT]) -> Coroutine[Any, Any, ResultT]:
+    """Return what an operation returned, as a coroutine: all operations of this engine are coroutine functions."""
     return cast(Coroutine[Any, Any, ResultT], result)
 
 
@@ -121,14 +122,18 @@ async def _repeat(
     **options: ArgumentsT.kwargs,
 ) -> ResultT:
     """
-    Return what an operation has done before its connection was lost. If that is nothing, do it again.
+    Finish an operation whose connection was lost.
+
+    If the lost session's commit is known to have succeeded, return its result. Otherwise run the operation again if it
+    can be repeated, and raise `cause` if not.
 
     :param lost: The session whose connection was lost.
-    :param cause: How the loss was noticed.
+    :param cause: The error of the lost connection.
     """
     if lost.commit is not None and await session.was_committed(lost.commit):
         return cast(ResultT, lost.commit.result)
     if not lost.is_repeatable:
         raise cause
+    # The second attempt counts what the lost one may have appended or repaired as its own work.
     session.appended_earlier, session.found_earlier = lost.appending, lost.faults
     return await _coroutine(operation(session, *arguments, **options))
