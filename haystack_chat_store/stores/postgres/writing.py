@@ -54,6 +54,7 @@ class _Locked(NamedTuple):
     user_id: str | None
 
 
+# The state of a history without messages, or of none.
 _NO_HISTORY = _Locked(0, 0, 0, 0, None)
 
 
@@ -390,8 +391,8 @@ async def _append_imported(
     """
     Append to a history that is locked.
 
-    :param locked: The state in which it was locked.
-    :param is_new: Whether it gets title, meta and times.
+    :param locked: The state in which it was locked, or `_NO_HISTORY` if the transaction has made it.
+    :param is_new: Whether it gets the title, the meta and the times of `history`.
     """
     key, revision = history_key(scope, history.chat_history_id), locked.next_revision
     if is_new:
