@@ -262,6 +262,7 @@ class Directory(RedisOperations):
             chat_histories=histories,
             messages=messages,
             rounds=rounds,
+            # The size is that of the whole server, so a store of one user does not tell it.
             size=await _used_memory(session) if scope.user_id is None else None,
             messages_per_day={
                 datetime_of(day * _MICROSECONDS_PER_DAY).date(): count for day, count in sorted(days.items())
