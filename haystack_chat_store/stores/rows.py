@@ -25,8 +25,8 @@ class Scope:
     :param namespace: Only histories of this namespace.
     :param user_id: Only histories of this user, or `None` for all histories of the namespace. A history that is made is
         this user's.
-    :param lifetime: After how many microseconds without a write a history expires that is written to, or `None` for
-        never.
+    :param lifetime: The number of microseconds after which a history expires in which this scope stores messages, or
+        `None` for never.
     :param with_branches: Whether lists, search and statistics see branches, too. Defaults to True.
     """
 
