@@ -16,7 +16,7 @@ QUESTION_ID_KEY = "chat_question_id"
 #: The longest id of a message or a history, in characters. Every engine can use it as a key.
 MAX_ID_LENGTH = 512
 
-# How much of a history's id stands in the ids of its branches. The rest is left for what comes after it.
+# The ids of branches begin with up to this many characters of the history's id. The rest is left for what follows.
 _READABLE_IN_BRANCH = 400
 
 # The longest id of a question that stands in the ids of its replies. The rest is left for what comes after it.
@@ -124,7 +124,7 @@ def origin_of(chat_history_id: str, branch_of: object) -> str | None:
 
     Both its meta and its id say so. So a meta of another application makes no history a branch.
 
-    :param branch_of: What its meta has under `BRANCH_OF_KEY`.
+    :param branch_of: The value of `BRANCH_OF_KEY` in its meta.
     """
     is_branch = isinstance(branch_of, str) and branch_of and chat_history_id.startswith(branch_prefix(branch_of))
     return branch_of if isinstance(branch_of, str) and is_branch else None

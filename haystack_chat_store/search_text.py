@@ -73,7 +73,7 @@ _symbol = re.compile(
     "[\U0001f1e6-\U0001f1ff]{2}|[\xa2-\xae\xb0\xb1\xd7\xf7\u2044\u2052\u20a0-\u20cf\u2100-\u2bff\u3004\u3012\u3013\u3020"
     "\u3030-\u303f\U0001f000-\U0001f3fa\U0001f400-\U0001faff]"
 )
-# What belongs to a word that it touches.
+# Characters that belong to the word that they touch.
 _PLUS_AND_NUMBER_SIGN = str.maketrans("+#", "＋＃")
 _marks = re.compile("[+#＋＃]+")
 _word = re.compile(r"[^\W_]+")

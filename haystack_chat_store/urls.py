@@ -17,12 +17,12 @@ from typing import Any
 from haystack_chat_store.stores.base import BaseChatMessageStore
 
 _ENTRY_POINTS = "haystack_chat_store.engines"
-# What other libraries write into the scheme, behind a plus: the stores have drivers of their own.
+# Drivers that other libraries write into the scheme, behind a plus. They are ignored: the stores have their own.
 _DRIVERS = {
     "postgresql": {"psycopg", "psycopg_async", "psycopg2", "psycopg2cffi", "asyncpg", "pg8000"},
     "sqlite": {"pysqlite", "aiosqlite"},
 }
-# What an error about a URL shows. Schemes of other packages are added to it.
+# The forms of URLs that an error shows. Schemes of other packages are added.
 # The command line masks passwords in errors. It lets `:password@host:port` pass.
 _FORMS = (
     "sqlite:///relative.db",

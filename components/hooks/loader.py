@@ -228,7 +228,7 @@ class ChatHistoryLoader:
             yield from self._resume_replacement(state, run, current)
             return
         if run.replaced_id is not None and run.expected_revision is None:
-            # What others store while the model answers is not replaced unseen.
+            # So the run does not replace messages that others store while the model answers.
             revision = _Revision()
             yield revision
             run.expected_revision = revision.revision

@@ -24,7 +24,7 @@ _FILE_TYPE = "application/pdf"
 _IMAGE_TYPES = frozenset({"image/jpeg", "image/png", "image/webp"})
 _OTHER_NAMES_OF_TYPES = {"image/jpg": "image/jpeg"}
 _NO_TEXT_TYPES = re.compile(r"(audio|font|image|video)/|application/pdf\Z")
-# What no text has: control characters other than tabs and ends of lines.
+# Control characters other than tabs and ends of lines. No text has them.
 _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 _MAX_BYTES_OF_CHARACTER = 4
 # Bedrock takes names of up to 200 characters. It leaves out all but letters and digits of ASCII, blanks, and `-()[]`.
@@ -104,7 +104,7 @@ def _portable_file(file: FileContent, mark: str) -> list[Any]:
     if file.mime_type != _FILE_TYPE or not _is_whole(file.base64_data):
         return [as_text(file)]
     name = PurePath(_name_of(file)).stem
-    # What else is known of a file is for one provider, such as whether it is to be cited.
+    # The other fields are for one provider, such as whether the file is to be cited.
     portable = changed(file, filename=f"{name} [{mark}].pdf".strip(), extra={})
     return [TextContent(_description(file)), portable]
 

@@ -48,7 +48,7 @@ _CALL_ID_PREFIX = "fc"
 _CALL_ID_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _CALL_ID_LENGTH = 7
 
-# What the name of a model ends with if it names the version: a date, a number of three digits or more, or "latest".
+# A version at the end of a model's name: a date, a number of three digits or more, or "latest".
 # Shorter numbers are parts of the name: Claude Opus 4.1 is `claude-opus-4-1`.
 _VERSION = re.compile(r"[-@:](?:latest|\d{3,8}|\d{4}-\d{2}-\d{2}|\d{2}-\d{4})\Z")
 

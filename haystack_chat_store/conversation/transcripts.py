@@ -36,7 +36,8 @@ _INCIDENTAL_FIELDS = ("meta", "validation")
 _DATA_FIELDS = frozenset({"base64_image", "base64_data"})
 # The number of hexadecimal digits of a digest.
 _DIGEST_LENGTH = 32
-# What ends a question in the text that a digest is made of, and what begins one that stands there as JSON.
+# In the text that a digest is made of, each question ends with the first of these. A question as JSON begins with the
+# second one.
 _END, _JSON_FOLLOWS = "\0", "\1"
 
 
@@ -140,7 +141,7 @@ def transcript_of(messages: Iterable[ChatMessage]) -> Transcript:
             if message._role is user
             and (not message._meta or hooks_key not in message._meta or question_id_of(message) is None)
         ]
-        # What is not one text raises one of the errors below, which is faster than to look first.
+        # A content that is not one text raises one of the errors below. That is faster than to look first.
         keys: list[Any] = list(map(str.strip, [part.text for (part,) in contents]))
     except (AttributeError, TypeError, ValueError):  # there are other parts than a text, or other values than messages
         keys = _checked_keys(listed)

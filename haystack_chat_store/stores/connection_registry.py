@@ -87,7 +87,7 @@ class ConnectionRegistry(Generic[SettingsT, ConnectionsT]):
         """
         Prepare what holds connections for a fork, which may have to wait for calls.
 
-        :param prepared: What was prepared already. What is prepared now is added.
+        :param prepared: The preparations that were made already. Those that are made now are added.
         """
         for made in self.all():
             if made not in prepared:

@@ -90,10 +90,12 @@ class Engine(ABC, Generic[SessionT]):
     `execute_async` provide. Its second argument is the scope: the operation sees and changes only histories of this
     scope. Each operation is atomic: it takes effect whole or not at all, and sees the database as of one moment.
 
-    If the scope has a user, a history of another user, or of none, is absent for what reads. An operation that would
-    write to it raises the `ChatHistoryAccessError` of `conflicts.check_access`. What is made is the user's. If the
-    scope has a lifetime, a history that is appended to, made, copied to or imported to expires after this time, and
-    otherwise never. A history that has expired is absent for what reads, and a write to its id begins anew.
+    If the scope has a user, operations that read treat a history of another user, or of no user, like one that does not
+    exist. An operation that would write to it raises the `ChatHistoryAccessError` of `conflicts.check_access`. If an
+    operation creates a history, it belongs to the user.
+
+    If the scope has a lifetime, a history that is appended to, created, copied to or imported to expires after this
+    time, otherwise never. Operations that read do not see an expired history, and a write to its id begins anew.
 
     An operation is written once, for synchronous and asynchronous calls. It is a plain method if it never waits or if
     `execute_async` runs it in a thread. Otherwise it is a coroutine function that awaits the calls of its session.
@@ -262,9 +264,8 @@ class Engine(ABC, Generic[SessionT]):
         """
         Delete a history with its messages, title and meta, and the branches of it and of its branches.
 
-        A history that does not exist is ignored, but its branches are not. What another user than the history's calls
-        its branch is none. Where that is not one atomic step, the history goes first, and a repeated call deletes what
-        is left.
+        A history that does not exist is ignored, but its branches are not. A history of another user is never a branch
+        of it. If this is not one atomic step, the history is deleted first, and a repeated call deletes what is left.
 
         :param expected_revision: The revision that a history that exists must have, or `None` for any.
         :raises ChatHistoryChangedError: If it has another revision.
@@ -447,8 +448,8 @@ class Engine(ABC, Generic[SessionT]):
         """
         Change title, meta or user, and return the changed history, or `None` if the history does not exist.
 
-        If the user changes, so does that of its branches, and of theirs: of those that had the same user. Where that is
-        not one atomic step, the branches come first, and a repeated call finishes it.
+        If the user changes, that of its branches changes, too, and of their branches, if they had the same user. If
+        this is not one atomic step, the branches change first, and a repeated call finishes it.
 
         If keys of the meta are set, no other change of the meta comes between reading and writing it.
         """
@@ -468,8 +469,8 @@ class Engine(ABC, Generic[SessionT]):
         """
         Give a history another id. All else stays, apart from the revision, which becomes greater.
 
-        Where that is not one atomic step, the history is whole under its new id before the old one goes, and a repeated
-        call finishes it.
+        If this is not one atomic step, the history is complete under its new id before the old one is deleted, and a
+        repeated call finishes it.
 
         :raises ChatHistoryNotFoundError: If there is no history `old_id`, whatever there is under `new_id`.
         :raises ChatHistoryExistsError: If there is a history `new_id`.
@@ -627,7 +628,7 @@ class Engine(ABC, Generic[SessionT]):
         """
         Return the error of an operation that this engine does not have.
 
-        :param what: What a user cannot do, in words.
+        :param what: The operation that is not supported, in words for users.
         :param operation: The name of the operation.
         """
         return UnsupportedOperationError(

@@ -17,7 +17,7 @@ class FairSemaphore:
         """
         Begin with all places free.
 
-        :param places: How many threads may have a place at once, at least 1.
+        :param places: The number of threads that may have a place at once, at least 1.
         """
         self._lock = threading.Lock()
         self._free = places  # none as long as a thread waits
@@ -27,7 +27,7 @@ class FairSemaphore:
         """
         Take a place, and return whether there was one.
 
-        :param timeout: How many seconds to wait at most, 0 or more.
+        :param timeout: The largest number of seconds to wait, 0 or more.
         """
         with self._lock:
             if self._free > 0:

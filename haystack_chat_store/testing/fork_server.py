@@ -128,9 +128,9 @@ def run_python(
     Run a Python process to its end, as `subprocess.run` does.
 
     :param arguments: See `start_python`.
-    :param input: What the process reads from its standard input.
+    :param input: The standard input of the process.
     :param capture_output: Whether to return what it writes to its standard output and error.
-    :param timeout: After how many seconds the process is killed. Defaults to never.
+    :param timeout: The number of seconds after which the process is killed. Defaults to never.
     :param check: Whether an exit status other than 0 is an error.
     :param options: See `start_python`.
     :returns: The exit status and the outputs.

@@ -25,7 +25,7 @@ MAX_FAULTS = 10_000
 
 
 class Faults(dict[Fault, None]):
-    """What a source could not read: an ordered set. It keeps the first faults, and that there are more."""
+    """The faults of a source, as an ordered set. It keeps only the first ones, and notes that there are more."""
 
     def __setitem__(self, fault: Fault, value: None) -> None:
         """Add a fault."""

@@ -62,7 +62,7 @@ class Checking(Engine[Session]):
     async def _check(session: Session, scope: Scope, *, repair: bool) -> list[Fault]:
         found = await session.in_transaction(_find_faults, scope, begin=BEGIN_READING)
         faults = [each.fault(is_repaired=repair and each.repair is not None) for each in found]
-        # What an earlier attempt has found, and is not there any more, this attempt has repaired.
+        # Faults that an earlier attempt has found, and that are gone now, count as repaired.
         faults = [each for each in session.found_earlier if each.is_repaired and each not in faults] + faults
         session.faults = faults
         for each in found if repair else ():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a connection string says, and which part of it is wrong."""
+"""Parses connection strings, and says which part of one is wrong."""
 
 import re
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ _FORM = "It must be like postgresql://user:password@host:port/database."
 _SEARCH_PATH = re.compile(r"(?:-c\s*|--)search_path\s*=\s*((?:\\.|\S)+)")
 _SCHEMA_ADVICE = "For a schema, give the store its schema_name, or write ?options=-csearch_path%3Dname."
 _POOL_ADVICE = "The size of the pool is the store's max_pool_size."
-# What to do about the options of other drivers.
+# Advice about the options of other drivers.
 _ADVICE = {
     "ssl": "For TLS, write ?sslmode=require, or verify-full.",
     **dict.fromkeys(("schema", "currentschema", "search_path"), _SCHEMA_ADVICE),

@@ -53,7 +53,7 @@ _MAX_IDLE_SECONDS = 600
 
 
 class Settings(NamedTuple):
-    """What stores have in common that share their connections."""
+    """The connection settings. Stores with equal settings share their connections."""
 
     connection_string: Secret
     schema_name: str | None
@@ -226,7 +226,7 @@ class Pool(ServerConnections):
         """
         Open nothing yet.
 
-        :param settings: What the stores have in common.
+        :param settings: The connection settings of the stores.
         :raises StoreConfigurationError: If the connection string cannot be used.
         """
         self.fingerprint = settings.fingerprint()

@@ -29,7 +29,7 @@ from haystack_chat_store.types import StoreStatistics
 
 # Up to this many histories are sorted, or passed on the walk by time. If they do not suffice, four times as many are.
 _FIRST_TRY = 256
-# How many histories one transaction deletes. It deletes fewer if they have more messages than this.
+# The number of histories that one transaction deletes. It deletes fewer if they have more messages than this.
 _DELETE_BATCH_SIZE = 1_000
 _DELETE_BATCH_MESSAGES = 100_000
 _EPOCH = date(1970, 1, 1)

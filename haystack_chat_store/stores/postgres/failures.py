@@ -56,7 +56,7 @@ def store_error(error: psycopg.Error, address: str, password: Any, timeout: floa
     """
     Return the exception that says what has failed, where, and what to do.
 
-    :param error: What psycopg has raised.
+    :param error: The error that psycopg has raised.
     :param address: Where the server is.
     :param password: The password, if it is known. No text that contains it is repeated.
     :param timeout: The timeout of a call, in seconds.

@@ -165,7 +165,7 @@ class Tables:
         Compose the names.
 
         :param schema_name: The PostgreSQL schema that holds the tables.
-        :param table_prefix: What the tables' names begin with.
+        :param table_prefix: The beginning of the tables' names.
         """
         #: What logs call the tables.
         self.name = f"{schema_name}.{table_prefix}_…"

@@ -24,7 +24,7 @@ from haystack_chat_store.stores.rows import FoundRow, Scope
 _FEW_HISTORIES = 1_000
 # They are searched message by message if they have up to this many messages, or fewer than match in the whole index.
 _FEW_MESSAGES = 5_000
-# How many bytes of messages are indexed in one step, as the server has them compressed; or one message.
+# The compressed size of the messages that one step indexes, in bytes. A step indexes one message or more.
 _INDEX_BATCH_BYTES = 8_000_000
 
 

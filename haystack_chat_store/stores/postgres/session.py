@@ -19,20 +19,21 @@ logger = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 Parameters = Sequence[Any] | dict[str, Any]
 
-# How long the server is asked to cancel the statement of a call that has timed out. It would go on waiting for a lock.
+# The number of seconds for asking the server to cancel the statement of a call that has timed out. Without that, the
+# statement would go on waiting for a lock.
 _CANCEL_SECONDS = 1.0
 _PAUSE_BEFORE_RETRY = "SELECT pg_sleep(0.05)"
 
 
 class Database:
-    """What a process knows of the database that its connections lead to."""
+    """The facts that a process knows about the database of its connections."""
 
     def __init__(self, schema_name: str, table_prefix: str) -> None:
         """
         Know nothing yet.
 
         :param schema_name: The PostgreSQL schema that holds the tables.
-        :param table_prefix: What the tables' names begin with.
+        :param table_prefix: The beginning of the tables' names.
         """
         self.schema_name = schema_name
         self.tables = Tables(schema_name, table_prefix)
@@ -61,7 +62,7 @@ class Session:
         Wrap a connection.
 
         :param connection: A synchronous connection, with which nothing here ever waits, or an asynchronous one.
-        :param database: What the process knows of the database.
+        :param database: The facts that the process knows about the database.
         :param timeout: The timeout of a call, in seconds.
         """
         self.connection = connection
@@ -198,7 +199,7 @@ class Session:
         """
         Set the deadline as if the call began now.
 
-        :param seconds: How far away the deadline is. Defaults to the timeout of a call.
+        :param seconds: The number of seconds until the deadline. Defaults to the timeout of a call.
         """
         self.connection.deadline = time.monotonic() + (self._timeout if seconds is None else seconds)
 

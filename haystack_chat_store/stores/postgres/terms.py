@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from haystack_chat_store.search_text import Phrase, searchable_text_of_content, terms
 
-# How many positions of a lexeme a tsvector keeps.
+# The number of positions of a lexeme that a tsvector keeps.
 _MAX_POSITIONS = 255
 
 

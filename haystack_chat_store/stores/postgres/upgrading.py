@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a process makes the tables, upgrades them, and turns search on."""
+"""Creates the tables, upgrades them, and turns search on."""
 
 from collections.abc import Awaitable, Callable
 

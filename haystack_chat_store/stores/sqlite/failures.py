@@ -12,7 +12,7 @@ from haystack_chat_store.errors import (
     UnsupportedOperationError,
 )
 
-# What SQLite's message contains, and what to do then.
+# A part of SQLite's message, and the error and the advice for it.
 _ADVICE: dict[str, tuple[type[ChatMessageStoreError], str]] = {
     "unable to open": (StoreUnavailableError, "It must be a file that this process may read and write."),
     "not a database": (StoreConfigurationError, "Choose another path for the chat histories."),
@@ -41,7 +41,7 @@ def explained(error: sqlite3.Error, path: str, timeout: float) -> ChatMessageSto
     Return this package's exception for one of `sqlite3`.
 
     :param path: The file.
-    :param timeout: How long the failed call waited for locks, in seconds.
+    :param timeout: The number of seconds that the failed call waited for locks.
     """
     text = str(error)
     if is_of_damaged_text(error):  # its message quotes the text

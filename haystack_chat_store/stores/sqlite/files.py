@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 LOG, LOG_INDEX, JOURNAL = "-wal", "-shm", "-journal"
 
-# How the names of files begin that are not complete yet.
+# The beginning of the names of files that are not complete yet.
 _TEMPORARY = ".haystack-chat-store."
 _FILE_EXISTS = "There is a file already. Give another path, or remove the file first"
-# How long a process may take that is about to remove an empty log.
+# The number of seconds that a process may take to remove an empty log.
 _REMOVAL_SECONDS = 0.5
 _POLL_SECONDS = 0.005
 
@@ -47,7 +47,7 @@ class Files(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What tells whether a file has been changed: its identity, its size and the time of its last change."""
+    """The identity, the size and the last change of a file. They tell whether it has been changed."""
 
     identity: Identity
     size: int
@@ -343,7 +343,7 @@ def _appearing(temporary: str, path: str, check: Callable[[], None] | None = Non
     """
     Have a file that is made under another name appear at a path when it is complete and on the disk.
 
-    :param check: What to do just before. If it raises, nothing appears. Defaults to nothing.
+    :param check: Called just before. If it raises an error, the file does not appear. Defaults to no check.
     :raises FileExistsError: If there is something at the path then.
     """
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a write transaction does with the rows of histories and messages, and with the index of words."""
+"""Writes the rows of histories and messages, and the index of words, in a write transaction."""
 
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -34,7 +34,7 @@ _MESSAGES = """
     WHERE message_key BETWEEN ? AND ? ORDER BY message_key LIMIT ?
 """
 
-# How many messages of a range are in memory at once.
+# The number of messages of a range that are in memory at once.
 _MESSAGES_PER_BATCH = 1_000
 
 _OF_NEWER = (

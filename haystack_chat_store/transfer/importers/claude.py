@@ -34,7 +34,7 @@ from haystack_chat_store.transfer.importers.json_files import Item, JsonLayout
 from haystack_chat_store.transfer.importers.trees import branches_of
 
 _ROLES = {"human": ChatRole.USER, "assistant": ChatRole.ASSISTANT}
-# What the first message of a conversation names as the one before it.
+# The key that the first message of a conversation names as its parent.
 _ROOT = "00000000-0000-4000-8000-000000000000"
 # Blocks that say nothing: what Claude may still use of its context.
 _IGNORED = ("token_budget",)

@@ -28,7 +28,7 @@ class ImportedMessage(NamedTuple):
     """
     A message from another program.
 
-    :param key: What tells it from the other messages of its conversation, at every import.
+    :param key: Identifies the message in its conversation. It is the same at every import.
     :param message: The message.
     :param created_at: Its time in microseconds since 1970, or `None` if the program does not keep it.
     """
@@ -120,7 +120,7 @@ def message_rows(
     :param library: The name of the program. Message ids begin with it.
     :param begun: The time of the first message if it has none.
     :param report: Called with what is left out.
-    :param noun: What a message is called in reports. Defaults to "message".
+    :param noun: The word for a message in reports. Defaults to "message".
     """
     moment = begun
     with SeenIds() as ids:

@@ -161,7 +161,7 @@ class AgentsDatabase(ForeignDatabase):
     def _find_tables(self) -> None:
         super()._find_tables()
         self._has_branches = {"session_id", "message_id", "branch_id", "sequence_number"} <= self._columns(_STRUCTURE)
-        # Which session and which branch a history is made of.
+        # The session and the branch that each history is made of.
         self._branches: dict[str, tuple[str, str]] = {}
         # Branches whose history would have the id of another session or branch.
         self._clashes: list[tuple[str, str]] = []
