@@ -92,9 +92,9 @@ class ChatMessageStore(Protocol):
         its messages, edits in place included; a history that does not exist has revision 0, and one that is deleted
         and begins anew has greater revisions than before. With `expected_revision`, a write or a deletion is refused
         if the history has another revision. A call that finds its work done is no conflict with itself: a batch whose
-        messages are all stored already, equal, returns 0 whatever `expected_revision` says (unless the policy is FAIL;
-        with SKIP, messages are equal even if their meta differs, as after a rating),
-        and a deletion of what is not there does nothing. `retrieve_window` returns what `retrieve_messages` returns,
+        messages are all stored already, equal, returns 0 whatever `expected_revision` is (unless the policy is FAIL;
+        with SKIP, messages are equal even if their meta differs, as after a rating), and a deletion of messages that
+        are not there does nothing. `retrieve_window` returns what `retrieve_messages` returns,
         with the revision and the number of rounds of the same moment.
     20. **Forking.** `copy_messages` copies a history, or its beginning, to a history without messages. The copy appears
         whole or not at all.
@@ -111,20 +111,21 @@ class ChatMessageStore(Protocol):
         or checkpoint. What can only be read can be read. A database that was not made yet reads as empty.
 
     25. **Users.** A history belongs to one user or to none. A store of a user (`for_user`, or the setting `user_id`)
-        sees, counts, finds, changes and deletes only this user's histories. For what reads, a history of another user,
-        or of none, is as absent as one that does not exist; a write to it raises a `ChatHistoryAccessError`, which says
+        sees, counts, finds, changes and deletes only this user's histories. Calls that read treat a history of another
+        user, or of no user, like one that does not exist. A write to it raises a `ChatHistoryAccessError`, which says
         nothing about it. The engine checks that in the statement that reads or writes. `list_chat_histories`,
-        `search_messages`, `purge` and `statistics` take a `user_id`, too, and `delete_user` erases a person. Branches
-        belong to the user of their history, and follow it to another one: what another user calls a branch is none.
+        `search_messages`, `purge` and `statistics` take a `user_id`, too, and `delete_user` deletes all histories of a
+        user. A branch belongs to the user of its history, and follows it to another user. A history of another user is
+        never a branch of it.
 
     26. **A transcript, once.** What `match_transcript` finds new in a transcript that a client sends whole is stored
         once. What it takes back is in a branch as a whole before it is deleted, and is deleted only if the history has
         the revision that was read.
 
-    27. **Replacing.** `replace_messages` takes back a message and all messages after it, and appends others, in one
-        atomic step: a reader sees the old end of the history or the new one. Ids of messages that were taken back can
-        be used again; messages whose ids the history keeps are skipped; positions are not used again. If the history
-        does not have the message to take back, nothing is changed. A repeated call that finds its messages, equal, at
+    27. **Replacing.** `replace_messages` deletes a message and all messages after it, and appends others, in one atomic
+        step: a reader sees the old end of the history or the new one. Ids of deleted messages can be used again;
+        messages whose ids the history keeps are skipped; positions are not used again. If the history does not have
+        the message to replace, nothing is changed. A repeated call that finds its messages, equal, at
         the end of the history returns 0.
     """
 
@@ -220,12 +221,12 @@ class ChatHistoryInfo(Result):
         history that is deleted and begins anew has greater revisions than before.
     :param created_at: The time when its first message was stored. Aware, in UTC.
     :param updated_at: The time when its messages last changed. Aware, in UTC. A new title or meta does not count.
-    :param title: The title that `update_chat_history` set, or `None`.
-    :param meta: The meta that `update_chat_history` set, or an empty dict.
+    :param title: The title, or `None` if it has none.
+    :param meta: The meta. Empty if it has none.
     :param user_id: The user that it belongs to, or `None`.
-    :param preview: Up to 200 characters of the first question that has text, or `None`: for a list, where a history has
+    :param preview: Up to 200 characters of the first question that has text, or `None`. Lists show it if a history has
         no title.
-    :param last_message: The beginning of the last message that is no system message, or `None`.
+    :param last_message: The beginning of the last message that is not a system message, or `None`.
     """
 
     chat_history_id: str
@@ -274,11 +275,11 @@ class StoredMessage(Result):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HistoryWindow(Result):
     """
-    The last rounds of a history, and what the history is at the same moment.
+    The last rounds of a history, with its revision and its number of rounds at the same moment.
 
     :param messages: The messages, oldest first, each with its id in `meta["chat_message_id"]`.
-    :param revision: The history's revision, 0 if it does not exist: the `expected_revision` of a write that follows
-        from these messages.
+    :param revision: The history's revision, 0 if it does not exist. Pass it as `expected_revision` to a write that
+        depends on these messages.
     :param round_count: The number of rounds in the whole history.
     """
 
@@ -317,7 +318,7 @@ class TokenUsage(Result):
 
     :param prompt_tokens: The number of tokens that models were shown.
     :param completion_tokens: The number of tokens that they wrote.
-    :param total_tokens: The number of both.
+    :param total_tokens: The sum of both.
     """
 
     prompt_tokens: int = 0
@@ -333,8 +334,8 @@ class StoreStatistics(Result):
     :param chat_histories: The number of chat histories.
     :param messages: The number of their messages.
     :param rounds: The number of their rounds.
-    :param size: The number of bytes that the engine holds, for everything in the same file, tables or keys. `None` if
-        the engine does not know it, or only one user is counted.
+    :param size: The number of bytes that the engine uses for everything in the same file, tables or keys. `None` if the
+        engine does not know it, or if only one user is counted: a user must not learn how much others have.
     :param messages_per_day: The number of messages stored on each day (UTC), in order. Days without messages are left
         out.
     :param usage: The token usage of each model, by its name in `meta["model"]` (`"unknown"` for none).
