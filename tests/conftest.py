@@ -48,6 +48,7 @@ def pytest_unconfigure(config):
 
 # ---------------------------------------------------------------------- how many tests run
 
+#: How many tests do not run, by the words that say why.
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 #: The fixtures that need a server, in every test that takes them.
 NEED_SERVERS = {"shared_server", "server", "pooler", "postgres", "redis_server", "redis_cluster", "cluster"}
@@ -59,6 +60,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full: a further variant, which runs in the full suite only (pytest --full)")
+    config.addinivalue_line("markers", "left_to(command): needs what only this command installs")
     config.addinivalue_line("markers", "servers: needs a server of PostgreSQL or Redis, which it starts")
     config.stash[LEFT_OUT] = {}
     fork_server.ENDS_AT_ONCE = not config.getoption("--full")
@@ -77,14 +79,23 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("servers")
         if is_left_to_full(item):
             item.add_marker("full")
-    if not (config.getoption("--full") or "full" in config.option.markexpr):
-        left = [item for item in items if item.get_closest_marker("full")]
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
-        config.hook.pytest_deselected(items=left)
-        config.stash[LEFT_OUT]["full"] = len(left)
+    is_full = config.getoption("--full") or "full" in config.option.markexpr
+    left, kept = {}, []
+    for item in items:
+        if mark := item.get_closest_marker("left_to"):
+            left.setdefault(f"to `{mark.args[0]}`", []).append(item)
+        elif item.get_closest_marker("full") and not is_full:
+            left.setdefault("to `nox -s full`, or `pytest --full`", []).append(item)
+        else:
+            kept.append(item)
+    items[:] = kept
+    for command, those in left.items():
+        config.hook.pytest_deselected(items=those)
+        config.stash[LEFT_OUT][command] = len(those)
     chosen_from = len(items)
     yield  # here the options -m and -k choose
-    config.stash[LEFT_OUT]["chosen"] = chosen_from - len(items)
+    if chosen_from > len(items):
+        config.stash[LEFT_OUT]["out by the options -m and -k"] = chosen_from - len(items)
 
 
 def pytest_collection_finish():
@@ -104,11 +115,8 @@ def pytest_testnodedown(node, error):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    left_out = config.stash[LEFT_OUT]
-    if left_out.get("full"):
-        terminalreporter.write_line(f"{left_out['full']} tests are left to `nox -s full`, or `pytest --full`.")
-    if left_out.get("chosen"):
-        terminalreporter.write_line(f"{left_out['chosen']} tests were left out by the options -m and -k.")
+    for where, number in config.stash[LEFT_OUT].items():
+        terminalreporter.write_line(f"{number} tests are left {where}.")
 
 
 @pytest.fixture

@@ -41,6 +41,24 @@ def test_a_stricter_default_isolation_level_does_no_harm(server):
         assert_whole_and_in_order(said(store), writers, everything)
 
 
+def test_a_transaction_that_the_server_ends_because_of_a_deadlock_is_done_again(make_store, server, calls):
+    """Another program locks the same two histories the other way round."""
+    store = make_store()
+    say(store, "Hi", history="a")
+    store.create_chat_history("b")
+    lock = f"SELECT FROM {store.schema_name}.haystack_chat_histories WHERE chat_history_id = %s FOR UPDATE"
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    with psycopg.connect(server.url) as other, ThreadPoolExecutor(1) as executor:
+        other.execute("SET deadlock_timeout = '1min'")  # so the transaction of the store is the one that ends
+        other.execute(lock, ["b"])
+        copied = executor.submit(calls.call, store, "copy_messages", "a", "b")
+        wait_until(lambda: server.execute(waiting) == [(1,)], "the copy to wait")
+        other.execute(lock, ["a"])
+        other.commit()
+        assert copied.result() == 1
+    assert said(store, "b") == ["Hi"]
+
+
 # ---------------------------------------------------------------------- writers of the same messages
 
 
