@@ -87,6 +87,22 @@ def test_a_thread_that_waits_for_calls_keeps_no_result_alive(new_store):
     asyncio.run(asyncio.wait_for(main(), HANG_LIMIT))
 
 
+def test_work_that_fails_costs_no_thread(new_store):
+    store = new_store()
+    say(store, "Hi!")
+    readers = database_of(store).readers
+
+    def fail():
+        raise MemoryError
+
+    assert asyncio.run(store.count_messages_async("history")) == 1
+    for _ in range(3):
+        readers.submit(fail)
+    until(lambda: readers._free == len(readers._threads))
+    assert asyncio.run(store.count_messages_async("history")) == 1
+    assert all(thread.is_alive() for thread in readers._threads)
+
+
 def test_closing_lets_threads_end_and_calls_that_come_with_it_are_made(new_store):
     store = new_store()
     say(store, "Hi!")

@@ -3,8 +3,8 @@
 Calls of tasks in event loops, and the threads that make them.
 
 A call costs two wake-ups: of a thread that waits for calls, and of the event loop, once for all calls that a thread has
-made for it. `concurrent.futures` would do more: a future of its own for each call beside that of the event loop, with
-locks and callbacks for waits that nothing here needs, and calls that go to another thread each time.
+made for it. `concurrent.futures` would do more: a second future for each call, with locks and callbacks for waits that
+nothing here needs, and another thread for each call of a task.
 """
 
 import asyncio
@@ -15,7 +15,11 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
+from haystack import logging
+
 from haystack_chat_store.stores.sqlite import failures
+
+logger = logging.getLogger(__name__)
 
 
 class Call:
@@ -178,9 +182,16 @@ class Threads:
             work = self._queue.get()
             if work is None:
                 return
-            calls = work()
-            # First free, then the answer: so a task that makes one call after the other keeps to one thread.
+            try:
+                answer(self._calls_made(work))
+            except BaseException:  # of a call, its task is told: this is a fault here, and must not cost the thread
+                logger.exception("A thread for asynchronous calls has failed.")
+            del work  # with its results
+
+    def _calls_made(self, work: Work) -> Sequence[CallOfTask]:
+        """Do some work. The thread is free before tasks are told, so one that makes call after call keeps to it."""
+        try:
+            return work()
+        finally:
             with self._lock:
                 self._free += 1
-            answer(calls)
-            del work, calls  # with their results
