@@ -45,6 +45,7 @@ _PART_KEYS: dict[type, str] = {
     FileContent: "file",
 }
 _PARTS = frozenset({TextContent, *_PART_KEYS})
+_new, _set = object.__new__, object.__setattr__
 _PART_KINDS = {key: kind for kind, key in _PART_KEYS.items()}
 _FIELDS = {kind: frozenset(field.name for field in fields(kind)) for kind in _PART_KEYS}
 # The paths, without the message's name, at which a value without a JSON form is stored as its repr.
@@ -133,7 +134,7 @@ def decode_messages(texts: Sequence[str]) -> list[ChatMessage]:
             rows = parse_json(f"[{','.join(batch)}]")
             if len(rows) != len(batch):
                 raise ValueError("A text is not one JSON value.")
-            messages += [_message_from_dict(row) for row in rows]
+            messages += list(map(_message_from_dict, rows))
         except Exception:  # whatever is wrong, decoding one by one reports it
             messages += [_decoded_alone(text, index) for index, text in enumerate(batch, start)]
     return messages
@@ -209,15 +210,18 @@ def _message_from_dict(data: dict[str, Any]) -> ChatMessage:
     content, meta = data["content"], data["meta"] or {}
     if len(data) != 4 or type(content) is not list or type(meta) is not dict:
         raise ValueError("Not what this version of Haystack writes.")
+    # Set one by one, attributes need no dictionary of their own: less memory, and fewer objects for Python's collector.
     for index, part in enumerate(content):
         if "text" in part and len(part) == 1:
-            content[index] = text = object.__new__(TextContent)
-            object.__setattr__(text, "__dict__", part)
+            content[index] = text = _new(TextContent)
+            _set(text, "text", part["text"])
         else:
             content[index] = _part_from_dict(part)
-    message = object.__new__(ChatMessage)
-    state = {"_role": _ROLES[data["role"]], "_content": content, "_name": data["name"], "_meta": meta}
-    object.__setattr__(message, "__dict__", state)
+    message = _new(ChatMessage)
+    _set(message, "_role", _ROLES[data["role"]])
+    _set(message, "_content", content)
+    _set(message, "_name", data["name"])
+    _set(message, "_meta", meta)
     return message
 
 
@@ -233,8 +237,8 @@ def _part_from_dict(data: dict[str, Any]) -> Any:
             state["origin"] = _part_from_dict({"tool_call": state["origin"]})
             if type(state["result"]) is list:
                 state["result"] = [_part_from_dict(item) for item in state["result"]]
-    part: Any = object.__new__(kind)
-    object.__setattr__(part, "__dict__", state)
+    part: Any = _new(kind)
+    _set(part, "__dict__", state)
     return part
 
 

@@ -30,6 +30,7 @@ from redis_stores import (
 from haystack_chat_store.errors import MessageDecodingError, SchemaVersionError, StoreConfigurationError
 from haystack_chat_store.ids import MESSAGE_ID_KEY as ID
 from haystack_chat_store.stores.redis import writing
+from haystack_chat_store.stores.redis.scripts import messages as scripts
 from haystack_chat_store.testing.messages import with_id
 
 # ---------------------------------------------------------------------- keys
@@ -428,6 +429,17 @@ def test_a_history_that_has_lost_keys_is_not_taken_for_a_whole_one(store, client
     store.delete_messages("history")
     assert say(store, "Hi again!") == 1
     assert said(store) == ["Hi again!"]
+
+
+@on_every_engine
+def test_what_separates_contents_in_an_answer_may_be_in_a_message_and_in_what_is_none(store, client):
+    texts = [f"{number}{scripts.SEPARATOR}" for number in range(250)]
+    store.write_messages("history", [ChatMessage.from_user(text) for text in texts])
+    assert [message.text for message in store.retrieve_messages("history", 250)] == texts
+    client.lset(key_of(store, client, "contents"), 120, f"not {scripts.SEPARATOR} a message")
+    with pytest.raises(MessageDecodingError, match="Message 120 of those read"):
+        store.retrieve_messages("history", 250)
+    assert [message.text for message in store.retrieve_messages("history", 100)] == texts[150:]
 
 
 @on_every_engine

@@ -26,7 +26,7 @@ from haystack_chat_store.errors import (
     StoreUnavailableError,
 )
 from haystack_chat_store.ids import MESSAGE_ID_KEY
-from haystack_chat_store.stores.sqlite import turns
+from haystack_chat_store.stores.sqlite import calls, turns
 from haystack_chat_store.stores.sqlite.connections import databases
 from haystack_chat_store.testing.concurrency import in_threads
 
@@ -202,7 +202,7 @@ def test_the_tasks_of_a_loop_are_woken_at_once(new_store):
             crowd.in_task(store.write_messages_async, f"history {number}", [message("Hi!")])
         crowd.loop.call_soon_threadsafe = count
     assert [call.result() for call in crowd.calls] == [1] * 21
-    assert wakes.count(turns._resolve) == 1
+    assert wakes.count(calls._resolve) == 1
 
 
 def test_tasks_of_several_loops_and_threads_keep_their_order(new_store):

@@ -47,9 +47,11 @@ class Reading(RedisOperations):
         script = scripts.READ_ALL if window.count is None else _WINDOW_SCRIPTS[window.unit]
         keys = self.keys(scope)
         counts = [min(window.count or 0, MAX_COUNT), min(window.step, MAX_COUNT)]
-        size, revision, round_count, contents = await session.run(
+        size, revision, round_count, texts = await session.run(
             script, keys.to_read(chat_history_id), [*counts, keys.user]
         )
+        is_large = sum(map(len, texts)) > MAX_CHARACTERS_ON_LOOP
+        contents = await session.to_thread(_contents, texts) if is_large else _contents(texts)
         return WindowRows(contents, size, revision, round_count)
 
     async def count(self, session: Session, scope: Scope, chat_history_id: str) -> int:
@@ -116,6 +118,10 @@ async def read_ids(session: Session, keys: Keys, chat_history_id: str) -> dict[s
         found.update(zip(items[::2], map(number, items[1::2]), strict=True))
         if cursor == "0":
             return found
+
+
+def _contents(texts: Sequence[str]) -> list[str]:
+    return [content for text in texts for content in text.split(scripts.SEPARATOR)]
 
 
 def _rows(found: Sequence[Any]) -> list[MessageRow]:

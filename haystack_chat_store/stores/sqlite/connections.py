@@ -3,6 +3,7 @@
 Connections to one file: opened when needed, lent to one thread at a time, shared by all stores with equal settings.
 """
 
+import atexit
 import gc
 import os
 import sqlite3
@@ -10,7 +11,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from haystack import logging
 from haystack_chat_store.errors import ChatMessageStoreError, StoreUnavailableError
 from haystack_chat_store.stores.connection_registry import ConnectionRegistry, keep_alive_forever
 from haystack_chat_store.stores.sqlite import failures, schema
+from haystack_chat_store.stores.sqlite.calls import Threads
 from haystack_chat_store.stores.sqlite.files import (
     JOURNAL,
     LOG_INDEX,
@@ -86,6 +87,8 @@ class Database:
 
     Calls that read open connections that cannot change the file. The first call that writes makes it.
 
+    :ivar readers: The threads for asynchronous calls that read.
+    :ivar writer: The thread for those that write: writes wait for each other anyway, and no read for them.
     :ivar turns: The writers that share a transaction if they wait for each other.
     """
 
@@ -103,9 +106,8 @@ class Database:
         self._write_lock = threading.RLock()
         self._leaving_lock = threading.RLock()
         self._deadlines = threading.local()
-        self._readers: ThreadPoolExecutor | None = None
-        self._writer: ThreadPoolExecutor | None = None
-        self._executors_lock = threading.Lock()
+        self.readers = Threads(_MAX_READERS, "haystack-chat-store-reader")
+        self.writer = Threads(1, "haystack-chat-store-writer")
         self.turns = Turns(self)
 
     def begin_call(self, deadline: float) -> None:
@@ -179,36 +181,13 @@ class Database:
         """Let others write, after one long write and before the next."""
         time.sleep(_PAUSE_SECONDS)
 
-    def submit_read(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> "Future[Any]":
-        """Call a function that reads, on one of several threads."""
-        with self._executors_lock:
-            if self._readers is None:
-                self._readers = ThreadPoolExecutor(_MAX_READERS, "haystack-chat-store-reader")
-            return self._readers.submit(function, *arguments, **options)
-
-    def submit_write(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> "Future[Any]":
-        """
-        Call a function that writes, on a thread of its own: writes wait for each other anyway, and no read for them.
-        """
-        with self._executors_lock:
-            if self._writer is None:
-                self._writer = ThreadPoolExecutor(1, "haystack-chat-store-writer")
-            try:
-                return self._writer.submit(function, *arguments, **options)
-            except RuntimeError:  # its thread cannot be started: drop its queue, which has this call already
-                self._writer = None
-                raise
-
     def close(self) -> None:
         """Close idle connections now, and each other one when its call ends."""
         with self._lock:
             self._is_closed = True
         self._close_idle()
-        with self._executors_lock:
-            executors = [executor for executor in (self._readers, self._writer) if executor is not None]
-            self._readers = self._writer = None
-        for executor in executors:
-            executor.shutdown(wait=False)
+        self.readers.close()
+        self.writer.close()
 
     def before_fork(self) -> None:
         """
@@ -517,6 +496,14 @@ _locked_by_parent: set[Identity] = set()
 
 #: The databases of this process.
 databases = ConnectionRegistry(Database)
+
+
+@atexit.register
+def _finish_calls() -> None:
+    """When the interpreter ends, finish the asynchronous calls that have begun, before connections are closed."""
+    for database in databases.all():
+        database.readers.finish()
+        database.writer.finish()
 
 
 def readable_rows(connection: sqlite3.Connection, statement: str, values: Sequence[Any] = ()) -> list[Any]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How operations on a file run: in the calling thread, or for asynchronous calls in a thread of the file's own."""
 
-import asyncio
 import os
 import sqlite3
 import threading
@@ -22,6 +21,7 @@ from haystack_chat_store.stores.engine import (
 )
 from haystack_chat_store.stores.rows import Scope
 from haystack_chat_store.stores.sqlite import failures
+from haystack_chat_store.stores.sqlite.calls import CallOfTask
 from haystack_chat_store.stores.sqlite.checking import Checking
 from haystack_chat_store.stores.sqlite.connections import Database, NoDatabaseError, Settings, databases
 from haystack_chat_store.stores.sqlite.directory import Directory
@@ -70,28 +70,10 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         if size is not None:
             call = partial(_call, operation, arguments, options)
             return cast(ResultT, await database.turns.run_async(call, deadline, size))
-        submit = database.submit_read if is_marked(operation, reads_only) else database.submit_write
-        try:
-            future = submit(_run_on, database, deadline, operation, *arguments, **options)
-        except RuntimeError as error:
-            raise failures.no_thread(error) from error
-        is_late = False
-
-        def give_up() -> None:
-            """Do not begin a call any more that still waits for a thread at its deadline."""
-            nonlocal is_late
-            is_late = future.cancel()
-
-        timer = asyncio.get_running_loop().call_later(self.settings.timeout, give_up)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            if is_late and not _is_being_cancelled(asyncio.current_task()):
-                path, timeout = self.settings.path, self.settings.timeout
-                raise failures.timed_out(path, timeout, "other calls of this process") from None
-            raise
-        finally:
-            timer.cancel()
+        made = CallOfTask(partial(_run_on, database, deadline, operation, *arguments, **options), deadline)
+        threads = database.readers if is_marked(operation, reads_only) else database.writer
+        timed_out = partial(failures.timed_out, self.settings.path, self.settings.timeout)
+        return cast(ResultT, await made.wait(partial(threads.submit, made.make), timed_out))
 
     def check_exists(self) -> None:
         """
@@ -132,10 +114,6 @@ def _call(
     operation: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any], session: WriteSession
 ) -> Any:
     return operation(session, *arguments, **options)
-
-
-def _is_being_cancelled(task: "asyncio.Task[Any] | None") -> bool:
-    return bool(getattr(task, "cancelling", int)())  # Python 3.10 does not tell
 
 
 def _exists(session: Database) -> bool:

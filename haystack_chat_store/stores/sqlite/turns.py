@@ -10,7 +10,6 @@ The turn decides only who waits for whom. What keeps transactions apart is the l
 writes outside of groups take, too.
 """
 
-import asyncio
 import sqlite3
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from haystack_chat_store.errors import ChatMessageStoreError, StoreUnavailableError
 from haystack_chat_store.stores.sqlite import failures
+from haystack_chat_store.stores.sqlite.calls import Call, CallOfTask, answer
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.sqlite.connections import Database, Settings
@@ -40,36 +40,7 @@ class WriteSession(Protocol):
         ...
 
 
-class _Write:
-    """
-    A write that waits for its turn.
-
-    :param call: Makes the write.
-    :param deadline: How long it waits for its turn, as a time of `time.monotonic`.
-    :param size: The number of its characters.
-    """
-
-    def __init__(self, call: Callable[[WriteSession], Any], deadline: float, size: int) -> None:
-        self.call = call
-        self.deadline = deadline
-        self.size = size
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self._claim = threading.Lock()
-
-    def claim(self) -> bool:
-        """Take the write, to make it or to withdraw it. Only the first claim is granted."""
-        return self._claim.acquire(blocking=False)
-
-    def outcome(self) -> Any:
-        """Return the result, or raise the error."""
-        error, self.error = self.error, None  # or the error and its traceback would keep each other alive
-        if error is not None:
-            raise error
-        return self.result
-
-
-class _WriteOfThread(_Write):
+class _WriteOfThread(Call):
     """
     The write of a thread.
 
@@ -84,19 +55,10 @@ class _WriteOfThread(_Write):
         self.has_turn = False
 
 
-class _WriteOfTask(_Write):
-    """The write of a task in an event loop."""
-
-    def __init__(self, call: Callable[[WriteSession], Any], deadline: float, size: int) -> None:
-        super().__init__(call, deadline, size)
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[Any] = self.loop.create_future()
+CallT = TypeVar("CallT", bound=Call)
 
 
-WriteT = TypeVar("WriteT", bound=_Write)
-
-
-def _first(waiting: "deque[WriteT]") -> WriteT | None:
+def _first(waiting: "deque[CallT]") -> CallT | None:
     """Take the first write that was not withdrawn."""
     while waiting:
         with suppress(IndexError):  # there was one left, and another thread took it
@@ -114,7 +76,7 @@ class Turns:
         self._database = database
         self._turn = threading.Lock()  # which a thread may take, and another one release
         self._threads: deque[_WriteOfThread] = deque()
-        self._tasks: deque[_WriteOfTask] = deque()
+        self._tasks: deque[CallOfTask] = deque()
         self._is_writer_called = False
 
     def run(self, call: Callable[[WriteSession], Any], deadline: float, size: int) -> Any:
@@ -140,7 +102,7 @@ class Turns:
             return group.make(call, deadline)
         finally:
             if group.taken:
-                _answer(group.taken)
+                answer(_answer_threads(group.taken))
             self._pass_on()
 
     async def run_async(self, call: Callable[[WriteSession], Any], deadline: float, size: int) -> Any:
@@ -149,20 +111,9 @@ class Turns:
 
         A call that is cancelled before its write was taken is not carried out.
         """
-        write = _WriteOfTask(call, deadline, size)
-
-        def give_up() -> None:
-            if not write.future.done() and write.claim():
-                write.future.set_exception(self._timed_out("other calls of this process"))
-
-        timer = write.loop.call_at(write.loop.time() + deadline - time.monotonic(), give_up)
-        try:
-            self._tasks.append(write)
-            self._call_writer()
-            return await write.future
-        finally:
-            timer.cancel()
-            write.claim()
+        write = CallOfTask(call, deadline, size)
+        self._tasks.append(write)
+        return await write.wait(self._call_writer, self._timed_out)
 
     def after_fork_in_child(self) -> None:
         """Forget the writes of the parent."""
@@ -197,7 +148,7 @@ class Turns:
             return
         self._is_writer_called = True
         try:
-            self._database.submit_write(self._make_for_tasks)
+            self._database.writer.submit(self._make_for_tasks)
         except BaseException as error:
             self._is_writer_called = False
             if not isinstance(error, RuntimeError):
@@ -206,26 +157,27 @@ class Turns:
             while (write := _first(self._tasks)) is not None:
                 write.error = failures.no_thread(error)
                 refused.append(write)
-            _answer(refused)
+            answer(refused)
 
-    def _make_for_tasks(self) -> None:
+    def _make_for_tasks(self) -> Sequence[CallOfTask]:
         """Make the writes of tasks, unless a thread has the turn, which makes them along with its own."""
         self._is_writer_called = False
         if not self._turn.acquire(blocking=False):
-            return
+            return ()
         try:
             write = _first(self._tasks)
-            if write is not None:
-                group = _Group(self._database, self._next)
-                try:
-                    write.result = group.make(write.call, write.deadline)
-                except BaseException as error:
-                    write.error = error
-                _answer([write, *group.taken])
+            if write is None:
+                return ()
+            group = _Group(self._database, self._next)
+            try:
+                write.result = group.make(write.call, write.deadline)
+            except BaseException as error:
+                write.error = error
+            return (write, *_answer_threads(group.taken))
         finally:
             self._pass_on()
 
-    def _next(self, number: int) -> _Write | None:
+    def _next(self, number: int) -> Call | None:
         """Take the next write that waits: of a thread and of a task in turn."""
         if not self._threads and not self._tasks:
             return None
@@ -246,9 +198,9 @@ class _Group:
 
     __slots__ = ("_committed", "_database", "_next", "settings", "taken")
 
-    def __init__(self, database: "Database", next_write: Callable[[int], _Write | None]) -> None:
+    def __init__(self, database: "Database", next_write: Callable[[int], Call | None]) -> None:
         self.settings = database.settings
-        self.taken: list[_Write] = []
+        self.taken: list[Call] = []
         self._database = database
         self._next = next_write
         self._committed: list[bool] = []
@@ -325,27 +277,12 @@ class _Share:
         connection.execute("RELEASE haystack_chat_write")
 
 
-def _answer(writes: Sequence[_Write]) -> None:
-    """Let threads and tasks know what became of their writes: one event loop's tasks all at once."""
-    tasks: dict[asyncio.AbstractEventLoop, list[_WriteOfTask]] = {}
+def _answer_threads(writes: Sequence[Call]) -> list[CallOfTask]:
+    """Let threads know what became of their writes. Return those of tasks."""
     for write in writes:
         if isinstance(write, _WriteOfThread):
             write.is_awaited.release()
-        elif isinstance(write, _WriteOfTask):
-            tasks.setdefault(write.loop, []).append(write)
-    for loop, of_loop in tasks.items():
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(_resolve, of_loop)
-
-
-def _resolve(writes: Sequence[_WriteOfTask]) -> None:
-    for write in writes:
-        if write.future.done():  # cancelled
-            continue
-        try:
-            write.future.set_result(write.outcome())
-        except BaseException as error:
-            write.future.set_exception(error)
+    return [write for write in writes if isinstance(write, CallOfTask)]
 
 
 def _interrupted() -> StoreUnavailableError:

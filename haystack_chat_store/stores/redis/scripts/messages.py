@@ -137,18 +137,28 @@ local function size_of(total) return count + math.max(total - count, 0) % step e
 local size = 0
 """
 
-_READ = """
-local found = redis.call('LRANGE', contents, start, -1)
-if message_count == length then return {size, revision, round_count, found} end
-local window = {}
-for _, content in ipairs(found) do
-    if content ~= '' then window[#window + 1] = content end
+#: Stands between contents that are returned as one text. JSON text cannot have it.
+SEPARATOR = "\x1e"
+# redis-py takes much longer for a hundred texts than for one that is as long.
+_READ = f"""
+local window = redis.call('LRANGE', contents, start, -1)
+if message_count ~= length then
+    local found = window
+    window = {{}}
+    for _, content in ipairs(found) do
+        if content ~= '' then window[#window + 1] = content end
+    end
 end
-return {size, revision, round_count, window}
+local texts = {{}}
+for first = 1, #window, 100 do
+    texts[#texts + 1] = table.concat(window, '\\{ord(SEPARATOR)}', first, math.min(first + 99, #window))
+end
+return {{size, revision, round_count, texts}}
 """
 
 # The keys of the three scripts that follow: the bucket's schema version, those of the history. Arguments: the window's
-# count and step; the user. They return the window's size, the history's revision and number of rounds, the contents.
+# count and step; the user. They return the window's size, the history's revision and number of rounds, the contents:
+# up to a hundred in one text.
 _OF_READ = OF_HISTORY + if_absent("{0, 0, 0, {}}")
 
 #: Return the whole history.
