@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """How operations on PostgreSQL run: each on a connection of its own from a pool, until it ends or its time is up."""
 
+import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Concatenate, cast
 
 import psycopg
+from haystack import logging
+from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store.errors import ChatMessageStoreError
+from haystack_chat_store.errors import ChatMessageStoreError, StoreTimeoutError
 from haystack_chat_store.stores.engine import (
     ArgumentsT,
     Operation,
@@ -23,9 +27,13 @@ from haystack_chat_store.stores.postgres.failures import is_lost_connection, sto
 from haystack_chat_store.stores.postgres.reading import Reading
 from haystack_chat_store.stores.postgres.search import Search
 from haystack_chat_store.stores.postgres.session import Session
+from haystack_chat_store.stores.postgres.turns import MAX_CHARACTERS, Append, AppendOfTask, AppendOfThread, Turns
 from haystack_chat_store.stores.postgres.upgrading import NoTablesError
-from haystack_chat_store.stores.postgres.writing import Writing
+from haystack_chat_store.stores.postgres.writing import Writing, append_together
+from haystack_chat_store.stores.rows import EncodedMessage
 from haystack_chat_store.stores.sync_async import run_sync
+
+logger = logging.getLogger(__name__)
 
 
 class PostgresEngine(Writing, Reading, Directory, Search, Checking):
@@ -50,14 +58,62 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """Run an operation on a synchronous connection, with which it never waits for an event loop."""
-        deadline = time.monotonic() + self.settings.timeout
+        """Run an operation on a synchronous connection, or in the statement of another thread that appends."""
+        pool, deadline = pools.get(self.settings), self._deadline()
+        size = _size_to_share(operation, arguments)
+        if size is None or threading.get_ident() == threading.main_thread().ident:
+            return self._attempt(pool, deadline, (), operation, *arguments, **options)
+
+        async def attempt(*arguments: Any) -> Any:
+            return self._attempt(pool, deadline, *arguments)
+
+        append = AppendOfThread(_messages(arguments), size)
+        appending = self._append_in_turn(pool, pool.turns, append, deadline, attempt, operation, arguments)
+        return cast(ResultT, run_sync(appending))
+
+    async def execute_async(
+        self,
+        operation: Callable[Concatenate[Session, ArgumentsT], Operation[ResultT]],
+        *arguments: ArgumentsT.args,
+        **options: ArgumentsT.kwargs,
+    ) -> ResultT:
+        """Run an operation on a connection of the running event loop, or in the statement of another of its tasks."""
+        pool, deadline = pools.get(self.settings), self._deadline()
+        size = _size_to_share(operation, arguments)
+        if size is None:
+            return await self._attempt_async(pool, deadline, (), operation, *arguments, **options)
+        append, turns = AppendOfTask(_messages(arguments), size), pool.turns_of_running_loop()
+        attempt = partial(self._attempt_async, pool, deadline)
+        appended = await self._append_in_turn(pool, turns, append, deadline, attempt, operation, arguments)
+        return cast(ResultT, appended)
+
+    def close(self) -> None:
+        """Close the connections, for every engine with the same settings. The next use opens them again."""
+        pools.close(self.settings)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.settings.timeout
+
+    def _attempt(
+        self,
+        pool: Pool,
+        deadline: float,
+        sent_earlier: Sequence[str],
+        operation: Callable[Concatenate[Session, ArgumentsT], Operation[ResultT]],
+        *arguments: ArgumentsT.args,
+        **options: ArgumentsT.kwargs,
+    ) -> ResultT:
+        """
+        Run an operation on a synchronous connection, with which it never waits for an event loop.
+
+        :param sent_earlier: The ids of messages that an earlier attempt may have appended.
+        """
         reads = is_marked(operation, reads_only)
-        pool = pools.get(self.settings)
         session: Session | None = None
         try:
             try:
                 with pool.session(deadline, search=self.search_wanted, reads=reads) as session:
+                    session.appended_earlier = sent_earlier
                     return run_sync(_coroutine(operation(session, *arguments, **options)))
             except psycopg.OperationalError as error:
                 if session is None or not is_lost_connection(error):
@@ -70,20 +126,22 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         except psycopg.Error as error:
             raise self._explained(error, pool) from error
 
-    async def execute_async(
+    async def _attempt_async(
         self,
+        pool: Pool,
+        deadline: float,
+        sent_earlier: Sequence[str],
         operation: Callable[Concatenate[Session, ArgumentsT], Operation[ResultT]],
         *arguments: ArgumentsT.args,
         **options: ArgumentsT.kwargs,
     ) -> ResultT:
-        """Run an operation on a connection of the running event loop."""
-        deadline = time.monotonic() + self.settings.timeout
+        """Do what `_attempt` does, on a connection of the running event loop."""
         reads = is_marked(operation, reads_only)
-        pool = pools.get(self.settings)
         session: Session | None = None
         try:
             try:
                 async with pool.session_async(deadline, search=self.search_wanted, reads=reads) as session:
+                    session.appended_earlier = sent_earlier
                     return await _coroutine(operation(session, *arguments, **options))
             except psycopg.OperationalError as error:
                 if session is None or not is_lost_connection(error):
@@ -96,9 +154,39 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         except psycopg.Error as error:
             raise self._explained(error, pool) from error
 
-    def close(self) -> None:
-        """Close the connections, for every engine with the same settings. The next use opens them again."""
-        pools.close(self.settings)
+    async def _append_in_turn(
+        self,
+        pool: Pool,
+        turns: Turns,
+        append: Append,
+        deadline: float,
+        attempt: Callable[..., Awaitable[Any]],
+        operation: Callable[..., Any],
+        arguments: Sequence[Any],
+    ) -> int:
+        """
+        Append, in one statement with others that wait for the same history.
+
+        :param attempt: `_attempt` or `_attempt_async`, with the pool and the deadline.
+        """
+        scope, chat_history_id, *_ = arguments
+
+        async def make_alone(append: Append) -> int:
+            return int(await attempt(append.sent, operation, *arguments))
+
+        async def make_together(appends: Sequence[Append]) -> None:
+            try:
+                await attempt((), append_together, scope, chat_history_id, appends)
+            except StoreTimeoutError:
+                raise
+            except Exception as error:  # perhaps because of one of them: each is made alone, and hears of its own
+                logger.info("Appending one by one after {error}.", error=type(error).__name__)
+
+        try:
+            history = (self.search_wanted, scope, chat_history_id)
+            return await turns.run(history, append, deadline, make_alone, make_together)
+        except psycopg.errors.ConnectionTimeout as error:
+            raise self._explained(error, pool) from error
 
     def _explained(self, error: psycopg.Error, pool: Pool) -> ChatMessageStoreError:
         if isinstance(error, (psycopg.errors.UndefinedTable, psycopg.errors.ReadOnlySqlTransaction)):
@@ -106,6 +194,19 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
             pools.close(self.settings)
         address, password = pool.address_and_password()
         return store_error(error, address, password, self.settings.timeout)
+
+
+def _size_to_share(operation: Callable[..., Any], arguments: Sequence[Any]) -> int | None:
+    """Return the number of characters of an append that may go with others, or `None` if it may not."""
+    if operation.__name__ != "append" or arguments[3:] != (DuplicatePolicy.SKIP, None):
+        return None
+    size = sum([len(message.content) for message in _messages(arguments)])
+    return size if size <= MAX_CHARACTERS else None
+
+
+def _messages(arguments: Sequence[Any]) -> Sequence[EncodedMessage]:
+    messages: Sequence[EncodedMessage] = arguments[2]
+    return messages
 
 
 def _coroutine(result: Operation[ResultT]) -> Coroutine[Any, Any, ResultT]:
@@ -130,5 +231,5 @@ async def _repeat(
         return cast(ResultT, lost.commit.result)
     if not lost.is_repeatable:
         raise cause
-    session.appended_earlier, session.found_earlier = lost.appending, lost.faults
+    session.appended_earlier, session.found_earlier = lost.appending or lost.appended_earlier, lost.faults
     return await _coroutine(operation(session, *arguments, **options))

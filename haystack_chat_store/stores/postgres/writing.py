@@ -30,6 +30,7 @@ from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key, history_parameters
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.terms import title_tsvector, tsvectors
+from haystack_chat_store.stores.postgres.turns import Append
 from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_said
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
@@ -170,6 +171,34 @@ async def _append_new(
     parameters["version"] = known[0][3] if known else None
     ids = [message.message_id for message in new]
     return len(new) if await session.try_append(statement, parameters, ids) else None
+
+
+async def append_together(session: Session, scope: Scope, chat_history_id: str, appends: Sequence[Append]) -> None:
+    """
+    Make those of several appends whose messages are all new, if the history exists: in one statement.
+
+    Each append that is made gets its result. Before the statement is sent, each gets the ids that it may store.
+    """
+    if session.appended_earlier:
+        return  # each finds out alone whether an earlier attempt has made it
+    known = await _known(session, scope, chat_history_id, [each for append in appends for each in append.messages])
+    known_ids = {row[0] for row in known}
+    new: list[EncodedMessage] = []
+    made: list[Append] = []
+    for append in appends:
+        ids = [message.message_id for message in append.messages]
+        if known_ids.isdisjoint(ids):
+            known_ids.update(ids)
+            new += append.messages
+            made.append(append)
+    parameters = await _append_parameters(session, scope, chat_history_id, new)
+    for append in made:
+        append.sent = [message.message_id for message in append.messages]
+    ids = [message.message_id for message in new]
+    is_appended = bool(new) and await session.try_append(session.statements.append_all, parameters, ids)
+    for append in made:
+        append.sent = ()
+        append.result = len(append.messages) if is_appended else None
 
 
 async def _append_first(
