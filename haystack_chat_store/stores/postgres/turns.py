@@ -3,8 +3,9 @@
 Group commit: appends of one process to one history that wait for each other go as one statement, with one commit.
 
 The first append to a history has the turn, and is made alone. Appends that come meanwhile wait, without a connection.
-The next one that has the turn takes what is waiting by then into its statement. So groups form while the server writes
-to its disk, without a timer and without a thread of their own.
+The next one that has the turn takes what is waiting by then into its statement. The last one of a group passes the turn
+on as soon as it has its answer: by then the others, which have theirs, may have come again. So groups form while the
+server writes to its disk, without a timer and without a thread of their own.
 
 The turn decides only who waits for whom. What keeps writers apart is the lock of the history's row. An append that its
 group did not make, for whatever reason, is made alone by its own caller, which first finds out whether it is stored.
@@ -36,6 +37,8 @@ class Append:
     :ivar result: The number of messages appended, or `None` if the append was not made.
     :ivar sent: The ids of the messages, if a statement may have stored them whose answer is not known.
     :ivar has_turn: Whether its caller has the turn.
+    :ivar is_taken: Whether it has been taken into a group.
+    :ivar is_awaited: Whether its caller still waits for it.
     """
 
     def __init__(self, messages: Sequence[EncodedMessage], size: int) -> None:
@@ -44,7 +47,8 @@ class Append:
         self.size = size
         self.result: int | None = None
         self.sent: Sequence[str] = ()
-        self.has_turn = False
+        self.has_turn = self.is_taken = False
+        self.is_awaited = True
 
     def wake(self) -> None:
         """Wake the caller: it has the turn, or the append has been in a group."""
@@ -122,21 +126,19 @@ class Turns:
         :raises psycopg.errors.ConnectionTimeout: If it waits longer.
         """
         if await self._has_turn(history, append, deadline):
+            others: list[Append] = []
             try:
                 others = self._take(history, append)
                 if others:
-                    try:
-                        await make_together([append, *others])
-                    finally:
-                        for other in others:
-                            other.wake()
-                return await make_alone(append) if append.result is None else append.result
+                    await make_together([append, *others])
+                else:
+                    append.result = await make_alone(append)
             finally:
-                self._pass_on(history)
+                self._end_turn(history, others)
         return await make_alone(append) if append.result is None else append.result
 
     async def _has_turn(self, history: Hashable, append: Append, deadline: float) -> bool:
-        """Wait until an append has the turn, or has been in a group."""
+        """Wait until an append has the turn, or has been in a group: then it only passes on the turn, if it has it."""
         with self._lock:
             if history not in self._waiting:
                 self._waiting[history] = deque()
@@ -150,7 +152,9 @@ class Turns:
                 self._withdraw(history, append)
         if not is_in_time:
             raise psycopg.errors.ConnectionTimeout
-        return append.has_turn
+        if append.is_taken and append.has_turn:
+            self._pass_on(history)
+        return not append.is_taken
 
     def _take(self, history: Hashable, append: Append) -> list[Append]:
         """Take those that wait and go with an append into one statement."""
@@ -160,15 +164,28 @@ class Turns:
             waiting = self._waiting[history]
             while waiting and len(taken) < _MAX_APPENDS - 1 and size + waiting[0].size <= MAX_CHARACTERS:
                 taken.append(waiting.popleft())
+                taken[-1].is_taken = True
                 size += taken[-1].size
         return taken
 
     def _withdraw(self, history: Hashable, append: Append) -> None:
         """Let an append go that waits no more. If it was taken, it is not known whether it is made."""
         with self._lock:
+            append.is_awaited = False
             if append in self._waiting.get(history, ()):
                 self._waiting[history].remove(append)
         if append.has_turn:
+            self._pass_on(history)
+
+    def _end_turn(self, history: Hashable, others: Sequence[Append]) -> None:
+        """Answer the others of a group, and give the last of them the turn, to pass it on."""
+        with self._lock:
+            last = next((other for other in reversed(others) if other.is_awaited), None)
+            if last is not None:
+                last.has_turn = True
+        for other in others:
+            other.wake()
+        if last is None:
             self._pass_on(history)
 
     def _pass_on(self, history: Hashable) -> None:
