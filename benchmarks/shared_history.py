@@ -3,7 +3,7 @@
 Measure how many turns many writers of one process store in one history of PostgreSQL in a second, beside a floor.
 
 Floor: raw psycopg, a connection for each writer, autocommit, one prepared `INSERT` of two rows encoded beforehand. It
-only inserts: the process hands out the positions, and no row is locked, so the server lets writers share a flush. The
+only inserts: the process hands out the positions, and no row is locked. So the server lets writers share a flush. The
 floor and the store run one after the other, in turn; medians are printed.
 """
 
@@ -11,7 +11,7 @@ import argparse
 import itertools
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -76,43 +76,40 @@ class Floor:
         return [value for place, text in enumerate(TEXTS, start) for value in (HISTORY, place, text)]
 
 
-def one_history(write: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Let all writers write to one history."""
-    return lambda _: write(HISTORY)
-
-
-def compare(url: str, kinds: Sequence[str], counts: Sequence[int], turns: int, repetitions: int) -> None:
+def compare(url: str, counts: Sequence[int], turns: int, repetitions: int) -> None:
     with closing(Floor(url)) as floor, closing(PostgresChatMessageStore(Secret.from_token(url))) as store:
-        store.write_messages(HISTORY, TURN)
-        writes: dict[str, Any] = {
-            "thread": (in_threads, floor.write, lambda history: store.write_messages(history, TURN)),
-            "thread, ids": (
-                in_threads,
-                floor.write,
-                lambda history: store.write_messages(history, with_message_ids(TURN)),
-            ),
-            "task": (
-                partial(in_tasks, run=LOOP.run_until_complete),
-                floor.write_async,
-                lambda history: store.write_messages_async(history, TURN),
-            ),
-        }
-        for kind, count in itertools.product(kinds, counts):
-            run, *sides = writes[kind]
+
+        def write(_: str) -> int:
+            return store.write_messages(HISTORY, TURN)
+
+        def write_with_ids(_: str) -> int:
+            return store.write_messages(HISTORY, with_message_ids(TURN))
+
+        async def write_async(_: str) -> int:
+            return await store.write_messages_async(HISTORY, TURN)
+
+        in_tasks_of_one_loop = partial(in_tasks, run=LOOP.run_until_complete)
+        kinds: list[tuple[str, Any, Any, Any]] = [
+            ("threads", in_threads, floor.write, write),
+            ("threads, messages with ids", in_threads, floor.write, write_with_ids),
+            ("tasks", in_tasks_of_one_loop, floor.write_async, write_async),
+        ]
+        for (kind, run, *sides), count in itertools.product(kinds, counts):
             found: tuple[list[Measured], list[Measured]] = ([], [])
             for repetition in range(repetitions + 1):
                 for index in (0, 1) if repetition % 2 else (1, 0):
-                    result = run(one_history(sides[index]), count, max(4, turns // count))
+                    result = run(sides[index], count, max(4, turns // count))
                     if repetition:
                         found[index].append(result)
             middle = [Measured(*map(median, zip(*each, strict=True))) for each in found]
             ratio = median(mine.rate / its.rate for its, mine in zip(*found, strict=True))
             print(
-                f"| {count} x {kind} | "
+                f"| {count} {kind} | "
                 + " | ".join(f"{each.rate:,.0f} | {each.middle:.2f} / {each.slow:.2f}" for each in middle)
                 + f" | {ratio:.2f} x |",
                 flush=True,
             )
+        LOOP.run_until_complete(store.close_async())
 
 
 def main() -> None:
@@ -120,14 +117,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2000, help="turns of all writers together in a repetition")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--writers", default="1,8,32")
-    parser.add_argument("--kinds", default="thread,task")
     arguments = parser.parse_args()
     with servers.PostgresServer() as server:
-        print(f"Python {platform.python_version()}, psycopg {psycopg.__version__}, {server.url}\n")
+        print(f"Python {platform.python_version()}, psycopg {psycopg.__version__}\n")
         print("| writers | floor: turns/s | p50 / p99 ms | store: turns/s | p50 / p99 ms | store / floor |")
         print("|---|---|---|---|---|---|")
         counts = [int(each) for each in arguments.writers.split(",")]
-        compare(server.url, arguments.kinds.split(";"), counts, arguments.turns, arguments.repetitions)
+        compare(server.url, counts, arguments.turns, arguments.repetitions)
 
 
 if __name__ == "__main__":

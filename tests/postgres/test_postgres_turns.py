@@ -33,6 +33,7 @@ from haystack_chat_store.stores.postgres.connections import pools
 from haystack_chat_store.testing.messages import with_id
 
 HANG_LIMIT = 50.0
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 
 
 @pytest.fixture
@@ -92,14 +93,10 @@ class Crowd:
     def close(self):
         wait(self.calls, HANG_LIMIT)
         self._executor.shutdown()
-        for store in (self.store,):
-            asyncio.run_coroutine_threadsafe(store.close_async(), self.loop).result(HANG_LIMIT)
+        asyncio.run_coroutine_threadsafe(self.store.close_async(), self.loop).result(HANG_LIMIT)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._loop_thread.join()
         self.loop.close()
-
-
-WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 
 
 @contextmanager
@@ -194,19 +191,28 @@ def test_histories_do_not_wait_for_each_other(server, store, kind):
         assert crowd.waiting() == 0
 
 
-def test_a_writer_alone_and_the_main_thread_share_nothing(server, store):
+def test_a_writer_alone_takes_one_transaction_for_each_turn(server, store):
     say(store, "main thread")
     with ThreadPoolExecutor(1) as executor:
         assert [executor.submit(say, store, text).result(HANG_LIMIT) for text in ("1", "2")] == [1, 1]
-    with crowded(server, store, "threads") as crowd:
-        crowd.say("thread")
-        with psycopg.connect(server.url, autocommit=True) as connection, pytest.raises(StoreTimeoutError):
-            connection.execute("SELECT 1")
-            type(store)(
-                store.engine.settings.connection_string, schema_name=store.schema_name, timeout=0.2
-            ).write_messages("history", [named("main")])
-        assert crowd.waiting() == 0
+    asyncio.run(store.write_messages_async("history", [named("3")]))
     assert transactions(server, store) == 4
+
+
+def test_the_main_thread_waits_for_no_turn(server, store):
+    say(store, "before")
+
+    def let_go():
+        wait_until(lambda: server.execute(WAITING) == [(2,)], "both to wait for the history's lock")
+        connection.commit()
+
+    with psycopg.connect(server.url) as connection, ThreadPoolExecutor(2) as executor:
+        connection.execute(f"SELECT FROM {store.schema_name}.haystack_chat_histories FOR UPDATE")
+        first = executor.submit(say, store, "thread")
+        wait_until(lambda: server.execute(WAITING) == [(1,)], "the thread to wait for the history's lock")
+        letting_go = executor.submit(let_go)
+        assert say(store, "main thread") == 1
+        assert (letting_go.result(HANG_LIMIT), first.result(HANG_LIMIT)) == (None, 1)
 
 
 # ---------------------------------------------------------------------- each hears of its own

@@ -3,7 +3,7 @@
 
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from functools import partial
 from typing import Any, Concatenate, cast
 
@@ -27,10 +27,16 @@ from haystack_chat_store.stores.postgres.failures import is_lost_connection, sto
 from haystack_chat_store.stores.postgres.reading import Reading
 from haystack_chat_store.stores.postgres.search import Search
 from haystack_chat_store.stores.postgres.session import Session
-from haystack_chat_store.stores.postgres.turns import MAX_CHARACTERS, Append, AppendOfTask, AppendOfThread, Turns
+from haystack_chat_store.stores.postgres.turns import (
+    MAX_CHARACTERS,
+    Append,
+    AppendOfTask,
+    AppendOfThread,
+    Turns,
+    size_of,
+)
 from haystack_chat_store.stores.postgres.upgrading import NoTablesError
 from haystack_chat_store.stores.postgres.writing import Writing, append_together
-from haystack_chat_store.stores.rows import EncodedMessage
 from haystack_chat_store.stores.sync_async import run_sync
 
 logger = logging.getLogger(__name__)
@@ -60,15 +66,20 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
     ) -> ResultT:
         """Run an operation on a synchronous connection, or in the statement of another thread that appends."""
         pool, deadline = pools.get(self.settings), self._deadline()
-        size = _size_to_share(operation, arguments)
-        if size is None or threading.get_ident() == threading.main_thread().ident:
+        history = self._shared_history(operation, arguments)
+        if history is None or threading.get_ident() == threading.main_thread().ident:
             return self._attempt(pool, deadline, (), operation, *arguments, **options)
+        if pool.turns.begin(history):
+            try:
+                return self._attempt(pool, deadline, (), operation, *arguments, **options)
+            finally:
+                pool.turns.end(history)
 
         async def attempt(*arguments: Any) -> Any:
             return self._attempt(pool, deadline, *arguments)
 
-        append = AppendOfThread(_messages(arguments), size)
-        appending = self._append_in_turn(pool, pool.turns, append, deadline, attempt, operation, arguments)
+        append = AppendOfThread(cast(Any, arguments[2]))
+        appending = self._append_in_turn(pool, pool.turns, history, append, deadline, attempt, operation, arguments)
         return cast(ResultT, run_sync(appending))
 
     async def execute_async(
@@ -79,13 +90,18 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
     ) -> ResultT:
         """Run an operation on a connection of the running event loop, or in the statement of another of its tasks."""
         pool, deadline = pools.get(self.settings), self._deadline()
-        size = _size_to_share(operation, arguments)
-        if size is None:
+        history = self._shared_history(operation, arguments)
+        if history is None:
             return await self._attempt_async(pool, deadline, (), operation, *arguments, **options)
-        append, turns = AppendOfTask(_messages(arguments), size), pool.turns_of_running_loop()
-        attempt = partial(self._attempt_async, pool, deadline)
-        appended = await self._append_in_turn(pool, turns, append, deadline, attempt, operation, arguments)
-        return cast(ResultT, appended)
+        turns = pool.turns_of_running_loop()
+        if turns.begin(history):
+            try:
+                return await self._attempt_async(pool, deadline, (), operation, *arguments, **options)
+            finally:
+                turns.end(history)
+        append, attempt = AppendOfTask(cast(Any, arguments[2])), partial(self._attempt_async, pool, deadline)
+        appending = self._append_in_turn(pool, turns, history, append, deadline, attempt, operation, arguments)
+        return cast(ResultT, await appending)
 
     def close(self) -> None:
         """Close the connections, for every engine with the same settings. The next use opens them again."""
@@ -93,6 +109,13 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
 
     def _deadline(self) -> float:
         return time.monotonic() + self.settings.timeout
+
+    def _shared_history(self, operation: Callable[..., Any], arguments: Sequence[Any]) -> Hashable:
+        """Return what an append has in common with those that it may go with, or `None` if it goes alone."""
+        if operation.__name__ != "append" or arguments[3:] != (DuplicatePolicy.SKIP, None):
+            return None
+        scope, chat_history_id, messages, *_ = arguments
+        return (self.search_wanted, scope, chat_history_id) if size_of(messages) <= MAX_CHARACTERS else None
 
     def _attempt(
         self,
@@ -158,6 +181,7 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         self,
         pool: Pool,
         turns: Turns,
+        history: Hashable,
         append: Append,
         deadline: float,
         attempt: Callable[..., Awaitable[Any]],
@@ -165,7 +189,7 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
         arguments: Sequence[Any],
     ) -> int:
         """
-        Append, in one statement with others that wait for the same history.
+        Append after another one, in one statement with others that wait for the same history.
 
         :param attempt: `_attempt` or `_attempt_async`, with the pool and the deadline.
         """
@@ -183,7 +207,6 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
                 logger.info("Appending one by one after {error}.", error=type(error).__name__)
 
         try:
-            history = (self.search_wanted, scope, chat_history_id)
             return await turns.run(history, append, deadline, make_alone, make_together)
         except psycopg.errors.ConnectionTimeout as error:
             raise self._explained(error, pool) from error
@@ -194,19 +217,6 @@ class PostgresEngine(Writing, Reading, Directory, Search, Checking):
             pools.close(self.settings)
         address, password = pool.address_and_password()
         return store_error(error, address, password, self.settings.timeout)
-
-
-def _size_to_share(operation: Callable[..., Any], arguments: Sequence[Any]) -> int | None:
-    """Return the number of characters of an append that may go with others, or `None` if it may not."""
-    if operation.__name__ != "append" or arguments[3:] != (DuplicatePolicy.SKIP, None):
-        return None
-    size = sum([len(message.content) for message in _messages(arguments)])
-    return size if size <= MAX_CHARACTERS else None
-
-
-def _messages(arguments: Sequence[Any]) -> Sequence[EncodedMessage]:
-    messages: Sequence[EncodedMessage] = arguments[2]
-    return messages
 
 
 def _coroutine(result: Operation[ResultT]) -> Coroutine[Any, Any, ResultT]:

@@ -28,12 +28,17 @@ _MAX_APPENDS = 64
 MAX_CHARACTERS = 1_000_000
 
 
+def size_of(messages: Sequence[EncodedMessage]) -> int:
+    """Return the number of characters of messages."""
+    return sum([len(message.content) for message in messages])
+
+
 class Append:
     """
     An append that waits for its turn.
 
     :param messages: The messages, with different ids.
-    :param size: The number of their characters.
+    :ivar size: The number of their characters.
     :ivar result: The number of messages appended, or `None` if the append was not made.
     :ivar sent: The ids of the messages, if a statement may have stored them whose answer is not known.
     :ivar has_turn: Whether its caller has the turn.
@@ -41,10 +46,10 @@ class Append:
     :ivar is_awaited: Whether its caller still waits for it.
     """
 
-    def __init__(self, messages: Sequence[EncodedMessage], size: int) -> None:
+    def __init__(self, messages: Sequence[EncodedMessage]) -> None:
         """Begin without an outcome."""
         self.messages = messages
-        self.size = size
+        self.size = size_of(messages)
         self.result: int | None = None
         self.sent: Sequence[str] = ()
         self.has_turn = self.is_taken = False
@@ -62,9 +67,9 @@ class Append:
 class AppendOfThread(Append):
     """The append of a thread."""
 
-    def __init__(self, messages: Sequence[EncodedMessage], size: int) -> None:
+    def __init__(self, messages: Sequence[EncodedMessage]) -> None:
         """Begin without an outcome."""
-        super().__init__(messages, size)
+        super().__init__(messages)
         self._is_awaited = threading.Lock()
         self._is_awaited.acquire()
 
@@ -80,9 +85,9 @@ class AppendOfThread(Append):
 class AppendOfTask(Append):
     """The append of a task, in a group of its own event loop."""
 
-    def __init__(self, messages: Sequence[EncodedMessage], size: int) -> None:
+    def __init__(self, messages: Sequence[EncodedMessage]) -> None:
         """Begin without an outcome."""
-        super().__init__(messages, size)
+        super().__init__(messages)
         self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def wake(self) -> None:
@@ -104,6 +109,30 @@ class Turns:
         #: By history, if an append to it has the turn: those that wait.
         self._waiting: dict[Hashable, deque[Append]] = {}
 
+    def begin(self, history: Hashable) -> bool:
+        """
+        Take the turn, if no other append has it. It is not for the main thread.
+
+        An exception that a signal handler raises there could keep the turn for ever.
+
+        :param history: What appends have in common that can go together.
+        """
+        with self._lock:
+            if history in self._waiting:
+                return False
+            self._waiting[history] = deque()
+            return True
+
+    def end(self, history: Hashable) -> None:
+        """Give the turn to the first that waits, or set it free."""
+        with self._lock:
+            if not self._waiting[history]:
+                del self._waiting[history]
+                return
+            append = self._waiting[history].popleft()
+            append.has_turn = True
+        append.wake()
+
     async def run(
         self,
         history: Hashable,
@@ -113,9 +142,7 @@ class Turns:
         make_together: Callable[[Sequence[Append]], Awaitable[None]],
     ) -> int:
         """
-        Make an append, or have the one make it that has the turn.
-
-        It is not for the main thread: an exception that a signal handler raises there could keep the turn for ever.
+        Make an append in its turn with all that wait by then, or have another one make it along with its own.
 
         :param history: What appends have in common that can go together.
         :param deadline: How long to wait, as a time of `time.monotonic`.
@@ -134,13 +161,13 @@ class Turns:
                 else:
                     append.result = await make_alone(append)
             finally:
-                self._end_turn(history, others)
+                self._end_group(history, others)
         return await make_alone(append) if append.result is None else append.result
 
     async def _has_turn(self, history: Hashable, append: Append, deadline: float) -> bool:
         """Wait until an append has the turn, or has been in a group: then it only passes on the turn, if it has it."""
         with self._lock:
-            if history not in self._waiting:
+            if history not in self._waiting:  # set free just now
                 self._waiting[history] = deque()
                 return True
             self._waiting[history].append(append)
@@ -153,7 +180,7 @@ class Turns:
         if not is_in_time:
             raise psycopg.errors.ConnectionTimeout
         if append.is_taken and append.has_turn:
-            self._pass_on(history)
+            self.end(history)
         return not append.is_taken
 
     def _take(self, history: Hashable, append: Append) -> list[Append]:
@@ -175,9 +202,9 @@ class Turns:
             if append in self._waiting.get(history, ()):
                 self._waiting[history].remove(append)
         if append.has_turn:
-            self._pass_on(history)
+            self.end(history)
 
-    def _end_turn(self, history: Hashable, others: Sequence[Append]) -> None:
+    def _end_group(self, history: Hashable, others: Sequence[Append]) -> None:
         """Answer the others of a group, and give the last of them the turn, to pass it on."""
         with self._lock:
             last = next((other for other in reversed(others) if other.is_awaited), None)
@@ -186,14 +213,4 @@ class Turns:
         for other in others:
             other.wake()
         if last is None:
-            self._pass_on(history)
-
-    def _pass_on(self, history: Hashable) -> None:
-        """Give the turn to the first that waits, or set it free."""
-        with self._lock:
-            if not self._waiting[history]:
-                del self._waiting[history]
-                return
-            append = self._waiting[history].popleft()
-            append.has_turn = True
-        append.wake()
+            self.end(history)
