@@ -295,27 +295,26 @@ def test_a_commit_that_fails_fails_alone(server, store, kind):
     assert sorted(said(store)) == ["1", "2", "3", "before"]
 
 
-@pytest.mark.parametrize("lost", ["the request", "the answer"])
-def test_if_the_connection_of_a_group_ends_each_is_stored_once(server, gateway, kind, lost):
+def test_if_the_answer_to_a_group_is_lost_each_is_stored_once(server, gateway, kind):
     with stores_on(gateway.url(server.url), last_k=None) as make:
         store = make()
         say(store, "before")
+        lost = []
         with crowded(server, store, kind) as crowd:
             crowd.say("first")
             for number in range(6):
-                crowd.say(f"{number}")
-            cuts = iter([True])
+                crowd.say(f"in a group {number}")
 
             def is_answered(request):
-                if b"INSERT" not in request or b"first" in request or not next(cuts, False):
-                    return True
-                if lost == "the request":
-                    raise OSError
-                return False
+                is_group = all(f"in a group {number}".encode() in request for number in range(6))
+                if is_group:
+                    lost.append(request)
+                return not is_group
 
             gateway.is_answered = is_answered
         assert crowd.results() == [1] * 7
-        assert sorted(said(store)) == sorted(["before", "first", *map(str, range(6))])
+        assert len(lost) == 1
+        assert sorted(said(store)) == sorted(["before", "first", *(f"in a group {number}" for number in range(6))])
         assert check(store) == []
 
 
@@ -377,6 +376,44 @@ def test_if_the_leader_of_a_group_is_cancelled_each_of_the_others_is_stored_once
     assert sorted(set(stored) - {"first", "leader"}) == ["1", "2", "3", "before"]
     assert len(stored) == len(set(stored))
     assert check(store) == []
+
+
+def test_a_task_that_is_cancelled_when_it_gets_the_turn_passes_it_on(server, store, monkeypatch):
+    say(store, "before")
+    begin, wake = turns.AppendOfTask.__init__, turns.AppendOfTask.wake
+    tasks, cancelled = {}, []
+
+    def noted(append, messages):
+        begin(append, messages)
+        tasks[append] = asyncio.current_task()
+
+    def cancelling(append):
+        wake(append)
+        if not cancelled:
+            cancelled.append(tasks[append])
+            tasks[append].cancel()
+
+    monkeypatch.setattr(turns.AppendOfTask, "__init__", noted)
+    monkeypatch.setattr(turns.AppendOfTask, "wake", cancelling)
+    with crowded(server, store, "tasks") as crowd:
+        for text in ("first", "cancelled", "last"):
+            crowd.say(text)
+    assert [outcome_of(call) for call in (crowd.calls[0], crowd.calls[2])] == [1, 1]
+    assert crowd.calls[1].cancelled()
+    assert said(store) == ["before", "first", "last"]
+
+
+def test_a_task_that_is_cancelled_in_a_group_keeps_no_turn(server, store):
+    say(store, "before")
+    with crowded(server, store, "tasks") as crowd:
+        first, leader = crowd.say("first"), crowd.say("leader")
+        last = crowd.say("cancelled")
+        first.cancel()
+        wait_until(lambda: crowd.waiting() == 0, "the group to be taken")
+        wait_until(lambda: server.execute(WAITING) == [(1,)], "the group to wait for the history's lock")
+        last.cancel()
+    assert leader.result(HANG_LIMIT) == 1
+    assert [text for text in said(store) if text != "first"] == ["before", "leader", "cancelled"]
 
 
 def test_threads_and_the_tasks_of_several_loops_write_to_one_history(store):
