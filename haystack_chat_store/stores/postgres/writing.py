@@ -191,11 +191,13 @@ async def append_together(session: Session, scope: Scope, chat_history_id: str, 
             known_ids.update(ids)
             new += append.messages
             made.append(append)
+    if not new:
+        return
     parameters = await _append_parameters(session, scope, chat_history_id, new)
     for append in made:
         append.sent = [message.message_id for message in append.messages]
     ids = [message.message_id for message in new]
-    is_appended = bool(new) and await session.try_append(session.statements.append_all, parameters, ids)
+    is_appended = await session.try_append(session.statements.append_all, parameters, ids)
     for append in made:
         append.sent = ()
         append.result = len(append.messages) if is_appended else None
