@@ -233,6 +233,18 @@ def test_a_message_that_is_stored_already_is_written_once(server, store, kind):
     assert check(store) == []
 
 
+def test_replies_that_come_with_a_question_that_is_stored_go_as_one_statement(server, store, kind):
+    for number in range(6):
+        store.write_messages("history", [named(f"question {number}")])
+    with crowded(server, store, kind) as crowd:
+        for number in range(6):
+            crowd.write("history", [named(f"question {number}"), named(f"reply {number}")])
+    assert crowd.results() == [1] * 6
+    assert said(store)[6:] == [f"reply {number}" for number in range(6)]
+    assert transactions(server, store) == 6 + 2
+    assert check(store) == []
+
+
 def test_a_history_that_is_new_or_has_expired_or_is_another_users_is_found_out_by_each(server, make_store, kind):
     store, expires = make_store(), make_store(ttl=100)
     make_store(ttl=0.01).write_messages("expired", [named("old")])

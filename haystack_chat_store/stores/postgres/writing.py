@@ -175,32 +175,32 @@ async def _append_new(
 
 async def append_together(session: Session, scope: Scope, chat_history_id: str, appends: Sequence[Append]) -> None:
     """
-    Make those of several appends whose messages are all new, if the history exists: in one statement.
+    Append the messages of several appends that the history does not have, in one statement, without a lock.
 
-    Each append that is made gets its result. Before the statement is sent, each gets the ids that it may store.
+    Each append that is made gets its result. Before the statement is sent, each gets the ids that it may store. If two
+    have the same new message, the second is not made.
     """
     if session.appended_earlier:
         return  # each finds out alone whether an earlier attempt has made it
     known = await _known(session, scope, chat_history_id, [each for append in appends for each in append.messages])
+    if known and not known[0][4]:
+        return
     known_ids = {row[0] for row in known}
-    new: list[EncodedMessage] = []
+    new: dict[str, EncodedMessage] = {}
     made: list[Append] = []
     for append in appends:
-        ids = [message.message_id for message in append.messages]
-        if known_ids.isdisjoint(ids):
-            known_ids.update(ids)
-            new += append.messages
+        of_append = {each.message_id: each for each in append.messages if each.message_id not in known_ids}
+        if new.keys().isdisjoint(of_append):
+            new.update(of_append)
+            append.sent = list(of_append)
             made.append(append)
-    if not new:
-        return
-    parameters = await _append_parameters(session, scope, chat_history_id, new)
+    statement = session.statements.append_rest if known else session.statements.append_all
+    parameters = await _append_parameters(session, scope, chat_history_id, list(new.values()))
+    parameters["version"] = known[0][3] if known else None
+    is_appended = not new or await session.try_append(statement, parameters, list(new))
     for append in made:
-        append.sent = [message.message_id for message in append.messages]
-    ids = [message.message_id for message in new]
-    is_appended = await session.try_append(session.statements.append_all, parameters, ids)
-    for append in made:
+        append.result = len(append.sent) if is_appended else None
         append.sent = ()
-        append.result = len(append.messages) if is_appended else None
 
 
 async def _append_first(
