@@ -76,7 +76,9 @@ def in_threads(write: Callable[[str], Any], writers: int, turns: int) -> Measure
         return measured(taken, time.perf_counter() - started)
 
 
-def in_tasks(write: Callable[[str], Any], writers: int, turns: int) -> Measured:
+def in_tasks(
+    write: Callable[[str], Any], writers: int, turns: int, run: Callable[[Any], Any] = asyncio.run
+) -> Measured:
     """Write with so many tasks of one event loop, each to its own history."""
 
     async def write_turns(number: int) -> list[float]:
@@ -91,7 +93,7 @@ def in_tasks(write: Callable[[str], Any], writers: int, turns: int) -> Measured:
         return await asyncio.gather(*map(write_turns, range(writers)))
 
     started = time.perf_counter()
-    taken = asyncio.run(write_all())
+    taken = run(write_all())
     return measured(taken, time.perf_counter() - started)
 
 

@@ -81,7 +81,11 @@ def test_the_connections_of_loops_that_ended_are_closed(make_store, server):
 
 
 def fork_while_a_loop_waits(store, report):
-    """Fork while asynchronous calls wait for the server. The child uses the store and ends as every program does."""
+    """
+    Fork while asynchronous calls wait for the server, or for their turn.
+
+    The child uses the store and ends as every program does.
+    """
     import asyncio
     import gc
     import os
@@ -94,8 +98,8 @@ def fork_while_a_loop_waits(store, report):
         report("is connected")
         await asyncio.to_thread(sys.stdin.readline)
         waiting = [
-            asyncio.create_task(store.write_messages_async("history", [ChatMessage.from_user(f"{number}")]))
-            for number in range(5)
+            asyncio.create_task(store.write_messages_async(f"{number % 5}", [ChatMessage.from_user(f"{number}")]))
+            for number in range(10)
         ]
         await asyncio.to_thread(sys.stdin.readline)
         child = os.fork()
@@ -129,13 +133,14 @@ def test_a_fork_does_not_disturb_calls_under_way_in_a_loop(store, server):
             connection.execute(f"LOCK TABLE {store.schema_name}.haystack_chat_histories")
             program.tell("write")
             waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
-            wait_until(lambda: server.execute(waiting)[0][0] == 5, "five calls to wait")
+            wait_until(lambda: server.execute(waiting)[0][0] == 5, "five calls to wait, and five for their turns")
             program.tell("fork")
             assert next(reports) == "forked"
         program.tell("go on")
         assert list(reports) == [0]
         assert program.exit_code() == 0
-    assert sorted(said(store)) == sorted(["before", *map(str, range(5)), "the child", "the child awaits"])
+    assert [said(store, f"{number}") for number in range(5)] == [[f"{number}", f"{number + 5}"] for number in range(5)]
+    assert said(store) == ["before", "the child", "the child awaits"]
 
 
 def fork_while_threads_connect(store, report, times):

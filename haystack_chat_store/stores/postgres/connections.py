@@ -42,6 +42,7 @@ from haystack_chat_store.stores.fair_semaphore import FairSemaphore
 from haystack_chat_store.stores.postgres import upgrading
 from haystack_chat_store.stores.postgres.connection_string import DEFAULT_SCHEMA, parsed
 from haystack_chat_store.stores.postgres.session import Database, Session
+from haystack_chat_store.stores.postgres.turns import Turns
 from haystack_chat_store.stores.sync_async import run_sync
 
 logger = logging.getLogger(__name__)
@@ -217,6 +218,7 @@ class _LoopConnections:
     def __init__(self, settings: Settings) -> None:
         self.idle = _Idle(settings.min_pool_size)
         self.limit = asyncio.Semaphore(settings.max_pool_size)
+        self.turns = Turns()
 
 
 class Pool(ServerConnections):
@@ -234,6 +236,8 @@ class Pool(ServerConnections):
         self._connection_string, self._connection_info, schema_name = found
         del found
         self.database = Database(settings.schema_name or schema_name or DEFAULT_SCHEMA, settings.table_prefix)
+        #: Of the threads that append.
+        self.turns = Turns()
         self._settings = settings
         self._lock = threading.Lock()
         self._limit = FairSemaphore(settings.max_pool_size)
@@ -308,6 +312,10 @@ class Pool(ServerConnections):
                     raise
         finally:
             own.limit.release()
+
+    def turns_of_running_loop(self) -> Turns:
+        """Return the turns of the tasks of the running event loop that append."""
+        return self._of_running_loop().turns
 
     def close(self) -> None:
         """Close what is idle now, and what is in use as soon as it is given back."""

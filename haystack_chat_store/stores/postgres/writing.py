@@ -30,6 +30,7 @@ from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key, history_parameters
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.terms import title_tsvector, tsvectors
+from haystack_chat_store.stores.postgres.turns import Append
 from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_said
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
@@ -171,6 +172,36 @@ async def _append_new(
     parameters["version"] = known[0][3] if known else None
     ids = [message.message_id for message in new]
     return len(new) if await session.try_append(statement, parameters, ids) else None
+
+
+async def append_together(session: Session, scope: Scope, chat_history_id: str, appends: Sequence[Append]) -> None:
+    """
+    Append the messages of several appends that the history does not have, in one statement, without a lock.
+
+    Each append that is made gets its result. Before the statement is sent, each gets the ids that it may store. If two
+    have the same new message, the second is not made.
+    """
+    if session.appended_earlier:
+        return  # each finds out alone whether an earlier attempt has made it
+    known = await _known(session, scope, chat_history_id, [each for append in appends for each in append.messages])
+    if known and not known[0][4]:
+        return
+    known_ids = {row[0] for row in known}
+    new: dict[str, EncodedMessage] = {}
+    made: list[Append] = []
+    for append in appends:
+        of_append = {each.message_id: each for each in append.messages if each.message_id not in known_ids}
+        if new.keys().isdisjoint(of_append):
+            new.update(of_append)
+            append.sent = list(of_append)
+            made.append(append)
+    statement = session.statements.append_rest if known else session.statements.append_all
+    parameters = await _append_parameters(session, scope, chat_history_id, list(new.values()))
+    parameters["version"] = known[0][3] if known else None
+    is_appended = not new or await session.try_append(statement, parameters, list(new))
+    for append in made:
+        append.result = len(append.sent) if is_appended else None
+        append.sent = ()
 
 
 async def _append_first(
