@@ -6,7 +6,7 @@ import binascii
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -14,17 +14,11 @@ from typing import Any
 from typing_extensions import Self
 
 from haystack_chat_store import validation
-from haystack_chat_store.errors import (
-    ChatHistoryAccessError,
-    ChatHistoryExistsError,
-    ChatHistoryNotFoundError,
-    ChatMessageStoreError,
-)
-from haystack_chat_store.ids import BRANCH_OF_KEY, MAX_ID_LENGTH, branch_id, branch_prefix, new_message_id
+from haystack_chat_store.errors import ChatMessageStoreError
 from haystack_chat_store.json_values import equal_json, parse_json
 from haystack_chat_store.stores.conflicts import history_is_there, history_not_found, only_one_user
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, Unchanged, branch_origin
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, Unchanged
 from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, MessagePreview, StoreStatistics
 
@@ -32,8 +26,6 @@ from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, MessageP
 _ERASE_BATCH_SIZE = 100
 # The most histories that one call of the engine returns when most of them do not have the meta that is looked for.
 _MOST_READ = 1_000
-# The errors that say that a branch cannot get an id, or is not there any more.
-_REFUSED_RENAMING = (ChatHistoryExistsError, ChatHistoryAccessError, ChatHistoryNotFoundError)
 # The first element of a cursor. A later version with another order of the directory gets another number.
 _CURSOR_VERSION = 1
 
@@ -215,9 +207,10 @@ class DirectoryMethods:
         """
         Give a history another id, and return it. All else stays, apart from its revision, which becomes greater.
 
-        It is one atomic step. Between hash slots of a Redis Cluster, the history is whole under its new id before the
-        old one goes: a reader may see both, and a call that is repeated finishes it. Its branches follow it one by one;
-        one whose new id is taken gets another.
+        Its branches follow it; one whose new id is taken gets another. All of it is one atomic step. On Redis, the
+        branches come one by one after the history. Between hash slots of a Redis Cluster, a history is whole under its
+        new id before the old one goes: a reader may see both. There, a call that is repeated finishes what another one
+        began, as does `doctor` with `repair`.
 
         :param old_id: The history's id.
         :param new_id: The id that it gets. No history has it yet.
@@ -227,35 +220,22 @@ class DirectoryMethods:
         :raises ChatHistoryAccessError: If one of them is another user's.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        old_id, new_id = _checked_renaming(old_id, new_id)
-        engine, scope, place = self.engine, self.scope, ""
-        row = engine.run(engine.rename_history, scope, old_id, new_id)
-        while rows := engine.run(engine.histories_by_id, scope, branch_prefix(old_id), place, _MOST_READ):
-            for branch, names, change in _renamed_branches(rows, old_id, row):
-                for name in names:
-                    with suppress(*_REFUSED_RENAMING):
-                        self.rename_chat_history(branch, name)
-                        engine.run(engine.update_history, scope, name, change)
-                        break
-            place = rows[-1].chat_history_id
-        return _info(row)
+        ids = _checked_renaming(old_id, new_id)
+        return _info(self.engine.run(self.engine.rename_history, self.scope, *ids))
 
     async def rename_chat_history_async(self, old_id: str, new_id: str) -> ChatHistoryInfo:
         """Do what `rename_chat_history` does, without blocking the event loop."""
-        old_id, new_id = _checked_renaming(old_id, new_id)
-        engine, scope, place = self.engine, self.scope, ""
-        row = await engine.run_async(engine.rename_history, scope, old_id, new_id)
-        while rows := await engine.run_async(engine.histories_by_id, scope, branch_prefix(old_id), place, _MOST_READ):
-            for branch, names, change in _renamed_branches(rows, old_id, row):
-                for name in names:
-                    with suppress(*_REFUSED_RENAMING):
-                        await self.rename_chat_history_async(branch, name)
-                        await engine.run_async(engine.update_history, scope, name, change)
-                        break
-            place = rows[-1].chat_history_id
-        return _info(row)
+        ids = _checked_renaming(old_id, new_id)
+        return _info(await self.engine.run_async(self.engine.rename_history, self.scope, *ids))
 
-    def copy_messages(self, source_id: str, target_id: str, *, until_message_id: str | None = None) -> int:
+    def copy_messages(
+        self,
+        source_id: str,
+        target_id: str,
+        *,
+        until_message_id: str | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> int:
         """
         Fork a conversation: copy the messages of a history, or its beginning, to another history.
 
@@ -263,9 +243,14 @@ class DirectoryMethods:
         client (see `docs/redis.md`). The copies keep their ids and times. A copy belongs to the user of its source.
         Title and meta are not copied.
 
+        With the source's id as `branch_of` in its meta, and an id that begins with the source's and `~`, the copy is a
+        branch, which goes where the source goes.
+
         :param source_id: The id of the history to copy from.
         :param target_id: The id of the history to copy to. It may exist, but must have no messages.
         :param until_message_id: The id of the last message to copy. Defaults to `None`: all messages.
+        :param meta: The meta of the copy, which it has from its first moment. Defaults to `None`: none, or that of the
+            target, if it exists.
         :returns: The number of messages copied.
         :raises ValueError: If an argument is wrong.
         :raises ChatHistoryNotFoundError: If the source does not exist.
@@ -275,12 +260,19 @@ class DirectoryMethods:
             exists, is not.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        copy = _checked_copy(source_id, target_id, until_message_id)
+        copy = _checked_copy(source_id, target_id, until_message_id, meta)
         return self.engine.run(self.engine.copy, self.scope, *copy)
 
-    async def copy_messages_async(self, source_id: str, target_id: str, *, until_message_id: str | None = None) -> int:
+    async def copy_messages_async(
+        self,
+        source_id: str,
+        target_id: str,
+        *,
+        until_message_id: str | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> int:
         """Do what `copy_messages` does, without blocking the event loop."""
-        copy = _checked_copy(source_id, target_id, until_message_id)
+        copy = _checked_copy(source_id, target_id, until_message_id, meta)
         return await self.engine.run_async(self.engine.copy, self.scope, *copy)
 
     def delete_chat_history(self, chat_history_id: str) -> None:
@@ -568,26 +560,6 @@ def _checked_renaming(old_id: str, new_id: str) -> tuple[str, str]:
     return ids
 
 
-def _renamed_branches(
-    rows: Sequence[HistoryRow], old_id: str, renamed: HistoryRow
-) -> Iterator[tuple[str, list[str], HistoryChange]]:
-    """
-    Yield, of each branch of a history that was renamed, its id, ids that it may get, and the change of its meta.
-
-    The first of them goes on saying which branch it is. If it is taken, the last one is free, and cannot be guessed.
-
-    :param rows: The histories whose ids begin like those of its branches.
-    :param renamed: The history, which is renamed by now.
-    """
-    new_id = renamed.chat_history_id
-    for row in rows:
-        if branch_origin(row.chat_history_id, row.meta) == old_id and row.user_id == renamed.user_id:
-            name = row.chat_history_id[len(branch_prefix(old_id)) :].partition("~")[0]
-            change = validation.validated_change(UNCHANGED, UNCHANGED, {BRANCH_OF_KEY: new_id}, UNCHANGED)
-            names = [branch_id(new_id, name), branch_id(new_id, new_message_id())]
-            yield row.chat_history_id, [each for each in names if len(each) <= MAX_ID_LENGTH], change
-
-
 def _created(created: tuple[HistoryRow, bool], exist_ok: bool) -> ChatHistoryInfo:
     row, is_new = created
     if not is_new and not exist_ok:
@@ -595,12 +567,14 @@ def _created(created: tuple[HistoryRow, bool], exist_ok: bool) -> ChatHistoryInf
     return _info(row)
 
 
-def _checked_copy(source_id: str, target_id: str, until_message_id: str | None) -> tuple[str, str, str | None]:
+def _checked_copy(
+    source_id: str, target_id: str, until_message_id: str | None, meta: dict[str, Any] | None
+) -> tuple[str, str, str | None, str | None]:
     source = validation.validated_id(source_id, "source_id")
     target = validation.validated_id(target_id, "target_id")
     if until_message_id is not None:
         until_message_id = validation.validated_id(until_message_id, "until_message_id")
-    return source, target, until_message_id
+    return source, target, until_message_id, HistoryChange(meta=validation.validated_meta(meta)).new_meta(None)
 
 
 def _info(row: HistoryRow) -> ChatHistoryInfo:

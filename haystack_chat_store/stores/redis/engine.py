@@ -14,12 +14,13 @@ from haystack_chat_store.stores.redis.connections import servers
 from haystack_chat_store.stores.redis.directory import Directory
 from haystack_chat_store.stores.redis.nodes import Settings
 from haystack_chat_store.stores.redis.reading import Reading
+from haystack_chat_store.stores.redis.renaming import Renaming
 from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.redis.writing import Writing
 from haystack_chat_store.stores.sync_async import run_sync
 
 
-class RedisEngine(Writing, Reading, Directory, Checking):
+class RedisEngine(Writing, Reading, Directory, Checking, Renaming):
     """Keeps chat histories in Redis, Valkey or a Redis Cluster."""
 
     system_name = "redis"
