@@ -28,7 +28,7 @@ class RedisEngine(Writing, Reading, Directory, Checking, Renaming):
 
     def __init__(self, url: Secret, *, cluster: bool, key_prefix: str, timeout: float) -> None:
         """Keep the settings. Connects to nothing."""
-        super().__init__(key_prefix=key_prefix, cluster=cluster)
+        super().__init__(key_prefix=key_prefix)
         self.settings = Settings(url=url, cluster=cluster, timeout=timeout)
 
     def execute(

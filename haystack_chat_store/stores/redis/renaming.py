@@ -18,7 +18,8 @@ from haystack_chat_store.stores.redis.directory import (
     read_histories,
     read_state,
 )
-from haystack_chat_store.stores.redis.keys import Keys, bucket_of
+from haystack_chat_store.stores.redis.failures import SlotsDifferError
+from haystack_chat_store.stores.redis.keys import Keys
 from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.schema import new_name
 from haystack_chat_store.stores.redis.scripts import directory as scripts
@@ -73,16 +74,19 @@ class Renaming(RedisOperations):
         self, session: Session, scope: Scope, old_id: str, new_id: str, meta: str | None
     ) -> HistoryRow:
         """
-        Rename the keys by one script, or copy the history where no script can use the keys of both ids.
+        Rename the keys by one script, or copy the history if the server says that no script can use the keys of both.
+
+        The server knows that better than the settings of the store: there may be one node of a cluster, or a proxy.
 
         :param meta: The meta that the history gets, or `None` if it keeps its own.
         """
-        if self.cluster and bucket_of(old_id) != bucket_of(new_id):
-            return await self._rename_by_copying(session, scope, old_id, new_id, meta)
         keys = self.keys(scope)
         await note_branch(session, keys, new_id, meta)
         names = [*keys.to_write(old_id), *keys.to_write(new_id)]
-        fields = await session.run(scripts.RENAME, names, [old_id, new_id, new_name(), meta or "", keys.user])
+        try:
+            fields = await session.run(scripts.RENAME, names, [old_id, new_id, new_name(), meta or "", keys.user])
+        except SlotsDifferError:
+            return await self._rename_by_copying(session, scope, old_id, new_id, meta)
         if fields[0] == "ACCESS":
             raise no_access()
         if fields[0] == "EXISTS":
