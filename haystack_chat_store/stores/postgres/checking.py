@@ -19,8 +19,8 @@ from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
 from haystack_chat_store.stores.postgres.terms import title_tsvector, tsvectors
 from haystack_chat_store.stores.postgres.writing import find_previews
-from haystack_chat_store.stores.previews import beginning_of_content, preview_faults
-from haystack_chat_store.stores.rows import HistoryRow, MessageRow, Scope, branch_origin
+from haystack_chat_store.stores.previews import beginning_of_content, kept_row, preview_faults
+from haystack_chat_store.stores.rows import MessageRow, Scope, branch_origin
 from haystack_chat_store.types import Fault
 
 logger = logging.getLogger(__name__)
@@ -159,15 +159,8 @@ async def _wrong_previews(
         while more := await session.fetch(session.statements.next_questions, [key, position]):
             position = more[-1][0]
             questions += [each for _, each in more]
-    row = HistoryRow(
-        chat_history_id=chat_history_id,
-        created_at=0,
-        updated_at=0,
-        preview=preview,
-        last_role=last_role,
-        last_text=last_text,
-        last_at=None if role is None and is_time_right else 0,
-    )
+    last_at = None if role is None and is_time_right else 0
+    row = kept_row(chat_history_id, preview, last_role, last_text, last_at)
     last = None
     if role is not None:
         last = MessageRow(position=0, created_at=0 if is_time_right else 1, message_id="", role=role, content=content)

@@ -13,7 +13,7 @@ from haystack.dataclasses import ChatRole
 
 from haystack_chat_store.errors import ChatHistoryExistsError
 from haystack_chat_store.ids import branch_id
-from haystack_chat_store.stores.previews import beginning_of_content, last_said, preview_faults
+from haystack_chat_store.stores.previews import beginning_of_content, kept_row, last_said, preview_faults
 from haystack_chat_store.stores.redis.directory import branches_of, read_histories
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys
 from haystack_chat_store.stores.redis.reading import read_ids
@@ -172,14 +172,12 @@ class _Examination:
     def _shown(self, chat_history_id: str) -> HistoryRow:
         """Return what lists show of the history's messages."""
         inspected = self.inspected
-        return HistoryRow(
-            chat_history_id=chat_history_id,
-            created_at=0,
-            updated_at=0,
-            preview=inspected.preview or None,
-            last_role=ROLES.get(inspected.last_role, inspected.last_role) or None,
-            last_text=inspected.last_text or None,
-            last_at=number(inspected.last_at) if inspected.last_at else None,
+        return kept_row(
+            chat_history_id,
+            inspected.preview or None,
+            ROLES.get(inspected.last_role, inspected.last_role) or None,
+            inspected.last_text or None,
+            number(inspected.last_at) if inspected.last_at else None,
         )
 
     def fields(self, chat_history_id: str) -> dict[str, str | int]:

@@ -14,7 +14,7 @@ from haystack import logging
 from haystack_chat_store.json_values import parse_json
 from haystack_chat_store.search_text import title_terms
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.previews import preview_faults
+from haystack_chat_store.stores.previews import kept_row, preview_faults
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow, Scope, branch_origin
 from haystack_chat_store.stores.sqlite import schema
 from haystack_chat_store.stores.sqlite.connections import Database, damaged_texts_escaped, readable_rows
@@ -265,19 +265,7 @@ def _described(
     for history_key, name, raw_title, title, meta, terms, branch_of, *previews in connection.execute(
         _DESCRIBED, (scope.namespace,)
     ):
-        preview, last_role, last_text, last_at = previews
-        row = HistoryRow(
-            chat_history_id=name,
-            created_at=0,
-            updated_at=0,
-            title=title,
-            meta=meta,
-            preview=preview,
-            last_role=last_role,
-            last_text=last_text,
-            last_at=last_at,
-        )
-        yield history_key, raw_title, terms, branch_of, row
+        yield history_key, raw_title, terms, branch_of, kept_row(name, *previews, title=title, meta=meta)
 
 
 def _damages(raw_name: bytes, name: str, columns: Sequence[Any]) -> list[str]:
