@@ -60,7 +60,7 @@ async def failed(_: object, error: Exception) -> Json:
 
 
 async def streamed(mine: Store, chat: str, question: list[ChatMessage], replace: Any = None, **show: Any) -> Response:
-    """Stream the answer to a question. If the client goes away, the turn goes on."""
+    """Stream the answer. If the client goes away, the turn goes on. What is replaced stays until its end."""
     retriever = ChatMessageRetriever(mine, last_k=None, max_tokens=8000)
     shown = await retriever.run_async(chat, current_messages=[SYSTEM, *question], **show)
     sender, events = anyio.create_memory_object_stream[tuple[str, Json]](float("inf"))
@@ -75,7 +75,6 @@ async def answer(sender: Any, mine: Store, chat: str, question: Any, shown: Any,
         sender.send_nowait(("token", Json(chunk.content)))
 
     writer = ChatMessageWriter(mine, question_is_stored=True)  # a chat that is deleted meanwhile stays deleted
-    # What is replaced stays until the new answer is there.
     instead = {"replace_from_message_id": replace, "expected_revision": shown["revision"]} if replace else {}
     with sender:
         try:

@@ -17,6 +17,7 @@ from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.iteration import walk_histories, walk_readable_pages
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.conflicts import only_one_user
+from haystack_chat_store.stores.faults import FaultList
 from haystack_chat_store.stores.rows import MessageRow
 from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.transfer.files import appended_file, checked_target
@@ -51,7 +52,8 @@ def check(
         JSON lines before they are removed from the store. Only the owner may read a new file. Defaults to `None`: such
         messages are reported and not removed.
     :param progress: Called now and then with the number of messages checked so far, and `None`.
-    :returns: The faults, each with its history and position, and whether it was repaired.
+    :returns: The faults, each with its history and position, and whether it was repaired: up to 1,000 of each kind. If
+        there are more, a last one of the kind says how many, in its `count`.
     :raises ValueError: If `salvage` is not a file, or belongs to a database. Nothing was changed.
     :raises ChatHistoryAccessError: If this is the store of one user: a check looks at what all users have.
     :raises UnsupportedOperationError: If the store cannot be checked or repaired.
@@ -63,24 +65,24 @@ def check(
     if salvage is not None:
         checked_target(salvage)
     operation = store.engine.repair if repair else store.engine.check
-    found = dict.fromkeys(store.engine.run(operation, store.scope))
-    checked = 0
+    found_by_engine = dict.fromkeys(store.engine.run(operation, store.scope))
+    found, checked = FaultList(), 0
+    # The engine may have found faults of messages that are removed afterwards.
+    places = {_place(fault) for fault in found_by_engine if fault.position is not None}
     removed: set[tuple[str | None, int | None]] = set()
     for history in walk_histories(store):
         try:
             for rows in walk_readable_pages(store, history.chat_history_id):
-                # A dict, because the engine may have found some of these faults already.
                 faults = list(_faults_of(store, history.chat_history_id, rows, salvage if repair else None))
-                found |= dict.fromkeys(faults)
-                removed |= {_place(fault) for fault in faults if fault.is_repaired}
+                found.extend(fault for fault in faults if fault not in found_by_engine)
+                removed |= {_place(fault) for fault in faults if fault.is_repaired} & places
                 checked += len(rows)
                 if progress is not None:
                     progress(checked, None)
         except MessageDecodingError:
-            found[Fault(chat_history_id=history.chat_history_id, description="Its messages cannot be read.")] = None
-    # The engine may have found more faults of messages that are removed by now.
-    faults_now = (replace(fault, is_repaired=True) if _place(fault) in removed else fault for fault in found)
-    return list(dict.fromkeys(faults_now))
+            found.add(Fault(chat_history_id=history.chat_history_id, description="Its messages cannot be read."))
+    of_engine = (replace(fault, is_repaired=True) if _place(fault) in removed else fault for fault in found_by_engine)
+    return list(dict.fromkeys([*of_engine, *found]))
 
 
 async def check_async(

@@ -26,7 +26,8 @@ class Client:
 
     def turn(self, method, path, body):
         """Return the tokens of the answer, joined, and the answer as it is stored."""
-        with self._http.stream(method, path, json=body) as response:
+        headers = {"Content-Type": "application/json"}  # in ASCII, as browsers send half an emoji
+        with self._http.stream(method, path, content=json.dumps(body), headers=headers) as response:
             assert response.status_code == 200, response.read()
             events = [(name, json.loads(data)) for name, data in read_events(response)]
         assert [name for name, _ in events if name != "token"] == ["question", "done"], events

@@ -13,6 +13,7 @@ from haystack.dataclasses import ChatRole
 
 from haystack_chat_store.errors import ChatHistoryExistsError
 from haystack_chat_store.ids import branch_id
+from haystack_chat_store.stores.faults import FaultList
 from haystack_chat_store.stores.previews import beginning_of_content, kept_row, last_said, preview_faults
 from haystack_chat_store.stores.redis.directory import branches_of, read_histories
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys
@@ -234,16 +235,16 @@ class Checking(Renaming):
                     user = keys.user_of(name)
                     if user is not None:
                         listed += [(user, each) for each in await session.ask(address, "ZRANGE", name, 0, -1)]
-        faults: list[Fault] = []
+        faults = FaultList()
         branches: dict[str, str] = {}
         for chat_history_id in ids:
-            faults += await check_history(session, keys, chat_history_id, repair, branches)
+            faults.extend(await check_history(session, keys, chat_history_id, repair, branches))
         for origin, branch_meta in branches.items():
-            faults += await _check_origin(session, keys, origin, branch_meta, repair)
-        faults += await self._check_renamings(session, scope, list(ids), set(branches), repair=repair)
+            faults.extend(await _check_origin(session, keys, origin, branch_meta, repair))
+        faults.extend(await self._check_renamings(session, scope, list(ids), set(branches), repair=repair))
         for user, chat_history_id in listed:
-            faults += await _check_listing(session, keys, user, chat_history_id, repair)
-        return faults
+            faults.extend(await _check_listing(session, keys, user, chat_history_id, repair))
+        return list(faults)
 
     async def _check_renamings(
         self, session: Session, scope: Scope, chat_history_ids: Sequence[str], origins: set[str], *, repair: bool
