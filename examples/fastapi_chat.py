@@ -63,7 +63,7 @@ async def streamed(mine: Store, chat: str, question: list[ChatMessage], replace:
     """Stream the answer. If the client goes away, the turn goes on. What is replaced stays until its end."""
     retriever = ChatMessageRetriever(mine, last_k=None, max_tokens=8000)
     shown = await retriever.run_async(chat, current_messages=[SYSTEM, *question], **show)
-    sender, events = anyio.create_memory_object_stream[tuple[str, Json]](float("inf"))
+    sender, events = anyio.create_memory_object_stream(float("inf"))
     sender.send_nowait(("question", Json([message.to_dict() for message in question])))
     app.state.turns.start_soon(answer, sender, mine, chat, question, shown, replace)
     texts = (f"event: {name}\ndata: {data.body.decode()}\n\n" async for name, data in events)
