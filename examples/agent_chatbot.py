@@ -300,7 +300,7 @@ def last_text(messages: list[ChatMessage], role: ChatRole) -> str:
 def chat(agent: Agent, store: ChatMessageStore, chat_history_id: str) -> None:
     """Chat until the end of input, or Ctrl-C at the prompt."""
     remembered = store.count_messages(chat_history_id)
-    print(f"I remember {remembered} messages of ours." if remembered else "We have not met yet.")
+    print(f"Messages that I remember: {remembered}" if remembered else "We have not met yet.")
     if remembered:
         # A process can crash between saving and printing, so the last answer may not have been shown.
         print(f'My last words: "{last_text(store.retrieve_messages(chat_history_id, last_k=1), ChatRole.ASSISTANT)}"')

@@ -8,15 +8,13 @@ A chat service: FastAPI streams answers as server-sent events, a store keeps the
 HAYSTACK_CHAT_STORE_URL names another store than chat_history.db. Rules answer or, with OPENAI_API_KEY, a real model.
 """
 
-import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
 import anyio
-from fastapi import Body, Depends, FastAPI, Header, HTTPException, Request
+from fastapi import Body, Depends, FastAPI, Header, HTTPException
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from haystack.components.generators.chat import MockChatGenerator, OpenAIChatGenerator
 from haystack.dataclasses import ChatMessage, StreamingChunk
@@ -29,21 +27,24 @@ from haystack_chat_store import BaseChatMessageStore, errors, store_from_url
 SYSTEM = ChatMessage.from_system("You are helpful.")
 STATUS: dict[type, int] = {LookupError: 404, ValueError: 422, ConnectionError: 503, errors.ConflictError: 409}
 STATUS |= {errors.UnsupportedOperationError: 501}
-
 url = os.environ.get("HAYSTACK_CHAT_STORE_URL", "sqlite:///chat_history.db")
 store = store_from_url(url, search=not url.startswith("redis"))  # Redis cannot search
-mock = MockChatGenerator(response_fn=answer_from_memory)
-llm: Any = OpenAIChatGenerator() if os.environ.get("OPENAI_API_KEY") else mock
+llm = OpenAIChatGenerator() if os.environ.get("OPENAI_API_KEY") else MockChatGenerator(response_fn=answer_from_memory)
 
 
 @asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def lifespan(app: FastAPI) -> Any:
     async with anyio.create_task_group() as app.state.turns:  # waits for turns whose clients have gone
         yield
     await store.close_async()
 
 
-app = FastAPI(lifespan=lifespan)
+class Json(JSONResponse):
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()  # in ASCII: half of an emoji that a client has cut has no UTF-8
+
+
+app = FastAPI(lifespan=lifespan, default_response_class=Json)
 # Each user's store has this user's histories, and no others. A header proves nothing: your login comes here.
 Store = Annotated[BaseChatMessageStore, Depends(lambda x_user=Header(): store.for_user(x_user))]
 Text = Annotated[str, Body(embed=True)]
@@ -51,58 +52,44 @@ Text = Annotated[str, Body(embed=True)]
 
 @app.exception_handler(ValueError)
 @app.exception_handler(errors.ChatMessageStoreError)
-async def failed(_: Request, error: Exception) -> JSONResponse:
-    return JSONResponse(described(error), described(error)["status"])
-
-
-def described(error: Exception) -> dict[str, Any]:
+async def failed(_: object, error: Exception) -> Json:
     if isinstance(error, errors.ChatHistoryAccessError | errors.ChatHistoryNotFoundError):
         error = errors.ChatHistoryNotFoundError("There is no such chat.")  # the same for chats of other users
     status = next((STATUS[each] for each in STATUS if isinstance(error, each)), 500)
-    return {"status": status, "error": type(error).__name__, "text": str(error)}
+    return Json({"status": status, "error": type(error).__name__, "text": str(error)}, status)
 
 
-async def streamed(mine: Store, chat: str, question: list[ChatMessage], **options: Any) -> Response:
-    """Run a turn and stream its events. If the client goes away, the turn goes on."""
-    events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
-    app.state.turns.start_soon(lambda: turn(events, mine, chat, question, **options))
-    name, data = await events.get()
-    if name == "error":  # nothing is sent yet, so the status can say it
-        return JSONResponse(data, data["status"])
-
-    async def stream(name: str, data: Any) -> AsyncIterator[str]:
-        while name:
-            yield f"event: {name}\ndata: {json.dumps(data, default=str)}\n\n"
-            name, data = ("", None) if name in ("done", "error") else await events.get()
-
-    return StreamingResponse(stream(name, data), media_type="text/event-stream")
-
-
-async def turn(events: Any, mine: Store, chat: str, question: Any, replace: Any = None, **show: Any) -> None:
-    """Store the question, ask the model, store the answer. What is replaced stays until the new answer is there."""
-
-    async def on_chunk(chunk: StreamingChunk) -> None:
-        events.put_nowait(("token", chunk.content))
-
+async def streamed(mine: Store, chat: str, question: list[ChatMessage], replace: Any = None, **show: Any) -> Response:
+    """Stream the answer. If the client goes away, the turn goes on. What is replaced stays until its end."""
     retriever = ChatMessageRetriever(mine, last_k=None, max_tokens=8000)
+    shown = await retriever.run_async(chat, current_messages=[SYSTEM, *question], **show)
+    sender, events = anyio.create_memory_object_stream(float("inf"))
+    sender.send_nowait(("question", Json([message.to_dict() for message in question])))
+    app.state.turns.start_soon(answer, sender, mine, chat, question, shown, replace)
+    texts = (f"event: {name}\ndata: {data.body.decode()}\n\n" async for name, data in events)
+    return StreamingResponse(texts, media_type="text/event-stream")
+
+
+async def answer(sender: Any, mine: Store, chat: str, question: Any, shown: Any, replace: Any) -> None:
+    async def on_chunk(chunk: StreamingChunk) -> None:
+        sender.send_nowait(("token", Json(chunk.content)))
+
     writer = ChatMessageWriter(mine, question_is_stored=True)  # a chat that is deleted meanwhile stays deleted
-    try:
-        if replace is None:
-            question = (await ChatMessageWriter(mine).run_async(chat, question))["messages"]
-        shown = await retriever.run_async(chat, current_messages=[SYSTEM, *question], **show)
-        events.put_nowait(("question", [message.to_dict() for message in question]))
-        asked = shown if "replies" in shown else await llm.run_async(shown["messages"], streaming_callback=on_chunk)
-        instead = {"replace_from_message_id": replace, "expected_revision": shown["revision"]} if replace else {}
-        stored = await writer.run_async(chat, question, asked["replies"], **instead)
-        events.put_nowait(("done", [message.to_dict() for message in stored["replies"]]))
-    except Exception as error:
-        events.put_nowait(("error", described(error)))
+    instead = {"replace_from_message_id": replace, "expected_revision": shown["revision"]} if replace else {}
+    with sender:
+        try:
+            asked = shown if "replies" in shown else await llm.run_async(shown["messages"], streaming_callback=on_chunk)
+            stored = await writer.run_async(chat, question, asked["replies"], **instead)
+            sender.send_nowait(("done", Json([message.to_dict() for message in stored["replies"]])))
+        except Exception as error:
+            sender.send_nowait(("error", await failed(None, error)))
 
 
 @app.post("/chats/{chat}/messages")
 async def ask(mine: Store, chat: str, text: Text, request_id: Text) -> Response:
     """Ask a question. The client makes the request id, once for each question: sent again, it is answered once."""
-    return await streamed(mine, chat, [ChatMessage.from_user(text, meta={"chat_message_id": request_id})])
+    asked = [ChatMessage.from_user(text, meta={"chat_message_id": request_id})]
+    return await streamed(mine, chat, (await ChatMessageWriter(mine).run_async(chat, asked))["messages"])
 
 
 @app.post("/chats/{chat}/messages/{question_id}/regenerate")

@@ -99,7 +99,7 @@ def say(pipeline: Pipeline, chat_history_id: str, text: str) -> None:
 def chat(pipeline: Pipeline, store: ChatMessageStore, chat_history_id: str) -> None:
     """Chat until the end of input, or Ctrl-C between two turns."""
     remembered = store.count_messages(chat_history_id)
-    print(f"I remember {remembered} messages of ours." if remembered else "We have not met yet.")
+    print(f"Messages that I remember: {remembered}" if remembered else "We have not met yet.")
     prompt = "you> " if sys.stdin.isatty() else ""
     try:
         print("Say something. Ctrl-D or Ctrl-C leaves; start me again and I remember.")

@@ -17,10 +17,19 @@ from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.iteration import walk_histories, walk_readable_pages
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.conflicts import only_one_user
+from haystack_chat_store.stores.faults import FaultList
 from haystack_chat_store.stores.rows import MessageRow
 from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.transfer.files import appended_file, checked_target
 from haystack_chat_store.types import Fault
+
+# What can be wrong with a message.
+_OF_MESSAGES = (
+    "Its stored text is not that of a message.",
+    "Its stored text has another id than its row.",
+    "Its stored text has another role than its row.",
+    "Its time of creation is none.",
+)
 
 
 def check(
@@ -51,7 +60,8 @@ def check(
         JSON lines before they are removed from the store. Only the owner may read a new file. Defaults to `None`: such
         messages are reported and not removed.
     :param progress: Called now and then with the number of messages checked so far, and `None`.
-    :returns: The faults, each with its history and position, and whether it was repaired.
+    :returns: The faults, each with its history and position, and whether it was repaired: up to 1,000 of each kind. If
+        there are more, a last one of the kind says how many, in its `count`.
     :raises ValueError: If `salvage` is not a file, or belongs to a database. Nothing was changed.
     :raises ChatHistoryAccessError: If this is the store of one user: a check looks at what all users have.
     :raises UnsupportedOperationError: If the store cannot be checked or repaired.
@@ -63,22 +73,24 @@ def check(
     if salvage is not None:
         checked_target(salvage)
     operation = store.engine.repair if repair else store.engine.check
-    found = dict.fromkeys(store.engine.run(operation, store.scope))
+    of_engine = store.engine.run(operation, store.scope)
+    # What the engine has not listed of messages is found again here.
+    found = FaultList(fault for fault in of_engine if fault.count == 1 or not fault.description.endswith(_OF_MESSAGES))
     checked = 0
+    # The engine may have found faults of messages that are removed afterwards.
+    places = {_place(fault) for fault in of_engine if fault.position is not None}
     removed: set[tuple[str | None, int | None]] = set()
     for history in walk_histories(store):
         try:
             for rows in walk_readable_pages(store, history.chat_history_id):
-                # A dict, because the engine may have found some of these faults already.
                 faults = list(_faults_of(store, history.chat_history_id, rows, salvage if repair else None))
-                found |= dict.fromkeys(faults)
-                removed |= {_place(fault) for fault in faults if fault.is_repaired}
+                found.extend(faults)
+                removed |= {_place(fault) for fault in faults if fault.is_repaired} & places
                 checked += len(rows)
                 if progress is not None:
                     progress(checked, None)
         except MessageDecodingError:
-            found[Fault(chat_history_id=history.chat_history_id, description="Its messages cannot be read.")] = None
-    # The engine may have found more faults of messages that are removed by now.
+            found.add(Fault(chat_history_id=history.chat_history_id, description="Its messages cannot be read."))
     faults_now = (replace(fault, is_repaired=True) if _place(fault) in removed else fault for fault in found)
     return list(dict.fromkeys(faults_now))
 
@@ -157,13 +169,9 @@ def examine(row: MessageRow) -> ExaminedMessage:
         other_id, other_role = message.meta.get(MESSAGE_ID_KEY) != row.message_id, message.role.value != row.role
     except (MessageDecodingError, AttributeError):  # a damaged message may have a meta of any type
         message, other_id, other_role = None, False, False
-    faults = {
-        "Its stored text is not that of a message.": message is None,
-        "Its stored text has another id than its row.": other_id,
-        "Its stored text has another role than its row.": other_role,
-        "Its time of creation is none.": validation.microseconds(created_at, "created_at") != row.created_at,
-    }
-    found = tuple(description for description, is_so in faults.items() if is_so)
+    is_other_time = validation.microseconds(created_at, "created_at") != row.created_at
+    are_so = message is None, other_id, other_role, is_other_time
+    found = tuple(description for description, is_so in zip(_OF_MESSAGES, are_so, strict=True) if is_so)
     return ExaminedMessage(position=row.position, created_at=created_at, role=row.role, message=message, faults=found)
 
 

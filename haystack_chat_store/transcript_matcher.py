@@ -95,9 +95,7 @@ def match_transcript(
             elif isinstance(request, _Read):
                 found = store.retrieve_messages(request.chat_history_id, request.last_k)
             elif isinstance(request, _Copy):
-                store.copy_messages(request.source_id, request.target_id, until_message_id=request.until_message_id)
-            elif isinstance(request, _SetMeta):
-                store.update_chat_history(request.chat_history_id, meta=request.meta)
+                store.copy_messages(request.source_id, request.target_id, **request.options)
             else:
                 store.delete_messages(request.chat_history_id, **request.options)
         except _REFUSALS as refusal:
@@ -129,11 +127,7 @@ async def match_transcript_async(
             elif isinstance(request, _Read):
                 found = await store.retrieve_messages_async(request.chat_history_id, request.last_k)
             elif isinstance(request, _Copy):
-                await store.copy_messages_async(
-                    request.source_id, request.target_id, until_message_id=request.until_message_id
-                )
-            elif isinstance(request, _SetMeta):
-                await store.update_chat_history_async(request.chat_history_id, meta=request.meta)
+                await store.copy_messages_async(request.source_id, request.target_id, **request.options)
             else:
                 await store.delete_messages_async(request.chat_history_id, **request.options)
         except _REFUSALS as refusal:
@@ -156,18 +150,11 @@ class _Read(NamedTuple):
 
 
 class _Copy(NamedTuple):
-    """A request to copy a history up to a message."""
+    """A request to copy a history."""
 
     source_id: str
     target_id: str
-    until_message_id: str
-
-
-class _SetMeta(NamedTuple):
-    """A request to set the meta of a history."""
-
-    chat_history_id: str
-    meta: dict[str, Any]
+    options: dict[str, Any]
 
 
 class _Delete(NamedTuple):
@@ -177,7 +164,7 @@ class _Delete(NamedTuple):
     options: dict[str, Any]
 
 
-_Request: TypeAlias = _Find | _Read | _Copy | _SetMeta | _Delete
+_Request: TypeAlias = _Find | _Read | _Copy | _Delete
 # Yields requests, and receives what was found. A refusal is raised where the request was made.
 _Requests: TypeAlias = Generator[_Request, Any, MatchedTranscript]
 
@@ -283,20 +270,20 @@ class _Matching:
         """
         branch = branch_id(self._chat_history_id, info.revision)
         last_id = messages[-1].meta[MESSAGE_ID_KEY]
-        meta: dict[str, Any] = {}
+        options = {"until_message_id": last_id, "meta": {BRANCH_OF_KEY: self._chat_history_id}}
         try:
-            yield _Copy(self._chat_history_id, branch, last_id)
+            yield _Copy(self._chat_history_id, branch, options)
         except (ChatHistoryExistsError, ChatHistoryAccessError):
             copy: ChatHistoryInfo | None = yield _Find(branch)
             end: list[ChatMessage] = yield _Read(branch, 1)
-            is_copy = copy is not None and (copy.message_count, copy.user_id) == (info.message_count, info.user_id)
-            if copy is not None and is_copy and end and end[-1].meta[MESSAGE_ID_KEY] == last_id:
-                meta = copy.meta
-            else:
+            is_copy = (
+                copy is not None
+                and copy.meta.get(BRANCH_OF_KEY) == self._chat_history_id
+                and (copy.message_count, copy.user_id) == (info.message_count, info.user_id)
+            )
+            if not is_copy or not end or end[-1].meta[MESSAGE_ID_KEY] != last_id:
                 branch = branch_id(self._chat_history_id, new_message_id())
-                yield _Copy(self._chat_history_id, branch, last_id)
-        if meta.get(BRANCH_OF_KEY) != self._chat_history_id:
-            yield _SetMeta(branch, {**meta, BRANCH_OF_KEY: self._chat_history_id})
+                yield _Copy(self._chat_history_id, branch, options)
         return branch
 
 

@@ -97,7 +97,7 @@ class ChatMessageStore(Protocol):
         are not there does nothing. `retrieve_window` returns what `retrieve_messages` returns,
         with the revision and the number of rounds of the same moment.
     20. **Forking.** `copy_messages` copies a history, or its beginning, to a history without messages. The copy appears
-        whole or not at all.
+        whole or not at all, with its meta. So a copy that is to be a branch is never seen as a history of its own.
     21. **Search.** `search_messages` finds exactly the messages and titles that have all words, symbols and phrases of
         the query, for any query and in any language. They can be found as soon as they are written, and no longer once
         they are deleted. A score depends on nothing but what is found: it tells nothing of other users and namespaces.
@@ -387,12 +387,15 @@ class Fault(Result):
     :param position: The position of the message that has the fault, or `None`.
     :param description: What is wrong. It contains no message text.
     :param is_repaired: Whether the fault has been repaired. Defaults to False.
+    :param count: How many faults this stands for. Defaults to 1. It is greater for faults that are not listed, because
+        there are too many of their kind.
     """
 
     chat_history_id: str | None = None
     position: int | None = None
     description: str
     is_repaired: bool = False
+    count: int = 1
 
 
 def _json_ready(value: Any) -> Any:

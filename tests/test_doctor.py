@@ -26,6 +26,7 @@ from haystack_chat_store import (
 )
 from haystack_chat_store.doctor import check, check_async, examined_messages
 from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
+from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.testing.messages import conversation, sample_messages
 
 NO_MESSAGE = "Its stored text is not that of a message."
@@ -92,6 +93,39 @@ def test_each_damaged_message_is_found_by_history_and_position_and_hides_no_othe
     assert {fault.description for fault in faults} == {NO_MESSAGE}
     assert not any(fault.is_repaired for fault in faults)
     assert [message.fault for message in examined_messages(store, "ada")] == [None, NO_MESSAGE, NO_MESSAGE, None]
+
+
+def test_of_many_faults_of_a_kind_some_are_listed_and_the_others_counted(path, store):
+    rows = [HistoryRow(chat_history_id=f"{number}", created_at=0, updated_at=0) for number in range(1_500)]
+    store.engine.run(store.engine.import_histories, store.scope, [(row, []) for row in rows])
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE haystack_chat_histories SET message_count = message_count + chat_history_id + 1")
+        connection.execute("UPDATE haystack_chat_histories SET round_count = -1 - chat_history_id")
+    connection.close()
+
+    faults = check(store)
+    assert len(faults) == 2 * 1_001
+    counts = Fault(description="There are 503 more such faults: It counts … messages, and has ….", count=503)
+    rounds = Fault(description="There are 503 more such faults: It counts … rounds, and has ….", count=503)
+    assert faults[-2:] == [counts, rounds]
+    assert check(store, repair=True) == [replace(fault, is_repaired=True) for fault in faults]
+    assert check(store) == []
+
+
+def test_of_many_damaged_messages_some_are_listed_and_all_removed(path, store, tmp_path):
+    store.write_messages("many", [ChatMessage.from_user("Hi") for _ in range(1_200)])
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE haystack_chat_messages SET content = 'none', created_at = 'none'")
+    connection.close()
+
+    for repair in (False, True):
+        found = check(store, repair=repair, salvage=tmp_path / "salvage.jsonl")
+        for description in (NO_MESSAGE, "Its time of creation is none."):
+            counts = [fault.count for fault in found if fault.description.endswith(description)]
+            assert (len(counts), sum(counts)) == (1_001, 1_212)
+        assert {fault.is_repaired for fault in found} == {repair}
+    assert store.count_messages("many") == 0
+    assert check(store) == []
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_the_chatbot_chats_until_the_end_of_input(run):
     assert result.returncode == 0, result.stderr
     assert [line.split(maxsplit=1)[0] for line in result.stdout.splitlines()[2:]] == ["bot>", "bot>", "Goodbye!"]
     assert 'The first was: "Grüße aus 東京!"' in result.stdout
-    assert "I remember 4 messages" in run("terminal_chatbot.py").stdout
+    assert "Messages that I remember: 4" in run("terminal_chatbot.py").stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
@@ -134,7 +134,7 @@ terminal_chatbot.main(sys.argv[1:])
     assert result.returncode == 130
     assert result.stderr == "\nGoodbye! I remember what you said, but not my answer.\n"
     assert "I will remember" not in result.stdout
-    assert "I remember 1 messages of ours." in run_script("import terminal_chatbot\nterminal_chatbot.main([])").stdout
+    assert "Messages that I remember: 1" in run_script("import terminal_chatbot\nterminal_chatbot.main([])").stdout
 
 
 def test_the_chatbot_remembers_in_the_store_that_a_url_names(run):

@@ -76,7 +76,15 @@ def test_faults_and_transfers_are_ready_for_json():
         "chat_histories": 1,
         "messages": 2,
         "skipped": 0,
-        "faults": [{"chat_history_id": "trip", "position": 1, "description": "It is damaged.", "is_repaired": False}],
+        "faults": [
+            {
+                "chat_history_id": "trip",
+                "position": 1,
+                "description": "It is damaged.",
+                "is_repaired": False,
+                "count": 1,
+            }
+        ],
     }
 
 

@@ -520,8 +520,8 @@ def doctor(
     with open_store(store, namespace) as chat_store, terminal.progress("Checking") as shown:
         shown(0, None)
         for fault in diagnosis.check(chat_store, repair=repair, salvage=salvage, progress=shown):
-            found += 1
-            unrepaired += not fault.is_repaired
+            found += fault.count
+            unrepaired += 0 if fault.is_repaired else fault.count
             if as_json:
                 terminal.print_json(fault.to_dict())
             else:

@@ -6,7 +6,7 @@ import binascii
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -14,17 +14,11 @@ from typing import Any
 from typing_extensions import Self
 
 from haystack_chat_store import validation
-from haystack_chat_store.errors import (
-    ChatHistoryAccessError,
-    ChatHistoryExistsError,
-    ChatHistoryNotFoundError,
-    ChatMessageStoreError,
-)
-from haystack_chat_store.ids import BRANCH_OF_KEY, MAX_ID_LENGTH, branch_id, branch_prefix, new_message_id
+from haystack_chat_store.errors import ChatMessageStoreError
 from haystack_chat_store.json_values import equal_json, parse_json
 from haystack_chat_store.stores.conflicts import history_is_there, history_not_found, only_one_user
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, Unchanged, branch_origin
+from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, Unchanged
 from haystack_chat_store.stores.times import readable_time
 from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, MessagePreview, StoreStatistics
 
@@ -32,8 +26,6 @@ from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, MessageP
 _ERASE_BATCH_SIZE = 100
 # The number of histories that the engine returns at a time while a list looks for a meta or for branches.
 _MOST_READ = 1_000
-# The errors that say that a branch cannot get an id, or is not there any more.
-_REFUSED_RENAMING = (ChatHistoryExistsError, ChatHistoryAccessError, ChatHistoryNotFoundError)
 # The first element of a cursor. A later version with another order of the directory gets another number.
 _CURSOR_VERSION = 1
 
@@ -218,9 +210,10 @@ class DirectoryMethods:
         """
         Give a history another id, and return it. Only its id changes, and its revision, which becomes greater.
 
-        This is one atomic step. (Between hash slots of a Redis Cluster, the history is complete under its new id before
-        the old one is deleted. A reader may see both. If the call fails, call it again.) The branches get new ids
-        afterwards, one by one. If such an id is taken, the branch gets another one.
+        Its branches follow it. A branch whose new id is taken gets another one. All of this is one atomic step. On
+        Redis, the branches follow one by one after the history. Between hash slots of a Redis Cluster, a history is
+        complete under its new id before the old one is deleted: a reader may see both. There, a repeated call finishes
+        what another one began, as does `doctor` with `repair`.
 
         :param old_id: The history's id.
         :param new_id: Its new id. No other history may have it.
@@ -230,35 +223,22 @@ class DirectoryMethods:
         :raises ChatHistoryAccessError: If one of them is another user's.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        old_id, new_id = _checked_renaming(old_id, new_id)
-        engine, scope, place = self.engine, self.scope, ""
-        row = engine.run(engine.rename_history, scope, old_id, new_id)
-        while rows := engine.run(engine.histories_by_id, scope, branch_prefix(old_id), place, _MOST_READ):
-            for branch, names, change in _renamed_branches(rows, old_id, row):
-                for name in names:
-                    with suppress(*_REFUSED_RENAMING):
-                        self.rename_chat_history(branch, name)
-                        engine.run(engine.update_history, scope, name, change)
-                        break
-            place = rows[-1].chat_history_id
-        return _info(row)
+        ids = _checked_renaming(old_id, new_id)
+        return _info(self.engine.run(self.engine.rename_history, self.scope, *ids))
 
     async def rename_chat_history_async(self, old_id: str, new_id: str) -> ChatHistoryInfo:
         """Do what `rename_chat_history` does, without blocking the event loop."""
-        old_id, new_id = _checked_renaming(old_id, new_id)
-        engine, scope, place = self.engine, self.scope, ""
-        row = await engine.run_async(engine.rename_history, scope, old_id, new_id)
-        while rows := await engine.run_async(engine.histories_by_id, scope, branch_prefix(old_id), place, _MOST_READ):
-            for branch, names, change in _renamed_branches(rows, old_id, row):
-                for name in names:
-                    with suppress(*_REFUSED_RENAMING):
-                        await self.rename_chat_history_async(branch, name)
-                        await engine.run_async(engine.update_history, scope, name, change)
-                        break
-            place = rows[-1].chat_history_id
-        return _info(row)
+        ids = _checked_renaming(old_id, new_id)
+        return _info(await self.engine.run_async(self.engine.rename_history, self.scope, *ids))
 
-    def copy_messages(self, source_id: str, target_id: str, *, until_message_id: str | None = None) -> int:
+    def copy_messages(
+        self,
+        source_id: str,
+        target_id: str,
+        *,
+        until_message_id: str | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> int:
         """
         Fork a conversation: copy the messages of a history, or its beginning, to another history.
 
@@ -266,9 +246,14 @@ class DirectoryMethods:
         client (see `docs/redis.md`). The copies keep their ids and times. A copy belongs to the user of its source.
         Title and meta are not copied.
 
+        With the source's id as `branch_of` in its meta, and an id that begins with the source's and `~`, the copy is a
+        branch, which goes where the source goes.
+
         :param source_id: The id of the history to copy from.
         :param target_id: The id of the history to copy to. If it exists, it must have no messages.
         :param until_message_id: The id of the last message to copy. Defaults to `None`: all messages.
+        :param meta: The meta of the copy, which it has from its first moment. Defaults to `None`: none, or that of the
+            target, if it exists.
         :returns: The number of messages copied.
         :raises ValueError: If an argument is wrong.
         :raises ChatHistoryNotFoundError: If the source does not exist.
@@ -278,12 +263,19 @@ class DirectoryMethods:
             belongs to one.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        copy = _checked_copy(source_id, target_id, until_message_id)
+        copy = _checked_copy(source_id, target_id, until_message_id, meta)
         return self.engine.run(self.engine.copy, self.scope, *copy)
 
-    async def copy_messages_async(self, source_id: str, target_id: str, *, until_message_id: str | None = None) -> int:
+    async def copy_messages_async(
+        self,
+        source_id: str,
+        target_id: str,
+        *,
+        until_message_id: str | None = None,
+        meta: dict[str, Any] | None = None,
+    ) -> int:
         """Do what `copy_messages` does, without blocking the event loop."""
-        copy = _checked_copy(source_id, target_id, until_message_id)
+        copy = _checked_copy(source_id, target_id, until_message_id, meta)
         return await self.engine.run_async(self.engine.copy, self.scope, *copy)
 
     def delete_chat_history(self, chat_history_id: str) -> None:
@@ -574,27 +566,6 @@ def _checked_renaming(old_id: str, new_id: str) -> tuple[str, str]:
     return ids
 
 
-def _renamed_branches(
-    rows: Sequence[HistoryRow], old_id: str, renamed: HistoryRow
-) -> Iterator[tuple[str, list[str], HistoryChange]]:
-    """
-    Yield for each branch of a renamed history: its id, the new ids to try in turn, and the change of its meta.
-
-    The first new id keeps the branch's own part of the old one. The second one is random, for when the first is taken.
-
-    :param rows: Histories whose ids begin like those of the branches.
-    :param old_id: The id of the history before it was renamed.
-    :param renamed: The history after it was renamed.
-    """
-    new_id = renamed.chat_history_id
-    for row in rows:
-        if branch_origin(row.chat_history_id, row.meta) == old_id and row.user_id == renamed.user_id:
-            name = row.chat_history_id[len(branch_prefix(old_id)) :].partition("~")[0]
-            change = validation.validated_change(UNCHANGED, UNCHANGED, {BRANCH_OF_KEY: new_id}, UNCHANGED)
-            names = [branch_id(new_id, name), branch_id(new_id, new_message_id())]
-            yield row.chat_history_id, [each for each in names if len(each) <= MAX_ID_LENGTH], change
-
-
 def _created(created: tuple[HistoryRow, bool], exist_ok: bool) -> ChatHistoryInfo:
     row, is_new = created
     if not is_new and not exist_ok:
@@ -602,12 +573,14 @@ def _created(created: tuple[HistoryRow, bool], exist_ok: bool) -> ChatHistoryInf
     return _info(row)
 
 
-def _checked_copy(source_id: str, target_id: str, until_message_id: str | None) -> tuple[str, str, str | None]:
+def _checked_copy(
+    source_id: str, target_id: str, until_message_id: str | None, meta: dict[str, Any] | None
+) -> tuple[str, str, str | None, str | None]:
     source = validation.validated_id(source_id, "source_id")
     target = validation.validated_id(target_id, "target_id")
     if until_message_id is not None:
         until_message_id = validation.validated_id(until_message_id, "until_message_id")
-    return source, target, until_message_id
+    return source, target, until_message_id, HistoryChange(meta=validation.validated_meta(meta)).new_meta(None)
 
 
 def _info(row: HistoryRow) -> ChatHistoryInfo:

@@ -348,7 +348,13 @@ class Engine(ABC, Generic[SessionT]):
         raise self.unsupported("changing the meta of a message", "update_message")
 
     def copy(
-        self, session: SessionT, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
+        self,
+        session: SessionT,
+        scope: Scope,
+        source_id: str,
+        target_id: str,
+        until_message_id: str | None,
+        meta: str | None,
     ) -> Operation[int]:
         """
         Append the messages of a history to another history that has no messages.
@@ -357,7 +363,11 @@ class Engine(ABC, Generic[SessionT]):
         present time. A target that is made is the source's user's. If the source has no messages to copy, nothing is
         changed, and no target is created.
 
+        If the meta makes the target a branch of the source, it appears as one. Where a hand-over, renaming or deletion
+        of the source can come in between, the branch follows it.
+
         :param until_message_id: The id of the last message to copy, or `None` for all messages.
+        :param meta: The meta that the target gets, as the text of a JSON object, or `None` if it keeps its own.
         :returns: The number of messages copied.
         :raises ChatHistoryNotFoundError: If the source does not exist.
         :raises MessageNotFoundError: If the source does not have `until_message_id`.
@@ -469,8 +479,11 @@ class Engine(ABC, Generic[SessionT]):
         """
         Give a history another id. All else stays, apart from the revision, which becomes greater.
 
-        If this is not one atomic step, the history is complete under its new id before the old one is deleted, and a
-        repeated call finishes it.
+        Its branches follow it, and theirs: those that have the same user, each to the first id that no history has of
+        `rows.renamed_branch_ids`, and with its history's new id in its meta.
+
+        Where that is not one atomic step, each history is complete under its new id before the old one is deleted. A
+        repeated call finishes it, as does `repair`.
 
         :raises ChatHistoryNotFoundError: If there is no history `old_id`, whatever there is under `new_id`.
         :raises ChatHistoryExistsError: If there is a history `new_id`.

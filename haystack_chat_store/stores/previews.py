@@ -72,6 +72,30 @@ def last_said(messages: Sequence[MessageT]) -> MessageT | None:
     return None
 
 
+def kept_row(
+    chat_history_id: str,
+    preview: str | None,
+    last_role: str | None,
+    last_text: str | None,
+    last_at: int | None,
+    *,
+    title: str | None = None,
+    meta: str | None = None,
+) -> HistoryRow:
+    """Return the row of a history with what it keeps of its messages, for `preview_faults`. The rest is unknown."""
+    return HistoryRow(
+        chat_history_id=chat_history_id,
+        created_at=0,
+        updated_at=0,
+        title=title,
+        meta=meta,
+        preview=preview,
+        last_role=last_role,
+        last_text=last_text,
+        last_at=last_at,
+    )
+
+
 def preview_faults(row: HistoryRow, questions: Iterable[str], last: MessageRow | None) -> list[str]:
     """
     Return what is wrong with the previews that a history keeps, in words for a sentence.

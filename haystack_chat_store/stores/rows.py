@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from haystack.dataclasses import ChatRole
 
-from haystack_chat_store.ids import BRANCH_OF_KEY, origin_of
+from haystack_chat_store.ids import BRANCH_OF_KEY, MAX_ID_LENGTH, branch_id, branch_prefix, new_message_id, origin_of
 from haystack_chat_store.json_values import encode_plain, parse_json
 
 
@@ -176,6 +176,26 @@ def branch_origin(chat_history_id: str, meta: str | None) -> str | None:
     except (ValueError, TypeError, RecursionError):
         return None
     return origin_of(chat_history_id, parsed.get(BRANCH_OF_KEY)) if isinstance(parsed, dict) else None
+
+
+def renamed_branch_ids(branch: str, old_id: str, new_id: str) -> list[str]:
+    """
+    Return ids that a branch may get when its history is renamed.
+
+    The first of them goes on saying which branch it is. If it is taken, the last one is free, and cannot be guessed.
+
+    :param branch: The branch's id.
+    :param old_id: The id that its history had.
+    :param new_id: The id that its history gets.
+    """
+    name = branch[len(branch_prefix(old_id)) :].partition("~")[0]
+    names = branch_id(new_id, name), branch_id(new_id, new_message_id())
+    return [each for each in names if len(each) <= MAX_ID_LENGTH]
+
+
+def meta_of_branch(meta: str | None, origin: str) -> str:
+    """Return the meta of a branch, as the text of a JSON object, with another history as its origin."""
+    return merged_json(meta, encode_plain({BRANCH_OF_KEY: origin})) or ""
 
 
 class Unchanged(Enum):

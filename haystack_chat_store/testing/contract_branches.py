@@ -9,7 +9,7 @@ import pytest
 from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store import transcript_matcher
-from haystack_chat_store.errors import ChatHistoryChangedError
+from haystack_chat_store.errors import ChatHistoryChangedError, StoreUnavailableError
 from haystack_chat_store.ids import MAX_ID_LENGTH
 from haystack_chat_store.testing.contract_directory import listed
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, only_where
@@ -51,6 +51,65 @@ class Rule17BranchesTest(ContractTest):
         for name in ("list_chat_histories", "statistics"):
             with pytest.raises(ValueError, match="branches"):
                 calls.call(store, name, branches="yes")
+
+    def test_copy_is_a_branch_from_its_first_moment(self, store: ClosableStore, calls: Calls) -> None:
+        calls.write(store, "chat", [user("question"), ChatMessage.from_assistant("kept")])
+        calls.call(store, "create_chat_history", "chat~2", title="given", meta={"old": True})
+        calls.call(store, "create_chat_history", "chat~3", meta={"old": True})
+        branch = {"branch_of": "chat", "more": [None, "é"]}
+        for target, meta in (("chat~1", branch), ("chat~2", branch), ("chat~3", None), ("fork", {"from": "chat"})):
+            assert calls.call(store, "copy_messages", "chat", target, meta=meta) == 2
+        infos = {each: calls.call(store, "get_chat_history", each) for each in ("chat~1", "chat~2", "chat~3", "fork")}
+        assert [each.meta for each in infos.values()] == [branch, branch, {"old": True}, {"from": "chat"}]
+        assert infos["chat~2"].title == "given"
+        assert sorted(listed(calls, store)) == ["chat", "chat~3", "fork"]
+        calls.write(store, "empty", [user("a")])
+        calls.call(store, "delete_messages", "empty", from_message_id=self._first_id(store, calls, "empty"))
+        assert calls.call(store, "copy_messages", "empty", "empty~1", meta={"branch_of": "empty"}) == 0
+        assert calls.call(store, "get_chat_history", "empty~1") is None
+        for wrong in ("chat", ["chat"], {1: object()}):
+            with pytest.raises(ValueError, match="meta"):
+                calls.call(store, "copy_messages", "chat", "another", meta=wrong)
+        calls.call(store, "delete_chat_history", "chat")
+        assert sorted(listed(calls, store, branches=True)) == ["chat~3", "empty", "fork"]
+
+    @staticmethod
+    def _first_id(store: ClosableStore, calls: Calls, chat_history_id: str) -> Any:
+        return calls.retrieve(store, chat_history_id)[0].meta["chat_message_id"]
+
+    def test_match_transcript_makes_no_branch_in_two_steps(
+        self, store: ClosableStore, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise StoreUnavailableError("The process has ended.")
+
+        for name in ("update_chat_history", "update_chat_history_async", "delete_messages", "delete_messages_async"):
+            monkeypatch.setattr(store, name, refuse)
+        calls.write(store, "chat", [user("question"), ChatMessage.from_assistant("kept")])
+        with pytest.raises(StoreUnavailableError):
+            calls.call(transcript_matcher, "match_transcript", store, "chat", [user("question")])
+        assert listed(calls, store) == ["chat"]
+        (branch,) = set(listed(calls, store, branches=True)) - {"chat"}
+        assert calls.call(store, "get_chat_history", branch).meta == {"branch_of": "chat"}
+
+    def test_history_is_renamed_with_its_branches_by_one_operation(
+        self, store: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        branch = self._branch(store, calls, "chat")
+        self._branch(store, calls, branch)
+        operations: list[str] = []
+        for name in ("run", "run_async"):
+            run = getattr(store.engine, name)
+
+            def noted(operation: Any, *arguments: Any, run: Any = run) -> Any:
+                operations.append(operation.__name__)
+                return run(operation, *arguments)
+
+            monkeypatch.setattr(store.engine, name, noted)
+        calls.call(store, "rename_chat_history", "chat", "trip")
+        assert operations == ["rename_history"]
+        monkeypatch.undo()
+        assert [each for each in listed(calls, store, branches=True) if not each.startswith("trip")] == []
 
     def test_branches_follow_a_history_that_is_renamed(self, store: ClosableStore, calls: Calls) -> None:
         branch = self._branch(store, calls, "chat")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads chat histories from a store, and imports them into a store."""
 
-import hashlib
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -86,9 +85,10 @@ class StoredHistories:
 
     def __iter__(self) -> Histories:
         for row in self._rows():
-            history = self._without_damage(row)
-            if history is not None:
-                yield history, _StoredRows(self._store, row, self._faults)
+            if self._has_valid_id(row):
+                with _Snapshot(self._store, row, self._faults) as snapshot:
+                    if snapshot.take():
+                        yield self._without_damage(snapshot.history), snapshot
         if self._ids is None and not self._prefix:
             self._report_unreadable_ids()
 
@@ -100,13 +100,17 @@ class StoredHistories:
     def _history(self, chat_history_id: str) -> HistoryRow | None:
         return self._store.engine.run(self._store.engine.history, self._store.scope, chat_history_id)
 
-    def _without_damage(self, row: HistoryRow) -> HistoryRow | None:
-        """Return a history with its damaged fields replaced, or `None` if its id is damaged."""
+    def _has_valid_id(self, row: HistoryRow) -> bool:
+        """Whether the id of a history is not damaged."""
         try:
             validated_id(row.chat_history_id, "its id")
         except ValueError as error:
             self._faults[invalid_id_fault(row.chat_history_id, error)] = None
-            return None
+            return False
+        return True
+
+    def _without_damage(self, row: HistoryRow) -> HistoryRow:
+        """Return a history with its damaged fields replaced."""
         times = [time for time in (row.created_at, row.updated_at) if is_time(time)] or [0]
         defaults: dict[str, Any] = {"title": None, "meta": None, "created_at": times[0], "updated_at": times[-1]}
         damaged = [name for name, (is_right, _) in _FIELDS.items() if not is_right(getattr(row, name))]
@@ -157,53 +161,62 @@ class StoredHistories:
         return count, last, last_in_past
 
 
-class _StoredRows:
+class _Snapshot:
     """
-    A consistent snapshot of the readable messages of a stored history.
+    A stored history and its readable messages, as of one moment. They are read once, and can be gone through again.
 
-    One page is always consistent. Of a longer history, all pages are read before the first is yielded. They are read
-    again if the history changed meanwhile.
+    One page is always consistent. A longer history is read again if it changed meanwhile, and any history if it got
+    another user: what one user writes is never exported as another's.
     """
 
     def __init__(self, store: BaseChatMessageStore, history: HistoryRow, faults: Faults) -> None:
+        self.history = history
         self._store, self._id, self._faults = store, history.chat_history_id, faults
-        self._history: HistoryRow | None = history
-        self._digest: bytes | None = None
+        self._file = SpooledTemporaryFile(PAGE_CHARACTERS)  # moves to the disk when it grows large
+        self._pages = 0
+
+    def __enter__(self) -> "_Snapshot":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def take(self) -> bool:
+        """Read the messages. Return False if the history was deleted meanwhile."""
+        for _ in range(_MAX_ATTEMPTS):
+            is_long, before = self._read_pages() >= FIRST_PAGE, self.history
+            now = self._store.engine.run(self._store.engine.history, self._store.scope, self._id)
+            if now is None:
+                return False
+            has_same_user = before.user_id == now.user_id
+            if has_same_user and (not is_long or _state(before) == _state(now)):
+                return True
+            self.history = now
+        if has_same_user:
+            self._report("It changed all the time, so its messages may not be those of one moment.")
+        else:
+            self._pages = 0
+            self._report("It got another user all the time, so its messages were left out.")
+        return True
+
+    def _read_pages(self) -> int:
+        """Keep all messages, and return their number."""
+        self._file.seek(0)
+        self._pages = rows = 0
+        try:
+            for page in walk_readable_pages(self._store, self._id):
+                pickle.dump(page, self._file)
+                self._pages, rows = self._pages + 1, rows + len(page)
+        except MessageDecodingError:
+            self._pages = rows = 0
+            self._report("Its messages cannot be read, and were left out.")
+        return rows
 
     def __iter__(self) -> Iterator[Sequence[MessageRow]]:
-        for attempt in range(1, _MAX_ATTEMPTS + 1):
-            with SpooledTemporaryFile(PAGE_CHARACTERS) as file:  # moves to the disk when it grows large
-                count = rows = 0
-                digest = hashlib.sha256() if _is_ahead(self._history) else None
-                try:
-                    for page in walk_readable_pages(self._store, self._id):
-                        pickle.dump(page, file)
-                        if digest is not None:
-                            digest.update(repr(page).encode())
-                        count, rows = count + 1, rows + len(page)
-                except MessageDecodingError:
-                    self._report("Its messages cannot be read, and were left out.")
-                    return
-                is_changed = rows >= FIRST_PAGE and self._is_changed(None if digest is None else digest.digest())
-                if is_changed and attempt == _MAX_ATTEMPTS:
-                    self._report("It changed all the time, so its messages may not be those of one moment.")
-                if not is_changed or attempt == _MAX_ATTEMPTS:
-                    file.seek(0)
-                    with SeenIds() as ids:
-                        for _ in range(count):
-                            yield self._sound_rows(pickle.load(file), ids)  # noqa: S301  (this process wrote it)
-                    return
-
-    def _is_changed(self, digest: bytes | None) -> bool:
-        """
-        Whether the history changed since the last call.
-
-        :param digest: The digest of the messages that were read since then, if the time of change does not tell.
-        """
-        before = (_state(self._history), self._digest)
-        self._history = self._store.engine.run(self._store.engine.history, self._store.scope, self._id)
-        self._digest = digest
-        return (_state(self._history), digest) != before
+        self._file.seek(0)
+        with SeenIds() as ids:
+            for _ in range(self._pages):
+                yield self._sound_rows(pickle.load(self._file), ids)  # noqa: S301  (this process wrote it)
 
     def _sound_rows(self, page: Sequence[MessageRow], ids: SeenIds) -> Sequence[MessageRow]:
         sound = []
@@ -220,17 +233,8 @@ class _StoredRows:
         self._faults[Fault(chat_history_id=self._id, position=position, description=description)] = None
 
 
-def _is_ahead(history: HistoryRow | None) -> bool:
-    """
-    Whether the time of the last change lies in the future, for example after an import.
-
-    That time never goes back, so it does not show changes until it is past.
-    """
-    return history is not None and (not is_time(history.updated_at) or history.updated_at > microseconds_now())
-
-
-def _state(history: HistoryRow | None) -> Any:
-    return None if history is None else (history.updated_at, history.message_count)
+def _state(history: HistoryRow) -> tuple[int, int, int]:
+    return history.revision, history.updated_at, history.message_count
 
 
 def import_into(store: BaseChatMessageStore, histories: Histories, faults: Faults) -> TransferResult:

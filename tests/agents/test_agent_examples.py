@@ -85,7 +85,7 @@ def test_the_agent_chats_until_the_end_of_input(tmp_path):
         *("tool>", "bot>", "tool>", "bot>", "Goodbye!")
     ]
     again = run(tmp_path, CHATBOT)
-    assert again.stdout.splitlines()[:2] == ["I remember 8 messages of ours.", 'My last words: "東京 is far."']
+    assert again.stdout.splitlines()[:2] == ["Messages that I remember: 8", 'My last words: "東京 is far."']
 
 
 def test_histories_databases_and_stores_of_the_agent_are_apart(tmp_path):

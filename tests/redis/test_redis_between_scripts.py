@@ -11,6 +11,7 @@ from haystack.utils import Secret
 from redis_stores import LosesAnswers, before_script, neighbours, on_every_engine, on_one_server, said, say
 from servers import wait_until
 
+from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import ChatHistoryExistsError, ChatMessageStoreError, StoreUnavailableError
 from haystack_chat_store.stores.redis import RedisChatMessageStore
 from haystack_chat_store.testing.messages import with_id
@@ -206,3 +207,86 @@ def test_a_history_that_has_expired_is_no_longer_listed_for_its_user(make_store)
     say(store.for_user("bob"), "another", history="chat")
     assert store.delete_user("ada") == 1
     assert [info.user_id for info in store.list_chat_histories().items] == ["bob"]
+
+
+BRANCH = {"branch_of": "old"}
+
+
+def branches_of_old(store):
+    return {
+        info.chat_history_id: info for info in store.list_chat_histories(branches=True).items if info.meta == BRANCH
+    }
+
+
+@on_every_engine
+@pytest.mark.parametrize("change", ["hand-over", "deletion", "renaming"])
+def test_a_branch_that_is_made_goes_where_its_history_goes_meanwhile(make_store, change):
+    def go(store):
+        listed.append([info.chat_history_id for info in store.list_chat_histories().items])
+        if change == "renaming":
+            store.rename_chat_history("old", "new")
+        else:
+            CHANGES[change](store)
+
+    def make_branch(store):
+        store.copy_messages("old", "old~1", meta=BRANCH)
+
+    listed = []
+    for store, _ in at_each_script(make_store, prepare, make_branch, go):
+        history, left = store.get_chat_history("old"), branches_of_old(store)
+        assert {info.user_id for info in left.values()} <= {history.user_id if history else "nobody"}
+        if change == "renaming":
+            of_new = [info for info in store.list_chat_histories(branches=True).items if info.meta]
+            assert {info.meta["branch_of"] for info in of_new} <= {"new" if history is None else "old"}
+        assert store.engine.run(store.engine.check, store.scope) == []
+    assert listed == [["old"]] * len(listed)  # a branch is never seen as a history of its own
+
+
+@on_every_engine
+def test_a_history_takes_the_branches_along_that_are_made_while_it_is_handed_over(make_store):
+    for store, _ in at_each_script(
+        make_store,
+        prepare,
+        lambda store: store.update_chat_history("old", user_id="bob"),
+        lambda store: store.copy_messages("old", "old~1", meta=BRANCH),
+    ):
+        assert {info.user_id for info in store.list_chat_histories(branches=True).items} == {"bob"}
+
+
+@on_every_engine
+@pytest.mark.parametrize("is_repeated", [True, False])
+@pytest.mark.parametrize("history", ["old", "old~1", "old~1~2"])
+def test_a_renaming_that_was_cut_off_is_finished_by_the_same_call_or_by_a_repair(make_store, history, is_repeated):
+    def prepare_family(store):
+        prepare(store)
+        store.copy_messages("old", "old~1", meta=BRANCH)
+        store.copy_messages("old~1", "old~1~2", meta={"branch_of": "old~1"})
+        store.copy_messages("old", "old~3", meta=BRANCH)
+
+    def cut_off(_):
+        raise StoreUnavailableError("The process has ended.")
+
+    def rename(store):
+        store.rename_chat_history("old", "new")
+
+    begun = 0
+    for store, _ in at_each_script(make_store, prepare_family, rename, cut_off, history):
+        if is_repeated:
+            rename(store)
+        else:
+            faults = check(store, repair=True)
+            assert all(fault.is_repaired for fault in faults)
+            begun += bool(faults)
+            if {info.chat_history_id for info in store.list_chat_histories().items} == {"old"}:  # not begun yet
+                rename(store)
+        found = {info.chat_history_id: info for info in store.list_chat_histories(branches=True).items}
+        assert {each: info.meta.get("branch_of") for each, info in found.items()} == {
+            "new": None,
+            "new~1": "new",
+            "new~1~2": "new~1",
+            "new~3": "new",
+        }
+        assert {info.user_id for info in found.values()} == {"ada"}
+        assert all(said(store, each) == ["Hello", "Hello"] for each in found)
+        assert check(store) == []
+    assert is_repeated or begun or history == "old"

@@ -11,6 +11,8 @@ from redis.crc import key_slot
 from redis_stores import key_of, on_a_cluster, said, say, stores_on, writers_at_work
 from servers import HOST, PASSWORD, RedisCluster, wait_until
 
+from haystack_chat_store.doctor import check
+from haystack_chat_store.errors import StoreConfigurationError
 from haystack_chat_store.testing.concurrency import assert_whole_and_in_order, in_threads
 
 
@@ -103,3 +105,38 @@ def test_a_slot_that_moves_to_another_node_is_followed(store, server, client):
     assert say(store, "at its new place") == 1
     assert asyncio.run(store.count_messages_async("history")) == 3
     server.wait_until_ok()
+
+
+class OneNode(RedisCluster):
+    masters = 1
+
+
+def test_a_cluster_behind_one_address_needs_no_setting():
+    """As with a proxy that knows the nodes, or an endpoint of one node. Only the server knows its slots then."""
+    with OneNode() as cluster, stores_on(cluster, cluster=False) as make_store:
+        store = make_store()
+        for number in range(5):
+            old, new = f"chat {number}", f"renamed {number}"
+            store.create_chat_history(old, user_id="ada", title="Title")
+            say(store, "question", history=old)
+            store.copy_messages(old, f"{old}~1", meta={"branch_of": old})
+            store.rename_chat_history(old, new)
+            assert store.update_chat_history(new, user_id="bob").title == "Title"
+            found = store.list_chat_histories(prefix=new, branches=True, user_id="bob").items
+            assert sorted(info.chat_history_id for info in found) == [new, f"{new}~1"]
+            assert said(store, f"{new}~1") == ["question"]
+        assert check(store) == []
+        assert store.delete_user("bob") == 10
+
+
+@on_a_cluster
+def test_a_store_that_reaches_one_of_several_nodes_is_told_to_use_the_cluster(server):
+    with stores_on(server, cluster=False) as make_store:
+        store, refused = make_store(), 0
+        for number in range(20):
+            try:
+                say(store, "question", history=f"chat {number}")
+            except StoreConfigurationError as error:
+                assert "cluster=True" in str(error)
+                refused += 1
+    assert refused > 0

@@ -11,6 +11,7 @@ from test_redis_copying import HISTORY, row
 
 from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import MessageDecodingError
+from haystack_chat_store.stores import faults
 from haystack_chat_store.stores.redis import checking
 from haystack_chat_store.stores.redis.keys import bucket_of
 from haystack_chat_store.testing.messages import with_id
@@ -381,4 +382,19 @@ def test_a_time_of_change_that_is_no_time_is_found_and_mended(store, client, tim
     assert [history.chat_history_id for history in store.list_chat_histories().items] == ["history"]
     assert store.get_chat_history("history").message_count == 1
     check(store, repair=True)
+    assert check(store) == []
+
+
+@on_one_server
+def test_of_many_faults_of_a_kind_some_are_listed_and_all_are_mended(store, client, monkeypatch):
+    monkeypatch.setattr(faults, "MAX_FAULTS_OF_KIND", 3)
+    for word in WORDS:
+        say(store, "Hi!", history=word)
+    for key in keys_of(store, client):
+        if key.endswith(":history"):
+            client.hset(key, "message_count", 7)
+    for repair in (False, True):
+        found = check(store, repair=repair)
+        assert [fault.count for fault in found if "message_count" in fault.description] == [1, 1, 1, 2]
+        assert {fault.is_repaired for fault in found} == {repair}
     assert check(store) == []

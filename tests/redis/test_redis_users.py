@@ -22,7 +22,7 @@ def begin_renaming(store, old_id, new_id):
     async def begin(session, scope):
         keys = store.engine.keys(scope)
         old = await read_state(session, keys, old_id)
-        return await store.engine._copy_whole(session, keys, old, new_id)
+        return await store.engine._copy_whole(session, keys, old, new_id, None)
 
     assert store.engine.run(begin, store.scope)
 

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import tracemalloc
+from itertools import cycle
 
 import pytest
 from engine_stores import store_on
@@ -259,3 +260,53 @@ def test_a_history_that_changes_all_the_time_is_exported_and_reported(file):
 
     assert exported.messages == 2_000
     assert [fault.chat_history_id for fault in exported.faults] == ["a"]
+
+
+@pytest.mark.parametrize("number", [1, 2_500])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_export_gives_no_user_what_another_one_has_written(store, target, file, monkeypatch, number, moment):
+    """A hand-over changes neither the messages nor their time. So it is looked for by itself."""
+    store.create_chat_history("chat", user_id="ada")
+    store.write_messages("chat", [user(f"of ada {place}") for place in range(number)])
+    page = InMemoryEngine.page
+
+    def read(self, *arguments):
+        monkeypatch.setattr(InMemoryEngine, "page", page)
+        rows = page(self, *arguments) if moment == "after" else None
+        store.update_chat_history("chat", user_id="bob")
+        store.write_messages("chat", [user("of bob")])
+        return page(self, *arguments) if rows is None else rows
+
+    monkeypatch.setattr(InMemoryEngine, "page", read)
+    assert export_histories(store, file) == moved(1, number + 1, 0, ())
+    import_histories(target, file)
+    assert target.get_chat_history("chat").user_id == "bob"
+    assert "of bob" in texts(target.retrieve_messages("chat", last_k=10_000))
+
+
+def test_a_history_that_changes_hands_all_the_time_is_exported_without_messages(store, target, file, monkeypatch):
+    store.create_chat_history("chat", user_id="ada")
+    store.write_messages("chat", [user("secret")])
+    users, page = cycle(["bob", "ada"]), InMemoryEngine.page
+
+    def read(self, *arguments):
+        store.update_chat_history("chat", user_id=next(users))
+        return page(self, *arguments)
+
+    monkeypatch.setattr(InMemoryEngine, "page", read)
+    (fault,) = export_histories(store, file).faults
+    assert (fault.chat_history_id, "another user all the time" in fault.description) == ("chat", True)
+    assert "secret" not in file.read_text(encoding="utf-8")
+
+
+def test_a_history_that_is_deleted_while_it_is_read_is_not_exported(store, target, file, monkeypatch):
+    store.write_messages("chat", [user("secret")])
+    page = InMemoryEngine.page
+
+    def read(self, *arguments):
+        rows = page(self, *arguments)
+        store.delete_chat_history("chat")
+        return rows
+
+    monkeypatch.setattr(InMemoryEngine, "page", read)
+    assert export_histories(store, file) == moved(0, 0, 0, ())

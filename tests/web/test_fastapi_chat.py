@@ -26,7 +26,8 @@ class Client:
 
     def turn(self, method, path, body):
         """Return the tokens of the answer, joined, and the answer as it is stored."""
-        with self._http.stream(method, path, json=body) as response:
+        headers = {"Content-Type": "application/json"}  # in ASCII, as browsers send half an emoji
+        with self._http.stream(method, path, content=json.dumps(body), headers=headers) as response:
             assert response.status_code == 200, response.read()
             events = [(name, json.loads(data)) for name, data in read_events(response)]
         assert [name for name, _ in events if name != "token"] == ["question", "done"], events
@@ -113,6 +114,18 @@ def test_a_question_that_says_nothing_is_refused_before_it_is_stored(service, co
         assert (refused.status_code, refused.json()["error"]) == (422, "ValueError")
     assert ada.texts(chat) == before
     assert ada.ask(chat, "My name is Ada.", "1")[1] == before[1]
+
+
+def test_half_an_emoji_that_a_client_has_cut_can_be_read(service, connect):
+    ada, cut = connect(service), "Hi \ud83d"
+    ada.ask("cut", cut, "1")
+    assert ada.texts("cut")[0] == cut
+    assert ada.get("/chats")["items"][0]["preview"].startswith("Hi ")
+    assert ada.send("PATCH", "/chats/cut", json={"title": "Trip"}).status_code == 200
+
+
+def test_the_example_is_short():
+    assert len((EXAMPLES / "fastapi_chat.py").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_users_see_only_their_own_conversations(service, connect):

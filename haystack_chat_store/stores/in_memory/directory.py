@@ -87,7 +87,7 @@ class Directory(Engine[Memory]):
             return namespace.histories[new_id].row(new_id), True
 
     def rename_history(self, session: Memory, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
-        """Put the history under its new id, and remove the old one."""
+        """Put the history under its new id, and remove the old one. Then its branches follow."""
         with session.lock:
             namespace = session.of(scope)
             history = namespace.find_to_write(scope, old_id)
@@ -95,9 +95,7 @@ class Directory(Engine[Memory]):
                 raise history_not_found(old_id)
             if namespace.find_to_write(scope, new_id) is not None:
                 raise history_is_there(new_id)
-            namespace.put(old_id, None)  # which keeps its revision
-            namespace.put(new_id, replace(history, revision=namespace.deleted_revision + 1))
-            namespace.note_branch(new_id)
+            namespace.rename(old_id, new_id, history.meta)
             return namespace.histories[new_id].row(new_id)
 
     def renew(self, session: Memory, scope: Scope, chat_history_id: str) -> None:

@@ -14,7 +14,16 @@ from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.search_text import searchable_text_of_content
 from haystack_chat_store.stores.conflicts import check_access
 from haystack_chat_store.stores.in_memory.search_index import SearchIndex
-from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, WindowRows, branch_origin
+from haystack_chat_store.stores.rows import (
+    EncodedMessage,
+    HistoryRow,
+    MessageRow,
+    Scope,
+    WindowRows,
+    branch_origin,
+    meta_of_branch,
+    renamed_branch_ids,
+)
 from haystack_chat_store.stores.times import microseconds_now
 
 
@@ -294,6 +303,29 @@ class Namespace:
             for each, branch in self._branches_of(chat_history_id):
                 if branch.user_id == history.user_id:
                     self.hand_over(each, after)
+
+    def rename(self, old_id: str, new_id: str, meta: str | None) -> None:
+        """
+        Give a history, with its branches and theirs, another id.
+
+        :param meta: The meta that it has under its new id.
+        """
+        history = self.histories[old_id]
+        self.put(old_id, None)  # which keeps its revision
+        self.put(new_id, replace(history, revision=self.deleted_revision + 1, meta=meta))
+        self.note_branch(new_id)
+        for each, branch in self._branches_of(old_id):
+            if branch.user_id == history.user_id and each in self.histories:
+                names = renamed_branch_ids(each, old_id, new_id)
+                free = next(filter(self._is_free, names))
+                self.rename(each, free, meta_of_branch(branch.meta, new_id))
+
+    def _is_free(self, chat_history_id: str) -> bool:
+        """Whether no history has this id."""
+        history = self.histories.get(chat_history_id)
+        if history is not None and history.has_expired():
+            self.put(chat_history_id, None)
+        return chat_history_id not in self.histories or not self.histories[chat_history_id].exists
 
     def _branches_of(self, chat_history_id: str) -> list[tuple[str, History]]:
         """Return the histories that name this one as their origin, of whatever user, and forget those that do not."""

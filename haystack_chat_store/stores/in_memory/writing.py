@@ -147,7 +147,15 @@ class Writing(Engine[Memory]):
             namespace.put(chat_history_id, history.changed(history.updated_at, changes))
             return namespace.histories[chat_history_id].page(None, position - 1, 1)[0]
 
-    def copy(self, session: Memory, scope: Scope, source_id: str, target_id: str, until_message_id: str | None) -> int:
+    def copy(
+        self,
+        session: Memory,
+        scope: Scope,
+        source_id: str,
+        target_id: str,
+        until_message_id: str | None,
+        meta: str | None,
+    ) -> int:
         """Append the source's messages to the target, without gaps."""
         with session.lock:
             namespace = session.of(scope)
@@ -166,7 +174,7 @@ class Writing(Engine[Memory]):
             if copied:
                 if target is not None:
                     check_same_user(source.user_id, target.user_id)
-                _append(namespace, scope, target_id, copied, microseconds_now(), source.user_id)
+                _append(namespace, scope, target_id, copied, microseconds_now(), source.user_id, meta)
             return len(copied)
 
     def import_history(
@@ -207,9 +215,13 @@ def _append(
     new: Sequence[Stored],
     now: int,
     user_id: str | None = None,
+    meta: str | None = None,
 ) -> None:
     history = namespace.histories.setdefault(chat_history_id, History(now, namespace.deleted_revision))
     namespace.index.unindexed.setdefault(chat_history_id, len(history.messages))
+    if meta is not None:
+        history.meta = meta
+        namespace.note_branch(chat_history_id)
     history.append(new, now, user_id if scope.user_id is None else scope.user_id, scope.expires_at(now))
 
 

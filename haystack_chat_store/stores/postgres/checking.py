@@ -6,29 +6,34 @@ PostgreSQL itself sees to it that no position and no message id is there twice.
 """
 
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from haystack import logging
 
 from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.faults import MAX_FAULTS_OF_KIND, FaultList, kind_of, more_faults
 from haystack_chat_store.stores.postgres.schema import BEGINNING
 from haystack_chat_store.stores.postgres.search import index_next
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
 from haystack_chat_store.stores.postgres.terms import title_tsvector, tsvectors
 from haystack_chat_store.stores.postgres.writing import find_previews
-from haystack_chat_store.stores.previews import beginning_of_content, preview_faults
-from haystack_chat_store.stores.rows import HistoryRow, MessageRow, Scope, branch_origin
+from haystack_chat_store.stores.previews import beginning_of_content, kept_row, preview_faults
+from haystack_chat_store.stores.rows import MessageRow, Scope, branch_origin
 from haystack_chat_store.types import Fault
 
 logger = logging.getLogger(__name__)
 
 _BATCH_SIZE = 1_000
 
+# How many faults of a kind a repair finds at once. Then it looks again.
+_REPAIRED_AT_ONCE = 100_000
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class _Found:
     """A fault, and the function that repairs it in a transaction, if there is one."""
 
@@ -60,35 +65,77 @@ class Checking(Engine[Session]):
 
     @staticmethod
     async def _check(session: Session, scope: Scope, *, repair: bool) -> list[Fault]:
-        found = await session.in_transaction(_find_faults, scope, begin=BEGIN_READING)
-        faults = [each.fault(is_repaired=repair and each.repair is not None) for each in found]
-        # Faults that an earlier attempt has found, and that are gone now, count as repaired.
-        faults = [each for each in session.found_earlier if each.is_repaired and each not in faults] + faults
-        session.faults = faults
-        for each in found if repair else ():
-            if each.repair is not None:
-                session.renew_deadline()
-                await session.in_transaction(each.repair, each, is_result=lambda _: False)
+        faults = FaultList(each for each in session.found_earlier if each.is_repaired)
+        found = await session.in_transaction(_find_faults, scope, repair, begin=BEGIN_READING)
+        while repair:
+            repaired = [each for each in found.kept if each.repair is not None]
+            faults.extend(each.fault(is_repaired=True) for each in repaired)
+            session.faults = list(faults)
+            for each in repaired:
+                if each.repair is not None:
+                    session.renew_deadline()
+                    await session.in_transaction(each.repair, each, is_result=lambda _: False)
+            if not (left := found.left_to_repair):
+                break
+            found = await session.in_transaction(_find_faults, scope, repair, begin=BEGIN_READING)
+            if found.left_to_repair >= left:  # what cannot be repaired after all
+                break
+        faults.extend(each.fault(is_repaired=False) for each in found.kept if not repair or each.repair is None)
+        faults.extend(found.more())
+        session.faults = list(faults)
         while repair and session.database.is_indexed and await index_next(session, _BATCH_SIZE):
             session.renew_deadline()
-        if repaired := sum(fault.is_repaired for fault in faults):
-            logger.info("Repaired {repaired} of {found} faults.", repaired=repaired, found=len(faults))
-        return faults
+        if mended := sum(fault.count for fault in faults if fault.is_repaired):
+            number = sum(fault.count for fault in faults)
+            logger.info("Repaired {repaired} of {found} faults.", repaired=mended, found=number)
+        return list(faults)
 
 
-async def _find_faults(session: Session, scope: Scope) -> list[_Found]:
+class _Findings:
+    """The faults that were found, up to a number of each kind, and how many more there are."""
+
+    def __init__(self, repair: bool) -> None:
+        self.kept: list[_Found] = []
+        self._repair = repair
+        self._numbers: Counter[tuple[str, bool]] = Counter()
+
+    def append(self, found: _Found) -> None:
+        kind = kind_of(found.description), found.repair is not None
+        self._numbers[kind] += 1
+        if self._numbers[kind] <= self._limit(kind[1]):
+            self.kept.append(found)
+
+    def _limit(self, can_be_repaired: bool) -> int:
+        return _REPAIRED_AT_ONCE if self._repair and can_be_repaired else MAX_FAULTS_OF_KIND
+
+    def _left(self) -> Iterator[tuple[str, bool, int]]:
+        """Yield of each kind that has more faults than were kept whether it can be repaired, and their number."""
+        for (kind, can_be_repaired), number in self._numbers.items():
+            if number > self._limit(can_be_repaired):
+                yield kind, can_be_repaired, number - self._limit(can_be_repaired)
+
+    @property
+    def left_to_repair(self) -> int:
+        """The number of faults that can be repaired and were not kept."""
+        return sum(number for _, can_be_repaired, number in self._left() if can_be_repaired)
+
+    def more(self) -> list[Fault]:
+        """Return the faults that stand for those that were not kept. None of them was repaired."""
+        return [more_faults(kind, number, is_repaired=False) for kind, _, number in self._left()]
+
+
+async def _find_faults(session: Session, scope: Scope, repair: bool) -> _Findings:
     await session.run(READ_WHOLE_TABLES)
-    return [
-        *await _wrong_counters(session, scope),
-        *await _orphans(session),
-        *await _unreadable_times(session, scope),
-        *await _wrong_descriptions(session, scope),
-        *await _wrong_terms(session, scope),
-    ]
+    found = _Findings(repair)
+    await _wrong_counters(session, scope, found)
+    await _orphans(session, found)
+    await _unreadable_times(session, scope, found)
+    await _wrong_descriptions(session, scope, found)
+    await _wrong_terms(session, scope, found)
+    return found
 
 
-async def _wrong_counters(session: Session, scope: Scope) -> list[_Found]:
-    found = []
+async def _wrong_counters(session: Session, scope: Scope, found: _Findings) -> None:
     for key, history, next_position, count, round_count, messages, rounds, last in await session.fetch(
         session.statements.miscounted, [scope.namespace]
     ):
@@ -101,28 +148,22 @@ async def _wrong_counters(session: Session, scope: Scope) -> list[_Found]:
         if next_position <= last:
             wrong = f"Its next position is {next_position}, but its last message has the position {last}."
             found.append(_Found(history, None, wrong, key, _recount))
-    return found
 
 
-async def _orphans(session: Session) -> list[_Found]:
-    return [
-        _Found(None, None, f"{count} messages have the history_key {key}, which no history has.", key)
-        for key, count in await session.fetch(session.statements.orphans)
-    ]
+async def _orphans(session: Session, found: _Findings) -> None:
+    for key, count in await session.fetch(session.statements.orphans):
+        found.append(_Found(None, None, f"{count} messages have the history_key {key}, which no history has.", key))
 
 
-async def _unreadable_times(session: Session, scope: Scope) -> list[_Found]:
+async def _unreadable_times(session: Session, scope: Scope, found: _Findings) -> None:
     """Find histories with times that Python's `datetime` does not have. The caller checks those of messages."""
     session.renew_deadline()
-    return [
-        _Found(history, None, "Its times cannot be read.", key)
-        for key, history in await session.fetch(session.statements.unreadable_times, [scope.namespace])
-    ]
+    for key, history in await session.fetch(session.statements.unreadable_times, [scope.namespace]):
+        found.append(_Found(history, None, "Its times cannot be read.", key))
 
 
-async def _wrong_descriptions(session: Session, scope: Scope) -> list[_Found]:
+async def _wrong_descriptions(session: Session, scope: Scope, found: _Findings) -> None:
     """Find histories whose previews, terms of titles or origins are not those of their messages, titles and metas."""
-    found: list[_Found] = []
     last: uuid.UUID = BEGINNING[0]
     while rows := await session.fetch(session.statements.described, [scope.namespace, last, _BATCH_SIZE]):
         session.renew_deadline()
@@ -138,7 +179,6 @@ async def _wrong_descriptions(session: Session, scope: Scope) -> list[_Found]:
                 found.append(_Found(history, None, wrong, key, _describe_anew))
             for wrong in await _wrong_previews(session, key, history, *previews):
                 found.append(_Found(history, None, wrong, key, _find_previews))
-    return found
 
 
 async def _wrong_previews(
@@ -159,24 +199,16 @@ async def _wrong_previews(
         while more := await session.fetch(session.statements.next_questions, [key, position]):
             position = more[-1][0]
             questions += [each for _, each in more]
-    row = HistoryRow(
-        chat_history_id=chat_history_id,
-        created_at=0,
-        updated_at=0,
-        preview=preview,
-        last_role=last_role,
-        last_text=last_text,
-        last_at=None if role is None and is_time_right else 0,
-    )
+    last_at = None if role is None and is_time_right else 0
+    row = kept_row(chat_history_id, preview, last_role, last_text, last_at)
     last = None
     if role is not None:
         last = MessageRow(position=0, created_at=0 if is_time_right else 1, message_id="", role=role, content=content)
     return [f"{each.capitalize()}." for each in preview_faults(row, questions, last)]
 
 
-async def _wrong_terms(session: Session, scope: Scope) -> list[_Found]:
+async def _wrong_terms(session: Session, scope: Scope, found: _Findings) -> None:
     """Find messages whose terms in the search index are not those of their contents."""
-    found: list[_Found] = []
     last: Sequence[Any] = BEGINNING
     while session.database.has_search and (
         rows := await session.fetch(session.statements.rows, [scope.namespace, *last, _BATCH_SIZE])
@@ -189,7 +221,6 @@ async def _wrong_terms(session: Session, scope: Scope) -> list[_Found]:
             key, position, _, history = rows[place - 1]
             wrong = "The search index has other words than the message."
             found.append(_Found(history, position, wrong, key, _forget_terms))
-    return found
 
 
 async def _recount(session: Session, found: _Found) -> None:

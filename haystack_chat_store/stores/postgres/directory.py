@@ -23,7 +23,15 @@ from haystack_chat_store.stores.postgres.statements import (
 )
 from haystack_chat_store.stores.postgres.terms import title_tsvector, tsquery
 from haystack_chat_store.stores.postgres.writing import delete_key, lock_history, make_history
-from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, branch_origin
+from haystack_chat_store.stores.rows import (
+    UNCHANGED,
+    HistoryChange,
+    HistoryRow,
+    Scope,
+    branch_origin,
+    meta_of_branch,
+    renamed_branch_ids,
+)
 from haystack_chat_store.stores.usage import UsageCounter
 from haystack_chat_store.types import StoreStatistics
 
@@ -118,7 +126,7 @@ class Directory(Engine[Session]):
         return await session.in_transaction(_create_locked, scope, history)
 
     async def rename_history(self, session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
-        """Copy the rows under another key, and delete the old ones, in one transaction."""
+        """Copy the rows under other keys, and delete the old ones, in one transaction."""
         return await session.in_transaction(_rename_locked, scope, old_id, new_id)
 
     async def renew(self, session: Session, scope: Scope, chat_history_id: str) -> None:
@@ -248,26 +256,49 @@ async def _create_locked(session: Session, scope: Scope, history: HistoryRow) ->
 async def _rename_locked(session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
     # In the order of their ids, so that two calls in opposite directions do not deadlock.
     locked = {each: await lock_history(session, scope, each, is_checked=False) for each in sorted((old_id, new_id))}
-    if locked[old_id] is None:
+    old = locked[old_id]
+    if old is None:
         raise history_not_found(old_id)
-    for history in (locked[old_id], locked[new_id]):
+    for history in (old, locked[new_id]):
         if history is not None:
             check_access(scope, history.user_id)
     if locked[new_id] is not None or not await make_history(session, scope, new_id):
         raise history_is_there(new_id)
-    old_key = history_key(scope, old_id)
-    ((meta,),) = await session.fetch(session.statements.meta, [old_key])
+    ((meta,),) = await session.fetch(session.statements.meta, [history_key(scope, old_id)])
+    await _take_over(session, scope, old_id, new_id, meta)
+    await _rename_branches(session, scope, old.user_id, old_id, new_id)
+    rows = await session.fetch(session.statements.history, {"key": history_key(scope, new_id), "user": None})
+    return HistoryRow(*rows[0])
+
+
+async def _take_over(session: Session, scope: Scope, old_id: str, new_id: str, meta: str | None) -> None:
+    """Move a history to another one, which this transaction has made, and give it a meta."""
     keys: dict[str, Any] = {
         "key": history_key(scope, new_id),
-        "old_key": old_key,
+        "old_key": history_key(scope, old_id),
         "namespace": scope.namespace,
+        "meta": meta,
         "branch_of": branch_origin(new_id, meta),
     }
     await session.run(session.statements.take_over_history, keys)
     await session.run(session.statements.take_over_messages, keys)
     await delete_key(session, keys["old_key"])
-    rows = await session.fetch(session.statements.history, {"key": keys["key"], "user": None})
-    return HistoryRow(*rows[0])
+
+
+async def _rename_branches(session: Session, scope: Scope, owner: str | None, old_id: str, new_id: str) -> None:
+    """Have the branches of a history that was renamed follow it, and theirs: those that have the same user."""
+    origin = {"namespace": scope.namespace, "user": scope.user_id, "is_there": True, "owner": owner, "ids": [old_id]}
+    for branch, key, _ in await session.fetch(session.statements.branches, origin):
+        locked = await lock_history(session, scope, branch, is_checked=False)
+        found = await session.fetch(session.statements.meta, [key])
+        if locked is None or locked.user_id != owner or branch_origin(branch, found[0][0]) != old_id:
+            continue  # it was changed meanwhile
+        for name in renamed_branch_ids(branch, old_id, new_id):
+            is_free = await lock_history(session, scope, name, is_checked=False) is None
+            if is_free and await make_history(session, scope, name):
+                await _take_over(session, scope, branch, name, meta_of_branch(found[0][0], new_id))
+                await _rename_branches(session, scope, owner, branch, name)
+                break
 
 
 async def _delete_expected(session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:

@@ -357,7 +357,7 @@ class Statements(NamedTuple):
         UPDATE {histories} AS h SET next_position = old.next_position, message_count = old.message_count,
             round_count = old.round_count, revision = greatest({first_revision}, old.revision + 1),
             created_at = old.created_at, updated_at = old.updated_at,
-            title = old.title, title_terms = old.title_terms, meta = old.meta,
+            title = old.title, title_terms = old.title_terms, meta = %(meta)s::json,
             user_id = old.user_id, expires_at = old.expires_at, branch_of = %(branch_of)s, preview = old.preview,
             last_role = old.last_role, last_text = old.last_text, last_at = old.last_at, summary = old.summary
         FROM {histories} AS old WHERE h.history_key = %(key)s AND old.history_key = %(old_key)s
@@ -420,7 +420,9 @@ class Statements(NamedTuple):
             round_count = round_count + rounds,
             revision = %(revision)s,
             expires_at = {expires_at},
-            updated_at = {now}
+            updated_at = {now},
+            meta = coalesce(%(meta)s::json, meta),
+            branch_of = CASE WHEN %(meta)s::text IS NULL THEN branch_of ELSE %(branch_of)s END
         FROM counted WHERE history_key = %(target)s RETURNING messages
     """
     import_history: str = """

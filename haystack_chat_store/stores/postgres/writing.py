@@ -121,10 +121,16 @@ class Writing(Engine[Session]):
         await session.in_transaction(_remove_locked, scope, chat_history_id, positions)
 
     async def copy(
-        self, session: Session, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
+        self,
+        session: Session,
+        scope: Scope,
+        source_id: str,
+        target_id: str,
+        until_message_id: str | None,
+        meta: str | None,
     ) -> int:
         """Copy inside the server, in a transaction that has both histories locked."""
-        return await session.in_transaction(_copy_locked, scope, source_id, target_id, until_message_id)
+        return await session.in_transaction(_copy_locked, scope, source_id, target_id, until_message_id, meta)
 
     async def import_history(
         self,
@@ -346,7 +352,7 @@ async def _remove_locked(session: Session, scope: Scope, chat_history_id: str, p
 
 
 async def _copy_locked(
-    session: Session, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
+    session: Session, scope: Scope, source_id: str, target_id: str, until_message_id: str | None, meta: str | None
 ) -> int:
     # In the order of their ids, so that two copies in opposite directions do not deadlock.
     locked = {
@@ -379,6 +385,8 @@ async def _copy_locked(
         "end": end,
         "revision": target.next_revision,
         "lifetime": scope.lifetime,
+        "meta": meta,
+        "branch_of": branch_origin(target_id, meta),
     }
     ((copied,),) = await session.fetch(session.statements.copy_messages, parameters)
     await find_previews(session, parameters["target"])

@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from haystack import logging
 from haystack.dataclasses import ChatRole
 
+from haystack_chat_store.errors import ChatHistoryExistsError
 from haystack_chat_store.ids import branch_id
-from haystack_chat_store.stores.previews import beginning_of_content, last_said, preview_faults
+from haystack_chat_store.stores.faults import FaultList
+from haystack_chat_store.stores.previews import beginning_of_content, kept_row, last_said, preview_faults
+from haystack_chat_store.stores.redis.directory import branches_of, read_histories
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys
-from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.reading import read_ids
+from haystack_chat_store.stores.redis.renaming import Renaming
 from haystack_chat_store.stores.redis.schema import (
     BATCH_SIZE,
     GAP,
@@ -170,14 +173,12 @@ class _Examination:
     def _shown(self, chat_history_id: str) -> HistoryRow:
         """Return what lists show of the history's messages."""
         inspected = self.inspected
-        return HistoryRow(
-            chat_history_id=chat_history_id,
-            created_at=0,
-            updated_at=0,
-            preview=inspected.preview or None,
-            last_role=ROLES.get(inspected.last_role, inspected.last_role) or None,
-            last_text=inspected.last_text or None,
-            last_at=number(inspected.last_at) if inspected.last_at else None,
+        return kept_row(
+            chat_history_id,
+            inspected.preview or None,
+            ROLES.get(inspected.last_role, inspected.last_role) or None,
+            inspected.last_text or None,
+            number(inspected.last_at) if inspected.last_at else None,
         )
 
     def fields(self, chat_history_id: str) -> dict[str, str | int]:
@@ -207,7 +208,7 @@ class _Examination:
         return (message_id if message_id and message_id not in self._ids else new_name()), role
 
 
-class Checking(RedisOperations):
+class Checking(Renaming):
     """The operation that finds and repairs damage."""
 
     async def check(self, session: Session, scope: Scope) -> list[Fault]:
@@ -234,14 +235,43 @@ class Checking(RedisOperations):
                     user = keys.user_of(name)
                     if user is not None:
                         listed += [(user, each) for each in await session.ask(address, "ZRANGE", name, 0, -1)]
-        faults: list[Fault] = []
+        faults = FaultList()
         branches: dict[str, str] = {}
         for chat_history_id in ids:
-            faults += await check_history(session, keys, chat_history_id, repair, branches)
+            faults.extend(await check_history(session, keys, chat_history_id, repair, branches))
         for origin, branch_meta in branches.items():
-            faults += await _check_origin(session, keys, origin, branch_meta, repair)
+            faults.extend(await _check_origin(session, keys, origin, branch_meta, repair))
+        faults.extend(await self._check_renamings(session, scope, list(ids), set(branches), repair=repair))
         for user, chat_history_id in listed:
-            faults += await _check_listing(session, keys, user, chat_history_id, repair)
+            faults.extend(await _check_listing(session, keys, user, chat_history_id, repair))
+        return list(faults)
+
+    async def _check_renamings(
+        self, session: Session, scope: Scope, chat_history_ids: Sequence[str], origins: set[str], *, repair: bool
+    ) -> list[Fault]:
+        """
+        Find histories whose renaming is not done, and finish it.
+
+        :param origins: The ids that branches name as that of their history.
+        """
+        keys, faults = self.keys(scope), []
+        for first in range(0, len(chat_history_ids), BATCH_SIZE):
+            some = chat_history_ids[first : first + BATCH_SIZE]
+            for chat_history_id, listed in (await read_histories(session, keys, some)).items():
+                old_id, is_done = listed.renamed_from, not listed.renaming
+                if is_done and old_id in origins and not await read_histories(session, keys, [old_id]):
+                    branches = (await branches_of(session, keys, old_id)).values()
+                    is_done = all(branch.row.user_id != listed.row.user_id for branch in branches)
+                if is_done:
+                    continue
+                is_repaired = repair
+                if repair:
+                    try:
+                        await self.rename_history(session, scope, old_id, chat_history_id)
+                    except ChatHistoryExistsError:  # both have changed since
+                        is_repaired = False
+                wrong = "The chat history: it was renamed, and what has its old id is left, or is being renamed now."
+                faults.append(Fault(chat_history_id=chat_history_id, description=wrong, is_repaired=is_repaired))
         return faults
 
 

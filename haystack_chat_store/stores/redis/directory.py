@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.ids import branch_prefix
-from haystack_chat_store.stores.conflicts import check_revision, no_access
+from haystack_chat_store.stores.conflicts import check_revision, history_not_found, no_access
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
 from haystack_chat_store.stores.redis.schema import (
@@ -176,10 +176,14 @@ class Directory(RedisOperations):
         Set and delete fields of the hash of a history. Keys of the meta are set only if it is still the same.
 
         Branches get another user before the history does, so that a repeated call finishes what another one began.
+        Those that were made meanwhile get it afterwards.
         """
-        keys = self.keys(scope)
+        keys, handing_over = self.keys(scope), None
         if change.user_id is not UNCHANGED:
-            await _hand_over_branches(session, keys, chat_history_id, change.user_id, set())
+            found = await read_histories(session, keys, [chat_history_id])
+            before = next((each.row.user_id for each in found.values()), change.user_id)
+            handing_over = _HandingOver(before, change.user_id)
+            await _hand_over_branches(session, keys, chat_history_id, handing_over, set())
         names = [*keys.of_bucket_of(chat_history_id), keys.of_history(chat_history_id).counters]
         while True:
             meta, required = change.meta, ""
@@ -208,6 +212,8 @@ class Directory(RedisOperations):
                 raise no_access()
             if fields != ["CHANGED"]:
                 updated = listed_history(chat_history_id, fields)
+                if updated is not None and handing_over is not None:
+                    await _hand_over_branches(session, keys, chat_history_id, handing_over, set())
                 return None if updated is None else updated.row
 
     async def create_history(self, session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
@@ -404,6 +410,13 @@ async def delete_in_state(session: Session, keys: Keys, chat_history_id: str, st
     return bool(answer[0] != "CHANGED")
 
 
+class _HandingOver(NamedTuple):
+    """From which user to which one, or none, histories go."""
+
+    before: str | None
+    after: str | None
+
+
 async def delete_branches(session: Session, keys: Keys, chat_history_id: str, owner: str | None) -> None:
     """
     Delete the branches of a history, and theirs.
@@ -411,15 +424,33 @@ async def delete_branches(session: Session, keys: Keys, chat_history_id: str, ow
     :param owner: The user of the history, an empty text for none, or `None` if it is not known: then all of the scope
         that name the history as their origin are deleted.
     """
-    for branch, user_id in (await _branches(session, keys, chat_history_id)).items():
-        if owner in (None, user_id or ""):
+    for branch, history in (await branches_of(session, keys, chat_history_id)).items():
+        user_id = history.row.user_id or ""
+        if owner in (None, user_id):
             deleted = await delete_histories(session, keys, bucket_of(branch), [branch])
             if deleted.may_have_branches:
-                await delete_branches(session, keys, branch, user_id or "")
+                await delete_branches(session, keys, branch, user_id)
+
+
+async def follow_origin(session: Session, keys: Keys, branch: str, origin: str, owner: str | None) -> None:
+    """
+    Have a branch that was just made go where its history went meanwhile: to another user, or away.
+
+    A call that hands over, renames or deletes the history looks for its branches after it has changed the history. So
+    either that call finds the branch, or the change is found here.
+
+    :param owner: The user of both when the branch was made.
+    :raises ChatHistoryNotFoundError: If the history is gone. The branch is deleted.
+    """
+    found = (await read_histories(session, keys, [origin], of_all=True)).get(origin)
+    if found is None:
+        await delete_histories(session, keys, bucket_of(branch), [branch])
+        raise history_not_found(origin)
+    await _hand_over(session, keys, branch, _HandingOver(owner, found.row.user_id))
 
 
 async def _hand_over_branches(
-    session: Session, keys: Keys, chat_history_id: str, after: str | None, passed: set[str]
+    session: Session, keys: Keys, chat_history_id: str, handing_over: _HandingOver, passed: set[str]
 ) -> None:
     """
     Give the branches of a history, and theirs, to another user, or to none. Those of a branch go before it.
@@ -427,23 +458,32 @@ async def _hand_over_branches(
     :param passed: The histories that this was done for: two may name each other as their origin.
     """
     passed.add(chat_history_id)
-    found = await read_histories(session, keys, [chat_history_id])
-    if chat_history_id not in found or found[chat_history_id].row.user_id == after:
+    if handing_over.before == handing_over.after or not await _may_have_branches(session, keys, chat_history_id):
         return
-    before = found[chat_history_id].row.user_id
-    arguments = ["user_id"] if after is None else ["user_id", after]
-    for branch, user_id in (await _branches(session, keys, chat_history_id)).items():
-        if user_id == before and branch not in passed:
-            await _hand_over_branches(session, keys, branch, after, passed)
-            names = [*keys.of_bucket_of(branch), keys.of_history(branch).counters]
-            count = len(arguments) if after is not None else 0
-            await session.run(scripts.UPDATE, names, [branch, count, *arguments, "", "", before or ""])
+    for branch, history in (await branches_of(session, keys, chat_history_id)).items():
+        if history.row.user_id == handing_over.before and branch not in passed:
+            await _hand_over_branches(session, keys, branch, handing_over, passed)
+            await _hand_over(session, keys, branch, handing_over)
 
 
-async def _branches(session: Session, keys: Keys, chat_history_id: str) -> dict[str, str | None]:
-    """Return the branches of a history, each with its user. They are found by their ids, and known by their meta."""
+async def _hand_over(session: Session, keys: Keys, branch: str, handing_over: _HandingOver) -> None:
+    """Give a branch to another user, or to none."""
+    before, after = handing_over
+    if before != after:
+        names = [*keys.of_bucket_of(branch), keys.of_history(branch).counters]
+        user = ["user_id"] if after is None else ["user_id", after]
+        await session.run(scripts.UPDATE, names, [branch, len(user) if after else 0, *user, "", "", before or ""])
+
+
+async def _may_have_branches(session: Session, keys: Keys, chat_history_id: str) -> bool:
+    """Whether a history that is there has branches, or had some. One that is not there may have some in any case."""
+    return bool(await session.run(scripts.HAS_BRANCHES, keys.of_bucket_of(chat_history_id), [chat_history_id]))
+
+
+async def branches_of(session: Session, keys: Keys, chat_history_id: str) -> dict[str, ListedHistory]:
+    """Return the branches of a history by their ids. They are found by these, and known by their meta."""
     parts: dict[int, str | None] = dict.fromkeys(range(BUCKETS), "")
-    branches: dict[str, str | None] = {}
+    branches: dict[str, ListedHistory] = {}
     while parts:
         calls: list[tuple[Sequence[str], Sequence[str | int]]] = []
         for bucket, after in parts.items():
@@ -452,9 +492,7 @@ async def _branches(session: Session, keys: Keys, chat_history_id: str) -> dict[
         answers = await session.run_each(scripts.BY_ID, calls)
         found = await read_histories(session, keys, [each for _, ids in answers for each in ids])
         branches |= {
-            each: history.row.user_id
-            for each, history in found.items()
-            if branch_origin(each, history.row.meta) == chat_history_id
+            each: history for each, history in found.items() if branch_origin(each, history.row.meta) == chat_history_id
         }
         parts = {bucket: last for bucket, (last, _) in zip(parts, answers, strict=True) if last}
     return branches

@@ -14,12 +14,13 @@ from haystack_chat_store.stores.redis.connections import servers
 from haystack_chat_store.stores.redis.directory import Directory
 from haystack_chat_store.stores.redis.nodes import Settings
 from haystack_chat_store.stores.redis.reading import Reading
+from haystack_chat_store.stores.redis.renaming import Renaming
 from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.redis.writing import Writing
 from haystack_chat_store.stores.sync_async import run_sync
 
 
-class RedisEngine(Writing, Reading, Directory, Checking):
+class RedisEngine(Writing, Reading, Directory, Checking, Renaming):
     """Keeps chat histories in Redis, Valkey or a Redis Cluster."""
 
     system_name = "redis"
@@ -27,7 +28,7 @@ class RedisEngine(Writing, Reading, Directory, Checking):
 
     def __init__(self, url: Secret, *, cluster: bool, key_prefix: str, timeout: float) -> None:
         """Keep the settings. Connects to nothing."""
-        super().__init__(key_prefix=key_prefix, cluster=cluster)
+        super().__init__(key_prefix=key_prefix)
         self.settings = Settings(url=url, cluster=cluster, timeout=timeout)
 
     def execute(

@@ -30,6 +30,8 @@ class Address(NamedTuple):
 # Redis 6 puts this before the error reply to a command of a script.
 _OF_SCRIPT = re.compile(r"Error running script .*?@user_script: ?\d+: -?")
 _REDIRECTION = re.compile(r"(MOVED|ASK) \d+ (\S*):(\d+)$")
+# Put before a redirection that the store does not follow.
+_UNFOLLOWED = "UNFOLLOWED "
 _PASSING = ("LOADING", "BUSYLOADING", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
 # What can be wrong with TLS, as OpenSSL says it.
 _TLS_REASONS = {
@@ -43,6 +45,12 @@ _TLS_REASONS = {
         "asks for a certificate of the client (ssl_certfile and ssl_keyfile in the url)."
     ),
 }
+
+
+class SlotsDifferError(StoreConfigurationError):
+    """A cluster refuses a script, because its keys belong to different hash slots."""
+
+
 # What an error means, by how `_reply` begins.
 _REASONS = {
     ("NEWERSCHEMA",): (
@@ -79,9 +87,12 @@ _REASONS = {
     ("LOADING", "BUSYLOADING"): "is still loading its data.",
     ("BUSY ",): "is busy with a script that takes long.",
     ("CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN"): "is part of a cluster that is not complete.",
-    ("MOVED ", "ASK "): (
-        "does not have this history: it is part of a cluster that is moving it now, or the store lacks cluster=True."
+    (_UNFOLLOWED,): (
+        "is one node of a cluster, and another node has this history. Nothing of the call was done. Give the store "
+        "cluster=True, or write redis+cluster:// in the url."
     ),
+    ("CLUSTERCROSSSLOT", "CROSSSLOT"): "is part of a cluster in which the keys of this call have different slots.",
+    ("MOVED ", "ASK "): "does not have this history: it is part of a cluster that is moving it now.",
     ("This instance has cluster support disabled",): "is not a cluster. Leave out cluster=True.",
     ("max number of clients", "CONNECTION max number of clients"): "accepts no more connections (maxclients).",
 }
@@ -98,6 +109,8 @@ _EXCEPTIONS = {
         StoreConfigurationError,
     ),
     "This instance has cluster support disabled": StoreConfigurationError,
+    _UNFOLLOWED: StoreConfigurationError,
+    **dict.fromkeys(("CLUSTERCROSSSLOT", "CROSSSLOT"), SlotsDifferError),
 }
 
 
@@ -142,7 +155,9 @@ def may_pass(error: Exception, *, in_cluster: bool = False) -> bool:
     return _reply(error).startswith((*_PASSING, "READONLY") if in_cluster else _PASSING)
 
 
-def explained(error: Exception, address: Address, timeout: float, *, is_tls: bool = False) -> ChatMessageStoreError:
+def explained(
+    error: Exception, address: Address, timeout: float, *, is_tls: bool = False, in_cluster: bool = True
+) -> ChatMessageStoreError:
     """
     Return the exception of this package for an exception of redis-py, or for a timeout.
 
@@ -150,6 +165,7 @@ def explained(error: Exception, address: Address, timeout: float, *, is_tls: boo
     :param address: The address of the server that was asked last.
     :param timeout: The store's timeout, in seconds.
     :param is_tls: Whether the URL asks for TLS, and no connection has come about yet.
+    :param in_cluster: Whether the store follows the redirections of a cluster.
     """
     server = f"Redis at {address}"
     advice = " If its port has no TLS, write redis:// instead of rediss://." if is_tls else ""
@@ -159,7 +175,8 @@ def explained(error: Exception, address: Address, timeout: float, *, is_tls: boo
         return StoreTimeoutError(
             f"{server} did not answer within {timeout} seconds. A write was stored whole or not at all.{advice}"
         )
-    reply = _reply(error)
+    is_lost = not in_cluster and redirection(error, address.host) is not None
+    reply = f"{_UNFOLLOWED if is_lost else ''}{_reply(error)}"
     for beginnings, reason in _REASONS.items():
         if reply.startswith(beginnings):
             exceptions_found = (kind for beginning, kind in _EXCEPTIONS.items() if reply.startswith(beginning))

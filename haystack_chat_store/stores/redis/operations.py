@@ -10,15 +10,13 @@ from haystack_chat_store.stores.rows import Scope
 class RedisOperations(Engine[Session]):
     """The settings that operations look at."""
 
-    def __init__(self, *, key_prefix: str, cluster: bool) -> None:
+    def __init__(self, *, key_prefix: str) -> None:
         """
         Keep the settings.
 
         :param key_prefix: What the names of all keys begin with, after a brace.
-        :param cluster: Whether a script can only use the keys of one bucket.
         """
         self.key_prefix = key_prefix
-        self.cluster = cluster
 
     def keys(self, scope: Scope) -> Keys:
         """Return the keys of a scope."""

@@ -221,7 +221,11 @@ class Session(ABC):
                 await self._close_idle_since(call.idle_since, call.address)
             never_answered = not self._has_connected
             raise explained(
-                error, call.address, self._nodes.settings.timeout, is_tls=self._is_tls and never_answered
+                error,
+                call.address,
+                self._nodes.settings.timeout,
+                is_tls=self._is_tls and never_answered,
+                in_cluster=self._nodes.settings.cluster,
             ) from error
 
     async def _run_script(self, call: Call) -> Any:

@@ -132,7 +132,7 @@ class Stage:
         :param lifetime: After how many milliseconds the history expires, or 0 for never, or @ and the time.
         :param history: Title, meta and times for a new history. Times of 0 stand for now.
         :param user_id: The user of a new history, or `None`.
-        :param further: Further fields of a new history.
+        :param further: Further fields of a history that is new or must have no messages.
         :param least_revision: A revision that the history is to exceed.
         """
         values: dict[str, str | None] = {"chat_history_id": self._target_id, "user_id": user_id, **further}
@@ -145,8 +145,7 @@ class Stage:
         counts: list[str | int] = [self.length, self.rounds, "" if expected_revision is None else expected_revision]
         ends: list[str | int] = [least_revision, self.gaps, self._keys.user]
         arguments: list[str | int] = [self._target_id, lifetime, *counts, new_name(), changed_at, *fields, *ends]
-        if history is not None:
-            await note_branch(self._session, self._keys, self._target_id, history.meta)
+        await note_branch(self._session, self._keys, self._target_id, values.get("meta"))
         answer = await self._session.run(scripts.FINISH, [*self._keys.to_write(self._target_id), *self.keys], arguments)
         if isinstance(answer, int):
             self.length = 0  # no messages wait any more

@@ -14,21 +14,16 @@ from haystack_chat_store.stores.conflicts import (
     duplicate,
     history_exists,
     history_has_messages,
-    history_is_there,
-    history_not_found,
     message_not_found,
     no_access,
     other_user,
 )
 from haystack_chat_store.stores.previews import first_question, last_said
 from haystack_chat_store.stores.redis.directory import (
-    StateOfHistory,
     delete_branches,
     delete_histories,
-    delete_in_state,
-    listed_history,
+    follow_origin,
     read_histories,
-    read_state,
 )
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
@@ -38,7 +33,7 @@ from haystack_chat_store.stores.redis.scripts import directory as of_directory
 from haystack_chat_store.stores.redis.scripts import messages as scripts
 from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.redis.staging import Stage
-from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin
 
 # How many histories `delete_all` deletes by one script.
 _DELETED_HISTORIES_PER_STEP = 100
@@ -196,94 +191,6 @@ class Writing(RedisOperations):
         arguments: list[str | int] = [chat_history_id, lifetime(scope), keys.user]
         await session.run(scripts.RENEW, keys.to_write(chat_history_id), arguments)
 
-    async def rename_history(self, session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
-        """Rename the keys by one script, or copy the history where no script can use the keys of both ids."""
-        if self.cluster and bucket_of(old_id) != bucket_of(new_id):
-            return await self._rename_by_copying(session, scope, old_id, new_id)
-        keys = self.keys(scope)
-        names = [*keys.to_write(old_id), *keys.to_write(new_id)]
-        fields = await session.run(of_directory.RENAME, names, [old_id, new_id, new_name(), keys.user])
-        if fields[0] == "ACCESS":
-            raise no_access()
-        if fields[0] == "EXISTS":
-            raise history_is_there(new_id)
-        renamed = None if fields[0] == "MISSING" else listed_history(new_id, fields)
-        if renamed is None:
-            raise history_not_found(old_id)
-        return renamed.row
-
-    async def _rename_by_copying(self, session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
-        """
-        Copy the history, and delete the old one if nothing about it has changed meanwhile; otherwise begin again.
-
-        Until the old one is gone, the new one notes of which state it is the copy, so that a repeated call finishes
-        what another one began. Neither is deleted if it has a change that the other lacks.
-        """
-        keys = self.keys(scope)
-        for _ in range(_COPY_ATTEMPTS):
-            old, new = await read_state(session, keys, old_id), await read_state(session, keys, new_id)
-            if old is None:
-                if new is None or new.history.renamed_from != old_id:
-                    raise history_not_found(old_id)
-                check_access(scope, new.history.row.user_id)
-                return await self._end_renaming(session, keys, new.history.row)
-            for each in filter(None, (old, new)):
-                check_access(scope, each.history.row.user_id)
-            is_copied = new is not None and await self._is_present_copy(session, scope, keys, old, new)
-            if not is_copied and not await self._copy_whole(session, keys, old, new_id):
-                continue
-            if await delete_in_state(session, keys, old_id, old.state):
-                return await self._end_renaming(session, keys, replace(old.history.row, chat_history_id=new_id))
-            copy = await read_state(session, keys, new_id)
-            if copy is not None and copy.is_copy_of(old):
-                await delete_in_state(session, keys, new_id, copy.first_state())
-        raise StoreUnavailableError("The history was changed each time while it was being renamed. Try again.")
-
-    @staticmethod
-    async def _is_present_copy(
-        session: Session, scope: Scope, keys: Keys, old: StateOfHistory, new: StateOfHistory
-    ) -> bool:
-        """
-        Whether a call that was cut off has copied the old history as it is. A copy of an earlier state is deleted.
-
-        :raises ChatHistoryExistsError: If the new history is no such copy, or has changed since.
-        """
-        if new.is_copy_of(old):
-            if new.copied_state() == old.state:
-                return True
-            if await delete_in_state(session, keys, new.history.row.chat_history_id, new.first_state()):
-                return False
-        check_access(scope, old.history.row.user_id)
-        raise history_is_there(new.history.row.chat_history_id)
-
-    @staticmethod
-    async def _copy_whole(session: Session, keys: Keys, old: StateOfHistory, new_id: str) -> bool:
-        """Copy a history with everything. Return False if it was changed meanwhile, and then copy nothing."""
-        row = old.history.row
-        async with Stage(session, keys, new_id) as stage:
-            if await stage.add_history(row.chat_history_id, None, gaps=True) is None:
-                return False
-            now = await read_state(session, keys, row.chat_history_id)
-            if now is None or now.state != old.state:
-                return False
-            further = {"renamed_from": row.chat_history_id, "renaming": f"{row.created_at} {old.state}"}
-            expiry = f"@{old.history.expires_at}" if old.history.expires_at else 0
-            answer = await stage.finish(
-                0, expiry, row, user_id=row.user_id, further=further, least_revision=row.revision
-            )
-        if not isinstance(answer, int) and answer[0] == "CHANGED":  # the same call of another client, perhaps
-            return False
-        return written(answer, 0) >= 0
-
-    @staticmethod
-    async def _end_renaming(session: Session, keys: Keys, row: HistoryRow) -> HistoryRow:
-        """Have the new history be a copy no more, and return it, or the given row if it is not there any more."""
-        new_id = row.chat_history_id
-        names = [keys.of_bucket_of(new_id).schema_version, keys.of_history(new_id).counters]
-        await session.run(of_directory.END_RENAMING, names)
-        found = await read_histories(session, keys, [new_id])
-        return found[new_id].row if new_id in found else row
-
     async def remove(self, session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
         """Delete the messages that the index has at these positions."""
         if positions:
@@ -296,18 +203,27 @@ class Writing(RedisOperations):
     # ------------------------------------------------------------------ copying and importing
 
     async def copy(
-        self, session: Session, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
+        self,
+        session: Session,
+        scope: Scope,
+        source_id: str,
+        target_id: str,
+        until_message_id: str | None,
+        meta: str | None,
     ) -> int:
         """Read the source and stage its messages, again if the source is edited or handed over meanwhile."""
-        keys = self.keys(scope)
+        keys, further = self.keys(scope), {} if meta is None else {"meta": meta}
         for _ in range(_COPY_ATTEMPTS):
             async with Stage(session, keys, target_id) as stage:
                 source = await stage.add_history(source_id, until_message_id)
                 if source is not None:
-                    answer = await stage.finish(None, lifetime(scope), user_id=source.user_id)
+                    answer = await stage.finish(None, lifetime(scope), user_id=source.user_id, further=further)
                     if not isinstance(answer, int) and answer[0] == "CHANGED":
                         raise history_has_messages(target_id)
-                    return written(answer, None)
+                    copied = written(answer, None)
+                    if copied and branch_origin(target_id, meta) == source_id:
+                        await follow_origin(session, keys, target_id, source_id, source.user_id)
+                    return copied
         raise StoreUnavailableError(
             "The history was edited each time while it was being copied. Nothing was copied. Try again."
         )

@@ -14,10 +14,11 @@ from haystack import logging
 from haystack_chat_store.json_values import parse_json
 from haystack_chat_store.search_text import title_terms
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.previews import preview_faults
+from haystack_chat_store.stores.faults import FaultList
+from haystack_chat_store.stores.previews import kept_row, preview_faults
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow, Scope, branch_origin
 from haystack_chat_store.stores.sqlite import schema
-from haystack_chat_store.stores.sqlite.connections import Database, damaged_texts_escaped, readable_rows
+from haystack_chat_store.stores.sqlite.connections import Database, damaged_texts_escaped
 from haystack_chat_store.stores.sqlite.directory import is_utf8
 from haystack_chat_store.stores.sqlite.histories import QUESTIONS, Histories
 from haystack_chat_store.stores.sqlite.term_index import TermIndex, terms_of
@@ -122,19 +123,18 @@ class Checking(Engine[Database]):
 
     @staticmethod
     def _check(session: Database, scope: Scope, *, repair: bool) -> list[Fault]:
-        faults = [
-            *_faults_of_schema(session, repair),
-            *_faults_of_file(session, repair),
-            *_orphaned_messages(session, repair),
-            *_faults_of_messages(session, scope),
-            *_faults_of_histories(session, scope, repair),
-            *_faults_of_descriptions(session, scope, repair),
-            *_faults_of_index(session, scope, repair),
-        ]
-        repaired = sum(fault.is_repaired for fault in faults)
+        faults = FaultList()
+        faults.extend(_faults_of_schema(session, repair))
+        faults.extend(_faults_of_file(session, repair))
+        faults.extend(_orphaned_messages(session, repair))
+        faults.extend(_faults_of_messages(session, scope))
+        faults.extend(_faults_of_histories(session, scope, repair))
+        faults.extend(_faults_of_descriptions(session, scope, repair))
+        faults.extend(_faults_of_index(session, scope, repair))
+        repaired = sum(fault.count for fault in faults if fault.is_repaired)
         if repaired:
             logger.info("Repaired {count} faults in {path}.", count=repaired, path=session.settings.path)
-        return faults
+        return list(faults)
 
 
 def _faults_of_schema(session: Database, repair: bool) -> list[Fault]:
@@ -174,13 +174,12 @@ def _file_check(session: Database) -> list[str]:
         return [line for (line,) in connection.execute(_CHECK_FILE) if line != "ok"]
 
 
-def _orphaned_messages(session: Database, repair: bool) -> list[Fault]:
+def _orphaned_messages(session: Database, repair: bool) -> Iterator[Fault]:
     """
     Find messages without a history, of unknown namespace, and make a history of the namespace "recovered" for them.
     """
     with session.connection() as connection:
         found = connection.execute(_WITHOUT_HISTORY).fetchall()
-    faults = []
     for history_key, message_count in found:
         name = _free_name(session, str(history_key))
         description = (
@@ -191,8 +190,7 @@ def _orphaned_messages(session: Database, repair: bool) -> list[Fault]:
             with session.transaction() as connection:
                 connection.execute(_ADOPT_MESSAGES, (history_key, RECOVERED, name, now, now))
                 Histories(connection, Scope(RECOVERED), session.settings.search).recount(history_key)
-        faults.append(Fault(description=description, is_repaired=repair))
-    return faults
+        yield Fault(description=description, is_repaired=repair)
 
 
 def _free_name(session: Database, name: str) -> str:
@@ -202,35 +200,33 @@ def _free_name(session: Database, name: str) -> str:
         return next(each for each in names if not connection.execute(_IS_RECOVERED, (RECOVERED, each)).fetchone())
 
 
-def _faults_of_messages(session: Database, scope: Scope) -> list[Fault]:
+def _faults_of_messages(session: Database, scope: Scope) -> Iterator[Fault]:
     """Find messages without a time. The caller reads all messages, and finds what else is wrong with them."""
-    with session.connection() as connection:
-        rows = readable_rows(connection, _MESSAGES_WITHOUT_TIME, (scope.namespace,))
-    return [
-        Fault(chat_history_id=name, position=position, description="Its time of creation is none.")
-        for name, position in rows
-    ]
+    with session.snapshot() as connection, damaged_texts_escaped(connection):
+        for name, position in connection.execute(_MESSAGES_WITHOUT_TIME, (scope.namespace,)):
+            yield Fault(chat_history_id=name, position=position, description="Its time of creation is none.")
 
 
-def _faults_of_histories(session: Database, scope: Scope, repair: bool) -> list[Fault]:
+def _faults_of_histories(session: Database, scope: Scope, repair: bool) -> Iterator[Fault]:
     """Find histories whose rows are damaged or count wrongly, and count again."""
-    faults, miscounted = [], []
+    miscounted = []
     with session.snapshot() as connection:
         for history_key, raw_name, *columns in connection.execute(_HISTORIES, (scope.namespace,)):
             name = raw_name.decode(errors="backslashreplace")
             wrong_counts = _wrong_counts(columns)
-            miscounted += [history_key] if wrong_counts else []
-            faults += [Fault(chat_history_id=name, description=each) for each in _damages(raw_name, name, columns)]
-            faults += [Fault(chat_history_id=name, description=each, is_repaired=repair) for each in wrong_counts]
-    for history_key in miscounted if repair else ():
+            miscounted += [history_key] if wrong_counts and repair else []
+            for each in _damages(raw_name, name, columns):
+                yield Fault(chat_history_id=name, description=each)
+            for each in wrong_counts:
+                yield Fault(chat_history_id=name, description=each, is_repaired=repair)
+    for history_key in miscounted:
         with session.transaction() as connection:
             Histories(connection, scope, session.settings.search).recount(history_key)
-    return faults
 
 
-def _faults_of_descriptions(session: Database, scope: Scope, repair: bool) -> list[Fault]:
+def _faults_of_descriptions(session: Database, scope: Scope, repair: bool) -> Iterator[Fault]:
     """Compare what is kept of previews, terms of titles and origins with messages, titles and metas; keep it anew."""
-    faults, undescribed = [], {}
+    undescribed = {}
     with session.snapshot() as connection, damaged_texts_escaped(connection):
         for history_key, raw_title, kept_terms, branch_of, row in _described(connection, scope):
             found = []
@@ -244,18 +240,16 @@ def _faults_of_descriptions(session: Database, scope: Scope, repair: bool) -> li
             last = connection.execute(_LAST_MESSAGE, keys).fetchone()
             wrong = preview_faults(row, questions, None if last is None else MessageRow(*last))
             found += [f"{each.capitalize()}." for each in wrong]
-            faults += [
-                Fault(chat_history_id=row.chat_history_id, description=each, is_repaired=repair) for each in found
-            ]
-            if found:
+            for each in found:
+                yield Fault(chat_history_id=row.chat_history_id, description=each, is_repaired=repair)
+            if found and repair:
                 undescribed[history_key] = row.chat_history_id
-    for history_key, name in undescribed.items() if repair else ():
+    for history_key, name in undescribed.items():
         with session.transaction() as connection, damaged_texts_escaped(connection):
             for title, meta in connection.execute(_TITLE_AND_META, (history_key,)).fetchall():
                 values = title_terms(title), branch_origin(name, meta), history_key
                 connection.execute(_DESCRIBE_ANEW, values)
                 Histories(connection, scope, session.settings.search).find_previews(history_key)
-    return faults
 
 
 def _described(
@@ -265,19 +259,7 @@ def _described(
     for history_key, name, raw_title, title, meta, terms, branch_of, *previews in connection.execute(
         _DESCRIBED, (scope.namespace,)
     ):
-        preview, last_role, last_text, last_at = previews
-        row = HistoryRow(
-            chat_history_id=name,
-            created_at=0,
-            updated_at=0,
-            title=title,
-            meta=meta,
-            preview=preview,
-            last_role=last_role,
-            last_text=last_text,
-            last_at=last_at,
-        )
-        yield history_key, raw_title, terms, branch_of, row
+        yield history_key, raw_title, terms, branch_of, kept_row(name, *previews, title=title, meta=meta)
 
 
 def _damages(raw_name: bytes, name: str, columns: Sequence[Any]) -> list[str]:
@@ -310,7 +292,7 @@ def _faults_of_index(session: Database, scope: Scope, repair: bool) -> list[Faul
     """Compare the index of words with the messages, and begin it anew if they differ."""
     try:
         with session.snapshot() as connection, damaged_texts_escaped(connection):
-            faults = list(_differences(connection, scope, session.settings.search))
+            faults = list(FaultList(_differences(connection, scope, session.settings.search)))
     except sqlite3.DatabaseError as error:
         if "malformed" not in str(error) and "no such table" not in str(error):
             raise
@@ -327,12 +309,11 @@ def _differences(connection: sqlite3.Connection, scope: Scope, is_searched: bool
         yield Fault(description="A newer version of this package made the search index.")
     if not index.is_of_this_version:
         return
-    differing: dict[str, None] = {}
+    differing = None  # the messages of a history follow each other
     for name, content, terms in connection.execute(_MESSAGES_AND_TERMS, (scope.namespace, index.indexed_up_to)):
-        if name not in differing and terms != terms_of(content):
-            differing[name] = None
-    for name in differing:
-        yield Fault(chat_history_id=name, description="The search index says something else than its messages.")
+        if name != differing and terms != terms_of(content):
+            differing = name
+            yield Fault(chat_history_id=name, description="The search index says something else than its messages.")
     if connection.execute(_HAS_ORPHANED_TERMS).fetchone()[0]:
         yield Fault(description="The search index has messages that are gone.")
     connection.execute(_MAKE_VOCABULARY)

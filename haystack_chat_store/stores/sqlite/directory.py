@@ -197,7 +197,7 @@ class Directory(Engine[Database]):
             return _history(connection, scope, history.chat_history_id), is_new
 
     def rename_history(self, session: Database, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
-        """Change the id in the row: the messages have only its key."""
+        """Change the ids in the rows: the messages have only their keys."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             history = histories.find(old_id)
@@ -205,7 +205,7 @@ class Directory(Engine[Database]):
                 raise history_not_found(old_id)
             if histories.find(new_id) is not None:
                 raise history_is_there(new_id)
-            histories.rename(history, new_id)
+            histories.rename(history.history_key, history.user_id, old_id, new_id)
             return _history(connection, scope, new_id)
 
     def renew(self, session: WriteSession, scope: Scope, chat_history_id: str) -> None:

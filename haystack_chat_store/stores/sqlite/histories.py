@@ -16,7 +16,16 @@ from haystack_chat_store.stores.conflicts import (
     is_replaced_already,
 )
 from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_said
-from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, round_count
+from haystack_chat_store.stores.rows import (
+    EncodedMessage,
+    HistoryRow,
+    MessageRow,
+    Scope,
+    branch_origin,
+    meta_of_branch,
+    renamed_branch_ids,
+    round_count,
+)
 from haystack_chat_store.stores.sqlite.connections import damaged_texts_escaped, readable_rows
 from haystack_chat_store.stores.sqlite.schema import key_range
 from haystack_chat_store.stores.sqlite.term_index import TermIndex
@@ -75,6 +84,7 @@ _META = "SELECT CAST(meta AS TEXT) FROM haystack_chat_histories WHERE history_ke
 _RENAME = """
     UPDATE haystack_chat_histories SET chat_history_id = ?, branch_of = ?, revision = ? WHERE history_key = ?
 """
+_SET_META = "UPDATE haystack_chat_histories SET meta = ?, branch_of = ? WHERE history_key = ?"
 _RENEW = f"UPDATE haystack_chat_histories SET expires_at = ?5 WHERE {IS_VISIBLE_HISTORY} AND expires_at IS NOT NULL"
 _RECOUNT = """
     UPDATE haystack_chat_histories SET
@@ -205,12 +215,32 @@ class Histories:
         deleted = self.connection.execute(_DELETED_REVISION, (self._namespace,)).fetchone()
         return 0 if deleted is None else int(deleted[0])
 
-    def rename(self, history: StoredHistory, new_id: str) -> None:
-        """Give a history another id. Under both ids, revisions go on rising."""
-        self.connection.execute(_KEEP_REVISION, (history.history_key,))
-        ((meta,),) = readable_rows(self.connection, _META, (history.history_key,))
-        values = (new_id, branch_origin(new_id, meta), self.deleted_revision() + 1)
-        self.connection.execute(_RENAME, (*values, history.history_key))
+    def rename(self, history_key: int, user_id: str | None, old_id: str, new_id: str) -> None:
+        """Give a history of a user, with its branches, another id. Under both ids, revisions go on rising."""
+        self.connection.execute(_KEEP_REVISION, (history_key,))
+        branch_of = branch_origin(new_id, self._meta(history_key))
+        self.connection.execute(_RENAME, (new_id, branch_of, self.deleted_revision() + 1, history_key))
+        origin = (self._namespace, old_id, True, user_id)
+        for key_of_branch, branch, _ in self.connection.execute(_BRANCHES, origin).fetchall():
+            free = next(filter(self._is_free, renamed_branch_ids(branch, old_id, new_id)))
+            self.rename(key_of_branch, user_id, branch, free)
+            self.set_meta(key_of_branch, free, meta_of_branch(self._meta(key_of_branch), new_id))
+
+    def set_meta(self, history_key: int, chat_history_id: str, meta: str) -> None:
+        """Set the meta of a history, and whether it is a branch."""
+        self.connection.execute(_SET_META, (meta, branch_origin(chat_history_id, meta), history_key))
+
+    def _meta(self, history_key: int) -> str | None:
+        ((meta,),) = readable_rows(self.connection, _META, (history_key,))
+        return str(meta) if meta is not None else None
+
+    def _is_free(self, chat_history_id: str) -> bool:
+        """Whether no history has this id. If one has expired, it is deleted."""
+        found = self._found(chat_history_id)
+        if found is not None and _has_expired(found):
+            self.delete(found.history_key)
+            return True
+        return found is None
 
     def renew(self, chat_history_id: str) -> None:
         """Let the lifetime of a history begin anew."""

@@ -123,7 +123,13 @@ class Writing(Engine[Database]):
         return len(new)
 
     def copy(
-        self, session: Database, scope: Scope, source_id: str, target_id: str, until_message_id: str | None
+        self,
+        session: Database,
+        scope: Scope,
+        source_id: str,
+        target_id: str,
+        until_message_id: str | None,
+        meta: str | None,
     ) -> int:
         """Copy rows within the table."""
         with session.transaction() as connection:
@@ -146,6 +152,8 @@ class Writing(Engine[Database]):
             if target is not None:
                 check_same_user(source.user_id, target.user_id)
             target = target or histories.make(_new(target_id, now, source.user_id))
+            if meta is not None:
+                histories.set_meta(target.history_key, target_id, meta)
             return histories.copy(first_key, last_key, target, now)
 
     def update_message(

@@ -294,9 +294,9 @@ return {{deleted, branched, owner_then}}
 )
 
 #: Give a history another id. Keys: those of its bucket, its own; those of the other bucket, of the other id.
-#: Arguments: the history's id; the other one; a name for this call; the user. Returns the fields of INFOS, also if an
-#: earlier attempt has done it, or ACCESS, or EXISTS if there is a history with the other id, or MISSING if there is
-#: none with the first.
+#: Arguments: the history's id; the other one; a name for this call; a new meta, or nothing if it keeps its own; the
+#: user. Returns the fields of INFOS, also if an earlier attempt has done it, or ACCESS, or EXISTS if there is a history
+#: with the other id, or MISSING if there is none with the first.
 RENAME = Script(
     OF_BUCKET_AND_HISTORY,
     f"""
@@ -319,6 +319,7 @@ for key = 13, 15 do redis.call('ZCARD', KEYS[key]) end
 
 local new_revision = math.max(revision, revision_there) + 1
 redis.call('HSET', history, 'chat_history_id', new_id, 'revision', new_revision, 'renamed_from', old_id)
+if ARGV[4] ~= '' then redis.call('HSET', history, 'meta', ARGV[4]) end
 for index, key in ipairs({{history, contents, roles, message_ids, times}}) do
     if redis.call('EXISTS', key) == 1 then redis.call('RENAME', key, renamed[index]) end
 end
@@ -359,6 +360,9 @@ END_RENAMING = Script("return redis.call('HDEL', KEYS[2], 'renaming')")
 
 #: Note that a history of a bucket, which may come later, has branches. Keys: those of the bucket. Argument: its id.
 NOTE_ORIGIN = Script(OF_BUCKET, "return redis.call('SADD', origins, ARGV[1])")
+
+#: Return 1 if a history has branches, or had some, otherwise 0. Keys: those of its bucket. Argument: its id.
+HAS_BRANCHES = Script(OF_BUCKET, "return redis.call('SISMEMBER', origins, ARGV[1])")
 
 #: Forget which histories have branches, if the bucket has none. Keys: those of the bucket.
 FORGET_ORIGINS = Script(OF_BUCKET, "if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', origins) end")

@@ -72,11 +72,11 @@ end
 #: Append the waiting messages to a history, all at once. Keys: those of the bucket, of the history, of the waiting
 #: messages. Arguments: the history's id; milliseconds until it expires, 0 for never, or @ and a time; how many messages
 #: wait, gaps included; how many of them are user messages; the revision that the history must have, or nothing if it
-#: must have no messages; a name for this call; the time of the change, `now`, or nothing for now; for a new history,
-#: names of fields and values of its hash, in turn; a revision that the history is to exceed; how many gaps wait; the
-#: user. If no messages wait, nothing changes, except that a new history is made if a time is given. Returns how many
-#: messages waited, or ACCESS, or OTHER if the history is there and not of the user given, or CHANGED and the history's
-#: revision, or DUPLICATE and the id of a message that it has.
+#: must have no messages; a name for this call; the time of the change, `now`, or nothing for now; for a history that is
+#: new or must have no messages, names of fields and values of its hash, in turn; a revision that the history is to
+#: exceed; how many gaps wait; the user. If no messages wait, nothing changes, except that a new history is made if a
+#: time is given. Returns how many messages waited, or ACCESS, or OTHER if the history is there and not of the user
+#: given, or CHANGED and the history's revision, or DUPLICATE and the id of a message that it has.
 FINISH = Script(
     "local call = ARGV[6]",
     ONCE,
@@ -137,6 +137,8 @@ redis.call('HSET', history, 'revision', revision, 'next_position', position + wa
 if is_new then
     redis.call('HSET', history, 'created_at', microseconds, unpack(ARGV, 8, #ARGV - 3))
     owner = redis.call('HGET', history, 'user_id')
+elseif ARGV[5] == '' then
+    redis.call('HSET', history, unpack(ARGV, 8, #ARGV - 3))
 end
 if position == 0 then
     {TAKE_THE_PLACE}

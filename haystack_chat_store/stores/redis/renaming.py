@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operation that gives histories another id."""
+
+from dataclasses import replace
+
+from haystack_chat_store.errors import (
+    ChatHistoryAccessError,
+    ChatHistoryExistsError,
+    ChatHistoryNotFoundError,
+    StoreUnavailableError,
+)
+from haystack_chat_store.stores.conflicts import check_access, history_is_there, history_not_found, no_access
+from haystack_chat_store.stores.redis.directory import (
+    StateOfHistory,
+    branches_of,
+    delete_in_state,
+    listed_history,
+    read_histories,
+    read_state,
+)
+from haystack_chat_store.stores.redis.failures import SlotsDifferError
+from haystack_chat_store.stores.redis.keys import Keys
+from haystack_chat_store.stores.redis.operations import RedisOperations
+from haystack_chat_store.stores.redis.schema import new_name
+from haystack_chat_store.stores.redis.scripts import directory as scripts
+from haystack_chat_store.stores.redis.session import Session
+from haystack_chat_store.stores.redis.staging import Stage, note_branch
+from haystack_chat_store.stores.redis.writing import written
+from haystack_chat_store.stores.rows import HistoryRow, Scope, meta_of_branch, renamed_branch_ids
+
+# How often a renaming begins again because the history was changed meanwhile.
+_ATTEMPTS = 10
+
+
+class Renaming(RedisOperations):
+    """The operation that gives histories another id."""
+
+    async def rename_history(self, session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
+        """Rename the history, then its branches. A repeated call finds those that still name the old id."""
+        row = await self._rename_one(session, scope, old_id, new_id, None)
+        await self.rename_branches(session, scope, old_id, row, set())
+        return row
+
+    async def rename_branches(
+        self, session: Session, scope: Scope, old_id: str, renamed: HistoryRow, passed: set[str]
+    ) -> None:
+        """
+        Have the branches of a history that was renamed follow it, and theirs: those that have the same user.
+
+        :param old_id: The id that it had. No history has it.
+        :param passed: The histories that this was done for: two may name each other as their origin.
+        """
+        keys, new_id = self.keys(scope), renamed.chat_history_id
+        passed.add(new_id)
+        for branch, listed in (await branches_of(session, keys, old_id)).items():
+            if listed.row.user_id == renamed.user_id:
+                meta = meta_of_branch(listed.row.meta, new_id)
+                for name in renamed_branch_ids(branch, old_id, new_id):
+                    try:
+                        await self._rename_one(session, scope, branch, name, meta)
+                    except (ChatHistoryExistsError, ChatHistoryAccessError):
+                        continue
+                    except ChatHistoryNotFoundError:  # it was deleted meanwhile
+                        pass
+                    break
+        # Also those that an earlier call has renamed, whose own branches it may not have reached.
+        for listed in (await branches_of(session, keys, new_id)).values():
+            before = listed.renamed_from
+            is_own = listed.row.user_id == renamed.user_id and listed.row.chat_history_id not in passed
+            if is_own and before and not await read_histories(session, keys, [before], of_all=True):
+                await self.rename_branches(session, scope, before, listed.row, passed)
+
+    async def _rename_one(
+        self, session: Session, scope: Scope, old_id: str, new_id: str, meta: str | None
+    ) -> HistoryRow:
+        """
+        Rename the keys by one script, or copy the history if the server says that no script can use the keys of both.
+
+        The server knows that better than the settings of the store: there may be one node of a cluster, or a proxy.
+
+        :param meta: The meta that the history gets, or `None` if it keeps its own.
+        """
+        keys = self.keys(scope)
+        await note_branch(session, keys, new_id, meta)
+        names = [*keys.to_write(old_id), *keys.to_write(new_id)]
+        try:
+            fields = await session.run(scripts.RENAME, names, [old_id, new_id, new_name(), meta or "", keys.user])
+        except SlotsDifferError:
+            return await self._rename_by_copying(session, scope, old_id, new_id, meta)
+        if fields[0] == "ACCESS":
+            raise no_access()
+        if fields[0] == "EXISTS":
+            raise history_is_there(new_id)
+        renamed = None if fields[0] == "MISSING" else listed_history(new_id, fields)
+        if renamed is None:
+            raise history_not_found(old_id)
+        return renamed.row
+
+    async def _rename_by_copying(
+        self, session: Session, scope: Scope, old_id: str, new_id: str, meta: str | None
+    ) -> HistoryRow:
+        """
+        Copy the history, and delete the old one if nothing about it has changed meanwhile; otherwise begin again.
+
+        Until the old one is gone, the new one notes of which state it is the copy, so that a repeated call finishes
+        what another one began. Neither is deleted if it has a change that the other lacks.
+        """
+        keys = self.keys(scope)
+        for _ in range(_ATTEMPTS):
+            old, new = await read_state(session, keys, old_id), await read_state(session, keys, new_id)
+            if old is None:
+                if new is None or new.history.renamed_from != old_id:
+                    raise history_not_found(old_id)
+                check_access(scope, new.history.row.user_id)
+                return await self._end_renaming(session, keys, new.history.row)
+            for each in filter(None, (old, new)):
+                check_access(scope, each.history.row.user_id)
+            is_copied = new is not None and await self._is_present_copy(session, scope, keys, old, new)
+            if not is_copied and not await self._copy_whole(session, keys, old, new_id, meta):
+                continue
+            if await delete_in_state(session, keys, old_id, old.state):
+                return await self._end_renaming(session, keys, replace(old.history.row, chat_history_id=new_id))
+            copy = await read_state(session, keys, new_id)
+            if copy is not None and copy.is_copy_of(old):
+                await delete_in_state(session, keys, new_id, copy.first_state())
+        raise StoreUnavailableError("The history was changed each time while it was being renamed. Try again.")
+
+    @staticmethod
+    async def _is_present_copy(
+        session: Session, scope: Scope, keys: Keys, old: StateOfHistory, new: StateOfHistory
+    ) -> bool:
+        """
+        Whether a call that was cut off has copied the old history as it is. A copy of an earlier state is deleted.
+
+        :raises ChatHistoryExistsError: If the new history is no such copy, or has changed since.
+        """
+        if new.is_copy_of(old):
+            if new.copied_state() == old.state:
+                return True
+            if await delete_in_state(session, keys, new.history.row.chat_history_id, new.first_state()):
+                return False
+        check_access(scope, old.history.row.user_id)
+        raise history_is_there(new.history.row.chat_history_id)
+
+    @staticmethod
+    async def _copy_whole(session: Session, keys: Keys, old: StateOfHistory, new_id: str, meta: str | None) -> bool:
+        """Copy a history with everything. Return False if it was changed meanwhile, and then copy nothing."""
+        row = old.history.row
+        async with Stage(session, keys, new_id) as stage:
+            if await stage.add_history(row.chat_history_id, None, gaps=True) is None:
+                return False
+            now = await read_state(session, keys, row.chat_history_id)
+            if now is None or now.state != old.state:
+                return False
+            further = {"renamed_from": row.chat_history_id, "renaming": f"{row.created_at} {old.state}"}
+            described = row if meta is None else replace(row, meta=meta)
+            expiry = f"@{old.history.expires_at}" if old.history.expires_at else 0
+            answer = await stage.finish(
+                0, expiry, described, user_id=row.user_id, further=further, least_revision=row.revision
+            )
+        if not isinstance(answer, int) and answer[0] == "CHANGED":  # the same call of another client, perhaps
+            return False
+        return written(answer, 0) >= 0
+
+    @staticmethod
+    async def _end_renaming(session: Session, keys: Keys, row: HistoryRow) -> HistoryRow:
+        """Have the new history be a copy no more, and return it, or the given row if it is not there any more."""
+        new_id = row.chat_history_id
+        names = [keys.of_bucket_of(new_id).schema_version, keys.of_history(new_id).counters]
+        await session.run(scripts.END_RENAMING, names)
+        found = await read_histories(session, keys, [new_id])
+        return found[new_id].row if new_id in found else row
