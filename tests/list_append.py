@@ -2,8 +2,8 @@
 """
 What appends and reads that overlap have seen, and what of it cannot be.
 
-Every message has an id of its own, so the order in the end tells what every call must have seen. Workers write down when
-each call begins and ends, on a clock that all processes share. The same file is the program of a worker process.
+Every message has an id of its own, so the order in the end tells what every call must have seen. Workers write down
+when each call begins and ends, on a clock that all processes share. The same file is the program of a worker process.
 """
 
 import asyncio

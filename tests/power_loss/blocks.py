@@ -265,11 +265,13 @@ def disks_after_the_cut(
     disk, flushed, told = bytearray(contents), -1, -1
     returned: Counter[int] = Counter()
     for cut in _cuts(operations, count, random.Random(seed)):
-        for write in operations[flushed + 1 : cut.flushed]:
+        for write in operations[flushed + 1 : cut.flushed + 1]:
             if write.kind == WRITE:
                 disk[write.offset : write.offset + len(write.data)] = write.data
         returned.update(int(each.data) for each in operations[told + 1 : cut.point + 1] if each.kind == ACKNOWLEDGEMENT)
         flushed, told = cut.flushed, cut.point
+        # A new file: a loop device that still lies on the last one would show what it remembers of it.
+        image.unlink(missing_ok=True)
         image.write_bytes(disk)
         with image.open("r+b") as file:
             for offset, data in cut.surviving:

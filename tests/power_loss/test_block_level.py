@@ -56,7 +56,7 @@ def work():
 
 @pytest.mark.parametrize(
     ("durability", "cuts", "possible"),
-    [("full", 420, {"sound"}), ("normal", 120, {"sound", "lost"}), ("off", 120, {"sound", "lost", "damaged"})],
+    [("full", 420, {"sound"}), ("normal", 60, {"sound", "lost"}), ("off", 60, {"sound", "lost", "damaged"})],
 )
 def test_sqlite(work, durability, cuts, possible, report):
     with blocks.RecordedDisk(work, 64 * MEGABYTE) as disk:
@@ -79,8 +79,8 @@ def test_sqlite(work, durability, cuts, possible, report):
     ("settings", "cuts", "possible"),
     [
         ({}, 70, {"sound"}),
-        ({"synchronous_commit": "off"}, 40, {"sound", "lost"}),
-        ({"fsync": "off"}, 40, {"sound", "lost", "damaged"}),
+        ({"synchronous_commit": "off"}, 25, {"sound", "lost"}),
+        ({"fsync": "off"}, 25, {"sound", "lost", "damaged"}),
     ],
     ids=["as it comes", "synchronous_commit=off", "fsync=off"],
 )
@@ -103,7 +103,7 @@ def test_postgres(work, settings, cuts, possible, report):
 
 @pytest.mark.parametrize(
     ("appendfsync", "cuts", "possible"),
-    [("always", 80, {"sound"}), ("no", 40, {"sound", "lost"})],
+    [("always", 80, {"sound"}), ("no", 25, {"sound", "lost"})],
 )
 def test_redis(work, appendfsync, cuts, possible, report):
     binary = require(redis_binaries(), "Redis")
