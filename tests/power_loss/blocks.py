@@ -107,14 +107,26 @@ def mounted(image: Path, folder: Path) -> Iterator[Path]:
     :raises DoesNotMountError: If the file system is beyond repair.
     """
     folder.mkdir(exist_ok=True)
-    command = ["mount", "-t", "ext4", "-o", "loop", image, folder]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    loop = _loop_device(image)
+    done = subprocess.run(["mount", "-t", "ext4", loop, folder], check=False, capture_output=True, text=True)
+    subprocess.run(["losetup", "--detach", loop], check=True)  # as soon as nothing is mounted from it
     if done.returncode:
         raise DoesNotMountError(done.stderr)
     try:
         yield folder
     finally:
         _unmount(folder)
+
+
+def _loop_device(image: Path) -> str:
+    """Lay a loop device on a disk. Another program may take the free device at the same moment; then look again."""
+    give_up = time.monotonic() + 30
+    command = ["losetup", "--find", "--show", image]
+    while (done := subprocess.run(command, check=False, capture_output=True, text=True)).returncode:
+        if time.monotonic() > give_up:
+            raise RuntimeError(done.stderr)
+        time.sleep(0.05)
+    return done.stdout.strip()
 
 
 def _unmount(folder: Path) -> None:

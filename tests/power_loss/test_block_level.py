@@ -12,6 +12,7 @@ A test that cannot fail shows nothing: an engine that is told not to flush befor
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -148,3 +149,22 @@ with blocks.work_folder() as work, blocks.RecordedDisk(work, 16 << 20):
     assert work.name
     assert not work.exists()
     assert blocks.mounted_below(work) == []
+
+
+def test_disks_are_mounted_beside_others(work):
+    """Other programs take loop devices at the same moment. That is no damage of a disk."""
+    empty = work / "empty"
+    empty.write_bytes(bytes(16 * MEGABYTE))
+    subprocess.run(["mkfs.ext4", "-q", "-F", empty], check=True)
+
+    def mount_often(name):
+        for number in range(10):
+            image = work / f"{name} {number}"
+            image.write_bytes(empty.read_bytes())
+            with blocks.mounted(image, work / f"place {name}") as folder:
+                assert not (folder / "name").exists()
+                (folder / "name").write_text(name)
+            image.unlink()
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(mount_often, "abcdef"))
