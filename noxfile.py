@@ -62,9 +62,9 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session
 def powerloss(session: nox.Session) -> None:
-    """Cut the power after every system call of a program that writes to SQLite. Needs `strace`."""
-    install(session, "test")
-    session.run("pytest", "tests/power_loss", "--full", *session.posargs, env=ENVIRONMENT)
+    """Cut the power, at every system call and below the file system. Needs `strace`, `fuse3`, `e2fsprogs` and root."""
+    install(session, "powerloss")
+    session.run("pytest", "tests/power_loss", "--full", "-rs", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session

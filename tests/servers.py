@@ -164,14 +164,19 @@ class Server:
     One server process and its folder.
 
     `with` starts it; inside, it can be stopped and started again, on the same port and data.
+
+    :param user: Who runs it, for subprocess.
+    :param folder: Where its files are. Such a folder stays, and may hold the data of an earlier server. Defaults to a
+        temporary one, which goes.
     """
 
     stop_signal = signal.SIGTERM
     discard_signal = signal.SIGKILL  # for the end, when nobody needs its data any more
 
-    def __init__(self, user: dict[str, Any]) -> None:
+    def __init__(self, user: dict[str, Any], folder: Path | None = None) -> None:
         self.port = unused_port()
         self._user = user
+        self._own_folder = folder
         self._process: subprocess.Popen | None = None
 
     def _prepare(self) -> None:
@@ -184,13 +189,16 @@ class Server:
         raise NotImplementedError
 
     def __enter__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="chat-store-"))
+        self.folder = self._own_folder or Path(tempfile.mkdtemp(prefix="chat-store-"))
+        self.folder.mkdir(exist_ok=True)
+        is_new = not any(self.folder.iterdir())
         self.log = self.folder / "log"
-        self._watcher = _watch(self.folder, self.discard_signal)
+        self._watcher = _watch(self.discard_signal, None if self._own_folder else self.folder)
         try:
             if self._user:
                 os.chown(self.folder, self._user["user"], self._user["group"])
-            self._prepare()
+            if is_new:
+                self._prepare()
             self.start()
         except BaseException:
             self.__exit__()
@@ -199,7 +207,7 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self._end(self.discard_signal)
-        self._watcher.communicate(b"end")  # the folder goes
+        self._watcher.communicate(b"end")  # a temporary folder goes
 
     @property
     def running(self) -> bool:
@@ -258,7 +266,7 @@ class Server:
 
     def _is_up(self) -> bool:
         if not self.running:
-            raise RuntimeError(f"{type(self).__name__} ended while starting: {self.log.read_text()}")
+            raise RuntimeError(f"{type(self).__name__} ended while starting: {self.log.read_text(errors='replace')}")
         return self._answers()
 
     def _tell_watcher(self, running: object) -> None:
@@ -266,14 +274,14 @@ class Server:
         self._watcher.stdin.flush()
 
 
-def _watch(folder: Path, by: signal.Signals) -> subprocess.Popen:
+def _watch(by: signal.Signals, folder: Path | None) -> subprocess.Popen:
     """A shell that is told the id of the server's process; it ends this and the folder when the test process ends."""
     script = """
         while read -r line && [ "$line" != end ]; do running=$line; done
         if [ -n "$running" ]; then kill -s "$0" "$running"; sleep 1; fi
-        rm -rf "$1" || { sleep 5; rm -rf "$1"; }
+        if [ $# = 1 ]; then rm -rf "$1" || { sleep 5; rm -rf "$1"; }; fi
     """
-    command = ["sh", "-c", script, by.name.removeprefix("SIG"), folder]
+    command = ["sh", "-c", script, by.name.removeprefix("SIG"), *([folder] if folder else [])]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
@@ -282,14 +290,15 @@ class PostgresServer(Server):
     PostgreSQL, 14 or newer. The user in `url` is its superuser and logs in with a password.
 
     :param binaries: The folder with `initdb` and `postgres`.
+    :param folder: Where its files are, and stay. Defaults to a temporary folder.
     :param settings: Settings of postgresql.conf, such as `max_connections=20`.
     """
 
     stop_signal = signal.SIGINT  # "fast shutdown"
     discard_signal = signal.SIGQUIT  # "immediate shutdown": ends its children too
 
-    def __init__(self, binaries: Path | None = None, **settings: object) -> None:
-        super().__init__(_unprivileged_user())
+    def __init__(self, binaries: Path | None = None, folder: Path | None = None, **settings: object) -> None:
+        super().__init__(_unprivileged_user(), folder)
         self.binaries = binaries or require(postgres_binaries(), "PostgreSQL")
         self.settings = {"listen_addresses": HOST, "port": self.port, "unix_socket_directories": ".", **settings}
         if sys.platform == "linux":
@@ -409,11 +418,12 @@ class RedisServer(Server):
     Redis or Valkey, with a password. What it has acknowledged is on disk, unless `settings` say otherwise.
 
     :param binary: The server's program.
+    :param folder: Where its files are, and stay. Defaults to a temporary folder.
     :param settings: Settings of redis.conf with underscores, such as `appendonly="no"`.
     """
 
-    def __init__(self, binary: Path | None = None, **settings: object) -> None:
-        super().__init__({})
+    def __init__(self, binary: Path | None = None, folder: Path | None = None, **settings: object) -> None:
+        super().__init__({}, folder)
         self.binary = binary or require(redis_binaries(), "Redis")
         self.settings = {
             "bind": HOST,

@@ -51,7 +51,7 @@ def recorded(program: str, folder: Path, *arguments: str) -> list[Call]:
     record = folder.with_suffix(".strace")
     options = ["-f", "--seccomp-bpf", "-y", "-xx", "-s", str(1 << 22), "-e", f"trace={_CALLS}", "-o", str(record)]
     environment = {**os.environ, "HAYSTACK_TELEMETRY_ENABLED": "False"}
-    command = [strace, *options, sys.executable, "-c", program, str(folder), *arguments]
+    command = [strace, *options, sys.executable, "-c", program, *arguments]
     subprocess.run(command, check=True, env=environment)
     return [call for line in _whole_lines(record) if (call := _call(line)) and call.place.startswith(str(folder))]
 

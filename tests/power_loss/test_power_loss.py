@@ -10,15 +10,13 @@ A test that cannot fail shows nothing: a store that flushes nothing, and a drive
 """
 
 import inspect
-import os
 import random
 import shutil
 import sqlite3
-import tempfile
 from collections import Counter
 from contextlib import closing
-from pathlib import Path
 
+import crowd
 import pytest
 from disks import MODES, Disk, written
 from recording import recorded
@@ -151,7 +149,7 @@ def recording(tmp_path_factory):
     def record(durability):
         if durability not in made:
             folder = tmp_path_factory.mktemp(durability)
-            made[durability] = recorded(PROGRAM, folder, durability, str(CALLS))
+            made[durability] = recorded(PROGRAM, folder, str(folder), durability, str(CALLS))
         return made[durability]
 
     return record
@@ -176,57 +174,6 @@ def test_power_is_cut_at_any_call(recording, contents_so_far, memory, durability
 WRITERS, TURNS = 8, 12
 
 
-def write_in_a_crowd(folder, durability, writers, turns):
-    """Write with many threads at once, and say after each call that it has returned, and whose it was."""
-    import os
-    import threading
-
-    from haystack.dataclasses import ChatMessage
-
-    from haystack_chat_store import SQLiteChatMessageStore
-
-    store = SQLiteChatMessageStore(f"{folder}/chat.db", durability=durability)
-    acknowledgements = os.open(f"{folder}/calls.ack", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-
-    def write(writer):
-        for number in range(int(turns)):
-            turn = [ChatMessage.from_user(f"{writer} {number} {part} {'x' * 600}") for part in ("first", "second")]
-            store.write_messages("history", turn)
-            os.write(acknowledgements, str(writer).encode())
-
-    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(int(writers))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    store.close()
-
-
-CROWD = f"import sys\n{inspect.getsource(write_in_a_crowd)}\nwrite_in_a_crowd(*sys.argv[1:])"
-
-
-def verdict_on_crowd(folder, returned):
-    """Whether a disk has of each writer the turns that were acknowledged, or one more, whole and in order."""
-    path = folder / "chat.db"
-    texts = []
-    if path.exists():
-        try:
-            with closing(sqlite3.connect(path)) as connection:
-                if connection.execute("PRAGMA integrity_check").fetchone() != ("ok",):
-                    return "damaged"
-            with closing(SQLiteChatMessageStore(path, last_k=None)) as store:
-                texts = [message.text.split()[:3] for message in store.retrieve_messages("history")]
-        except (sqlite3.Error, ChatMessageStoreError):
-            return "damaged"
-    turns = list(zip(texts[::2], texts[1::2], strict=True))
-    found = {writer: [first[1] for first, _ in turns if first[0] == str(writer)] for writer in range(WRITERS)}
-    is_whole = all(first == [*second[:2], "first"] and second[2] == "second" for first, second in turns)
-    if not is_whole or any(each != [str(number) for number in range(len(each))] for each in found.values()):
-        return "damaged"
-    more = [len(found[writer]) - returned[writer] for writer in range(WRITERS)]
-    return "lost" if min(more) < 0 else "sound" if max(more) <= 1 else "damaged"
-
-
 @pytest.mark.parametrize(
     ("durability", "drive", "expected"),
     [
@@ -238,7 +185,9 @@ def verdict_on_crowd(folder, returned):
 def test_power_is_cut_while_threads_share_transactions(tmp_path, memory, durability, drive, expected, report):
     folder = tmp_path / "recorded"
     folder.mkdir()
-    calls = recorded(CROWD, folder, durability, str(WRITERS), str(TURNS))
+    url = f"sqlite:///{folder}/chat.db"
+    arguments = crowd.arguments(url, folder / "calls.ack", WRITERS, TURNS, durability=durability)
+    calls = recorded(inspect.getsource(crowd), folder, *arguments)
     chance, disk = random.Random(0), Disk(drive == "lying")
     returned, counts, flushes = Counter(), Counter(), 0
     for call in calls:
@@ -250,7 +199,8 @@ def test_power_is_cut_while_threads_share_transactions(tmp_path, memory, durabil
             disk.do(call)
             flushes += call.kind == "sync"
             mode = chance.choice(MODES)
-        counts[verdict_on_crowd(written(iter(list(disk.after_the_cut(mode, chance))), memory / "found"), returned)] += 1
+        found = written(iter(list(disk.after_the_cut(mode, chance))), memory / "found")
+        counts[crowd.verdict_on_file(found / "chat.db", returned, WRITERS)] += 1
         shutil.rmtree(memory / "found")
     report(
         f"{WRITERS} threads, {durability}, {drive} drive: {sum(counts.values())} disks, {dict(counts)}, {flushes} syncs"
@@ -259,23 +209,3 @@ def test_power_is_cut_while_threads_share_transactions(tmp_path, memory, durabil
     assert set(counts) == expected
     if durability == "full":
         assert flushes < WRITERS * TURNS  # they did share
-
-
-@pytest.fixture
-def memory(tmp_path):
-    """A folder in memory, where there is one: thousands of disks are made in it."""
-    if not os.path.isdir("/dev/shm"):
-        yield tmp_path
-    else:
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            yield Path(folder)
-
-
-@pytest.fixture
-def report(record_property, capsys):
-    def say(text):
-        record_property("disks", text)
-        with capsys.disabled():
-            print(f"\n{text}")
-
-    return say
