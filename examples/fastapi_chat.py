@@ -31,7 +31,7 @@ STATUS: dict[type, int] = {LookupError: 404, ValueError: 422, ConnectionError: 5
 STATUS |= {errors.UnsupportedOperationError: 501}
 
 url = os.environ.get("HAYSTACK_CHAT_STORE_URL", "sqlite:///chat_history.db")
-store = store_from_url(url, search=not url.startswith("redis"))  # Redis cannot search
+store = store_from_url(url, search=not url.startswith("redis"))  # few servers of Redis can
 mock = MockChatGenerator(response_fn=answer_from_memory)
 llm: Any = OpenAIChatGenerator() if os.environ.get("OPENAI_API_KEY") else mock
 

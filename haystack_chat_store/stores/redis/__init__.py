@@ -63,7 +63,8 @@ class RedisChatMessageStore(BaseChatMessageStore):
         :param last_k: How many rounds `retrieve_messages` returns when it is not told. Defaults to 10; `None` for all.
         :param last_k_unit: What `last_k` counts: `"round"`, the default, or `"message"`.
         :param namespace: Separates tenants, applications or test runs in one database. Defaults to `"default"`.
-        :param search: Must be False: see `docs/redis.md`.
+        :param search: Whether messages can be searched. What is written is then indexed with it. It needs a server
+            that has the query engine of Redis 8 or Redis Stack, and no cluster. Defaults to False.
         :param strict: Whether a message is refused if its `meta` holds a value without a JSON form. Defaults to False:
             the value's `repr` is stored.
         :param user_id: The user whose histories alone the store sees and changes: see `for_user`. Defaults to `None`:
@@ -80,6 +81,7 @@ class RedisChatMessageStore(BaseChatMessageStore):
             a master of Sentinels, that does not answer for a quarter of it counts as failed. An operation of several
             steps, such as a list or an import, takes as long for each. Defaults to 30.
         :raises ValueError: If a setting is not one of these.
+        :raises UnsupportedOperationError: If `search` and `cluster` are both True.
         :raises ImportError: If redis-py is not installed.
         """
         redis_import.check()
@@ -93,8 +95,13 @@ class RedisChatMessageStore(BaseChatMessageStore):
         self.cluster = validated_flag(cluster, "cluster")
         self.key_prefix = key_prefix
         self.timeout = validated_seconds(timeout, "timeout")
+        if validated_flag(search, "search") and self.cluster:
+            raise UnsupportedOperationError(
+                "RedisChatMessageStore cannot search messages on a Redis Cluster. It can on one server that has the "
+                "query engine of Redis 8 or Redis Stack; SQLiteChatMessageStore and PostgresChatMessageStore can, too."
+            )
         super().__init__(
-            RedisEngine(url, cluster=cluster, key_prefix=key_prefix, timeout=self.timeout),
+            RedisEngine(url, cluster=cluster, key_prefix=key_prefix, timeout=self.timeout, search=search),
             skip_system_messages=skip_system_messages,
             last_k=last_k,
             last_k_unit=last_k_unit,
@@ -105,10 +112,6 @@ class RedisChatMessageStore(BaseChatMessageStore):
             ttl=ttl,
             renew_ttl_on_read=renew_ttl_on_read,
         )
-        if search:
-            raise UnsupportedOperationError(
-                "RedisChatMessageStore cannot search messages. SQLiteChatMessageStore and PostgresChatMessageStore can."
-            )
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments that make an equal store."""
