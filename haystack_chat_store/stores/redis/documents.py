@@ -130,13 +130,16 @@ async def create_index(session: Session, keys: Keys) -> None:
     """
     Create the index of a namespace, unless it exists.
 
+    Where search has never been on, there are no words yet. Then the engine need not look through all keys for them.
+
     :raises UnsupportedOperationError: If the server has no query engine.
     """
     tags = [part for name in ("history", "user", "terms") for part in (name, "TAG", "CASESENSITIVE")]
     prefixes: list[str | int] = ["PREFIX", BUCKETS, *keys.document_prefixes()]
     fields = ["SCHEMA", *tags, "size", "NUMERIC", "SORTABLE"]
+    scan = [] if (await read_unindexed(session, keys, 1)).is_used else ["SKIPINITIALSCAN"]
     try:
-        await ask_index(session, "FT.CREATE", keys.index_name(), "ON", "HASH", *prefixes, *fields)
+        await ask_index(session, "FT.CREATE", keys.index_name(), "ON", "HASH", *prefixes, *scan, *fields)
     except ChatMessageStoreError as error:
         if "already exists" not in str(error.__cause__).lower():
             raise
