@@ -28,7 +28,7 @@ SYSTEM = ChatMessage.from_system("You are helpful.")
 STATUS: dict[type, int] = {LookupError: 404, ValueError: 422, ConnectionError: 503, errors.ConflictError: 409}
 STATUS |= {errors.UnsupportedOperationError: 501}
 url = os.environ.get("HAYSTACK_CHAT_STORE_URL", "sqlite:///chat_history.db")
-store = store_from_url(url, search=not url.startswith("redis"))  # Redis cannot search
+store = store_from_url(url, search=not url.startswith("redis"))  # few servers of Redis can
 llm = OpenAIChatGenerator() if os.environ.get("OPENAI_API_KEY") else MockChatGenerator(response_fn=answer_from_memory)
 
 

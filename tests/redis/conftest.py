@@ -5,14 +5,17 @@ import asyncio
 
 import pytest
 from haystack.dataclasses import ChatMessage
-from redis_stores import CLUSTER, ENGINES, stores_on
-from servers import RedisCluster, RedisServer
+from redis_stores import CLUSTER, ENGINES, SEARCHING, stores_on
+from servers import RedisCluster, RedisServer, require_query_engine
 
 
 @pytest.fixture(scope="module")
 def server(request, shared_server):
     if request.param == CLUSTER:
         return shared_server(RedisCluster, next(iter(ENGINES.values()), None), appendfsync="no")
+    if request.param == SEARCHING:
+        program, module = require_query_engine()
+        return shared_server(RedisServer, program, appendfsync="no", loadmodule=module)
     return shared_server(RedisServer, ENGINES.get(request.param), appendfsync="no")
 
 

@@ -27,6 +27,8 @@ from haystack_chat_store.testing.kit import texts
 ENGINES = redis_binaries()
 SERVERS = list(ENGINES) or ["any server"]
 CLUSTER = "three masters"
+# A server that has the query engine.
+SEARCHING = "with RediSearch"
 
 # The fast suite shows on one server what is the same on all; the contract shows on each what could differ.
 EVERY_SERVER = [*SERVERS[:1], *(pytest.param(server, marks=pytest.mark.full) for server in SERVERS[1:])]
@@ -35,6 +37,7 @@ on_every_engine = pytest.mark.parametrize("server", [*EVERY_SERVER, CLUSTER], in
 on_every_server = pytest.mark.parametrize("server", EVERY_SERVER, indirect=True)
 on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True)
 on_the_other_servers = pytest.mark.parametrize("server", SERVERS[1:], indirect=True)
+on_a_searching_server = pytest.mark.parametrize("server", [SEARCHING], indirect=True)
 on_a_cluster = pytest.mark.parametrize("server", [CLUSTER], indirect=True)
 DOCUMENTATION = (Path(__file__).parents[2] / "docs" / "redis.md").read_text(encoding="utf-8")
 

@@ -23,6 +23,7 @@ from redis_stores import (
     key_of,
     nodes_of,
     on_a_cluster,
+    on_a_searching_server,
     on_every_engine,
     on_every_server,
     on_one_server,
@@ -214,6 +215,23 @@ def test_a_user_with_only_the_documented_rights_can_do_everything(make_store, cl
     say(store, "Hi again!")
     store.delete_all_messages()
     assert store.count_messages("history") == 0
+
+
+@on_a_searching_server
+def test_a_user_with_the_documented_rights_can_search(make_store, client, server, monkeypatch):
+    (rights,) = re.findall(r"ACL SETUSER chatbot (.*?)\n", DOCUMENTATION)
+    (more,) = re.findall(r"more rights for it: `(~terms.*?)`", DOCUMENTATION)
+    store = make_store(search=True, ttl=60)
+    rights = f"{rights} {more}".replace("{haystack_chat:", f"{{{store.key_prefix}:").replace(">password", ">guest-pw")
+    client.execute_command("ACL SETUSER", "chatbot", "reset", *rights.split())
+    monkeypatch.setenv("CHAT_STORE_URL", f"redis://chatbot:guest-pw@{HOST}:{server.port}")
+    say(store, "Hi!", "Are you there?")
+    store.index_messages()
+    assert [hit.snippet for hit in store.search_messages("there")] == ["Are you there?"]
+    store.rename_chat_history("history", "other")
+    assert [hit.chat_history_id for hit in store.search_messages("there")] == ["other"]
+    store.delete_all_messages()
+    assert store.search_messages("there") == []
 
 
 @on_one_server

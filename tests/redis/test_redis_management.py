@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Managing conversations on Redis, Valkey and Redis Cluster: what every store does, but for search."""
+"""Managing conversations on Redis, Valkey and Redis Cluster. `test_redis_search` has search."""
 
 from breadth import ENGINE, ONCE
 from redis_stores import OnRedis, on_a_cluster, on_one_server, on_the_other_servers

@@ -66,9 +66,15 @@ def test_a_store_loads_where_the_environment_variable_is_missing(monkeypatch):
         say(loaded, "Hi!")
 
 
-def test_a_store_that_is_to_search_is_refused():
+def test_a_store_that_searches_survives_the_trip_to_yaml():
+    store = RedisChatMessageStore(search=True)
+    assert store.to_dict()["init_parameters"]["search"] is True
+    assert RedisChatMessageStore.from_dict(store.to_dict()) == store
+
+
+def test_a_store_that_is_to_search_a_cluster_is_refused():
     with pytest.raises(UnsupportedOperationError, match="SQLiteChatMessageStore"):
-        RedisChatMessageStore(search=True)
+        RedisChatMessageStore(search=True, cluster=True)
 
 
 def test_a_url_that_is_no_environment_variable_is_never_written_out():

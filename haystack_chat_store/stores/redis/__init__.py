@@ -65,7 +65,8 @@ class RedisChatMessageStore(BaseChatMessageStore):
         :param last_k_unit: The unit of `last_k`: `"round"`, the default, or `"message"`.
         :param namespace: The namespace of the store's histories, 1 to 128 characters. A store sees only its own
             namespace, so tenants, applications or test runs can share one database. Defaults to `"default"`.
-        :param search: Must be False: see `docs/redis.md`.
+        :param search: Whether messages can be searched. What the store writes is then indexed. The server needs the
+            query engine of Redis 8 or Redis Stack, and must be no cluster. Defaults to False.
         :param strict: Whether a message is refused if its `meta` contains a value without a JSON form. Defaults to
             False: the value's `repr` is stored, and the log says so.
         :param user_id: The store sees and changes only histories of this user: see `for_user`. Defaults to `None`: all
@@ -82,6 +83,7 @@ class RedisChatMessageStore(BaseChatMessageStore):
             a master of Sentinels, that does not answer for a quarter of it counts as failed. An operation of several
             steps, such as a list or an import, takes as long for each. Defaults to 30.
         :raises ValueError: If a setting is wrong.
+        :raises UnsupportedOperationError: If `search` and `cluster` are both True.
         :raises ImportError: If redis-py is not installed.
         """
         redis_import.check()
@@ -95,8 +97,13 @@ class RedisChatMessageStore(BaseChatMessageStore):
         self.cluster = validated_flag(cluster, "cluster")
         self.key_prefix = key_prefix
         self.timeout = validated_seconds(timeout, "timeout")
+        if validated_flag(search, "search") and self.cluster:
+            raise UnsupportedOperationError(
+                "RedisChatMessageStore cannot search messages on a Redis Cluster. It can on one server that has the "
+                "query engine of Redis 8 or Redis Stack; SQLiteChatMessageStore and PostgresChatMessageStore can, too."
+            )
         super().__init__(
-            RedisEngine(url, cluster=cluster, key_prefix=key_prefix, timeout=self.timeout),
+            RedisEngine(url, cluster=cluster, key_prefix=key_prefix, timeout=self.timeout, search=search),
             skip_system_messages=skip_system_messages,
             last_k=last_k,
             last_k_unit=last_k_unit,
@@ -107,10 +114,6 @@ class RedisChatMessageStore(BaseChatMessageStore):
             ttl=ttl,
             renew_ttl_on_read=renew_ttl_on_read,
         )
-        if search:
-            raise UnsupportedOperationError(
-                "RedisChatMessageStore cannot search messages. SQLiteChatMessageStore and PostgresChatMessageStore can."
-            )
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's arguments for an equal store."""

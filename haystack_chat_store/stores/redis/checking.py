@@ -5,19 +5,29 @@ The operation that finds and repairs damage, such as keys that the server has ev
 A damaged history is rebuilt from its contents: each message states its id and its role. All else is counted again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from haystack import logging
 from haystack.dataclasses import ChatRole
 
-from haystack_chat_store.errors import ChatHistoryExistsError
+from haystack_chat_store.errors import ChatHistoryExistsError, MessageDecodingError, UnsupportedOperationError
 from haystack_chat_store.ids import branch_id
 from haystack_chat_store.stores.faults import FaultList
 from haystack_chat_store.stores.previews import beginning_of_content, kept_row, last_said, preview_faults
 from haystack_chat_store.stores.redis.directory import branches_of, read_histories
-from haystack_chat_store.stores.redis.keys import BUCKETS, Keys
-from haystack_chat_store.stores.redis.reading import read_ids
+from haystack_chat_store.stores.redis.documents import (
+    ask_index,
+    create_index,
+    document_fields,
+    document_of,
+    index_next,
+    read_unindexed,
+)
+from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
+from haystack_chat_store.stores.redis.reading import MAX_COUNT, read_ids, read_part
 from haystack_chat_store.stores.redis.renaming import Renaming
 from haystack_chat_store.stores.redis.schema import (
     BATCH_SIZE,
@@ -32,6 +42,7 @@ from haystack_chat_store.stores.redis.schema import (
 )
 from haystack_chat_store.stores.redis.scripts import checking as scripts
 from haystack_chat_store.stores.redis.scripts import directory as of_directory
+from haystack_chat_store.stores.redis.scripts import searching
 from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.redis.staging import Stage, note_branch
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow, Scope, branch_origin
@@ -216,8 +227,13 @@ class Checking(Renaming):
         return await self._check(session, scope, repair=False)
 
     async def repair(self, session: Session, scope: Scope) -> list[Fault]:
-        """Check each history, and write those with faults anew."""
-        return await self._check(session, scope, repair=True)
+        """Check each history, and write those with faults anew. Then index what is not indexed."""
+        faults = await self._check(session, scope, repair=True)
+        keys = self.keys(scope)
+        if not self.cluster and (await read_unindexed(session, keys, 1)).is_used:
+            while await index_next(session, keys, BATCH_SIZE):
+                pass
+        return faults
 
     async def _check(self, session: Session, scope: Scope, *, repair: bool) -> list[Fault]:
         keys = self.keys(scope)
@@ -244,6 +260,8 @@ class Checking(Renaming):
         faults.extend(await self._check_renamings(session, scope, list(ids), set(branches), repair=repair))
         for user, chat_history_id in listed:
             faults.extend(await _check_listing(session, keys, user, chat_history_id, repair))
+        if not self.cluster and (await read_unindexed(session, keys, 1)).is_used:
+            faults.extend(await _check_index(session, keys, ids, repair))
         return list(faults)
 
     async def _check_renamings(
@@ -273,6 +291,80 @@ class Checking(Renaming):
                 wrong = "The chat history: it was renamed, and what has its old id is left, or is being renamed now."
                 faults.append(Fault(chat_history_id=chat_history_id, description=wrong, is_repaired=is_repaired))
         return faults
+
+
+async def _check_index(session: Session, keys: Keys, ids: Iterable[str], repair: bool) -> list[Fault]:
+    """Check that the index has the words of all messages, and no others."""
+    faults: list[Fault] = []
+    with suppress(UnsupportedOperationError):  # the server has no query engine any more
+        if await ask_index(session, "FT.INFO", keys.index_name()) is None:
+            if repair:
+                await create_index(session, keys)
+            faults.append(Fault(description="The search index is gone.", is_repaired=repair))
+    (address,) = await session.masters()
+    indexed: dict[str, set[int]] = {chat_history_id: set() for chat_history_id in ids}
+    cursor = ""
+    while cursor != "0":
+        options = "MATCH", keys.documents_pattern(), "COUNT", BATCH_SIZE
+        cursor, names = await session.ask(address, "SCAN", cursor or "0", *options)
+        for chat_history_id, position in filter(None, map(keys.place_of, names)):
+            indexed.setdefault(chat_history_id, set()).add(position)
+    for chat_history_id, positions in indexed.items():
+        faults += await _check_words(session, keys, chat_history_id, positions, repair)
+    return faults
+
+
+async def _check_words(
+    session: Session, keys: Keys, chat_history_id: str, positions: AbstractSet[int], repair: bool
+) -> list[Fault]:
+    """
+    Check that the index has the words of a history's messages.
+
+    :param positions: The positions that the index has words of.
+    """
+    with suppress(MessageDecodingError):  # its messages cannot be read, which is a fault already
+        wrong = await _wrong_words(session, keys, chat_history_id, positions)
+        if wrong:  # unless it was written to meanwhile
+            wrong &= await _wrong_words(session, keys, chat_history_id, positions)
+        if wrong:
+            if repair:
+                names = [keys.document(chat_history_id, position) for position in wrong]
+                for first in range(0, len(names), BATCH_SIZE):
+                    some: list[str | int] = [chat_history_id, 0, *names[first : first + BATCH_SIZE]]
+                    await session.run(searching.REINDEX, keys.of_bucket_of(chat_history_id), some)
+            says = "The search index says something else than its messages."
+            return [Fault(chat_history_id=chat_history_id, description=says, is_repaired=repair)]
+    return []
+
+
+async def _wrong_words(
+    session: Session, keys: Keys, chat_history_id: str, positions: AbstractSet[int]
+) -> AbstractSet[int]:
+    """Return the positions of which the index has other words than the messages."""
+    unindexed = await read_unindexed(session, keys, MAX_COUNT, [bucket_of(chat_history_id)])
+    first = unindexed.first_positions.get(chat_history_id, MAX_COUNT) if unindexed.is_used else 0
+    version = keys.of_bucket_of(chat_history_id).schema_version
+    wrong: set[int] = set()
+    gone, after = set(positions), -1
+    while True:
+        part = await read_part(session, keys, chat_history_id, BATCH_SIZE, after=after)
+        rows = [row for row in part.rows if row.position < first]
+        gone.difference_update(row.position for row in part.rows)
+        if rows:
+            names = [keys.document(chat_history_id, row.position) for row in rows]
+            tags = document_fields(chat_history_id, part.user_id)
+            expected = await session.to_thread(_expected_words, tags, rows)
+            found = await session.run(searching.DOCUMENTS, [version, *names])
+            wrong.update(row.position for row, one, other in zip(rows, expected, found, strict=True) if one != other)
+        if len(part.rows) < BATCH_SIZE:
+            return wrong | gone
+        after = part.rows[-1].position
+
+
+def _expected_words(tags: tuple[str, str], rows: Sequence[MessageRow]) -> list[str]:
+    """Return what the script DOCUMENTS returns if the index is right."""
+    documents = [document_of(row.content) for row in rows]
+    return [" ".join([*tags, *map(str, each)]) if each.tags else "   " for each in documents]
 
 
 async def _check_origin(session: Session, keys: Keys, origin: str, meta: str, repair: bool) -> list[Fault]:

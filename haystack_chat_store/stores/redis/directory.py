@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.ids import branch_prefix
 from haystack_chat_store.stores.conflicts import check_revision, history_not_found, no_access
+from haystack_chat_store.stores.redis.documents import index_all_written, prepare_index
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
 from haystack_chat_store.stores.redis.schema import (
@@ -138,7 +139,7 @@ class Directory(RedisOperations):
 
         def arguments_of(place: _Place | None, count: int) -> list[str | int]:
             after = ("", "") if place is None else (_score_text(place.time), place.chat_history_id)
-            return [prefix, *_range(prefix), count, *after, scope.user_id or ""]
+            return [prefix, *id_range(prefix), count, *after, scope.user_id or ""]
 
         def parsed(answer: Any) -> tuple[_Place | None, list[_Place]]:
             time, chat_history_id, found = answer
@@ -155,7 +156,7 @@ class Directory(RedisOperations):
         """Merge the next histories of all buckets."""
 
         def arguments_of(place: _Place | None, count: int) -> list[str | int]:
-            ends = _range(prefix, after if place is None else place.chat_history_id)
+            ends = id_range(prefix, after if place is None else place.chat_history_id)
             return [*ends, count, "", scope.user_id or ""]
 
         def parsed(answer: Any) -> tuple[_Place | None, list[_Place]]:
@@ -214,11 +215,14 @@ class Directory(RedisOperations):
                 updated = listed_history(chat_history_id, fields)
                 if updated is not None and handing_over is not None:
                     await _hand_over_branches(session, keys, chat_history_id, handing_over, set())
+                if change.user_id is not UNCHANGED:
+                    await index_all_written(self, session, keys)
                 return None if updated is None else updated.row
 
     async def create_history(self, session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
         """Make a history with the script that ends an import, without messages."""
         keys, new_id = self.keys(scope), history.chat_history_id
+        await prepare_index(self, session, keys)
         user_id = history.user_id if scope.user_id is None else scope.user_id
         while True:
             stage = Stage(session, keys, new_id)
@@ -253,7 +257,7 @@ class Directory(RedisOperations):
                 after, chat_history_ids = await next_ids(session, keys, bucket, prefix, after)
                 found = await read_histories(session, keys, chat_history_ids)
                 if not scope.with_branches:
-                    found = {each: history for each, history in found.items() if not _is_branch(history.row)}
+                    found = {each: history for each, history in found.items() if not is_branch(history.row)}
                 days_of = await _messages_per_day(session, keys, list(found.values()))
                 for chat_history_id, history in found.items():
                     days_of_history, usage_of_history = days_of[chat_history_id], await _usage(session, keys, history)
@@ -354,7 +358,7 @@ async def next_ids(
 
     :param updated_before: Only histories that have not changed since this time.
     """
-    ends, only = _range(prefix, after), "" if updated_before is None else updated_before
+    ends, only = id_range(prefix, after), "" if updated_before is None else updated_before
     last, found = await session.run(scripts.BY_ID, keys.of_bucket(bucket), [*ends, count, only, keys.user])
     return last or None, found
 
@@ -487,7 +491,7 @@ async def branches_of(session: Session, keys: Keys, chat_history_id: str) -> dic
     while parts:
         calls: list[tuple[Sequence[str], Sequence[str | int]]] = []
         for bucket, after in parts.items():
-            ends = _range(branch_prefix(chat_history_id), after or "")
+            ends = id_range(branch_prefix(chat_history_id), after or "")
             calls.append((keys.of_bucket(bucket), [*ends, BATCH_SIZE, "", keys.user]))
         answers = await session.run_each(scripts.BY_ID, calls)
         found = await read_histories(session, keys, [each for _, ids in answers for each in ids])
@@ -498,7 +502,8 @@ async def branches_of(session: Session, keys: Keys, chat_history_id: str) -> dic
     return branches
 
 
-def _is_branch(row: HistoryRow) -> bool:
+def is_branch(row: HistoryRow) -> bool:
+    """Whether a history is a branch."""
     return branch_origin(row.chat_history_id, row.meta) is not None
 
 
@@ -537,7 +542,7 @@ async def _merged(
         for time, chat_history_id in waiting[:needed]:
             if chat_history_id in histories:  # unless it was deleted just now
                 row = histories[chat_history_id].row
-                if not with_branches and _is_branch(row):
+                if not with_branches and is_branch(row):
                     continue
                 # A history that has changed just now keeps its place in this list.
                 is_same = not order.is_descending or row.updated_at == time
@@ -671,7 +676,7 @@ def _score_text(score: float) -> str:
     return str(int(score)) if math.isfinite(score) else str(score)
 
 
-def _range(prefix: str, after: str = "") -> tuple[str, str]:
+def id_range(prefix: str, after: str = "") -> tuple[str, str]:
     """Return the ends of the range of ids that begin with a prefix and are greater than another, for ZRANGEBYLEX."""
     end = end_of_prefix(prefix)
     least = f"({after}" if after and after >= prefix else f"[{prefix}" if prefix else "-"

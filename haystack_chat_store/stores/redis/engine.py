@@ -15,20 +15,21 @@ from haystack_chat_store.stores.redis.directory import Directory
 from haystack_chat_store.stores.redis.nodes import Settings
 from haystack_chat_store.stores.redis.reading import Reading
 from haystack_chat_store.stores.redis.renaming import Renaming
+from haystack_chat_store.stores.redis.search import Search
 from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.redis.writing import Writing
 from haystack_chat_store.stores.sync_async import run_sync
 
 
-class RedisEngine(Writing, Reading, Directory, Checking, Renaming):
+class RedisEngine(Writing, Reading, Directory, Search, Checking, Renaming):
     """Keeps chat histories in Redis, Valkey or a Redis Cluster."""
 
     system_name = "redis"
     keeps_users = keeps_previews = keeps_expiry = True
 
-    def __init__(self, url: Secret, *, cluster: bool, key_prefix: str, timeout: float) -> None:
+    def __init__(self, url: Secret, *, cluster: bool, key_prefix: str, timeout: float, search: bool) -> None:
         """Keep the settings. Connects to nothing."""
-        super().__init__(key_prefix=key_prefix)
+        super().__init__(key_prefix=key_prefix, cluster=cluster, search=search)
         self.settings = Settings(url=url, cluster=cluster, timeout=timeout)
 
     def execute(

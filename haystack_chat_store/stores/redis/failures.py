@@ -72,6 +72,9 @@ _REASONS = {
     ("DB index is out of range", "ERR DB index is out of range", "invalid DB index", "ERR invalid DB index"): (
         "does not have the database that the url names."
     ),
+    ("Cannot create index on db", "ERR Cannot create index on db"): (
+        "can search only database 0. Leave the database out of the url, or make the store without search=True."
+    ),
     ("DENIED",): "admits only clients of its own machine (protected-mode). Give it a password.",
     ("NOPERM", "The user executing the script can't", "ACL failure in script"): (
         "does not permit this user what the store has to do. See docs/redis.md for the commands."
@@ -111,6 +114,7 @@ _EXCEPTIONS = {
     "This instance has cluster support disabled": StoreConfigurationError,
     _UNFOLLOWED: StoreConfigurationError,
     **dict.fromkeys(("CLUSTERCROSSSLOT", "CROSSSLOT"), SlotsDifferError),
+    **dict.fromkeys(("Cannot create index on db", "ERR Cannot create index on db"), StoreConfigurationError),
 }
 
 

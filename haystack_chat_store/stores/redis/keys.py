@@ -92,6 +92,10 @@ class Keys(NamedTuple):
         """Return the keys of the bucket that a history belongs to."""
         return self.of_bucket(bucket_of(chat_history_id))
 
+    def of_all_users(self) -> "Keys":
+        """Return the same keys, for what is done for all users."""
+        return self._replace(user="")
+
     def to_read(self, chat_history_id: str) -> list[str]:
         """Return the keys of scripts that read a history."""
         return [self.of_bucket_of(chat_history_id).schema_version, *self.of_history(chat_history_id)]
@@ -106,6 +110,34 @@ class Keys(NamedTuple):
         """
         name = f"{self._tag(bucket)}:staged:{stage}"
         return StagedKeys(f"{name}:contents", f"{name}:roles", f"{name}:message_ids", f"{name}:times")
+
+    def index_name(self) -> str:
+        """Return the name of the namespace's index of words."""
+        return f"{{{self.key_prefix}:{_encoded(self.namespace)}}}:terms"
+
+    def document(self, chat_history_id: str, position: int) -> str:
+        """
+        Return the key of the words of a message, which scripts name as well.
+
+        It begins differently from all others, since the index has all keys with a prefix.
+        """
+        return f"terms{self._tag(bucket_of(chat_history_id))}:{_encoded(chat_history_id)}:{position}"
+
+    def document_prefixes(self) -> list[str]:
+        """Return what the keys of words begin with, for each bucket. No other namespace's begin so."""
+        return [f"terms{self._tag(bucket)}:" for bucket in range(BUCKETS)]
+
+    def documents_pattern(self) -> str:
+        """Return the pattern that matches all keys of words, for SCAN."""
+        return f"terms{self.pattern()}"
+
+    def place_of(self, document: str) -> tuple[str, int] | None:
+        """Return the history and the position of a message whose words a key has, or `None` if it has none."""
+        *_, name, position = document.rsplit(":", 2)
+        if not (position.isascii() and position.isdecimal()):
+            return None
+        place = unquote(name), int(position)
+        return place if document == self.document(*place) else None
 
     def pattern(self) -> str:
         """Return the pattern that matches all keys of histories, for SCAN."""

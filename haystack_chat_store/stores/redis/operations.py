@@ -10,13 +10,19 @@ from haystack_chat_store.stores.rows import Scope
 class RedisOperations(Engine[Session]):
     """The settings that operations look at."""
 
-    def __init__(self, *, key_prefix: str) -> None:
+    def __init__(self, *, key_prefix: str, cluster: bool, search: bool) -> None:
         """
         Keep the settings.
 
         :param key_prefix: What the names of all keys begin with, after a brace.
+        :param cluster: Whether a script can only use the keys of one bucket.
+        :param search: Whether to turn search on in the namespaces that are written to, and index what is written.
         """
         self.key_prefix = key_prefix
+        self.cluster = cluster
+        self.is_searching = search
+        #: The namespaces in which this engine has turned search on.
+        self.searched_namespaces: set[str] = set()
 
     def keys(self, scope: Scope) -> Keys:
         """Return the keys of a scope."""

@@ -91,7 +91,7 @@ async def read_part(
     page = ["" if after is None else after, min(before, MAX_COUNT), limit, keys.user]
     state, user_id, next_position, found = await session.run(scripts.PAGE, keys.to_read(chat_history_id), page)
     is_large = sum(map(len, found[3::4])) > MAX_CHARACTERS_ON_LOOP
-    rows = await session.to_thread(_rows, found) if is_large else _rows(found)
+    rows = await session.to_thread(rows_of, found) if is_large else rows_of(found)
     if not all(row.message_id for row in rows):  # damaged messages, whose ids only the index knows
         ids = {
             position: message_id for message_id, position in (await read_ids(session, keys, chat_history_id)).items()
@@ -124,7 +124,8 @@ def _contents(texts: Sequence[str]) -> list[str]:
     return [content for text in texts for content in text.split(scripts.SEPARATOR)]
 
 
-def _rows(found: Sequence[Any]) -> list[MessageRow]:
+def rows_of(found: Sequence[Any]) -> list[MessageRow]:
+    """Return the messages of an answer of the script PAGE."""
     rows = []
     for position, letter, time, content in zip(found[::4], found[1::4], found[2::4], found[3::4], strict=True):
         message_id, _ = id_and_role(content) or ("", "")

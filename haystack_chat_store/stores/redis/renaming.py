@@ -18,6 +18,7 @@ from haystack_chat_store.stores.redis.directory import (
     read_histories,
     read_state,
 )
+from haystack_chat_store.stores.redis.documents import index_written, prepare_index
 from haystack_chat_store.stores.redis.failures import SlotsDifferError
 from haystack_chat_store.stores.redis.keys import Keys
 from haystack_chat_store.stores.redis.operations import RedisOperations
@@ -81,6 +82,7 @@ class Renaming(RedisOperations):
         :param meta: The meta that the history gets, or `None` if it keeps its own.
         """
         keys = self.keys(scope)
+        await prepare_index(self, session, keys)
         await note_branch(session, keys, new_id, meta)
         names = [*keys.to_write(old_id), *keys.to_write(new_id)]
         try:
@@ -94,6 +96,7 @@ class Renaming(RedisOperations):
         renamed = None if fields[0] == "MISSING" else listed_history(new_id, fields)
         if renamed is None:
             raise history_not_found(old_id)
+        await index_written(self, session, keys, new_id)
         return renamed.row
 
     async def _rename_by_copying(
@@ -119,6 +122,7 @@ class Renaming(RedisOperations):
             if not is_copied and not await self._copy_whole(session, keys, old, new_id, meta):
                 continue
             if await delete_in_state(session, keys, old_id, old.state):
+                await index_written(self, session, keys, new_id)
                 return await self._end_renaming(session, keys, replace(old.history.row, chat_history_id=new_id))
             copy = await read_state(session, keys, new_id)
             if copy is not None and copy.is_copy_of(old):

@@ -14,6 +14,8 @@ from haystack_chat_store.ids import MESSAGE_ID_KEY
 
 #: The version of this layout, which every bucket records.
 SCHEMA_VERSION: Final = 1
+#: The version of the terms that are indexed. Raise it whenever the terms of any message, or their tags, change.
+TERMS_VERSION: Final = 1
 #: How many characters the time of a message takes in `times`: enough for each valid one.
 TIME_LENGTH: Final = 18
 #: Stands for an infinite score in the directory, which another program has set.

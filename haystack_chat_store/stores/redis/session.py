@@ -118,6 +118,11 @@ class Session(ABC):
         self._has_connected = False  # ever
         self._lock = threading.Lock()
 
+    @property
+    def timeout(self) -> float:
+        """How long a call may take, in seconds."""
+        return self._nodes.settings.timeout
+
     async def run(self, script: Script, keys: Sequence[str], arguments: Sequence[str | int] = ()) -> Any:
         """
         Run a script on the server that has the keys, again if its answer was lost. Scripts do their work only once.

@@ -8,6 +8,7 @@ from typing import Any
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.errors import StoreUnavailableError
+from haystack_chat_store.search_text import searchable_text_of_content
 from haystack_chat_store.stores.conflicts import (
     check_access,
     check_revision,
@@ -25,6 +26,7 @@ from haystack_chat_store.stores.redis.directory import (
     follow_origin,
     read_histories,
 )
+from haystack_chat_store.stores.redis.documents import index_written, prepare_index
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
 from haystack_chat_store.stores.redis.reading import read_ids, read_part, read_positions
@@ -55,6 +57,7 @@ class Writing(RedisOperations):
     ) -> int:
         """Append and replace by one script."""
         keys, last = self.keys(scope), last_said(messages)
+        await prepare_index(self, session, keys)
         answer = await session.run(
             scripts.WRITE,
             keys.to_write(chat_history_id),
@@ -73,7 +76,9 @@ class Writing(RedisOperations):
                 keys.user,
             ],
         )
-        return written(answer, expected_revision)
+        count = written(answer, expected_revision)
+        await index_written(self, session, keys, chat_history_id)
+        return count
 
     async def delete(self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
         """Delete the keys of a history, and its entries in the lists of its bucket, then its branches."""
@@ -140,6 +145,7 @@ class Writing(RedisOperations):
     ) -> int:
         """Delete and append by one script. The ids to delete are read first."""
         keys, call = self.keys(scope), new_name()
+        await prepare_index(self, session, keys)
 
         async def replace(ids: Sequence[str], next_position: int) -> Any:
             return await session.run(
@@ -160,13 +166,16 @@ class Writing(RedisOperations):
                 ],
             )
 
-        return await _with_ids_from(session, keys, chat_history_id, from_message_id, replace, expected_revision)
+        count = await _with_ids_from(session, keys, chat_history_id, from_message_id, replace, expected_revision)
+        await index_written(self, session, keys, chat_history_id)
+        return count
 
     async def update_message(
         self, session: Session, scope: Scope, chat_history_id: str, message_id: str, change: Callable[[str], str]
     ) -> MessageRow:
         """Read the content, and write the new one if it is still the same; otherwise begin again."""
         keys = self.keys(scope)
+        await prepare_index(self, session, keys)
         while True:
             (position,) = await read_positions(session, keys, chat_history_id, [message_id])
             after = -1 if position is None else position - 1
@@ -178,9 +187,12 @@ class Writing(RedisOperations):
                     raise message_not_found(message_id)
                 continue
             content = change(row.content)
-            arguments: list[str | int] = [message_id, row.position, row.content, content, new_name(), keys.user]
+            changes_words = searchable_text_of_content(row.content) != searchable_text_of_content(content)
+            arguments: list[str | int] = [message_id, row.position, row.content, content, new_name()]
+            arguments += [int(changes_words), keys.user]
             answer = await session.run(scripts.SET_CONTENT, keys.to_write(chat_history_id), arguments)
             if answer == 1:
+                await index_written(self, session, keys, chat_history_id)
                 return replace(row, content=content)
             if answer[0] == "ACCESS":
                 raise no_access()
@@ -213,6 +225,7 @@ class Writing(RedisOperations):
     ) -> int:
         """Read the source and stage its messages, again if the source is edited or handed over meanwhile."""
         keys, further = self.keys(scope), {} if meta is None else {"meta": meta}
+        await prepare_index(self, session, keys)
         for _ in range(_COPY_ATTEMPTS):
             async with Stage(session, keys, target_id) as stage:
                 source = await stage.add_history(source_id, until_message_id)
@@ -223,6 +236,7 @@ class Writing(RedisOperations):
                     copied = written(answer, None)
                     if copied and branch_origin(target_id, meta) == source_id:
                         await follow_origin(session, keys, target_id, source_id, source.user_id)
+                    await index_written(self, session, keys, target_id)
                     return copied
         raise StoreUnavailableError(
             "The history was edited each time while it was being copied. Nothing was copied. Try again."
@@ -238,6 +252,7 @@ class Writing(RedisOperations):
     ) -> int:
         """Stage the messages, and append them by one script when all have come."""
         keys = self.keys(scope)
+        await prepare_index(self, session, keys)
         found = await read_histories(session, keys, [history.chat_history_id], of_all=True)
         for each in found.values():
             check_access(scope, each.row.user_id)
@@ -248,7 +263,9 @@ class Writing(RedisOperations):
                 await stage.add(rows)
             user_id = history.user_id if scope.user_id is None else scope.user_id
             answer = await stage.finish(expected_revision, lifetime(scope), history, user_id=user_id)
-            return written(answer, expected_revision)
+            count = written(answer, expected_revision)
+        await index_written(self, session, keys, history.chat_history_id)
+        return count
 
     async def import_histories(
         self, session: Session, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]

@@ -56,6 +56,22 @@ local schema_version, directory, expiries, names, deleted_revision, owners = unp
 local bucket = string.sub(schema_version, 1, -16)
 local origins = bucket .. ':origins'
 local function users_key(user) return bucket .. ':users::' .. user end
+
+-- Where search is on: the histories whose messages are not indexed, each with the first position of these.
+local is_searched, unindexed = redis.call('EXISTS', bucket .. ':search') == 1, bucket .. ':unindexed'
+local function unindex(chat_history_id, position)
+    if is_searched then redis.call('ZADD', unindexed, 'LT', position, chat_history_id) end
+end
+local function document(history, position)
+    return 'terms' .. string.sub(history, 1, -8) .. string.format('%.0f', position)
+end
+local function remove_documents(history, first, last)
+    for start = first, is_searched and last or -1, 1000 do
+        local gone = {}
+        for position = start, math.min(start + 999, last) do gone[#gone + 1] = document(history, position) end
+        redis.call('UNLINK', unpack(gone))
+    end
+end
 """
 
 # {of_another} is what a script does with a history of another user. The last argument is the user, or nothing for all.
@@ -199,7 +215,7 @@ AGE_BUCKET: Final = """
 local expired = redis.call('ZRANGEBYSCORE', expiries, '-inf', '(' .. string.format('%.0f', milliseconds),
     'LIMIT', 0, 100)
 if #expired > 0 then
-    for _, key in ipairs({expiries, directory, names}) do redis.call('ZREM', key, unpack(expired)) end
+    for _, key in ipairs({expiries, directory, names, unindexed}) do redis.call('ZREM', key, unpack(expired)) end
     for _, each in ipairs(expired) do
         local their_user = redis.call('HGET', owners, each)
         if their_user then
@@ -211,7 +227,8 @@ end
 -- If all histories of the bucket expire, its own keys expire with the last of them.
 local last = redis.call('ZREVRANGE', expiries, 0, 0, 'WITHSCORES')[2]
 local has_end = last and redis.call('ZCARD', expiries) == redis.call('ZCARD', directory)
-local own_keys = {schema_version, directory, expiries, names, owners, origins, owner and users_key(owner) or nil}
+local own_keys = {schema_version, directory, expiries, names, owners, origins, unindexed}
+if owner then own_keys[#own_keys + 1] = users_key(owner) end
 for _, key in ipairs(own_keys) do
     if has_end then redis.call('PEXPIREAT', key, last) else redis.call('PERSIST', key) end
 end
@@ -219,6 +236,12 @@ end
 
 #: Has a history expire at `expires_at`, or never if that is false.
 SET_EXPIRY: Final = """
+if is_searched and (expires_at or redis.call('HEXISTS', history, 'expires_at') == 1) then
+    for each = 0, redis.call('STRLEN', roles) - 1 do
+        local key = document(history, each)
+        if expires_at then redis.call('PEXPIREAT', key, expires_at) else redis.call('PERSIST', key) end
+    end
+end
 for _, key in ipairs({history, contents, roles, message_ids, times}) do
     if expires_at then redis.call('PEXPIREAT', key, expires_at) else redis.call('PERSIST', key) end
 end

@@ -77,7 +77,7 @@ REBUILD = Script(
 local chat_history_id, expires_at, updated_at, is_new = ARGV[1], ARGV[3] ~= '' and ARGV[3], ARGV[4], true
 if table.concat(inspected(chat_history_id), ' ') ~= ARGV[2] then return 0 end
 if #ARGV == 4 then
-    for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, chat_history_id) end
+    for _, key in ipairs({{directory, names, expiries, unindexed}}) do redis.call('ZREM', key, chat_history_id) end
     local gone_user = redis.call('HGET', owners, chat_history_id)
     if gone_user then
         redis.call('ZREM', users_key(gone_user), chat_history_id)
@@ -90,6 +90,8 @@ redis.call('HINCRBY', history, 'edits', 1)
 local kept_revision = tonumber(redis.call('GET', deleted_revision) or 0)
 local revision = math.max(tonumber(redis.call('HGET', history, 'revision')), kept_revision) + 1
 redis.call('HSET', history, 'revision', revision)
+remove_documents(history, 0, redis.call('LLEN', contents) - 1)
+unindex(chat_history_id, 0)
 {TAKE_THE_PLACE}
 find_previews()
 local owner = redis.call('HGET', history, 'user_id')

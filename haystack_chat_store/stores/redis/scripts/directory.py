@@ -183,6 +183,8 @@ if redis.call('HEXISTS', history, 'message_count') == 1 then
     local before = owner
     owner = redis.call('HGET', history, 'user_id')
     if owner ~= before then
+        remove_documents(history, 0, tonumber(redis.call('HGET', history, 'next_position')) - 1)
+        unindex(chat_history_id, 0)
         if before then redis.call('ZREM', users_key(before), chat_history_id) end
         if owner then
             redis.call('ZADD', users_key(owner), redis.call('ZSCORE', directory, chat_history_id), chat_history_id)
@@ -274,8 +276,12 @@ for index = 6, #ARGV do
         if ARGV[4] == '1' then redis.call('SREM', origins, ARGV[index]) end
         local their_owner = is_there and redis.pcall('HGET', KEYS[first], 'user_id')
         owner_then = is_there and '=' .. (type(their_owner) == 'string' and their_owner or '') or ''
+        if is_searched then
+            local lengths = {{redis.pcall('LLEN', KEYS[first + 1]), redis.pcall('STRLEN', KEYS[first + 2])}}
+            remove_documents(KEYS[first], 0, math.max(tonumber(lengths[1]) or 0, tonumber(lengths[2]) or 0) - 1)
+        end
         if redis.call('UNLINK', unpack(KEYS, first, first + of_history - 1)) > 0 then deleted = deleted + 1 end
-        for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, ARGV[index]) end
+        for _, key in ipairs({{directory, names, expiries, unindexed}}) do redis.call('ZREM', key, ARGV[index]) end
         local gone_user = redis.call('HGET', owners, ARGV[index])
         if gone_user then
             redis.call('ZREM', users_key(gone_user), ARGV[index])
@@ -323,7 +329,8 @@ if ARGV[4] ~= '' then redis.call('HSET', history, 'meta', ARGV[4]) end
 for index, key in ipairs({{history, contents, roles, message_ids, times}}) do
     if redis.call('EXISTS', key) == 1 then redis.call('RENAME', key, renamed[index]) end
 end
-for _, key in ipairs({{directory, names, expiries}}) do redis.call('ZREM', key, old_id) end
+remove_documents(history, 0, position - 1)
+for _, key in ipairs({{directory, names, expiries, unindexed}}) do redis.call('ZREM', key, old_id) end
 if owner then
     redis.call('ZREM', users_key(owner), old_id)
     redis.call('HDEL', owners, old_id)
@@ -343,6 +350,8 @@ schema_version, directory, expiries, names, deleted_revision, owners = unpack(KE
 bucket = string.sub(schema_version, 1, -16)
 origins = bucket .. ':origins'
 version, expiring = redis.call('GET', schema_version), redis.call('ZCARD', expiries)
+is_searched, unindexed = redis.call('EXISTS', bucket .. ':search') == 1, bucket .. ':unindexed'
+unindex(new_id, 0)
 {LIST_HISTORY}
 {REMEMBER_CALL}
 {SET_EXPIRY}

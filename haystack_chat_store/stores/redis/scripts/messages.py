@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts that write, read and remove messages."""
 
+from typing import Final
+
 from haystack_chat_store.stores.redis.schema import TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import (
     AGE_BUCKET,
@@ -81,7 +83,10 @@ if result > 0 then
     for _, each in ipairs(replaced) do
         redis.call('LSET', contents, each[1], each[3])
         redis.call('SETRANGE', roles, each[1], each[2])
+        remove_documents(history, tonumber(each[1]), tonumber(each[1]))
+        unindex(chat_history_id, each[1])
     end
+    if #new > 0 then unindex(chat_history_id, position) end
     revision = next_revision
     redis.call('HSET', history, 'next_position', position + #new, 'message_count', message_count + #new,
         'round_count', round_count + rounds, 'updated_at', updated_at, 'revision', revision)
@@ -192,17 +197,15 @@ while start > 0 and string.find(redis.call('GETRANGE', roles, start, start), '[t
 #: Return the number of messages. Keys: the bucket's schema version, those of the history. Argument: the user.
 COUNT = Script(OF_HISTORY, if_absent("0"), " return message_count")
 
-#: Return a page. Keys: the bucket's schema version, those of the history. Arguments: a position after which the page
-#: begins, or nothing; a position before which it ends; the most messages of the page; the user. Returns the state of
-#: the history, which each edit changes: its time of creation, its number of edits and its user; its user; its next
-#: position; and of each message, in turn, its position, the letter of its role, its time and its content.
-PAGE = Script(
-    OF_HISTORY,
-    if_absent("{'', false, 0, {}}"),
-    _TO_MESSAGE,
-    f"""
-local after, last, limit = tonumber(ARGV[1]), math.min(ARGV[2], position) - 1, tonumber(ARGV[3])
-local first, found = after and after + 1 or walk_back(last + 1, limit), {{}}
+#: The state of the messages of a history, which each edit changes: its time of creation, its number of edits, its user.
+STATE_OF_MESSAGES: Final = """
+local edits = redis.call('HGET', history, 'edits') or '0'
+local state = is_new and '' or table.concat({created_at, edits, owner and '=' .. owner or ''}, ' ')
+"""
+
+#: Finds up to `limit` messages from `first` to `last`, and the state of the history.
+PAGE_FROM: Final = f"""
+local found = {{}}
 while first <= last and limit > 0 do
     local stop = math.min(first + limit - 1, first + 999, last)
     local letters = redis.call('GETRANGE', roles, first, stop)
@@ -220,10 +223,23 @@ while first <= last and limit > 0 do
     end
     first = stop + 1
 end
-local edits = redis.call('HGET', history, 'edits') or '0'
-local state = is_new and '' or table.concat({{created_at, edits, owner and '=' .. owner or ''}}, ' ')
-return {{state, owner, position, found}}
+{STATE_OF_MESSAGES}
+"""
+
+#: Return a page. Keys: the bucket's schema version, those of the history. Arguments: a position after which the page
+#: begins, or nothing; a position before which it ends; the most messages of the page; the user. Returns the state of
+#: the history, which each edit changes: its time of creation, its number of edits and its user; its user; its next
+#: position; and of each message, in turn, its position, the letter of its role, its time and its content.
+PAGE = Script(
+    OF_HISTORY,
+    if_absent("{'', false, 0, {}}"),
+    _TO_MESSAGE,
+    """
+local after, last, limit = tonumber(ARGV[1]), math.min(ARGV[2], position) - 1, tonumber(ARGV[3])
+local first = after and after + 1 or walk_back(last + 1, limit)
 """,
+    PAGE_FROM,
+    "return {state, owner, position, found}",
 )
 
 #: Return the position of each message with one of these ids. Keys: the bucket's schema version, those of the history.
@@ -282,6 +298,7 @@ for first = start + 1, position - 1, 1000 do
     redis.call('RPUSH', contents, unpack(gaps, 1, math.min(position - first, 1000)))
 end
 redis.call('SETRANGE', roles, start, string.rep('x', position - start))
+remove_documents(history, start, position - 1)
 """
 
 #: Delete single messages. Keys: those of the bucket, those of the history. Arguments: the history's id; the id of a
@@ -315,6 +332,7 @@ if required ~= '' then
     {_LEAVE_GAPS}
 else
     for known in pairs(gone) do
+        remove_documents(history, tonumber(known), tonumber(known))
         redis.call('LSET', contents, known, '')
         redis.call('SETRANGE', roles, known, 'x')
     end
@@ -395,6 +413,7 @@ for first = 1, #new, 1000 do  -- Lua's stack may not hold more arguments
     redis.call('RPUSH', contents, unpack(new, first, last))
     redis.call('HSET', message_ids, unpack(new_ids, 2 * first - 1, 2 * last))
 end
+if #new > 0 then unindex(chat_history_id, position) end
 local updated_at, result = changed_at(microseconds), #new
 revision = next_revision
 redis.call('HSET', history, 'next_position', position + #new, 'message_count', message_count - #gone_ids + #new,
@@ -409,8 +428,9 @@ find_previews()
 )
 
 #: Change the content of a message, but not what was said. Keys: those of the bucket, those of the history. Arguments:
-#: the message's id; its position; its content; the new content; a name for this call; the user. Returns 1, or why it
-#: was not changed: ACCESS, or OTHERS if the history does not have this message with this content any more.
+#: the message's id; its position; its content; the new content; a name for this call; whether its words change, 1 or 0;
+#: the user. Returns 1, or why it was not changed: ACCESS, or OTHERS if the history does not have this message with this
+#: content any more.
 SET_CONTENT = Script(
     "local call = ARGV[5]",
     ONCE,
@@ -420,6 +440,10 @@ if redis.call('HGET', message_ids, ARGV[1]) ~= ARGV[2] or redis.call('LINDEX', c
     return {{'OTHERS', ''}}
 end
 redis.call('LSET', contents, ARGV[2], ARGV[4])
+if ARGV[6] == '1' then
+    remove_documents(history, tonumber(ARGV[2]), tonumber(ARGV[2]))
+    unindex(redis.call('HGET', history, 'chat_history_id'), ARGV[2])
+end
 local result = 1
 revision = next_revision
 redis.call('HSET', history, 'revision', revision)

@@ -143,6 +143,7 @@ end
 if position == 0 then
     {TAKE_THE_PLACE}
 end
+if waiting > 0 then unindex(chat_history_id, position) end
 find_previews()
 {LIST_HISTORY}
 {REMEMBER_CALL}
