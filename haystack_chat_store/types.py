@@ -118,15 +118,18 @@ class ChatMessageStore(Protocol):
         user. A branch belongs to the user of its history, and follows it to another user. A history of another user is
         never a branch of it.
 
-    26. **A transcript, once.** What `match_transcript` finds new in a transcript that a client sends whole is stored
-        once. What it takes back is in a branch as a whole before it is deleted, and is deleted only if the history has
-        the revision that was read.
-
     27. **Replacing.** `replace_messages` deletes a message and all messages after it, and appends others, in one atomic
         step: a reader sees the old end of the history or the new one. Ids of deleted messages can be used again;
         messages whose ids the history keeps are skipped; positions are not used again. If the history does not have
         the message to replace, nothing is changed. A repeated call that finds its messages, equal, at
         the end of the history returns 0.
+
+    28. **What is shown is not what is stored.** A message that a component or a hook shows otherwise than it is stored
+        carries `meta["chat_shown"]`, and is never stored.
+
+    29. **A transcript, once.** What `match_transcript` finds new in a transcript that a client sends whole is stored
+        once. What it takes back is in a branch as a whole before it is deleted, and is deleted only if the history has
+        the revision that was read.
     """
 
     def to_dict(self) -> dict[str, Any]:

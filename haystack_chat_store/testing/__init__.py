@@ -79,7 +79,7 @@ from haystack_chat_store.testing.contract_reading import Rule24ReadingTest
 from haystack_chat_store.testing.contract_replacing import Rule27ReplacingTest
 from haystack_chat_store.testing.contract_search import Rule21SearchTest
 from haystack_chat_store.testing.contract_sidebar import Rule17SidebarTest
-from haystack_chat_store.testing.contract_transcripts import Rule26TranscriptsTest
+from haystack_chat_store.testing.contract_transcripts import Rule29TranscriptsTest
 from haystack_chat_store.testing.contract_turns import Rule26TurnsTest
 from haystack_chat_store.testing.contract_users import Rule25UsersTest
 from haystack_chat_store.testing.contract_windows import Rule07WindowsTest, Rule08CostTest
@@ -126,9 +126,9 @@ __all__ = [
     "Rule23MovingTest",
     "Rule24ReadingTest",
     "Rule25UsersTest",
-    "Rule26TranscriptsTest",
     "Rule26TurnsTest",
     "Rule27ReplacingTest",
+    "Rule29TranscriptsTest",
     "StoreFactory",
     "only_where",
 ]

@@ -13,7 +13,7 @@ from haystack_chat_store.testing.contract_reading import Rule24ReadingTest
 from haystack_chat_store.testing.contract_replacing import Rule27ReplacingTest
 from haystack_chat_store.testing.contract_search import Rule21SearchTest
 from haystack_chat_store.testing.contract_sidebar import Rule17SidebarTest
-from haystack_chat_store.testing.contract_transcripts import Rule26TranscriptsTest
+from haystack_chat_store.testing.contract_transcripts import Rule29TranscriptsTest
 from haystack_chat_store.testing.contract_users import Rule25UsersTest
 from haystack_chat_store.testing.kit import ClosableStore
 
@@ -31,7 +31,7 @@ class ManagementContract(
     Rule27ReplacingTest,
     Rule24ReadingTest,
     Rule25UsersTest,
-    Rule26TranscriptsTest,
+    Rule29TranscriptsTest,
     RandomWalkTest,
 ):
     """

@@ -19,7 +19,7 @@ def _reply(text: str) -> ChatMessage:
     return ChatMessage.from_assistant(text)
 
 
-class Rule26TranscriptsTest(ContractTest):
+class Rule29TranscriptsTest(ContractTest):
     """Rule 26: what comes again in a transcript is stored once, and what the transcript leaves out is kept."""
 
     def _write(self, store: ClosableStore, calls: Calls, messages: Any, replies: Any) -> None:
