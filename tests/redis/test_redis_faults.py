@@ -310,7 +310,7 @@ def test_a_store_that_takes_a_server_for_a_cluster_is_told(make_store, write):
 @on_a_cluster
 def test_a_store_that_takes_a_cluster_for_a_server_is_told(make_store):
     store = make_store(cluster=False)
-    with pytest.raises(StoreUnavailableError, match="cluster=True"):
+    with pytest.raises(StoreConfigurationError, match="cluster=True"):
         for number in range(64):
             say(store, "Hi!", history=f"user_{number}")
 

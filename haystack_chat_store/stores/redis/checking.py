@@ -24,6 +24,7 @@ from haystack_chat_store.stores.redis.documents import (
     document_fields,
     document_of,
     index_next,
+    is_searched,
     read_unindexed,
 )
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
@@ -230,7 +231,7 @@ class Checking(Renaming):
         """Check each history, and write those with faults anew. Then index what is not indexed."""
         faults = await self._check(session, scope, repair=True)
         keys = self.keys(scope)
-        if not self.cluster and (await read_unindexed(session, keys, 1)).is_used:
+        if not self.cluster and await is_searched(session, keys):
             while await index_next(session, keys, BATCH_SIZE):
                 pass
         return faults
@@ -260,7 +261,7 @@ class Checking(Renaming):
         faults.extend(await self._check_renamings(session, scope, list(ids), set(branches), repair=repair))
         for user, chat_history_id in listed:
             faults.extend(await _check_listing(session, keys, user, chat_history_id, repair))
-        if not self.cluster and (await read_unindexed(session, keys, 1)).is_used:
+        if not self.cluster and await is_searched(session, keys):
             faults.extend(await _check_index(session, keys, ids, repair))
         return list(faults)
 

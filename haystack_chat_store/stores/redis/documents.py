@@ -18,6 +18,7 @@ from haystack import logging
 
 from haystack_chat_store.errors import ChatMessageStoreError, MessageDecodingError, UnsupportedOperationError
 from haystack_chat_store.search_text import Phrase, searchable_text_of_content, spaced, terms
+from haystack_chat_store.stores.redis.failures import SlotsDifferError
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys
 from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.reading import MAX_COUNT, rows_of
@@ -137,7 +138,7 @@ async def create_index(session: Session, keys: Keys) -> None:
     tags = [part for name in ("history", "user", "terms") for part in (name, "TAG", "CASESENSITIVE")]
     prefixes: list[str | int] = ["PREFIX", BUCKETS, *keys.document_prefixes()]
     fields = ["SCHEMA", *tags, "size", "NUMERIC", "SORTABLE"]
-    scan = [] if (await read_unindexed(session, keys, 1)).is_used else ["SKIPINITIALSCAN"]
+    scan = [] if await is_searched(session, keys) else ["SKIPINITIALSCAN"]
     try:
         await ask_index(session, "FT.CREATE", keys.index_name(), "ON", "HASH", *prefixes, *scan, *fields)
     except ChatMessageStoreError as error:
@@ -177,6 +178,14 @@ async def read_unindexed(
         is_of_newer_version=any(number(version) > TERMS_VERSION for version in versions),
         first_positions={name: int(first) for some in noted for name, first in zip(some[::2], some[1::2], strict=True)},
     )
+
+
+async def is_searched(session: Session, keys: Keys) -> bool:
+    """Return whether search is on anywhere in a namespace. Where its keys have different slots, it cannot be."""
+    try:
+        return (await read_unindexed(session, keys, 1)).is_used
+    except SlotsDifferError:
+        return False
 
 
 async def index_history(session: Session, keys: Keys, chat_history_id: str, limit: int) -> int:
