@@ -138,7 +138,7 @@ async def create_index(session: Session, keys: Keys) -> None:
     tags = [part for name in ("history", "user", "terms") for part in (name, "TAG", "CASESENSITIVE")]
     prefixes: list[str | int] = ["PREFIX", BUCKETS, *keys.document_prefixes()]
     fields = ["SCHEMA", *tags, "size", "NUMERIC", "SORTABLE"]
-    scan = [] if await is_searched(session, keys) else ["SKIPINITIALSCAN"]
+    scan = [] if (await read_unindexed(session, keys, 1)).is_used else ["SKIPINITIALSCAN"]
     try:
         await ask_index(session, "FT.CREATE", keys.index_name(), "ON", "HASH", *prefixes, *scan, *fields)
     except ChatMessageStoreError as error:
