@@ -207,7 +207,7 @@ def fill(server, store, histories, messages):
     )
 
 
-@pytest.mark.parametrize("partitions", [None, 3])
+@pytest.mark.parametrize("partitions", [None, pytest.param(3, marks=pytest.mark.full)])
 @pytest.mark.parametrize(("histories", "messages"), [(2500, 1), (3, 60_000)], ids=["many", "long"])
 def test_everything_is_deleted_in_several_transactions(make_store, server, calls, partitions, histories, messages):
     store, other = make_store(), make_store(namespace="other")

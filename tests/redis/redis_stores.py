@@ -252,23 +252,30 @@ def writers_at_work(store, *tolerated):
             each.result()
 
 
+class Scripts:
+    """The scripts of a call: how many there were, and whether what was to be done before one of them was done."""
+
+    count = 0
+    is_done = False
+
+
 @contextmanager
 def before_script(number, history, action):
     """
     Meanwhile, do something before the given one of the scripts, counted from 0.
 
     :param history: The history whose keys the scripts use that count, or nothing for all scripts.
-    :returns: A list, which has an item once it was done.
     """
-    run_reporting, numbers, done = Session.run_reporting, count(), []
+    run_reporting, scripts = Session.run_reporting, Scripts()
 
     async def run(session, script, keys, arguments=()):
-        is_counted = not history or any(f":{history}:" in key for key in keys)
-        if not done and is_counted and next(numbers) == number:
-            done.append(number)
-            action()
+        if not scripts.is_done and (not history or any(f":{history}:" in key for key in keys)):
+            scripts.count += 1
+            if scripts.count > number:
+                scripts.is_done = True
+                action()
         return await run_reporting(session, script, keys, arguments)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(Session, "run_reporting", run)
-        yield done
+        yield scripts

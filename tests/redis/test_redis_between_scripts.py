@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What others change between two scripts of one call: no change is lost, and no user sees what is another's."""
 
+import math
 import threading
+import zlib
 from contextlib import closing, suppress
+from functools import partial
 from itertools import count
 
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.utils import Secret
 from redis_stores import LosesAnswers, before_script, neighbours, on_every_engine, on_one_server, said, say
-from servers import RedisCluster, wait_until
+from servers import wait_until
 
 from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import ChatHistoryExistsError, ChatMessageStoreError, StoreUnavailableError
@@ -29,24 +32,38 @@ CHANGES = {
 }
 
 
-def at_each_script(make_store, prepare, call, action, history="", first=0, step=1):
-    """
-    Make a call on one store after another, and each time do something before another one of its scripts.
+#: Before how many scripts of a call the fast suite makes a change. The full suite makes it before each.
+IN_FAST_SUITE = 8
 
-    :param history: The history whose keys the scripts use that count, or nothing for all scripts.
-    :param first: The number of the first script to do it at, from 0.
-    :param step: At which of the scripts after it: at each, or each third, for example.
-    :returns: Each store, and whether anything was done. The last time, nothing is.
-    """
-    for number in count(first, step):
-        store = make_store(namespace=f"namespace {number}", ttl=1000)
-        prepare(store)
-        with before_script(number, history, lambda store=store: action(store)) as done, suppress(ChatMessageStoreError):
+
+@pytest.fixture
+def at_each_script(make_store, is_full, request):
+    """Makes a call on one store after another, and each time does something before one of its scripts."""
+
+    def at_each_script(prepare, call, action, history=""):
+        """
+        Make a change before one script after the other.
+
+        :param history: The history whose keys the scripts use that count, or nothing for all scripts.
+        :returns: Each store, and whether the change was made. The last time, it is not.
+        """
+        stores = (make_store(namespace=f"namespace {number}", ttl=1000) for number in count())
+        prepare(store := next(stores))
+        with before_script(math.inf, history, None) as scripts:
             call(store)
-        yield store, bool(done)
-        if not done:
-            assert number > first
-            return
+        step = 1 if is_full else math.ceil(scripts.count / IN_FAST_SUITE)
+        first = zlib.crc32(request.node.name.encode()) % step
+        for number in count(first, step):
+            prepare(store := next(stores))
+            change = partial(action, store)
+            with before_script(number, history, change) as scripts, suppress(ChatMessageStoreError):
+                call(store)
+            yield store, scripts.is_done
+            if not scripts.is_done:
+                assert number > first
+                return
+
+    return at_each_script
 
 
 def prepare(store):
@@ -65,9 +82,8 @@ def told(store):
 
 @on_every_engine
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_while_a_history_is_renamed_is_not_lost(make_store, server, change, is_full):
-    """On a cluster, there are many scripts. In the fast suite, each change is made before each third one of them."""
-    after, step = [], 3 if isinstance(server, RedisCluster) and not is_full else 1
+def test_a_change_while_a_history_is_renamed_is_not_lost(make_store, at_each_script, change):
+    after = []
 
     def changed(store):
         if store.get_chat_history("old") is not None:  # otherwise it has its new id already
@@ -79,8 +95,7 @@ def test_a_change_while_a_history_is_renamed_is_not_lost(make_store, server, cha
 
     prepare(store := make_store(namespace="before"))
     before = told(store)
-    first = list(CHANGES).index(change) % step
-    for store, _ in at_each_script(make_store, prepare, rename, changed, first=first, step=step):
+    for store, _ in at_each_script(prepare, rename, changed):
         expected = after.pop() if after else before
         assert told(store) in ([expected, []] if change == "deletion" else [expected])
     assert store.engine.run(store.engine.check, store.scope) == []
@@ -88,7 +103,7 @@ def test_a_change_while_a_history_is_renamed_is_not_lost(make_store, server, cha
 
 @on_every_engine
 @pytest.mark.parametrize("is_changed", [False, True])
-def test_what_is_written_to_a_history_that_has_its_new_id_is_not_lost(make_store, is_changed):
+def test_what_is_written_to_a_history_that_has_its_new_id_is_not_lost(at_each_script, is_changed):
     """Neither of the two goes if each has a change that the other lacks."""
     written = []
 
@@ -103,7 +118,7 @@ def test_what_is_written_to_a_history_that_has_its_new_id_is_not_lost(make_store
     def rename(store):
         store.rename_chat_history("old", "new")
 
-    for store, _ in at_each_script(make_store, prepare, rename, change):
+    for store, _ in at_each_script(prepare, rename, change):
         left = [each.chat_history_id for each in store.list_chat_histories().items]
         assert sorted(left) == (["new", "old"] if "d" in written else ["new"])
         kept = {message.meta["chat_message_id"] for each in left for message in store.retrieve_messages(each)}
@@ -139,7 +154,7 @@ def test_another_history_under_the_old_id_is_no_renaming_that_was_begun(store):
 
 
 @on_every_engine
-def test_a_copy_has_only_what_its_user_may_see(make_store):
+def test_a_copy_has_only_what_its_user_may_see(at_each_script):
     def hand_over(store):
         store.update_chat_history("old", user_id="bob")
         store.for_user("bob").write_messages("old", [with_id("of bob")])
@@ -147,7 +162,7 @@ def test_a_copy_has_only_what_its_user_may_see(make_store):
     def copy(store):
         store.copy_messages("old", "copy")
 
-    for store, _ in at_each_script(make_store, prepare, copy, hand_over):
+    for store, _ in at_each_script(prepare, copy, hand_over):
         kept = [message.meta["chat_message_id"] for message in store.retrieve_messages("copy")]
         is_of_bob = store.get_chat_history("copy").user_id == "bob"
         assert kept == ["a", "b", *(["of bob"] if is_of_bob else [])]
@@ -178,7 +193,7 @@ def test_a_copy_of_a_history_that_changes_hands_all_the_time_is_of_one_user(stor
 
 
 @on_every_engine
-def test_statistics_of_a_user_have_nothing_of_a_history_that_is_handed_over_meanwhile(make_store):
+def test_statistics_of_a_user_have_nothing_of_a_history_that_is_handed_over_meanwhile(at_each_script):
     def reply(model):
         return ChatMessage.from_assistant("Hi!", meta={"usage": {"total_tokens": 1}, "model": model})
 
@@ -196,7 +211,7 @@ def test_statistics_of_a_user_have_nothing_of_a_history_that_is_handed_over_mean
         usage.append({model: each.total_tokens for model, each in found.usage.items()})
 
     counted, usage = [], []
-    for _, was_handed_over in at_each_script(make_store, prepare_two, count_all, hand_over, "old"):
+    for _, was_handed_over in at_each_script(prepare_two, count_all, hand_over, "old"):
         histories = 1 if was_handed_over else 2
         assert counted.pop() == (histories, 2 * histories, histories, 2 * histories)
         assert usage.pop() == {"hers": histories}
@@ -224,7 +239,7 @@ def branches_of_old(store):
 
 @on_every_engine
 @pytest.mark.parametrize("change", ["hand-over", "deletion", "renaming"])
-def test_a_branch_that_is_made_goes_where_its_history_goes_meanwhile(make_store, change):
+def test_a_branch_that_is_made_goes_where_its_history_goes_meanwhile(at_each_script, change):
     def go(store):
         listed.append([info.chat_history_id for info in store.list_chat_histories().items])
         if change == "renaming":
@@ -236,7 +251,7 @@ def test_a_branch_that_is_made_goes_where_its_history_goes_meanwhile(make_store,
         store.copy_messages("old", "old~1", meta=BRANCH)
 
     listed = []
-    for store, _ in at_each_script(make_store, prepare, make_branch, go):
+    for store, _ in at_each_script(prepare, make_branch, go):
         history, left = store.get_chat_history("old"), branches_of_old(store)
         assert {info.user_id for info in left.values()} <= {history.user_id if history else "nobody"}
         if change == "renaming":
@@ -247,9 +262,8 @@ def test_a_branch_that_is_made_goes_where_its_history_goes_meanwhile(make_store,
 
 
 @on_every_engine
-def test_a_history_takes_the_branches_along_that_are_made_while_it_is_handed_over(make_store):
+def test_a_history_takes_the_branches_along_that_are_made_while_it_is_handed_over(at_each_script):
     for store, _ in at_each_script(
-        make_store,
         prepare,
         lambda store: store.update_chat_history("old", user_id="bob"),
         lambda store: store.copy_messages("old", "old~1", meta=BRANCH),
@@ -260,7 +274,7 @@ def test_a_history_takes_the_branches_along_that_are_made_while_it_is_handed_ove
 @on_every_engine
 @pytest.mark.parametrize("is_repeated", [True, False])
 @pytest.mark.parametrize("history", ["old", "old~1", "old~1~2"])
-def test_a_renaming_that_was_cut_off_is_finished_by_the_same_call_or_by_a_repair(make_store, history, is_repeated):
+def test_a_renaming_that_was_cut_off_is_finished_by_the_same_call_or_by_a_repair(at_each_script, history, is_repeated):
     def prepare_family(store):
         prepare(store)
         store.copy_messages("old", "old~1", meta=BRANCH)
@@ -274,7 +288,7 @@ def test_a_renaming_that_was_cut_off_is_finished_by_the_same_call_or_by_a_repair
         store.rename_chat_history("old", "new")
 
     begun = 0
-    for store, _ in at_each_script(make_store, prepare_family, rename, cut_off, history):
+    for store, _ in at_each_script(prepare_family, rename, cut_off, history):
         if is_repeated:
             rename(store)
         else:

@@ -43,7 +43,21 @@ class TestSearch(OnRedis, Rule21SearchTest):
 
 
 @on_a_searching_server
-class TestSearchingStore(
+class TestSearchingStore(OnRedis, Rule25UsersTest, RandomWalkTest):
+    """A store that searches keeps the other rules, too: as the walks do that call all methods."""
+
+    breadth = VARIANT
+    walks = 10
+
+    @pytest.fixture
+    def make_store(self, server):
+        with stores_on(server, search=True) as make:
+            yield make
+
+
+@pytest.mark.full
+@on_a_searching_server
+class TestOtherRules(
     OnRedis,
     Rule17DirectoryTest,
     Rule19ChangesTest,
@@ -51,14 +65,11 @@ class TestSearchingStore(
     Rule22ErasingTest,
     Rule23MovingTest,
     Rule24ReadingTest,
-    Rule25UsersTest,
     Rule27ReplacingTest,
-    RandomWalkTest,
 ):
-    """A store that searches keeps the other rules, too."""
+    """The same, rule by rule."""
 
     breadth = VARIANT
-    walks = 10
 
     @pytest.fixture
     def make_store(self, server):
@@ -188,9 +199,9 @@ class TestUnindexed:
         def replace():
             plain.replace_messages("chat", "b", [with_id("c", "pin")])
 
-        with before_script(2, "chat", replace) as done:  # after WRITE and NEXT_UNINDEXED
+        with before_script(2, "chat", replace) as scripts:  # after WRITE and NEXT_UNINDEXED
             searching.write_messages("chat", [with_id("b", "needle")])
-        assert done
+        assert scripts.is_done
         assert words_of(searching, client) == [("chat", 0), ("chat", 2)]
         assert found(searching, "needle") == [("chat", 0)]
         assert found(searching, "pin") == [("chat", 2)]

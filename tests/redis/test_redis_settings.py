@@ -254,7 +254,7 @@ def test_a_call_that_finds_no_connection_free_is_given_up(server, monkeypatch):
         return str(raised.value)
 
     async def count_often():
-        calls = [store.count_messages_async("history") for _ in range(5)]
+        calls = [store.count_messages_async("history") for _ in range(10)]
         return await asyncio.gather(*calls, return_exceptions=True)
 
     with (
@@ -263,7 +263,7 @@ def test_a_call_that_finds_no_connection_free_is_given_up(server, monkeypatch):
     ):
         client.client_pause(60_000, all=False)
         try:
-            assert "All 1 connections" in "".join(in_threads(count, count, count))
+            assert "All 1 connections" in "".join(in_threads(*[count] * 10))
             results = asyncio.run(count_often())
             assert {type(result) for result in results} == {StoreTimeoutError}
             assert "All 1 connections" in "".join(map(str, results))
