@@ -76,7 +76,7 @@ def test_writers_of_the_same_messages_store_each_once(make_store, server, calls,
 
 
 @pytest.mark.parametrize("way", ["directly", "behind PgBouncer"])
-def test_a_batch_is_stored_whole_or_not_at_all_beside_a_delete(server, pooler, way):
+def test_a_batch_is_stored_whole_or_not_at_all_beside_a_delete(server, pooler, way, is_full):
     """Of its two messages, the history has the first at times when the writer looks, and none when it writes."""
     with stores_on(server.url if way == "directly" else pooler.url) as make:
         writer, deleter = make(last_k=None), make(last_k=None, max_pool_size=2)
@@ -84,7 +84,7 @@ def test_a_batch_is_stored_whole_or_not_at_all_beside_a_delete(server, pooler, w
 
         def write():
             try:
-                for number in range(400):
+                for number in range(400 if is_full else 100):
                     first, second = f"first {number}", f"second {number}"
                     writer.write_messages("history", [with_id(first)])
                     writer.write_messages("history", [with_id(first), with_id(second)])
