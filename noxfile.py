@@ -24,8 +24,8 @@ def install(session: nox.Session, *groups: str) -> None:
     )
 
 
-# A test waits for half of its time: for a server, a process or a lock.
-ON_ALL_CORES = [f"--numprocesses={2 * (os.cpu_count() or 1)}", "--dist=worksteal"]
+# A test waits for more than half of its time: for a server, a process or a lock.
+ON_ALL_CORES = [f"--numprocesses={5 * (os.cpu_count() or 1) // 2}", "--dist=worksteal"]
 COVERAGE = ["--cov", "--cov-report=term", "--cov-fail-under=95"]
 # Interrupting the coverage tracer deadlocks it.
 INTERRUPTIONS = "tests/test_interruptions.py"
