@@ -41,7 +41,7 @@ async def lifespan(app: FastAPI) -> Any:
 
 class Json(JSONResponse):
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":")).encode()  # ASCII: half an emoji, cut by a client, has no UTF-8
+        return json.dumps(content, separators=(",", ":")).encode()  # ASCII: half an emoji has no UTF-8
 
 
 app = FastAPI(lifespan=lifespan, default_response_class=Json)
