@@ -222,7 +222,8 @@ def index(
     """
     Make the search index, so that all messages can be searched.
 
-    From then on, every store indexes what it writes to this database.
+    From then on, every store indexes what it writes to this database. On Redis, this holds for the namespace and for
+    stores with search=True.
     """
     with (
         open_store(store, namespace, search=True) as chat_store,

@@ -67,6 +67,17 @@ def test_every_connection_has_the_durability_asked_for(new_store, path, durabili
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+def test_views_and_triggers_of_a_file_that_comes_from_somewhere_are_not_trusted(new_store, path):
+    """They can run nothing but plain SQL, neither when the store reads nor when it writes."""
+    store = new_store()
+    say(store, "Hi!")
+    store.close()
+    for number, call in enumerate([store.count_messages, store.delete_messages], start=1):
+        call("history")
+        found = connections_of_stores(path)
+        assert [each.execute("PRAGMA trusted_schema").fetchone() for each in found] == [(0,)] * number
+
+
 def test_durability_is_full_unless_asked_otherwise(path):
     assert SQLiteChatMessageStore(path).to_dict()["init_parameters"]["durability"] == "full"
 
