@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeGuard, TypeVar, cast
 
 from haystack import DeserializationError, default_from_dict
 from haystack.dataclasses import ChatMessage
@@ -62,16 +62,25 @@ def component_from_dict(kind: type[ComponentT], data: dict[str, Any]) -> Compone
         raise DeserializationError(f"The store's class {store['type']} cannot be imported: {error}") from error
 
 
+def _follows(store: object, protocol: type) -> bool:
+    """Whether a store has a protocol's methods. Since Python 3.12, `isinstance` overlooks those of `__getattr__`."""
+    return all(callable(getattr(store, name, None)) for name in dir(protocol) if not name.startswith("_"))
+
+
+def _is_asynchronous(store: ChatMessageStore) -> TypeGuard[AsyncChatMessageStore]:
+    return _follows(store, AsyncChatMessageStore)
+
+
 def validated_store(store: Any) -> ChatMessageStore:
     """
     Return the store if it follows the protocol.
 
     :raises ValueError: If it does not, or if it is a class.
     """
-    if isinstance(store, type) or not isinstance(store, ChatMessageStore):
+    if isinstance(store, type) or not _follows(store, ChatMessageStore):
         got = f"the class {store.__name__}" if isinstance(store, type) else type(store).__name__
         raise ValueError(f"chat_message_store must be a ChatMessageStore such as SQLiteChatMessageStore(), got {got}.")
-    return store
+    return cast(ChatMessageStore, store)
 
 
 def for_user(store: ChatMessageStore, user_id: str | None, *, is_required: bool = False) -> ChatMessageStore:
@@ -142,7 +151,7 @@ async def retrieve_async(
     """Do what `retrieve` does, without blocking the event loop: methods that are not asynchronous run in a thread."""
     if hasattr(store, "retrieve_window_async"):
         return _retrieved(await store.retrieve_window_async(chat_history_id, last_k, window_step=window_step))
-    if hasattr(store, "retrieve_window") or not isinstance(store, AsyncChatMessageStore):
+    if hasattr(store, "retrieve_window") or not _is_asynchronous(store):
         return await asyncio.to_thread(retrieve, store, chat_history_id, last_k, window_step)
     last_k, options, window = _read_of(store, last_k, window_step)
     if last_k == 0:
@@ -240,7 +249,7 @@ async def write_async(
     store: ChatMessageStore, chat_history_id: str, messages: list[ChatMessage], **options: Any
 ) -> int:
     """Await a store's `write_messages_async`. If the store has none, run `write_messages` in a thread."""
-    if isinstance(store, AsyncChatMessageStore):
+    if _is_asynchronous(store):
         return await store.write_messages_async(chat_history_id, messages, **options)
     return await asyncio.to_thread(store.write_messages, chat_history_id, messages, **options)
 

@@ -13,7 +13,7 @@ os.environ.setdefault("HAYSTACK_TELEMETRY_ENABLED", "False")
 
 import pytest
 from hypothesis import HealthCheck, settings
-from servers import PostgresServer, RedisCluster, RedisServer, postgres_binaries, redis_binaries, require
+from servers import RUN_FOLDER, PostgresServer, RedisCluster, RedisServer, postgres_binaries, redis_binaries, require
 
 from haystack_chat_store.testing import fork_server
 
@@ -37,6 +37,7 @@ def use_memory_for_files(config):
     """Put files and folders of servers into memory, if there is room. On a disk, much of the time goes into flushes."""
     if os.path.isdir(IN_MEMORY) and os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free > NEEDED_BYTES:
         config.stash[FOLDER] = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="chat-store-tests-", dir=IN_MEMORY)
+        os.environ[RUN_FOLDER] = config.stash[FOLDER]
         os.chmod(config.stash[FOLDER], 0o711)  # a server may run as another user
         tempfile.tempdir = None  # it is looked up again
 

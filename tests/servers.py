@@ -304,6 +304,10 @@ def _watch(by: signal.Signals, folder: Path | None) -> subprocess.Popen:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
+#: The variable with the folder that all processes of a run of tests share, if they do.
+RUN_FOLDER = "CHAT_STORE_TESTS_FOLDER"
+
+
 class PostgresServer(Server):
     """
     PostgreSQL, 14 or newer. The user in `url` is its superuser and logs in with a password.
@@ -324,6 +328,20 @@ class PostgresServer(Server):
             self.settings.setdefault("recovery_init_sync_method", "syncfs")  # else a start after a crash takes seconds
 
     def _prepare(self) -> None:
+        """Make the data folder, or copy the one that another server of this run of tests has begun with."""
+        if RUN_FOLDER not in os.environ:
+            self._make_data()
+            return
+        kept = Path(os.environ[RUN_FOLDER], str(self.binaries).replace("/", "_"))
+        with Path(f"{kept}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.exists():
+                self._make_data()
+                subprocess.run(["cp", "-a", self.folder / "data", kept], check=True)
+                return
+        subprocess.run(["cp", "-a", kept, self.folder / "data"], check=True)
+
+    def _make_data(self) -> None:
         (self.folder / "password").write_text(PASSWORD)
         options = ["--pgdata=data", f"--username={USER}", "--pwfile=password", "--auth=scram-sha-256"]
         options += ["--encoding=UTF8", "--locale=C", "--no-sync"]

@@ -14,6 +14,7 @@ from haystack.components.generators.chat import MockChatGenerator
 from haystack.dataclasses import ChatMessage, ToolCall
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
+from interpreter import STRICTLY
 from strict_model import StrictChatGenerator
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
@@ -82,7 +83,7 @@ def in_memory_yaml(namespace):
 
 def asked_in_another_process(yaml_text, *questions):
     finished = run_python(
-        ["-W", "error", "-c", SCRIPT, *questions],
+        [*STRICTLY, "-c", SCRIPT, *questions],
         input=yaml_text,
         capture_output=True,
         text=True,

@@ -19,6 +19,7 @@ from haystack.components.generators.utils import print_streaming_chunk
 from haystack.hooks.tool_result_offloading import AlwaysOffload, FileSystemToolResultStore, ToolResultOffloadHook
 from haystack.token_counters import ApproximateTokenCounter
 from haystack_integrations.hooks.chat_store import ChatHistoryLoader, ChatHistorySaver, chat_history_hooks
+from interpreter import STRICTLY
 
 from haystack_chat_store import ChatMessageStoreError, SQLiteChatMessageStore
 from haystack_chat_store.errors import MessageEncodingError
@@ -188,7 +189,7 @@ def test_an_agent_with_a_memory_loads_from_yaml_in_a_process_that_knows_nothing_
     pipeline.add_component("agent", agent)
     numbers = []
     for question in ("Hi", "Really?"):
-        command = [sys.executable, "-W", "error", "-c", SCRIPT, question]
+        command = [sys.executable, *STRICTLY, "-c", SCRIPT, question]
         finished = subprocess.run(
             command, input=pipeline.dumps(), capture_output=True, text=True, check=False, timeout=300
         )

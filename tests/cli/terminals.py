@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -59,6 +60,13 @@ class Terminal:
 
     def type(self, text):
         os.write(self._master, text.encode())
+
+    def interrupt(self):
+        """Press Ctrl-C, again if need be: Python overlooks one that comes just when it begins to wait for a key."""
+        while self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
 
     def end(self):
         """Wait for the end; returns the exit status and what was printed."""

@@ -6,7 +6,6 @@ In a real terminal, the command line is readable, asks before it deletes, and le
 import io
 import json
 import re
-import signal
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -457,7 +456,7 @@ def test_an_interrupted_command_ends_quietly_with_130(url, store):
     store.write_messages("chat", conversation("ua"))
     terminal = Terminal("delete", "chat", "--store", url)
     terminal.read_until("[y/N]")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.interrupt()
     status, text = terminal.end()
     assert status == 130
     assert text.endswith("[y/N] \n")

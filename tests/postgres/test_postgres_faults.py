@@ -8,6 +8,7 @@ from haystack.dataclasses import ChatMessage, ImageContent
 from postgres_stores import NEWEST_AND_OLDEST, execute, say, stores_on
 
 from haystack_chat_store.doctor import check
+from haystack_chat_store.stores import faults as listed_faults
 from haystack_chat_store.stores.postgres import checking
 from haystack_chat_store.stores.postgres.schema import history_key
 from haystack_chat_store.stores.rows import HistoryRow
@@ -16,7 +17,7 @@ VERSIONS = NEWEST_AND_OLDEST
 IMAGE = ImageContent(base64_image="iVBORw0KGgo=", mime_type="image/png", validation=False)
 
 
-@pytest.fixture(params=["directly", "behind PgBouncer", "partitioned"])
+@pytest.fixture(params=["directly", pytest.param("behind PgBouncer", marks=pytest.mark.full), "partitioned"])
 def make_store(request, server, pooler):
     with stores_on(pooler.url if request.param == "behind PgBouncer" else server.url, last_k=None) as make:
         if request.param == "partitioned":
@@ -211,14 +212,16 @@ def test_a_branch_that_is_not_what_its_meta_says_is_found_and_set_right(store, c
 
 
 def test_of_many_faults_of_a_kind_some_are_listed_and_all_are_repaired(store, change, monkeypatch):
-    monkeypatch.setattr(checking, "_REPAIRED_AT_ONCE", 500)
-    rows = [HistoryRow(chat_history_id=f"{number}", created_at=0, updated_at=0) for number in range(1_200)]
+    for module in (checking, listed_faults):
+        monkeypatch.setattr(module, "MAX_FAULTS_OF_KIND", 20)
+    monkeypatch.setattr(checking, "_REPAIRED_AT_ONCE", 10)
+    rows = [HistoryRow(chat_history_id=f"{number}", created_at=0, updated_at=0) for number in range(28)]
     store.engine.run(store.engine.import_histories, store.scope, [(row, []) for row in rows])
     change("UPDATE {0}.haystack_chat_histories SET message_count = 7")
     found = faults(store)
-    assert (len(found), found[-1].count) == (1_001, 202)
-    assert found[-1].description == "There are 202 more such faults: Its counter says … messages, but it has …."
+    assert (len(found), found[-1].count) == (21, 10)
+    assert found[-1].description == "There are 10 more such faults: Its counter says … messages, but it has …."
     repaired = faults(store, repair=True)
     assert {fault.is_repaired for fault in repaired} == {True}
-    assert (len(repaired), repaired[-1].count) == (1_001, 202)
+    assert (len(repaired), repaired[-1].count) == (21, 10)
     assert faults(store) == []

@@ -163,6 +163,7 @@ def test_calls_that_have_begun_are_finished_before_the_interpreter_ends(new_stor
 
 
 def test_a_loop_in_a_thread_that_outlives_the_main_thread_reads_and_writes(new_store, path):
+    """Since Python 3.12 no thread can be started then, and the error says so."""
     say(new_store(), "before")
     program = f"""
 import asyncio, threading
@@ -179,5 +180,9 @@ async def main():
 threading.Thread(target=asyncio.run, args=(main(),)).start()
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert said(new_store()) == ["before", "after"]
+    if sys.version_info >= (3, 12):
+        assert "The interpreter is shutting down" in result.stderr, result.stderr
+        assert said(new_store()) == ["before"]
+    else:
+        assert (result.returncode, result.stderr) == (0, "")
+        assert said(new_store()) == ["before", "after"]
