@@ -126,8 +126,11 @@ def origin_of(chat_history_id: str, branch_of: object) -> str | None:
 
     :param branch_of: The value of `BRANCH_OF_KEY` in its meta.
     """
-    is_branch = isinstance(branch_of, str) and branch_of and chat_history_id.startswith(branch_prefix(branch_of))
-    return branch_of if isinstance(branch_of, str) and is_branch else None
+    if not isinstance(branch_of, str) or not branch_of or not chat_history_id.startswith(branch_prefix(branch_of)):
+        return None
+    # The prefix has only the beginning of a long id. Without the digest, a history could be a branch of itself.
+    is_readable = len(branch_of) <= _READABLE_IN_BRANCH or chat_history_id.endswith(f"~{_digest(branch_of)}")
+    return branch_of if is_readable else None
 
 
 def branch_prefix(chat_history_id: str) -> str:

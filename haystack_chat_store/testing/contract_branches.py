@@ -52,6 +52,17 @@ class Rule17BranchesTest(ContractTest):
             with pytest.raises(ValueError, match="branches"):
                 calls.call(store, name, branches="yes")
 
+    def test_history_is_no_branch_of_itself_however_long_its_id(self, store: ClosableStore, calls: Calls) -> None:
+        """The ids of branches have only the beginning of a long id."""
+        beginning = "p" * (MAX_ID_LENGTH - 100)
+        old, new = f"{beginning}~a", f"{beginning}~new"
+        calls.write(store, old, [user("a")])
+        calls.call(store, "update_chat_history", old, meta={"branch_of": old})
+        assert listed(calls, store) == [old]
+        calls.call(store, "rename_chat_history", old, new)
+        assert listed(calls, store) == listed(calls, store, branches=True) == [new]
+        assert calls.count(store, new) == 1
+
     def test_copy_is_a_branch_from_its_first_moment(self, store: ClosableStore, calls: Calls) -> None:
         calls.write(store, "chat", [user("question"), ChatMessage.from_assistant("kept")])
         calls.call(store, "create_chat_history", "chat~2", title="given", meta={"old": True})

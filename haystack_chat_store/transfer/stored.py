@@ -189,7 +189,8 @@ class _Snapshot:
             if now is None:
                 return False
             has_same_user = before.user_id == now.user_id
-            if has_same_user and (not is_long or _state(before) == _state(now)):
+            is_same = before.created_at == now.created_at and (not is_long or _state(before) == _state(now))
+            if has_same_user and is_same:
                 return True
             self.history = now
         if has_same_user:

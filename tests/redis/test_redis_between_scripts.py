@@ -271,6 +271,36 @@ def test_a_history_takes_the_branches_along_that_are_made_while_it_is_handed_ove
         assert {info.user_id for info in store.list_chat_histories(branches=True).items} == {"bob"}
 
 
+def family(store):
+    prepare(store)
+    store.copy_messages("old", "old~1", meta=BRANCH)
+
+
+@on_every_engine
+def test_the_meta_of_a_branch_that_is_changed_while_its_history_is_renamed_is_kept(at_each_script):
+    def change(store):
+        for branch, info in branches_of_old(store).items():
+            store.update_chat_history(branch, meta={**info.meta, "mine": 1})
+            changed.append(branch)
+
+    changed = []
+    for store, _ in at_each_script(family, lambda store: store.rename_chat_history("old", "new"), change):
+        (branch,) = (info for info in store.list_chat_histories(branches=True).items if info.meta)
+        assert branch.meta == {"branch_of": "new", **({"mine": 1} if changed else {})}
+        changed.clear()
+
+
+@on_every_engine
+def test_a_history_that_is_deleted_while_it_is_renamed_leaves_no_branch(at_each_script):
+    def delete(store):
+        for each in ("old", "new"):
+            store.delete_chat_history(each)
+
+    for store, is_deleted in at_each_script(family, lambda store: store.rename_chat_history("old", "new"), delete):
+        left = {info.chat_history_id for info in store.list_chat_histories(branches=True).items}
+        assert left == (set() if is_deleted else {"new", "new~1"})
+
+
 @on_every_engine
 @pytest.mark.parametrize("is_repeated", [True, False])
 @pytest.mark.parametrize("history", ["old", "old~1", "old~1~2"])

@@ -2,6 +2,7 @@
 """Search on a server that has the query engine, and what is said on others."""
 
 import time
+from itertools import islice
 
 import pytest
 from breadth import VARIANT, WHOLE
@@ -21,7 +22,7 @@ from servers import RedisServer, require_query_engine
 
 from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError, UnsupportedOperationError
-from haystack_chat_store.stores.redis import documents
+from haystack_chat_store.stores.redis import documents, search
 from haystack_chat_store.testing import (
     RandomWalkTest,
     Rule17DirectoryTest,
@@ -205,6 +206,51 @@ class TestUnindexed:
         assert words_of(searching, client) == [("chat", 0), ("chat", 2)]
         assert found(searching, "needle") == [("chat", 0)]
         assert found(searching, "pin") == [("chat", 2)]
+
+    def test_a_search_never_leaves_out_what_is_noted_beyond_its_limit(self, make_store):
+        """It says that messages are to be indexed, also if it looks for those of one history."""
+        searching, plain = make_store(search=True), make_store()
+        say(searching, "pin", history="first")
+        names = list(islice((each for each in neighbours("chat") if each != "first"), 60))
+        for name in names:
+            say(plain, "needle", history=name)
+        for options in ({}, {"chat_history_id": names[-1]}, {"prefix": names[0]}):
+            with pytest.raises(UnsupportedOperationError, match="index"):
+                searching.search_messages("needle", **options)
+        searching.index_messages()
+        assert found(searching, "needle", chat_history_id=names[-1]) == [(names[-1], 0)]
+
+    def test_a_search_finds_what_is_renamed_or_handed_over_meanwhile(self, make_store, monkeypatch):
+        searching, plain = make_store(search=True), make_store()
+        for history in ("renamed", "given"):
+            say(searching, "needle", history=history)
+        asked = search.ask_index
+
+        async def change_first(session, *command):
+            if command[0] == "FT.SEARCH":
+                plain.rename_chat_history("renamed", "new")
+                plain.update_chat_history("given", user_id="ada")
+            return await asked(session, *command)
+
+        monkeypatch.setattr(search, "ask_index", change_first)
+        assert found(searching, "needle") == [("given", 0), ("new", 0)]
+
+    def test_a_hand_over_indexes_no_other_histories(self, make_store, client):
+        searching, plain = make_store(search=True), make_store()
+        say(searching, "needle", history="given")
+        say(plain, "needle", history="noted")
+        searching.update_chat_history("given", user_id="ada")
+        assert words_of(searching, client) == [("given", 0)]
+
+    def test_a_damaged_history_stays_noted_until_it_can_be_indexed(self, make_store, client):
+        searching, plain = make_store(search=True), make_store()
+        say(searching, "pin", history="first")
+        say(plain, "needle")
+        client.delete(searching.engine.keys(searching.scope).of_history("history").roles)
+        searching.index_messages()
+        plain.delete_chat_history("history")
+        say(plain, "needle")
+        assert found(searching, "needle") == [("history", 0)]
 
     def test_an_index_that_is_gone_is_made_again(self, searching, client):
         say(searching, "needle")

@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from haystack import logging
 from haystack.dataclasses import ChatRole
 
-from haystack_chat_store.errors import ChatHistoryExistsError, MessageDecodingError, UnsupportedOperationError
+from haystack_chat_store.errors import (
+    ChatHistoryExistsError,
+    ChatHistoryNotFoundError,
+    MessageDecodingError,
+    StoreUnavailableError,
+    UnsupportedOperationError,
+)
 from haystack_chat_store.ids import branch_id
 from haystack_chat_store.stores.faults import FaultList
 from haystack_chat_store.stores.previews import beginning_of_content, kept_row, last_said, preview_faults
@@ -287,7 +293,7 @@ class Checking(Renaming):
                 if repair:
                     try:
                         await self.rename_history(session, scope, old_id, chat_history_id)
-                    except ChatHistoryExistsError:  # both have changed since
+                    except (ChatHistoryExistsError, ChatHistoryNotFoundError, StoreUnavailableError):  # they change
                         is_repaired = False
                 wrong = "The chat history: it was renamed, and what has its old id is left, or is being renamed now."
                 faults.append(Fault(chat_history_id=chat_history_id, description=wrong, is_repaired=is_repaired))

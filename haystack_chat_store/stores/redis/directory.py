@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.ids import branch_prefix
 from haystack_chat_store.stores.conflicts import check_revision, history_not_found, no_access
-from haystack_chat_store.stores.redis.documents import index_all_written, prepare_index
+from haystack_chat_store.stores.redis.documents import index_written, prepare_index
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
 from haystack_chat_store.stores.redis.schema import (
@@ -216,7 +216,7 @@ class Directory(RedisOperations):
                 if updated is not None and handing_over is not None:
                     await _hand_over_branches(session, keys, chat_history_id, handing_over, set())
                 if change.user_id is not UNCHANGED:
-                    await index_all_written(self, session, keys)
+                    await index_written(self, session, keys, chat_history_id)
                 return None if updated is None else updated.row
 
     async def create_history(self, session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:

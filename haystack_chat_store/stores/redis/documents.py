@@ -196,8 +196,6 @@ async def index_history(session: Session, keys: Keys, chat_history_id: str, limi
         try:
             answer = await session.run(scripts.NEXT_UNINDEXED, keys.to_read(chat_history_id), arguments)
         except MessageDecodingError:  # its messages cannot be read, and are indexed when it is repaired
-            names = keys.of_bucket_of(chat_history_id)
-            await session.run(scripts.REINDEX, names, [chat_history_id, ""])
             return done
         start, state, user_id, end, found = answer
         if not start:
@@ -256,18 +254,4 @@ async def index_written(engine: RedisOperations, session: Session, keys: Keys, c
         try:
             await index_history(session, keys, chat_history_id, MAX_COUNT)
         except ChatMessageStoreError as error:
-            _log_unindexed(error)
-
-
-async def index_all_written(engine: RedisOperations, session: Session, keys: Keys) -> None:
-    """Index what was written to any history, as `index_written` does."""
-    if engine.is_searching:
-        try:
-            while await index_next(session, keys, _INDEXED_PER_STEP):
-                pass
-        except ChatMessageStoreError as error:
-            _log_unindexed(error)
-
-
-def _log_unindexed(error: ChatMessageStoreError) -> None:
-    logger.warning("Messages were stored in Redis, and could not be indexed: {error}", error=str(error))
+            logger.warning("Messages were stored in Redis, and could not be indexed: {error}", error=str(error))

@@ -14,6 +14,7 @@ from haystack_chat_store.stores.redis.directory import (
     StateOfHistory,
     branches_of,
     delete_in_state,
+    follow_origin,
     listed_history,
     read_histories,
     read_state,
@@ -27,10 +28,27 @@ from haystack_chat_store.stores.redis.scripts import directory as scripts
 from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.redis.staging import Stage, note_branch
 from haystack_chat_store.stores.redis.writing import written
-from haystack_chat_store.stores.rows import HistoryRow, Scope, meta_of_branch, renamed_branch_ids
+from haystack_chat_store.stores.rows import HistoryRow, Scope, branch_origin, meta_of_branch, renamed_branch_ids
 
 # How often a renaming begins again because the history was changed meanwhile.
 _ATTEMPTS = 10
+
+
+class _MetaChangedError(Exception):
+    """The meta of a branch is not the one that it had when it was found."""
+
+
+class _Meta:
+    """
+    The meta of a branch that is renamed.
+
+    :param before: The meta that it has.
+    :param origin: The new id of its history.
+    """
+
+    def __init__(self, before: str | None, origin: str) -> None:
+        self.before = before
+        self.after = meta_of_branch(before, origin)
 
 
 class Renaming(RedisOperations):
@@ -53,17 +71,9 @@ class Renaming(RedisOperations):
         """
         keys, new_id = self.keys(scope), renamed.chat_history_id
         passed.add(new_id)
-        for branch, listed in (await branches_of(session, keys, old_id)).items():
+        for listed in (await branches_of(session, keys, old_id)).values():
             if listed.row.user_id == renamed.user_id:
-                meta = meta_of_branch(listed.row.meta, new_id)
-                for name in renamed_branch_ids(branch, old_id, new_id):
-                    try:
-                        await self._rename_one(session, scope, branch, name, meta)
-                    except (ChatHistoryExistsError, ChatHistoryAccessError):
-                        continue
-                    except ChatHistoryNotFoundError:  # it was deleted meanwhile
-                        pass
-                    break
+                await self._rename_branch(session, scope, listed.row, old_id, renamed)
         # Also those that an earlier call has renamed, whose own branches it may not have reached.
         for listed in (await branches_of(session, keys, new_id)).values():
             before = listed.renamed_from
@@ -71,28 +81,54 @@ class Renaming(RedisOperations):
             if is_own and before and not await read_histories(session, keys, [before], of_all=True):
                 await self.rename_branches(session, scope, before, listed.row, passed)
 
+    async def _rename_branch(
+        self, session: Session, scope: Scope, branch: HistoryRow, old_id: str, renamed: HistoryRow
+    ) -> None:
+        """Have a branch follow its history, unless it is none any more, or deleted."""
+        keys, new_id, found = self.keys(scope), renamed.chat_history_id, branch
+        for name in renamed_branch_ids(branch.chat_history_id, old_id, new_id):
+            while branch_origin(found.chat_history_id, found.meta) == old_id:
+                try:
+                    await self._rename_one(session, scope, found.chat_history_id, name, _Meta(found.meta, new_id))
+                    # The history may have been handed over, renamed or deleted meanwhile.
+                    await follow_origin(session, keys, name, new_id, renamed.user_id)
+                    return
+                except _MetaChangedError:
+                    rows = await read_histories(session, keys, [found.chat_history_id])
+                    if not rows:
+                        return
+                    found = rows[found.chat_history_id].row
+                except (ChatHistoryExistsError, ChatHistoryAccessError):
+                    break
+                except ChatHistoryNotFoundError:  # one of them was deleted meanwhile
+                    return
+
     async def _rename_one(
-        self, session: Session, scope: Scope, old_id: str, new_id: str, meta: str | None
+        self, session: Session, scope: Scope, old_id: str, new_id: str, meta: "_Meta | None"
     ) -> HistoryRow:
         """
         Rename the keys by one script, or copy the history if the server says that no script can use the keys of both.
 
         The server knows that better than the settings of the store: there may be one node of a cluster, or a proxy.
 
-        :param meta: The meta that the history gets, or `None` if it keeps its own.
+        :param meta: The meta that a branch gets, or `None` if the history is no branch.
+        :raises _MetaChangedError: If the branch does not have the meta that it had.
         """
         keys = self.keys(scope)
         await prepare_index(self, session, keys)
-        await note_branch(session, keys, new_id, meta)
+        await note_branch(session, keys, new_id, None if meta is None else meta.after)
         names = [*keys.to_write(old_id), *keys.to_write(new_id)]
+        metas = ("", "") if meta is None else (meta.after, meta.before or "")
         try:
-            fields = await session.run(scripts.RENAME, names, [old_id, new_id, new_name(), meta or "", keys.user])
+            fields = await session.run(scripts.RENAME, names, [old_id, new_id, new_name(), *metas, keys.user])
         except SlotsDifferError:
             return await self._rename_by_copying(session, scope, old_id, new_id, meta)
         if fields[0] == "ACCESS":
             raise no_access()
         if fields[0] == "EXISTS":
             raise history_is_there(new_id)
+        if fields[0] == "CHANGED":
+            raise _MetaChangedError
         renamed = None if fields[0] == "MISSING" else listed_history(new_id, fields)
         if renamed is None:
             raise history_not_found(old_id)
@@ -100,7 +136,7 @@ class Renaming(RedisOperations):
         return renamed.row
 
     async def _rename_by_copying(
-        self, session: Session, scope: Scope, old_id: str, new_id: str, meta: str | None
+        self, session: Session, scope: Scope, old_id: str, new_id: str, meta: "_Meta | None"
     ) -> HistoryRow:
         """
         Copy the history, and delete the old one if nothing about it has changed meanwhile; otherwise begin again.
@@ -147,17 +183,23 @@ class Renaming(RedisOperations):
         raise history_is_there(new.history.row.chat_history_id)
 
     @staticmethod
-    async def _copy_whole(session: Session, keys: Keys, old: StateOfHistory, new_id: str, meta: str | None) -> bool:
+    async def _copy_whole(session: Session, keys: Keys, old: StateOfHistory, new_id: str, meta: "_Meta | None") -> bool:
         """Copy a history with everything. Return False if it was changed meanwhile, and then copy nothing."""
         row = old.history.row
+        if meta is not None and (row.meta or "") != (meta.before or ""):
+            raise _MetaChangedError
         async with Stage(session, keys, new_id) as stage:
-            if await stage.add_history(row.chat_history_id, None, gaps=True) is None:
+            try:
+                is_added = await stage.add_history(row.chat_history_id, None, gaps=True) is not None
+            except ChatHistoryNotFoundError:  # another client has ended the same renaming, perhaps
+                is_added = False
+            if not is_added:
                 return False
             now = await read_state(session, keys, row.chat_history_id)
             if now is None or now.state != old.state:
                 return False
             further = {"renamed_from": row.chat_history_id, "renaming": f"{row.created_at} {old.state}"}
-            described = row if meta is None else replace(row, meta=meta)
+            described = row if meta is None else replace(row, meta=meta.after)
             expiry = f"@{old.history.expires_at}" if old.history.expires_at else 0
             answer = await stage.finish(
                 0, expiry, described, user_id=row.user_id, further=further, least_revision=row.revision

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations on the index of words."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from haystack_chat_store.errors import MessageDecodingError, StoreTimeoutError, UnsupportedOperationError
 from haystack_chat_store.search_text import Phrase, matches, relevance, searchable_text_of_content, terms
 from haystack_chat_store.stores.redis.directory import id_range, is_branch, read_histories
-from haystack_chat_store.stores.redis.documents import ask_index, index_next, query_of, read_unindexed, turn_on
+from haystack_chat_store.stores.redis.documents import (
+    Unindexed,
+    ask_index,
+    index_next,
+    query_of,
+    read_unindexed,
+    turn_on,
+)
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.reading import read_part
@@ -59,27 +66,17 @@ class Search(RedisOperations):
         def is_wanted(name: str) -> bool:
             return name.startswith(prefix) and chat_history_id in (None, name)
 
-        first_positions = {name: first for name, first in unindexed.first_positions.items() if is_wanted(name)}
-        places = await _read_unindexed_places(session, keys, first_positions)
-        if places is None:
+        query = query_of(phrases, chat_history_id, scope.user_id)
+        found = await _matching_unindexed(session, scope, keys, phrases, unindexed, is_wanted)
+        indexed = await _matching_indexed(session, scope, keys, phrases, query, max(limit, _RANKED), is_wanted)
+        # A history that was handed over or renamed meanwhile has lost its words, and is noted.
+        now = await read_unindexed(session, keys, _MOST_UNINDEXED_HISTORIES + 1)
+        noted: dict[tuple[str, int], FoundRow] | None = {}
+        if now.first_positions != unindexed.first_positions:
+            noted = await _matching_unindexed(session, scope, keys, phrases, now, is_wanted)
+        if found is None or indexed is None or noted is None:
             return None
-        found = await _matching(session, scope, keys, phrases, places)
-        query, offset = query_of(phrases, chat_history_id, scope.user_id), 0
-        while len(found) < max(limit, _RANKED) and offset < _MOST_RESULTS:
-            page: list[str | int] = ["LIMIT", offset, _RANKED, "TIMEOUT", 0, "DIALECT", 2]
-            answer = await ask_index(
-                session, "FT.SEARCH", keys.index_name(), query, "NOCONTENT", "SORTBY", "size", "ASC", *page
-            )
-            if answer is None:  # somebody has dropped it just now
-                return None
-            indexed = defaultdict(list)
-            for place in filter(None, map(keys.place_of, answer[1:])):
-                if is_wanted(place[0]):
-                    indexed[place[0]].append(place[1])
-            found |= await _matching(session, scope, keys, phrases, indexed)
-            offset += _RANKED
-            if len(answer) <= _RANKED:
-                break
+        found = {**found, **indexed, **noted}
         return sorted(found.values(), key=lambda row: (-row.score, row.chat_history_id, row.position))[:limit]
 
     async def search_titles(
@@ -103,12 +100,13 @@ class Search(RedisOperations):
                 for bucket, after in parts.items()
             ]
             answers = await session.run_each(scripts.TITLES, calls)
-            for _, found in answers:
-                names += [
-                    name
-                    for name, title in zip(found[::2], found[1::2], strict=True)
-                    if chat_history_id in (None, name) and matches(phrases, terms(title))
-                ]
+            titles = [
+                (name, title)
+                for _, found in answers
+                for name, title in zip(found[::2], found[1::2], strict=True)
+                if chat_history_id in (None, name)
+            ]
+            names += await session.to_thread(_matching_titles, phrases, titles)
             parts = {bucket: last for bucket, (last, _) in zip(parts, answers, strict=True) if last}
         histories = (each.row for each in (await read_histories(session, keys, names)).values())
         rows = [
@@ -142,6 +140,55 @@ async def _wait_for_index(session: Session, keys: Keys) -> bool:
             return True
         await session.pause()
     raise StoreTimeoutError("The query engine of Redis is still indexing messages. Search again when it has done so.")
+
+
+async def _matching_indexed(
+    session: Session,
+    scope: Scope,
+    keys: Keys,
+    phrases: Sequence[Phrase],
+    query: str,
+    limit: int,
+    is_wanted: Callable[[str], bool],
+) -> dict[tuple[str, int], FoundRow] | None:
+    """Read the messages that the index finds, the shortest first, until so many match. `None` if there is no index."""
+    found: dict[tuple[str, int], FoundRow] = {}
+    for offset in range(0, _MOST_RESULTS, _RANKED):
+        page: list[str | int] = ["LIMIT", offset, _RANKED, "TIMEOUT", 0, "DIALECT", 2]
+        answer = await ask_index(
+            session, "FT.SEARCH", keys.index_name(), query, "NOCONTENT", "SORTBY", "size", "ASC", *page
+        )
+        if answer is None:  # another client has dropped it just now
+            return None
+        places = defaultdict(list)
+        for name, position in filter(None, map(keys.place_of, answer[1:])):
+            if is_wanted(name):
+                places[name].append(position)
+        found |= await _matching(session, scope, keys, phrases, places)
+        if len(answer) <= _RANKED or len(found) >= limit:
+            break
+    return found
+
+
+async def _matching_unindexed(
+    session: Session,
+    scope: Scope,
+    keys: Keys,
+    phrases: Sequence[Phrase],
+    unindexed: Unindexed,
+    is_wanted: Callable[[str], bool],
+) -> dict[tuple[str, int], FoundRow] | None:
+    """Read the wanted messages that are not indexed, and return those that match, or `None` if they are many."""
+    of_buckets = Counter(map(bucket_of, unindexed.first_positions))
+    if max(of_buckets.values(), default=0) > _MOST_UNINDEXED_HISTORIES:  # others are not known, and may be wanted
+        return None
+    first_positions = {name: first for name, first in unindexed.first_positions.items() if is_wanted(name)}
+    places = await _read_unindexed_places(session, keys, first_positions)
+    return None if places is None else await _matching(session, scope, keys, phrases, places)
+
+
+def _matching_titles(phrases: Sequence[Phrase], titles: Sequence[tuple[str, str]]) -> list[str]:
+    return [name for name, title in titles if matches(phrases, terms(title))]
 
 
 async def _read_unindexed_places(

@@ -183,7 +183,7 @@ if redis.call('HEXISTS', history, 'message_count') == 1 then
     local before = owner
     owner = redis.call('HGET', history, 'user_id')
     if owner ~= before then
-        remove_documents(history, 0, tonumber(redis.call('HGET', history, 'next_position')) - 1)
+        remove_documents(history, 0, (tonumber(redis.call('HGET', history, 'next_position')) or 0) - 1)
         unindex(chat_history_id, 0)
         if before then redis.call('ZREM', users_key(before), chat_history_id) end
         if owner then
@@ -301,8 +301,9 @@ return {{deleted, branched, owner_then}}
 
 #: Give a history another id. Keys: those of its bucket, its own; those of the other bucket, of the other id.
 #: Arguments: the history's id; the other one; a name for this call; a new meta, or nothing if it keeps its own; the
-#: user. Returns the fields of INFOS, also if an earlier attempt has done it, or ACCESS, or EXISTS if there is a history
-#: with the other id, or MISSING if there is none with the first.
+#: meta that it has, if it gets a new one; the user. Returns the fields of INFOS, also if an earlier attempt has done
+#: it, or ACCESS, or EXISTS if there is a history with the other id, or MISSING if there is none with the first, or
+#: CHANGED if it has another meta.
 RENAME = Script(
     OF_BUCKET_AND_HISTORY,
     f"""
@@ -318,6 +319,7 @@ if is_new and not is_done then return {{'MISSING'}} end
 if there[1] and user ~= '' and there[2] ~= user then return {{'ACCESS'}} end
 if is_done then return redis.call('HMGET', renamed[1], {INFO}) end
 if there[1] then return {{'EXISTS'}} end
+if ARGV[4] ~= '' and ARGV[5] ~= (redis.call('HGET', history, 'meta') or '') then return {{'CHANGED'}} end
 if redis.call('EXISTS', unpack(renamed)) > 0 then return redis.error_reply('DAMAGED ' .. renamed[1]) end
 local revision_there = tonumber(redis.call('GET', KEYS[16]) or 0)
 for key = 13, 15 do redis.call('ZCARD', KEYS[key]) end

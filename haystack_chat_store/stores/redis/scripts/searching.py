@@ -84,13 +84,13 @@ return {ALL_INDEXED}
 """,
 )
 
-#: Have a history indexed anew, all of it or, if it is damaged, nothing. Keys: those of the bucket. Arguments: its id;
-#: the position to begin at, or nothing; then keys of words to remove. It is not called on a cluster.
+#: Have a history indexed anew. Keys: those of the bucket. Arguments: its id; the position to begin at; then keys of
+#: words to remove. It is not called on a cluster.
 REINDEX = Script(
     OF_BUCKET,
     """
 for index = 3, #ARGV do redis.call('UNLINK', ARGV[index]) end
-if ARGV[2] ~= '' then unindex(ARGV[1], ARGV[2]) else redis.call('ZREM', unindexed, ARGV[1]) end
+unindex(ARGV[1], ARGV[2])
 """,
 )
 
