@@ -10,7 +10,7 @@ from haystack.dataclasses import ChatMessage
 
 from haystack_chat_store import transcript_matcher
 from haystack_chat_store.errors import ChatHistoryChangedError, StoreUnavailableError
-from haystack_chat_store.ids import MAX_ID_LENGTH
+from haystack_chat_store.ids import MAX_ID_LENGTH, branch_prefix
 from haystack_chat_store.testing.contract_directory import listed
 from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, only_where
 from haystack_chat_store.testing.messages import user
@@ -54,8 +54,7 @@ class Rule17BranchesTest(ContractTest):
 
     def test_history_is_no_branch_of_itself_however_long_its_id(self, store: ClosableStore, calls: Calls) -> None:
         """The ids of branches have only the beginning of a long id."""
-        beginning = "p" * (MAX_ID_LENGTH - 100)
-        old, new = f"{beginning}~a", f"{beginning}~new"
+        old, new = (f"{branch_prefix('p' * MAX_ID_LENGTH)}{name}" for name in ("a", "new"))
         calls.write(store, old, [user("a")])
         calls.call(store, "update_chat_history", old, meta={"branch_of": old})
         assert listed(calls, store) == [old]
