@@ -14,8 +14,8 @@ from haystack.components.generators.chat import MockChatGenerator
 from haystack.dataclasses import ChatMessage, ToolCall
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
-from interpreter import STRICTLY
 from strict_model import StrictChatGenerator
+from versions import STRICTLY
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.testing.fork_server import run_python

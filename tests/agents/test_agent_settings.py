@@ -19,7 +19,7 @@ from haystack.components.generators.utils import print_streaming_chunk
 from haystack.hooks.tool_result_offloading import AlwaysOffload, FileSystemToolResultStore, ToolResultOffloadHook
 from haystack.token_counters import ApproximateTokenCounter
 from haystack_integrations.hooks.chat_store import ChatHistoryLoader, ChatHistorySaver, chat_history_hooks
-from interpreter import STRICTLY
+from versions import STRICTLY
 
 from haystack_chat_store import ChatMessageStoreError, SQLiteChatMessageStore
 from haystack_chat_store.errors import MessageEncodingError

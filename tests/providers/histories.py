@@ -11,6 +11,7 @@ from itertools import count
 from haystack.dataclasses import ChatMessage, FileContent, ImageContent, TextContent, ToolCall
 from receiving import RECEIVE
 from replies import Call, Reply
+from versions import SENDS_REFUSALS
 
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
 
@@ -64,9 +65,10 @@ PDF = base64.b64encode(b"%PDF-1.4 nothing").decode()
 @cache
 def is_installed(provider: str) -> bool:
     try:
-        return find_spec(MODULES[provider]) is not None
+        is_found = find_spec(MODULES[provider]) is not None
     except ModuleNotFoundError:
         return False
+    return is_found and (SENDS_REFUSALS or MODULES[provider] != "haystack")
 
 
 def installed() -> list[str]:
