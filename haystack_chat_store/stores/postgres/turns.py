@@ -111,9 +111,10 @@ class Turns:
 
     def begin(self, history: Hashable) -> bool:
         """
-        Take the turn, if no other append has it. It is not for the main thread.
+        Take the turn, if no other append has it. It is not for synchronous calls of the main thread.
 
-        An exception that a signal handler raises there could keep the turn for ever.
+        An exception that a signal handler raises there could keep the turn for ever. So it could in an event loop of
+        the main thread, which is normally not used after that.
 
         :param history: What appends have in common that can go together.
         """

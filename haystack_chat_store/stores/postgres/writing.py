@@ -196,6 +196,7 @@ async def append_together(session: Session, scope: Scope, chat_history_id: str, 
     new: dict[str, EncodedMessage] = {}
     made: list[Append] = []
     for append in appends:
+        append.sent = ()  # an earlier attempt has sent nothing
         of_append = {each.message_id: each for each in append.messages if each.message_id not in known_ids}
         if new.keys().isdisjoint(of_append):
             new.update(of_append)

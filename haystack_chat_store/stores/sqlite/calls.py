@@ -22,6 +22,10 @@ from haystack_chat_store.stores.sqlite import failures
 logger = logging.getLogger(__name__)
 
 
+# However short its timeout, a call waits so long for a thread, which first has to wake up.
+_LEAST_WAIT_SECONDS = 0.05
+
+
 class Call:
     """
     A call that waits until a thread makes it.
@@ -83,7 +87,8 @@ class CallOfTask(Call):
             except RuntimeError as error:
                 raise failures.no_thread(error) from error
             if not is_taken:
-                timer = self.loop.call_later(self.deadline - time.monotonic(), self._give_up, timed_out)
+                seconds = max(self.deadline - time.monotonic(), _LEAST_WAIT_SECONDS)
+                timer = self.loop.call_later(seconds, self._give_up, timed_out)
             return await self.future
         finally:
             if timer is not None:
@@ -135,7 +140,7 @@ class Threads:
         """
         self._limit = limit
         self._name = name
-        self._queue: SimpleQueue[Work | None] = SimpleQueue()  # after all work, one `None` for each thread to end
+        self._queue: SimpleQueue[Work | None] = SimpleQueue()  # `None` ends a thread, which passes it on to the next
         self._threads: list[threading.Thread] = []
         self._free = 0  # how many more threads there are than pieces of work: below 0 if some wait
         self._is_closed = False
@@ -148,21 +153,20 @@ class Threads:
         :raises RuntimeError: If no thread can be started. The work is not done.
         """
         with self._lock:
-            if self._is_closed or (self._free <= 0 and len(self._threads) < self._limit):
-                self._start_thread()
+            if self._is_closed:
+                self._start_thread(self._do, work)
+                return True
+            if self._free <= 0 and len(self._threads) < self._limit:
+                self._start_another_thread()
             self._free -= 1
             self._queue.put(work)
-            if self._is_closed:
-                self._queue.put(None)
-            return self._free >= 0 and not self._is_closed
+            return self._free >= 0
 
     def close(self) -> None:
         """Let each thread end when all work that has come is done. Work that still comes has a thread of its own."""
         with self._lock:
-            if not self._is_closed:
-                self._is_closed = True
-                for _ in self._threads:
-                    self._queue.put(None)
+            self._is_closed = True
+            self._queue.put(None)
 
     def finish(self) -> None:
         """Wait until all work that has come is done, and let all threads end."""
@@ -170,23 +174,32 @@ class Threads:
         for thread in self._threads:
             thread.join()
 
-    def _start_thread(self) -> None:
+    def _start_another_thread(self) -> None:
+        try:
+            self._start_thread(self._run)
+        except RuntimeError:
+            if not self._threads:
+                raise
+        else:
+            self._free += 1
+
+    def _start_thread(self, target: Callable[..., None], *arguments: Any) -> None:
         name = f"{self._name}-{len(self._threads)}"
-        thread = threading.Thread(target=self._run, name=name, daemon=True)
+        thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
         thread.start()
         self._threads.append(thread)
-        self._free += 1
 
     def _run(self) -> None:
-        while True:
-            work = self._queue.get()
-            if work is None:
-                return
-            try:
-                answer(self._calls_made(work))
-            except BaseException:  # of a call, its task is told: this is a fault here, and must not cost the thread
-                logger.exception("A thread for asynchronous calls has failed.")
+        while (work := self._queue.get()) is not None:
+            self._do(work)
             del work  # with its results
+        self._queue.put(None)
+
+    def _do(self, work: Work) -> None:
+        try:
+            answer(self._calls_made(work))
+        except BaseException:  # of a call, its task is told: this is a fault here, and must not cost the thread
+            logger.exception("A thread for asynchronous calls has failed.")
 
     def _calls_made(self, work: Work) -> Sequence[CallOfTask]:
         """Do some work. The thread is free before tasks are told, so one that makes call after call keeps to it."""
