@@ -21,7 +21,7 @@ from haystack_chat_store.stores import engine as engine_module
 from haystack_chat_store.stores.tracing import _CONVENTIONAL_NAMES, is_tracing_enabled
 from haystack_chat_store.testing.messages import conversation, user
 
-SYSTEMS = {"memory": None, "sqlite": "sqlite", "postgres": "postgresql", "redis": "redis"}
+SYSTEMS = {"memory": None, "sqlite": "sqlite", "postgres": "postgresql", "redis": "redis", "redis_cluster": "redis"}
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 """Search on a server that has the query engine, and what is said on others."""
 
 import time
+from contextlib import suppress
 from itertools import islice
 
 import pytest
 from breadth import VARIANT, WHOLE
 from haystack.dataclasses import ChatMessage
+from redis.exceptions import ResponseError
 from redis_stores import (
     OnRedis,
     all_keys_of,
@@ -36,6 +38,17 @@ from haystack_chat_store.testing import (
     Rule27ReplacingTest,
 )
 from haystack_chat_store.testing.messages import with_id
+
+
+@pytest.fixture(autouse=True)
+def _drop_indexes(request):
+    """An index that a test leaves would be looked through for each new one."""
+    server = request.getfixturevalue("server") if "server" in request.fixturenames else None
+    yield
+    if isinstance(server, RedisServer):
+        with server.client() as client, suppress(ResponseError):  # without the query engine, there are none
+            for index in client.execute_command("FT._LIST"):
+                client.execute_command("FT.DROPINDEX", index)
 
 
 @on_a_searching_server
