@@ -5,16 +5,33 @@ import gc
 import os
 import re
 import sqlite3
+import time
 import traceback
 from contextlib import closing, contextmanager, suppress
 
 from haystack.dataclasses import ChatMessage
 
+from haystack_chat_store.stores.sqlite.connections import databases
 from haystack_chat_store.testing.kit import texts
 
 # Put together, so that it stands in no line of source that a traceback shows.
 SECRET = " ".join(["my", "password", "is", "4711"])
 SIDE_FILES = ("-wal", "-shm")
+#: After so many seconds, a test that waits has failed.
+HANG_LIMIT = 50.0
+
+
+def until(is_so):
+    """Wait until something is so."""
+    gives_up_at = time.monotonic() + HANG_LIMIT
+    while not is_so():
+        assert time.monotonic() < gives_up_at
+        time.sleep(0.001)
+
+
+def database_of(store):
+    """What a store's engine keeps of its file."""
+    return databases.get(store.engine.settings)
 
 
 def say(store, text, history="history"):

@@ -10,25 +10,10 @@ import weakref
 
 import pytest
 from haystack.dataclasses import ChatMessage
-from sqlite_stores import opened, said, say
+from sqlite_stores import HANG_LIMIT, database_of, opened, said, say, until
 from stopwatch import Stopwatch
 
 from haystack_chat_store.errors import StoreTimeoutError
-from haystack_chat_store.stores.sqlite.connections import databases
-
-HANG_LIMIT = 50.0
-
-
-def until(is_so):
-    """Wait until something is so."""
-    gives_up_at = time.monotonic() + HANG_LIMIT
-    while not is_so():
-        assert time.monotonic() < gives_up_at
-        time.sleep(0.001)
-
-
-def database_of(store):
-    return databases.get(store.engine.settings)
 
 
 def test_a_task_that_makes_one_call_after_the_other_keeps_to_one_thread(new_store):

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 from haystack.dataclasses import ChatMessage
-from sqlite_stores import opened, rows, said, say
+from sqlite_stores import HANG_LIMIT, database_of, opened, rows, said, say, until
 from stopwatch import Stopwatch
 
 from haystack_chat_store.doctor import check
@@ -27,23 +27,9 @@ from haystack_chat_store.errors import (
 )
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.stores.sqlite import calls, turns
-from haystack_chat_store.stores.sqlite.connections import databases
 from haystack_chat_store.testing.concurrency import in_threads
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
-HANG_LIMIT = 50.0
-
-
-def until(is_so):
-    """Wait until something is so."""
-    gives_up_at = time.monotonic() + HANG_LIMIT
-    while not is_so():
-        assert time.monotonic() < gives_up_at
-        time.sleep(0.001)
-
-
-def database_of(store):
-    return databases.get(store.engine.settings)
 
 
 class Crowd:
