@@ -253,7 +253,8 @@ def test_a_branch_that_is_made_goes_where_its_history_goes_meanwhile(at_each_scr
     listed = []
     for store, _ in at_each_script(prepare, make_branch, go):
         history, left = store.get_chat_history("old"), branches_of_old(store)
-        assert {info.user_id for info in left.values()} <= {history.user_id if history else "nobody"}
+        users = set() if history is None else {history.user_id}
+        assert {info.user_id for info in left.values()} <= users
         if change == "renaming":
             of_new = [info for info in store.list_chat_histories(branches=True).items if info.meta]
             assert {info.meta["branch_of"] for info in of_new} <= {"new" if history is None else "old"}

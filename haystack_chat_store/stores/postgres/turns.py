@@ -16,6 +16,7 @@ Threads have turns among themselves, and so have the tasks of each event loop.
 import asyncio
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 
@@ -33,7 +34,7 @@ def size_of(messages: Sequence[EncodedMessage]) -> int:
     return sum([len(message.content) for message in messages])
 
 
-class Append:
+class Append(ABC):
     """
     An append that waits for its turn.
 
@@ -55,13 +56,13 @@ class Append:
         self.has_turn = self.is_taken = False
         self.is_awaited = True
 
+    @abstractmethod
     def wake(self) -> None:
         """Wake the caller: it has the turn, or the append has been in a group."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def wait(self, seconds: float) -> bool:
         """Wait until `wake` is called. Return False if it is not in time."""
-        raise NotImplementedError
 
 
 class AppendOfThread(Append):
