@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ctrl-C, signal handlers and finalizers: what comes in the middle of a call does no harm to the calls after it."""
 
+import dis
 import gc
 import itertools
 import os
@@ -11,11 +12,14 @@ import sys
 import threading
 import time
 from contextlib import closing
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE
+from pathlib import Path
+from types import CodeType
 
 import pytest
 from haystack.dataclasses import ChatMessage
 
-from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
+from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore, stores
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.kit import texts
@@ -249,3 +253,50 @@ def test_interrupted_calls_leave_no_half_batch_and_hold_up_neither_writes_nor_fo
     assert os.waitpid(child, 0)[1] == 0
     assert time.monotonic() - started < HANG_LIMIT / 2, "the fork waited for a connection that nobody uses"
     store.close()
+
+
+# ---------------------------------------------------------------------- all stores
+
+
+def codes_in(code):
+    """Yield a code object, and those of the functions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from codes_in(constant)
+
+
+def unsafe_lines(code):
+    """
+    Yield the lines where an exception of a signal handler leaves a `with` without its exit.
+
+    Since 3.12, Python looks for signals where a loop goes on, and if a condition comes last in the loop, its `with`
+    does not cover this place.
+    """
+    bytecode = dis.Bytecode(code)
+    instructions = list(bytecode)
+    index_at = {instruction.offset: index for index, instruction in enumerate(instructions)}
+    for handler in {entry.target for entry in bytecode.exception_entries}:
+        covered = {
+            offset
+            for entry in bytecode.exception_entries
+            if entry.target == handler
+            for offset in range(entry.start, entry.end, 2)
+        }
+        if instructions[index_at[handler] + 1].opname == "WITH_EXCEPT_START":
+            for before, instruction in zip([instructions[0], *instructions], instructions, strict=False):
+                goes_on = instruction.opname == "JUMP_BACKWARD" and before.opname.startswith("POP_JUMP")
+                if goes_on and instruction.offset not in covered and instruction.argval in covered:
+                    yield instruction.positions.lineno
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python covers all of a loop before 3.12")
+def test_a_lock_surrounds_no_loop_that_python_leaves_without_releasing_it():
+    found = {
+        f"{path.name}:{line} ({code.co_qualname})"
+        for path in Path(stores.__file__).parent.rglob("*.py")
+        for code in codes_in(compile(path.read_text(encoding="utf-8"), str(path), "exec"))
+        if not code.co_flags & (CO_COROUTINE | CO_ASYNC_GENERATOR)  # they go back in each `await`
+        for line in unsafe_lines(code)
+    }
+    assert not found

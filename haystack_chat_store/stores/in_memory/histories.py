@@ -5,14 +5,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from haystack.dataclasses import ChatRole
 
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.search_text import searchable_text_of_content
 from haystack_chat_store.stores.conflicts import check_access
+from haystack_chat_store.stores.engine import OperationT
 from haystack_chat_store.stores.in_memory.search_index import SearchIndex
 from haystack_chat_store.stores.rows import (
     EncodedMessage,
@@ -344,8 +346,8 @@ class Memory:
     """
     The histories of a process, by namespace.
 
-    Each operation holds `lock` while it reads or changes them. The lock is reentrant, because a signal handler or a
-    finalizer may interrupt an operation of the same thread and write.
+    Each operation holds `lock` while it reads or changes them: see `locked`. The lock is reentrant, because a signal
+    handler or a finalizer may interrupt an operation of the same thread and write.
     """
 
     def __init__(self, lock: AbstractContextManager[Any]) -> None:
@@ -370,6 +372,22 @@ class Memory:
     def namespaces(self) -> list[str]:
         """Return the names of the namespaces that have histories."""
         return sorted(name for name, namespace in self._namespaces.items() if namespace.with_prefix(Scope(name), ""))
+
+
+def locked(operation: OperationT) -> OperationT:
+    """
+    Have an operation hold the lock from its first line to its last.
+
+    The lock surrounds a call, and no loop: since Python 3.12, the exception of a signal handler at the end of a loop
+    in a `with` leaves it without its exit, and the lock would stay taken.
+    """
+
+    @wraps(operation)
+    def run(engine: Any, session: Memory, *arguments: Any, **options: Any) -> Any:
+        with session.lock:
+            return operation(engine, session, *arguments, **options)
+
+    return cast(OperationT, run)
 
 
 def _is_visible(scope: Scope, history: History) -> bool:

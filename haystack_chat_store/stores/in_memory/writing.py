@@ -18,7 +18,7 @@ from haystack_chat_store.stores.conflicts import (
     planned,
 )
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.in_memory.histories import History, Memory, Namespace, Stored
+from haystack_chat_store.stores.in_memory.histories import History, Memory, Namespace, Stored, locked
 from haystack_chat_store.stores.in_memory.search_index import SearchIndex
 from haystack_chat_store.stores.previews import beginning_of_content
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope
@@ -28,6 +28,7 @@ from haystack_chat_store.stores.times import microseconds_now
 class Writing(Engine[Memory]):
     """The operations that change messages."""
 
+    @locked
     def append(
         self,
         session: Memory,
@@ -40,46 +41,46 @@ class Writing(Engine[Memory]):
         """
         Append messages in a single step, which Ctrl-C cannot split. If messages are replaced, replace the history.
         """
-        with session.lock:
-            namespace, now = session.of(scope), microseconds_now()
-            history = namespace.find_to_write(scope, chat_history_id)
-            revision = 0 if history is None else history.revision
-            known = {} if history is None else history.known(messages)
-            compares = history is not None and compares_contents(policy, expected_revision, revision)
-            equal = history.equal(messages) if history is not None and compares else {}
-            plan = planned(messages, known, equal, policy, expected_revision, revision)
-            new = [_stored(message, now) for message in plan.new]
-            if history is not None and plan.replaced:
-                times = {place: message.created_at for place in plan.replaced if (message := history.messages[place])}
-                changes = {place: _stored(message, times[place]) for place, message in plan.replaced.items()}
-                changed = history.changed(now, changes, new)
-                namespace.put(chat_history_id, replace(changed, expires_at=scope.expires_at(now)))
-            elif new:
-                _append(namespace, scope, chat_history_id, new, now)
-            return len(plan.new) + len(plan.replaced)
+        namespace, now = session.of(scope), microseconds_now()
+        history = namespace.find_to_write(scope, chat_history_id)
+        revision = 0 if history is None else history.revision
+        known = {} if history is None else history.known(messages)
+        compares = history is not None and compares_contents(policy, expected_revision, revision)
+        equal = history.equal(messages) if history is not None and compares else {}
+        plan = planned(messages, known, equal, policy, expected_revision, revision)
+        new = [_stored(message, now) for message in plan.new]
+        if history is not None and plan.replaced:
+            times = {place: message.created_at for place in plan.replaced if (message := history.messages[place])}
+            changes = {place: _stored(message, times[place]) for place, message in plan.replaced.items()}
+            changed = history.changed(now, changes, new)
+            namespace.put(chat_history_id, replace(changed, expires_at=scope.expires_at(now)))
+        elif new:
+            _append(namespace, scope, chat_history_id, new, now)
+        return len(plan.new) + len(plan.replaced)
 
+    @locked
     def delete(self, session: Memory, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
         """Remove the history and its branches."""
-        with session.lock:
-            namespace = session.of(scope)
-            history = namespace.find_to_write(scope, chat_history_id)
-            if history is not None:
-                check_revision(expected_revision, history.revision)
-            namespace.delete(scope, chat_history_id)
+        namespace = session.of(scope)
+        history = namespace.find_to_write(scope, chat_history_id)
+        if history is not None:
+            check_revision(expected_revision, history.revision)
+        namespace.delete(scope, chat_history_id)
 
+    @locked
     def delete_all(self, session: Memory, scope: Scope) -> bool:
         """Remove the namespace's histories and its index."""
-        with session.lock:
-            namespace = session.of(scope)
-            if scope.user_id is not None:
-                for chat_history_id in namespace.with_prefix(scope, ""):
-                    namespace.put(chat_history_id, None)
-                return False
-            revisions = [history.revision for history in namespace.histories.values()]
-            namespace.deleted_revision = max([namespace.deleted_revision, *revisions])
-            namespace.histories, namespace.index, namespace.branches = {}, SearchIndex(), {}
+        namespace = session.of(scope)
+        if scope.user_id is not None:
+            for chat_history_id in namespace.with_prefix(scope, ""):
+                namespace.put(chat_history_id, None)
+            return False
+        revisions = [history.revision for history in namespace.histories.values()]
+        namespace.deleted_revision = max([namespace.deleted_revision, *revisions])
+        namespace.histories, namespace.index, namespace.branches = {}, SearchIndex(), {}
         return False
 
+    @locked
     def delete_messages(
         self,
         session: Memory,
@@ -90,22 +91,22 @@ class Writing(Engine[Memory]):
         expected_revision: int | None,
     ) -> None:
         """Leave a gap at the position of each message."""
-        with session.lock:
-            namespace = session.of(scope)
-            history = namespace.find_to_write(scope, chat_history_id)
-            positions = {} if history is None else history.caught_up().positions
-            revision = 0 if history is None else history.revision
-            if from_message_id is not None:
+        namespace = session.of(scope)
+        history = namespace.find_to_write(scope, chat_history_id)
+        positions = {} if history is None else history.caught_up().positions
+        revision = 0 if history is None else history.revision
+        if from_message_id is not None:
+            check_revision(expected_revision, revision)
+            if from_message_id not in positions:
+                raise message_not_found(from_message_id)
+            gone = [position for position in positions.values() if position >= positions[from_message_id]]
+        else:
+            gone = [positions[message_id] for message_id in message_ids or () if message_id in positions]
+            if gone:
                 check_revision(expected_revision, revision)
-                if from_message_id not in positions:
-                    raise message_not_found(from_message_id)
-                gone = [position for position in positions.values() if position >= positions[from_message_id]]
-            else:
-                gone = [positions[message_id] for message_id in message_ids or () if message_id in positions]
-                if gone:
-                    check_revision(expected_revision, revision)
-            _remove(namespace, scope, chat_history_id, gone)
+        _remove(namespace, scope, chat_history_id, gone)
 
+    @locked
     def replace(
         self,
         session: Memory,
@@ -116,37 +117,37 @@ class Writing(Engine[Memory]):
         expected_revision: int | None,
     ) -> int:
         """Leave gaps and append in one step: a new `History` takes the place of the old one."""
-        with session.lock:
-            namespace, now = session.of(scope), microseconds_now()
-            history = namespace.find_to_write(scope, chat_history_id)
-            positions = {} if history is None else history.caught_up().positions
-            if history is not None and _has_replaced(history, from_message_id, messages):
-                return 0
-            check_revision(expected_revision, 0 if history is None else history.revision)
-            if history is None or from_message_id not in positions:
-                raise message_not_found(from_message_id)
-            start = positions[from_message_id]
-            gone = [position for position in positions.values() if position >= start]
-            new = [_stored(each, now) for each in messages if positions.get(each.message_id, start) >= start]
-            changed = history.changed(now, dict.fromkeys(gone), new)
-            namespace.put(chat_history_id, replace(changed, expires_at=scope.expires_at(now)))
-            return len(new)
+        namespace, now = session.of(scope), microseconds_now()
+        history = namespace.find_to_write(scope, chat_history_id)
+        positions = {} if history is None else history.caught_up().positions
+        if history is not None and _has_replaced(history, from_message_id, messages):
+            return 0
+        check_revision(expected_revision, 0 if history is None else history.revision)
+        if history is None or from_message_id not in positions:
+            raise message_not_found(from_message_id)
+        start = positions[from_message_id]
+        gone = [position for position in positions.values() if position >= start]
+        new = [_stored(each, now) for each in messages if positions.get(each.message_id, start) >= start]
+        changed = history.changed(now, dict.fromkeys(gone), new)
+        namespace.put(chat_history_id, replace(changed, expires_at=scope.expires_at(now)))
+        return len(new)
 
+    @locked
     def update_message(
         self, session: Memory, scope: Scope, chat_history_id: str, message_id: str, change: Callable[[str], str]
     ) -> MessageRow:
         """Replace the history by one with the changed message."""
-        with session.lock:
-            namespace = session.of(scope)
-            history = namespace.find_to_write(scope, chat_history_id)
-            position = None if history is None else history.caught_up().positions.get(message_id)
-            message = None if history is None or position is None else history.messages[position]
-            if history is None or position is None or message is None:
-                raise message_not_found(message_id)
-            changes: dict[int, Stored | None] = {position: message._replace(content=change(message.content))}
-            namespace.put(chat_history_id, history.changed(history.updated_at, changes))
-            return namespace.histories[chat_history_id].page(None, position - 1, 1)[0]
+        namespace = session.of(scope)
+        history = namespace.find_to_write(scope, chat_history_id)
+        position = None if history is None else history.caught_up().positions.get(message_id)
+        message = None if history is None or position is None else history.messages[position]
+        if history is None or position is None or message is None:
+            raise message_not_found(message_id)
+        changes: dict[int, Stored | None] = {position: message._replace(content=change(message.content))}
+        namespace.put(chat_history_id, history.changed(history.updated_at, changes))
+        return namespace.histories[chat_history_id].page(None, position - 1, 1)[0]
 
+    @locked
     def copy(
         self,
         session: Memory,
@@ -157,25 +158,24 @@ class Writing(Engine[Memory]):
         meta: str | None,
     ) -> int:
         """Append the source's messages to the target, without gaps."""
-        with session.lock:
-            namespace = session.of(scope)
-            source = namespace.find(scope, source_id)
-            if source is None:
-                raise history_not_found(source_id)
-            end = len(source.messages)
-            if until_message_id is not None:
-                if until_message_id not in source.caught_up().positions:
-                    raise message_not_found(until_message_id)
-                end = source.positions[until_message_id] + 1
-            target = namespace.find_to_write(scope, target_id)
-            if target is not None and target.count():
-                raise history_has_messages(target_id)
-            copied = [message for message in source.messages[:end] if message is not None]
-            if copied:
-                if target is not None:
-                    check_same_user(source.user_id, target.user_id)
-                _append(namespace, scope, target_id, copied, microseconds_now(), source.user_id, meta)
-            return len(copied)
+        namespace = session.of(scope)
+        source = namespace.find(scope, source_id)
+        if source is None:
+            raise history_not_found(source_id)
+        end = len(source.messages)
+        if until_message_id is not None:
+            if until_message_id not in source.caught_up().positions:
+                raise message_not_found(until_message_id)
+            end = source.positions[until_message_id] + 1
+        target = namespace.find_to_write(scope, target_id)
+        if target is not None and target.count():
+            raise history_has_messages(target_id)
+        copied = [message for message in source.messages[:end] if message is not None]
+        if copied:
+            if target is not None:
+                check_same_user(source.user_id, target.user_id)
+            _append(namespace, scope, target_id, copied, microseconds_now(), source.user_id, meta)
+        return len(copied)
 
     def import_history(
         self,
@@ -190,22 +190,22 @@ class Writing(Engine[Memory]):
         with session.lock:
             return _import(session.of(scope), scope, history, imported, expected_revision)
 
+    @locked
     def import_histories(
         self, session: Memory, scope: Scope, histories: Sequence[tuple[HistoryRow, Sequence[MessageRow]]]
     ) -> int:
         """Import all histories, if none of them exists."""
-        with session.lock:
-            namespace = session.of(scope)
-            for history, _ in histories:
-                existing = namespace.find_to_write(scope, history.chat_history_id)
-                if existing is not None:
-                    raise history_exists(history.chat_history_id)
-            return sum(_import(namespace, scope, history, list(map(_imported, rows)), 0) for history, rows in histories)
+        namespace = session.of(scope)
+        for history, _ in histories:
+            existing = namespace.find_to_write(scope, history.chat_history_id)
+            if existing is not None:
+                raise history_exists(history.chat_history_id)
+        return sum(_import(namespace, scope, history, list(map(_imported, rows)), 0) for history, rows in histories)
 
+    @locked
     def remove(self, session: Memory, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
         """Leave a gap at the position of each message."""
-        with session.lock:
-            _remove(session.of(scope), scope, chat_history_id, positions)
+        _remove(session.of(scope), scope, chat_history_id, positions)
 
 
 def _append(

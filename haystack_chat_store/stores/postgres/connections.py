@@ -420,7 +420,7 @@ class Pool(ServerConnections):
         loop = asyncio.get_running_loop()
         with self._lock:
             if loop not in self._loops:
-                for ended in [loop for loop in self._loops if loop.is_closed()]:
+                for ended in filter(asyncio.AbstractEventLoop.is_closed, list(self._loops)):
                     self._loops.pop(ended).idle.close()
                 self._loops[loop] = _LoopConnections(self._settings)
             return self._loops[loop]

@@ -187,15 +187,8 @@ class Turns:
 
     def _take(self, history: Hashable, append: Append) -> list[Append]:
         """Take those that wait and go with an append into one statement."""
-        taken: list[Append] = []
-        size = append.size
         with self._lock:
-            waiting = self._waiting[history]
-            while waiting and len(taken) < _MAX_APPENDS - 1 and size + waiting[0].size <= MAX_CHARACTERS:
-                taken.append(waiting.popleft())
-                taken[-1].is_taken = True
-                size += taken[-1].size
-        return taken
+            return _taken(self._waiting[history], append.size)
 
     def _withdraw(self, history: Hashable, append: Append) -> None:
         """Let an append go that waits no more. If it was taken, it is not known whether it is made."""
@@ -216,3 +209,13 @@ class Turns:
             other.wake()
         if last is None:
             self.end(history)
+
+
+def _taken(waiting: deque[Append], size: int) -> list[Append]:
+    """Take appends from the waiting ones, as long as there are not too many with an append of this size."""
+    taken: list[Append] = []
+    while waiting and len(taken) < _MAX_APPENDS - 1 and size + waiting[0].size <= MAX_CHARACTERS:
+        taken.append(waiting.popleft())
+        taken[-1].is_taken = True
+        size += taken[-1].size
+    return taken

@@ -279,10 +279,10 @@ class Session(ABC):
         """Close the connections to a server that nothing has used after a moment: they are as dead as another one."""
         with self._lock:
             idle = self._idle.get(address, [])
-            closed = [each for each in idle if each.since <= moment]
-            self._idle[address] = [each for each in idle if each.since > moment]
-        for each in closed:
-            await self._disconnect(each.connection)
+            self._idle[address] = list(filter(lambda each: each.since > moment, idle))
+        for each in idle:
+            if each.since <= moment:
+                await self._disconnect(each.connection)
 
     async def _run_on(self, connection: Any, call: Call) -> Any:
         call.attempts += 1

@@ -259,7 +259,10 @@ class Writing(RedisOperations):
         check_revision(expected_revision, next((each.row.revision for each in found.values()), 0))
         remaining = iter(batches)
         async with Stage(session, keys, history.chat_history_id) as stage:
-            while (rows := await session.to_thread(next, remaining, None)) is not None:
+            while True:
+                rows = await session.to_thread(next, remaining, None)
+                if rows is None:
+                    break
                 await stage.add(rows)
             user_id = history.user_id if scope.user_id is None else scope.user_id
             answer = await stage.finish(expected_revision, lifetime(scope), history, user_id=user_id)

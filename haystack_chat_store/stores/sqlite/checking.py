@@ -171,7 +171,8 @@ def _faults_of_file(session: Database, repair: bool) -> list[Fault]:
 
 def _file_check(session: Database) -> list[str]:
     with session.snapshot() as connection:
-        return [line for (line,) in connection.execute(_CHECK_FILE) if line != "ok"]
+        lines = connection.execute(_CHECK_FILE).fetchall()
+    return [line for (line,) in lines if line != "ok"]
 
 
 def _orphaned_messages(session: Database, repair: bool) -> Iterator[Fault]:
@@ -226,7 +227,7 @@ def _faults_of_histories(session: Database, scope: Scope, repair: bool) -> Itera
 
 def _faults_of_descriptions(session: Database, scope: Scope, repair: bool) -> Iterator[Fault]:
     """Compare what is kept of previews, terms of titles and origins with messages, titles and metas; keep it anew."""
-    undescribed = {}
+    undescribed: dict[int, str] = {}
     with session.snapshot() as connection, damaged_texts_escaped(connection):
         for history_key, raw_title, kept_terms, branch_of, row in _described(connection, scope):
             found = []
@@ -242,8 +243,7 @@ def _faults_of_descriptions(session: Database, scope: Scope, repair: bool) -> It
             found += [f"{each.capitalize()}." for each in wrong]
             for each in found:
                 yield Fault(chat_history_id=row.chat_history_id, description=each, is_repaired=repair)
-            if found and repair:
-                undescribed[history_key] = row.chat_history_id
+            undescribed |= {history_key: row.chat_history_id} if found and repair else {}
     for history_key, name in undescribed.items():
         with session.transaction() as connection, damaged_texts_escaped(connection):
             for title, meta in connection.execute(_TITLE_AND_META, (history_key,)).fetchall():

@@ -237,11 +237,12 @@ class Database:
             time.sleep(_POLL_SECONDS)
         with self._leaving_lock:
             for connection in [*self._idle_writers, *self._idle_readers]:
-                if not connection.is_to_files_at(path):
-                    self._leave(connection, deadline)
+                self._leave_if_moved(connection, deadline)
 
-    def _leave(self, connection: Connection, deadline: float) -> None:
+    def _leave_if_moved(self, connection: Connection, deadline: float) -> None:
         path, idle = self.settings.path, self._idle(connection)
+        if connection.is_to_files_at(path):
+            return
         with self._lock:
             if connection not in idle:  # it was lent meanwhile, to a call that finds out itself
                 return
@@ -434,10 +435,8 @@ class Database:
         while True:
             with self._lock:
                 if not self._is_forking:
-                    for idle in kinds:
-                        if idle:
-                            return self._lent_to_this_thread(idle.pop())
-                    return None
+                    idle = next(filter(None, kinds), None)
+                    return self._lent_to_this_thread(idle.pop()) if idle else None
             time.sleep(_POLL_SECONDS)
 
     def _lent_to_this_thread(self, connection: Connection) -> Connection:

@@ -13,6 +13,7 @@ from haystack_chat_store.stores.conflicts import (
     check_access,
     check_revision,
     check_same_user,
+    history_exists,
     is_replaced_already,
 )
 from haystack_chat_store.stores.previews import beginning_of_content, first_question, last_said
@@ -180,6 +181,15 @@ class Histories:
         check_access(self._scope, found.user_id)
         return found
 
+    def check_is_new(self, chat_history_id: str) -> None:
+        """
+        Check that a history does not exist.
+
+        :raises ChatHistoryChangedError: If it does.
+        """
+        if self.find(chat_history_id) is not None:
+            raise history_exists(chat_history_id)
+
     def find_to_read(self, chat_history_id: str) -> StoredHistory | None:
         """Return a history, or `None` if it does not exist, has expired, or is another user's."""
         found = self._found(chat_history_id)
@@ -260,6 +270,11 @@ class Histories:
         found: tuple[int, str] | None = self.connection.execute(_MESSAGE, (history.history_key, message_id)).fetchone()
         return found
 
+    def find_keys(self, history: StoredHistory, message_ids: Iterable[str]) -> list[int]:
+        """Return the keys of those messages that the history has."""
+        found = [self.find_message(history, message_id) for message_id in message_ids]
+        return [each[0] for each in found if each is not None]
+
     def known(self, history: StoredHistory, messages: Iterable[EncodedMessage]) -> Mapping[str, tuple[int, str]]:
         """Return the ids among these that the history has, each with its message's key and role."""
         found = {}
@@ -297,14 +312,21 @@ class Histories:
         if plan.replaced:
             self.find_previews(history.history_key)
 
-    def replace(self, history: StoredHistory, first_key: int, new: Sequence[EncodedMessage], now: int) -> None:
-        """Delete the messages from a key on, append others, and count both."""
+    def replace(self, history: StoredHistory, first_key: int, messages: Sequence[EncodedMessage], now: int) -> int:
+        """
+        Delete the messages from a key on, append others, and count both.
+
+        :returns: How many were appended. Messages that stay, because they come before the key, are not.
+        """
+        kept = {message_id for message_id, (key, _) in self.known(history, messages).items() if key < first_key}
+        new = [message for message in messages if message.message_id not in kept]
         deleted, rounds = self._delete_and_count(first_key, history.next_key)
         self._append(history, new, now)
         counts = (len(new), len(new) - deleted, round_count(new) - rounds)
         self.connection.execute(_UPDATE_HISTORY, (*counts, now, history.history_key))
         self._renew(history)
         self.find_previews(history.history_key)
+        return len(new)
 
     def import_batches(self, row: HistoryRow, batches: Iterable[Sequence[MessageRow]], expected_revision: int) -> int:
         """Append all batches to a history, which is made if it does not exist, and count them."""

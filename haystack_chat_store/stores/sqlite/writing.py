@@ -9,7 +9,6 @@ from haystack_chat_store.stores.conflicts import (
     check_revision,
     check_same_user,
     compares_contents,
-    history_exists,
     history_has_messages,
     history_not_found,
     message_not_found,
@@ -91,11 +90,10 @@ class Writing(Engine[Database]):
                     raise message_not_found(from_message_id)
                 histories.delete_messages(history, [(first[0], history.next_key)])
             elif history is not None:
-                found = [histories.find_message(history, message_id) for message_id in message_ids or ()]
-                ranges = [(each[0], each[0]) for each in found if each is not None]
-                if ranges:
+                keys = histories.find_keys(history, message_ids or ())
+                if keys:
                     check_revision(expected_revision, history.revision)
-                histories.delete_messages(history, ranges)
+                histories.delete_messages(history, [(key, key) for key in keys])
 
     def replace(
         self,
@@ -116,11 +114,7 @@ class Writing(Engine[Database]):
             first = None if history is None else histories.find_message(history, from_message_id)
             if history is None or first is None:
                 raise message_not_found(from_message_id)
-            known = histories.known(history, messages)
-            kept = {message_id for message_id, (key, _) in known.items() if key < first[0]}
-            new = [message for message in messages if message.message_id not in kept]
-            histories.replace(history, first[0], new, microseconds_now())
-        return len(new)
+            return histories.replace(history, first[0], messages, microseconds_now())
 
     def copy(
         self,
@@ -188,8 +182,7 @@ class Writing(Engine[Database]):
         with session.transaction() as connection:
             stored = Histories(connection, scope, session.settings.search)
             for row, _ in histories:
-                if stored.find(row.chat_history_id) is not None:
-                    raise history_exists(row.chat_history_id)
+                stored.check_is_new(row.chat_history_id)
             return sum(stored.import_batches(row, [messages], 0) for row, messages in histories)
 
     def remove(self, session: Database, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
