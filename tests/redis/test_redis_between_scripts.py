@@ -33,7 +33,7 @@ CHANGES = {
 
 
 #: Before how many scripts of a call the fast suite makes a change. The full suite makes it before each.
-IN_FAST_SUITE = 8
+IN_FAST_SUITE = 6
 
 
 @pytest.fixture

@@ -220,7 +220,7 @@ def lose_each_answer(gateways, make_store, calls, change, *, is_full):
 
 @on_every_engine
 @pytest.mark.parametrize("damage", ["damaged", "listed"])
-def test_a_repair_reports_what_it_did_whichever_answer_was_lost(gateways, make_store, client, damage):
+def test_a_repair_reports_what_it_did_whichever_answer_was_lost(gateways, make_store, client, damage, is_full):
     store = make_store(last_k=None)
     keys = store.engine.keys(store.scope)
     directory, counters = keys.of_bucket_of("history").directory, keys.of_history("history").counters
@@ -235,7 +235,8 @@ def test_a_repair_reports_what_it_did_whichever_answer_was_lost(gateways, make_s
     damaged()
     expected = check(store, repair=True)
     assert all(fault.is_repaired for fault in expected)
-    for lost in [*range(60, 80), *range(80, 1000, 50)]:  # first, each bucket is asked for its histories
+    for number in attempts(is_full=is_full):
+        lost = 63 + number  # first, each of the 64 buckets is asked for its histories
         damaged()
         answers = [lost]
 
