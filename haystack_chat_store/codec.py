@@ -9,6 +9,7 @@ that JSON does not know.
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from types import NoneType
 from typing import Any
 
 from haystack import logging
@@ -48,6 +49,17 @@ _PARTS = frozenset({TextContent, *_PART_KEYS})
 _new, _set = object.__new__, object.__setattr__
 _PART_KINDS = {key: kind for kind, key in _PART_KEYS.items()}
 _FIELDS = {kind: frozenset(field.name for field in fields(kind)) for kind in _PART_KEYS}
+# The types of the fields of a stored part. With another one, each use of the message would fail, and so each later turn
+# of its conversation.
+_TEXT, _TEXT_OR_NONE, _DICT, _DICT_OR_NONE = (str,), (str, NoneType), (dict,), (dict, NoneType)
+_TYPE_NAMES = {str: "a text", NoneType: "None", dict: "a dict", list: "a list of parts"}
+_FIELD_TYPES: dict[str, dict[str, tuple[type, ...]]] = {
+    "tool_call": {"tool_name": _TEXT, "arguments": _DICT, "id": _TEXT_OR_NONE, "extra": _DICT_OR_NONE},
+    "tool_call_result": {"result": (str, list), "origin": _DICT},
+    "image": {"base64_image": _TEXT, "mime_type": _TEXT_OR_NONE, "meta": _DICT},
+    "reasoning": {"reasoning_text": _TEXT, "extra": _DICT},
+    "file": {"base64_data": _TEXT, "mime_type": _TEXT_OR_NONE, "filename": _TEXT_OR_NONE, "extra": _DICT},
+}
 # The paths, without the message's name, at which a value without a JSON form is stored as its repr.
 _IN_META_OR_EXTRA = re.compile(
     r"\.meta\b|\.content\[\d+\]\['\w+'\](?:\['origin'\]|\['result'\]\[\d+\]\['\w+'\])?\['(?:meta|extra)'\]"
@@ -83,6 +95,10 @@ def encode_message(message: ChatMessage, message_id: str, where: str = "message"
         return repr_of(value)
 
     form = {key: json_value(value, (f"{where}.{key}",), stored_as_repr) for key, value in data.items()}
+    for index, part in enumerate(form["content"]):
+        wrong = _wrong_field(part)
+        if wrong is not None:
+            raise MessageEncodingError(f"{where}.content[{index}]{wrong}.")
     return encode_plain(form)
 
 
@@ -142,7 +158,11 @@ def decode_messages(texts: Sequence[str]) -> list[ChatMessage]:
 
 def _decoded_alone(text: str, index: int) -> ChatMessage:
     try:
-        message = ChatMessage.from_dict(parse_json(text))
+        data = parse_json(text)
+        parts = data.get("content")
+        if isinstance(parts, list) and any(map(_wrong_field, parts)):
+            raise TypeError
+        message = ChatMessage.from_dict(data)
         if not isinstance(message._meta, dict):
             raise TypeError
         return message
@@ -163,6 +183,8 @@ def _message_to_dict(message: ChatMessage, where: str) -> dict[str, Any]:
     """
     if len(fields(message)) != len(fields(ChatMessage)):
         raise MessageEncodingError(f"{where} is a {type(message).__name__} with fields that ChatMessage does not have.")
+    if not isinstance(message._name, _TEXT_OR_NONE):
+        raise MessageEncodingError(f"{where}.name is a {type(message._name).__name__}, not a text.")
     unknown = [index for index, part in enumerate(message._content) if type(part) not in _PARTS]
     if not unknown:
         content = [_part_to_dict(part, f"{where}.content[{index}]") for index, part in enumerate(message._content)]
@@ -181,6 +203,8 @@ def _message_to_dict(message: ChatMessage, where: str) -> dict[str, Any]:
 def _part_to_dict(part: Any, where: str) -> dict[str, Any]:
     kind = type(part)
     if kind is TextContent:
+        if not isinstance(part.text, str):
+            raise MessageEncodingError(f"{where}.text is a {type(part.text).__name__}, not a text.")
         return {"text": part.text}
     key = _PART_KEYS.get(kind)
     if key is None:
@@ -201,6 +225,22 @@ def _fields(part: Any) -> dict[str, Any]:
     return values if len(values) == len(names) else {name: values[name] for name in values if name in names}
 
 
+def _wrong_field(part: dict[str, Any]) -> str | None:
+    """Return what is wrong with a field of a stored part, or `None` if all have their types."""
+    for key, value in part.items():
+        if key == "text" and not isinstance(value, str):
+            return f"['text'] is a {type(value).__name__}, not a text"
+        for name, types in _FIELD_TYPES.get(key, {}).items():
+            if name in value and not isinstance(value[name], types):
+                expected = " or ".join(_TYPE_NAMES[each] for each in types)
+                return f"['{key}']['{name}'] is a {type(value[name]).__name__}, not {expected}"
+        if key == "tool_call_result":
+            results = value["result"] if isinstance(value["result"], list) else []
+            wrong = next(filter(None, map(_wrong_field, [{"tool_call": value["origin"]}, *results])), None)
+            return wrong and f"['{key}']: {wrong}"
+    return None
+
+
 def _message_from_dict(data: dict[str, Any]) -> ChatMessage:
     """
     Return the result of `ChatMessage.from_dict()`, without calling the constructors.
@@ -212,9 +252,11 @@ def _message_from_dict(data: dict[str, Any]) -> ChatMessage:
         raise ValueError("Not what this version of Haystack writes.")
     # Set one by one, attributes need no dictionary of their own: less memory, and fewer objects for Python's collector.
     for index, part in enumerate(content):
-        if "text" in part and len(part) == 1:
+        if "text" in part and len(part) == 1 and type(part["text"]) is str:
             content[index] = text = _new(TextContent)
             _set(text, "text", part["text"])
+        elif _wrong_field(part):
+            raise ValueError("Not what a store writes.")
         else:
             content[index] = _part_from_dict(part)
     message = _new(ChatMessage)
@@ -246,11 +288,13 @@ def _plain_part(part: Any) -> dict[str, Any] | None:
     """
     Return the stored form of a part of a message, or `None` if the part contains anything but plain data.
 
-    Of calls and texts that tools returned, only fields that can contain other data are checked.
+    Of calls and texts that tools returned, only fields that can contain other data are looked at closer.
     """
     try:
         data = _part_to_dict(part, "")
     except MessageEncodingError:  # raised again with the name of the message
+        return None
+    if _wrong_field(data):
         return None
     call = part.origin if type(part) is ToolCallResult and type(part.result) is str else part
     if type(call) is ToolCall:

@@ -49,8 +49,9 @@ class ChatMessageStore(Protocol):
     11. **Lossless.** No value in a message's `meta` or in a part's `extra` costs the message. A value that has a
         documented JSON form is stored in this form. Any other value is stored as its `repr`, and the log says so; a
         store with `strict=True` refuses it with a `MessageEncodingError`. The parts of a message (text, calls, results,
-        images, files, reasoning, and kinds that a newer Haystack adds) come back equal or are refused. An integer has
-        at most 4,300 digits. Keys that become the same text are refused by name. Iterators are not run.
+        images, files, reasoning, and kinds that a newer Haystack adds) come back equal or are refused. A field of a
+        part with another type than Haystack declares, such as a number as text, is refused. An integer has at most
+        4,300 digits. Keys that become the same text are refused by name. Iterators are not run.
     12. **Threads, event loops, processes.** One store object serves all of them, a forked child included. Asynchronous
         calls never block the event loop. A cancelled call leaves neither half a batch nor a leaked connection.
     13. **Lifecycle.** The constructor opens nothing. The first use opens connections, `close()` releases them, and the

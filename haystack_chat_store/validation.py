@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
-from haystack.dataclasses import ChatMessage, ChatRole
+from haystack.dataclasses import ChatMessage, ChatRole, TextContent
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store.ids import MAX_ID_LENGTH, message_id_of
@@ -299,4 +299,7 @@ def validated_messages(messages: Any, name: str = "messages") -> list[ChatMessag
             raise ValueError(f"{name}[{index}] must have a ChatRole as role and a dict as meta.")
         if not isinstance(message._content, Sequence):
             raise ValueError(f"{name}[{index}] must have a list of parts as content.")
+        for part in message._content:
+            if type(part) is TextContent and not isinstance(part.text, str):
+                raise ValueError(f"{name}[{index}] has a text that is a {type(part.text).__name__}, not a str.")
     return listed

@@ -421,6 +421,39 @@ def test_what_is_no_part_of_a_message_is_refused(content, path):
     assert str(refusal.value).startswith(path)
 
 
+WRONG_FIELDS = {
+    "text": (TextContent(5), "content[0].text is a int"),
+    "text of parts": (TextContent([{"type": "text", "text": "Hi!"}]), "content[0].text is a list"),
+    "text of bytes": (TextContent(b"Hi!"), "content[0].text is a bytes"),
+    "tool name": (replace(CALL, tool_name=None), "content[0]['tool_call']['tool_name'] is a NoneType"),
+    "arguments": (replace(CALL, arguments="{}"), "content[0]['tool_call']['arguments'] is a str"),
+    "call id": (replace(CALL, id=["a"]), "content[0]['tool_call']['id'] is a list"),
+    "extra": (replace(CALL, extra=[1]), "content[0]['tool_call']['extra'] is a list"),
+    "result": (ToolCallResult(5, CALL, False), "content[0]['tool_call_result']['result'] is a int"),
+    "result's origin": (
+        ToolCallResult("done", replace(CALL, id=5), False),
+        "content[0]['tool_call_result']: ['tool_call']['id'] is a int",
+    ),
+    "text in a result": (ToolCallResult([TextContent(5)], CALL, False), "content[0].result[0].text is a int"),
+    "image": (ImageContent(5, "image/png", validation=False), "content[0]['image']['base64_image'] is a int"),
+    "mime type": (ImageContent(PNG, 5, validation=False), "content[0]['image']['mime_type'] is a int"),
+    "file name": (FileContent(PNG, "image/png", 5), "content[0]['file']['filename'] is a int"),
+    "reasoning": (ReasoningContent(None), "content[0]['reasoning']['reasoning_text'] is a NoneType"),
+}
+
+
+@pytest.mark.parametrize(("part", "problem"), WRONG_FIELDS.values(), ids=WRONG_FIELDS.keys())
+def test_a_field_of_another_type_is_refused_before_it_breaks_its_conversation(part, problem):
+    with pytest.raises(MessageEncodingError) as refusal:
+        encoded(ChatMessage(ChatRole.USER, [part]), where="messages[2]")
+    assert str(refusal.value).startswith(f"messages[2].{problem}")
+
+
+def test_a_name_that_is_no_text_is_refused():
+    with pytest.raises(MessageEncodingError, match="name is a int"):
+        encoded(ChatMessage(ChatRole.USER, [TextContent("Hi!")], 5))
+
+
 @pytest.mark.parametrize(
     "value",
     [{1: "a", "1": "b"}, {None: "a", "null": "b"}, {Colour.RED: "a", "red": "b"}, {"\ud83d\ude00": "a", "😀": "b"}],
@@ -593,6 +626,9 @@ DAMAGED = {
     "part that is null": json.dumps(stored("user", {"image": None})),
     "part without fields": json.dumps(stored("assistant", {"tool_call": {}})),
     "part with another field": json.dumps(stored("user", {"image": {SECRET: 1}})),
+    "text that is none": json.dumps(stored("user", {"text": 5})),
+    "call id that is none": json.dumps(stored("assistant", {"tool_call": {**ORIGIN, "extra": None, "id": 5}})),
+    "image that is none": json.dumps(stored("user", {"image": {"base64_image": [SECRET]}})),
     "result without origin": json.dumps(stored("tool", {"tool_call_result": {}})),
     "content is a number": json.dumps({**stored("user"), "content": 5}),
     "deeper than Python": '{"role": "user", "meta": ' + "[" * 200_000,

@@ -263,6 +263,10 @@ class TestValidForTheModel:
             assert (asked, called) == (current[1], current[2])
             assert answered.tool_call_result.result == INTERRUPTED
 
+    def test_current_messages_with_a_text_that_is_none_are_refused(self, run, store):
+        with pytest.raises(ValueError, match=r"current_messages\[1\] has a text that is a int"):
+            run(ChatMessageRetriever(store), "h", current_messages=[USER("q0"), USER(5)])
+
     @untimed
     @given(any_conversations, any_conversations, st.integers(0, 4), st.sampled_from(["round", "message"]))
     def test_whatever_is_stored_what_comes_out_is_accepted_by_a_strict_model(self, stored, current, last_k, unit):

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 from haystack.components.agents import Agent
 from haystack.components.generators.chat import MockChatGenerator
-from haystack.dataclasses import ChatMessage, ImageContent
+from haystack.dataclasses import ChatMessage, ImageContent, TextContent
 from haystack.document_stores.types import DuplicatePolicy
 from haystack_integrations.hooks.chat_store import chat_history_hooks
 from turn_pipelines import CrashError, FailingEngine, Moments
@@ -470,6 +470,8 @@ def test_arguments_are_checked(store, match):
         {"transcript": ["a"]},
         {"transcript": [user("a"), "a"]},
         {"transcript": [user("a"), ChatMessage("user", [])]},
+        {"transcript": [user("a"), user(5)]},
+        {"transcript": [user("a"), ChatMessage.from_user(content_parts=["a", TextContent([{"type": "text"}])])]},
         {"transcript": "a"},
         {"transcript": [user("a")], "question_id": ""},
         {"transcript": [user("a")], "is_retry": "no"},

@@ -27,7 +27,13 @@ BAD_IDS: dict[str, Any] = {
     "low surrogate": "\ude00",
 }
 BAD_LAST_K: dict[str, Any] = {"negative": -1, "float": 2.0, "text": "2", "True": True, "False": False, "list": [2]}
-NOT_MESSAGES: dict[str, Any] = {"None": None, "text": "Hello", "dict": user().to_dict(), "list": [user()]}
+NOT_MESSAGES: dict[str, Any] = {
+    "None": None,
+    "text": "Hello",
+    "dict": user().to_dict(),
+    "list": [user()],
+    "number as text": ChatMessage.from_user(5),  # type: ignore[arg-type]
+}
 NOT_LISTS: dict[str, Any] = {
     "None": None,
     "text": "Hello",
