@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 from haystack import DeserializationError
-from haystack.dataclasses import ChatMessage
+from haystack.dataclasses import ChatMessage, ToolCall
 from haystack.document_stores.types import DuplicatePolicy
 from haystack_experimental.chat_message_stores.in_memory import InMemoryChatMessageStore as ExperimentalStore
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
@@ -96,6 +96,14 @@ class TestBatch:
         retrieved = ChatMessageRetriever(store).run("h", current_messages=[USER("q1")])["messages"]
         assert run(writer, "h", retrieved, [ASSISTANT("a1")]) == 2
         assert texts(store.retrieve_messages("h")) == ["q0", "a0", "q1", "a1"]
+
+    def test_what_the_retriever_has_added_for_the_model_is_not_stored(self, run, store, writer):
+        call = ChatMessage.from_assistant(tool_calls=[ToolCall("weather", {}, id="call_1")])
+        store.write_messages("h", [USER("q0"), call])  # the tool was interrupted
+        shown = ChatMessageRetriever(store).run("h", current_messages=[USER("q1")])["messages"]
+        assert [message.role.value for message in shown] == ["user", "assistant", "tool", "assistant", "user"]
+        assert run(writer, "h", [*shown, ASSISTANT("a1")]) == 2
+        assert texts(store.retrieve_messages("h")) == ["q0", None, "q1", "a1"]
 
 
 class TestWrongArguments:
