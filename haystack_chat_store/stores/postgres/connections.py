@@ -17,6 +17,7 @@ import weakref
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
+from operator import methodcaller
 from typing import Any, NamedTuple, TypeVar
 
 import psycopg
@@ -420,7 +421,7 @@ class Pool(ServerConnections):
         loop = asyncio.get_running_loop()
         with self._lock:
             if loop not in self._loops:
-                for ended in filter(asyncio.AbstractEventLoop.is_closed, list(self._loops)):
+                for ended in filter(methodcaller("is_closed"), list(self._loops)):
                     self._loops.pop(ended).idle.close()
                 self._loops[loop] = _LoopConnections(self._settings)
             return self._loops[loop]

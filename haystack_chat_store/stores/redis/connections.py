@@ -57,7 +57,7 @@ class Server(ServerConnections):
         session = self._async.get(loop)
         if session is None:
             with self._lock:
-                for ended in filter(asyncio.AbstractEventLoop.is_closed, list(self._async)):
+                for ended in filter(methodcaller("is_closed"), list(self._async)):
                     self._async.pop(ended).end()
                 session = self._async[loop] = AsyncSession(self._nodes)
                 self._sessions.add(session)
