@@ -20,6 +20,7 @@ are faster, too: a script that returns a number takes 59 µs of processor time t
 import asyncio
 import threading
 import weakref
+from operator import methodcaller
 
 from haystack_chat_store.stores.connection_registry import ServerConnectionRegistry, ServerConnections
 from haystack_chat_store.stores.redis.async_session import AsyncSession
