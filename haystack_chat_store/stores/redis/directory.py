@@ -86,14 +86,20 @@ class ListedHistory:
 
 class StateOfHistory(NamedTuple):
     """
-    A history, and a text that differs after each change of it.
+    A history, a text that differs after each change of it, and the renaming that has claimed it.
 
     :param history: The history.
     :param state: The text.
+    :param stage: The name of the messages that wait for the renaming, or nothing.
+    :param claimed_for: The new id, or nothing.
+    :param claimed_since: For how many milliseconds it has been claimed.
     """
 
     history: ListedHistory
     state: str
+    stage: str
+    claimed_for: str
+    claimed_since: int
 
     def is_copy_of(self, other: "StateOfHistory") -> bool:
         """Whether this is a copy that was made to rename the other one, which is still there."""
@@ -398,20 +404,24 @@ async def delete_histories(
 async def read_state(session: Session, keys: Keys, chat_history_id: str) -> StateOfHistory | None:
     """Return a history of any user, and its state, or `None` if it does not exist."""
     names = [keys.of_bucket_of(chat_history_id).schema_version, keys.of_history(chat_history_id).counters]
-    *fields, state = await session.run(scripts.STATE, names)
+    fields, *others = await session.run(scripts.STATE, names)
     history = listed_history(chat_history_id, fields)
-    return None if history is None else StateOfHistory(history, state)
+    return None if history is None else StateOfHistory(history, *others)
 
 
-async def delete_in_state(session: Session, keys: Keys, chat_history_id: str, state: str) -> bool:
+async def delete_in_state(
+    session: Session, keys: Keys, chat_history_id: str, state: str, claimed_for: str = ""
+) -> int | None:
     """
-    Delete a history of any user if it has a state still. Return whether it is gone now.
+    Delete a history of any user if it has a state still. Return how many there were, or `None` if it is still there.
 
     :param state: The state, from `read_state`.
+    :param claimed_for: The id that a renaming must have claimed it for, or nothing for any.
     """
     names = [*keys.of_bucket_of(chat_history_id), *keys.of_history(chat_history_id)]
-    answer = await session.run(scripts.DELETE, names, ["", "", "", 0, state, chat_history_id])
-    return bool(answer[0] != "CHANGED")
+    arguments: list[str | int] = ["", "", "", 0, f"{state} {claimed_for}", chat_history_id]
+    answer = await session.run(scripts.DELETE, names, arguments)
+    return None if answer[0] == "CHANGED" else int(answer[0])
 
 
 class _HandingOver(NamedTuple):
