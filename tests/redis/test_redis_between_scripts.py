@@ -428,3 +428,48 @@ def test_a_renaming_that_was_cut_off_is_finished_by_the_same_call_or_by_a_repair
         assert all(said(store, each) == ["Hello", "Hello"] for each in found)
         assert check(store) == []
     assert is_repeated or begun or history == "old"
+
+
+@on_every_engine
+@pytest.mark.parametrize("history", ["old", "old~1"])
+def test_a_history_that_is_deleted_after_its_renaming_was_cut_off_leaves_no_branch(at_each_script, history):
+    def prepare_family(store):
+        family(store)
+        store.copy_messages("old~1", "old~1~2", meta={"branch_of": "old~1"})
+
+    def cut_off(_):
+        raise StoreUnavailableError("The process has ended.")
+
+    for store, _ in at_each_script(
+        prepare_family, lambda store: store.rename_chat_history("old", "new"), cut_off, history
+    ):
+        for each in ("old", "new"):
+            store.delete_chat_history(each)
+        assert store.list_chat_histories(branches=True).items == []
+
+
+@on_every_engine
+def test_a_history_whose_renaming_was_cut_off_takes_all_branches_along_to_a_further_id(at_each_script):
+    def cut_off(_):
+        raise StoreUnavailableError("The process has ended.")
+
+    for store, _ in at_each_script(family, lambda store: store.rename_chat_history("old", "new"), cut_off):
+        for each in ("old", "new"):
+            with suppress(ChatHistoryNotFoundError):
+                store.rename_chat_history(each, "newest")
+        found = {info.chat_history_id: info.meta for info in store.list_chat_histories(branches=True).items}
+        assert found == {"newest": {}, "newest~1": {"branch_of": "newest"}}
+        assert check(store) == []
+
+
+@on_every_engine
+@pytest.mark.parametrize("history", ["old", "old~1"])
+def test_a_check_takes_no_deletion_for_a_fault(at_each_script, history):
+    def delete(store):
+        store.delete_chat_history("old")
+        say(store, "another", history="old")
+
+    faults = []
+    for store, _ in at_each_script(family, lambda store: faults.extend(check(store)), delete, history):
+        assert faults == []
+        assert check(store) == []

@@ -123,11 +123,13 @@ class Deleted(NamedTuple):
     :param number: How many histories there were.
     :param may_have_branches: Whether one of them had branches, or was not there, so that this is not known.
     :param owner: The user of the last one, an empty text for none, or `None` if this is not known.
+    :param renamed_from: The old id of the last one, which branches may name still, or nothing.
     """
 
     number: int
     may_have_branches: bool
     owner: str | None
+    renamed_from: str
 
 
 class Directory(RedisOperations):
@@ -395,10 +397,11 @@ async def delete_histories(
         raise no_access()
     if answer[0] == "CHANGED":
         check_revision(expected_revision, answer[1])
-    deleted, may_have_branches, owner = answer
+    deleted, may_have_branches, owner, renamed_from = answer
     if is_repeated:  # the first attempt may have deleted them, and only its answer was lost
         deleted = len(chat_history_ids) - len(await read_histories(session, keys, chat_history_ids))
-    return Deleted(int(deleted), is_repeated or bool(may_have_branches), owner[1:] if owner else None)
+    may_have_branches = is_repeated or bool(may_have_branches)
+    return Deleted(int(deleted), may_have_branches, owner[1:] if owner else None, renamed_from or "")
 
 
 async def read_state(session: Session, keys: Keys, chat_history_id: str) -> StateOfHistory | None:
@@ -431,19 +434,22 @@ class _HandingOver(NamedTuple):
     after: str | None
 
 
-async def delete_branches(session: Session, keys: Keys, chat_history_id: str, owner: str | None) -> None:
+async def delete_branches(session: Session, keys: Keys, chat_history_id: str, deleted: Deleted) -> None:
     """
-    Delete the branches of a history, and theirs.
+    Delete the branches of a history that was deleted, and theirs. If it was renamed, some may name its old id still.
 
-    :param owner: The user of the history, an empty text for none, or `None` if it is not known: then all of the scope
-        that name the history as their origin are deleted.
+    If the user of the history is not known, all of the scope that name it as their origin are deleted.
     """
-    for branch, history in (await branches_of(session, keys, chat_history_id)).items():
-        user_id = history.row.user_id or ""
-        if owner in (None, user_id):
-            deleted = await delete_histories(session, keys, bucket_of(branch), [branch])
-            if deleted.may_have_branches:
-                await delete_branches(session, keys, branch, user_id)
+    origins = [chat_history_id] if deleted.may_have_branches else []
+    before = deleted.renamed_from
+    if before and not await read_histories(session, keys, [before], of_all=True):
+        origins.append(before)
+    for origin in origins:
+        for branch, history in (await branches_of(session, keys, origin)).items():
+            user_id = history.row.user_id or ""
+            if deleted.owner in (None, user_id):
+                of_branch = await delete_histories(session, keys, bucket_of(branch), [branch])
+                await delete_branches(session, keys, branch, of_branch._replace(owner=user_id))
 
 
 async def follow_origin(session: Session, keys: Keys, branch: str, origin: str, owner: str | None) -> None:

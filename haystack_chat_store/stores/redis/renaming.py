@@ -83,6 +83,7 @@ class Renaming(RedisOperations):
             is_own = listed.row.user_id == renamed.user_id and listed.row.chat_history_id not in passed
             if is_own and before and not await read_histories(session, keys, [before], of_all=True):
                 await self.rename_branches(session, scope, before, listed.row, passed)
+        await self._end_renaming(session, keys, old_id, new_id)
 
     async def _rename_branch(
         self, session: Session, scope: Scope, branch: HistoryRow, old_id: str, renamed: HistoryRow
@@ -160,12 +161,12 @@ class Renaming(RedisOperations):
                 if new is None or new.history.renamed_from != old_id:
                     raise history_not_found(old_id)
                 check_access(scope, new.history.row.user_id)
-                return await self._end_renaming(session, keys, old_id, new.history.row)
+                return new.history.row
             for each in filter(None, (old, new)):
                 check_access(scope, each.history.row.user_id)
             if old.history.renaming:
-                await self._finish_renaming(session, scope, old.history)
-                continue
+                await self.finish_renaming(session, scope, old.history)
+                return await self._rename_one(session, scope, old_id, new_id, meta)
             if old.claimed_for not in ("", new_id):
                 row = await self._rename_as_claimed(session, scope, old)
                 if row is not None:
@@ -177,7 +178,8 @@ class Renaming(RedisOperations):
                 stage = await self._copy_whole(session, keys, old, new_id, meta)
             if stage and await self._delete_copied(session, keys, old, new_id, stage):
                 await index_written(self, session, keys, new_id)
-                return await self._end_renaming(session, keys, old_id, replace(old.history.row, chat_history_id=new_id))
+                found = await read_histories(session, keys, [new_id])
+                return found[new_id].row if found else replace(old.history.row, chat_history_id=new_id)
         raise StoreUnavailableError("The history was changed each time while it was being renamed. Try again.")
 
     @staticmethod
@@ -213,13 +215,13 @@ class Renaming(RedisOperations):
         await self._give_up_claim(session, keys, old_id, stage)
         return False
 
-    async def _finish_renaming(self, session: Session, scope: Scope, history: ListedHistory) -> None:
-        """Finish an earlier renaming of a history that is to be renamed again."""
+    async def finish_renaming(self, session: Session, scope: Scope, history: ListedHistory) -> None:
+        """Finish the renaming that gave a history its id, and have its branches follow."""
         keys, before, chat_history_id = self.keys(scope), history.renamed_from, history.row.chat_history_id
         try:
             await self.rename_history(session, scope, before, chat_history_id)
-        except ChatHistoryExistsError:  # both have changed since: they are two histories
-            await self._end_renaming(session, keys, before, history.row)
+        except (ChatHistoryExistsError, ChatHistoryAccessError):  # these are two histories by now
+            await self._end_renaming(session, keys, before, chat_history_id)
         except ChatHistoryNotFoundError:  # it was deleted meanwhile
             pass
 
@@ -308,10 +310,7 @@ class Renaming(RedisOperations):
         await session.run(scripts.GIVE_UP_CLAIM, names, [stage])
 
     @staticmethod
-    async def _end_renaming(session: Session, keys: Keys, old_id: str, row: HistoryRow) -> HistoryRow:
-        """Have the new history be a copy no more, and return it, or the given row if it is not there any more."""
-        new_id = row.chat_history_id
+    async def _end_renaming(session: Session, keys: Keys, old_id: str, new_id: str) -> None:
+        """Note that nothing of a renaming is left to do."""
         names = [keys.of_bucket_of(new_id).schema_version, keys.of_history(new_id).counters]
         await session.run(scripts.END_RENAMING, names, [old_id])
-        found = await read_histories(session, keys, [new_id])
-        return found[new_id].row if new_id in found else row

@@ -278,8 +278,9 @@ return {{ARGV[2] + 1, found}}
 #: that have not changed since, or nothing; the revision that a history that is there must have, or nothing; the user;
 #: whether a history of another user is an error, 1 or 0, or left out; the state that a history that is there must have
 #: and, after a blank, the new id that it must be claimed for, or nothing for any; the histories' ids. Returns how many
-#: there were, 1 if one of them may have branches, and the user of the last one: nothing if it was not there, or else a
-#: = and the user, if it had one; or ACCESS, or CHANGED and a revision.
+#: there were, 1 if one of them may have branches, the user of the last one: nothing if it was not there, or else a =
+#: and the user, if it had one; and the old id of the last one, if its renaming is not done; or ACCESS, or CHANGED and
+#: a revision.
 DELETE = Script(
     OF_BUCKET,
     STATE_OF,
@@ -291,7 +292,7 @@ local expiring, deleted = redis.call('ZCARD', expiries), 0
 local kept_revision = tonumber(redis.call('GET', deleted_revision) or 0)
 local updated_before, greatest = tonumber(ARGV[1]), kept_revision
 local of_history = (#KEYS - 6) / (#ARGV - 5)
-local user, owner, branched, owner_then = ARGV[3], false, 0, ''
+local user, owner, branched, owner_then, renamed_from = ARGV[3], false, 0, '', ''
 local wanted_state, wanted_claim = string.match(ARGV[5], '^(%x+) ?(.*)$')
 local function is_wanted(history)
     local _, _, new_id = claim_of(history)
@@ -313,6 +314,8 @@ for index = 6, #ARGV do
         if not is_there or redis.call('SISMEMBER', origins, ARGV[index]) == 1 then branched = 1 end
         if ARGV[4] == '1' then redis.call('SREM', origins, ARGV[index]) end
         local their_owner = is_there and redis.pcall('HGET', KEYS[first], 'user_id')
+        renamed_from = is_there and redis.pcall('HEXISTS', KEYS[first], 'renaming') == 1
+            and redis.call('HGET', KEYS[first], 'renamed_from') or ''
         owner_then = is_there and '=' .. (type(their_owner) == 'string' and their_owner or '') or ''
         if is_searched then
             local lengths = {{redis.pcall('LLEN', KEYS[first + 1]), redis.pcall('STRLEN', KEYS[first + 2])}}
@@ -333,7 +336,7 @@ if expiring > 0 then
     {AGE_BUCKET}
 end
 if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', schema_version, origins) end
-return {{deleted, branched, owner_then}}
+return {{deleted, branched, owner_then, renamed_from}}
 """,
 )
 
@@ -341,7 +344,8 @@ return {{deleted, branched, owner_then}}
 #: Arguments: the history's id; the other one; a name for this call; a new meta, or nothing if it keeps its own; the
 #: meta that it has, if it gets a new one; the user. Returns the fields of INFOS, also if an earlier attempt has done
 #: it, or ACCESS, or EXISTS if there is a history with the other id, or MISSING if there is none with the first, or
-#: CHANGED if it has another meta, or UNFINISHED if a renaming that copies is under way to it or from it.
+#: CHANGED if it has another meta, or UNFINISHED if another renaming of it is not done. That this one is not done, since
+#: its branches are to follow, is noted, too.
 RENAME = Script(
     OF_BUCKET_AND_HISTORY,
     f"""
@@ -367,7 +371,8 @@ for key = 13, 15 do redis.call('ZCARD', KEYS[key]) end
 {NOW}
 
 local new_revision = math.max(revision, revision_there) + 1
-redis.call('HSET', history, 'chat_history_id', new_id, 'revision', new_revision, 'renamed_from', old_id)
+redis.call('HSET', history, 'chat_history_id', new_id, 'revision', new_revision, 'renamed_from', old_id,
+    'renaming', '-')
 if ARGV[4] ~= '' then redis.call('HSET', history, 'meta', ARGV[4]) end
 for index, key in ipairs({{history, contents, roles, message_ids, times}}) do
     if redis.call('EXISTS', key) == 1 then redis.call('RENAME', key, renamed[index]) end
@@ -406,8 +411,8 @@ return redis.call('HMGET', history, {INFO})
 """,
 )
 
-#: Note that the renaming of a history is done, once the one with the old id is gone. Keys: the bucket's schema version,
-#: the history's hash. Argument: the old id.
+#: Note that the renaming of a history is done, once the one with the old id is gone, and its branches have followed.
+#: Keys: the bucket's schema version, the history's hash. Argument: the old id.
 END_RENAMING = Script("""
 return redis.call('HGET', KEYS[2], 'renamed_from') == ARGV[1] and redis.call('HDEL', KEYS[2], 'renaming') or 0
 """)
@@ -433,12 +438,15 @@ return found
 """,
 )
 
-#: Take a history from the directory of a user whose it is not. Keys: those of the bucket, the history's hash.
-#: Arguments: its id; the user.
-DISOWN = Script(
+#: Find out whether the directory of a user lists a history that is not this user's. Keys: those of the bucket, the
+#: history's hash. Arguments: its id; the user; whether to take it from the directory, 1 or 0. Returns 1 if it is so.
+CHECK_LISTING = Script(
     OF_BUCKET,
+    _STILL_THERE,
     """
-if redis.call('HGET', KEYS[7], 'user_id') == ARGV[2] then return 0 end
-return redis.call('ZREM', users_key(ARGV[2]), ARGV[1])
+local is_own = redis.call('HGET', KEYS[7], 'user_id') == ARGV[2]
+if is_own or not redis.call('ZSCORE', users_key(ARGV[2]), ARGV[1]) or not is_still_there(ARGV[1]) then return 0 end
+if ARGV[3] == '1' then redis.call('ZREM', users_key(ARGV[2]), ARGV[1]) end
+return 1
 """,
 )
