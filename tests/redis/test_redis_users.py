@@ -8,7 +8,9 @@ from haystack.dataclasses import ChatMessage
 from redis_stores import keys_of, on_a_cluster, on_every_engine
 
 from haystack_chat_store import ChatHistoryExistsError
+from haystack_chat_store.doctor import check
 from haystack_chat_store.stores.redis.directory import read_state
+from haystack_chat_store.stores.redis.sync_session import SyncSession
 from haystack_chat_store.testing.kit import texts
 
 
@@ -54,6 +56,21 @@ def test_what_is_written_while_a_history_is_renamed_is_not_lost(make_store):
     say(store, "another", "one")
     with pytest.raises(ChatHistoryExistsError):
         store.rename_chat_history("another", "new")
+
+
+@on_a_cluster
+def test_a_check_takes_no_renaming_that_goes_on_for_a_fault(make_store, monkeypatch):
+    store = make_store()
+    say(store, "old", "one")
+    begin_renaming(store, "old", "new")
+    assert [fault.chat_history_id for fault in check(store)] == ["new"]
+
+    async def finish(_):
+        store.rename_chat_history("old", "new")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(SyncSession, "pause", finish)
+        assert check(store) == []
 
 
 @on_every_engine

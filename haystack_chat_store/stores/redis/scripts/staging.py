@@ -52,8 +52,9 @@ DISCARD = Script("return redis.call('UNLINK', unpack(KEYS, 2))")
 #: Discard the waiting messages of another client, which then cannot finish, even if none wait. Keys: the bucket's
 #: schema version, those of the waiting messages. Argument: for how many milliseconds.
 FENCE = Script("""
-redis.call('UNLINK', unpack(KEYS, 2))
 redis.call('RPUSH', KEYS[2], '')
+redis.call('LTRIM', KEYS[2], -1, -1)
+redis.call('UNLINK', unpack(KEYS, 3))
 return redis.call('PEXPIRE', KEYS[2], ARGV[1])
 """)
 
