@@ -211,7 +211,8 @@ def test_a_renaming_to_another_id_goes_on_from_one_that_was_cut_off(at_each_scri
             store.rename_chat_history("old", "other")
         ((found, messages),) = left_of(store).items()
         assert (found in {"new", "other"}, messages) == (True, ["a", "b", "c"])
-        check(store, repair=True)
+        if found == "new":  # its old id was gone, and only the note of that is left
+            check(store, repair=True)
         assert check(store) == []
 
 
@@ -449,7 +450,9 @@ def test_a_history_that_is_deleted_after_its_renaming_was_cut_off_leaves_no_bran
 
 
 @on_every_engine
-def test_a_history_whose_renaming_was_cut_off_takes_all_branches_along_to_a_further_id(at_each_script):
+def test_a_history_whose_renaming_was_cut_off_takes_all_branches_along_to_a_further_id(at_each_script, monkeypatch):
+    monkeypatch.setattr(renaming, "_CLAIM_MILLISECONDS", 0)
+
     def cut_off(_):
         raise StoreUnavailableError("The process has ended.")
 

@@ -168,10 +168,12 @@ class Renaming(RedisOperations):
                 await self.finish_renaming(session, scope, old.history)
                 return await self._rename_one(session, scope, old_id, new_id, meta)
             if old.claimed_for not in ("", new_id):
-                row = await self._rename_as_claimed(session, scope, old)
-                if row is not None:
-                    return await self._rename_one(session, scope, row.chat_history_id, new_id, meta)
-                continue
+                claimed_for = await self._rename_as_claimed(session, scope, old)
+                if claimed_for is None:
+                    continue
+                row = await self._rename_one(session, scope, claimed_for, new_id, meta)
+                await self.rename_branches(session, scope, claimed_for, row, set())
+                return row
             if new is not None and await self._is_present_copy(session, scope, keys, old, new):
                 stage = old.stage or await self._claim(session, keys, old, new_id, new_name())
             else:
@@ -225,12 +227,17 @@ class Renaming(RedisOperations):
         except ChatHistoryNotFoundError:  # it was deleted meanwhile
             pass
 
-    async def _rename_as_claimed(self, session: Session, scope: Scope, old: StateOfHistory) -> HistoryRow | None:
-        """Finish the renaming that has claimed a history. If another history has its new id, give the claim up."""
+    async def _rename_as_claimed(self, session: Session, scope: Scope, old: StateOfHistory) -> str | None:
+        """
+        Finish the renaming that has claimed a history, and return the id that it has then.
+
+        If another history has this id, give the claim up, and return `None`.
+        """
         old_id = old.history.row.chat_history_id
+        of_all = replace(scope, user_id=None)  # the copy may be of the user that the history had before
         try:
-            return await self._rename_by_copying(session, scope, old_id, old.claimed_for, None)
-        except (ChatHistoryExistsError, ChatHistoryAccessError):
+            return (await self._rename_by_copying(session, of_all, old_id, old.claimed_for, None)).chat_history_id
+        except ChatHistoryExistsError:
             await self._give_up_claim(session, self.keys(scope), old_id, old.stage)
             return None
 
