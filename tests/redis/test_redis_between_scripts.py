@@ -15,8 +15,15 @@ from redis_stores import LosesAnswers, before_script, neighbours, on_every_engin
 from servers import wait_until
 
 from haystack_chat_store.doctor import check
-from haystack_chat_store.errors import ChatHistoryExistsError, ChatMessageStoreError, StoreUnavailableError
-from haystack_chat_store.stores.redis import RedisChatMessageStore
+from haystack_chat_store.errors import (
+    ChatHistoryChangedError,
+    ChatHistoryExistsError,
+    ChatHistoryNotFoundError,
+    ChatMessageStoreError,
+    StoreUnavailableError,
+)
+from haystack_chat_store.stores.redis import RedisChatMessageStore, renaming
+from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.messages import with_id
 
 CHANGES = {
@@ -151,6 +158,89 @@ def test_another_history_under_the_old_id_is_no_renaming_that_was_begun(store):
     with pytest.raises(ChatHistoryExistsError):
         store.rename_chat_history("old", "new")
     assert [said(store, "old"), said(store, "new")] == [["two"], ["one"]]
+
+
+def left_of(store):
+    """The histories that are there, each with the ids of its messages."""
+    found = store.list_chat_histories().items
+    return {
+        info.chat_history_id: [
+            message.meta["chat_message_id"] for message in store.retrieve_messages(info.chat_history_id, 1000)
+        ]
+        for info in found
+    }
+
+
+@on_every_engine
+@pytest.mark.parametrize("messages", [["a", "b"], []], ids=["with messages", "empty"])
+def test_a_renaming_that_takes_too_long_gives_way_to_another(at_each_script, monkeypatch, messages):
+    """Before one of its scripts, another client renames the history to another id."""
+    monkeypatch.setattr(renaming, "_CLAIM_MILLISECONDS", 0)
+
+    def prepare_history(store):
+        succeeded.clear()
+        store.create_chat_history("old", user_id="ada")
+        store.write_messages("old", list(map(with_id, messages)))
+
+    def rename(store, new_id):
+        try:
+            store.rename_chat_history("old", new_id)
+        except ChatHistoryNotFoundError:
+            return
+        succeeded.append(new_id)
+
+    succeeded = []
+    for store, _ in at_each_script(
+        prepare_history, lambda store: rename(store, "new"), lambda store: rename(store, "other")
+    ):
+        assert left_of(store) == dict.fromkeys(succeeded, messages)
+        assert len(succeeded) == 1
+        assert check(store) == []
+
+
+@on_every_engine
+def test_a_renaming_to_another_id_goes_on_from_one_that_was_cut_off(at_each_script, monkeypatch):
+    monkeypatch.setattr(renaming, "_CLAIM_MILLISECONDS", 0)
+
+    def cut_off(_):
+        raise StoreUnavailableError("The process has ended.")
+
+    for store, _ in at_each_script(prepare, lambda store: store.rename_chat_history("old", "new"), cut_off):
+        store.write_messages("old" if "old" in left_of(store) else "new", [with_id("c")])
+        with suppress(ChatHistoryNotFoundError):
+            store.rename_chat_history("old", "other")
+        ((found, messages),) = left_of(store).items()
+        assert (found in {"new", "other"}, messages) == (True, ["a", "b", "c"])
+        if found == "new":  # its old id was gone, and only the note of that is left
+            check(store, repair=True)
+        assert check(store) == []
+
+
+@on_every_engine
+def test_of_several_renamings_of_one_history_one_succeeds_and_no_write_is_lost(store):
+    for number in range(8):
+        old, new_ids = f"old {number}", [f"new {number} {index}" for index in range(3)]
+        succeeded, written, start = [], ["0"], threading.Barrier(4)
+        store.write_messages(old, [with_id("0")])
+
+        def rename(new_id, old=old, succeeded=succeeded, start=start):
+            start.wait()
+            with suppress(ChatHistoryNotFoundError):
+                store.rename_chat_history(old, new_id)
+                succeeded.append(new_id)
+
+        def write(old=old, written=written, start=start):
+            start.wait()
+            with suppress(ChatHistoryChangedError):  # it has its new id
+                for revision in range(1, 20):
+                    store.write_messages(old, [with_id(str(revision))], expected_revision=revision)
+                    written.append(str(revision))
+
+        in_threads(*(partial(rename, new_id) for new_id in new_ids), write)
+        assert len(succeeded) == 1
+        found = left_of(store)
+        assert {each: found[each] for each in found.keys() & {old, *new_ids}} == {succeeded[0]: written}
+    assert check(store) == []
 
 
 @on_every_engine
@@ -339,3 +429,50 @@ def test_a_renaming_that_was_cut_off_is_finished_by_the_same_call_or_by_a_repair
         assert all(said(store, each) == ["Hello", "Hello"] for each in found)
         assert check(store) == []
     assert is_repeated or begun or history == "old"
+
+
+@on_every_engine
+@pytest.mark.parametrize("history", ["old", "old~1"])
+def test_a_history_that_is_deleted_after_its_renaming_was_cut_off_leaves_no_branch(at_each_script, history):
+    def prepare_family(store):
+        family(store)
+        store.copy_messages("old~1", "old~1~2", meta={"branch_of": "old~1"})
+
+    def cut_off(_):
+        raise StoreUnavailableError("The process has ended.")
+
+    for store, _ in at_each_script(
+        prepare_family, lambda store: store.rename_chat_history("old", "new"), cut_off, history
+    ):
+        for each in ("old", "new"):
+            store.delete_chat_history(each)
+        assert store.list_chat_histories(branches=True).items == []
+
+
+@on_every_engine
+def test_a_history_whose_renaming_was_cut_off_takes_all_branches_along_to_a_further_id(at_each_script, monkeypatch):
+    monkeypatch.setattr(renaming, "_CLAIM_MILLISECONDS", 0)
+
+    def cut_off(_):
+        raise StoreUnavailableError("The process has ended.")
+
+    for store, _ in at_each_script(family, lambda store: store.rename_chat_history("old", "new"), cut_off):
+        for each in ("old", "new"):
+            with suppress(ChatHistoryNotFoundError):
+                store.rename_chat_history(each, "newest")
+        found = {info.chat_history_id: info.meta for info in store.list_chat_histories(branches=True).items}
+        assert found == {"newest": {}, "newest~1": {"branch_of": "newest"}}
+        assert check(store) == []
+
+
+@on_every_engine
+@pytest.mark.parametrize("history", ["old", "old~1"])
+def test_a_check_takes_no_deletion_for_a_fault(at_each_script, history):
+    def delete(store):
+        store.delete_chat_history("old")
+        say(store, "another", history="old")
+
+    faults = []
+    for store, _ in at_each_script(family, lambda store: faults.extend(check(store)), delete, history):
+        assert faults == []
+        assert check(store) == []

@@ -104,6 +104,15 @@ def test_a_directory_of_a_user_has_only_what_is_this_users(damaged, client):
 
 
 @on_every_engine
+def test_a_key_that_looks_like_the_directory_of_a_user_is_left_alone(damaged, client):
+    strangers = [damaged.of_bucket(kind).replace(":default:", ":default:9") for kind in ("users::ada", "x:users::ada")]
+    for key in strangers:
+        client.set(key, "of another program")
+    assert damaged.faults() == []
+    assert client.exists(*strangers[:1]) == client.exists(*strangers[1:]) == 1
+
+
+@on_every_engine
 def test_an_owner_of_a_history_that_is_gone_is_forgotten(damaged, client):
     owners = damaged.of_bucket("owners")
     damaged.store.delete_chat_history("history")

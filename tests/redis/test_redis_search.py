@@ -24,7 +24,7 @@ from servers import RedisServer, require_query_engine
 
 from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError, UnsupportedOperationError
-from haystack_chat_store.stores.redis import documents, search
+from haystack_chat_store.stores.redis import checking, documents, search
 from haystack_chat_store.testing import (
     RandomWalkTest,
     Rule17DirectoryTest,
@@ -265,6 +265,17 @@ class TestUnindexed:
         say(plain, "needle")
         assert found(searching, "needle") == [("history", 0)]
 
+    def test_damaged_histories_do_not_keep_others_from_being_indexed(self, make_store, client):
+        searching, plain = make_store(search=True), make_store()
+        say(searching, "pin", history="first")
+        names = sorted(islice((each for each in neighbours("chat") if each != "first"), 60))
+        for name in names:
+            say(plain, "needle", history=name)
+        for name in names[:50]:
+            client.delete(searching.engine.keys(searching.scope).of_history(name).roles)
+        searching.index_messages()
+        assert {name for name, _ in words_of(searching, client)} == {"first", *names[50:]}
+
     def test_an_index_that_is_gone_is_made_again(self, searching, client):
         say(searching, "needle")
         (index,) = [name for name in client.execute_command("FT._LIST") if searching.key_prefix.encode() in name]
@@ -301,6 +312,30 @@ class TestDoctor:
         assert [fault.is_repaired for fault in check(searching, repair=True)] == [True]
         assert words_of(searching, client) == [("history", 0)]
         assert check(searching) == []
+
+    def test_a_check_takes_no_deletion_for_a_fault(self, make_store):
+        for number in range(12):
+            store = make_store(namespace=f"namespace {number}", search=True)
+            say(store, "needle", "pin")
+            with before_script(number, "history", lambda store=store: store.delete_chat_history("history")) as scripts:
+                assert check(store) == []
+            if not scripts.is_done:
+                break
+        assert number > 3
+
+    def test_a_check_looks_once_at_what_is_noted_in_a_bucket(self, make_store, monkeypatch):
+        searching, looked = make_store(search=True), []
+        for name in islice(neighbours("history"), 20):
+            say(searching, "needle", history=name)
+        read_unindexed = checking.read_unindexed
+
+        def counted(*arguments):
+            looked.append(arguments)
+            return read_unindexed(*arguments)
+
+        monkeypatch.setattr(checking, "read_unindexed", counted)
+        assert check(searching) == []
+        assert len(looked) == 1
 
     def test_words_of_a_rebuilt_history_are_right(self, searching, client):
         say(searching, "needle", "pin")

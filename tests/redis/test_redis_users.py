@@ -8,7 +8,10 @@ from haystack.dataclasses import ChatMessage
 from redis_stores import keys_of, on_a_cluster, on_every_engine
 
 from haystack_chat_store import ChatHistoryExistsError
+from haystack_chat_store.doctor import check
+from haystack_chat_store.stores.redis import renaming
 from haystack_chat_store.stores.redis.directory import read_state
+from haystack_chat_store.stores.redis.sync_session import SyncSession
 from haystack_chat_store.testing.kit import texts
 
 
@@ -54,6 +57,47 @@ def test_what_is_written_while_a_history_is_renamed_is_not_lost(make_store):
     say(store, "another", "one")
     with pytest.raises(ChatHistoryExistsError):
         store.rename_chat_history("another", "new")
+
+
+@on_a_cluster
+def test_a_renaming_goes_on_from_one_that_was_cut_off_for_another_user(make_store, monkeypatch):
+    monkeypatch.setattr(renaming, "_CLAIM_MILLISECONDS", 0)
+    store = make_store(last_k=None)
+    say(store.for_user("ada"), "old", "one")
+    begin_renaming(store, "old", "new")
+    store.update_chat_history("old", user_id="bob")
+    store.for_user("bob").rename_chat_history("old", "other")
+    assert [(info.chat_history_id, info.user_id) for info in store.list_chat_histories().items] == [("other", "bob")]
+    assert texts(store.retrieve_messages("other")) == ["one"]
+    assert check(store) == []
+
+
+@on_a_cluster
+def test_a_claim_for_an_id_that_is_taken_holds_no_renaming_up(make_store, monkeypatch):
+    monkeypatch.setattr(renaming, "_CLAIM_MILLISECONDS", 0)
+    store = make_store(last_k=None)
+    say(store, "old", "one")
+    begin_renaming(store, "old", "new")
+    say(store, "new", "two")
+    say(store, "old", "three")
+    store.rename_chat_history("old", "other")
+    assert [texts(store.retrieve_messages(each)) for each in ("new", "other")] == [["one", "two"], ["one", "three"]]
+    assert store.get_chat_history("old") is None
+
+
+@on_a_cluster
+def test_a_check_takes_no_renaming_that_goes_on_for_a_fault(make_store, monkeypatch):
+    store = make_store()
+    say(store, "old", "one")
+    begin_renaming(store, "old", "new")
+    assert [fault.chat_history_id for fault in check(store)] == ["new"]
+
+    async def finish(_):
+        store.rename_chat_history("old", "new")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(SyncSession, "pause", finish)
+        assert check(store) == []
 
 
 @on_every_engine

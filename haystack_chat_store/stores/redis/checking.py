@@ -14,8 +14,6 @@ from haystack import logging
 from haystack.dataclasses import ChatRole
 
 from haystack_chat_store.errors import (
-    ChatHistoryExistsError,
-    ChatHistoryNotFoundError,
     MessageDecodingError,
     StoreUnavailableError,
     UnsupportedOperationError,
@@ -23,8 +21,9 @@ from haystack_chat_store.errors import (
 from haystack_chat_store.ids import branch_id
 from haystack_chat_store.stores.faults import FaultList
 from haystack_chat_store.stores.previews import beginning_of_content, kept_row, last_said, preview_faults
-from haystack_chat_store.stores.redis.directory import branches_of, read_histories
+from haystack_chat_store.stores.redis.directory import ListedHistory, branches_of, read_histories
 from haystack_chat_store.stores.redis.documents import (
+    Unindexed,
     ask_index,
     create_index,
     document_fields,
@@ -60,6 +59,8 @@ logger = logging.getLogger(__name__)
 
 # How often a history is looked at again because others write to it, before its faults are reported unrepaired.
 _ATTEMPTS = 10
+# What the script DOCUMENTS returns of a message without words.
+_NO_WORDS = "   "
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,26 @@ class Checking(Renaming):
         :param origins: The ids that branches name as that of their history.
         """
         keys, faults = self.keys(scope), []
+        suspects = await self._unfinished_renamings(session, keys, chat_history_ids, origins)
+        if suspects:
+            await session.pause()  # most are done by then
+            suspects = await self._unfinished_renamings(session, keys, list(suspects), origins)
+        for chat_history_id, listed in suspects.items():
+            is_repaired = repair
+            if repair:
+                try:
+                    await self.finish_renaming(session, scope, listed)
+                except StoreUnavailableError:  # they change all the time
+                    is_repaired = False
+            wrong = "The chat history: it was renamed, and what has its old id is left, or is being renamed now."
+            faults.append(Fault(chat_history_id=chat_history_id, description=wrong, is_repaired=is_repaired))
+        return faults
+
+    @staticmethod
+    async def _unfinished_renamings(
+        session: Session, keys: Keys, chat_history_ids: Sequence[str], origins: AbstractSet[str]
+    ) -> dict[str, ListedHistory]:
+        found = {}
         for first in range(0, len(chat_history_ids), BATCH_SIZE):
             some = chat_history_ids[first : first + BATCH_SIZE]
             for chat_history_id, listed in (await read_histories(session, keys, some)).items():
@@ -287,17 +308,9 @@ class Checking(Renaming):
                 if is_done and old_id in origins and not await read_histories(session, keys, [old_id]):
                     branches = (await branches_of(session, keys, old_id)).values()
                     is_done = all(branch.row.user_id != listed.row.user_id for branch in branches)
-                if is_done:
-                    continue
-                is_repaired = repair
-                if repair:
-                    try:
-                        await self.rename_history(session, scope, old_id, chat_history_id)
-                    except (ChatHistoryExistsError, ChatHistoryNotFoundError, StoreUnavailableError):  # they change
-                        is_repaired = False
-                wrong = "The chat history: it was renamed, and what has its old id is left, or is being renamed now."
-                faults.append(Fault(chat_history_id=chat_history_id, description=wrong, is_repaired=is_repaired))
-        return faults
+                if not is_done:
+                    found[chat_history_id] = listed
+        return found
 
 
 async def _check_index(session: Session, keys: Keys, ids: Iterable[str], repair: bool) -> list[Fault]:
@@ -316,23 +329,34 @@ async def _check_index(session: Session, keys: Keys, ids: Iterable[str], repair:
         cursor, names = await session.ask(address, "SCAN", cursor or "0", *options)
         for chat_history_id, position in filter(None, map(keys.place_of, names)):
             indexed.setdefault(chat_history_id, set()).add(position)
+    unindexed_in: dict[int, Unindexed] = {}
     for chat_history_id, positions in indexed.items():
-        faults += await _check_words(session, keys, chat_history_id, positions, repair)
+        bucket = bucket_of(chat_history_id)
+        if bucket not in unindexed_in:
+            unindexed_in[bucket] = await read_unindexed(session, keys, MAX_COUNT, [bucket])
+        faults += await _check_words(session, keys, chat_history_id, positions, unindexed_in[bucket], repair)
     return faults
 
 
 async def _check_words(
-    session: Session, keys: Keys, chat_history_id: str, positions: AbstractSet[int], repair: bool
+    session: Session,
+    keys: Keys,
+    chat_history_id: str,
+    positions: AbstractSet[int],
+    unindexed: Unindexed,
+    repair: bool,
 ) -> list[Fault]:
     """
     Check that the index has the words of a history's messages.
 
     :param positions: The positions that the index has words of.
+    :param unindexed: What was not indexed in the bucket when these were found, or later.
     """
     with suppress(MessageDecodingError):  # its messages cannot be read, which is a fault already
-        wrong = await _wrong_words(session, keys, chat_history_id, positions)
+        wrong = await _wrong_words(session, keys, chat_history_id, positions, unindexed)
         if wrong:  # unless it was written to meanwhile
-            wrong &= await _wrong_words(session, keys, chat_history_id, positions)
+            unindexed = await read_unindexed(session, keys, MAX_COUNT, [bucket_of(chat_history_id)])
+            wrong &= await _wrong_words(session, keys, chat_history_id, positions, unindexed)
         if wrong:
             if repair:
                 names = [keys.document(chat_history_id, position) for position in wrong]
@@ -345,10 +369,9 @@ async def _check_words(
 
 
 async def _wrong_words(
-    session: Session, keys: Keys, chat_history_id: str, positions: AbstractSet[int]
+    session: Session, keys: Keys, chat_history_id: str, positions: AbstractSet[int], unindexed: Unindexed
 ) -> AbstractSet[int]:
     """Return the positions of which the index has other words than the messages."""
-    unindexed = await read_unindexed(session, keys, MAX_COUNT, [bucket_of(chat_history_id)])
     first = unindexed.first_positions.get(chat_history_id, MAX_COUNT) if unindexed.is_used else 0
     version = keys.of_bucket_of(chat_history_id).schema_version
     wrong: set[int] = set()
@@ -364,20 +387,29 @@ async def _wrong_words(
             found = await session.run(searching.DOCUMENTS, [version, *names])
             wrong.update(row.position for row, one, other in zip(rows, expected, found, strict=True) if one != other)
         if len(part.rows) < BATCH_SIZE:
-            return wrong | gone
+            break
         after = part.rows[-1].position
+    left = sorted(gone)
+    for start in range(0, len(left), BATCH_SIZE):  # unless they were deleted with their messages meanwhile
+        some = left[start : start + BATCH_SIZE]
+        names = [keys.document(chat_history_id, position) for position in some]
+        found = await session.run(searching.DOCUMENTS, [version, *names])
+        wrong.update(position for position, words in zip(some, found, strict=True) if words != _NO_WORDS)
+    return wrong
 
 
 def _expected_words(tags: tuple[str, str], rows: Sequence[MessageRow]) -> list[str]:
     """Return what the script DOCUMENTS returns if the index is right."""
     documents = [document_of(row.content) for row in rows]
-    return [" ".join([*tags, *map(str, each)]) if each.tags else "   " for each in documents]
+    return [" ".join([*tags, *map(str, each)]) if each.tags else _NO_WORDS for each in documents]
 
 
 async def _check_origin(session: Session, keys: Keys, origin: str, meta: str, repair: bool) -> list[Fault]:
     """Check that a history knows of its branches, which otherwise would not be deleted with it."""
     inspected = await _inspect(session, keys, origin)
     if inspected is None or not inspected.keys or inspected.is_origin:
+        return []
+    if not await branches_of(session, keys, origin):  # they were deleted meanwhile
         return []
     if repair:
         await note_branch(session, keys, branch_id(origin, ""), meta)
@@ -387,12 +419,9 @@ async def _check_origin(session: Session, keys: Keys, origin: str, meta: str, re
 
 async def _check_listing(session: Session, keys: Keys, user: str, chat_history_id: str, repair: bool) -> list[Fault]:
     """Check that a history in the directory of a user is this user's."""
-    inspected = await _inspect(session, keys, chat_history_id)
-    if inspected is None or inspected.user_id == user:
+    names = [*keys.of_bucket_of(chat_history_id), keys.of_history(chat_history_id).counters]
+    if not await session.run(of_directory.CHECK_LISTING, names, [chat_history_id, user, int(repair)]):
         return []
-    if repair:
-        names = [*keys.of_bucket_of(chat_history_id), keys.of_history(chat_history_id).counters]
-        await session.run(of_directory.DISOWN, names, [chat_history_id, user])
     wrong = "The chat history: it is in the directory of a user whose it is not."
     return [Fault(chat_history_id=chat_history_id, description=wrong, is_repaired=repair)]
 

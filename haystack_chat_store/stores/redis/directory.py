@@ -86,14 +86,20 @@ class ListedHistory:
 
 class StateOfHistory(NamedTuple):
     """
-    A history, and a text that differs after each change of it.
+    A history, a text that differs after each change of it, and the renaming that has claimed it.
 
     :param history: The history.
     :param state: The text.
+    :param stage: The name of the messages that wait for the renaming, or nothing.
+    :param claimed_for: The new id, or nothing.
+    :param claimed_since: For how many milliseconds it has been claimed.
     """
 
     history: ListedHistory
     state: str
+    stage: str
+    claimed_for: str
+    claimed_since: int
 
     def is_copy_of(self, other: "StateOfHistory") -> bool:
         """Whether this is a copy that was made to rename the other one, which is still there."""
@@ -117,11 +123,13 @@ class Deleted(NamedTuple):
     :param number: How many histories there were.
     :param may_have_branches: Whether one of them had branches, or was not there, so that this is not known.
     :param owner: The user of the last one, an empty text for none, or `None` if this is not known.
+    :param renamed_from: The old id of the last one, which branches may name still, or nothing.
     """
 
     number: int
     may_have_branches: bool
     owner: str | None
+    renamed_from: str
 
 
 class Directory(RedisOperations):
@@ -389,29 +397,34 @@ async def delete_histories(
         raise no_access()
     if answer[0] == "CHANGED":
         check_revision(expected_revision, answer[1])
-    deleted, may_have_branches, owner = answer
+    deleted, may_have_branches, owner, renamed_from = answer
     if is_repeated:  # the first attempt may have deleted them, and only its answer was lost
         deleted = len(chat_history_ids) - len(await read_histories(session, keys, chat_history_ids))
-    return Deleted(int(deleted), is_repeated or bool(may_have_branches), owner[1:] if owner else None)
+    may_have_branches = is_repeated or bool(may_have_branches)
+    return Deleted(int(deleted), may_have_branches, owner[1:] if owner else None, renamed_from or "")
 
 
 async def read_state(session: Session, keys: Keys, chat_history_id: str) -> StateOfHistory | None:
     """Return a history of any user, and its state, or `None` if it does not exist."""
     names = [keys.of_bucket_of(chat_history_id).schema_version, keys.of_history(chat_history_id).counters]
-    *fields, state = await session.run(scripts.STATE, names)
+    fields, *others = await session.run(scripts.STATE, names)
     history = listed_history(chat_history_id, fields)
-    return None if history is None else StateOfHistory(history, state)
+    return None if history is None else StateOfHistory(history, *others)
 
 
-async def delete_in_state(session: Session, keys: Keys, chat_history_id: str, state: str) -> bool:
+async def delete_in_state(
+    session: Session, keys: Keys, chat_history_id: str, state: str, claimed_for: str = ""
+) -> int | None:
     """
-    Delete a history of any user if it has a state still. Return whether it is gone now.
+    Delete a history of any user if it has a state still. Return how many there were, or `None` if it is still there.
 
     :param state: The state, from `read_state`.
+    :param claimed_for: The id that a renaming must have claimed it for, or nothing for any.
     """
     names = [*keys.of_bucket_of(chat_history_id), *keys.of_history(chat_history_id)]
-    answer = await session.run(scripts.DELETE, names, ["", "", "", 0, state, chat_history_id])
-    return bool(answer[0] != "CHANGED")
+    arguments: list[str | int] = ["", "", "", 0, f"{state} {claimed_for}", chat_history_id]
+    answer = await session.run(scripts.DELETE, names, arguments)
+    return None if answer[0] == "CHANGED" else int(answer[0])
 
 
 class _HandingOver(NamedTuple):
@@ -421,19 +434,22 @@ class _HandingOver(NamedTuple):
     after: str | None
 
 
-async def delete_branches(session: Session, keys: Keys, chat_history_id: str, owner: str | None) -> None:
+async def delete_branches(session: Session, keys: Keys, chat_history_id: str, deleted: Deleted) -> None:
     """
-    Delete the branches of a history, and theirs.
+    Delete the branches of a history that was deleted, and theirs. If it was renamed, some may name its old id still.
 
-    :param owner: The user of the history, an empty text for none, or `None` if it is not known: then all of the scope
-        that name the history as their origin are deleted.
+    If the user of the history is not known, all of the scope that name it as their origin are deleted.
     """
-    for branch, history in (await branches_of(session, keys, chat_history_id)).items():
-        user_id = history.row.user_id or ""
-        if owner in (None, user_id):
-            deleted = await delete_histories(session, keys, bucket_of(branch), [branch])
-            if deleted.may_have_branches:
-                await delete_branches(session, keys, branch, user_id)
+    origins = [chat_history_id] if deleted.may_have_branches else []
+    before = deleted.renamed_from
+    if before and not await read_histories(session, keys, [before], of_all=True):
+        origins.append(before)
+    for origin in origins:
+        for branch, history in (await branches_of(session, keys, origin)).items():
+            user_id = history.row.user_id or ""
+            if deleted.owner in (None, user_id):
+                of_branch = await delete_histories(session, keys, bucket_of(branch), [branch])
+                await delete_branches(session, keys, branch, of_branch._replace(owner=user_id))
 
 
 async def follow_origin(session: Session, keys: Keys, branch: str, origin: str, owner: str | None) -> None:

@@ -229,12 +229,20 @@ def _documents(contents: Sequence[str]) -> list[Document]:
 
 async def index_next(session: Session, keys: Keys, limit: int) -> bool:
     """Index about `limit` of the messages that are noted, and return whether there may be more."""
-    unindexed, done = await read_unindexed(session, keys, limit // BUCKETS + 1), 0
-    for chat_history_id in unindexed.first_positions:
-        if done >= limit:
-            break
-        done += await index_history(session, keys, chat_history_id, limit - done)
-    return done > 0  # a process of another version indexes what this one cannot
+    tried: set[str] = set()
+    done, count = 0, limit // BUCKETS + 1
+    while True:
+        noted = (await read_unindexed(session, keys, count)).first_positions
+        for chat_history_id in noted:
+            if done >= limit:
+                return True
+            if chat_history_id not in tried:
+                tried.add(chat_history_id)
+                done += await index_history(session, keys, chat_history_id, limit - done)
+        # What cannot be indexed (a damaged history, or what a process of another version indexes) may stand first.
+        if done or len(noted) < count:
+            return done > 0
+        count *= 2
 
 
 async def prepare_index(engine: RedisOperations, session: Session, keys: Keys) -> None:

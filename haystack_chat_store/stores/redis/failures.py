@@ -51,6 +51,10 @@ class SlotsDifferError(StoreConfigurationError):
     """A cluster refuses a script, because its keys belong to different hash slots."""
 
 
+class StagedLostError(StoreUnavailableError):
+    """Messages that waited to become part of a history are gone, so nothing was changed."""
+
+
 # What an error means, by how `_reply` begins.
 _REASONS = {
     ("NEWERSCHEMA",): (
@@ -84,6 +88,10 @@ _REASONS = {
         "takes no more messages into this history, which has as many as its proto-max-bulk-len allows. Nothing of the "
         "call was stored."
     ),
+    ("STAGEDLOST",): (
+        "no longer has the messages that waited to become part of a history: the call took longer than ten minutes, or "
+        "another client has taken it over. Nothing was changed. Try again."
+    ),
     ("READONLY",): "is a replica, which may not be written to. Connect to its master.",
     ("MISCONF",): "cannot save to its disk and therefore accepts no writes. Its log says why.",
     ("NOREPLICAS",): "accepts no writes, since too few replicas follow it (min-replicas-to-write).",
@@ -111,6 +119,7 @@ _EXCEPTIONS = {
         ),
         StoreConfigurationError,
     ),
+    "STAGEDLOST": StagedLostError,
     "This instance has cluster support disabled": StoreConfigurationError,
     _UNFOLLOWED: StoreConfigurationError,
     **dict.fromkeys(("CLUSTERCROSSSLOT", "CROSSSLOT"), SlotsDifferError),

@@ -163,8 +163,8 @@ class Keys(NamedTuple):
 
     def user_of(self, key: str) -> str | None:
         """Return the user whose directory in a bucket a key is, or `None` if it is no such directory."""
-        _, separator, user = key.partition("}:users::")
-        return user if separator else None
+        tag, separator, user = key.partition(":users::")
+        return user if separator and any(tag == self._tag(bucket) for bucket in range(BUCKETS)) else None
 
     def _tag(self, bucket: int) -> str:
         return f"{{{self.key_prefix}:{_encoded(self.namespace)}:{bucket}}}"

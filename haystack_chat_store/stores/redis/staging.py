@@ -34,7 +34,8 @@ class Stage:
         :param chat_history_id: The history that the messages are for.
         """
         bucket = bucket_of(chat_history_id)
-        self.keys = keys.of_staged(bucket, new_name())
+        self.name = new_name()
+        self.keys = keys.of_staged(bucket, self.name)
         self.length = 0
         self.rounds = 0
         self.gaps = 0
@@ -157,6 +158,14 @@ async def note_branch(session: Session, keys: Keys, chat_history_id: str, meta: 
     origin = branch_origin(chat_history_id, meta)
     if origin is not None:
         await session.run(of_directory.NOTE_ORIGIN, keys.of_bucket_of(origin), [origin])
+
+
+async def fence(session: Session, keys: Keys, chat_history_id: str, name: str) -> None:
+    """Discard the messages that wait for a history under a name. The client that has sent them cannot finish then."""
+    bucket = bucket_of(chat_history_id)
+    await session.run(
+        scripts.FENCE, [keys.of_bucket(bucket).schema_version, *keys.of_staged(bucket, name)], [_WAITING_TIME]
+    )
 
 
 def _with_gaps(rows: Sequence[MessageRow], start: int, end: int | None = None) -> list[MessageRow]:

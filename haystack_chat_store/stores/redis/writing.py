@@ -91,8 +91,7 @@ class Writing(RedisOperations):
             expected_revision=expected_revision,
             only_own=True,
         )
-        if deleted.may_have_branches:
-            await delete_branches(session, keys, chat_history_id, deleted.owner)
+        await delete_branches(session, keys, chat_history_id, deleted)
 
     async def delete_all(self, session: Session, scope: Scope) -> bool:
         """Go through the buckets, and delete all that each of them lists by then."""

@@ -50,6 +50,15 @@ local function state_of(history)
 end
 """
 
+#: Reads which renaming has claimed a history: since when, the name of the messages that wait for it, and the new id.
+CLAIM_OF: Final = """
+local function claim_of(history)
+    local claim = redis.call('HGET', history, 'claim') or ''
+    local since, stage, new_id = string.match(claim, '^(%d+) (%x+) (.*)$')
+    return since or '0', stage or '', new_id or ''
+end
+"""
+
 #: Names the keys of a bucket.
 OF_BUCKET: Final = """
 local schema_version, directory, expiries, names, deleted_revision, owners = unpack(KEYS)

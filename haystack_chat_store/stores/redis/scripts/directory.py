@@ -4,6 +4,7 @@
 from haystack_chat_store.stores.redis.schema import SCHEMA_VERSION, TIME_LENGTH
 from haystack_chat_store.stores.redis.scripts import (
     AGE_BUCKET,
+    CLAIM_OF,
     INFO,
     KEEP_REVISION,
     LIST_HISTORY,
@@ -154,13 +155,43 @@ for key = 2, #KEYS do found[key - 1] = redis.call('HMGET', KEYS[key], {INFO}) en
 return found
 """)
 
-#: Return the fields of INFOS of one history, and the state of its hash. Keys: the bucket's schema version, the hash.
+#: Return the fields of INFOS of one history, the state of its hash, and of the renaming that has claimed it: the name
+#: of the messages that wait for it, the new id, and for how many milliseconds it has claimed it. Keys: the bucket's
+#: schema version, the hash.
 STATE = Script(
     STATE_OF,
+    CLAIM_OF,
+    NOW,
     f"""
-local found = redis.call('HMGET', KEYS[2], {INFO})
-found[#found + 1] = state_of(KEYS[2])
-return found
+local since, stage, new_id = claim_of(KEYS[2])
+return {{redis.call('HMGET', KEYS[2], {INFO}), state_of(KEYS[2]), stage, new_id, milliseconds - since}}
+""",
+)
+
+#: Claim a history for a renaming. Keys: the bucket's schema version, the hash. Arguments: the state that the history
+#: must have; the name of the messages that wait for the renaming that has claimed it, or nothing if none may have; the
+#: name of those that wait for this one; the new id. Returns whether it has claimed it.
+CLAIM = Script(
+    STATE_OF,
+    CLAIM_OF,
+    NOW,
+    """
+local _, stage, new_id = claim_of(KEYS[2])
+if state_of(KEYS[2]) ~= ARGV[1] then return 0 end
+if stage == ARGV[3] then return 1 end  -- by an earlier attempt of this call
+if stage ~= ARGV[2] or new_id ~= '' and new_id ~= ARGV[4] then return 0 end
+redis.call('HSET', KEYS[2], 'claim', string.format('%.0f', milliseconds) .. ' ' .. ARGV[3] .. ' ' .. ARGV[4])
+return 1
+""",
+)
+
+#: Give a claim up. Keys: the bucket's schema version, the history's hash. Argument: the name of the messages that wait
+#: for the renaming that has claimed it.
+GIVE_UP_CLAIM = Script(
+    CLAIM_OF,
+    """
+local _, stage = claim_of(KEYS[2])
+return stage == ARGV[1] and redis.call('HDEL', KEYS[2], 'claim') or 0
 """,
 )
 
@@ -245,12 +276,15 @@ return {{ARGV[2] + 1, found}}
 
 #: Delete histories of a bucket. Keys: those of the bucket, then those of the histories. Arguments: a time, for those
 #: that have not changed since, or nothing; the revision that a history that is there must have, or nothing; the user;
-#: whether a history of another user is an error, 1 or 0, or left out; the state that a history that is there must have,
-#: or nothing; the histories' ids. Returns how many there were, 1 if one of them may have branches, and the user of the
-#: last one: nothing if it was not there, or else a = and the user, if it had one; or ACCESS, or CHANGED and a revision.
+#: whether a history of another user is an error, 1 or 0, or left out; the state that a history that is there must have
+#: and, after a blank, the new id that it must be claimed for, or nothing for any; the histories' ids. Returns how many
+#: there were, 1 if one of them may have branches, the user of the last one: nothing if it was not there, or else a =
+#: and the user, if it had one; and the old id of the last one, if its renaming is not done; or ACCESS, or CHANGED and
+#: a revision.
 DELETE = Script(
     OF_BUCKET,
     STATE_OF,
+    CLAIM_OF,
     f"""
 redis.call('ZCARD', directory)
 redis.call('ZCARD', names)
@@ -258,7 +292,12 @@ local expiring, deleted = redis.call('ZCARD', expiries), 0
 local kept_revision = tonumber(redis.call('GET', deleted_revision) or 0)
 local updated_before, greatest = tonumber(ARGV[1]), kept_revision
 local of_history = (#KEYS - 6) / (#ARGV - 5)
-local user, owner, branched, owner_then = ARGV[3], false, 0, ''
+local user, owner, branched, owner_then, renamed_from = ARGV[3], false, 0, '', ''
+local wanted_state, wanted_claim = string.match(ARGV[5], '^(%x+) ?(.*)$')
+local function is_wanted(history)
+    local _, _, new_id = claim_of(history)
+    return state_of(history) == wanted_state and (wanted_claim == '' or new_id == wanted_claim)
+end
 for index = 6, #ARGV do
     local time = updated_before and tonumber(redis.call('ZSCORE', directory, ARGV[index]) or nil)
     local first = 7 + (index - 6) * of_history
@@ -270,11 +309,13 @@ for index = 6, #ARGV do
     if not is_other and (not time or time < updated_before) then
         local revision = tonumber(redis.pcall('HGET', KEYS[first], 'revision') or nil)  -- it may be damaged
         if revision and ARGV[2] ~= '' and tonumber(ARGV[2]) ~= revision then return {{'CHANGED', revision}} end
-        if is_there and ARGV[5] ~= '' and state_of(KEYS[first]) ~= ARGV[5] then return {{'CHANGED', revision}} end
+        if is_there and wanted_state and not is_wanted(KEYS[first]) then return {{'CHANGED', revision}} end
         greatest = math.max(greatest, revision or 0)
         if not is_there or redis.call('SISMEMBER', origins, ARGV[index]) == 1 then branched = 1 end
         if ARGV[4] == '1' then redis.call('SREM', origins, ARGV[index]) end
         local their_owner = is_there and redis.pcall('HGET', KEYS[first], 'user_id')
+        renamed_from = is_there and redis.pcall('HEXISTS', KEYS[first], 'renaming') == 1
+            and redis.call('HGET', KEYS[first], 'renamed_from') or ''
         owner_then = is_there and '=' .. (type(their_owner) == 'string' and their_owner or '') or ''
         if is_searched then
             local lengths = {{redis.pcall('LLEN', KEYS[first + 1]), redis.pcall('STRLEN', KEYS[first + 2])}}
@@ -295,7 +336,7 @@ if expiring > 0 then
     {AGE_BUCKET}
 end
 if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', schema_version, origins) end
-return {{deleted, branched, owner_then}}
+return {{deleted, branched, owner_then, renamed_from}}
 """,
 )
 
@@ -303,7 +344,8 @@ return {{deleted, branched, owner_then}}
 #: Arguments: the history's id; the other one; a name for this call; a new meta, or nothing if it keeps its own; the
 #: meta that it has, if it gets a new one; the user. Returns the fields of INFOS, also if an earlier attempt has done
 #: it, or ACCESS, or EXISTS if there is a history with the other id, or MISSING if there is none with the first, or
-#: CHANGED if it has another meta.
+#: CHANGED if it has another meta, or UNFINISHED if another renaming of it is not done. That this one is not done, since
+#: its branches are to follow, is noted, too.
 RENAME = Script(
     OF_BUCKET_AND_HISTORY,
     f"""
@@ -318,6 +360,9 @@ local is_done = is_new and there[3] == old_id or string.find(there[4] or '', cal
 if is_new and not is_done then return {{'MISSING'}} end
 if there[1] and user ~= '' and there[2] ~= user then return {{'ACCESS'}} end
 if is_done then return redis.call('HMGET', renamed[1], {INFO}) end
+if redis.call('HEXISTS', history, 'renaming') + redis.call('HEXISTS', history, 'claim') > 0 then
+    return {{'UNFINISHED'}}
+end
 if there[1] then return {{'EXISTS'}} end
 if ARGV[4] ~= '' and ARGV[5] ~= (redis.call('HGET', history, 'meta') or '') then return {{'CHANGED'}} end
 if redis.call('EXISTS', unpack(renamed)) > 0 then return redis.error_reply('DAMAGED ' .. renamed[1]) end
@@ -326,7 +371,8 @@ for key = 13, 15 do redis.call('ZCARD', KEYS[key]) end
 {NOW}
 
 local new_revision = math.max(revision, revision_there) + 1
-redis.call('HSET', history, 'chat_history_id', new_id, 'revision', new_revision, 'renamed_from', old_id)
+redis.call('HSET', history, 'chat_history_id', new_id, 'revision', new_revision, 'renamed_from', old_id,
+    'renaming', '-')
 if ARGV[4] ~= '' then redis.call('HSET', history, 'meta', ARGV[4]) end
 for index, key in ipairs({{history, contents, roles, message_ids, times}}) do
     if redis.call('EXISTS', key) == 1 then redis.call('RENAME', key, renamed[index]) end
@@ -365,9 +411,11 @@ return redis.call('HMGET', history, {INFO})
 """,
 )
 
-#: Note that the renaming of a history is done, once the one with the old id is gone. Keys: the bucket's schema version,
-#: the history's hash.
-END_RENAMING = Script("return redis.call('HDEL', KEYS[2], 'renaming')")
+#: Note that the renaming of a history is done, once the one with the old id is gone, and its branches have followed.
+#: Keys: the bucket's schema version, the history's hash. Argument: the old id.
+END_RENAMING = Script("""
+return redis.call('HGET', KEYS[2], 'renamed_from') == ARGV[1] and redis.call('HDEL', KEYS[2], 'renaming') or 0
+""")
 
 #: Note that a history of a bucket, which may come later, has branches. Keys: those of the bucket. Argument: its id.
 NOTE_ORIGIN = Script(OF_BUCKET, "return redis.call('SADD', origins, ARGV[1])")
@@ -390,12 +438,15 @@ return found
 """,
 )
 
-#: Take a history from the directory of a user whose it is not. Keys: those of the bucket, the history's hash.
-#: Arguments: its id; the user.
-DISOWN = Script(
+#: Find out whether the directory of a user lists a history that is not this user's. Keys: those of the bucket, the
+#: history's hash. Arguments: its id; the user; whether to take it from the directory, 1 or 0. Returns 1 if it is so.
+CHECK_LISTING = Script(
     OF_BUCKET,
+    _STILL_THERE,
     """
-if redis.call('HGET', KEYS[7], 'user_id') == ARGV[2] then return 0 end
-return redis.call('ZREM', users_key(ARGV[2]), ARGV[1])
+local is_own = redis.call('HGET', KEYS[7], 'user_id') == ARGV[2]
+if is_own or not redis.call('ZSCORE', users_key(ARGV[2]), ARGV[1]) or not is_still_there(ARGV[1]) then return 0 end
+if ARGV[3] == '1' then redis.call('ZREM', users_key(ARGV[2]), ARGV[1]) end
+return 1
 """,
 )

@@ -49,6 +49,15 @@ return ''
 #: Discard the waiting messages. Keys: the bucket's schema version, those of the waiting messages.
 DISCARD = Script("return redis.call('UNLINK', unpack(KEYS, 2))")
 
+#: Discard the waiting messages of another client, which then cannot finish, even if none wait. Keys: the bucket's
+#: schema version, those of the waiting messages. Argument: for how many milliseconds.
+FENCE = Script("""
+redis.call('RPUSH', KEYS[2], '')
+redis.call('LTRIM', KEYS[2], -1, -1)
+redis.call('UNLINK', unpack(KEYS, 3))
+return redis.call('PEXPIRE', KEYS[2], ARGV[1])
+""")
+
 _OF_STAGED = """
 local staged_contents, staged_roles, staged_ids, staged_times = unpack(KEYS, 12)
 local waiting = tonumber(ARGV[3])
