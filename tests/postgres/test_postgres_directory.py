@@ -192,7 +192,7 @@ def test_a_history_that_changes_while_old_ones_are_purged_stays(server, make_sto
 
 
 def test_erasing_keeps_to_few_messages_at_a_time(server, make_store, monkeypatch):
-    monkeypatch.setattr("haystack_chat_store.stores.postgres.directory._DELETE_BATCH_MESSAGES", 10)
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.erasing._DELETE_BATCH_MESSAGES", 10)
     store = make_store()
     for number in range(6):
         import_rows(store, rows(0, 4), history=replace(NEW, chat_history_id=f"user/{number}"))

@@ -11,7 +11,7 @@ import psycopg
 from haystack import logging
 
 from haystack_chat_store.stores.postgres.schema import BEGINNING, Tables
-from haystack_chat_store.stores.postgres.statements import BEGIN_AND_NUMBER, STATUS_OF_TRANSACTION
+from haystack_chat_store.stores.postgres.statements import BEGIN_AND_NUMBER, STATUS_OF_TRANSACTION, Statement
 from haystack_chat_store.types import Fault
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,6 @@ class Session:
         """
         self.connection = connection
         self.database = database
-        self.statements = database.tables.statements
         self._timeout = timeout
         self._is_async = isinstance(connection, psycopg.AsyncConnection)
         #: What is being committed: after an error, it is not known whether it was.
@@ -86,8 +85,11 @@ class Session:
         """
         Execute a statement and return its cursor.
 
+        :param statement: A `Statement`, in which the names of the tables are filled in, or SQL that is sent as it is.
         :param prepare: Whether the server may keep the statement's plan: for the few statements of every turn.
         """
+        if isinstance(statement, Statement):
+            statement = self.database.tables.fill_in(statement)
         prepare = prepare and self.connection.prepares
         while True:
             try:
@@ -104,6 +106,7 @@ class Session:
         """
         Execute a statement and return its rows.
 
+        :param statement: See `run`.
         :param prepare: See `run`.
         """
         cursor = await self.run(statement, parameters, prepare=prepare)
