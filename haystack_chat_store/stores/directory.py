@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public methods of stores for whole chat histories: lists, titles, forks, erasing."""
 
-import base64
-import binascii
-import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -15,19 +12,15 @@ from typing_extensions import Self
 
 from haystack_chat_store import validation
 from haystack_chat_store.errors import ChatMessageStoreError
-from haystack_chat_store.json_values import equal_json, parse_json
+from haystack_chat_store.json_values import parse_json
 from haystack_chat_store.stores.conflicts import history_is_there, history_not_found, only_one_user
 from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.listing import Listing, decoded_cursor, history_info
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, Unchanged
-from haystack_chat_store.stores.times import readable_time
-from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, MessagePreview, StoreStatistics
+from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, StoreStatistics
 
 # The number of histories that one step erases. Other writers wait no longer than for one step.
 _ERASE_BATCH_SIZE = 100
-# The number of histories that the engine returns at a time while a list looks for a meta or for branches.
-_MOST_READ = 1_000
-# The first element of a cursor. A later version with another order of the directory gets another number.
-_CURSOR_VERSION = 1
 
 
 class DirectoryMethods:
@@ -72,7 +65,7 @@ class DirectoryMethods:
         """
         listing = self._checked_listing(prefix, user_id, meta, branches, limit, cursor)
         while listing.is_unfinished:
-            listing.add(self.engine.run(self.engine.histories, *listing.next_page()))
+            listing.add(self.engine.run(self.engine.histories, *listing.next_arguments()))
         return listing.page()
 
     async def list_chat_histories_async(
@@ -88,7 +81,7 @@ class DirectoryMethods:
         """Do what `list_chat_histories` does, without blocking the event loop."""
         listing = self._checked_listing(prefix, user_id, meta, branches, limit, cursor)
         while listing.is_unfinished:
-            listing.add(await self.engine.run_async(self.engine.histories, *listing.next_page()))
+            listing.add(await self.engine.run_async(self.engine.histories, *listing.next_arguments()))
         return listing.page()
 
     def get_chat_history(self, chat_history_id: str) -> ChatHistoryInfo | None:
@@ -99,15 +92,15 @@ class DirectoryMethods:
         :raises ValueError: If `chat_history_id` is not a valid id.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        row = self.engine.run(self.engine.history, self.scope, history)
-        return None if row is None else _info(row)
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        row = self.engine.run(self.engine.history, self.scope, chat_history_id)
+        return None if row is None else history_info(row)
 
     async def get_chat_history_async(self, chat_history_id: str) -> ChatHistoryInfo | None:
         """Do what `get_chat_history` does, without blocking the event loop."""
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        row = await self.engine.run_async(self.engine.history, self.scope, history)
-        return None if row is None else _info(row)
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        row = await self.engine.run_async(self.engine.history, self.scope, chat_history_id)
+        return None if row is None else history_info(row)
 
     def create_chat_history(
         self,
@@ -181,12 +174,12 @@ class DirectoryMethods:
             user. Nothing was changed.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        history = validation.validated_id(chat_history_id, "chat_history_id")
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
         change = self._checked_change(title, default_title, meta, merge_meta, user_id)
-        row = self.engine.run(self.engine.update_history, self.scope, history, change)
+        row = self.engine.run(self.engine.update_history, self.scope, chat_history_id, change)
         if row is None:
-            raise history_not_found(history)
-        return _info(row)
+            raise history_not_found(chat_history_id)
+        return history_info(row)
 
     async def update_chat_history_async(
         self,
@@ -199,12 +192,12 @@ class DirectoryMethods:
         user_id: str | Unchanged | None = UNCHANGED,
     ) -> ChatHistoryInfo:
         """Do what `update_chat_history` does, without blocking the event loop."""
-        history = validation.validated_id(chat_history_id, "chat_history_id")
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
         change = self._checked_change(title, default_title, meta, merge_meta, user_id)
-        row = await self.engine.run_async(self.engine.update_history, self.scope, history, change)
+        row = await self.engine.run_async(self.engine.update_history, self.scope, chat_history_id, change)
         if row is None:
-            raise history_not_found(history)
-        return _info(row)
+            raise history_not_found(chat_history_id)
+        return history_info(row)
 
     def rename_chat_history(self, old_id: str, new_id: str) -> ChatHistoryInfo:
         """
@@ -224,12 +217,12 @@ class DirectoryMethods:
         :raises ChatMessageStoreError: If the engine fails.
         """
         ids = _checked_renaming(old_id, new_id)
-        return _info(self.engine.run(self.engine.rename_history, self.scope, *ids))
+        return history_info(self.engine.run(self.engine.rename_history, self.scope, *ids))
 
     async def rename_chat_history_async(self, old_id: str, new_id: str) -> ChatHistoryInfo:
         """Do what `rename_chat_history` does, without blocking the event loop."""
         ids = _checked_renaming(old_id, new_id)
-        return _info(await self.engine.run_async(self.engine.rename_history, self.scope, *ids))
+        return history_info(await self.engine.run_async(self.engine.rename_history, self.scope, *ids))
 
     def copy_messages(
         self,
@@ -290,13 +283,13 @@ class DirectoryMethods:
         :raises ChatHistoryAccessError: If the history is another user's. Nothing was deleted.
         :raises ChatMessageStoreError: If the engine fails. The whole history was deleted, or nothing of it.
         """
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        self.engine.run(self.engine.delete, self.scope, history, None)
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        self.engine.run(self.engine.delete, self.scope, chat_history_id, None)
 
     async def delete_chat_history_async(self, chat_history_id: str) -> None:
         """Do what `delete_chat_history` does, without blocking the event loop."""
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        await self.engine.run_async(self.engine.delete, self.scope, history, None)
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        await self.engine.run_async(self.engine.delete, self.scope, chat_history_id, None)
 
     def delete_chat_histories(self, *, prefix: str, vacuum: bool = False) -> int:
         """
@@ -432,17 +425,17 @@ class DirectoryMethods:
         branches: bool,
         limit: int,
         cursor: str | None,
-    ) -> "_Listing":
+    ) -> Listing:
         prefix = validation.validated_text(prefix, "prefix")
         limit = validation.validated_number(limit, "limit", 1, validation.MAX_LIMIT)
         wanted = {} if meta is None else parse_json(validation.validated_merge(meta, "meta"))
-        place = None if cursor is None else _decoded_cursor(cursor)
-        return _Listing(seen_scope(self._scope_of(user_id), branches), prefix, wanted, limit, place)
+        place = None if cursor is None else decoded_cursor(cursor)
+        return Listing(seen_scope(self._scope_of(user_id), branches), prefix, wanted, limit, place)
 
     def _checked_creation(
         self, chat_history_id: str, user_id: str | None, title: str | None, meta: dict[str, Any] | None, exist_ok: bool
     ) -> tuple[Scope, HistoryRow]:
-        history = validation.validated_id(chat_history_id, "chat_history_id")
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
         validation.validated_flag(exist_ok, "exist_ok")
         change = validation.validated_change(title, meta, None, None)
         if change.title is UNCHANGED or change.meta is UNCHANGED:
@@ -450,7 +443,7 @@ class DirectoryMethods:
         if user_id is not None:
             user_id = self._scope_of(user_id).user_id
         row = HistoryRow(
-            chat_history_id=history,
+            chat_history_id=chat_history_id,
             created_at=0,
             updated_at=0,
             title=change.title if isinstance(change.title, str) else None,
@@ -500,44 +493,6 @@ class DirectoryMethods:
         return count
 
 
-class _Listing:
-    """A page of the list of histories that is being put together: what was asked for, and what was found so far."""
-
-    def __init__(
-        self, scope: Scope, prefix: str, meta: dict[str, Any], limit: int, before: tuple[int, str] | None
-    ) -> None:
-        """
-        Begin with nothing found.
-
-        :param meta: Values that the meta of each history must have.
-        :param before: The place of the last history on the page before, or `None`.
-        """
-        self.is_unfinished = True
-        self._scope, self._prefix, self._meta, self._limit, self._before = scope, prefix, meta, limit, before
-        self._asked = limit + 1  # the last one is not on the page: it shows that another page follows
-        self._found: list[HistoryRow] = []
-
-    def next_page(self) -> tuple[Scope, str, tuple[int, str] | None, int]:
-        """Return the arguments of the next call of the engine."""
-        return self._scope, self._prefix, self._before, self._asked
-
-    def add(self, rows: Sequence[HistoryRow]) -> None:
-        """Keep those of the next histories that have the meta."""
-        self._found += rows if not self._meta else filter(self._has_meta, rows)
-        self.is_unfinished = len(rows) == self._asked and len(self._found) <= self._limit
-        if self.is_unfinished:
-            self._before, self._asked = (rows[-1].updated_at, rows[-1].chat_history_id), _MOST_READ
-
-    def page(self) -> ChatHistoryPage:
-        """Return the page."""
-        cursor = None if len(self._found) <= self._limit else _encoded_cursor(self._found[self._limit - 1])
-        return ChatHistoryPage(items=list(map(_info, self._found[: self._limit])), cursor=cursor)
-
-    def _has_meta(self, row: HistoryRow) -> bool:
-        meta = validation.parsed_meta(row.meta) or {}
-        return all(equal_json(meta.get(key), value) for key, value in self._meta.items())
-
-
 @contextmanager
 def deletions_stated() -> Iterator[None]:
     """Make the errors of a vacuum say that the histories were deleted."""
@@ -570,7 +525,7 @@ def _created(created: tuple[HistoryRow, bool], exist_ok: bool) -> ChatHistoryInf
     row, is_new = created
     if not is_new and not exist_ok:
         raise history_is_there(row.chat_history_id)
-    return _info(row)
+    return history_info(row)
 
 
 def _checked_copy(
@@ -581,43 +536,3 @@ def _checked_copy(
     if until_message_id is not None:
         until_message_id = validation.validated_id(until_message_id, "until_message_id")
     return source, target, until_message_id, HistoryChange(meta=validation.validated_meta(meta)).new_meta(None)
-
-
-def _info(row: HistoryRow) -> ChatHistoryInfo:
-    return ChatHistoryInfo(
-        chat_history_id=row.chat_history_id,
-        message_count=row.message_count,
-        round_count=row.round_count,
-        revision=row.revision,
-        created_at=readable_time(row.created_at),
-        updated_at=readable_time(row.updated_at),
-        title=row.title,
-        meta={} if row.meta is None else validation.parsed_meta(row.meta) or {},  # even if it is damaged
-        user_id=row.user_id,
-        preview=row.preview,
-        last_message=None
-        if row.last_role is None
-        else MessagePreview(role=row.last_role, text=row.last_text, created_at=readable_time(row.last_at)),
-    )
-
-
-def _encoded_cursor(row: HistoryRow) -> str:
-    """Return the cursor of a page that ends with a history."""
-    place = [_CURSOR_VERSION, row.updated_at, row.chat_history_id]
-    return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
-
-
-def _decoded_cursor(cursor: Any) -> tuple[int, str]:
-    """
-    Return `updated_at` and id of the last history on the cursor's page.
-
-    :raises ValueError: If it is not a cursor of this version.
-    """
-    try:
-        version, updated_at, chat_history_id = json.loads(base64.urlsafe_b64decode(cursor))
-        validation.validated_number(version, "cursor", _CURSOR_VERSION, _CURSOR_VERSION)
-        return validation.validated_number(updated_at, "cursor", -(2**62), 2**62), validation.validated_id(
-            chat_history_id, "cursor"
-        )
-    except (TypeError, ValueError, RecursionError, binascii.Error):
-        raise ValueError("cursor must be the cursor of a ChatHistoryPage, or None.") from None

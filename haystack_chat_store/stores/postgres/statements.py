@@ -90,6 +90,19 @@ _UPDATED_AT_OF_CURSOR = (
     f" ELSE {_timestamp_sql(_CURSOR)} END"
 )
 
+# Messages are sent as joined texts, because psycopg takes as long for three arrays as for all the rest. Contents are
+# JSON, which needs no line breaks, and terms have none.
+_SENT = """
+    ROWS FROM (
+        json_array_elements_text(%(message_ids)s::json),
+        unnest(
+            string_to_array(%(roles)s, ' '),
+            string_to_array(%(contents)s, E'\n'),
+            string_to_array(%(terms)s, E'\n'){numbers}
+        )
+    ) WITH ORDINALITY AS sent (message_id, role, content, terms, {names}place)
+"""
+
 #: What statements have in common, under the names by which they include it.
 FRAGMENTS = {
     "history_row": (
@@ -124,29 +137,8 @@ FRAGMENTS = {
     "now": "greatest(updated_at, statement_timestamp())",
     "created_at_is_readable": _is_readable_sql("created_at"),
     "updated_at_is_readable": _is_readable_sql("updated_at"),
-    # Messages are sent as joined texts, because psycopg takes as long for three arrays as for all the rest. Contents
-    # are JSON, which needs no line breaks, and terms have none.
-    "sent": """
-        ROWS FROM (
-            json_array_elements_text(%(message_ids)s::json),
-            unnest(
-                string_to_array(%(roles)s, ' '),
-                string_to_array(%(contents)s, E'\n'),
-                string_to_array(%(terms)s, E'\n')
-            )
-        ) WITH ORDINALITY AS sent (message_id, role, content, terms, place)
-    """,
-    "sent_with_numbers": """
-        ROWS FROM (
-            json_array_elements_text(%(message_ids)s::json),
-            unnest(
-                string_to_array(%(roles)s, ' '),
-                string_to_array(%(contents)s, E'\n'),
-                string_to_array(%(terms)s, E'\n'),
-                string_to_array(%(numbers)s, ' ')::bigint[]
-            )
-        ) WITH ORDINALITY AS sent (message_id, role, content, terms, number, place)
-    """,
+    "sent": _SENT.format(numbers="", names=""),
+    "sent_with_numbers": _SENT.format(numbers=", string_to_array(%(numbers)s, ' ')::bigint[]", names="number, "),
 }
 
 #: Whether messages belong to a history of the scope, under the name `is_visible`.

@@ -68,12 +68,12 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         database, deadline = databases.get(self.settings), self._deadline()
         size = _size_to_share(operation, arguments)
         if size is not None:
-            call = partial(_call, operation, arguments, options)
-            return cast(ResultT, await database.turns.run_async(call, deadline, size))
-        made = CallOfTask(partial(_run_on, database, deadline, operation, *arguments, **options), deadline)
+            write = partial(_call, operation, arguments, options)
+            return cast(ResultT, await database.turns.run_async(write, deadline, size))
+        call = CallOfTask(partial(_run_on, database, deadline, operation, *arguments, **options), deadline)
         threads = database.readers if is_marked(operation, reads_only) else database.writer
         timed_out = partial(failures.timed_out, self.settings.path, self.settings.timeout)
-        return cast(ResultT, await made.wait(partial(threads.submit, made.make), timed_out))
+        return cast(ResultT, await call.wait(partial(threads.submit, call.make), timed_out))
 
     def check_exists(self) -> None:
         """
