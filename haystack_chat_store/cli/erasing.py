@@ -63,7 +63,7 @@ def delete(
                     deleted += chat_store.get_chat_history(history) is not None
                     chat_store.delete_messages(history)
                     shown(number, len(chat_history_ids))
-            vacuum_files(chat_store, vacuum)
+            _vacuum_files(chat_store, vacuum)
         if not deleted:
             note_other_namespaces(chat_store)
     _report_deleted(deleted, as_json)
@@ -91,7 +91,7 @@ def purge(
         with terminal.progress("Deleting") as shown:
             shown(0, None)
             deleted = chat_store.purge(older_than=time, prefix=prefix)
-            vacuum_files(chat_store, vacuum)
+            _vacuum_files(chat_store, vacuum)
         if not deleted:
             note_other_namespaces(chat_store)
     _report_deleted(deleted, as_json)
@@ -127,7 +127,7 @@ def _confirm(found: Iterator[ChatHistoryInfo]) -> None:
         raise typer.Exit(1)
 
 
-def vacuum_files(store: BaseChatMessageStore, is_wanted: bool) -> None:
+def _vacuum_files(store: BaseChatMessageStore, is_wanted: bool) -> None:
     """Remove what was deleted from the engine's files, also after a command for one user."""
     if is_wanted:
         with deletions_stated():

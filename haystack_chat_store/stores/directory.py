@@ -46,9 +46,9 @@ class DirectoryMethods:
         """
         Return a page of the histories of this namespace. The history whose messages changed last comes first.
 
-        To walk through all histories, call this method again with the page's cursor until the cursor is `None`. The
-        walk then sees each history exactly once that exists during the whole walk and does not change. A history that
-        changes moves to the front: it is seen once if the walk had already reached it, otherwise not at all.
+        To walk through all histories, call this method again with the page's cursor until the cursor is `None`. A
+        history that exists during the whole walk, and does not change, is on exactly one of the pages. A history that
+        changes moves to the front: it is on one page if the walk had already reached it, otherwise on none.
 
         :param prefix: Only histories whose ids begin with this text, taken literally. Defaults to all.
         :param user_id: Only histories of this user. They are found by an index. Defaults to `None`: all histories.
@@ -157,8 +157,8 @@ class DirectoryMethods:
         :param chat_history_id: The history's id. The history must exist.
         :param title: The new title, up to 1,000 characters without NUL. `None` removes the title. Defaults to
             `UNCHANGED`.
-        :param default_title: A title for a history that has none. If the history has a title, also one that was set
-            meanwhile, that title stays. Cannot be given together with `title`. Defaults to `None`: no change.
+        :param default_title: A title that the history gets only if it has none. So a title that was set meanwhile
+            stays. Cannot be given together with `title`. Defaults to `None`: no change.
         :param meta: The new meta, which replaces the whole old meta. `None` removes the meta. Defaults to `UNCHANGED`.
             Values that JSON does not know are stored in the same form as in messages.
         :param merge_meta: Keys of the meta to set, with their values. Other keys stay, also those that others set at
@@ -201,12 +201,12 @@ class DirectoryMethods:
 
     def rename_chat_history(self, old_id: str, new_id: str) -> ChatHistoryInfo:
         """
-        Give a history another id, and return it. Only its id changes, and its revision, which becomes greater.
+        Give a history another id, and return the history. Its revision becomes greater, and all else stays.
 
-        Its branches follow it. A branch whose new id is taken gets another one. All of this is one atomic step. On
-        Redis, the branches follow one by one after the history. Between hash slots of a Redis Cluster, a history is
-        complete under its new id before the old one is deleted: a reader may see both. There, a repeated call finishes
-        what another one began, as does `doctor` with `repair`.
+        Its branches follow it: their ids begin with the new id. If such an id is taken, the branch gets another one.
+        All of this is one atomic step. On Redis, the branches follow one by one after the history. Between hash slots
+        of a Redis Cluster, a history is complete under its new id before the old one is deleted: a reader may see both.
+        If a call fails there, call it again, or run `doctor` with `repair`. Either finishes it.
 
         :param old_id: The history's id.
         :param new_id: Its new id. No other history may have it.
@@ -235,18 +235,18 @@ class DirectoryMethods:
         """
         Fork a conversation: copy the messages of a history, or its beginning, to another history.
 
-        The copy appears whole or not at all. The engine copies by itself; only on Redis, most copies travel through the
-        client (see `docs/redis.md`). The copies keep their ids and times. A copy belongs to the user of its source.
-        Title and meta are not copied.
+        The copy appears whole or not at all. The database copies by itself. (On Redis, most copies travel through the
+        client: see `docs/redis.md`.) The copied messages keep their ids and times. The copy belongs to the user of its
+        source. Title and meta are not copied.
 
-        With the source's id as `branch_of` in its meta, and an id that begins with the source's and `~`, the copy is a
-        branch, which goes where the source goes.
+        The copy is a branch of its source if its meta has the source's id as `branch_of`, and its own id begins with
+        the source's id and `~`. A branch is renamed, handed over and deleted with its source.
 
         :param source_id: The id of the history to copy from.
         :param target_id: The id of the history to copy to. If it exists, it must have no messages.
         :param until_message_id: The id of the last message to copy. Defaults to `None`: all messages.
-        :param meta: The meta of the copy, which it has from its first moment. Defaults to `None`: none, or that of the
-            target, if it exists.
+        :param meta: The meta of the copy, from its first moment on. Defaults to `None`: no meta or, if the target
+            exists, the meta that the target has.
         :returns: The number of messages copied.
         :raises ValueError: If an argument is wrong.
         :raises ChatHistoryNotFoundError: If the source does not exist.

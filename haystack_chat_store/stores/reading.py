@@ -220,8 +220,8 @@ class ReadingMethods:
         without spaces, such as Chinese and Japanese, any part of a text is found. A query has no operators. The first
         16,000 words of a message are searched.
 
-        A search changes nothing. What a store made with `search=True` writes to a new database is indexed as it is
-        written. Messages that a database had before are indexed by `index_messages`, which is called once.
+        A search changes nothing. A store made with `search=True` indexes messages as it writes them. To index messages
+        that the database had before, call `index_messages` once.
 
         :param query: The words and phrases to find, up to 1,000 characters. A query without words finds nothing.
         :param chat_history_id: Only messages of this history. Defaults to `None`: all histories.
