@@ -10,7 +10,7 @@ from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.histories import HISTORY, history_row, lock_history, make_history, meta_of
 from haystack_chat_store.stores.postgres.renaming import rename_locked
 from haystack_chat_store.stores.postgres.schema import history_key, history_parameters
-from haystack_chat_store.stores.postgres.session import Session
+from haystack_chat_store.stores.postgres.session import Session, in_transaction
 from haystack_chat_store.stores.postgres.statements import (
     AFTER_ALL_IDS,
     AFTER_ALL_TIMES,
@@ -154,6 +154,7 @@ class Directory(Engine[Session]):
         parameters = {**prefix_parameters(scope, prefix), "after": after, "limit": limit}
         return list(starmap(HistoryRow, await session.fetch(_HISTORIES_BY_ID, parameters)))
 
+    @in_transaction
     async def update_history(
         self,
         session: Session,
@@ -162,11 +163,51 @@ class Directory(Engine[Session]):
         change: HistoryChange,
     ) -> HistoryRow | None:
         """Change the row in a transaction that has it locked, and hand over its branches."""
-        return await session.in_transaction(_update_locked, scope, chat_history_id, change)
+        locked = await lock_history(session, scope, chat_history_id)
+        if locked is None:
+            return None
+        key = history_key(scope, chat_history_id)
+        has_meta = change.meta is not UNCHANGED or change.merged is not None
+        stored = None if change.merged is None else await meta_of(session, key)
+        meta = change.new_meta(stored) if has_meta else None
+        parameters = {
+            "key": key,
+            "has_title": change.title is not UNCHANGED,
+            "title": change.given_title,
+            "title_terms": title_tsvector(change.given_title),
+            "has_meta": has_meta,
+            "meta": meta,
+            "branch_of": branch_origin(chat_history_id, meta),
+            "has_user": change.user_id is not UNCHANGED,
+            "user": None if change.user_id is UNCHANGED else change.user_id,
+        }
+        row = HistoryRow(*(await session.fetch(_UPDATE_HISTORY, parameters))[0])
+        origins: dict[str, Any] = {"namespace": scope.namespace, "owner": locked.user_id, "new_owner": row.user_id}
+        origins["ids"] = [chat_history_id] if row.user_id != locked.user_id else []
+        while origins["ids"]:
+            found = await session.fetch(_HAND_OVER_BRANCHES, origins)
+            origins["ids"] = [branch for (branch,) in found]
+        return row
 
+    @in_transaction
     async def create_history(self, session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
         """Insert the row in a transaction, unless it is there."""
-        return await session.in_transaction(_create_locked, scope, history)
+        is_new = await lock_history(session, scope, history.chat_history_id) is None and await make_history(
+            session, scope, history.chat_history_id, history.user_id
+        )
+        locked = await lock_history(session, scope, history.chat_history_id)
+        key = history_key(scope, history.chat_history_id)
+        if is_new and locked is not None:
+            parameters = {
+                "key": key,
+                "title": history.title,
+                "title_terms": title_tsvector(history.title),
+                "meta": history.meta,
+                "branch_of": branch_origin(history.chat_history_id, history.meta),
+                "revision": locked.next_revision,
+            }
+            await session.run(_BEGIN_HISTORY, parameters)
+        return await history_row(session, key), is_new
 
     async def rename_history(self, session: Session, scope: Scope, old_id: str, new_id: str) -> HistoryRow:
         """Copy the rows under other keys, and delete the old ones, in one transaction."""
@@ -199,52 +240,3 @@ class Directory(Engine[Session]):
     async def statistics(self, session: Session, scope: Scope, prefix: str) -> StoreStatistics:
         """Count every message, as of one moment."""
         return await session.in_transaction(count_all, prefix_parameters(scope, prefix), begin=BEGIN_READING)
-
-
-async def _update_locked(
-    session: Session, scope: Scope, chat_history_id: str, change: HistoryChange
-) -> HistoryRow | None:
-    locked = await lock_history(session, scope, chat_history_id)
-    if locked is None:
-        return None
-    key = history_key(scope, chat_history_id)
-    has_meta = change.meta is not UNCHANGED or change.merged is not None
-    stored = None if change.merged is None else await meta_of(session, key)
-    meta = change.new_meta(stored) if has_meta else None
-    parameters = {
-        "key": key,
-        "has_title": change.title is not UNCHANGED,
-        "title": change.given_title,
-        "title_terms": title_tsvector(change.given_title),
-        "has_meta": has_meta,
-        "meta": meta,
-        "branch_of": branch_origin(chat_history_id, meta),
-        "has_user": change.user_id is not UNCHANGED,
-        "user": None if change.user_id is UNCHANGED else change.user_id,
-    }
-    row = HistoryRow(*(await session.fetch(_UPDATE_HISTORY, parameters))[0])
-    origins: dict[str, Any] = {"namespace": scope.namespace, "owner": locked.user_id, "new_owner": row.user_id}
-    origins["ids"] = [chat_history_id] if row.user_id != locked.user_id else []
-    while origins["ids"]:
-        found = await session.fetch(_HAND_OVER_BRANCHES, origins)
-        origins["ids"] = [branch for (branch,) in found]
-    return row
-
-
-async def _create_locked(session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
-    is_new = await lock_history(session, scope, history.chat_history_id) is None and await make_history(
-        session, scope, history.chat_history_id, history.user_id
-    )
-    locked = await lock_history(session, scope, history.chat_history_id)
-    key = history_key(scope, history.chat_history_id)
-    if is_new and locked is not None:
-        parameters = {
-            "key": key,
-            "title": history.title,
-            "title_terms": title_tsvector(history.title),
-            "meta": history.meta,
-            "branch_of": branch_origin(history.chat_history_id, history.meta),
-            "revision": locked.next_revision,
-        }
-        await session.run(_BEGIN_HISTORY, parameters)
-    return await history_row(session, key), is_new

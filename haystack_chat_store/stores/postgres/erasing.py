@@ -10,7 +10,7 @@ from haystack_chat_store.stores.conflicts import check_access, check_revision
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.postgres.histories import BRANCHES, DELETE_HISTORIES, DELETE_MESSAGES, delete_histories
 from haystack_chat_store.stores.postgres.schema import history_key
-from haystack_chat_store.stores.postgres.session import Session
+from haystack_chat_store.stores.postgres.session import Session, in_transaction
 from haystack_chat_store.stores.postgres.statements import Statement, prefix_parameters
 from haystack_chat_store.stores.rows import Scope
 
@@ -51,9 +51,25 @@ _DELETE_BATCH_MESSAGES = 100_000
 class Erasing(Engine[Session]):
     """The operations that delete whole histories."""
 
+    @in_transaction
     async def delete(self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
-        """Delete a history and its branches, with their messages, in one transaction."""
-        await session.in_transaction(_delete_with_branches, scope, chat_history_id, expected_revision)
+        """Delete a history and its branches, and theirs, but none of another user."""
+        parameters = {"keys": [history_key(scope, chat_history_id)], "user": None}
+        is_there, owner = False, None
+        for key, revision, user_id, has_expired in await session.fetch(DELETE_HISTORIES, parameters):
+            if not has_expired:
+                check_access(scope, user_id)  # an error undoes the transaction
+                check_revision(expected_revision, revision)
+                is_there, owner = True, user_id
+            await session.run(DELETE_MESSAGES, [[key]])
+        origins = [(is_there, owner, [chat_history_id])]
+        while origins:
+            is_there, owner, ids = origins.pop()
+            origin = {"is_there": is_there, "owner": owner, "ids": ids}
+            found = await session.fetch(BRANCHES, {"namespace": scope.namespace, "user": scope.user_id, **origin})
+            await delete_histories(session, [key for _, key, _ in found], scope.user_id)
+            for user_id in {user_id for *_, user_id in found}:
+                origins.append((True, user_id, [branch for branch, _, owner in found if owner == user_id]))
 
     async def delete_all(self, session: Session, scope: Scope) -> bool:
         """Delete in batches, each with a time limit of its own, so that any number of histories can be deleted."""
@@ -90,32 +106,6 @@ class Erasing(Engine[Session]):
             session.renew_deadline(math.inf)
             if not await session.vacuum(statement):
                 raise UnsupportedOperationError("This role may not vacuum the tables. Let their owner run VACUUM FULL.")
-
-
-async def _delete_with_branches(
-    session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None
-) -> None:
-    """
-    Delete a history and its branches, and theirs, but none of another user.
-
-    If it is another user's, or has another revision, raise an error, which undoes the transaction.
-    """
-    parameters = {"keys": [history_key(scope, chat_history_id)], "user": None}
-    is_there, owner = False, None
-    for key, revision, user_id, has_expired in await session.fetch(DELETE_HISTORIES, parameters):
-        if not has_expired:
-            check_access(scope, user_id)
-            check_revision(expected_revision, revision)
-            is_there, owner = True, user_id
-        await session.run(DELETE_MESSAGES, [[key]])
-    origins = [(is_there, owner, [chat_history_id])]
-    while origins:
-        is_there, owner, ids = origins.pop()
-        named = {"namespace": scope.namespace, "user": scope.user_id, "is_there": is_there, "owner": owner, "ids": ids}
-        found = await session.fetch(BRANCHES, named)
-        await delete_histories(session, [key for _, key, _ in found], scope.user_id)
-        for user_id in {user_id for *_, user_id in found}:
-            origins.append((True, user_id, [branch for branch, _, owner in found if owner == user_id]))
 
 
 def _batch_of(found: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:

@@ -5,7 +5,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from functools import partial, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import psycopg
 from haystack import logging
@@ -17,6 +18,7 @@ from haystack_chat_store.types import Fault
 logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
+OperationT = TypeVar("OperationT", bound=Callable[..., Any])
 Parameters = Sequence[Any] | dict[str, Any]
 
 # The number of seconds for asking the server to cancel the statement of a call that has timed out. Without that, the
@@ -213,3 +215,13 @@ class Session:
                 cancelling = self.connection.cancel_safe(timeout=_CANCEL_SECONDS)
                 if self._is_async:
                     await cancelling
+
+
+def in_transaction(operation: OperationT) -> OperationT:
+    """Have an operation run in a transaction of its session: see `Session.in_transaction`."""
+
+    @wraps(operation)
+    async def run(engine: Any, session: Session, *arguments: Any, **options: Any) -> Any:
+        return await session.in_transaction(partial(operation, engine, **options), *arguments)
+
+    return cast(OperationT, run)

@@ -34,7 +34,7 @@ from haystack_chat_store.stores.postgres.appending import (
 from haystack_chat_store.stores.postgres.histories import NO_HISTORY, find_previews, lock_history, position_of
 from haystack_chat_store.stores.postgres.importing import import_locked, import_several_locked
 from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key
-from haystack_chat_store.stores.postgres.session import Session
+from haystack_chat_store.stores.postgres.session import Session, in_transaction
 from haystack_chat_store.stores.postgres.statements import Statement
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin
 
@@ -104,6 +104,7 @@ class Writing(Engine[Session]):
                 return appended
         return await session.in_transaction(append_locked, scope, chat_history_id, messages, policy, expected_revision)
 
+    @in_transaction
     async def delete_messages(
         self,
         session: Session,
@@ -114,10 +115,24 @@ class Writing(Engine[Session]):
         expected_revision: int | None,
     ) -> None:
         """Delete messages in a transaction that has the history locked."""
-        await session.in_transaction(
-            _delete_locked, scope, chat_history_id, message_ids, from_message_id, expected_revision
-        )
+        key = history_key(scope, chat_history_id)
+        locked = await lock_history(session, scope, chat_history_id)
+        history = locked or NO_HISTORY
+        parameters = {"key": key, "revision": history.next_revision}
+        if from_message_id is not None:
+            check_revision(expected_revision, history.revision)
+            start = await position_of(session, key, from_message_id) if locked else None
+            if start is None:
+                raise message_not_found(from_message_id)
+            await session.run(_DELETE_FROM, {**parameters, "start": start, "end": MAX_POSITION})
+            await find_previews(session, key)
+        elif locked:
+            deleted = await session.run(_DELETE_BY_ID, {**parameters, "ids": list(message_ids or ())})
+            if deleted.rowcount:
+                check_revision(expected_revision, history.revision)  # undoes the transaction
+                await find_previews(session, key)
 
+    @in_transaction
     async def replace(
         self,
         session: Session,
@@ -128,20 +143,59 @@ class Writing(Engine[Session]):
         expected_revision: int | None,
     ) -> int:
         """Delete and append in a transaction that has the history locked."""
-        return await session.in_transaction(
-            _replace_locked, scope, chat_history_id, from_message_id, messages, expected_revision
-        )
+        key = history_key(scope, chat_history_id)
+        history = await lock_history(session, scope, chat_history_id)
+        if history is None:
+            check_revision(expected_revision, 0)
+            raise message_not_found(from_message_id)
+        start = await position_of(session, key, from_message_id)
+        found = await known_messages(session, scope, chat_history_id, messages)
+        known = {each.message_id: each.position for each in found}
+        if messages and len(known) == len(messages) and len(await equal_ids(session, key, messages)) == len(messages):
+            positions = [known[message.message_id] for message in messages]
+            first = positions[-1] if start is None else start
+            ((following,),) = await session.fetch(_COUNT_FROM, [key, first])
+            if is_replaced_already(positions, first, following):
+                return 0
+        check_revision(expected_revision, history.revision)
+        if start is None:
+            raise message_not_found(from_message_id)
+        revision = {"revision": history.next_revision}
+        parameters = {"key": key, "start": start, "end": MAX_POSITION, **revision}
+        await session.run(_DELETE_FROM, parameters)
+        new = [message for message in messages if known.get(message.message_id, start) >= start]
+        if new:
+            parameters = await append_parameters(session, scope, chat_history_id, new)
+            await session.run(APPEND_LOCKED, {**parameters, **revision}, prepare=True)
+        await find_previews(session, key)
+        return len(new)
 
+    @in_transaction
     async def update_message(
         self, session: Session, scope: Scope, chat_history_id: str, message_id: str, change: Callable[[str], str]
     ) -> MessageRow:
         """Read and write the content in a transaction that has the history locked."""
-        return await session.in_transaction(_update_message_locked, scope, chat_history_id, message_id, change)
+        key = history_key(scope, chat_history_id)
+        history = await lock_history(session, scope, chat_history_id)
+        position = None if history is None else await position_of(session, key, message_id)
+        if history is None or position is None:
+            raise message_not_found(message_id)
+        row = MessageRow(*(await session.fetch(_MESSAGE, [key, position]))[0])
+        row.content = change(row.content)
+        parameters = {"key": key, "position": position, "content": row.content, "revision": history.next_revision}
+        await session.run(_SET_CONTENT, parameters)
+        return row
 
+    @in_transaction
     async def remove(self, session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
         """Delete messages in a transaction that has the history locked."""
-        await session.in_transaction(_remove_locked, scope, chat_history_id, positions)
+        if history := await lock_history(session, scope, chat_history_id):
+            key = history_key(scope, chat_history_id)
+            parameters = {"key": key, "places": list(positions), "revision": history.next_revision}
+            await session.run(_DELETE_BY_POSITION, parameters)
+            await find_previews(session, key)
 
+    @in_transaction
     async def copy(
         self,
         session: Session,
@@ -152,7 +206,43 @@ class Writing(Engine[Session]):
         meta: str | None,
     ) -> int:
         """Copy inside the server, in a transaction that has both histories locked."""
-        return await session.in_transaction(_copy_locked, scope, source_id, target_id, until_message_id, meta)
+        # In the order of their ids, so that two copies in opposite directions do not deadlock.
+        locked = {
+            history: await lock_history(session, scope, history, is_read=history == source_id, is_checked=False)
+            for history in sorted({source_id, target_id})
+        }
+        source, target = locked[source_id], locked[target_id]
+        if source is None:
+            raise history_not_found(source_id)
+        has_messages_to_copy = source.message_count > 0
+        source_key, end = history_key(scope, source_id), MAX_POSITION
+        if until_message_id is not None:
+            found = await position_of(session, source_key, until_message_id)
+            if found is None:
+                raise message_not_found(until_message_id)
+            end = found
+        if target is not None:
+            check_access(scope, target.user_id)
+        if target is None and has_messages_to_copy:
+            target = await lock_history(session, scope, target_id, make=True, user_id=source.user_id)
+        if target is not None and target.message_count:
+            raise history_has_messages(target_id)
+        if target is None or not has_messages_to_copy:
+            return 0
+        check_same_user(source.user_id, target.user_id)
+        parameters: dict[str, Any] = {
+            "source": source_key,
+            "target": history_key(scope, target_id),
+            "start": target.next_position,
+            "end": end,
+            "revision": target.next_revision,
+            "lifetime": scope.lifetime,
+            "meta": meta,
+            "branch_of": branch_origin(target_id, meta),
+        }
+        ((copied,),) = await session.fetch(_COPY_MESSAGES, parameters)
+        await find_previews(session, parameters["target"])
+        return int(copied)
 
     async def import_history(
         self,
@@ -177,130 +267,3 @@ class Writing(Engine[Session]):
     ) -> int:
         """Import all of them in one transaction."""
         return await session.in_transaction(import_several_locked, scope, histories)
-
-
-async def _delete_locked(
-    session: Session,
-    scope: Scope,
-    chat_history_id: str,
-    message_ids: Sequence[str] | None,
-    from_message_id: str | None,
-    expected_revision: int | None,
-) -> None:
-    key = history_key(scope, chat_history_id)
-    locked = await lock_history(session, scope, chat_history_id)
-    history = locked or NO_HISTORY
-    parameters = {"key": key, "revision": history.next_revision}
-    if from_message_id is not None:
-        check_revision(expected_revision, history.revision)
-        start = await position_of(session, key, from_message_id) if locked else None
-        if start is None:
-            raise message_not_found(from_message_id)
-        await session.run(_DELETE_FROM, {**parameters, "start": start, "end": MAX_POSITION})
-        await find_previews(session, key)
-    elif locked:
-        deleted = await session.run(_DELETE_BY_ID, {**parameters, "ids": list(message_ids or ())})
-        if deleted.rowcount:
-            check_revision(expected_revision, history.revision)  # undoes the transaction
-            await find_previews(session, key)
-
-
-async def _replace_locked(
-    session: Session,
-    scope: Scope,
-    chat_history_id: str,
-    from_message_id: str,
-    messages: Sequence[EncodedMessage],
-    expected_revision: int | None,
-) -> int:
-    key = history_key(scope, chat_history_id)
-    history = await lock_history(session, scope, chat_history_id)
-    if history is None:
-        check_revision(expected_revision, 0)
-        raise message_not_found(from_message_id)
-    start = await position_of(session, key, from_message_id)
-    found = await known_messages(session, scope, chat_history_id, messages)
-    known = {each.message_id: each.position for each in found}
-    if messages and len(known) == len(messages) and len(await equal_ids(session, key, messages)) == len(messages):
-        positions = [known[message.message_id] for message in messages]
-        first = positions[-1] if start is None else start
-        ((following,),) = await session.fetch(_COUNT_FROM, [key, first])
-        if is_replaced_already(positions, first, following):
-            return 0
-    check_revision(expected_revision, history.revision)
-    if start is None:
-        raise message_not_found(from_message_id)
-    revision = {"revision": history.next_revision}
-    parameters = {"key": key, "start": start, "end": MAX_POSITION, **revision}
-    await session.run(_DELETE_FROM, parameters)
-    new = [message for message in messages if known.get(message.message_id, start) >= start]
-    if new:
-        parameters = await append_parameters(session, scope, chat_history_id, new)
-        await session.run(APPEND_LOCKED, {**parameters, **revision}, prepare=True)
-    await find_previews(session, key)
-    return len(new)
-
-
-async def _update_message_locked(
-    session: Session, scope: Scope, chat_history_id: str, message_id: str, change: Callable[[str], str]
-) -> MessageRow:
-    key = history_key(scope, chat_history_id)
-    history = await lock_history(session, scope, chat_history_id)
-    position = None if history is None else await position_of(session, key, message_id)
-    if history is None or position is None:
-        raise message_not_found(message_id)
-    row = MessageRow(*(await session.fetch(_MESSAGE, [key, position]))[0])
-    row.content = change(row.content)
-    parameters = {"key": key, "position": position, "content": row.content, "revision": history.next_revision}
-    await session.run(_SET_CONTENT, parameters)
-    return row
-
-
-async def _remove_locked(session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
-    if history := await lock_history(session, scope, chat_history_id):
-        key = history_key(scope, chat_history_id)
-        parameters = {"key": key, "places": list(positions), "revision": history.next_revision}
-        await session.run(_DELETE_BY_POSITION, parameters)
-        await find_previews(session, key)
-
-
-async def _copy_locked(
-    session: Session, scope: Scope, source_id: str, target_id: str, until_message_id: str | None, meta: str | None
-) -> int:
-    # In the order of their ids, so that two copies in opposite directions do not deadlock.
-    locked = {
-        history: await lock_history(session, scope, history, is_read=history == source_id, is_checked=False)
-        for history in sorted({source_id, target_id})
-    }
-    source, target = locked[source_id], locked[target_id]
-    if source is None:
-        raise history_not_found(source_id)
-    has_messages_to_copy = source.message_count > 0
-    source_key, end = history_key(scope, source_id), MAX_POSITION
-    if until_message_id is not None:
-        found = await position_of(session, source_key, until_message_id)
-        if found is None:
-            raise message_not_found(until_message_id)
-        end = found
-    if target is not None:
-        check_access(scope, target.user_id)
-    if target is None and has_messages_to_copy:
-        target = await lock_history(session, scope, target_id, make=True, user_id=source.user_id)
-    if target is not None and target.message_count:
-        raise history_has_messages(target_id)
-    if target is None or not has_messages_to_copy:
-        return 0
-    check_same_user(source.user_id, target.user_id)
-    parameters: dict[str, Any] = {
-        "source": source_key,
-        "target": history_key(scope, target_id),
-        "start": target.next_position,
-        "end": end,
-        "revision": target.next_revision,
-        "lifetime": scope.lifetime,
-        "meta": meta,
-        "branch_of": branch_origin(target_id, meta),
-    }
-    ((copied,),) = await session.fetch(_COPY_MESSAGES, parameters)
-    await find_previews(session, parameters["target"])
-    return int(copied)
