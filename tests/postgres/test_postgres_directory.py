@@ -249,3 +249,9 @@ def test_a_role_that_may_not_vacuum_is_told_so(server, url):
             restricted.delete_chat_histories(prefix="hist", vacuum=True)
         assert restricted.get_chat_history("history") is None
         restricted.close()
+
+
+def test_a_history_that_is_created_has_one_time(make_store):
+    store = make_store()
+    created = [store.create_chat_history(f"{number}") for number in range(300)]
+    assert [info for info in created if info.created_at != info.updated_at] == []

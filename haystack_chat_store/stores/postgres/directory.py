@@ -74,8 +74,9 @@ _NAMESPACES = Statement("""
     )
     SELECT name FROM names WHERE name IS NOT NULL
 """)
+# By default, each of the two times is that of its own look at the clock.
 _BEGIN_HISTORY = Statement("""
-    UPDATE {histories} SET
+    UPDATE {histories} SET updated_at = created_at,
         title = %(title)s, title_terms = %(title_terms)s::tsvector, meta = %(meta)s::json,
         branch_of = %(branch_of)s, revision = %(revision)s
     WHERE history_key = %(key)s
