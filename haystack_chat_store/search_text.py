@@ -28,9 +28,7 @@ from itertools import accumulate, islice
 from typing import Any, NamedTuple
 from unicodedata import category, combining, name, normalize
 
-from haystack.dataclasses import ChatMessage, TextContent, ToolCallResult
-
-from haystack_chat_store.conversation.provider_content import refusal_in, refusal_of
+from haystack_chat_store.conversation.provider_content import refusal_in
 from haystack_chat_store.json_values import parse_json
 
 #: The largest number of terms of a message. Further terms are not indexed. PostgreSQL keeps positions up to 16,383.
@@ -95,48 +93,31 @@ class Phrase(NamedTuple):
     is_prefix: bool
 
 
-def searchable_text(message: ChatMessage) -> str:
+def searchable_text_of_content(content: str) -> str:
     """
     Return the searchable text of a message: its texts, the texts of its tool results, and a refusal, one per line.
 
-    :param message: The message. Its reasoning, images, files and tool calls are not searchable, nor is its `meta`, but
-        for a refusal.
-    """
-    return _joined(_texts(message._content), refusal_of(message))
-
-
-def _joined(texts: Iterator[Any], refusal: str) -> str:
-    return "\n".join(text for text in (*texts, *filter(None, [refusal])) if isinstance(text, str))
-
-
-def _texts(parts: Sequence[Any]) -> Iterator[Any]:
-    for part in parts:
-        if isinstance(part, TextContent):
-            yield part.text
-        elif isinstance(part, ToolCallResult):
-            yield from [part.result] if isinstance(part.result, str) else _texts(part.result)
-
-
-def searchable_text_of_content(content: str) -> str:
-    """
-    Return the `searchable_text` of a stored message, without decoding the message.
+    Its reasoning, images, files and tool calls are not searchable, nor is its `meta`, but for a refusal. The message is
+    not decoded.
 
     :param content: The JSON text of `ChatMessage.to_dict()`. If it is damaged, the searchable text is empty.
     """
     try:
         message = parse_json(content)
-        return _joined(_texts_of_dicts(message["content"]), refusal_in(message.get("role"), message.get("meta")))
+        texts = [text for text in _texts(message["content"]) if isinstance(text, str)]
+        refusal = refusal_in(message.get("role"), message.get("meta"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
+    return "\n".join([*texts, refusal] if refusal else texts)
 
 
-def _texts_of_dicts(parts: list[dict[str, Any]]) -> Iterator[Any]:
+def _texts(parts: list[dict[str, Any]]) -> Iterator[Any]:
     for part in parts:
         if "text" in part:
             yield part["text"]
         elif "tool_call_result" in part:
             result = part["tool_call_result"]["result"]
-            yield from [result] if isinstance(result, str) else _texts_of_dicts(result)
+            yield from [result] if isinstance(result, str) else _texts(result)
 
 
 class _FoldingTable(dict[int, str]):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from haystack_chat_store import search_text
 from haystack_chat_store.codec import encode_message
+from haystack_chat_store.conversation.provider_content import refusal_of
 from haystack_chat_store.search_text import (
     MAX_BYTES,
     MAX_CHARACTERS,
@@ -25,7 +26,6 @@ from haystack_chat_store.search_text import (
     Phrase,
     matches,
     parsed_query,
-    searchable_text,
     searchable_text_of_content,
     snippet,
     terms,
@@ -55,6 +55,20 @@ def phrases(*words):
 
 
 # ---------------------------------------------------------------------- what of a message is searched
+
+
+def searchable_text(message):
+    """What is searched of a message, said of the message itself."""
+
+    def texts(parts):
+        for part in parts:
+            if isinstance(part, TextContent):
+                yield part.text
+            elif isinstance(part, ToolCallResult):
+                yield from [part.result] if isinstance(part.result, str) else texts(part.result)
+
+    said = (*texts(message._content), refusal_of(message) or None)
+    return "\n".join(text for text in said if isinstance(text, str))
 
 
 def test_texts_and_texts_of_tool_results_are_searched():

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of all stores: settings, validation, ids, encoding; writing, reading and deleting messages."""
+"""The base of all stores: its settings, and the public methods that write, change and delete messages."""
 
-import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,38 +13,26 @@ from haystack.document_stores.types import DuplicatePolicy
 from typing_extensions import Self
 
 from haystack_chat_store import validation
-from haystack_chat_store.codec import decode_messages, encode_message, with_merged_meta
-from haystack_chat_store.conversation import rounds
-from haystack_chat_store.conversation.rounds import LastKUnit, Window
+from haystack_chat_store.codec import with_merged_meta
+from haystack_chat_store.conversation.rounds import LastKUnit
 from haystack_chat_store.errors import ChatHistoryChangedError, UnsupportedOperationError
-from haystack_chat_store.ids import MESSAGE_ID_KEY, OWN_META_KEYS, new_message_id
-from haystack_chat_store.stores.conflicts import duplicate_in_batch, only_one_user
+from haystack_chat_store.ids import OWN_META_KEYS
+from haystack_chat_store.stores.conflicts import only_one_user
 from haystack_chat_store.stores.directory import DirectoryMethods
+from haystack_chat_store.stores.encoding import (
+    CheckedWrite,
+    encoded_messages,
+    is_equal_without_meta,
+    may_be_stored,
+    work_to_encode,
+)
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.previews import beginning_of
-from haystack_chat_store.stores.reading import ReadingMethods, stored
-from haystack_chat_store.stores.rows import EncodedMessage, MessageRow, Scope, WindowRows
-from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP, to_thread_if_large
-from haystack_chat_store.types import HistoryWindow, StoredMessage
+from haystack_chat_store.stores.reading import ReadingMethods, stored_messages
+from haystack_chat_store.stores.rows import EncodedMessage, Scope
+from haystack_chat_store.stores.sync_async import to_thread_if_large
+from haystack_chat_store.types import StoredMessage
 
-MICROSECONDS_PER_SECOND = 1_000_000
-# The cost of encoding one value, in characters of text that take as long to encode.
-_CHARACTERS_PER_VALUE = 100
-
-
-@dataclass(frozen=True)
-class _Write:
-    """
-    The checked arguments of `write_messages`.
-
-    :param named: The messages to store, each with its name in errors, such as `messages[2]`.
-    """
-
-    chat_history_id: str
-    named: list[tuple[str, ChatMessage]]
-    policy: DuplicatePolicy
-    expected_revision: int | None
-    strict: bool
+_MICROSECONDS_PER_SECOND = 1_000_000
 
 
 class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
@@ -109,7 +96,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         if self.renew_ttl_on_read and self.ttl is None:
             raise ValueError("renew_ttl_on_read needs a ttl.")
         self._check_engine()
-        lifetime = None if self.ttl is None else round(self.ttl * MICROSECONDS_PER_SECOND)
+        lifetime = None if self.ttl is None else round(self.ttl * _MICROSECONDS_PER_SECOND)
         #: What operations of the engine may see and change.
         self.scope = Scope(self.namespace, self.user_id, lifetime)
 
@@ -136,7 +123,27 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         """
         return default_to_dict(self, **self.settings())
 
-    # ------------------------------------------------------------------ public methods
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """
+        Create a store from the result of `to_dict`. It connects on first use.
+
+        :param data: The serialized store. It is not changed.
+        :raises DeserializationError: If `data` is not of this class.
+        """
+        return default_from_dict(cls, data)
+
+    @classmethod
+    def from_url(cls, url: str, **settings: Any) -> Self:  # noqa: ARG003  (overrides use them)
+        """
+        Create a store from a URL whose scheme is registered for this class: see `store_from_url`.
+
+        :param url: The URL, with its scheme.
+        :param settings: Further arguments of the constructor.
+        :raises ValueError: If this class does not accept the URL. The error does not repeat the URL, because it may
+            contain a password.
+        """
+        raise ValueError(f"{cls.__name__} cannot be created from a URL. Call its constructor.")
 
     def for_user(self, user_id: str) -> Self:
         """
@@ -199,7 +206,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         :raises ChatMessageStoreError: If the engine fails. All of the batch was written, or nothing.
         """
         write = self._checked_write(chat_history_id, messages, policy, expected_revision)
-        encoded = _encoded(write)
+        encoded = encoded_messages(write)
         if not encoded and write.expected_revision is None:
             return 0
         try:
@@ -207,10 +214,9 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
                 self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, write.expected_revision
             )
         except ChatHistoryChangedError:
-            is_repeated = bool(encoded) and write.policy is DuplicatePolicy.SKIP
-            if not is_repeated or not all(map(partial(self._is_said, write), encoded)):
+            if not self._has_all(write, encoded):
                 raise
-        return 0
+            return 0
 
     async def write_messages_async(
         self,
@@ -222,7 +228,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
     ) -> int:
         """Do what `write_messages` does, without blocking the event loop."""
         write = self._checked_write(chat_history_id, messages, policy, expected_revision)
-        encoded = await to_thread_if_large(_work_to_encode(write), _encoded, write)
+        encoded = await to_thread_if_large(work_to_encode(write), encoded_messages, write)
         if not encoded and write.expected_revision is None:
             return 0
         try:
@@ -230,101 +236,9 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
                 self.engine.append, self.scope, write.chat_history_id, encoded, write.policy, write.expected_revision
             )
         except ChatHistoryChangedError:
-            if not encoded or write.policy is not DuplicatePolicy.SKIP:
+            if not await self._has_all_async(write, encoded):
                 raise
-            for message in encoded:
-                if not await self._is_said_async(write, message):
-                    raise
-        return 0
-
-    def retrieve_messages(
-        self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
-    ) -> list[ChatMessage]:
-        """
-        Return the last rounds of a history, oldest message first.
-
-        A round begins at each user message and lasts until the next one, so a window never begins in the middle of an
-        exchange. If the history has fewer than `last_k` rounds, the messages before its first user message are
-        returned, too. (With `last_k_unit="message"`, `last_k` counts single messages, and more are returned if a tool
-        result would otherwise come without its call.)
-
-        :param chat_history_id: The history's id. A history that does not exist is empty.
-        :param last_k: The number of rounds, 0 for none. Defaults to `None`: the store's own `last_k`.
-        :param window_step: The start of the window moves only in steps of this many rounds: it is the first round, or
-            a multiple of `window_step` after it. The window then holds up to `window_step - 1` rounds more than
-            `last_k`. Defaults to 1. (With `last_k_unit="message"`, it counts messages.)
-        :returns: New message objects, each with its id in `meta["chat_message_id"]`.
-        :raises ValueError: If an argument is wrong.
-        :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
-        """
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        window = self._checked_window(last_k, window_step)
-        if window.count == 0:
-            return []
-        rows = self.engine.run(self.engine.read, self.scope, history, window)
-        if rows.contents and self.renew_ttl_on_read:
-            self.engine.run(self.engine.renew, self.scope, history)
-        return _decoded(rows, window)
-
-    async def retrieve_messages_async(
-        self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
-    ) -> list[ChatMessage]:
-        """Do what `retrieve_messages` does, without blocking the event loop."""
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        window = self._checked_window(last_k, window_step)
-        if window.count == 0:
-            return []
-        rows = await self.engine.run_async(self.engine.read, self.scope, history, window)
-        if rows.contents and self.renew_ttl_on_read:
-            await self.engine.run_async(self.engine.renew, self.scope, history)
-        return await to_thread_if_large(sum(map(len, rows.contents)), _decoded, rows, window)
-
-    def retrieve_window(
-        self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
-    ) -> HistoryWindow:
-        """
-        Return what `retrieve_messages` returns, with the revision and the number of rounds of the whole history.
-
-        :param chat_history_id: The history's id. A history that does not exist is empty, and has revision 0.
-        :param last_k: The number of rounds, 0 for none. Defaults to `None`: the store's own `last_k`.
-        :param window_step: The start of the window moves only in steps of this many rounds. Defaults to 1.
-        :returns: New message objects, the revision and the number of rounds, all as of one moment.
-        :raises ValueError: If an argument is wrong.
-        :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
-        """
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        window = self._checked_window(last_k, window_step)
-        rows = self.engine.run(self.engine.read, self.scope, history, _at_least_one(window))
-        if rows.contents and self.renew_ttl_on_read:
-            self.engine.run(self.engine.renew, self.scope, history)
-        return _window(rows, window)
-
-    async def retrieve_window_async(
-        self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
-    ) -> HistoryWindow:
-        """Do what `retrieve_window` does, without blocking the event loop."""
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        window = self._checked_window(last_k, window_step)
-        rows = await self.engine.run_async(self.engine.read, self.scope, history, _at_least_one(window))
-        if rows.contents and self.renew_ttl_on_read:
-            await self.engine.run_async(self.engine.renew, self.scope, history)
-        return await to_thread_if_large(sum(map(len, rows.contents)), _window, rows, window)
-
-    def count_messages(self, chat_history_id: str) -> int:
-        """
-        Return the number of messages in a history. It is read from a counter, so it costs the same for any length.
-
-        :param chat_history_id: The history's id. A history that does not exist has 0 messages.
-        :raises ValueError: If `chat_history_id` is not a valid id.
-        :raises ChatMessageStoreError: If the engine fails.
-        """
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        return self.engine.run(self.engine.count, self.scope, history)
-
-    async def count_messages_async(self, chat_history_id: str) -> int:
-        """Do what `count_messages` does, without blocking the event loop."""
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        return await self.engine.run_async(self.engine.count, self.scope, history)
+            return 0
 
     def replace_messages(
         self,
@@ -360,10 +274,10 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         :raises ChatMessageStoreError: If the engine fails. The messages were replaced, or nothing was changed.
         """
         write = self._checked_write(chat_history_id, messages, DuplicatePolicy.SKIP, expected_revision)
-        first = validation.validated_id(from_message_id, "from_message_id")
-        encoded = _encoded(write)
+        from_message_id = validation.validated_id(from_message_id, "from_message_id")
+        encoded = encoded_messages(write)
         return self.engine.run(
-            self.engine.replace, self.scope, write.chat_history_id, first, encoded, write.expected_revision
+            self.engine.replace, self.scope, write.chat_history_id, from_message_id, encoded, write.expected_revision
         )
 
     async def replace_messages_async(
@@ -376,10 +290,10 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
     ) -> int:
         """Do what `replace_messages` does, without blocking the event loop."""
         write = self._checked_write(chat_history_id, messages, DuplicatePolicy.SKIP, expected_revision)
-        first = validation.validated_id(from_message_id, "from_message_id")
-        encoded = await to_thread_if_large(_work_to_encode(write), _encoded, write)
+        from_message_id = validation.validated_id(from_message_id, "from_message_id")
+        encoded = await to_thread_if_large(work_to_encode(write), encoded_messages, write)
         return await self.engine.run_async(
-            self.engine.replace, self.scope, write.chat_history_id, first, encoded, write.expected_revision
+            self.engine.replace, self.scope, write.chat_history_id, from_message_id, encoded, write.expected_revision
         )
 
     def update_message_meta(self, chat_history_id: str, message_id: str, *, merge: dict[str, Any]) -> StoredMessage:
@@ -399,15 +313,15 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         :raises ChatHistoryAccessError: If the history is another user's.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        message = _checked_merge(chat_history_id, message_id, merge)
-        return stored([self.engine.run(self.engine.update_message, self.scope, *message)])[0]
+        arguments = _checked_merge(chat_history_id, message_id, merge)
+        return stored_messages([self.engine.run(self.engine.update_message, self.scope, *arguments)])[0]
 
     async def update_message_meta_async(
         self, chat_history_id: str, message_id: str, *, merge: dict[str, Any]
     ) -> StoredMessage:
         """Do what `update_message_meta` does, without blocking the event loop."""
-        message = _checked_merge(chat_history_id, message_id, merge)
-        return stored([await self.engine.run_async(self.engine.update_message, self.scope, *message)])[0]
+        arguments = _checked_merge(chat_history_id, message_id, merge)
+        return stored_messages([await self.engine.run_async(self.engine.update_message, self.scope, *arguments)])[0]
 
     def delete_messages(
         self,
@@ -437,14 +351,14 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         :raises ChatHistoryAccessError: If the history is another user's. Nothing was deleted.
         :raises ChatMessageStoreError: If the engine fails. All of the messages were deleted, or none.
         """
-        history = validation.validated_id(chat_history_id, "chat_history_id")
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
         expected_revision = validation.validated_revision(expected_revision)
         if message_ids is None and from_message_id is None:
-            self.engine.run(self.engine.delete, self.scope, history, expected_revision)
+            self.engine.run(self.engine.delete, self.scope, chat_history_id, expected_revision)
             return
         chosen = validation.validated_choice(message_ids, from_message_id)
         if chosen != ([], None):
-            self.engine.run(self.engine.delete_messages, self.scope, history, *chosen, expected_revision)
+            self.engine.run(self.engine.delete_messages, self.scope, chat_history_id, *chosen, expected_revision)
 
     async def delete_messages_async(
         self,
@@ -455,14 +369,16 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         expected_revision: int | None = None,
     ) -> None:
         """Do what `delete_messages` does, without blocking the event loop."""
-        history = validation.validated_id(chat_history_id, "chat_history_id")
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
         expected_revision = validation.validated_revision(expected_revision)
         if message_ids is None and from_message_id is None:
-            await self.engine.run_async(self.engine.delete, self.scope, history, expected_revision)
+            await self.engine.run_async(self.engine.delete, self.scope, chat_history_id, expected_revision)
             return
         chosen = validation.validated_choice(message_ids, from_message_id)
         if chosen != ([], None):
-            await self.engine.run_async(self.engine.delete_messages, self.scope, history, *chosen, expected_revision)
+            await self.engine.run_async(
+                self.engine.delete_messages, self.scope, chat_history_id, *chosen, expected_revision
+            )
 
     def delete_all_messages(self) -> None:
         """
@@ -491,28 +407,6 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
     async def close_async(self) -> None:
         """Do what `close` does, without blocking the event loop."""
         await self.engine.close_async()
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """
-        Create a store from the result of `to_dict`. It connects on first use.
-
-        :param data: The serialized store. It is not changed.
-        :raises DeserializationError: If `data` is not of this class.
-        """
-        return default_from_dict(cls, data)
-
-    @classmethod
-    def from_url(cls, url: str, **settings: Any) -> Self:  # noqa: ARG003  (overrides use them)
-        """
-        Create a store from a URL whose scheme is registered for this class: see `store_from_url`.
-
-        :param url: The URL, with its scheme.
-        :param settings: Further arguments of the constructor.
-        :raises ValueError: If this class does not accept the URL. The error does not repeat the URL, because it may
-            contain a password.
-        """
-        raise ValueError(f"{cls.__name__} cannot be created from a URL. Call its constructor.")
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -544,8 +438,8 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         messages: Iterable[ChatMessage],
         policy: DuplicatePolicy,
         expected_revision: int | None,
-    ) -> _Write:
-        history = validation.validated_id(chat_history_id, "chat_history_id")
+    ) -> CheckedWrite:
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
         policy = validation.validated_policy(policy)
         expected_revision = validation.validated_revision(expected_revision)
         named = [
@@ -553,126 +447,53 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
             for index, message in enumerate(validation.validated_messages(messages))
             if not (self.skip_system_messages and message.role is ChatRole.SYSTEM)
         ]
-        return _Write(history, named, policy, expected_revision, self.strict)
+        return CheckedWrite(chat_history_id, named, policy, expected_revision, self.strict)
 
-    def _is_said(self, write: _Write, message: EncodedMessage) -> bool:
-        """Whether the history has a message of a repeated write. Its meta may differ, as after a rating."""
+    def _has_all(self, write: CheckedWrite, encoded: Sequence[EncodedMessage]) -> bool:
+        """Whether the history has all messages of a write already. Their meta may differ, as after a rating."""
+        if not may_be_stored(write, encoded):
+            return False
         where = self.scope, write.chat_history_id
-        if not message.has_caller_id:
-            return False
-        try:
-            position = self.engine.run(self.engine.position, *where, message.message_id)
-            if position is None:
+        for message in encoded:
+            try:
+                position = self.engine.run(self.engine.position, *where, message.message_id)
+                if position is None:
+                    return False
+                rows = self.engine.run(self.engine.page, *where, None, position - 1, 1)
+            except UnsupportedOperationError:
                 return False
-            return _says_the_same(message, self.engine.run(self.engine.page, *where, None, position - 1, 1))
-        except UnsupportedOperationError:
-            return False
+            if not is_equal_without_meta(message, rows):
+                return False
+        return True
 
-    async def _is_said_async(self, write: _Write, message: EncodedMessage) -> bool:
+    async def _has_all_async(self, write: CheckedWrite, encoded: Sequence[EncodedMessage]) -> bool:
+        if not may_be_stored(write, encoded):
+            return False
         where = self.scope, write.chat_history_id
-        if not message.has_caller_id:
-            return False
-        try:
-            position = await self.engine.run_async(self.engine.position, *where, message.message_id)
-            if position is None:
+        for message in encoded:
+            try:
+                position = await self.engine.run_async(self.engine.position, *where, message.message_id)
+                if position is None:
+                    return False
+                rows = await self.engine.run_async(self.engine.page, *where, None, position - 1, 1)
+            except UnsupportedOperationError:
                 return False
-            return _says_the_same(message, await self.engine.run_async(self.engine.page, *where, None, position - 1, 1))
-        except UnsupportedOperationError:
-            return False
-
-    def _checked_window(self, last_k: int | None, window_step: int) -> Window:
-        validation.validate_last_k(last_k)
-        validation.validate_window_step(window_step)
-        return Window(self.last_k_unit, self.last_k if last_k is None else last_k, window_step)
+            if not is_equal_without_meta(message, rows):
+                return False
+        return True
 
 
 def _checked_merge(
     chat_history_id: str, message_id: str, merge: dict[str, Any]
 ) -> tuple[str, str, Callable[[str], str]]:
     """Return the arguments of the engine's `update_message`."""
-    history = validation.validated_id(chat_history_id, "chat_history_id")
-    message = validation.validated_id(message_id, "message_id")
+    chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+    message_id = validation.validated_id(message_id, "message_id")
     merged = validation.validated_merge(merge, "merge")
     for key in OWN_META_KEYS.intersection(merge):
         raise ValueError(f"merge must not have the key {key!r}: the store sets it, and it stays.")
-    return history, message, partial(with_merged_meta, merged=merged)
-
-
-def _says_the_same(message: EncodedMessage, rows: list[MessageRow]) -> bool:
-    """Whether the stored message is the same, apart from its meta."""
-    said = [{**json.loads(content), "meta": None} for content in (message.content, *(row.content for row in rows))]
-    return len(said) == 2 and rows[0].message_id == message.message_id and said[0] == said[1]
+    return chat_history_id, message_id, partial(with_merged_meta, merged=merged)
 
 
 def _not_kept(engine: Engine[Any], what: str, attribute: str) -> UnsupportedOperationError:
     return UnsupportedOperationError(f"{type(engine).__name__} does not support {what}.", attribute)
-
-
-def _encoded(write: _Write) -> list[EncodedMessage]:
-    """
-    Give each message its id, and encode it.
-
-    Of several messages with the same id, the first counts or, with the policy OVERWRITE, the last. FAIL refuses them.
-    """
-    encoded: dict[str, EncodedMessage] = {}
-    for name, message in write.named:
-        own_id = message.meta.get(MESSAGE_ID_KEY)
-        if own_id is None:
-            message_id = new_message_id()
-        else:
-            message_id = validation.validated_id(own_id, f"{name}.meta[{MESSAGE_ID_KEY!r}]")
-        content = encode_message(message, message_id, name, strict=write.strict)
-        if message_id in encoded:
-            if write.policy is DuplicatePolicy.FAIL:
-                raise duplicate_in_batch(name, message_id)
-            if write.policy is DuplicatePolicy.SKIP:
-                continue
-        encoded[message_id] = EncodedMessage(
-            message_id=message_id,
-            role=message.role.value,
-            content=content,
-            has_caller_id=own_id is not None,
-            text=beginning_of(message),
-        )
-    return list(encoded.values())
-
-
-def _at_least_one(window: Window) -> Window:
-    """Return the window, or one of a single round or message: an engine cannot read an empty window."""
-    return Window(window.unit, 1) if window.count == 0 else window
-
-
-def _window(rows: WindowRows, window: Window) -> HistoryWindow:
-    messages = [] if window.count == 0 else _decoded(rows, window)
-    return HistoryWindow(messages=messages, revision=rows.revision, round_count=rows.round_count)
-
-
-def _decoded(rows: WindowRows, window: Window) -> list[ChatMessage]:
-    messages = decode_messages(rows.contents)
-    if window.unit == "message" and window.count is not None:
-        return rounds.last_messages(messages, rows.size)
-    return messages
-
-
-def _work_to_encode(write: _Write) -> int:
-    """
-    Estimate the cost of encoding, as a number of characters.
-
-    Counting stops as soon as the number is too large for the event loop.
-    """
-    work, left = 0, [part for _, message in write.named for part in (message.meta, *message._content)]
-    while left and work <= MAX_CHARACTERS_ON_LOOP:
-        value = left.pop()
-        inside: Collection[Any] = ()
-        if isinstance(value, (str, bytes)):
-            work += len(value)
-        elif isinstance(value, Mapping):
-            inside = value.values()
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            inside = value
-        else:
-            inside = getattr(value, "__dict__", {}).values()
-        work += _CHARACTERS_PER_VALUE * (1 + len(inside))
-        if work <= MAX_CHARACTERS_ON_LOOP:
-            left += inside
-    return work

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public methods of stores for whole chat histories: lists, titles, forks, erasing."""
 
-import base64
-import binascii
-import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -15,19 +12,15 @@ from typing_extensions import Self
 
 from haystack_chat_store import validation
 from haystack_chat_store.errors import ChatMessageStoreError
-from haystack_chat_store.json_values import equal_json, parse_json
+from haystack_chat_store.json_values import parse_json
 from haystack_chat_store.stores.conflicts import history_is_there, history_not_found, only_one_user
 from haystack_chat_store.stores.engine import Engine
+from haystack_chat_store.stores.listing import Listing, decoded_cursor, history_info
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, Unchanged
-from haystack_chat_store.stores.times import readable_time
-from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, MessagePreview, StoreStatistics
+from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage, StoreStatistics
 
 # The number of histories that one step erases. Other writers wait no longer than for one step.
 _ERASE_BATCH_SIZE = 100
-# The number of histories that the engine returns at a time while a list looks for a meta or for branches.
-_MOST_READ = 1_000
-# The first element of a cursor. A later version with another order of the directory gets another number.
-_CURSOR_VERSION = 1
 
 
 class DirectoryMethods:
@@ -53,9 +46,9 @@ class DirectoryMethods:
         """
         Return a page of the histories of this namespace. The history whose messages changed last comes first.
 
-        To walk through all histories, call this method again with the page's cursor until the cursor is `None`. The
-        walk then sees each history exactly once that exists during the whole walk and does not change. A history that
-        changes moves to the front: it is seen once if the walk had already reached it, otherwise not at all.
+        To walk through all histories, call this method again with the page's cursor until the cursor is `None`. A
+        history that exists during the whole walk, and does not change, is on exactly one of the pages. A history that
+        changes moves to the front: it is on one page if the walk had already reached it, otherwise on none.
 
         :param prefix: Only histories whose ids begin with this text, taken literally. Defaults to all.
         :param user_id: Only histories of this user. They are found by an index. Defaults to `None`: all histories.
@@ -72,7 +65,7 @@ class DirectoryMethods:
         """
         listing = self._checked_listing(prefix, user_id, meta, branches, limit, cursor)
         while listing.is_unfinished:
-            listing.add(self.engine.run(self.engine.histories, *listing.next_page()))
+            listing.add(self.engine.run(self.engine.histories, *listing.next_arguments()))
         return listing.page()
 
     async def list_chat_histories_async(
@@ -88,7 +81,7 @@ class DirectoryMethods:
         """Do what `list_chat_histories` does, without blocking the event loop."""
         listing = self._checked_listing(prefix, user_id, meta, branches, limit, cursor)
         while listing.is_unfinished:
-            listing.add(await self.engine.run_async(self.engine.histories, *listing.next_page()))
+            listing.add(await self.engine.run_async(self.engine.histories, *listing.next_arguments()))
         return listing.page()
 
     def get_chat_history(self, chat_history_id: str) -> ChatHistoryInfo | None:
@@ -99,15 +92,15 @@ class DirectoryMethods:
         :raises ValueError: If `chat_history_id` is not a valid id.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        row = self.engine.run(self.engine.history, self.scope, history)
-        return None if row is None else _info(row)
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        row = self.engine.run(self.engine.history, self.scope, chat_history_id)
+        return None if row is None else history_info(row)
 
     async def get_chat_history_async(self, chat_history_id: str) -> ChatHistoryInfo | None:
         """Do what `get_chat_history` does, without blocking the event loop."""
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        row = await self.engine.run_async(self.engine.history, self.scope, history)
-        return None if row is None else _info(row)
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        row = await self.engine.run_async(self.engine.history, self.scope, chat_history_id)
+        return None if row is None else history_info(row)
 
     def create_chat_history(
         self,
@@ -164,8 +157,8 @@ class DirectoryMethods:
         :param chat_history_id: The history's id. The history must exist.
         :param title: The new title, up to 1,000 characters without NUL. `None` removes the title. Defaults to
             `UNCHANGED`.
-        :param default_title: A title for a history that has none. If the history has a title, also one that was set
-            meanwhile, that title stays. Cannot be given together with `title`. Defaults to `None`: no change.
+        :param default_title: A title that the history gets only if it has none. So a title that was set meanwhile
+            stays. Cannot be given together with `title`. Defaults to `None`: no change.
         :param meta: The new meta, which replaces the whole old meta. `None` removes the meta. Defaults to `UNCHANGED`.
             Values that JSON does not know are stored in the same form as in messages.
         :param merge_meta: Keys of the meta to set, with their values. Other keys stay, also those that others set at
@@ -181,12 +174,12 @@ class DirectoryMethods:
             user. Nothing was changed.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        history = validation.validated_id(chat_history_id, "chat_history_id")
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
         change = self._checked_change(title, default_title, meta, merge_meta, user_id)
-        row = self.engine.run(self.engine.update_history, self.scope, history, change)
+        row = self.engine.run(self.engine.update_history, self.scope, chat_history_id, change)
         if row is None:
-            raise history_not_found(history)
-        return _info(row)
+            raise history_not_found(chat_history_id)
+        return history_info(row)
 
     async def update_chat_history_async(
         self,
@@ -199,21 +192,21 @@ class DirectoryMethods:
         user_id: str | Unchanged | None = UNCHANGED,
     ) -> ChatHistoryInfo:
         """Do what `update_chat_history` does, without blocking the event loop."""
-        history = validation.validated_id(chat_history_id, "chat_history_id")
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
         change = self._checked_change(title, default_title, meta, merge_meta, user_id)
-        row = await self.engine.run_async(self.engine.update_history, self.scope, history, change)
+        row = await self.engine.run_async(self.engine.update_history, self.scope, chat_history_id, change)
         if row is None:
-            raise history_not_found(history)
-        return _info(row)
+            raise history_not_found(chat_history_id)
+        return history_info(row)
 
     def rename_chat_history(self, old_id: str, new_id: str) -> ChatHistoryInfo:
         """
-        Give a history another id, and return it. Only its id changes, and its revision, which becomes greater.
+        Give a history another id, and return the history. Its revision becomes greater, and all else stays.
 
-        Its branches follow it. A branch whose new id is taken gets another one. All of this is one atomic step. On
-        Redis, the branches follow one by one after the history. Between hash slots of a Redis Cluster, a history is
-        complete under its new id before the old one is deleted: a reader may see both. There, a repeated call finishes
-        what another one began, as does `doctor` with `repair`.
+        Its branches follow it: their ids begin with the new id. If such an id is taken, the branch gets another one.
+        All of this is one atomic step. On Redis, the branches follow one by one after the history. Between hash slots
+        of a Redis Cluster, a history is complete under its new id before the old one is deleted: a reader may see both.
+        If a call fails there, call it again, or run `doctor` with `repair`. Either finishes it.
 
         :param old_id: The history's id.
         :param new_id: Its new id. No other history may have it.
@@ -224,12 +217,12 @@ class DirectoryMethods:
         :raises ChatMessageStoreError: If the engine fails.
         """
         ids = _checked_renaming(old_id, new_id)
-        return _info(self.engine.run(self.engine.rename_history, self.scope, *ids))
+        return history_info(self.engine.run(self.engine.rename_history, self.scope, *ids))
 
     async def rename_chat_history_async(self, old_id: str, new_id: str) -> ChatHistoryInfo:
         """Do what `rename_chat_history` does, without blocking the event loop."""
         ids = _checked_renaming(old_id, new_id)
-        return _info(await self.engine.run_async(self.engine.rename_history, self.scope, *ids))
+        return history_info(await self.engine.run_async(self.engine.rename_history, self.scope, *ids))
 
     def copy_messages(
         self,
@@ -242,18 +235,18 @@ class DirectoryMethods:
         """
         Fork a conversation: copy the messages of a history, or its beginning, to another history.
 
-        The copy appears whole or not at all. The engine copies by itself; only on Redis, most copies travel through the
-        client (see `docs/redis.md`). The copies keep their ids and times. A copy belongs to the user of its source.
-        Title and meta are not copied.
+        The copy appears whole or not at all. The database copies by itself. (On Redis, most copies travel through the
+        client: see `docs/redis.md`.) The copied messages keep their ids and times. The copy belongs to the user of its
+        source. Title and meta are not copied.
 
-        With the source's id as `branch_of` in its meta, and an id that begins with the source's and `~`, the copy is a
-        branch, which goes where the source goes.
+        The copy is a branch of its source if its meta has the source's id as `branch_of`, and its own id begins with
+        the source's id and `~`. A branch is renamed, handed over and deleted with its source.
 
         :param source_id: The id of the history to copy from.
         :param target_id: The id of the history to copy to. If it exists, it must have no messages.
         :param until_message_id: The id of the last message to copy. Defaults to `None`: all messages.
-        :param meta: The meta of the copy, which it has from its first moment. Defaults to `None`: none, or that of the
-            target, if it exists.
+        :param meta: The meta of the copy, from its first moment on. Defaults to `None`: no meta or, if the target
+            exists, the meta that the target has.
         :returns: The number of messages copied.
         :raises ValueError: If an argument is wrong.
         :raises ChatHistoryNotFoundError: If the source does not exist.
@@ -290,13 +283,13 @@ class DirectoryMethods:
         :raises ChatHistoryAccessError: If the history is another user's. Nothing was deleted.
         :raises ChatMessageStoreError: If the engine fails. The whole history was deleted, or nothing of it.
         """
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        self.engine.run(self.engine.delete, self.scope, history, None)
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        self.engine.run(self.engine.delete, self.scope, chat_history_id, None)
 
     async def delete_chat_history_async(self, chat_history_id: str) -> None:
         """Do what `delete_chat_history` does, without blocking the event loop."""
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        await self.engine.run_async(self.engine.delete, self.scope, history, None)
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        await self.engine.run_async(self.engine.delete, self.scope, chat_history_id, None)
 
     def delete_chat_histories(self, *, prefix: str, vacuum: bool = False) -> int:
         """
@@ -432,17 +425,17 @@ class DirectoryMethods:
         branches: bool,
         limit: int,
         cursor: str | None,
-    ) -> "_Listing":
+    ) -> Listing:
         prefix = validation.validated_text(prefix, "prefix")
         limit = validation.validated_number(limit, "limit", 1, validation.MAX_LIMIT)
         wanted = {} if meta is None else parse_json(validation.validated_merge(meta, "meta"))
-        place = None if cursor is None else _decoded_cursor(cursor)
-        return _Listing(seen_scope(self._scope_of(user_id), branches), prefix, wanted, limit, place)
+        place = None if cursor is None else decoded_cursor(cursor)
+        return Listing(seen_scope(self._scope_of(user_id), branches), prefix, wanted, limit, place)
 
     def _checked_creation(
         self, chat_history_id: str, user_id: str | None, title: str | None, meta: dict[str, Any] | None, exist_ok: bool
     ) -> tuple[Scope, HistoryRow]:
-        history = validation.validated_id(chat_history_id, "chat_history_id")
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
         validation.validated_flag(exist_ok, "exist_ok")
         change = validation.validated_change(title, meta, None, None)
         if change.title is UNCHANGED or change.meta is UNCHANGED:
@@ -450,7 +443,7 @@ class DirectoryMethods:
         if user_id is not None:
             user_id = self._scope_of(user_id).user_id
         row = HistoryRow(
-            chat_history_id=history,
+            chat_history_id=chat_history_id,
             created_at=0,
             updated_at=0,
             title=change.title if isinstance(change.title, str) else None,
@@ -500,44 +493,6 @@ class DirectoryMethods:
         return count
 
 
-class _Listing:
-    """A page of the list of histories that is being put together: what was asked for, and what was found so far."""
-
-    def __init__(
-        self, scope: Scope, prefix: str, meta: dict[str, Any], limit: int, before: tuple[int, str] | None
-    ) -> None:
-        """
-        Begin with nothing found.
-
-        :param meta: Values that the meta of each history must have.
-        :param before: The place of the last history on the page before, or `None`.
-        """
-        self.is_unfinished = True
-        self._scope, self._prefix, self._meta, self._limit, self._before = scope, prefix, meta, limit, before
-        self._asked = limit + 1  # the last one is not on the page: it shows that another page follows
-        self._found: list[HistoryRow] = []
-
-    def next_page(self) -> tuple[Scope, str, tuple[int, str] | None, int]:
-        """Return the arguments of the next call of the engine."""
-        return self._scope, self._prefix, self._before, self._asked
-
-    def add(self, rows: Sequence[HistoryRow]) -> None:
-        """Keep those of the next histories that have the meta."""
-        self._found += rows if not self._meta else filter(self._has_meta, rows)
-        self.is_unfinished = len(rows) == self._asked and len(self._found) <= self._limit
-        if self.is_unfinished:
-            self._before, self._asked = (rows[-1].updated_at, rows[-1].chat_history_id), _MOST_READ
-
-    def page(self) -> ChatHistoryPage:
-        """Return the page."""
-        cursor = None if len(self._found) <= self._limit else _encoded_cursor(self._found[self._limit - 1])
-        return ChatHistoryPage(items=list(map(_info, self._found[: self._limit])), cursor=cursor)
-
-    def _has_meta(self, row: HistoryRow) -> bool:
-        meta = validation.parsed_meta(row.meta) or {}
-        return all(equal_json(meta.get(key), value) for key, value in self._meta.items())
-
-
 @contextmanager
 def deletions_stated() -> Iterator[None]:
     """Make the errors of a vacuum say that the histories were deleted."""
@@ -570,7 +525,7 @@ def _created(created: tuple[HistoryRow, bool], exist_ok: bool) -> ChatHistoryInf
     row, is_new = created
     if not is_new and not exist_ok:
         raise history_is_there(row.chat_history_id)
-    return _info(row)
+    return history_info(row)
 
 
 def _checked_copy(
@@ -581,43 +536,3 @@ def _checked_copy(
     if until_message_id is not None:
         until_message_id = validation.validated_id(until_message_id, "until_message_id")
     return source, target, until_message_id, HistoryChange(meta=validation.validated_meta(meta)).new_meta(None)
-
-
-def _info(row: HistoryRow) -> ChatHistoryInfo:
-    return ChatHistoryInfo(
-        chat_history_id=row.chat_history_id,
-        message_count=row.message_count,
-        round_count=row.round_count,
-        revision=row.revision,
-        created_at=readable_time(row.created_at),
-        updated_at=readable_time(row.updated_at),
-        title=row.title,
-        meta={} if row.meta is None else validation.parsed_meta(row.meta) or {},  # even if it is damaged
-        user_id=row.user_id,
-        preview=row.preview,
-        last_message=None
-        if row.last_role is None
-        else MessagePreview(role=row.last_role, text=row.last_text, created_at=readable_time(row.last_at)),
-    )
-
-
-def _encoded_cursor(row: HistoryRow) -> str:
-    """Return the cursor of a page that ends with a history."""
-    place = [_CURSOR_VERSION, row.updated_at, row.chat_history_id]
-    return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
-
-
-def _decoded_cursor(cursor: Any) -> tuple[int, str]:
-    """
-    Return `updated_at` and id of the last history on the cursor's page.
-
-    :raises ValueError: If it is not a cursor of this version.
-    """
-    try:
-        version, updated_at, chat_history_id = json.loads(base64.urlsafe_b64decode(cursor))
-        validation.validated_number(version, "cursor", _CURSOR_VERSION, _CURSOR_VERSION)
-        return validation.validated_number(updated_at, "cursor", -(2**62), 2**62), validation.validated_id(
-            chat_history_id, "cursor"
-        )
-    except (TypeError, ValueError, RecursionError, binascii.Error):
-        raise ValueError("cursor must be the cursor of a ChatHistoryPage, or None.") from None

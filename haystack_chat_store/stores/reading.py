@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public methods of stores for reading chat histories: pages of messages, and search."""
+"""The public methods of stores that read messages: windows, pages, and search."""
 
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
+from haystack.dataclasses import ChatMessage
+
 from haystack_chat_store import search_text, validation
 from haystack_chat_store.codec import decode_messages
+from haystack_chat_store.conversation import rounds
+from haystack_chat_store.conversation.rounds import LastKUnit, Window
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.conflicts import only_one_user
 from haystack_chat_store.stores.directory import seen_scope
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import FoundRow, HistoryRow, MessageRow, Scope
+from haystack_chat_store.stores.rows import FoundRow, HistoryRow, MessageRow, Scope, WindowRows
 from haystack_chat_store.stores.sync_async import to_thread_if_large
 from haystack_chat_store.stores.times import readable_time
-from haystack_chat_store.types import SearchHit, StoredMessage
+from haystack_chat_store.types import HistoryWindow, SearchHit, StoredMessage
 
 #: The number of messages on the first page of a walk through a history, whose message sizes are unknown.
 FIRST_PAGE = 100
@@ -31,12 +35,103 @@ class ReadingMethods:
 
     engine: Engine[Any]
     scope: Scope
+    last_k: int | None
+    last_k_unit: LastKUnit
     search: bool
     renew_ttl_on_read: bool
 
     @abstractmethod
     def _scope_of(self, user_id: str | None) -> Scope:
         """Return this store's scope, limited to a user."""
+
+    def retrieve_messages(
+        self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
+    ) -> list[ChatMessage]:
+        """
+        Return the last rounds of a history, oldest message first.
+
+        A round begins at each user message and lasts until the next one, so a window never begins in the middle of an
+        exchange. If the history has fewer than `last_k` rounds, the messages before its first user message are
+        returned, too. (With `last_k_unit="message"`, `last_k` counts single messages, and more are returned if a tool
+        result would otherwise come without its call.)
+
+        :param chat_history_id: The history's id. A history that does not exist is empty.
+        :param last_k: The number of rounds, 0 for none. Defaults to `None`: the store's own `last_k`.
+        :param window_step: The start of the window moves only in steps of this many rounds: it is the first round, or
+            a multiple of `window_step` after it. The window then holds up to `window_step - 1` rounds more than
+            `last_k`. Defaults to 1. (With `last_k_unit="message"`, it counts messages.)
+        :returns: New message objects, each with its id in `meta["chat_message_id"]`.
+        :raises ValueError: If an argument is wrong.
+        :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
+        """
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        window = self._checked_window(last_k, window_step)
+        if window.count == 0:
+            return []
+        rows = self.engine.run(self.engine.read, self.scope, chat_history_id, window)
+        if rows.contents and self.renew_ttl_on_read:
+            self.engine.run(self.engine.renew, self.scope, chat_history_id)
+        return _decoded(rows, window)
+
+    async def retrieve_messages_async(
+        self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
+    ) -> list[ChatMessage]:
+        """Do what `retrieve_messages` does, without blocking the event loop."""
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        window = self._checked_window(last_k, window_step)
+        if window.count == 0:
+            return []
+        rows = await self.engine.run_async(self.engine.read, self.scope, chat_history_id, window)
+        if rows.contents and self.renew_ttl_on_read:
+            await self.engine.run_async(self.engine.renew, self.scope, chat_history_id)
+        return await to_thread_if_large(sum(map(len, rows.contents)), _decoded, rows, window)
+
+    def retrieve_window(
+        self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
+    ) -> HistoryWindow:
+        """
+        Return what `retrieve_messages` returns, with the revision and the number of rounds of the whole history.
+
+        :param chat_history_id: The history's id. A history that does not exist is empty, and has revision 0.
+        :param last_k: The number of rounds, 0 for none. Defaults to `None`: the store's own `last_k`.
+        :param window_step: The start of the window moves only in steps of this many rounds. Defaults to 1.
+        :returns: New message objects, the revision and the number of rounds, all as of one moment.
+        :raises ValueError: If an argument is wrong.
+        :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
+        """
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        window = self._checked_window(last_k, window_step)
+        rows = self.engine.run(self.engine.read, self.scope, chat_history_id, _at_least_one(window))
+        if rows.contents and self.renew_ttl_on_read:
+            self.engine.run(self.engine.renew, self.scope, chat_history_id)
+        return _history_window(rows, window)
+
+    async def retrieve_window_async(
+        self, chat_history_id: str, last_k: int | None = None, *, window_step: int = 1
+    ) -> HistoryWindow:
+        """Do what `retrieve_window` does, without blocking the event loop."""
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        window = self._checked_window(last_k, window_step)
+        rows = await self.engine.run_async(self.engine.read, self.scope, chat_history_id, _at_least_one(window))
+        if rows.contents and self.renew_ttl_on_read:
+            await self.engine.run_async(self.engine.renew, self.scope, chat_history_id)
+        return await to_thread_if_large(sum(map(len, rows.contents)), _history_window, rows, window)
+
+    def count_messages(self, chat_history_id: str) -> int:
+        """
+        Return the number of messages in a history. It is read from a counter, so it costs the same for any length.
+
+        :param chat_history_id: The history's id. A history that does not exist has 0 messages.
+        :raises ValueError: If `chat_history_id` is not a valid id.
+        :raises ChatMessageStoreError: If the engine fails.
+        """
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        return self.engine.run(self.engine.count, self.scope, chat_history_id)
+
+    async def count_messages_async(self, chat_history_id: str) -> int:
+        """Do what `count_messages` does, without blocking the event loop."""
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        return await self.engine.run_async(self.engine.count, self.scope, chat_history_id)
 
     def list_messages(
         self, chat_history_id: str, *, before: int | None = None, after: int | None = None, limit: int = 100
@@ -57,7 +152,7 @@ class ReadingMethods:
         rows = self.engine.run(self.engine.page, self.scope, *page)
         if rows and self.renew_ttl_on_read:
             self.engine.run(self.engine.renew, self.scope, page[0])
-        return stored(rows)
+        return stored_messages(rows)
 
     async def list_messages_async(
         self, chat_history_id: str, *, before: int | None = None, after: int | None = None, limit: int = 100
@@ -67,7 +162,7 @@ class ReadingMethods:
         rows = await self.engine.run_async(self.engine.page, self.scope, *page)
         if rows and self.renew_ttl_on_read:
             await self.engine.run_async(self.engine.renew, self.scope, page[0])
-        return await to_thread_if_large(_characters(rows), stored, rows)
+        return await to_thread_if_large(_characters(rows), stored_messages, rows)
 
     def iterate_messages(self, chat_history_id: str) -> Iterator[StoredMessage]:
         """
@@ -79,30 +174,30 @@ class ReadingMethods:
         :raises ValueError: If `chat_history_id` is not a valid id.
         :raises ChatMessageStoreError: If the engine fails, or a stored message cannot be read back.
         """
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        return self._iterated(history)
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        return self._iterated(chat_history_id)
 
     def _iterated(self, history: str) -> Iterator[StoredMessage]:
         after, limit = -1, FIRST_PAGE
         if self.renew_ttl_on_read:
             self.list_messages(history, limit=1)
         while rows := self.engine.run(self.engine.page, self.scope, history, None, after, limit):
-            yield from stored(rows)
+            yield from stored_messages(rows)
             after, limit = rows[-1].position, next_limit(rows)
 
     def iterate_messages_async(self, chat_history_id: str) -> AsyncIterator[StoredMessage]:
         """
         Do what `iterate_messages` does, for `async for`, without blocking the event loop. The call is not awaited.
         """
-        history = validation.validated_id(chat_history_id, "chat_history_id")
-        return self._iterated_async(history)
+        chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
+        return self._iterated_async(chat_history_id)
 
     async def _iterated_async(self, history: str) -> AsyncIterator[StoredMessage]:
         after, limit = -1, FIRST_PAGE
         if self.renew_ttl_on_read:
             await self.list_messages_async(history, limit=1)
         while rows := await self.engine.run_async(self.engine.page, self.scope, history, None, after, limit):
-            for message in await to_thread_if_large(_characters(rows), stored, rows):
+            for message in await to_thread_if_large(_characters(rows), stored_messages, rows):
                 yield message
             after, limit = rows[-1].position, next_limit(rows)
 
@@ -125,8 +220,8 @@ class ReadingMethods:
         without spaces, such as Chinese and Japanese, any part of a text is found. A query has no operators. The first
         16,000 words of a message are searched.
 
-        A search changes nothing. What a store made with `search=True` writes to a new database is indexed as it is
-        written. Messages that a database had before are indexed by `index_messages`, which is called once.
+        A search changes nothing. A store made with `search=True` indexes messages as it writes them. To index messages
+        that the database had before, call `index_messages` once.
 
         :param query: The words and phrases to find, up to 1,000 characters. A query without words finds nothing.
         :param chat_history_id: Only messages of this history. Defaults to `None`: all histories.
@@ -226,6 +321,11 @@ class ReadingMethods:
             raise only_one_user("index the messages of all users")
         self._check_searchable()
 
+    def _checked_window(self, last_k: int | None, window_step: int) -> Window:
+        validation.validate_last_k(last_k)
+        validation.validate_window_step(window_step)
+        return Window(self.last_k_unit, self.last_k if last_k is None else last_k, window_step)
+
     def _check_searchable(self) -> None:
         if not self.search:
             raise UnsupportedOperationError("This store cannot search messages. Create it with search=True.")
@@ -238,17 +338,33 @@ def _not_indexed() -> UnsupportedOperationError:
     )
 
 
+def _at_least_one(window: Window) -> Window:
+    """Return the window, or one of a single round or message: an engine cannot read an empty window."""
+    return Window(window.unit, 1) if window.count == 0 else window
+
+
+def _history_window(rows: WindowRows, window: Window) -> HistoryWindow:
+    messages = [] if window.count == 0 else _decoded(rows, window)
+    return HistoryWindow(messages=messages, revision=rows.revision, round_count=rows.round_count)
+
+
+def _decoded(rows: WindowRows, window: Window) -> list[ChatMessage]:
+    messages = decode_messages(rows.contents)
+    if window.unit == "message" and window.count is not None:
+        return rounds.last_messages(messages, rows.size)
+    return messages
+
+
 def next_limit(rows: Sequence[MessageRow]) -> int:
     """Return the number of messages for the next page of a walk. The larger the messages of this page, the fewer."""
-    characters = sum(len(row.content) for row in rows)
-    return max(1, min(PAGE_ROWS, PAGE_CHARACTERS * len(rows) // max(characters, 1)))
+    return max(1, min(PAGE_ROWS, PAGE_CHARACTERS * len(rows) // max(_characters(rows), 1)))
 
 
 def _characters(rows: Sequence[MessageRow] | Sequence[FoundRow]) -> int:
     return sum(len(row.content) for row in rows)
 
 
-def stored(rows: Sequence[MessageRow]) -> list[StoredMessage]:
+def stored_messages(rows: Sequence[MessageRow]) -> list[StoredMessage]:
     """
     Decode messages.
 

@@ -60,7 +60,7 @@ def test_after_a_vacuum_the_file_has_nothing_left_of_what_was_deleted(url, path,
 @pytest.mark.parametrize("arguments", [("ada:2",), ("--prefix", "ada:2")])
 def test_a_vacuum_that_fails_says_that_the_deletions_are_done(url, path, run, monkeypatch, arguments):
     store = filled(url)
-    monkeypatch.setattr("haystack_chat_store.cli.app.open_store", partial(open_store, timeout=0.2))
+    monkeypatch.setattr("haystack_chat_store.cli.erasing.open_store", partial(open_store, timeout=0.2))
     with closing(sqlite3.connect(path)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM haystack_chat_messages").fetchone()

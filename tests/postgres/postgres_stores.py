@@ -4,7 +4,9 @@
 import re
 import uuid
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import psycopg
 import pytest
@@ -13,8 +15,10 @@ from haystack.utils import Secret
 from psycopg import sql
 from servers import HOST, PASSWORD, USER, postgres_binaries, unused_port, wait_until
 
+from haystack_chat_store.stores import postgres
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
 from haystack_chat_store.stores.postgres.schema import Tables
+from haystack_chat_store.stores.postgres.statements import Statement
 from haystack_chat_store.testing.kit import texts
 
 
@@ -70,8 +74,22 @@ def said(store, history="history"):
     return texts(store.retrieve_messages(history, last_k=10**6))
 
 
+def _statements():
+    found = {}
+    for module in iter_modules(postgres.__path__, f"{postgres.__name__}."):
+        for name, value in vars(import_module(module.name)).items():
+            if isinstance(value, Statement):
+                assert found.setdefault(name.strip("_").lower(), value) is value
+    return found
+
+
+#: Every statement of an operation, by its name.
+STATEMENTS = _statements()
+
+
 def statements_of(store):
-    return Tables(store.schema_name or "public", store.table_prefix).statements
+    tables = Tables(store.schema_name or "public", store.table_prefix)
+    return {name: tables.fill_in(statement) for name, statement in STATEMENTS.items()}
 
 
 def store_at(url, **settings):

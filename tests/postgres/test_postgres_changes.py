@@ -134,9 +134,9 @@ def test_a_history_that_is_deleted_while_a_write_waits_begins_anew_with_a_greate
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
     with psycopg.connect(server.url) as other:
         other.execute(
-            statements_of(store).delete_histories, {"keys": [history_key(store.scope, "history")], "user": None}
+            statements_of(store)["delete_histories"], {"keys": [history_key(store.scope, "history")], "user": None}
         )
-        other.execute(statements_of(store).delete_messages, [[history_key(store.scope, "history")]])
+        other.execute(statements_of(store)["delete_messages"], [[history_key(store.scope, "history")]])
 
         def delete():
             wait_until(lambda: server.execute(waiting) == [(1,)], "the write to wait")

@@ -192,7 +192,7 @@ def test_a_history_that_changes_while_old_ones_are_purged_stays(server, make_sto
 
 
 def test_erasing_keeps_to_few_messages_at_a_time(server, make_store, monkeypatch):
-    monkeypatch.setattr("haystack_chat_store.stores.postgres.directory._DELETE_BATCH_MESSAGES", 10)
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.erasing._DELETE_BATCH_MESSAGES", 10)
     store = make_store()
     for number in range(6):
         import_rows(store, rows(0, 4), history=replace(NEW, chat_history_id=f"user/{number}"))
@@ -249,3 +249,9 @@ def test_a_role_that_may_not_vacuum_is_told_so(server, url):
             restricted.delete_chat_histories(prefix="hist", vacuum=True)
         assert restricted.get_chat_history("history") is None
         restricted.close()
+
+
+def test_a_history_that_is_created_has_one_time(make_store):
+    store = make_store()
+    created = [store.create_chat_history(f"{number}") for number in range(300)]
+    assert [info for info in created if info.created_at != info.updated_at] == []

@@ -20,7 +20,7 @@ WAYS = DIRECTLY_OR_POOLED
 
 
 def test_an_import_of_many_batches_and_large_messages_is_whole(server, make_store, monkeypatch):
-    monkeypatch.setattr("haystack_chat_store.stores.postgres.writing._STATEMENT_CHARACTERS", 5_000)
+    monkeypatch.setattr("haystack_chat_store.stores.postgres.importing._STATEMENT_CHARACTERS", 5_000)
     store = make_store(search=True)
     batches = [rows(0, 100), rows(100, 101, text="large " * 10_000), [], rows(101, 300)]
     assert import_rows(store, *batches) == 300

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from hashlib import md5
 
 import pytest
-from postgres_stores import ENGINES, NEWEST, connections_of, execute, said, say, statements_of, stores_on
+from postgres_stores import ENGINES, NEWEST, STATEMENTS, connections_of, execute, said, say, statements_of, stores_on
 from servers import PgBouncer, PostgresServer, wait_until
 
-from haystack_chat_store.stores.postgres import PostgresChatMessageStore, schema
+from haystack_chat_store.stores.postgres import PostgresChatMessageStore
 from haystack_chat_store.stores.postgres.schema import BEGINNING, MAX_POSITION, history_key
 from haystack_chat_store.stores.postgres.statements import prefix_parameters
 from haystack_chat_store.testing.messages import conversation, with_id
@@ -52,10 +52,10 @@ READ_MUCH = {"version", "per_day", "size_on_disk", "orphans", "miscounted", "row
 READ_MUCH |= {"unreadable_times", "totals", "vacuum_messages", "vacuum_histories", "usage"}
 # These sort what they have found along an index.
 SORTS = {"copy_messages", "histories_of_few", "search", "search_few", "search_for_few", "titles", "unindexed_contents"}
-SORTS |= {name for name in schema.Statements._fields if name.startswith("read_")}
+SORTS |= {name for name in STATEMENTS if name.startswith("read_")}
 # These may sort what they have found, too, while the server has no statistics and takes it for little.
 SORTS_WITHOUT_STATISTICS = {"next_histories", "histories", "histories_near", "histories_by_id", "have_more"}
-SORTS_WITHOUT_STATISTICS |= {"erasable_by_prefix", "erasable_by_age", "few_histories"}
+SORTS_WITHOUT_STATISTICS |= {"erasable_by_prefix", "erasable_by_age", "find_few_histories"}
 # These look at whole histories. A third of the table had better be read from end to end.
 OF_WHOLE_HISTORIES = {"take_over_messages", "delete_messages", "recount", "search_few", "copy_messages"}
 
@@ -97,11 +97,11 @@ def parameters_of(store, name, statement):
 
 
 @pytest.mark.parametrize("known", ["large_store", "analysed_store"])
-@pytest.mark.parametrize("name", [name for name in schema.Statements._fields if name not in READ_MUCH])
+@pytest.mark.parametrize("name", [name for name in STATEMENTS if name not in READ_MUCH])
 def test_every_statement_walks_along_an_index(request, known, name):
     """As PostgreSQL plans it each time, whether it has statistics or not."""
     store = request.getfixturevalue(known)
-    statement = getattr(statements_of(store), name)
+    statement = statements_of(store)[name]
     parameters = parameters_of(store, name, statement)
 
     async def plan_of(session):
@@ -120,8 +120,8 @@ KEPT = ["message_count", "history", "page_before", "page_after", "all_histories"
 @pytest.mark.parametrize("name", KEPT)
 def test_a_plan_that_is_kept_walks_along_an_index_whatever_the_parameters(request, known, name):
     store = request.getfixturevalue(known)
-    names = re.findall(r"%\(\w+\)s|%s", getattr(statements_of(store), name))
-    statement = getattr(statements_of(store), name)
+    names = re.findall(r"%\(\w+\)s|%s", statements_of(store)[name])
+    statement = statements_of(store)[name]
     for number, parameter in enumerate(names, 1):
         statement = statement.replace(parameter, f"${number}", 1)
 
@@ -167,7 +167,7 @@ def test_no_function_that_changes_its_mind_sets_a_value_in_an_update():
     Databases that distribute their tables refuse these, such as the clock; and of an upsert every one that is not
     immutable.
     """
-    statements = statements_of(PostgresChatMessageStore())
+    statements = statements_of(PostgresChatMessageStore()).values()
     assert not [statement for statement in statements if "clock_timestamp" in statement]
     upserts = [statement.partition("DO UPDATE SET")[2] for statement in statements]
     assert [re.findall(r"\w+(?=\()", upsert.partition("RETURNING")[0]) for upsert in upserts if upsert] == [

@@ -204,7 +204,7 @@ def test_a_search_reads_along_the_index(make_store, server):
         f"SELECT md5((n / 10)::text)::uuid, n, now(), n, 'user', json_build_object('text', repeat('x', 1000)), "
         f"to_tsvector('simple', 'common word' || n), 1 FROM generate_series(1, 20000) n",
     )
-    statement = statements_of(store).search % {
+    statement = statements_of(store)["search"] % {
         "query": f"'{terms.tsquery(search_text.parsed_query('word77')).replace(chr(39), chr(39) * 2)}'",
         "namespace": "'default'",
         "user": "NULL",

@@ -177,12 +177,12 @@ def test_a_history_that_was_made_and_deleted_while_its_first_append_waited_for_i
     held = PostgresChatMessageStore(Secret.from_token(url), schema_name=store.schema_name)
     with psycopg.connect(server.url) as other, ThreadPoolExecutor(1) as pool:
         new = {"key": key, "namespace": store.scope.namespace, "id": "history", "user": None, "lifetime": None}
-        other.execute(statements.make_history, new)
+        other.execute(statements["make_history"], new)
         writing = pool.submit(calls.write, held, "history", [with_id("slow")])
         wait_until_a_statement_waits(server)
         grow = f"UPDATE {store.schema_name}.haystack_chat_histories SET revision = 7 WHERE history_key = %s"
         other.execute(grow, [key])
-        other.execute(statements.delete_histories, {"keys": [key], "user": None})
+        other.execute(statements["delete_histories"], {"keys": [key], "user": None})
         other.commit()
         assert writing.result(timeout=30) == 1
     held.close()

@@ -15,17 +15,88 @@ from haystack import logging
 
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.faults import MAX_FAULTS_OF_KIND, FaultList, kind_of, more_faults
+from haystack_chat_store.stores.postgres.histories import NEXT_QUESTIONS, find_previews
 from haystack_chat_store.stores.postgres.schema import BEGINNING
 from haystack_chat_store.stores.postgres.search import index_next
 from haystack_chat_store.stores.postgres.session import Session
-from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES
+from haystack_chat_store.stores.postgres.statements import BEGIN_READING, READ_WHOLE_TABLES, Statement
 from haystack_chat_store.stores.postgres.terms import title_tsvector, tsvectors
-from haystack_chat_store.stores.postgres.writing import find_previews
 from haystack_chat_store.stores.previews import beginning_of_content, kept_row, preview_faults
 from haystack_chat_store.stores.rows import MessageRow, Scope, branch_origin
 from haystack_chat_store.types import Fault
 
 logger = logging.getLogger(__name__)
+
+_MISCOUNTED = Statement("""
+    SELECT h.history_key, chat_history_id, next_position, message_count, round_count,
+        messages, rounds, coalesce(last, -1)
+    FROM {histories} AS h CROSS JOIN LATERAL (
+        SELECT count(*) AS messages, count(*) FILTER (WHERE role = 'user') AS rounds, max(position) AS last
+        FROM {messages} AS m WHERE m.history_key = h.history_key
+    ) AS counted
+    WHERE namespace = %s
+        AND (message_count <> messages OR round_count <> rounds OR next_position <= coalesce(last, -1))
+    ORDER BY chat_history_id COLLATE "C"
+""")
+_ORPHANS = Statement("""
+    SELECT history_key, count(*) FROM {messages} AS m
+    WHERE NOT EXISTS (SELECT FROM {histories} AS h WHERE h.history_key = m.history_key)
+    GROUP BY history_key ORDER BY history_key
+""")
+_UNREADABLE_TIMES = Statement("""
+    SELECT history_key, chat_history_id FROM {histories}
+    WHERE namespace = %s AND NOT ({created_at_is_readable} AND {updated_at_is_readable}) ORDER BY {by_id}
+""")
+_DESCRIBED = Statement("""
+    SELECT h.history_key, chat_history_id, title, meta, branch_of, preview, last_role, last_text,
+        last_at IS NOT DISTINCT FROM said.created_at
+            OR said.created_at NOT BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 23:59:59.999999+00',
+        question.content, said.role, said.content
+    FROM {histories} AS h
+    LEFT JOIN LATERAL (
+        SELECT content FROM {messages} AS m WHERE m.history_key = h.history_key AND role = 'user'
+        ORDER BY position LIMIT 1
+    ) AS question ON true
+    LEFT JOIN LATERAL (
+        SELECT role, content, created_at FROM {messages} AS m
+        WHERE m.history_key = h.history_key AND role <> 'system' AND position >= 0 ORDER BY position DESC LIMIT 1
+    ) AS said ON true
+    WHERE namespace = %s AND h.history_key > %s ORDER BY h.history_key LIMIT %s
+""")
+_MISMATCHED_TITLES = Statement("""
+    SELECT h.history_key FROM {histories} AS h
+    JOIN unnest(%s::uuid[], %s::text[]) AS sent (history_key, terms) USING (history_key)
+    WHERE title_terms IS DISTINCT FROM terms::tsvector
+""")
+_ROWS = Statement("""
+    SELECT m.history_key, position, content, chat_history_id
+    FROM {messages} AS m JOIN {histories} AS h USING (history_key)
+    WHERE namespace = %s AND (m.history_key, position) > (%s, %s)
+    ORDER BY m.history_key, position LIMIT %s
+""")
+_MISMATCHED = Statement("""
+    SELECT place FROM {messages} AS m
+    JOIN unnest(%s::uuid[], %s::bigint[], %s::text[]) WITH ORDINALITY AS sent (history_key, position, terms, place)
+        ON m.history_key = sent.history_key AND m.position = sent.position
+    WHERE search_terms <> terms::tsvector ORDER BY place
+""")
+_LOCK_KEY = Statement("SELECT FROM {histories} WHERE history_key = %s FOR UPDATE")
+_RECOUNT = Statement("""
+    UPDATE {histories} SET message_count = messages, round_count = rounds,
+        next_position = greatest(next_position, last + 1)
+    FROM (
+        SELECT count(*) AS messages, count(*) FILTER (WHERE role = 'user') AS rounds, max(position) AS last
+        FROM {messages} WHERE history_key = %(key)s
+    ) AS counted
+    WHERE history_key = %(key)s
+""")
+_TITLE_AND_META = Statement("SELECT chat_history_id, title, meta FROM {histories} WHERE history_key = %s FOR UPDATE")
+_DESCRIBE_ANEW = Statement("""
+    UPDATE {histories} SET title_terms = %s::tsvector, branch_of = %s WHERE history_key = %s
+""")
+_FORGET_TERMS = Statement("""
+    UPDATE {messages} SET search_terms = NULL WHERE history_key = %s AND position = %s
+""")
 
 _BATCH_SIZE = 1_000
 
@@ -137,7 +208,7 @@ async def _find_faults(session: Session, scope: Scope, repair: bool) -> _Finding
 
 async def _wrong_counters(session: Session, scope: Scope, found: _Findings) -> None:
     for key, history, next_position, count, round_count, messages, rounds, last in await session.fetch(
-        session.statements.miscounted, [scope.namespace]
+        _MISCOUNTED, [scope.namespace]
     ):
         if count != messages:
             wrong = f"Its counter says {count} messages, but it has {messages}."
@@ -151,26 +222,26 @@ async def _wrong_counters(session: Session, scope: Scope, found: _Findings) -> N
 
 
 async def _orphans(session: Session, found: _Findings) -> None:
-    for key, count in await session.fetch(session.statements.orphans):
+    for key, count in await session.fetch(_ORPHANS):
         found.append(_Found(None, None, f"{count} messages have the history_key {key}, which no history has.", key))
 
 
 async def _unreadable_times(session: Session, scope: Scope, found: _Findings) -> None:
     """Find histories with times that Python's `datetime` does not have. The caller checks those of messages."""
     session.renew_deadline()
-    for key, history in await session.fetch(session.statements.unreadable_times, [scope.namespace]):
+    for key, history in await session.fetch(_UNREADABLE_TIMES, [scope.namespace]):
         found.append(_Found(history, None, "Its times cannot be read.", key))
 
 
 async def _wrong_descriptions(session: Session, scope: Scope, found: _Findings) -> None:
     """Find histories whose previews, terms of titles or origins are not those of their messages, titles and metas."""
     last: uuid.UUID = BEGINNING[0]
-    while rows := await session.fetch(session.statements.described, [scope.namespace, last, _BATCH_SIZE]):
+    while rows := await session.fetch(_DESCRIBED, [scope.namespace, last, _BATCH_SIZE]):
         session.renew_deadline()
         last = rows[-1][0]
         names = {key: history for key, history, *_ in rows}
         terms = [title_tsvector(row[2]) for row in rows]
-        for (key,) in await session.fetch(session.statements.mismatched_titles, [list(names), terms]):
+        for (key,) in await session.fetch(_MISMATCHED_TITLES, [list(names), terms]):
             wrong = "The search index has other words than its title."
             found.append(_Found(names[key], None, wrong, key, _describe_anew))
         for key, history, _, meta, branch_of, *previews in rows:
@@ -196,7 +267,7 @@ async def _wrong_previews(
     questions = [] if question is None else [question]
     if question is not None and beginning_of_content(question) is None:  # another one may have text
         position = -1
-        while more := await session.fetch(session.statements.next_questions, [key, position]):
+        while more := await session.fetch(NEXT_QUESTIONS, [key, position]):
             position = more[-1][0]
             questions += [each for _, each in more]
     last_at = None if role is None and is_time_right else 0
@@ -210,35 +281,33 @@ async def _wrong_previews(
 async def _wrong_terms(session: Session, scope: Scope, found: _Findings) -> None:
     """Find messages whose terms in the search index are not those of their contents."""
     last: Sequence[Any] = BEGINNING
-    while session.database.has_search and (
-        rows := await session.fetch(session.statements.rows, [scope.namespace, *last, _BATCH_SIZE])
-    ):
+    while session.database.has_search and (rows := await session.fetch(_ROWS, [scope.namespace, *last, _BATCH_SIZE])):
         session.renew_deadline()
         last = rows[-1][:2]
         keys, positions = [row[0] for row in rows], [row[1] for row in rows]
         terms = await session.to_thread(tsvectors, [row[2] for row in rows])
-        for (place,) in await session.fetch(session.statements.mismatched, [keys, positions, terms]):
+        for (place,) in await session.fetch(_MISMATCHED, [keys, positions, terms]):
             key, position, _, history = rows[place - 1]
             wrong = "The search index has other words than the message."
             found.append(_Found(history, position, wrong, key, _forget_terms))
 
 
 async def _recount(session: Session, found: _Found) -> None:
-    await session.fetch(session.statements.lock_key, [found.key])
-    await session.run(session.statements.recount, {"key": found.key})
+    await session.fetch(_LOCK_KEY, [found.key])
+    await session.run(_RECOUNT, {"key": found.key})
 
 
 async def _find_previews(session: Session, found: _Found) -> None:
-    await session.fetch(session.statements.lock_key, [found.key])
+    await session.fetch(_LOCK_KEY, [found.key])
     await find_previews(session, found.key)
 
 
 async def _describe_anew(session: Session, found: _Found) -> None:
-    for history, title, meta in await session.fetch(session.statements.title_and_meta, [found.key]):
+    for history, title, meta in await session.fetch(_TITLE_AND_META, [found.key]):
         described = [title_tsvector(title), branch_origin(history, meta), found.key]
-        await session.run(session.statements.describe_anew, described)
+        await session.run(_DESCRIBE_ANEW, described)
 
 
 async def _forget_terms(session: Session, found: _Found) -> None:
     """Remove the terms of a message, which is then indexed again with all others that have none."""
-    await session.run(session.statements.forget_terms, [found.key, found.position])
+    await session.run(_FORGET_TERMS, [found.key, found.position])

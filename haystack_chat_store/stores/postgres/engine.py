@@ -20,9 +20,11 @@ from haystack_chat_store.stores.engine import (
     reads_only,
     result_without_database,
 )
+from haystack_chat_store.stores.postgres.appending import append_together
 from haystack_chat_store.stores.postgres.checking import Checking
 from haystack_chat_store.stores.postgres.connections import Pool, Settings, pools
 from haystack_chat_store.stores.postgres.directory import Directory
+from haystack_chat_store.stores.postgres.erasing import Erasing
 from haystack_chat_store.stores.postgres.failures import is_lost_connection, store_error
 from haystack_chat_store.stores.postgres.reading import Reading
 from haystack_chat_store.stores.postgres.search import Search
@@ -36,13 +38,13 @@ from haystack_chat_store.stores.postgres.turns import (
     size_of,
 )
 from haystack_chat_store.stores.postgres.upgrading import NoTablesError
-from haystack_chat_store.stores.postgres.writing import Writing, append_together
+from haystack_chat_store.stores.postgres.writing import Writing
 from haystack_chat_store.stores.sync_async import run_sync
 
 logger = logging.getLogger(__name__)
 
 
-class PostgresEngine(Writing, Reading, Directory, Search, Checking):
+class PostgresEngine(Writing, Reading, Directory, Erasing, Search, Checking):
     """Keeps chat histories in the tables of a PostgreSQL database."""
 
     system_name = "postgresql"

@@ -8,7 +8,7 @@ from typing import Any
 
 from psycopg import sql
 
-from haystack_chat_store.stores.postgres.statements import FIRST_REVISION, FRAGMENTS, IS_VISIBLE, Statements
+from haystack_chat_store.stores.postgres.statements import FIRST_REVISION, FRAGMENTS, IS_VISIBLE, Statement
 from haystack_chat_store.stores.rows import Scope
 
 #: The greatest position: that of a bigint.
@@ -158,7 +158,7 @@ def history_key(scope: Scope, chat_history_id: str) -> uuid.UUID:
 
 
 class Tables:
-    """The names of the tables, and the statements with these names in them."""
+    """The names of the tables. They are filled in where statements have them in braces."""
 
     def __init__(self, schema_name: str, table_prefix: str) -> None:
         """
@@ -188,12 +188,19 @@ class Tables:
         }
         self._names["first_revision"] = sql.SQL(self._named(FIRST_REVISION))
         self._names["is_visible"] = sql.SQL(self._named(IS_VISIBLE))
-        self.statements = Statements(*map(self._named, Statements()))
+        self._filled_in: dict[Statement, str] = {}
         self.lock = self._named(_LOCK_TABLES)
         self.create_search_index = self._named(_CREATE_SEARCH_INDEX)
         self.create_title_index = self._named(_CREATE_TITLE_INDEX)
         self.create_unindexed = self._named(_CREATE_UNINDEXED)
         self.has_messages = self._named(_HAS_MESSAGES)
+
+    def fill_in(self, statement: Statement) -> str:
+        """Return a statement with the names of the tables in it."""
+        filled_in = self._filled_in.get(statement)
+        if filled_in is None:
+            filled_in = self._filled_in[statement] = self._named(statement)
+        return filled_in
 
     def create_schema(self) -> str:
         """Return the statement that makes the PostgreSQL schema, if it is missing."""

@@ -5,18 +5,20 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from functools import partial, wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import psycopg
 from haystack import logging
 
 from haystack_chat_store.stores.postgres.schema import BEGINNING, Tables
-from haystack_chat_store.stores.postgres.statements import BEGIN_AND_NUMBER, STATUS_OF_TRANSACTION
+from haystack_chat_store.stores.postgres.statements import BEGIN_AND_NUMBER, STATUS_OF_TRANSACTION, Statement
 from haystack_chat_store.types import Fault
 
 logger = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
+OperationT = TypeVar("OperationT", bound=Callable[..., Any])
 Parameters = Sequence[Any] | dict[str, Any]
 
 # The number of seconds for asking the server to cancel the statement of a call that has timed out. Without that, the
@@ -67,7 +69,6 @@ class Session:
         """
         self.connection = connection
         self.database = database
-        self.statements = database.tables.statements
         self._timeout = timeout
         self._is_async = isinstance(connection, psycopg.AsyncConnection)
         #: What is being committed: after an error, it is not known whether it was.
@@ -86,8 +87,11 @@ class Session:
         """
         Execute a statement and return its cursor.
 
+        :param statement: A `Statement`, in which the names of the tables are filled in, or SQL that is sent as it is.
         :param prepare: Whether the server may keep the statement's plan: for the few statements of every turn.
         """
+        if isinstance(statement, Statement):
+            statement = self.database.tables.fill_in(statement)
         prepare = prepare and self.connection.prepares
         while True:
             try:
@@ -104,6 +108,7 @@ class Session:
         """
         Execute a statement and return its rows.
 
+        :param statement: See `run`.
         :param prepare: See `run`.
         """
         cursor = await self.run(statement, parameters, prepare=prepare)
@@ -210,3 +215,13 @@ class Session:
                 cancelling = self.connection.cancel_safe(timeout=_CANCEL_SECONDS)
                 if self._is_async:
                     await cancelling
+
+
+def in_transaction(operation: OperationT) -> OperationT:
+    """Have an operation run in a transaction of its session: see `Session.in_transaction`."""
+
+    @wraps(operation)
+    async def run(engine: Any, session: Session, *arguments: Any, **options: Any) -> Any:
+        return await session.in_transaction(partial(operation, engine, **options), *arguments)
+
+    return cast(OperationT, run)

@@ -10,6 +10,9 @@ from haystack_chat_store.errors import SchemaVersionError, StoreConfigurationErr
 from haystack_chat_store.stores.postgres.failures import SchemaPermissionError
 from haystack_chat_store.stores.postgres.schema import HAS_SCHEMA, MIGRATIONS
 from haystack_chat_store.stores.postgres.session import Session
+from haystack_chat_store.stores.postgres.statements import Statement
+
+_VERSION = Statement("SELECT max(version) FROM {version}")
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +143,7 @@ async def _create_unindexed(session: Session) -> None:
 
 async def _version(session: Session) -> int:
     try:
-        ((version,),) = await session.fetch(session.statements.version)
+        ((version,),) = await session.fetch(_VERSION)
     except psycopg.errors.UndefinedColumn as error:
         name = session.database.tables.version_table
         raise StoreConfigurationError(

@@ -324,8 +324,8 @@ class Database:
             refuse_log_without_database(path)
             raise NoDatabaseError
         before = identity(path)
-        way = connected_without_traces if leaves_traces_of_reading(path) else connected_read_only
-        connection = self._lent_new(lambda: way(path, timeout))
+        connect = connected_without_traces if leaves_traces_of_reading(path) else connected_read_only
+        connection = self._lent_new(lambda: connect(path, timeout))
         try:
             try:
                 is_empty = schema.is_empty(connection, path)
@@ -361,7 +361,10 @@ class Database:
         if not has_content(path) and identity(path) is None:
             remove_empty_log(path)
             make_database(
-                path, self.settings.timeout, self._lent_aside, lambda connection: schema.migrate(connection, path)
+                path,
+                self.settings.timeout,
+                self._lent_to_other_file,
+                lambda connection: schema.migrate(connection, path),
             )
         before = identity(path)
         if before is None:
@@ -380,7 +383,7 @@ class Database:
                 raise StoreUnavailableError(
                     f"{path} can only be read. Give this process write access to the file and its folder."
                 )
-            self._look_at(path)
+            self._check_is_ours(path)
         else:
             refuse_log_without_database(path)
         connection = self._lent_new(lambda: connected(path, self.settings.timeout))
@@ -396,7 +399,7 @@ class Database:
                 self._take_back(connection, is_sound=False)
         return None if connection.files is None else connection
 
-    def _look_at(self, path: str) -> None:
+    def _check_is_ours(self, path: str) -> None:
         """Refuse another program's file before it is opened for writing, which already may change it."""
         connection = self._lent_new(lambda: connected_read_only(path, self.settings.timeout))
         try:
@@ -422,7 +425,7 @@ class Database:
             time.sleep(_POLL_SECONDS)
 
     @contextmanager
-    def _lent_aside(self, connect: Callable[[], Connection]) -> Iterator[Connection]:
+    def _lent_to_other_file(self, connect: Callable[[], Connection]) -> Iterator[Connection]:
         """Lend a new connection to another file. A fork waits for it, too: SQLite's files share locks in memory."""
         connection = self._lent_new(connect)
         try:
@@ -457,7 +460,7 @@ class Database:
                 self._lent.discard(connection)
                 idle.append(connection)
                 return
-        self._savelog_of_moved(connection)
+        self._save_log_of_moved(connection)
         with self._lock:  # a fork waits for it: the child of a half-closed connection could take no locks
             self._lent.discard(connection)
             connection.close()  # which rolls back what was under way
@@ -471,10 +474,10 @@ class Database:
                         if not idle:
                             break
                         connection = idle.pop()
-                    self._savelog_of_moved(connection)
+                    self._save_log_of_moved(connection)
                     connection.close()
 
-    def _savelog_of_moved(self, connection: Connection) -> None:
+    def _save_log_of_moved(self, connection: Connection) -> None:
         """Before a connection is closed whose file was moved, write everything that is in its log to its file."""
         path = self.settings.path
         if connection.is_writable and connection.files is not None and not connection.is_to_files_at(path):

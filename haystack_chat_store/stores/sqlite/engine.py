@@ -31,8 +31,8 @@ from haystack_chat_store.stores.sqlite.search import Search
 from haystack_chat_store.stores.sqlite.turns import MAX_SIZE, WriteSession
 from haystack_chat_store.stores.sqlite.writing import Writing
 
-# Operations whose cost does not depend on how much is stored, beside `append`.
-_BRIEF_WRITES = frozenset({"create_history", "update_history", "update_message", "renew"})
+# Operations that may share a transaction with others, beside `append`: each takes only a moment.
+_WRITES_THAT_SHARE = frozenset({"create_history", "update_history", "update_message", "renew"})
 
 
 class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
@@ -68,12 +68,12 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         database, deadline = databases.get(self.settings), self._deadline()
         size = _size_to_share(operation, arguments)
         if size is not None:
-            call = partial(_call, operation, arguments, options)
-            return cast(ResultT, await database.turns.run_async(call, deadline, size))
-        made = CallOfTask(partial(_run_on, database, deadline, operation, *arguments, **options), deadline)
+            write = partial(_call, operation, arguments, options)
+            return cast(ResultT, await database.turns.run_async(write, deadline, size))
+        call = CallOfTask(partial(_run_on, database, deadline, operation, *arguments, **options), deadline)
         threads = database.readers if is_marked(operation, reads_only) else database.writer
         timed_out = partial(failures.timed_out, self.settings.path, self.settings.timeout)
-        return cast(ResultT, await made.wait(partial(threads.submit, made.make), timed_out))
+        return cast(ResultT, await call.wait(partial(threads.submit, call.make), timed_out))
 
     def check_exists(self) -> None:
         """
@@ -107,7 +107,7 @@ def _size_to_share(operation: Callable[..., Any], arguments: Sequence[Any]) -> i
     if name == "append":
         size = sum([len(message.content) for message in arguments[2]])
         return size if size <= MAX_SIZE else None
-    return 0 if name in _BRIEF_WRITES else None
+    return 0 if name in _WRITES_THAT_SHARE else None
 
 
 def _call(

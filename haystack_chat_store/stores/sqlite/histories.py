@@ -33,7 +33,7 @@ from haystack_chat_store.stores.sqlite.term_index import TermIndex
 from haystack_chat_store.stores.sqlite.visibility import IS_VISIBLE_HISTORY, visible_history
 from haystack_chat_store.stores.times import microseconds_now
 
-_FIND = """
+_FIND_HISTORY = """
     SELECT history_key, next_position, message_count, revision, user_id, expires_at,
         EXISTS (SELECT 1 FROM haystack_chat_search WHERE search_key = 1)
     FROM haystack_chat_histories WHERE namespace = ? AND chat_history_id = ?
@@ -50,12 +50,12 @@ _KEEP_REVISION = """
     SELECT namespace, revision FROM haystack_chat_histories WHERE history_key = ?
     ON CONFLICT (namespace) DO UPDATE SET deleted_revision = max(deleted_revision, excluded.deleted_revision)
 """
-_UPDATE_HISTORY = """
+_COUNT_CHANGED = """
     UPDATE haystack_chat_histories SET next_position = next_position + ?, message_count = message_count + ?,
         round_count = round_count + ?, updated_at = max(updated_at, ?), revision = revision + 1
     WHERE history_key = ?
 """
-_APPENDED = """
+_COUNT_APPENDED = """
     UPDATE haystack_chat_histories SET next_position = next_position + ?1, message_count = message_count + ?1,
         round_count = round_count + ?2, updated_at = max(updated_at, ?3), revision = revision + 1,
         preview = coalesce(preview, ?4), last_role = coalesce(?5, last_role),
@@ -75,7 +75,7 @@ _LAST_MESSAGE = """
     SELECT CAST(role AS TEXT), created_at, CAST(content AS TEXT) FROM haystack_chat_messages
     WHERE message_key BETWEEN ? AND ? AND role <> 'system' ORDER BY message_key DESC LIMIT 1
 """
-_CONTENT = """
+_MESSAGE_ROW = """
     SELECT message_key & 0xffffffff, created_at, CAST(message_id AS TEXT), CAST(role AS TEXT), CAST(content AS TEXT)
     FROM haystack_chat_messages WHERE message_key = ?
 """
@@ -105,7 +105,7 @@ _BRANCHES = """
 """
 _HAND_OVER = "UPDATE haystack_chat_histories SET user_id = ? WHERE history_key = ?"
 _DELETE_HISTORY = "DELETE FROM haystack_chat_histories WHERE history_key = ?"
-_MESSAGE = "SELECT message_key, role FROM haystack_chat_messages WHERE message_key >> 32 = ? AND message_id = ?"
+_FIND_MESSAGE = "SELECT message_key, role FROM haystack_chat_messages WHERE message_key >> 32 = ? AND message_id = ?"
 _IS_EQUAL = "SELECT role = ? AND content = ? FROM haystack_chat_messages WHERE message_key = ?"
 _COUNT_FROM = "SELECT count(*) FROM haystack_chat_messages WHERE message_key BETWEEN ? AND ?"
 _INSERT_MESSAGE = """
@@ -197,7 +197,7 @@ class Histories:
         return found if is_visible else None
 
     def _found(self, chat_history_id: str) -> StoredHistory | None:
-        columns = self.connection.execute(_FIND, (self._namespace, chat_history_id)).fetchone()
+        columns = self.connection.execute(_FIND_HISTORY, (self._namespace, chat_history_id)).fetchone()
         if columns is None:
             return None
         found = StoredHistory._make(columns)
@@ -259,7 +259,7 @@ class Histories:
 
     def update_message(self, history: StoredHistory, key: int, change: Callable[[str], str]) -> MessageRow:
         """Change the content of a message, but not what was said."""
-        row = MessageRow(*readable_rows(self.connection, _CONTENT, (key,))[0])
+        row = MessageRow(*readable_rows(self.connection, _MESSAGE_ROW, (key,))[0])
         row.content = change(row.content)
         self.connection.execute(_SET_CONTENT, (row.content, history.revision + 1, key))
         self.connection.execute(_NEXT_REVISION, (history.history_key,))
@@ -267,7 +267,9 @@ class Histories:
 
     def find_message(self, history: StoredHistory, message_id: str) -> tuple[int, str] | None:
         """Return the key and the role of a message, or `None` if the history does not have its id."""
-        found: tuple[int, str] | None = self.connection.execute(_MESSAGE, (history.history_key, message_id)).fetchone()
+        found: tuple[int, str] | None = self.connection.execute(
+            _FIND_MESSAGE, (history.history_key, message_id)
+        ).fetchone()
         return found
 
     def find_keys(self, history: StoredHistory, message_ids: Iterable[str]) -> list[int]:
@@ -323,7 +325,7 @@ class Histories:
         deleted, rounds = self._delete_and_count(first_key, history.next_key)
         self._append(history, new, now)
         counts = (len(new), len(new) - deleted, round_count(new) - rounds)
-        self.connection.execute(_UPDATE_HISTORY, (*counts, now, history.history_key))
+        self.connection.execute(_COUNT_CHANGED, (*counts, now, history.history_key))
         self._renew(history)
         self.find_previews(history.history_key)
         return len(new)
@@ -350,7 +352,9 @@ class Histories:
             imported += len(batch)
             rounds += round_count(batch)
         said = (None, None, None) if last is None else (last.role, beginning_of_content(last.content), last.created_at)
-        self.connection.execute(_APPENDED, (imported, rounds, row.updated_at, preview, *said, history.history_key))
+        self.connection.execute(
+            _COUNT_APPENDED, (imported, rounds, row.updated_at, preview, *said, history.history_key)
+        )
         self._renew(history)
         return imported
 
@@ -360,7 +364,7 @@ class Histories:
         values = (target.next_key, target.revision + 1, first_key, last_key)
         copied = self.connection.execute(_COPY_MESSAGES, values).rowcount
         self.index.add_range(target.next_key, target.next_key + copied - 1)
-        self.connection.execute(_UPDATE_HISTORY, (copied, copied, rounds, now, target.history_key))
+        self.connection.execute(_COUNT_CHANGED, (copied, copied, rounds, now, target.history_key))
         self._renew(target)
         self.find_previews(target.history_key)
         return copied
@@ -372,7 +376,7 @@ class Histories:
             counts = self._delete_and_count(*first_and_last)
             deleted, rounds = deleted + counts[0], rounds + counts[1]
         if deleted:
-            self.connection.execute(_UPDATE_HISTORY, (0, -deleted, -rounds, microseconds_now(), history.history_key))
+            self.connection.execute(_COUNT_CHANGED, (0, -deleted, -rounds, microseconds_now(), history.history_key))
             self.find_previews(history.history_key)
 
     def delete(self, history_key: int) -> None:
@@ -421,7 +425,7 @@ class Histories:
         last = last_said(new)
         said = (None, None, None) if last is None else (last.role, last.text, now)
         values = (len(new), rounds, now, first_question(new), *said, history.history_key)
-        self.connection.execute(_APPENDED, values)
+        self.connection.execute(_COUNT_APPENDED, values)
         self._renew(history)
 
     def _renew(self, history: StoredHistory) -> None:
