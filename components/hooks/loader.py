@@ -146,11 +146,7 @@ class ChatHistoryLoader:
                 request.answer = protocol_calls.has_message(store, run.chat_history_id, request.message_id)
             else:
                 request.messages = request.reader.read(
-                    store,
-                    run.chat_history_id,
-                    request.current,
-                    until_message_id=run.until_message_id,
-                    before_message_id=run.before_message_id,
+                    store, run.chat_history_id, request.current, **request.bounds(run)
                 )
 
     async def run_async(self, state: State) -> None:
@@ -175,11 +171,7 @@ class ChatHistoryLoader:
                 request.answer = await protocol_calls.has_message_async(store, run.chat_history_id, request.message_id)
             else:
                 request.messages = await request.reader.read_async(
-                    store,
-                    run.chat_history_id,
-                    request.current,
-                    until_message_id=run.until_message_id,
-                    before_message_id=run.before_message_id,
+                    store, run.chat_history_id, request.current, **request.bounds(run)
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -236,7 +228,9 @@ class ChatHistoryLoader:
         if any(map(is_said, current)):
             yield window
         system, history, new = split_system_history_current(run.know(window.messages), current)
-        new = yield from self._without_last_question(run, new)
+        asked_before = yield from self._asked_before(run, new)
+        if asked_before:
+            history, new = [*history, *asked_before], split_system_history_current(asked_before, new).current
         new = run.give(new)
         new_ids = {None, *map(message_id, new)}
         run.collect(run.give([m for m in current if is_said(m) and message_id(m) not in new_ids]))
@@ -248,7 +242,7 @@ class ChatHistoryLoader:
             run.collect(_until_last_hidden(new, loaded))
         else:
             stored = [message for message in current if message_id(message) in run.known]
-            loaded = yield from self._resumed(run, system, last_question_id(stored))
+            loaded = yield from self._resumed(run, system, last_question_id(stored), asked_before)
             if run.replaced_id is not None and run.exit_reason is not None:
                 raise ValueError(
                     f"The agent has nothing to answer: what it is shown of the history, up to "
@@ -277,7 +271,9 @@ class ChatHistoryLoader:
         question_id = yield from _question_of(first_step)
         system = [message for message in current if not is_said(message)]
         loaded = yield from self._resumed(run, system, question_id)
-        if run.question_id is None or any(is_said(each) and message_id(each) not in run.known for each in current):
+        stored = [message for message in loaded if message_id(message) in run.known]
+        others = split_system_history_current(stored, current).current
+        if run.question_id is None or any(map(is_said, others)):
             raise error
         run.give([message for message in current if is_said(message)])
         self._set_loaded(state, run, loaded)
@@ -287,18 +283,24 @@ class ChatHistoryLoader:
         if run.exit_reason is not None:
             end_before_first_step(state)
 
-    def _without_last_question(self, run: AgentRun, new: list[ChatMessage]) -> "_Requests[list[ChatMessage]]":
+    def _asked_before(self, run: AgentRun, new: list[ChatMessage]) -> "_Requests[list[ChatMessage]]":
         """
-        Leave out the question of the last turn if it is sent again. Read the turn if the window may not contain it.
+        Read the turn of a question that is sent again, if it is stored outside the window.
+
+        :param new: The messages of the run that are not in the window.
+        :returns: The messages of the turn, or none if the question is new.
         """
-        if len(new) != 1 or message_id(new[0]) is None or (self.last_k and self.max_tokens is None):
-            return new
-        last_round = _Read(WindowReader(1))
-        yield last_round
-        return split_system_history_current(run.know(last_round.messages), new).current
+        question_id = last_question_id(new)
+        if question_id is None or run.replaced_id is not None or not (yield from _is_stored(question_id)):
+            return []
+        return run.know((yield from _whole_turn(question_id, is_to_the_end=True)))
 
     def _resumed(
-        self, run: AgentRun, system: list[ChatMessage], question_id: str | None
+        self,
+        run: AgentRun,
+        system: list[ChatMessage],
+        question_id: str | None,
+        turn: Sequence[ChatMessage] = (),
     ) -> "_Requests[list[ChatMessage]]":
         """
         Resume a turn, and return what the model is shown.
@@ -308,10 +310,15 @@ class ChatHistoryLoader:
 
         :param system: The system messages of this run.
         :param question_id: The id of the turn's question, or `None` for the last turn.
+        :param turn: The turn, if it was read already, because its question is outside the window. Defaults to none.
         """
-        turn = yield from _whole_turn(question_id)
         before: list[ChatMessage] = []
-        if is_whole(turn) and self.last_k != 0:
+        if turn:
+            ends_before = question_id if run.until_message_id is None else None
+            window = _Read(self._window_reader(self.last_k), [*system, *turn], ends_before=ends_before)
+            yield window
+            before = list(window.messages)
+        elif is_whole(turn := (yield from _whole_turn(question_id))) and self.last_k != 0:
             counts_rounds = protocol_calls.last_k_unit(self.chat_message_store) == "round"
             turn_size = len(round_starts(turn) if counts_rounds else turn)
             last_k = None if self.last_k is None else self.last_k + turn_size
@@ -342,6 +349,16 @@ class _Read:
     reader: WindowReader
     current: Sequence[ChatMessage] = ()
     messages: Sequence[ChatMessage] = ()
+    ends_before: str | None = None
+    is_to_the_end: bool = False
+
+    def bounds(self, run: AgentRun) -> dict[str, Any]:
+        """Return where the read ends: before a message, at the end of the history, or where the run says."""
+        if self.ends_before is not None:
+            return {"before_message_id": self.ends_before}
+        if self.is_to_the_end:
+            return {}
+        return {"until_message_id": run.until_message_id, "before_message_id": run.before_message_id}
 
 
 @dataclass
@@ -383,10 +400,10 @@ def _question_of(own_id: str) -> "_Requests[str | None]":
         count *= _PAGE_GROWTH
 
 
-def _whole_turn(question_id: str | None) -> "_Requests[list[ChatMessage]]":
+def _whole_turn(question_id: str | None, *, is_to_the_end: bool = False) -> "_Requests[list[ChatMessage]]":
     count = 1
     while True:
-        page = _Read(WindowReader(count))
+        page = _Read(WindowReader(count), is_to_the_end=is_to_the_end)
         yield page
         turn = turn_of(page.messages, question_id)
         if is_whole(turn) or len(page.messages) < count:

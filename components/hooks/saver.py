@@ -71,8 +71,8 @@ class ChatHistorySaver:
         Save the messages that this run has not saved yet.
 
         :param state: The state of the agent's run.
-        :raises ValueError: If the run has no chat history id or nothing to answer, its question was asked before, or a
-            message cannot be stored.
+        :raises ValueError: If the run has no chat history id or nothing to answer, another run has stored its question
+            meanwhile, or a message cannot be stored.
         :raises MessageNotFoundError: If the history does not have the `replace_from_message_id`, or was deleted during
             the run.
         :raises ChatHistoryAccessError: If the history is another user's.
@@ -100,8 +100,8 @@ class ChatHistorySaver:
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
 
         :param state: The state of the agent's run.
-        :raises ValueError: If the run has no chat history id or nothing to answer, its question was asked before, or a
-            message cannot be stored.
+        :raises ValueError: If the run has no chat history id or nothing to answer, another run has stored its question
+            meanwhile, or a message cannot be stored.
         :raises MessageNotFoundError: If the history does not have the `replace_from_message_id`, or was deleted during
             the run.
         :raises ChatHistoryAccessError: If the history is another user's.
@@ -199,9 +199,9 @@ class ChatHistorySaver:
                 and run.question_id in map(message_id, attempt.messages)
             ):
                 raise ValueError(
-                    f"The question with the {MESSAGE_ID_KEY} {run.question_id!r} was asked before, further back than "
-                    "the loaded messages, or another run is answering it. Ask it again with another id, or give "
-                    "chat_history_hooks a larger last_k."
+                    f"Another run has stored the question with the {MESSAGE_ID_KEY} {run.question_id!r} since this run "
+                    "loaded the history, and is answering it. Repeat the run later: then it returns the stored answer, "
+                    "or goes on."
                 )
             if attempt.written is not None and attempt.written < len(attempt.messages):
                 yield from self._compare(state, run, attempt.messages)

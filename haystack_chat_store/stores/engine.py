@@ -39,6 +39,7 @@ _WITHOUT_DATABASE: dict[str, Callable[[], Any]] = {
     "read": lambda: NO_ROWS,
     "count": int,
     "page": list,
+    "position": lambda: None,
     "history": lambda: None,
     "histories": list,
     "histories_by_id": list,

@@ -51,8 +51,9 @@ class OpenAIServer:
     """
     A server with the part of OpenAI's interface that the examples use. It answers "You said: ", and what was said.
 
-    After `hold()` it stops after the first words of an answer, until `go_on()`. `requests` are the bodies of all
-    requests. If it `refuses`, as at first, a question with the word "refuse" gets status 400.
+    After `hold()` it stops after the first words of an answer that is streamed, and before any other one, until
+    `go_on()`. `requests` are the bodies of all requests. If it `refuses`, as at first, a question with the word
+    "refuse" gets status 400.
     """
 
     def __enter__(self):
@@ -82,6 +83,8 @@ class OpenAIServer:
         self._free.set()
 
     def _answer(self, body):
+        if not body.get("stream"):
+            self._free.wait()
         said = body["messages"][-1]["content"]
         text = said if isinstance(said, str) else " ".join(part.get("text", "") for part in said)
         return f"You said: {text} This is answer {len(self.requests)}."

@@ -8,6 +8,7 @@ from apps import App, OpenAIServer
 
 NEEDS = {
     "test_fastapi_chat.py": ["fastapi", "uvicorn"],
+    "test_durable.py": ["hayhooks"],
     "test_hayhooks.py": ["hayhooks"],
     "test_web_chatbot.py": ["streamlit", "playwright"],
     "test_web_pages.py": ["fastapi", "uvicorn", "hayhooks"],
