@@ -2,6 +2,7 @@
 """What can only be read can be read, and reading leaves no traces where others write."""
 
 import asyncio
+import inspect
 import os
 import shutil
 import sqlite3
@@ -22,6 +23,7 @@ from haystack_chat_store.errors import (
     StoreUnavailableError,
     UnsupportedOperationError,
 )
+from haystack_chat_store.stores.engine import Engine, is_marked, reads_only, result_without_database
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.processes import Program, run_program
 
@@ -350,3 +352,12 @@ def test_nothing_is_no_backup(store, path):
     with pytest.raises(StoreConfigurationError, match="nothing to back up"):
         store.backup(f"{path}.backup")
     assert os.listdir(os.path.dirname(path)) == []
+
+
+def test_each_operation_that_only_reads_has_a_result_before_the_database_is_made():
+    # A backup is refused instead, as another test says.
+    operations = filter(inspect.isfunction, vars(Engine).values())
+    reading = {each.__name__ for each in operations if is_marked(each, reads_only)} - {"backup"}
+    assert len(reading) > 10
+    for name in reading:
+        result_without_database(getattr(Engine, name))
