@@ -525,18 +525,24 @@ def test_ctrl_c_in_the_main_thread_disturbs_no_other_thread(new_store):
             index += 1
         return index
 
+    signals = []
+
     def interrupt(signum, frame):
-        raise KeyboardInterrupt
+        signals.append(signum)
+        raise KeyboardInterrupt  # Python discards it in the callback of a weak reference
+
+    def write_until_signal(number):
+        while len(signals) == number:
+            say(store, "main", "main")
 
     before = signal.signal(signal.SIGALRM, interrupt)
     with ThreadPoolExecutor(4) as threads:
         written = [threads.submit(write, number) for number in range(4)]
         try:
-            for _ in range(100):
+            for number in range(100):
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 0.005)
-                    while True:
-                        say(store, "main", "main")
+                    write_until_signal(number)
                 except KeyboardInterrupt:
                     pass
         finally:
