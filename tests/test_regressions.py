@@ -500,7 +500,7 @@ def test_an_id_of_a_subclass_of_text_is_checked_as_plain_text(store):
     [
         lambda rows: user(rows=[{"at": datetime(2026, 1, 1, tzinfo=timezone.utc)} for _ in rows]),
         lambda rows: user(nested={"rows": rows}),
-        lambda rows: user(text=[f"{number}" * 100 for number in range(len(rows) // 5)]),
+        lambda rows: user(texts=[f"{number}" * 100 for number in range(len(rows) // 5)]),
         lambda rows: ChatMessage.from_assistant(tool_calls=[ToolCall("tool", {"rows": rows})]),
         lambda rows: ChatMessage.from_tool([TextContent("part")] * (len(rows) // 2), ToolCall("tool", {})),
     ],
