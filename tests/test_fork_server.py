@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not fork_server.IS_SUPPORTED, reason="processes 
 PIPES = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 
-@pytest.fixture(params=["forked", "fresh"])
+@pytest.fixture(params=["forked", pytest.param("fresh", marks=pytest.mark.full)])
 def kind(request, monkeypatch):
     monkeypatch.setattr(fork_server, "IS_SUPPORTED", request.param == "forked")
     return request.param

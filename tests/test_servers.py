@@ -125,6 +125,7 @@ def test_redis_forgets_on_restart_when_told_so():
         assert client.get("number") is None
 
 
+@pytest.mark.full
 def test_a_redis_cluster_spreads_its_keys_and_survives_a_failover_and_a_crash(redis_server):
     names = [f"key {i}" for i in range(100)]
     with RedisCluster(redis_server.binary, replicas=1) as cluster, cluster.client() as client, ExitStack() as stack:

@@ -20,6 +20,7 @@ WINDOWS = [
     {"last_k": None, "max_tokens": 40},
     {},
 ]
+UNTIL = pytest.param({"until_message_id": "until"}, id="until", marks=pytest.mark.full)
 OTHERS = [user("Other?"), reply("Other."), user("And?"), reply("So."), user("Well?"), reply("Well.")]
 
 
@@ -62,7 +63,9 @@ def crash(store, run, options, context, *replies):
 
 @pytest.mark.parametrize("others", [[], OTHERS], ids=["alone", "others meanwhile"])
 @pytest.mark.parametrize("options", WINDOWS, ids=str)
-@pytest.mark.parametrize("context", [{}, {"until_message_id": "until"}], ids=["", "until"])
+@pytest.mark.parametrize(
+    "context", [{}, pytest.param({"until_message_id": "until"}, id="until", marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_run_that_is_begun_again_stores_and_shows_each_message_once(store, run, steps, context, options, others):
     begun = [*a_turn(1), user("Before.", chat_message_id="b"), reply("Yes."), *a_turn(2)]

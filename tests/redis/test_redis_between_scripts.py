@@ -40,7 +40,7 @@ CHANGES = {
 
 
 #: Before how many scripts of a call the fast suite makes a change. The full suite makes it before each.
-IN_FAST_SUITE = 6
+IN_FAST_SUITE = 5
 
 
 @pytest.fixture
