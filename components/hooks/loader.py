@@ -312,13 +312,16 @@ class ChatHistoryLoader:
         :param question_id: The id of the turn's question, or `None` for the last turn.
         :param turn: The turn, if it was read already, because its question is outside the window. Defaults to none.
         """
+        is_outside_the_window = bool(turn)
+        if not turn:
+            turn = yield from _whole_turn(question_id)
         before: list[ChatMessage] = []
-        if turn:
+        if is_outside_the_window:
             ends_before = question_id if run.until_message_id is None else None
             window = _Read(self._window_reader(self.last_k), [*system, *turn], ends_before=ends_before)
             yield window
             before = list(window.messages)
-        elif is_whole(turn := (yield from _whole_turn(question_id))) and self.last_k != 0:
+        elif is_whole(turn) and self.last_k != 0:
             counts_rounds = protocol_calls.last_k_unit(self.chat_message_store) == "round"
             turn_size = len(round_starts(turn) if counts_rounds else turn)
             last_k = None if self.last_k is None else self.last_k + turn_size
