@@ -201,19 +201,25 @@ class Renaming(RedisOperations):
 
     async def _delete_copied(self, session: Session, keys: Keys, old: StateOfHistory, new_id: str, stage: str) -> bool:
         """
-        Delete a history that was copied, and return True; if it has changed since, delete the copy.
+        Delete a history that was copied, and return True. If it has changed or was deleted since, delete the copy.
 
-        :raises ChatHistoryNotFoundError: If another call has finished this renaming, and the copy is gone again.
+        :returns: False if the history has changed.
+        :raises ChatHistoryNotFoundError: If the history was deleted, or another call has finished this renaming and the
+            copy is gone again.
         """
         old_id = old.history.row.chat_history_id
         deleted = await delete_in_state(session, keys, old_id, old.state, new_id)
+        if deleted:
+            return True
+        names = [keys.of_bucket_of(old_id).schema_version, keys.of_history(old_id).counters]
+        is_finished = deleted is not None and await session.run(scripts.RENAMED_TO, names) == new_id
         copy = await read_state(session, keys, new_id)
-        if deleted is not None:
-            if copy is None and not deleted:
-                raise history_not_found(old_id)
+        if is_finished and copy is not None:
             return True
         if copy is not None and copy.is_copy_of(old) and copy.copied_state() == old.state:
             await delete_in_state(session, keys, new_id, copy.first_state())
+        if deleted is not None:
+            raise history_not_found(old_id)
         await self._give_up_claim(session, keys, old_id, stage)
         return False
 

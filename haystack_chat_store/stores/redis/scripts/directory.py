@@ -36,6 +36,8 @@ _PASSED_MEANWHILE = 5
 _LOOKED_UP = 5000
 # How many bytes of replies a script returns, to be looked through for their token usage, or a little more.
 _USAGE_SIZE = 4_000_000
+# For how long a history that a renaming has deleted is known to be renamed. A call takes less long.
+_RENAMED_TO_MILLISECONDS = 600_000
 
 #: Return the ids of histories of a bucket, the one that changed last first. Keys: those of the bucket. Arguments: a
 #: prefix; the ends of its range, as ZRANGEBYLEX takes them; how many ids; the time and the id of a history to begin
@@ -180,6 +182,7 @@ local _, stage, new_id = claim_of(KEYS[2])
 if state_of(KEYS[2]) ~= ARGV[1] then return 0 end
 if stage == ARGV[3] then return 1 end  -- by an earlier attempt of this call
 if stage ~= ARGV[2] or new_id ~= '' and new_id ~= ARGV[4] then return 0 end
+redis.call('UNLINK', KEYS[2] .. ':renamed_to')  -- of an earlier history with this id
 redis.call('HSET', KEYS[2], 'claim', string.format('%.0f', milliseconds) .. ' ' .. ARGV[3] .. ' ' .. ARGV[4])
 return 1
 """,
@@ -194,6 +197,10 @@ local _, stage = claim_of(KEYS[2])
 return stage == ARGV[1] and redis.call('HDEL', KEYS[2], 'claim') or 0
 """,
 )
+
+#: Return the new id of the renaming that has deleted a history lately, or nothing. Keys: the bucket's schema version,
+#: the history's hash.
+RENAMED_TO = Script("return redis.call('GET', KEYS[2] .. ':renamed_to') or ''")
 
 #: Set title, meta and user of a history. Keys: those of the bucket, the history's hash. Arguments: the history's id;
 #: how many of the following are names of fields and values, in turn; these; then the names of fields to delete; `=` and
@@ -322,6 +329,9 @@ for index = 6, #ARGV do
             remove_documents(KEYS[first], 0, math.max(tonumber(lengths[1]) or 0, tonumber(lengths[2]) or 0) - 1)
         end
         if redis.call('UNLINK', unpack(KEYS, first, first + of_history - 1)) > 0 then deleted = deleted + 1 end
+        if is_there and wanted_claim and wanted_claim ~= '' then
+            redis.call('SET', KEYS[first] .. ':renamed_to', wanted_claim, 'PX', {_RENAMED_TO_MILLISECONDS})
+        end
         for _, key in ipairs({{directory, names, expiries, unindexed}}) do redis.call('ZREM', key, ARGV[index]) end
         local gone_user = redis.call('HGET', owners, ARGV[index])
         if gone_user then
