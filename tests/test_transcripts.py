@@ -284,31 +284,6 @@ class TestCost:
             reads.clear()
         assert matched.outcome == "regenerate"
 
-    @pytest.mark.full
-    @pytest.mark.parametrize("has", ["texts", "an image", "a message of a hook"])
-    def test_turn_of_a_long_transcript_takes_little_longer(self, tmp_path, has):
-        """Measured alone: 0.11 ms at 10 rounds, 0.58 ms at 3,000, of which no store takes any."""
-        first = {
-            "texts": [],
-            "an image": [user(content_parts=["Look", ImageContent(PNG, mime_type="image/png")]), assistant("Nice.")],
-            "a message of a hook": [user("Hi"), user("Be brief.", meta={"chat_question_id": "x"}), assistant("Hi!")],
-        }[has]
-        store = SQLiteChatMessageStore(tmp_path / "h.db", durability="normal", last_k=None)
-        sent = {}
-        for rounds in (10, 3_000):
-            said = transcript_of(*(f"What does the palace look like at night? ({n})" for n in range(2 * rounds)))
-            said = [*first, *said]
-            write(store, match_transcript(store, f"h{rounds}", said[:-1]).messages, said[-1].text, f"h{rounds}")
-            sent[rounds] = [*said, user("And tomorrow?")]
-        took = {10: [], 3_000: []}
-        for rounds in [10, 3_000] * 50:
-            started = time.perf_counter()
-            matched = match_transcript(store, f"h{rounds}", sent[rounds])
-            took[rounds].append(time.perf_counter() - started)
-            assert (matched.outcome, len(matched.messages)) == ("append", 1)
-        store.close()
-        assert min(took[3_000]) < 10 * min(took[10])
-
     def test_edit_in_the_middle_is_found(self, store, reads):
         said = transcript_of(*map(str, range(400)))
         write(store, match_transcript(store, "h", said).messages)
