@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operation that gives histories another id."""
 
+import time
 from dataclasses import replace
 
 from haystack_chat_store.errors import (
@@ -35,6 +36,8 @@ from haystack_chat_store.stores.rows import HistoryRow, Scope, branch_origin, me
 _ATTEMPTS = 10
 # For how long another call waits for one that has claimed the history. Then it takes it to be cut off.
 _CLAIM_MILLISECONDS = 5_000
+# For how long the server surely knows that a renaming has deleted a history: half as long as it says so.
+_KNOWN_SECONDS = scripts.RENAMED_TO_MILLISECONDS / 2000
 
 
 class _MetaChangedError(Exception):
@@ -156,6 +159,7 @@ class Renaming(RedisOperations):
         """
         keys = self.keys(scope)
         for _ in range(_ATTEMPTS):
+            began = time.time()
             old, new = await self._unclaimed_states(session, keys, old_id, new_id)
             if old is None:
                 if new is None or new.history.renamed_from != old_id:
@@ -178,7 +182,7 @@ class Renaming(RedisOperations):
                 stage = old.stage or await self._claim(session, keys, old, new_id, new_name())
             else:
                 stage = await self._copy_whole(session, keys, old, new_id, meta)
-            if stage and await self._delete_copied(session, keys, old, new_id, stage):
+            if stage and await self._delete_copied(session, keys, old, new_id, stage, began):
                 await index_written(self, session, keys, new_id)
                 found = await read_histories(session, keys, [new_id])
                 return found[new_id].row if found else replace(old.history.row, chat_history_id=new_id)
@@ -199,10 +203,14 @@ class Renaming(RedisOperations):
                 return old, new
             await session.pause()
 
-    async def _delete_copied(self, session: Session, keys: Keys, old: StateOfHistory, new_id: str, stage: str) -> bool:
+    async def _delete_copied(
+        self, session: Session, keys: Keys, old: StateOfHistory, new_id: str, stage: str, began: float
+    ) -> bool:
         """
         Delete a history that was copied, and return True. If it has changed or was deleted since, delete the copy.
 
+        :param began: When its state was read, as a time of `time.time`. After a long pause of this process, it is not
+            known any more what became of the history: the copy stays then.
         :returns: False if the history has changed.
         :raises ChatHistoryNotFoundError: If the history was deleted, or another call has finished this renaming and the
             copy is gone again.
@@ -212,7 +220,9 @@ class Renaming(RedisOperations):
         if deleted:
             return True
         names = [keys.of_bucket_of(old_id).schema_version, keys.of_history(old_id).counters]
-        is_finished = deleted is not None and await session.run(scripts.RENAMED_TO, names) == new_id
+        is_finished = deleted is not None and (
+            await session.run(scripts.RENAMED_TO, names) == new_id or abs(time.time() - began) > _KNOWN_SECONDS
+        )
         copy = await read_state(session, keys, new_id)
         if is_finished and copy is not None:
             return True

@@ -36,8 +36,8 @@ _PASSED_MEANWHILE = 5
 _LOOKED_UP = 5000
 # How many bytes of replies a script returns, to be looked through for their token usage, or a little more.
 _USAGE_SIZE = 4_000_000
-# For how long a history that a renaming has deleted is known to be renamed. A call takes less long.
-_RENAMED_TO_MILLISECONDS = 600_000
+#: For how long a history that a renaming has deleted is known to be renamed.
+RENAMED_TO_MILLISECONDS = 600_000
 
 #: Return the ids of histories of a bucket, the one that changed last first. Keys: those of the bucket. Arguments: a
 #: prefix; the ends of its range, as ZRANGEBYLEX takes them; how many ids; the time and the id of a history to begin
@@ -330,7 +330,7 @@ for index = 6, #ARGV do
         end
         if redis.call('UNLINK', unpack(KEYS, first, first + of_history - 1)) > 0 then deleted = deleted + 1 end
         if is_there and wanted_claim and wanted_claim ~= '' then
-            redis.call('SET', KEYS[first] .. ':renamed_to', wanted_claim, 'PX', {_RENAMED_TO_MILLISECONDS})
+            redis.call('SET', KEYS[first] .. ':renamed_to', wanted_claim, 'PX', {RENAMED_TO_MILLISECONDS})
         end
         for _, key in ipairs({{directory, names, expiries, unindexed}}) do redis.call('ZREM', key, ARGV[index]) end
         local gone_user = redis.call('HGET', owners, ARGV[index])
