@@ -334,7 +334,7 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
         """
         Delete a history with its branches, or some of its messages, for good.
 
-        Histories and ids that do not exist are ignored.
+        A history, and ids in `message_ids`, that do not exist are ignored.
 
         :param chat_history_id: The history's id.
         :param message_ids: The ids of the messages to delete. The history stays, with its title and meta, even if it

@@ -231,9 +231,17 @@ def resolved(secret: Secret, name: str) -> str:
     :raises StoreConfigurationError: If it has no value, such as an environment variable that is not set.
     """
     try:
-        return secret.resolve_value() or ""
+        value = secret.resolve_value() or ""
     except ValueError as error:
         raise StoreConfigurationError(f"The {name} cannot be used. {error}") from error
+    if _is_text(value):
+        return value
+    del value  # see `fingerprint_of`
+    raise StoreConfigurationError(f"The {name} cannot be used. It is not text in UTF-8.")
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def keep_alive_forever(connection: object) -> None:

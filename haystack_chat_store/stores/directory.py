@@ -13,7 +13,7 @@ from typing_extensions import Self
 from haystack_chat_store import validation
 from haystack_chat_store.errors import ChatMessageStoreError
 from haystack_chat_store.json_values import parse_json
-from haystack_chat_store.stores.conflicts import history_is_there, history_not_found, only_one_user
+from haystack_chat_store.stores.conflicts import history_is_there, history_not_found, no_access, only_one_user
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.listing import Listing, decoded_cursor, history_info
 from haystack_chat_store.stores.rows import UNCHANGED, HistoryChange, HistoryRow, Scope, Unchanged
@@ -125,8 +125,8 @@ class DirectoryMethods:
             user.
         :raises ChatMessageStoreError: If the engine fails.
         """
-        scope, history = self._checked_creation(chat_history_id, user_id, title, meta, exist_ok)
-        return _created(self.engine.run(self.engine.create_history, scope, history), exist_ok)
+        history = self._checked_creation(chat_history_id, user_id, title, meta, exist_ok)
+        return _created(self.engine.run(self.engine.create_history, self.scope, history), history.user_id, exist_ok)
 
     async def create_chat_history_async(
         self,
@@ -138,8 +138,9 @@ class DirectoryMethods:
         exist_ok: bool = False,
     ) -> ChatHistoryInfo:
         """Do what `create_chat_history` does, without blocking the event loop."""
-        scope, history = self._checked_creation(chat_history_id, user_id, title, meta, exist_ok)
-        return _created(await self.engine.run_async(self.engine.create_history, scope, history), exist_ok)
+        history = self._checked_creation(chat_history_id, user_id, title, meta, exist_ok)
+        created = await self.engine.run_async(self.engine.create_history, self.scope, history)
+        return _created(created, history.user_id, exist_ok)
 
     def update_chat_history(
         self,
@@ -338,8 +339,8 @@ class DirectoryMethods:
         """
         Return the names of all namespaces in the database that have histories, in order.
 
-        On Redis, the call looks through the keys of the whole server, and may list a namespace whose histories have all
-        expired, until something is written to it.
+        A namespace whose histories have all expired may be listed until they are deleted. On Redis, the call looks
+        through the keys of the whole server.
 
         :raises ChatHistoryAccessError: If this store belongs to one user.
         :raises ChatMessageStoreError: If the engine fails.
@@ -434,7 +435,7 @@ class DirectoryMethods:
 
     def _checked_creation(
         self, chat_history_id: str, user_id: str | None, title: str | None, meta: dict[str, Any] | None, exist_ok: bool
-    ) -> tuple[Scope, HistoryRow]:
+    ) -> HistoryRow:
         chat_history_id = validation.validated_id(chat_history_id, "chat_history_id")
         validation.validated_flag(exist_ok, "exist_ok")
         change = validation.validated_change(title, meta, None, None)
@@ -442,7 +443,7 @@ class DirectoryMethods:
             raise ValueError("title and meta cannot be UNCHANGED: the history is new.")
         if user_id is not None:
             user_id = self._scope_of(user_id).user_id
-        row = HistoryRow(
+        return HistoryRow(
             chat_history_id=chat_history_id,
             created_at=0,
             updated_at=0,
@@ -450,7 +451,6 @@ class DirectoryMethods:
             meta=change.new_meta(None),
             user_id=self.scope.user_id if user_id is None else user_id,
         )
-        return self.scope, row
 
     def _checked_change(
         self, title: Any, default_title: Any, meta: Any, merge_meta: Any, user_id: Any
@@ -468,7 +468,7 @@ class DirectoryMethods:
         return self._scope_of(user_id), validation.validated_text(prefix, "prefix"), time
 
     def _check_vacuum(self, vacuum: bool) -> None:
-        if vacuum and self.scope.user_id is not None:
+        if validation.validated_flag(vacuum, "vacuum") and self.scope.user_id is not None:
             raise only_one_user("rewrite the files of all users")
 
     def _erase(self, scope: Scope, prefix: str, updated_before: int | None, vacuum: bool) -> int:
@@ -521,8 +521,10 @@ def _checked_renaming(old_id: str, new_id: str) -> tuple[str, str]:
     return ids
 
 
-def _created(created: tuple[HistoryRow, bool], exist_ok: bool) -> ChatHistoryInfo:
+def _created(created: tuple[HistoryRow, bool], user_id: str | None, exist_ok: bool) -> ChatHistoryInfo:
     row, is_new = created
+    if user_id is not None and row.user_id != user_id:
+        raise no_access()
     if not is_new and not exist_ok:
         raise history_is_there(row.chat_history_id)
     return history_info(row)

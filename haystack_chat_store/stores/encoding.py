@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch of messages on its way to the engine: each gets its id, and becomes text."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from haystack.document_stores.types import DuplicatePolicy
 from haystack_chat_store import validation
 from haystack_chat_store.codec import encode_message
 from haystack_chat_store.ids import MESSAGE_ID_KEY, new_message_id
+from haystack_chat_store.json_values import parse_json
 from haystack_chat_store.stores.conflicts import duplicate_in_batch
 from haystack_chat_store.stores.previews import beginning_of
 from haystack_chat_store.stores.rows import EncodedMessage, MessageRow
@@ -103,5 +103,8 @@ def is_equal_without_meta(message: EncodedMessage, rows: Sequence[MessageRow]) -
     """
     if not rows or rows[0].message_id != message.message_id:
         return False
-    given, stored = ({**json.loads(content), "meta": None} for content in (message.content, rows[0].content))
+    try:
+        given, stored = ({**parse_json(content), "meta": None} for content in (message.content, rows[0].content))
+    except (ValueError, TypeError, RecursionError):  # the stored one is damaged
+        return False
     return bool(given == stored)

@@ -241,7 +241,8 @@ class ReadingMethods:
         :raises ChatMessageStoreError: If the engine fails.
         """
         scope = self._scope_of(user_id)
-        scope = seen_scope(scope, branches) if chat_history_id is None else scope
+        seen = seen_scope(scope, branches)
+        scope = seen if chat_history_id is None else scope
         search = self._checked_search(query, chat_history_id, prefix, match_prefix, limit)
         if search is None:
             return []
@@ -264,7 +265,8 @@ class ReadingMethods:
     ) -> list[SearchHit]:
         """Do what `search_messages` does, without blocking the event loop."""
         scope = self._scope_of(user_id)
-        scope = seen_scope(scope, branches) if chat_history_id is None else scope
+        seen = seen_scope(scope, branches)
+        scope = seen if chat_history_id is None else scope
         search = self._checked_search(query, chat_history_id, prefix, match_prefix, limit)
         if search is None:
             return []

@@ -78,7 +78,7 @@ def traced(
             records = given if given is not None else _returned(operation_name, result)
             if given is None and (count := _count(operation_name, records, result)) is not None:
                 span.set_tag("gen_ai.memory.record.count", count)
-            if contents := [_content(each) for each in records or () if not isinstance(each, int)]:
+            if contents := [_record(operation_name, each) for each in records or () if not isinstance(each, int)]:
                 span.set_content_tag("gen_ai.memory.records", contents)
 
         try:
@@ -118,8 +118,8 @@ def _count(operation_name: str, records: Sequence[Any] | None, result: Any) -> i
     return result if operation_name in ("copy", "import_history", "import_histories") else None
 
 
-def _content(record: "str | EncodedMessage | MessageRow | FoundRow") -> dict[str, Any]:
-    """Return a message in the form of a record: `content` and, if it is known, `id`."""
+def _record(operation_name: str, record: "str | EncodedMessage | MessageRow | FoundRow") -> dict[str, Any]:
+    """Return a message in the form of a record: its `content` and its `id`, as far as they are known."""
     if isinstance(record, str):
-        return {"content": record}
+        return {"id" if operation_name == "delete_messages" else "content": record}
     return {"id": record.message_id, "content": record.content}

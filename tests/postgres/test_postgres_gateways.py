@@ -21,7 +21,7 @@ from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.idle_connections import PROBE_SECONDS
 from haystack_chat_store.stores.postgres.connections import pools
 from haystack_chat_store.testing.kit import texts
-from haystack_chat_store.testing.messages import with_id
+from haystack_chat_store.testing.messages import user, with_id
 
 
 @pytest.fixture
@@ -190,6 +190,21 @@ def test_a_read_whose_answer_was_lost_is_tried_once_more(gateway, make_store, ca
         with pytest.raises(StoreUnavailableError, match="closed the connection"):
             read()
         assert read()
+    calls.close(store)
+
+
+def test_a_write_that_makes_an_expired_history_anew_is_stored_whichever_answer_was_lost(gateway, make_store, calls):
+    for lost in range(100):
+        store = make_store(namespace=f"{lost}", last_k=None)
+        calls.write(make_store(namespace=f"{lost}", ttl=0.01), "history", [user("old")])
+        time.sleep(0.02)
+        losing = Losing(gateway, after=lost)
+        assert calls.write(store, "history", [user("new")]) == 1, lost
+        gateway.is_answered = lambda _: True
+        assert [message.text for message in calls.retrieve(store, "history")] == ["new"], lost
+        if losing.times > 0:
+            break
+    assert 3 < lost < 99
     calls.close(store)
 
 

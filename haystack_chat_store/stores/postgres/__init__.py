@@ -164,8 +164,8 @@ class PostgresChatMessageStore(BaseChatMessageStore):
             not at all.
         :raises ValueError: If `partitions` is not one of these.
         """
-        if partitions is not None and (isinstance(partitions, bool) or partitions not in range(1, 1001)):
-            raise ValueError(f"partitions must be a number from 1 to 1000, or None; got {partitions!r}.")
+        if partitions is not None:
+            partitions = validation.validated_number(partitions, "partitions", 1, 1000)
         schema_name = self.schema_name
         if schema_name is None:
             try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from haystack_chat_store.search_text import Phrase
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.postgres.histories import HISTORY, history_row, lock_history, make_history, meta_of
+from haystack_chat_store.stores.postgres.histories import HISTORY, NO_HISTORY, history_row, lock_history, meta_of
 from haystack_chat_store.stores.postgres.renaming import rename_locked
 from haystack_chat_store.stores.postgres.schema import history_key, history_parameters
 from haystack_chat_store.stores.postgres.session import Session, in_transaction
@@ -193,18 +193,16 @@ class Directory(Engine[Session]):
     @in_transaction
     async def create_history(self, session: Session, scope: Scope, history: HistoryRow) -> tuple[HistoryRow, bool]:
         """Insert the row in a transaction, unless it is there."""
-        is_new = await lock_history(session, scope, history.chat_history_id) is None and await make_history(
-            session, scope, history.chat_history_id, history.user_id
-        )
-        locked = await lock_history(session, scope, history.chat_history_id)
-        key = history_key(scope, history.chat_history_id)
-        if is_new and locked is not None:
+        new_id = history.chat_history_id
+        locked = await lock_history(session, scope, new_id, make=True, user_id=history.user_id) or NO_HISTORY
+        key, is_new = history_key(scope, new_id), locked.revision == 0
+        if is_new:
             parameters = {
                 "key": key,
                 "title": history.title,
                 "title_terms": title_tsvector(history.title),
                 "meta": history.meta,
-                "branch_of": branch_origin(history.chat_history_id, history.meta),
+                "branch_of": branch_origin(new_id, history.meta),
                 "revision": locked.next_revision,
             }
             await session.run(_BEGIN_HISTORY, parameters)

@@ -73,7 +73,7 @@ def store_error(error: psycopg.Error, address: str, password: Any, timeout: floa
     if isinstance(error, psycopg.errors.InsufficientPrivilege):
         return StoreConfigurationError(
             f"{server}, refused: {said}. Let an administrator grant this role SELECT, INSERT, UPDATE and DELETE on "
-            "the histories and messages, SELECT on the version, and USAGE on the schema."
+            "the histories, messages and namespaces, SELECT on the version, and USAGE on the schema."
         )
     if isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
         return StoreUnavailableError(

@@ -48,6 +48,7 @@ _DELETE_OLD_HISTORIES = Statement(
 )
 DELETE_MESSAGES = Statement("DELETE FROM {messages} WHERE history_key = ANY (%s)")
 HISTORY = Statement("SELECT {history_row} FROM {histories} WHERE history_key = %(key)s AND {visible}")
+_LOCKED_HISTORY = Statement("SELECT {history_row} FROM {histories} WHERE history_key = %s")
 _META = Statement("SELECT meta FROM {histories} WHERE history_key = %s")
 # Those of a history that is there are its user's. Otherwise all of the scope are asked for.
 BRANCHES = Statement("""
@@ -159,8 +160,8 @@ async def delete_histories(
 
 
 async def history_row(session: Session, key: uuid.UUID) -> HistoryRow:
-    """Return a history that the transaction has locked."""
-    return HistoryRow(*(await session.fetch(HISTORY, {"key": key, "user": None}))[0])
+    """Return a history that the transaction has locked. It may expire meanwhile."""
+    return HistoryRow(*(await session.fetch(_LOCKED_HISTORY, [key]))[0])
 
 
 async def meta_of(session: Session, key: uuid.UUID) -> str | None:

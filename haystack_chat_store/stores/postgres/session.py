@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import psycopg
 from haystack import logging
+from psycopg.pq import TransactionStatus
 
 from haystack_chat_store.stores.postgres.schema import BEGINNING, Tables
 from haystack_chat_store.stores.postgres.statements import BEGIN_AND_NUMBER, STATUS_OF_TRANSACTION, Statement
@@ -25,6 +26,8 @@ Parameters = Sequence[Any] | dict[str, Any]
 # statement would go on waiting for a lock.
 _CANCEL_SECONDS = 1.0
 _PAUSE_BEFORE_RETRY = "SELECT pg_sleep(0.05)"
+# The errors of a transaction that can be done again: see `Session.in_transaction`.
+_REPEATED = (psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable, psycopg.errors.SerializationFailure)
 
 
 class Database:
@@ -98,9 +101,10 @@ class Session:
                 cursor = self.connection.execute(statement, parameters, prepare=prepare)
                 return await cursor if self._is_async else cursor
             except psycopg.errors.SerializationFailure:
-                # Only a statement outside of transactions can fail so, where the database's default isolation level is
-                # stricter than that of our transactions.
-                continue
+                # A statement alone is sent again: the database's default isolation level may be stricter than that of
+                # our transactions. A transaction fails: a standby may have to apply what the primary has removed.
+                if self.connection.info.transaction_status is not TransactionStatus.IDLE:
+                    raise
 
     async def fetch(
         self, statement: str, parameters: Parameters = (), *, prepare: bool = False
@@ -125,7 +129,7 @@ class Session:
         is_result: Callable[[Any], bool] = lambda _: True,
     ) -> ResultT:
         """
-        Do work in a transaction, and again after a deadlock or a lock timeout.
+        Do work in a transaction, and again after a deadlock, a lock timeout or a conflict on a standby.
 
         :param work: Gets this session and the arguments. If it raises, the transaction is undone.
         :param begin: The statement that begins the transaction.
@@ -142,7 +146,7 @@ class Session:
                 await self.run("COMMIT")
                 self.commit = None
                 return result
-            except (psycopg.errors.DeadlockDetected, psycopg.errors.LockNotAvailable) as error:
+            except _REPEATED as error:
                 if not repeatable:
                     raise
                 logger.info("Repeating a transaction after {error}.", error=type(error).__name__)
@@ -151,6 +155,7 @@ class Session:
             except psycopg.Error:
                 raise  # the pool closes the connection
             except Exception:  # the call was refused, or its source has failed: the connection is sound
+                self.renew_deadline()  # a source may have taken longer, and its error is the one to raise
                 await self.run("ROLLBACK")
                 raise
 
@@ -166,7 +171,10 @@ class Session:
     async def was_committed(self, commit: Commit) -> bool:
         """Return whether a transaction was committed. If the server is still at work on it, wait for its end."""
         while True:
-            ((status,),) = await self.fetch(STATUS_OF_TRANSACTION, [commit.number])
+            try:
+                ((status,),) = await self.fetch(STATUS_OF_TRANSACTION, [commit.number])
+            except psycopg.errors.InvalidParameterValue:  # the server crashed, and has lost the number with the rest
+                return False
             if status != "in progress":
                 return bool(status == "committed")
             await self.run(_PAUSE_BEFORE_RETRY)

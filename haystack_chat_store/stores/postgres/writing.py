@@ -81,6 +81,11 @@ _COPY_MESSAGES = Statement("""
 """)
 
 
+def _is_appended(appended: int | None) -> bool:
+    """Whether a transaction has done the whole write. Otherwise another one goes on with it."""
+    return appended is not None
+
+
 class Writing(Engine[Session]):
     """The operations that change messages."""
 
@@ -99,7 +104,9 @@ class Writing(Engine[Session]):
         if policy is DuplicatePolicy.SKIP and expected_revision is None:
             appended = await append_without_lock(session, scope, chat_history_id, messages)
             if appended is None:
-                appended = await session.in_transaction(append_to_new_history, scope, chat_history_id, messages)
+                appended = await session.in_transaction(
+                    append_to_new_history, scope, chat_history_id, messages, is_result=_is_appended
+                )
             if appended is not None:
                 return appended
         return await session.in_transaction(append_locked, scope, chat_history_id, messages, policy, expected_revision)
