@@ -103,6 +103,8 @@ def test_content_is_traced_only_if_haystack_is_told_to(spans, call, monkeypatch)
     assert [record["id"] for record in written] == ["id-2"]
     assert [json.loads(record["content"]) for record in written] == [json.loads(each["content"]) for each in read]
     assert json.loads(read[0]["content"])["content"] == [{"text": "secret"}]
+    call(store, "delete_messages", "user_456", message_ids=["id-2"])
+    assert json.loads(spans()[-1].attributes["gen_ai.memory.records"]) == [{"id": "id-2"}]
 
 
 def test_spans_of_a_call_lie_in_the_span_around_it(spans, call):

@@ -121,8 +121,8 @@ class DirectoryMethods:
         :param exist_ok: Whether a history that exists is returned unchanged. Defaults to False.
         :raises ValueError: If an argument is wrong.
         :raises ChatHistoryExistsError: If there is a history with this id, and `exist_ok` is False.
-        :raises ChatHistoryAccessError: If another user has a history with this id, or this store belongs to another
-            user.
+        :raises ChatHistoryAccessError: If there is a history with this id that is not this user's, or this store
+            belongs to another user.
         :raises ChatMessageStoreError: If the engine fails.
         """
         history = self._checked_creation(chat_history_id, user_id, title, meta, exist_ok)

@@ -232,6 +232,16 @@ class Rule25UsersTest(ContractTest):
         calls.write(store, "hers", [user("of all")])
         assert calls.call(store, "get_chat_history", "hers").user_id == "ada"
 
+    @pytest.mark.parametrize("chat", ["hers", "free"])
+    def test_history_that_is_made_for_a_user_is_none_of_another(
+        self, users: tuple[Any, Any, Any], calls: Calls, chat: str
+    ) -> None:
+        store, _, _ = users
+        for exist_ok in (False, True):
+            with pytest.raises(ChatHistoryAccessError):
+                calls.call(store, "create_chat_history", chat, user_id="bob", exist_ok=exist_ok)
+        assert calls.call(store, "create_chat_history", "own", user_id="bob", exist_ok=True).user_id == "bob"
+
     @pytest.mark.parametrize("name", ["rename_chat_history", "copy_messages"])
     def test_source_that_is_not_there_is_not_found_whatever_the_target_is(
         self, users: tuple[Any, Any, Any], calls: Calls, name: str

@@ -3,6 +3,7 @@
 
 import threading
 from dataclasses import replace
+from time import sleep
 
 import psycopg
 import pytest
@@ -22,6 +23,8 @@ from postgres_stores import (
 from servers import PASSWORD, wait_until
 
 from haystack_chat_store.errors import UnsupportedOperationError
+from haystack_chat_store.stores.postgres import histories
+from haystack_chat_store.stores.postgres.histories import LockedHistory
 from haystack_chat_store.testing.messages import with_id
 
 VERSIONS = NEWEST_AND_OLDEST
@@ -29,6 +32,26 @@ WAYS = DIRECTLY_OR_POOLED
 
 
 # ---------------------------------------------------------------------- times
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        ("rename_chat_history", {"new_id": "other"}),
+        ("update_chat_history", {"title": "new"}),
+        ("create_chat_history", {"exist_ok": True}),
+    ],
+)
+def test_a_history_may_expire_while_it_is_changed(make_store, calls, monkeypatch, change, options):
+    store = make_store(ttl=0.3)
+
+    def locked(*row):
+        sleep(0.4)
+        return LockedHistory(*row)
+
+    calls.write(store, "chat", [with_id("a", "Hi!")])
+    monkeypatch.setattr(histories, "LockedHistory", locked)
+    assert calls.call(store, change, "chat", **options).message_count == 1
 
 
 def updated_at(store, history):

@@ -93,6 +93,13 @@ def test_a_connection_string_that_changes_leads_to_another_database(server, data
     calls.close(store)
 
 
+def test_a_connection_string_that_is_not_utf_8_is_refused_and_not_repeated(monkeypatch, calls):
+    monkeypatch.setenv("PG_CONN_STR", "postgresql://user:secr\udce4t@127.0.0.1/db")
+    with pytest.raises(StoreConfigurationError, match="UTF-8") as caught:
+        calls.count(PostgresChatMessageStore(), "chat")
+    assert "secr" not in "".join(traceback.format_exception(caught.value))
+
+
 def test_a_password_is_never_serialized():
     with pytest.raises(ValueError, match="serialize"):
         store_at("postgresql://user:password@localhost/db").to_dict()
