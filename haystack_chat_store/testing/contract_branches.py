@@ -206,6 +206,8 @@ class Rule17BranchesTest(ContractTest):
         assert found("kept", branches=True) == found("kept", chat_history_id=branch) == {branch}
         with pytest.raises(ValueError, match="branches"):
             calls.call(store, "search_messages", "kept", branches=None)
+        with pytest.raises(ValueError, match="branches"):
+            calls.call(store, "search_messages", "kept", chat_history_id="chat", branches="x")
 
     def test_exports_have_branches(self, store: ClosableStore, calls: Calls, tmp_path: Path) -> None:
         branch = self._branch(store, calls, "chat")

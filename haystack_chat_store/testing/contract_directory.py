@@ -322,6 +322,9 @@ class Rule22ErasingTest(ContractTest):
 
     def test_histories_begin_anew_after_erasing(self, store: ClosableStore, calls: Calls) -> None:
         calls.write(store, "a/1", [with_id("1", "old")])
+        with pytest.raises(ValueError, match="vacuum"):
+            calls.call(store, "delete_chat_histories", prefix="a/", vacuum="no")
+        assert calls.count(store, "a/1") == 1
         calls.call(store, "delete_chat_histories", prefix="a/", vacuum=True)
         assert calls.write(store, "a/1", [with_id("1", "new")]) == 1
         assert texts(calls.retrieve(store, "a/1")) == ["new"]

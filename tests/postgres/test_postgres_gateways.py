@@ -20,6 +20,7 @@ from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.idle_connections import PROBE_SECONDS
 from haystack_chat_store.stores.postgres.connections import pools
+from haystack_chat_store.stores.postgres.session import Commit
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import user, with_id
 
@@ -191,6 +192,16 @@ def test_a_read_whose_answer_was_lost_is_tried_once_more(gateway, make_store, ca
             read()
         assert read()
     calls.close(store)
+
+
+def test_a_transaction_that_the_server_has_lost_in_a_crash_was_not_committed(make_store, calls):
+    store = make_store()
+
+    async def asked(session):
+        return await session.was_committed(Commit(2**50, None)), await session.fetch("SELECT 1")
+
+    calls.write(store, "history", [user()])
+    assert calls.call(store.engine, "run", asked) == (False, [(1,)])
 
 
 def test_a_write_that_makes_an_expired_history_anew_is_stored_whichever_answer_was_lost(gateway, make_store, calls):

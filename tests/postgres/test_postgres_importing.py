@@ -3,6 +3,7 @@
 
 import asyncio
 import threading
+import time
 from dataclasses import replace
 from itertools import count
 
@@ -11,8 +12,8 @@ from event_loops import assert_loop_goes_on_beside, largest_gap_beside
 from imported import NEW, assert_sound, import_rows, rows
 from postgres_stores import DIRECTLY_OR_POOLED, NEWEST_AND_OLDEST, said, say
 
-from haystack_chat_store.errors import ChatHistoryChangedError
-from haystack_chat_store.testing.messages import with_id
+from haystack_chat_store.errors import ChatHistoryChangedError, StoreTimeoutError
+from haystack_chat_store.testing.messages import user, with_id
 from haystack_chat_store.testing.processes import Program
 
 VERSIONS = NEWEST_AND_OLDEST
@@ -86,6 +87,19 @@ def test_reading_what_is_imported_does_not_hold_up_the_event_loop(make_store):
 
     asyncio.run(main())
     assert store.count_messages("history") == 10
+
+
+def test_a_source_that_fails_after_the_timeout_raises_its_own_error(make_store, calls):
+    store = make_store(timeout=0.3)
+
+    def batches():
+        time.sleep(0.5)
+        raise StoreTimeoutError("The source did not answer.")
+        yield []
+
+    with pytest.raises(StoreTimeoutError, match="The source"):
+        calls.call(store.engine, "run", store.engine.import_history, store.scope, NEW, batches(), 0)
+    assert calls.write(store, "history", [user()]) == 1
 
 
 def test_indexing_large_messages_does_not_hold_up_the_event_loop(make_store):
