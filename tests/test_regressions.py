@@ -26,11 +26,11 @@ from pydantic import BaseModel, field_serializer
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.conversation.shown import messages_for_model
-from haystack_chat_store.errors import MessageEncodingError, StoreUnavailableError
+from haystack_chat_store.errors import ChatHistoryChangedError, MessageEncodingError, StoreUnavailableError
 from haystack_chat_store.stores.in_memory.engine import _memory
 from haystack_chat_store.stores.sqlite import connections
 from haystack_chat_store.testing.kit import texts
-from haystack_chat_store.testing.messages import user
+from haystack_chat_store.testing.messages import user, with_id
 
 HANG_LIMIT = 30.0
 # Put together, so that it stands in no line of source that a traceback shows.
@@ -601,3 +601,13 @@ def test_an_edit_in_memory_leaves_nothing_for_the_next_append_to_make_up_for():
     append = took(lambda: store.write_messages("history", [user(chat_message_id="new")]))
     store.delete_all_messages()
     assert append < edit / 2
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_message_turns_no_conflict_into_another_error(tmp_path, content):
+    with closing(SQLiteChatMessageStore(tmp_path / "chat.db")) as store:
+        store.write_messages("chat", [with_id("a", "Hi!")])
+        with closing(sqlite3.connect(tmp_path / "chat.db")) as connection, connection:
+            connection.execute("UPDATE haystack_chat_messages SET content = ?", [content])
+        with pytest.raises(ChatHistoryChangedError):
+            store.write_messages("chat", [with_id("a", "Hi!")], expected_revision=99)
