@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rule 25: a store of one user sees and changes only this user's histories."""
 
+import hashlib
 import random
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from haystack_chat_store.errors import (
     ChatMessageStoreError,
     MessageNotFoundError,
 )
-from haystack_chat_store.ids import MESSAGE_ID_KEY
+from haystack_chat_store.ids import MAX_ID_LENGTH, MESSAGE_ID_KEY
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.contract_directory import listed
 from haystack_chat_store.testing.kit import (
@@ -231,6 +232,19 @@ class Rule25UsersTest(ContractTest):
         assert calls.call(store, "get_chat_history", "free").user_id is None
         calls.write(store, "hers", [user("of all")])
         assert calls.call(store, "get_chat_history", "hers").user_id == "ada"
+
+    def test_all_ids_may_be_as_long_as_they_can_be(self, new_store: StoreFactory, calls: Calls) -> None:
+        def name(length: int) -> str:  # of characters of four bytes, which no compression makes shorter
+            digits = hashlib.shake_256(str(length).encode()).digest(2 * length)
+            return "".join(
+                chr(0x20000 + 256 * (one % 64) + other) for one, other in zip(digits[::2], digits[1::2], strict=True)
+            )
+
+        store: Any = new_store(namespace=name(128))
+        own, chat = store.for_user(name(MAX_ID_LENGTH)), name(MAX_ID_LENGTH - 1)
+        assert calls.write(own, chat, [with_id(name(MAX_ID_LENGTH - 2), "Hi!")]) == 1
+        assert listed(calls, own) == listed(calls, store) == [chat]
+        assert texts(calls.retrieve(own, chat)) == ["Hi!"]
 
     @pytest.mark.parametrize("chat", ["hers", "free"])
     def test_history_that_is_made_for_a_user_is_none_of_another(

@@ -81,9 +81,10 @@ MIGRATIONS: list[list[str]] = [
         CREATE INDEX IF NOT EXISTS {histories_by_time} ON {histories}
         (namespace, updated_at, chat_history_id COLLATE "C")
         """,
+        # With the id of the history, a row could be too large for an index.
         """
-        CREATE INDEX IF NOT EXISTS {histories_of_user} ON {histories}
-        (namespace, user_id, updated_at, chat_history_id COLLATE "C") WHERE user_id IS NOT NULL
+        CREATE INDEX IF NOT EXISTS {histories_of_user} ON {histories} (namespace, user_id, updated_at)
+        WHERE user_id IS NOT NULL
         """,
         """
         CREATE INDEX IF NOT EXISTS {histories_of_branch} ON {histories} (namespace, branch_of)
