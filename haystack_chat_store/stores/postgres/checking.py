@@ -222,6 +222,7 @@ async def _wrong_counters(session: Session, scope: Scope, found: _Findings) -> N
 
 
 async def _orphans(session: Session, found: _Findings) -> None:
+    session.renew_deadline()
     for key, count in await session.fetch(_ORPHANS):
         found.append(_Found(None, None, f"{count} messages have the history_key {key}, which no history has.", key))
 
@@ -265,11 +266,11 @@ async def _wrong_previews(
     content: str,
 ) -> list[str]:
     questions = [] if question is None else [question]
-    if question is not None and beginning_of_content(question) is None:  # another one may have text
-        position = -1
-        while more := await session.fetch(NEXT_QUESTIONS, [key, position]):
-            position = more[-1][0]
-            questions += [each for _, each in more]
+    batch, position = list(questions), -1
+    while batch and not any(map(beginning_of_content, batch)):  # the next ones may have text
+        more = await session.fetch(NEXT_QUESTIONS, [key, position])
+        batch, position = [each for _, each in more], more[-1][0] if more else position
+        questions += batch
     last_at = None if role is None and is_time_right else 0
     row = kept_row(chat_history_id, preview, last_role, last_text, last_at)
     last = None

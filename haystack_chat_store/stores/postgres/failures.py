@@ -13,15 +13,13 @@ from haystack_chat_store.errors import (
     StoreUnavailableError,
 )
 
-# Classes of SQLSTATE, or whole ones, that a retry does not change: the login, the database, the rights.
-_CONFIGURATION_STATES = ("28", "3D", "42501")
+# Classes of SQLSTATE that a retry does not change: the login, the database.
+_CONFIGURATION_STATES = ("28", "3D")
 # The SQLSTATEs of a server that ends a connection.
 _ENDING_STATES = ("08", "57P01", "57P02", "57P05")
 # libpq hands out no SQLSTATE for what fails while it connects. What these texts mean, and what to do.
 _CONNECTING = {
-    "password authentication failed|authentication failed for user": (
-        "refused the user name or the password of the connection string"
-    ),
+    "authentication failed for user": "refused the user name or the password of the connection string",
     "no password supplied": "asks for a password, and the connection string has none",
     "no pg_hba.conf entry|pg_hba.conf rejects": "does not admit this user from here to this database (pg_hba.conf)",
     "database .* does not exist": "does not have the database of the connection string",
@@ -29,7 +27,7 @@ _CONNECTING = {
     "permission denied for database|is not permitted to log in": "does not let this user into the database",
     "server does not support SSL": "has no TLS, for which the connection string asks (sslmode)",
     "SSL connection is required|no encryption": "asks for TLS (sslmode=require)",
-    "certificate|invalid sslmode value|sslmode|SSL error: wrong version": (
+    "certificate|sslmode|SSL error: wrong version": (
         "cannot be reached with the TLS settings of the connection string (sslmode, sslrootcert, …)"
     ),
     "unrecognized configuration parameter|invalid value for parameter|invalid command-line argument": (

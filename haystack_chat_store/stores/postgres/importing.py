@@ -62,9 +62,8 @@ async def import_locked(
     session: Session, scope: Scope, history: HistoryRow, batches: Iterable[Sequence[MessageRow]], expected_revision: int
 ) -> int:
     """Import messages to a history, which is made if it does not exist, and return their number."""
-    is_new = False
-    while (locked := await lock_history(session, scope, history.chat_history_id)) is None:
-        is_new = await make_history(session, scope, history.chat_history_id)
+    locked = await lock_history(session, scope, history.chat_history_id, make=True) or NO_HISTORY
+    is_new = locked.revision == 0
     check_revision(expected_revision, locked.revision)
     if not is_new:
         check_same_user(history.user_id if scope.user_id is None else scope.user_id, locked.user_id)
