@@ -335,7 +335,9 @@ class ChatHistoryLoader:
         run.question_id, run.steps = last_question_id(turn), max(len(turn) - 1, 0)
         run.is_question_stored = run.question_id is not None
         run.exit_reason = exit_reason(turn, self.exit_conditions or ())
-        return messages_for_model(run.know([*before, *turn]), system, portable=self.portable, model=self.model)
+        # Of a complete turn no model is asked, so nothing asks one to go on.
+        model = self.model if run.exit_reason is None else None
+        return messages_for_model(run.know([*before, *turn]), system, portable=self.portable, model=model)
 
     def _window_reader(self, last_k: int | None) -> WindowReader:
         return WindowReader(
