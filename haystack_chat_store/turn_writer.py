@@ -257,8 +257,8 @@ class TurnWriter:
         """
         if not self._question_is_stored or all(map(self._is_skipped, batch)):
             return int((yield _Write(batch)))
-        named = (question_id_of(message) for message in reversed(batch))
-        question_id = usable_id_of(last_question(batch)) or next(filter(None, named), None)
+        named = [question_id_of(each) for each in batch]
+        question_id = usable_id_of(last_question(batch)) or next((each for each in reversed(named) if each), None)
         for _ in range(protocol_calls.MOST_ATTEMPTS):
             page = yield _Revision()
             is_stored = question_id is not None and any(message_id_of(each) == question_id for each in page.messages)
