@@ -241,8 +241,7 @@ def write_options(store: ChatMessageStore, policy: DuplicatePolicy, expected_rev
 
 def takes_revisions(store: ChatMessageStore) -> bool:
     """Whether a store says which revision it has read, and can refuse a write to a history that has another one."""
-    parameters = inspect.signature(store.write_messages).parameters
-    return hasattr(store, "retrieve_window") and "expected_revision" in parameters
+    return hasattr(store, "retrieve_window") and _takes(store.write_messages, "expected_revision")
 
 
 async def write_async(

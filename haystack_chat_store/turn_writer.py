@@ -255,10 +255,10 @@ class TurnWriter:
 
         :raises MessageNotFoundError: If it does not.
         """
-        if not self._question_is_stored:
+        if not self._question_is_stored or all(map(self._is_skipped, batch)):
             return int((yield _Write(batch)))
-        question = last_question(batch)
-        question_id = question_id_of(batch[-1]) if question is None and batch else usable_id_of(question)
+        named = [question_id_of(each) for each in batch]
+        question_id = usable_id_of(last_question(batch)) or next((each for each in reversed(named) if each), None)
         for _ in range(protocol_calls.MOST_ATTEMPTS):
             page = yield _Revision()
             is_stored = question_id is not None and any(message_id_of(each) == question_id for each in page.messages)
@@ -395,7 +395,9 @@ class TurnWriter:
 
 
 def question_is_gone(question_id: str | int | None) -> MessageNotFoundError:
-    """Return the error of an answer to a question that the history does not have any more."""
+    """Return the error of an answer to a question that the history does not have, or not any more."""
+    if question_id is None:
+        return MessageNotFoundError("The history has no question that this could answer. Nothing was written.")
     return MessageNotFoundError(
         f"The history has no question with the id {question_id!r}: it was deleted while the model answered. Nothing "
         "was written."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from breadth import ONCE
+from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
@@ -14,12 +15,13 @@ from haystack_integrations.components.writers.chat_store import ChatMessageWrite
 from haystack_chat_store import (
     ChatHistoryChangedError,
     InMemoryChatMessageStore,
+    MessageNotFoundError,
     StoreUnavailableError,
     store_from_url,
 )
 from haystack_chat_store.cli import main
 from haystack_chat_store.testing import ChatMessageStoreContract, ManagementContract
-from haystack_chat_store.testing.messages import conversation
+from haystack_chat_store.testing.messages import conversation, with_id
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -151,3 +153,20 @@ def test_wrapper_that_passes_on_all_arguments_can_do_what_its_store_can(kind):
     with pytest.raises(ChatHistoryChangedError):
         writer.run("chat", conversation("u"), expected_revision=revision)
     store.delete_all_messages()
+
+
+class WrappedWhileAnotherDeletes(Wrapped):
+    """A wrapper of a store whose history is deleted directly before each write."""
+
+    def write_messages(self, *arguments, **options):
+        self._store.delete_all_messages()
+        return self._store.write_messages(*arguments, **options)
+
+
+def test_writes_through_a_wrapper_are_as_atomic_as_without_it():
+    store = InMemoryChatMessageStore(namespace="wrapped")
+    store.write_messages("chat", [with_id("q")])
+    writer = ChatMessageWriter(WrappedWhileAnotherDeletes(store), question_is_stored=True)
+    with pytest.raises(MessageNotFoundError, match="deleted while the model answered"):
+        writer.run("chat", [with_id("q")], [ChatMessage.from_assistant("Too late.")])
+    assert store.get_chat_history("chat") is None

@@ -216,6 +216,17 @@ class TestAsStored:
         assert shown[1]._content == joined._content
         assert shown == [QUESTION, joined, result_of(ROME), result_of(OSLO), ANSWER]
 
+    @pytest.mark.parametrize("portable", [True, False])
+    @pytest.mark.parametrize("after", [[], [ChatMessage.from_user("Thanks!")]], ids=["last", "earlier"])
+    def test_an_answer_after_an_interrupted_call_stays_the_answer(self, portable, after):
+        answered = [QUESTION, calling(ROME, reasoning="Hm."), ChatMessage.from_assistant("It is sunny.")]
+        shown = messages_for_model(answered, after, portable=portable)
+        assert shown[4:] == after
+        assert [each.role.value for each in shown[:4]] == ["user", "assistant", "tool", "assistant"]
+        assert shown[1].text is None
+        assert shown[2].tool_call_result.result == INTERRUPTED
+        assert shown[3].text == "It is sunny."
+
     def test_replies_with_reasoning_of_their_own_stay_apart_each_with_its_results(self):
         first, second = calling(ROME, reasoning="Hm."), calling(OSLO, reasoning="Ah.")
         shown = as_stored([QUESTION, first, second, result_of(ROME), result_of(OSLO)])

@@ -3,13 +3,14 @@
 
 import asyncio
 import inspect
+import threading
 from dataclasses import replace
 
 import pytest
 from haystack import Pipeline
 from haystack.components.agents import Agent
 from haystack.components.generators.chat import MockChatGenerator
-from haystack.dataclasses import ChatMessage
+from haystack.dataclasses import ChatMessage, ToolCall
 from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
 from haystack_integrations.components.titlers.chat_store import ChatHistoryTitler
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
@@ -268,6 +269,97 @@ def test_failing_model_raises_and_an_empty_title_is_none(store, run):
     assert run(ChatHistoryTitler(store, MockChatGenerator(' "" ')), "hers") == {"title": None}
     long = run(ChatHistoryTitler(store, MockChatGenerator("word " * 100)), "hers")["title"]
     assert len(long) <= 100
+
+
+def test_step_of_an_agent_is_no_answer(store, run):
+    step = ChatMessage.from_assistant("Let me see.", tool_calls=[ToolCall("look", {}, "1")])
+    store.write_messages("agents", [ChatMessage.from_user("Rome?"), step])
+    asked = []
+    titler = ChatHistoryTitler(store, MockChatGenerator(response_fn=lambda messages: asked.append(messages) or "Rome"))
+    assert run(titler, "agents") == {"title": None}
+    result = ChatMessage.from_tool("Sun", origin=step.tool_calls[0])
+    store.write_messages("agents", [result, ChatMessage.from_assistant("It is sunny.")])
+    assert run(titler, "agents") == {"title": "Rome"}
+    assert asked[0][-1].text == "User: Rome?\n\nAssistant: It is sunny."
+
+
+class Synchronous:
+    """A store without asynchronous methods."""
+
+    def __init__(self, store):
+        self._store = store
+        self.threads = set()
+
+    def __getattr__(self, name):
+        if name.endswith("_async"):
+            raise AttributeError(name)
+
+        def call(*arguments, **options):
+            self.threads.add(threading.get_ident())
+            return method(*arguments, **options)
+
+        method = getattr(self._store, name)
+        return call
+
+
+def test_titler_runs_a_store_without_asynchronous_methods_in_a_thread(store):
+    synchronous = Synchronous(store)
+    titler = ChatHistoryTitler(synchronous, MockChatGenerator("A secret code"))
+    assert asyncio.run(titler.run_async("hers")) == {"title": "A secret code"}
+    assert threading.get_ident() not in synchronous.threads
+    assert store.get_chat_history("hers").title == "A secret code"
+
+
+class Warmed(MockChatGenerator):
+    """A generator that notes what is done to it besides asking."""
+
+    def __init__(self):
+        super().__init__("x")
+        self.done = []
+
+    def warm_up(self):
+        self.done.append("warm_up")
+
+    def close(self):
+        self.done.append("close")
+
+
+class WarmedAsynchronously(Warmed):
+    async def warm_up_async(self):
+        self.done.append("warm_up_async")
+
+    async def close_async(self):
+        self.done.append("close_async")
+
+
+def test_titler_warms_up_and_closes_its_generator(store):
+    async def warm_up_and_close(titler):
+        await titler.warm_up_async()
+        await titler.close_async()
+
+    for generator, done in (
+        (Warmed(), ["warm_up", "close"]),
+        (WarmedAsynchronously(), ["warm_up_async", "close_async"]),
+    ):
+        titler = ChatHistoryTitler(store, generator)
+        titler.warm_up()
+        titler.close()
+        asyncio.run(warm_up_and_close(titler))
+        assert generator.done == ["warm_up", "close", *done]
+
+
+def test_titler_closes_its_store_though_its_generator_fails_to_close(tmp_path):
+    class Stuck(MockChatGenerator):
+        def close(self):
+            raise RuntimeError("stuck")
+
+    store = SQLiteChatMessageStore(tmp_path / "h.db")
+    for close in (ChatHistoryTitler.close, lambda titler: asyncio.run(titler.close_async())):
+        store.write_messages("h", [ChatMessage.from_user("Rome?")])
+        assert (tmp_path / "h.db-wal").exists()
+        with pytest.raises(RuntimeError, match="stuck"):
+            close(ChatHistoryTitler(store, Stuck("x")))
+        assert not (tmp_path / "h.db-wal").exists()
 
 
 def test_titler_comes_after_the_writer_in_a_pipeline():

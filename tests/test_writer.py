@@ -17,7 +17,12 @@ from haystack_integrations.components.writers.chat_store import ChatMessageWrite
 from test_retriever import MinimalStore, cannot_be_loaded, texts
 
 from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
-from haystack_chat_store.errors import ChatHistoryChangedError, DuplicateMessageError, MessageEncodingError
+from haystack_chat_store.errors import (
+    ChatHistoryChangedError,
+    DuplicateMessageError,
+    MessageEncodingError,
+    MessageNotFoundError,
+)
 
 USER, ASSISTANT = ChatMessage.from_user, ChatMessage.from_assistant
 
@@ -104,6 +109,20 @@ class TestBatch:
         assert [message.role.value for message in shown] == ["user", "assistant", "tool", "assistant", "user"]
         assert run(writer, "h", [*shown, ASSISTANT("a1")]) == 2
         assert texts(store.retrieve_messages("h")) == ["q0", None, "q1", "a1"]
+
+
+class TestStoredQuestion:
+    """The writer is told that another one has stored the question."""
+
+    @pytest.mark.parametrize("messages", [[], [ChatMessage.from_system("Be brief.")]], ids=["nothing", "instructions"])
+    def test_where_nothing_is_said_no_question_is_missing(self, run, store, messages):
+        assert run(ChatMessageWriter(store, question_is_stored=True), "h", messages) == 0
+        assert store.get_chat_history("h") is None
+
+    def test_a_reply_to_a_history_without_a_question_is_refused(self, run, store):
+        with pytest.raises(MessageNotFoundError, match="has no question that this could answer"):
+            run(ChatMessageWriter(store, question_is_stored=True), "h", [], [ASSISTANT("a0")])
+        assert store.get_chat_history("h") is None
 
 
 class TestWrongArguments:

@@ -57,11 +57,12 @@ class AgentRun:
     :param replaced_id: The id of the first message that the run still has to replace, or `None`.
     :param expected_revision: The revision that the history must have at the next write, or `None` for any revision.
     :param brought: The number of messages in `unsaved` before the model was first asked. `None` until the saver runs.
-    :param tried: The number of messages in a replacement that has failed, but may have been stored nevertheless. It is
-        tried again with the same messages. Otherwise `None`.
+    :param tried: The number of messages in a write that has failed, but may have been done nevertheless, and that
+        replaces messages or expects a revision. It is tried again with the same messages. Otherwise `None`.
     :param replaces: The id of the first message that the run replaces, also after it was replaced, or `None`.
     :param question_id: The id of the user message that the run answers.
     :param is_question_stored: Whether the question is known to have been stored.
+    :param is_question_tried: Whether a write of the question has failed, but may have been done nevertheless.
     :param steps: The number of messages of the turn after its question that are stored or wait to be stored.
     :param given: The ids of the messages that the run began with. The run produced all other messages.
     :param known: The ids of the messages that are stored or wait to be stored.
@@ -79,6 +80,7 @@ class AgentRun:
     replaces: str | None = None
     question_id: str | None = None
     is_question_stored: bool = False
+    is_question_tried: bool = False
     steps: int = 0
     given: set[str] = field(default_factory=set)
     known: set[str] = field(default_factory=set)

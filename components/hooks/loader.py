@@ -239,7 +239,7 @@ class ChatHistoryLoader:
             run.is_question_stored = last_question_id(new) is None and run.question_id in run.known
             run.steps = max(len(turn_of(history, run.question_id)) - 1, 0) if run.question_id is not None else 0
             loaded = messages_for_model(history, [*system, *new], portable=self.portable, model=self.model)
-            run.collect(_until_last_hidden(new, loaded))
+            run.collect(_until_last_hidden(new, loaded, self._shown(loaded)))
         else:
             stored = [message for message in current if message_id(message) in run.known]
             loaded = yield from self._resumed(run, system, last_question_id(stored), asked_before)
@@ -279,9 +279,13 @@ class ChatHistoryLoader:
         self._set_loaded(state, run, loaded)
 
     def _set_loaded(self, state: State, run: AgentRun, loaded: list[ChatMessage]) -> None:
-        set_messages(state, merged(loaded) if self.merge_consecutive else loaded)
+        set_messages(state, self._shown(loaded))
         if run.exit_reason is not None:
             end_before_first_step(state)
+
+    def _shown(self, loaded: list[ChatMessage]) -> list[ChatMessage]:
+        """Return the messages as the model gets them: joined, if it insists on that."""
+        return merged(loaded) if self.merge_consecutive else loaded
 
     def _asked_before(self, run: AgentRun, new: list[ChatMessage]) -> "_Requests[list[ChatMessage]]":
         """
@@ -331,7 +335,9 @@ class ChatHistoryLoader:
         run.question_id, run.steps = last_question_id(turn), max(len(turn) - 1, 0)
         run.is_question_stored = run.question_id is not None
         run.exit_reason = exit_reason(turn, self.exit_conditions or ())
-        return messages_for_model(run.know([*before, *turn]), system, portable=self.portable, model=self.model)
+        # Of a complete turn no model is asked, so nothing asks one to go on.
+        model = self.model if run.exit_reason is None else None
+        return messages_for_model(run.know([*before, *turn]), system, portable=self.portable, model=model)
 
     def _window_reader(self, last_k: int | None) -> WindowReader:
         return WindowReader(
@@ -414,17 +420,21 @@ def _whole_turn(question_id: str | None, *, is_to_the_end: bool = False) -> "_Re
         count *= _PAGE_GROWTH
 
 
-def _until_last_hidden(new: list[ChatMessage], loaded: list[ChatMessage]) -> list[ChatMessage]:
+def _until_last_hidden(
+    new: list[ChatMessage], loaded: list[ChatMessage], shown: list[ChatMessage]
+) -> list[ChatMessage]:
     """
-    Return the new messages up to the last one that the model does not see, or does not see whole.
+    Return the new messages up to the last one that the model does not see, or does not see as it is.
 
+    :param loaded: The messages for the model, each with its own id.
+    :param shown: The same, as the model gets them. A joined message has the id of the first message in it only.
     :raises ValueError: If the model sees none of the new messages.
     """
-    seen = {message_id(message): message for message in loaded}
-    if not any(message_id(message) in seen for message in new):
+    if not {message_id(message) for message in loaded} & {message_id(message) for message in new}:
         raise ValueError(
             "The agent has nothing to answer: none of its new messages says anything to a model. Pass a message with "
             "text."
         )
+    seen = {message_id(message): message for message in shown}
     hidden = [index for index, message in enumerate(new) if seen.get(message_id(message)) != message]
     return new[: hidden[-1] + 1] if hidden else []

@@ -196,6 +196,7 @@ class ChatHistorySaver:
             if (
                 attempt.written == 0
                 and attempt.replaced_id is None
+                and not run.is_question_tried
                 and run.question_id in map(message_id, attempt.messages)
             ):
                 raise ValueError(
@@ -217,7 +218,10 @@ class ChatHistorySaver:
             if is_invalid:
                 logger.error("A message of an agent's run cannot be saved: {error}", error=attempt.error)
             elif attempt.error is not None:
-                run.tried = None if attempt.replaced_id is None else len(attempt.messages)
+                # The messages may be stored nevertheless.
+                run.is_question_tried |= run.question_id in map(message_id, attempt.messages)
+                is_repeated = attempt.replaced_id is not None or run.expected_revision is not None
+                run.tried = len(attempt.messages) if is_repeated else None
                 logger.error(
                     "{number} messages of an agent's run are not saved yet: {error}",
                     number=len(run.unsaved),

@@ -143,7 +143,9 @@ class ChatHistoryTitler:
         messages_written: int | None = None,  # noqa: ARG002  (its connection gives the order)
     ) -> dict[str, Any]:
         """
-        Do what `run` does, without blocking the event loop. A ChatGenerator without `run_async` runs in a thread.
+        Do what `run` does, without blocking the event loop.
+
+        A store or a ChatGenerator without asynchronous methods runs in a thread.
 
         :param chat_history_id: The history's id.
         :param user_id: The user of the history. Defaults to `None`: the user of the store, if it has one.
@@ -154,18 +156,14 @@ class ChatHistoryTitler:
         :raises ChatMessageStoreError: If the store fails. If the ChatGenerator fails, its error is raised.
         """
         store: Any = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
-        info = await store.get_chat_history_async(chat_history_id)
+        info = await _call(store, "get_chat_history", chat_history_id)
         prompt = None
         if not _is_settled(info):
-            prompt = _prompt(await store.list_messages_async(chat_history_id, after=-1, limit=_FIRST_MESSAGES))
+            prompt = _prompt(await _call(store, "list_messages", chat_history_id, after=-1, limit=_FIRST_MESSAGES))
         if prompt is not None:
-            generator: Any = self.chat_generator
-            if hasattr(generator, "run_async"):
-                title = _title(await generator.run_async(messages=prompt))
-            else:
-                title = _title(await asyncio.to_thread(generator.run, messages=prompt))
+            title = _title(await _call(self.chat_generator, "run", messages=prompt))
             try:
-                info = await store.update_chat_history_async(chat_history_id, default_title=title)
+                info = await _call(store, "update_chat_history", chat_history_id, default_title=title)
             except _GONE:
                 info = None
         return {"title": None if info is None else info.title}
@@ -175,13 +173,37 @@ class ChatHistoryTitler:
         if hasattr(self.chat_generator, "warm_up"):
             self.chat_generator.warm_up()
 
+    async def warm_up_async(self) -> None:
+        """Warm up the ChatGenerator, if it can be warmed up, asynchronously if it can."""
+        if hasattr(self.chat_generator, "warm_up_async"):
+            await self.chat_generator.warm_up_async()
+        else:
+            self.warm_up()
+
     def close(self) -> None:
-        """Close the store. The next run opens it again."""
-        protocol_calls.close(self.chat_message_store)
+        """Close the store and, if it can be closed, the ChatGenerator. The next run opens the store again."""
+        try:
+            if hasattr(self.chat_generator, "close"):
+                self.chat_generator.close()
+        finally:
+            protocol_calls.close(self.chat_message_store)
 
     async def close_async(self) -> None:
         """Do what `close` does, without blocking the event loop."""
-        await protocol_calls.close_async(self.chat_message_store)
+        try:
+            if hasattr(self.chat_generator, "close_async"):
+                await self.chat_generator.close_async()
+            elif hasattr(self.chat_generator, "close"):
+                self.chat_generator.close()
+        finally:
+            await protocol_calls.close_async(self.chat_message_store)
+
+
+async def _call(owner: Any, name: str, *arguments: Any, **options: Any) -> Any:
+    """Await a method's asynchronous form. If there is none, run the method in a thread."""
+    if hasattr(owner, f"{name}_async"):
+        return await getattr(owner, f"{name}_async")(*arguments, **options)
+    return await asyncio.to_thread(getattr(owner, name), *arguments, **options)
 
 
 def _is_settled(info: ChatHistoryInfo | None) -> bool:
@@ -193,7 +215,8 @@ def _prompt(stored: Sequence[StoredMessage]) -> list[ChatMessage] | None:
     """Return what the model is asked, or `None` if the first question has no answer yet."""
     said = [each.message for each in stored if each.message.text and each.message.text.strip()]
     question = next((index for index, message in enumerate(said) if message.role is ChatRole.USER), len(said))
-    answer = next((message for message in said[question:] if message.role is ChatRole.ASSISTANT), None)
+    replies = [message for message in said[question:] if message.role is ChatRole.ASSISTANT]
+    answer = next((message for message in replies if not message.tool_calls), None)  # others are steps of an agent
     if answer is None:
         return None
     texts = [(message.text or "")[:_SHOWN_CHARACTERS] for message in (said[question], answer)]

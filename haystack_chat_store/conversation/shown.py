@@ -542,7 +542,8 @@ def _steps(replies: Sequence[ChatMessage], found: Sequence[_Found | None], porta
 
     A reply belongs to the step before it if a result of that step comes only after the reply: it is a part of the same
     reply of the model, which was stored apart. So are texts before a reply that calls tools, because Gemini takes calls
-    only directly after a question or a result. Not so a reply that has provider content of its own.
+    only directly after a question or a result. Not so a reply that has provider content of its own, or an answer after
+    calls without any result: the turn was interrupted, and went on.
 
     :param found: The result of each call of the replies.
     """
@@ -553,7 +554,7 @@ def _steps(replies: Sequence[ChatMessage], found: Sequence[_Found | None], porta
     for index, reply in enumerate(replies):
         number = len(reply.tool_calls)
         is_part = bool(answered) if calls else index <= last_call
-        if steps and calls and not portable and provider_content.is_in(steps[-1][0]):
+        if steps and calls and index <= last_call and not portable and provider_content.is_in(steps[-1][0]):
             is_part = True  # a model that reasons would have done so again
         has_own = provider_content.is_in(reply) or (not calls and bool(steps) and provider_content.is_in(steps[-1][0]))
         if steps and is_part and (portable or not has_own):

@@ -299,6 +299,44 @@ def test_what_the_model_must_not_see_of_the_question_is_stored(store, run):
     assert says(stored_in(store)) == says(everything)
 
 
+MERGING = {"merge_consecutive": True}
+
+
+def test_questions_that_the_model_gets_as_one_are_stored_each(store, run):
+    agent = agent_with(store, reply("Both."), hook_options=MERGING)
+    run(agent, [user("A"), reply("One."), reply("Two."), user("B", chat_message_id="b"), user("C")])
+    assert asked(agent) == says([user("A"), reply("One.\n\nTwo."), user("B\n\nC")])
+    stored = stored_in(store)
+    assert says(stored) == says([user("A"), reply("One."), reply("Two."), user("B"), user("C"), reply("Both.")])
+    assert stored[-1].meta["chat_question_id"] == stored[-2].meta[MESSAGE_ID_KEY]
+    assert all("chat_shown" not in message.meta for message in stored)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_question_that_is_joined_to_one_whose_model_failed_is_stored(store, run, failures):
+    with pytest.raises(RuntimeError, match="busy"):
+        run(agent_with(store, RuntimeError("busy"), hook_options=MERGING), [user("A", chat_message_id="a")])
+    again = [user("B", chat_message_id="b")]
+    for _ in range(failures):
+        with pytest.raises(RuntimeError, match="busy"):
+            run(agent_with(store, RuntimeError("busy"), hook_options=MERGING), again)
+        assert says(stored_in(store)) == says([user("A"), user("B")])
+    for messages in ([], again):
+        agent = agent_with(store, *([] if messages else [reply("Both.")]), hook_options=MERGING)
+        assert run(agent, messages)["last_message"].text == "Both."
+        assert messages or asked(agent) == says([user("A\n\nB")])
+    assert says(stored_in(store)) == says([user("A"), user("B"), reply("Both.")])
+    assert stored_in(store)[-1].meta["chat_question_id"] == "b"
+
+
+def test_a_question_that_is_joined_to_others_is_stored_where_it_replaces_messages(store, run):
+    store.write_messages("h", [user("A"), user("B", chat_message_id="b"), reply("Yes.")])
+    agent = agent_with(store, reply("No."), hook_options=MERGING)
+    run(agent, [user("C")], hook_context={"chat_history_id": "h", "replace_from_message_id": "b"})
+    assert asked(agent) == says([user("A\n\nC")])
+    assert says(stored_in(store)) == says([user("A"), user("C"), reply("No.")])
+
+
 def test_the_same_question_again_gets_the_stored_answer(store, run):
     run(agent_with(store, reply("Hello!")), [user("Hi", chat_message_id="own")])
     again = agent_with(store)

@@ -356,6 +356,18 @@ def test_a_turn_that_ended_with_a_tool_is_complete(store, run):
     assert (outcome["exit_reason"], says(outcome["messages"])) == ("look_up", says(steps))
 
 
+@pytest.mark.parametrize("brought", [[], [user("Look!", chat_message_id="q")]])
+def test_a_turn_that_another_model_ended_with_a_tool_ends_with_its_result(store, run, brought):
+    store.write_messages(
+        "h", [user("Look!", chat_message_id="q"), reply("I look.", call("a"), model="one"), result("a")]
+    )
+    conditions = ["look_up"]
+    hook_options = {"exit_conditions": conditions, "model": "another"}
+    outcome = run(agent_with(store, exit_conditions=conditions, hook_options=hook_options), brought)
+    assert outcome["exit_reason"] == "look_up"
+    assert says([outcome["last_message"]]) == says([result("a")])
+
+
 def test_a_turn_whose_last_tool_failed_is_not_complete(store, run):
     options = {"exit_conditions": ["look_up"], "tools": [tool("look_up", break_down)], "max_agent_steps": 1}
     options["raise_on_tool_invocation_failure"] = False

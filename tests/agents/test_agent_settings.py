@@ -3,6 +3,7 @@
 
 import asyncio
 import copy
+import itertools
 import json
 import logging
 import subprocess
@@ -10,7 +11,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from agent_programs import ScriptedModel
+from agent_programs import ScriptedModel, run_sync
 from agent_runs import agent_with, asked, call, reply, result, says, stored_in, user
 from haystack import DeserializationError, Pipeline
 from haystack.components.agents import Agent
@@ -21,7 +22,13 @@ from haystack.token_counters import ApproximateTokenCounter
 from haystack_integrations.hooks.chat_store import ChatHistoryLoader, ChatHistorySaver, chat_history_hooks
 from versions import STRICTLY
 
-from haystack_chat_store import ChatMessageStoreError, SQLiteChatMessageStore
+from haystack_chat_store import (
+    ChatMessageStoreError,
+    InMemoryChatMessageStore,
+    SQLiteChatMessageStore,
+    StoreTimeoutError,
+    StoreUnavailableError,
+)
 from haystack_chat_store.errors import MessageEncodingError
 
 # ---------------------------------------------------------------------- saving fails
@@ -48,6 +55,52 @@ def test_a_run_can_go_on_though_saving_fails_and_saves_later(failing_store, run,
     for number, text in enumerate(logged):
         assert ("RuntimeError" if number % 2 else "The disk is full.") in text
     assert "Look!" not in caplog.text
+
+
+class LosingStore(InMemoryChatMessageStore):
+    """A store whose writes fail, or are done and lose their answer, as they are told to."""
+
+    outcomes = ()
+
+    def write_messages(self, *arguments, **options):
+        outcome, *self.outcomes = self.outcomes or [None]
+        if outcome == "fails":
+            raise StoreUnavailableError("The server is away.")
+        written = super().write_messages(*arguments, **options)
+        if outcome == "is lost":
+            raise StoreTimeoutError("The server did not answer.")
+        return written
+
+    async def write_messages_async(self, *arguments, **options):
+        return self.write_messages(*arguments, **options)
+
+
+@pytest.mark.parametrize("context", [{}, {"expected_revision": 0}])
+def test_a_run_that_goes_on_though_saving_fails_takes_its_own_lost_writes_for_its_own(run, context):
+    question, steps = user("Look!", chat_message_id="q"), [reply(None, call("a")), result("a"), reply("Done.")]
+    for number, outcomes in enumerate(itertools.product(["is done", "fails", "is lost"], repeat=4)):
+        store = LosingStore(namespace=f"losing {number}")
+        store.delete_all_messages()
+        store.outcomes = outcomes
+        agent = agent_with(store, steps[0], steps[2], hook_options={"raise_on_failure": False})
+        outcome = run(agent, [question], hook_context={"chat_history_id": "h", **context})
+        assert outcome["last_message"].text == "Done.", outcomes
+        assert says(stored_in(store)) == says([question, *steps]), outcomes
+
+
+def test_a_run_whose_own_question_was_lost_still_finds_the_answer_of_another(run):
+    store = LosingStore(namespace="losing")
+    store.delete_all_messages()
+    question = user("Look!", chat_message_id="q")
+
+    def while_another_answers(_messages):
+        run(agent_with(store, reply("Theirs.")), [])
+        return reply("Ours.")
+
+    store.outcomes = ["is lost"]
+    agent = agent_with(store, while_another_answers, hook_options={"raise_on_failure": False})
+    assert run_sync(agent, [question])["last_message"].text == "Theirs."
+    assert says(stored_in(store)) == says([question, reply("Theirs.")])
 
 
 def test_what_cannot_be_stored_is_left_out_if_the_run_shall_go_on(store, run, caplog):
