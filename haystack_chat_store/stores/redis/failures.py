@@ -51,6 +51,14 @@ class SlotsDifferError(StoreConfigurationError):
     """A cluster refuses a script, because its keys belong to different hash slots."""
 
 
+def contradicting(chat_history_id: str) -> MessageDecodingError:
+    """Return the error for a history whose keys contradict each other, also when they are read again."""
+    return MessageDecodingError(
+        f"The keys of the chat history {chat_history_id!r} in Redis contradict each other: another program has changed "
+        "them. They were left untouched. haystack-chat-store doctor --repair rebuilds it from what is left."
+    )
+
+
 class StagedLostError(StoreUnavailableError):
     """Messages that waited to become part of a history are gone, so nothing was changed."""
 
