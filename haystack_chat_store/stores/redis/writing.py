@@ -42,8 +42,8 @@ from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageR
 _DELETED_HISTORIES_PER_STEP = 100
 # How often a copy begins again because its source was edited.
 _COPY_ATTEMPTS = 10
-# How often a change begins again because the messages and the index of a history contradict each other. They do so for a
-# moment if the history is deleted and begins anew between the steps, and always if they are damaged.
+# How often a change begins again because the messages and the index of a history contradict each other. They do so for
+# a moment if the history is deleted and begins anew between the steps, and always if they are damaged.
 _ATTEMPTS = 10
 
 

@@ -109,10 +109,10 @@ if result > 0 then
     end
     {LIST_HISTORY}
     {REMEMBER_CALL}
+    {EXPIRE}
 end
+return result
 """,
-    EXPIRE,
-    "return result",
 )
 
 # Returns the position at which the last `wanted` messages begin for which a condition holds, or 0 if there are fewer.
