@@ -9,7 +9,7 @@ import time
 import pytest
 from redis.crc import key_slot
 from redis_stores import key_of, on_a_cluster, said, say, stores_on, writers_at_work
-from servers import HOST, PASSWORD, RedisCluster, wait_until
+from servers import HOST, PASSWORD, RedisCluster, RedisServer, wait_until
 
 from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import StoreConfigurationError
@@ -109,6 +109,28 @@ def test_a_slot_that_moves_to_another_node_is_followed(store, server, client):
 
 class OneNode(RedisCluster):
     masters = 1
+
+
+def test_a_master_that_joins_is_asked_for_namespaces_at_once():
+    options = {"cluster_enabled": "yes", "cluster_node_timeout": 2000}
+    with OneNode() as cluster, RedisServer(**options) as new, stores_on(cluster) as make_store:
+        store = make_store(namespace="moves")
+        say(store, "Hi!")
+        assert store.list_namespaces() == ["moves"]
+        with cluster.nodes[0].client() as at_source, new.client() as at_target:
+            new_id = at_target.execute_command("CLUSTER MYID").decode()
+            at_target.execute_command("CLUSTER MEET", HOST, cluster.nodes[0].port)
+            wait_until(lambda: at_target.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "the node to join")
+            keys = at_source.keys("*")
+            (slot,) = {key_slot(key) for key in keys}
+            source_id = at_source.execute_command("CLUSTER MYID").decode()
+            at_target.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", source_id)
+            at_source.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", new_id)
+            at_source.execute_command("MIGRATE", HOST, new.port, "", 0, 5000, "AUTH", PASSWORD, "KEYS", *keys)
+            for at in (at_target, at_source):
+                at.execute_command("CLUSTER SETSLOT", slot, "NODE", new_id)
+        assert store.list_namespaces() == ["moves"]
+        assert said(store) == ["Hi!"]
 
 
 def test_a_cluster_behind_one_address_needs_no_setting():
