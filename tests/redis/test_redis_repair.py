@@ -457,3 +457,19 @@ def test_a_history_that_cannot_be_listed_is_not_created_again(damaged, client):
     client.hdel(key, "message_count")
     with pytest.raises(MessageDecodingError, match=r"'empty'.*doctor"):
         damaged.store.create_chat_history("empty")
+
+
+@on_every_engine
+def test_a_history_that_the_directory_has_lost_is_handed_over(damaged, client):
+    client.zrem(damaged.of_bucket("histories"), "history")
+    assert damaged.store.update_chat_history("history", user_id="ada").user_id == "ada"
+    assert [info.chat_history_id for info in damaged.store.for_user("ada").list_chat_histories().items] == ["history"]
+    damaged.faults(repair=True)
+    assert damaged.faults() == []
+
+
+@on_every_engine
+def test_a_history_that_has_lost_its_time_is_renamed(damaged, client):
+    client.hdel(damaged.key("history"), "updated_at")
+    damaged.store.rename_chat_history("history", "renamed")
+    assert said(damaged.store, "renamed") == LEFT
