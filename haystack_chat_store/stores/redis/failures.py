@@ -111,7 +111,7 @@ _REASONS = {
     ("CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN"): "is part of a cluster that is not complete.",
     (_UNFOLLOWED,): (
         "is one node of a cluster, and another node has this history. Nothing of the call was done. Give the store "
-        "cluster=True, or write redis+cluster:// in the url."
+        "cluster=True, or make it by store_from_url with redis+cluster:// in the url."
     ),
     ("CLUSTERCROSSSLOT", "CROSSSLOT"): "is part of a cluster in which the keys of this call have different slots.",
     ("MOVED ", "ASK ", _NOT_LOCAL): "does not have this history: it is part of a cluster that is moving it now.",
