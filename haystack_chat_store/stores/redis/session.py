@@ -166,7 +166,7 @@ class Session(ABC):
 
         :param is_patient: Whether to wait for the other side.
         """
-        for connection in self._take_idle():
+        for connection in self._close_and_take_idle():
             await self._disconnect(connection, is_patient=is_patient)
 
     def leave_to_parent(self) -> None:
@@ -369,7 +369,8 @@ class Session(ABC):
             idle = self._idle.get(address)
             return idle.pop() if idle else None
 
-    def _take_idle(self) -> list[Any]:
+    def _close_and_take_idle(self) -> list[Any]:
+        """Take no connections back from now on, and return the idle ones."""
         with self._lock:
             self._is_closed = True
             idle = [each.connection for connections in self._idle.values() for each in connections]
