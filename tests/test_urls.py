@@ -82,6 +82,8 @@ def test_an_engines_own_settings_go_to_it_too():
         "memory://s3cret",
         "postgresql://",
         "redis:/s3cret",
+        "redis://user:s3cret℀@host:1",
+        "redis+sentinel://:[s3cret@host:1",
         "mysql://user:s3cret@host/db",
         "REDIS//:s3cret@host",
         "redis+psycopg://:s3cret@host",

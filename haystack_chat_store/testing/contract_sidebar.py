@@ -498,6 +498,24 @@ class Rule17SidebarTest(ContractTest):
         time.sleep(_TTL * 0.6)
         assert listed(calls, short) == ["kept"]
 
+    def test_writes_of_what_is_stored_already_do_not_start_the_time_anew(
+        self, new_store: StoreFactory, calls: Calls
+    ) -> None:
+        skip_without(self, "keeps_expiry")
+        short, lasting = new_store(ttl=_TTL), new_store()
+        policies = (None, DuplicatePolicy.OVERWRITE) if self.takes_policy else (None,)
+        messages = [with_id("q"), answer("a")]
+        for policy in policies:
+            for store, name in ((short, "short"), (short, "repeated"), (lasting, "lasting")):
+                calls.write(store, f"{name} {policy}", messages)
+        time.sleep(_TTL * 0.6)
+        for policy in policies:
+            further = {} if policy is None else {"policy": policy}
+            for store, name in ((lasting, "short"), (short, "repeated"), (short, "lasting")):
+                assert calls.write(store, f"{name} {policy}", messages, **further) == 0
+        time.sleep(_TTL * 0.6)
+        assert sorted(listed(calls, short)) == sorted(f"lasting {policy}" for policy in policies)
+
     def test_reads_start_the_time_anew_if_wanted(self, new_store: StoreFactory, calls: Calls) -> None:
         skip_without(self, "keeps_expiry")
         short, reading = new_store(ttl=_TTL), new_store(ttl=_TTL, renew_ttl_on_read=True)

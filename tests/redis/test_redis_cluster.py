@@ -7,12 +7,16 @@ import signal
 import time
 
 import pytest
-from redis.crc import key_slot
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis_stores import key_of, on_a_cluster, said, say, stores_on, writers_at_work
-from servers import HOST, PASSWORD, RedisCluster, wait_until
+from servers import HOST, PASSWORD, RedisCluster, RedisServer, wait_until
 
 from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import StoreConfigurationError
+from haystack_chat_store.stores.redis.connections import servers
+from haystack_chat_store.stores.redis.failures import Address
+from haystack_chat_store.stores.redis.scripts.messages import COUNT
+from haystack_chat_store.stores.sync_async import run_sync
 from haystack_chat_store.testing.concurrency import assert_whole_and_in_order, in_threads
 
 
@@ -107,8 +111,68 @@ def test_a_slot_that_moves_to_another_node_is_followed(store, server, client):
     server.wait_until_ok()
 
 
+@on_a_cluster
+def test_a_slot_that_is_about_to_move_is_waited_for(make_store, server, client):
+    """All keys that scripts declare are still at the old node. Further ones may be at the new one."""
+    store = make_store(user_id="ada", ttl=60, last_k=None)
+    say(store, "Hi!")
+    key = key_of(store, client, "contents")
+    slot, home = key_slot(key.encode()), client.get_node_from_key(key).port
+    source = next(node for node in server.nodes if node.port == home)
+    target = next(node for node in server.nodes if node.port != home)
+    with source.client() as at_source, target.client() as at_target:
+        source_id, target_id = (at.execute_command("CLUSTER MYID").decode() for at in (at_source, at_target))
+        at_target.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", source_id)
+        at_source.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", target_id)
+
+        def finish():
+            time.sleep(0.5)
+            keys = at_source.execute_command("CLUSTER GETKEYSINSLOT", slot, 100)
+            at_source.execute_command("MIGRATE", HOST, target.port, "", 0, 5000, "AUTH", PASSWORD, "KEYS", *keys)
+            for at in (at_target, at_source):
+                at.execute_command("CLUSTER SETSLOT", slot, "NODE", target_id)
+
+        in_threads(finish, lambda: say(store, "while it moves"), store.list_chat_histories)
+    assert said(store) == ["Hi!", "while it moves"]
+    assert [info.chat_history_id for info in store.list_chat_histories().items] == ["history"]
+    server.wait_until_ok()
+
+
+@on_a_cluster
+def test_a_redirected_script_has_not_run_before(store, server, client):
+    say(store, "Hi!")
+    keys = store.engine.keys(store.scope).to_read("history")
+    nodes, session = client.get_primaries(), servers.get(store.engine.settings).session()
+    wrong = next(node for node in nodes if node.port != client.get_node_from_key(keys[0]).port)
+    session._nodes.slots = [Address(HOST, wrong.port)] * REDIS_CLUSTER_HASH_SLOTS  # as before the slot has moved
+    assert run_sync(session.run_reporting(COUNT, keys, [""])) == (1, False)
+    assert session._nodes.slots is None
+
+
 class OneNode(RedisCluster):
     masters = 1
+
+
+def test_a_master_that_joins_is_asked_for_namespaces_at_once():
+    options = {"cluster_enabled": "yes", "cluster_node_timeout": 2000}
+    with OneNode() as cluster, RedisServer(**options) as new, stores_on(cluster) as make_store:
+        store = make_store(namespace="moves")
+        say(store, "Hi!")
+        assert store.list_namespaces() == ["moves"]
+        with cluster.nodes[0].client() as at_source, new.client() as at_target:
+            new_id = at_target.execute_command("CLUSTER MYID").decode()
+            at_target.execute_command("CLUSTER MEET", HOST, cluster.nodes[0].port)
+            wait_until(lambda: at_target.execute_command("CLUSTER INFO")["cluster_state"] == "ok", "the node to join")
+            keys = at_source.keys("*")
+            (slot,) = {key_slot(key) for key in keys}
+            source_id = at_source.execute_command("CLUSTER MYID").decode()
+            at_target.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", source_id)
+            at_source.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", new_id)
+            at_source.execute_command("MIGRATE", HOST, new.port, "", 0, 5000, "AUTH", PASSWORD, "KEYS", *keys)
+            for at in (at_target, at_source):
+                at.execute_command("CLUSTER SETSLOT", slot, "NODE", new_id)
+        assert store.list_namespaces() == ["moves"]
+        assert said(store) == ["Hi!"]
 
 
 def test_a_cluster_behind_one_address_needs_no_setting():
@@ -137,6 +201,6 @@ def test_a_store_that_reaches_one_of_several_nodes_is_told_to_use_the_cluster(se
             try:
                 say(store, "question", history=f"chat {number}")
             except StoreConfigurationError as error:
-                assert "cluster=True" in str(error)
+                assert "cluster=True, or make it by store_from_url" in str(error)
                 refused += 1
     assert refused > 0

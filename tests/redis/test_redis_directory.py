@@ -506,11 +506,12 @@ def test_erasing_ends_though_a_directory_lists_what_cannot_be_erased(store, clie
     say(store.for_user("ada"), "Hi!", history="hers")
     say(store.for_user("eve"), "Hi!", history="another")
     history = {"another user's": "another", "gone": "gone", "too old": "hers"}[stray]
-    keys = store.engine.keys(store.scope)
-    client.zadd(keys.of_user(bucket_of(history), "ada"), {history: 1})
+    directory = store.engine.keys(store.scope).of_bucket_of(history).directory
+    of_ada = directory.replace("}:histories", "}:users::ada")
+    client.zadd(of_ada, {history: 1})
     if stray == "too old":
         assert store.purge(older_than=datetime(2000, 1, 1, tzinfo=timezone.utc), user_id="ada") == 0
         assert store.count_messages("hers") == 1
     assert store.delete_user("ada") == 1
     assert [info.chat_history_id for info in store.list_chat_histories().items] == ["another"]
-    assert not client.exists(keys.of_user(bucket_of(history), "ada"))
+    assert not client.exists(of_ada)

@@ -407,3 +407,69 @@ def test_of_many_faults_of_a_kind_some_are_listed_and_all_are_mended(store, clie
         assert [fault.count for fault in found if "message_count" in fault.description] == [1, 1, 1, 2]
         assert {fault.is_repaired for fault in found} == {repair}
     assert check(store) == []
+
+
+def states_another_id(damaged):
+    content = damaged.client.lindex(damaged.key("contents"), 3)
+    damaged.client.lset(damaged.key("contents"), 3, content.replace(b'"four"', b'"other"'))
+
+
+@on_every_engine
+def test_a_message_that_states_another_id_than_the_index_has_is_not_changed(damaged, client):
+    states_another_id(damaged)
+    before = everything(damaged.store, client)
+    with pytest.raises(MessageDecodingError, match=r"'history' .* contradict.*doctor"):
+        damaged.store.update_message_meta("history", "four", merge={"rating": 1})
+    assert everything(damaged.store, client) == before
+    assert damaged.faults() != []
+
+
+@on_every_engine
+def test_a_message_that_states_another_id_than_the_index_has_can_be_deleted(damaged):
+    states_another_id(damaged)
+    damaged.store.delete_messages("history", from_message_id="four")
+    assert said(damaged.store) == ["one", "two"]
+
+
+@on_every_engine
+def test_a_message_that_states_another_id_than_the_index_has_can_be_replaced(damaged):
+    states_another_id(damaged)
+    assert damaged.store.replace_messages("history", from_message_id="two", messages=[with_id("new", "new")]) == 1
+    assert said(damaged.store) == ["one", "new"]
+
+
+@on_every_engine
+@pytest.mark.parametrize("position", [3, 99])
+def test_an_index_with_a_wrong_position_is_reported_at_once(damaged, client, position):
+    client.hset(damaged.key("message_ids"), "five", position)
+    before = everything(damaged.store, client)
+    with pytest.raises(MessageDecodingError):
+        damaged.store.replace_messages("history", from_message_id="five", messages=[with_id("new", "new")])
+    with pytest.raises(MessageDecodingError):
+        damaged.store.update_message_meta("history", "five", merge={"rating": 1})
+    assert everything(damaged.store, client) == before
+
+
+@on_every_engine
+def test_a_history_that_cannot_be_listed_is_not_created_again(damaged, client):
+    damaged.store.create_chat_history("empty")
+    (key,) = (key for key in keys_of(damaged.store, client) if key.endswith(":empty:history"))
+    client.hdel(key, "message_count")
+    with pytest.raises(MessageDecodingError, match=r"'empty'.*doctor"):
+        damaged.store.create_chat_history("empty")
+
+
+@on_every_engine
+def test_a_history_that_the_directory_has_lost_is_handed_over(damaged, client):
+    client.zrem(damaged.of_bucket("histories"), "history")
+    assert damaged.store.update_chat_history("history", user_id="ada").user_id == "ada"
+    assert [info.chat_history_id for info in damaged.store.for_user("ada").list_chat_histories().items] == ["history"]
+    damaged.faults(repair=True)
+    assert damaged.faults() == []
+
+
+@on_every_engine
+def test_a_history_that_has_lost_its_time_is_renamed(damaged, client):
+    client.hdel(damaged.key("history"), "updated_at")
+    damaged.store.rename_chat_history("history", "renamed")
+    assert said(damaged.store, "renamed") == LEFT

@@ -116,6 +116,8 @@ def test_a_url_that_cannot_work_is_not_repeated(url, write):
         (f"redis://user:{PASSWORD}@{HOST}?db=nought", "option 'db'"),
         (f"redis://:4711@{PASSWORD}@{HOST}#1", "Percent-encode"),
         (f"http://:{PASSWORD}@{HOST}", "must be like redis://"),
+        (f"redis+cluster://:{PASSWORD}@{HOST}", "cluster=True and write redis://, or make it by store_from_url"),
+        (f"rediss+cluster://:{PASSWORD}@{HOST}", "cluster=True and write rediss://"),
     ],
 )
 def test_the_wrong_part_of_a_url_is_named(url, says, write):

@@ -135,10 +135,15 @@ class RedisChatMessageStore(BaseChatMessageStore):
         :raises ValueError: If the URL names no host, or has another scheme.
         """
         scheme, _, rest = url.partition("://")
-        if not urlsplit(url).netloc or scheme not in _SCHEMES:
+        try:
+            has_host = bool(urlsplit(url).netloc)
+        except ValueError:  # which may quote the password
+            has_host = False
+        if not has_host or scheme not in _SCHEMES:
             raise ValueError(
                 "The URL of a Redis server must name its host: redis://:password@host:6379/0, or with one of the "
-                f"schemes {', '.join(sorted(_SCHEMES))}."
+                f"schemes {', '.join(sorted(_SCHEMES))}. Percent-encode what is not a letter or a digit in the user "
+                "name and the password."
             )
         if scheme.endswith("+cluster"):
             return cls(Secret.from_token(f"{scheme.partition('+')[0]}://{rest}"), cluster=True, **settings)

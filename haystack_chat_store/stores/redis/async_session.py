@@ -83,7 +83,7 @@ class AsyncSession(ClusterSession):
         self._is_closed = True
         if not self._loop.is_running():  # it has stopped, or `asyncio.run` is between two steps
             with self._ending:
-                for connection in list(self._open) if self._loop.is_closed() else self._take_idle():
+                for connection in list(self._open) if self._loop.is_closed() else self._close_and_take_idle():
                     self._abandon(connection)
         with suppress(RuntimeError):  # it is closed
             self._loop.call_soon_threadsafe(self._abandon_idle)
@@ -102,7 +102,7 @@ class AsyncSession(ClusterSession):
             await super().close(is_patient=True)
 
     def _abandon_idle(self) -> None:
-        for connection in self._take_idle():
+        for connection in self._close_and_take_idle():
             self._abandon(connection)
         with suppress(RuntimeError):  # the loop is closing it
             run_sync(self._guard.aclose())

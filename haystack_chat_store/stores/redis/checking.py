@@ -361,7 +361,7 @@ async def _check_words(
             if repair:
                 names = [keys.document(chat_history_id, position) for position in wrong]
                 for first in range(0, len(names), BATCH_SIZE):
-                    some: list[str | int] = [chat_history_id, 0, *names[first : first + BATCH_SIZE]]
+                    some: list[str] = [chat_history_id, *names[first : first + BATCH_SIZE]]
                     await session.run(searching.REINDEX, keys.of_bucket_of(chat_history_id), some)
             says = "The search index says something else than its messages."
             return [Fault(chat_history_id=chat_history_id, description=says, is_repaired=repair)]

@@ -25,11 +25,11 @@ class ClusterSession(Session):
     """A session that knows the nodes of a cluster, or the master that Sentinels name, if there are any."""
 
     async def masters(self) -> list[Address]:
-        """Return the addresses of the servers that hold keys."""
+        """Return the addresses of the servers that hold keys. A cluster is asked: no redirection tells of a new one."""
         if not self._nodes.are_asked:
             return await super().masters()
-        call = self._call(None, (), self._nodes.start)
-        return sorted(set(self._nodes.slots or await self._translated(call, self._discover)))
+        find = self._discover if self._nodes.target.service is None else self._slots
+        return sorted(set(await self._translated(self._call(None, (), self._nodes.start), find)))
 
     async def _run_script(self, call: Call) -> Any:
         return await (self._run_in_cluster if self._nodes.are_asked else self._run)(call)
@@ -64,7 +64,7 @@ class ClusterSession(Session):
                 if redirections != 1:  # nodes that disagree redirect a call to each other without end
                     await self.pause()
 
-    async def _slots(self, call: Call, unanswered: exceptions.RedisError | None) -> list[Address]:
+    async def _slots(self, call: Call, unanswered: exceptions.RedisError | None = None) -> list[Address]:
         if self._nodes.is_outdated:
             deadline = time.monotonic() + idle_connections.probe_seconds(self._nodes.settings.timeout)
             try:

@@ -11,6 +11,7 @@ from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailable
 from haystack_chat_store.ids import branch_prefix
 from haystack_chat_store.stores.conflicts import check_revision, history_not_found, no_access
 from haystack_chat_store.stores.redis.documents import index_written, prepare_index
+from haystack_chat_store.stores.redis.failures import contradicting
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
 from haystack_chat_store.stores.redis.schema import (
@@ -33,6 +34,8 @@ from haystack_chat_store.types import StoreStatistics
 
 # How many parts of histories, each of up to BATCH_SIZE messages, one script returns the times of.
 _PARTS_PER_STEP = 50
+# How often the creation of a history begins again because it was deleted meanwhile.
+_CREATE_ATTEMPTS = 10
 # How many histories one script deletes.
 _ERASED_PER_STEP = 100
 _MICROSECONDS_PER_DAY = 24 * 3600 * 10**6
@@ -232,7 +235,7 @@ class Directory(RedisOperations):
         keys, new_id = self.keys(scope), history.chat_history_id
         await prepare_index(self, session, keys)
         user_id = history.user_id if scope.user_id is None else scope.user_id
-        while True:
+        for _ in range(_CREATE_ATTEMPTS):
             stage = Stage(session, keys, new_id)
             answer = await stage.finish(0, lifetime(scope), history, user_id=user_id)
             if not isinstance(answer, int) and answer[0] == "ACCESS":
@@ -240,6 +243,7 @@ class Directory(RedisOperations):
             found = await read_histories(session, keys, [new_id])
             if new_id in found:  # unless it was deleted just now
                 return found[new_id].row, isinstance(answer, int)
+        raise contradicting(new_id)
 
     async def namespaces(self, session: Session, scope: Scope) -> list[str]:
         """Look through the keys of all servers for the lists of histories."""

@@ -32,7 +32,10 @@ _OF_SCRIPT = re.compile(r"Error running script .*?@user_script: ?\d+: -?")
 _REDIRECTION = re.compile(r"(MOVED|ASK) \d+ (\S*):(\d+)$")
 # Put before a redirection that the store does not follow.
 _UNFOLLOWED = "UNFOLLOWED "
-_PASSING = ("LOADING", "BUSYLOADING", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
+# Put before the error of a script that looks for a key in a slot that is moving. It does so before its first write.
+_NOT_LOCAL = "NOTLOCAL "
+_IS_NOT_LOCAL = re.compile("script attempted to access a non local key", re.IGNORECASE)
+_PASSING = ("LOADING", "BUSYLOADING", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", _NOT_LOCAL)
 # What can be wrong with TLS, as OpenSSL says it.
 _TLS_REASONS = {
     "CERTIFICATE_VERIFY_FAILED|certificate verify failed": (
@@ -49,6 +52,14 @@ _TLS_REASONS = {
 
 class SlotsDifferError(StoreConfigurationError):
     """A cluster refuses a script, because its keys belong to different hash slots."""
+
+
+def contradicting(chat_history_id: str) -> MessageDecodingError:
+    """Return the error for a history whose keys contradict each other, also when they are read again."""
+    return MessageDecodingError(
+        f"The keys of the chat history {chat_history_id!r} in Redis contradict each other: another program has changed "
+        "them. They were left untouched. haystack-chat-store doctor --repair rebuilds it from what is left."
+    )
 
 
 class StagedLostError(StoreUnavailableError):
@@ -100,10 +111,10 @@ _REASONS = {
     ("CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN"): "is part of a cluster that is not complete.",
     (_UNFOLLOWED,): (
         "is one node of a cluster, and another node has this history. Nothing of the call was done. Give the store "
-        "cluster=True, or write redis+cluster:// in the url."
+        "cluster=True, or make it by store_from_url with redis+cluster:// in the url."
     ),
     ("CLUSTERCROSSSLOT", "CROSSSLOT"): "is part of a cluster in which the keys of this call have different slots.",
-    ("MOVED ", "ASK "): "does not have this history: it is part of a cluster that is moving it now.",
+    ("MOVED ", "ASK ", _NOT_LOCAL): "does not have this history: it is part of a cluster that is moving it now.",
     ("This instance has cluster support disabled",): "is not a cluster. Leave out cluster=True.",
     ("max number of clients", "CONNECTION max number of clients"): "accepts no more connections (maxclients).",
 }
@@ -155,6 +166,11 @@ def redirection(error: Exception, host: str) -> "tuple[Address, bool] | None":
     """
     found = _REDIRECTION.match(_reply(error))
     return (Address(found[2] or host, int(found[3])), found[1] == "ASK") if found else None
+
+
+def has_run_nothing(error: Exception) -> bool:
+    """Whether an error reply says that a call was refused before it changed anything."""
+    return _reply(error).startswith((*_PASSING, "READONLY", "MOVED ", "ASK "))
 
 
 def may_pass(error: Exception, *, in_cluster: bool = False) -> bool:
@@ -218,5 +234,7 @@ def _reply(error: Exception) -> str:
     Some versions of redis-py turn that word into the class of the exception, others leave it in the text.
     """
     if type(error) is exceptions.ResponseError:
+        if _IS_NOT_LOCAL.search(str(error)):
+            return f"{_NOT_LOCAL}{error}"
         return _OF_SCRIPT.sub("", str(error), count=1)
     return f"{type(error).__name__.removesuffix('Error').upper()} {error}"

@@ -16,8 +16,8 @@ class BucketKeys(NamedTuple):
     """
     The keys of a bucket: its version, the lists of its histories, the greatest revision of a deleted one, their users.
 
-    Scripts make the names of further keys: the directory of each user that has histories in the bucket, and the set of
-    the histories that have branches.
+    Scripts make the names of further keys: the set of the histories that have branches, and the directory of each user
+    that has histories in the bucket. This has more parts than the keys of a history, so they never coincide.
     """
 
     schema_version: str
@@ -72,14 +72,6 @@ class Keys(NamedTuple):
             f"{tag}:deleted_revision",
             f"{tag}:owners",
         )
-
-    def of_user(self, bucket: int, user: str) -> str:
-        """
-        Return the key of a user's directory in a bucket, which scripts name as well.
-
-        It has more parts than those of a history, so they never coincide.
-        """
-        return f"{self._tag(bucket)}:users::{user}"
 
     def of_history(self, chat_history_id: str) -> HistoryKeys:
         """Return the keys of one history."""

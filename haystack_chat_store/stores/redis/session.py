@@ -26,7 +26,7 @@ from redis import exceptions
 from haystack_chat_store.errors import StoreTimeoutError
 from haystack_chat_store.stores import idle_connections
 from haystack_chat_store.stores.connection_registry import keep_alive_forever
-from haystack_chat_store.stores.redis.failures import Address, explained, may_pass
+from haystack_chat_store.stores.redis.failures import Address, explained, has_run_nothing, may_pass
 from haystack_chat_store.stores.redis.nodes import Nodes
 from haystack_chat_store.stores.redis.scripts import Script
 
@@ -66,7 +66,7 @@ class Call:
     :param deadline: When the call must end, as `time.monotonic` counts.
     :param is_asking: Whether the node is one that is taking over the keys.
     :param idle_since: Since when the connection that the call uses was idle.
-    :param attempts: How often it was sent.
+    :param attempts: How often it was sent and may have been executed.
     """
 
     script: Script | None
@@ -166,7 +166,7 @@ class Session(ABC):
 
         :param is_patient: Whether to wait for the other side.
         """
-        for connection in self._take_idle():
+        for connection in self._close_and_take_idle():
             await self._disconnect(connection, is_patient=is_patient)
 
     def leave_to_parent(self) -> None:
@@ -288,10 +288,12 @@ class Session(ABC):
         call.attempts += 1
         try:
             answer = await self._ask_for(connection, call)
-        except exceptions.ResponseError:  # the connection is as good as after any other answer
+        except exceptions.ResponseError as error:  # the connection is as good as after any other answer
+            call.attempts -= has_run_nothing(error)
             await self._give_back(connection, call.address)
             raise
-        except BaseException:  # such as a timeout or a cancelled task: its answer may still come
+        except BaseException as error:  # such as a timeout or a cancelled task: its answer may still come
+            call.attempts -= isinstance(error, exceptions.BusyLoadingError)
             await self._disconnect(connection)
             raise
         await self._give_back(connection, call.address)
@@ -367,7 +369,8 @@ class Session(ABC):
             idle = self._idle.get(address)
             return idle.pop() if idle else None
 
-    def _take_idle(self) -> list[Any]:
+    def _close_and_take_idle(self) -> list[Any]:
+        """Take no connections back from now on, and return the idle ones."""
         with self._lock:
             self._is_closed = True
             idle = [each.connection for connections in self._idle.values() for each in connections]

@@ -55,6 +55,9 @@ def parsed(text: str, *, cluster: bool) -> Target:
             if cluster:
                 raise _refused("Sentinels do not watch clusters: leave out cluster=True.")
             return _of_sentinels(url)
+        if url.scheme in ("redis+cluster", "rediss+cluster"):
+            scheme = url.scheme.partition("+")[0]
+            raise _refused(f"Give the store cluster=True and write {scheme}://, or make it by store_from_url.")
         return Target(url=text, addresses=(_address_of(text),))
     except ValueError:  # which may quote the password
         raise _refused(f"{_FORM} {_ENCODE}") from None

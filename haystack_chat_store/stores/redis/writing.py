@@ -27,6 +27,7 @@ from haystack_chat_store.stores.redis.directory import (
     read_histories,
 )
 from haystack_chat_store.stores.redis.documents import index_written, prepare_index
+from haystack_chat_store.stores.redis.failures import contradicting
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
 from haystack_chat_store.stores.redis.reading import read_ids, read_part, read_positions
@@ -41,6 +42,9 @@ from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageR
 _DELETED_HISTORIES_PER_STEP = 100
 # How often a copy begins again because its source was edited.
 _COPY_ATTEMPTS = 10
+# How often a change begins again because the messages and the index of a history contradict each other. They do so for
+# a moment if the history is deleted and begins anew between the steps, and always if they are damaged.
+_ATTEMPTS = 10
 
 
 class Writing(RedisOperations):
@@ -175,7 +179,8 @@ class Writing(RedisOperations):
         """Read the content, and write the new one if it is still the same; otherwise begin again."""
         keys = self.keys(scope)
         await prepare_index(self, session, keys)
-        while True:
+        misses = 0
+        while misses < _ATTEMPTS:
             (position,) = await read_positions(session, keys, chat_history_id, [message_id])
             after = -1 if position is None else position - 1
             rows = (await read_part(session, keys, chat_history_id, 1, after=after)).rows
@@ -184,6 +189,7 @@ class Writing(RedisOperations):
                 await _check_is_own(session, scope, keys, chat_history_id)
                 if position is None:
                     raise message_not_found(message_id)
+                misses += 1
                 continue
             content = change(row.content)
             changes_words = searchable_text_of_content(row.content) != searchable_text_of_content(content)
@@ -195,6 +201,7 @@ class Writing(RedisOperations):
                 return replace(row, content=content)
             if answer[0] == "ACCESS":
                 raise no_access()
+        raise contradicting(chat_history_id)
 
     async def renew(self, session: Session, scope: Scope, chat_history_id: str) -> None:
         """Set the time of all keys of the history."""
@@ -329,24 +336,31 @@ async def _with_ids_from(
     """
     ids: list[str] = []
     first: int | None = None
-    while True:
+    misses = 0
+    while misses < _ATTEMPTS:
         next_position = 0
         if first is None:
             (first,) = await read_positions(session, keys, chat_history_id, [from_message_id])
         if first is not None:
-            part = await read_part(session, keys, chat_history_id, BATCH_SIZE, after=first - 1)
-            ids += [row.message_id for row in part.rows]
-            first = part.rows[-1].position + 1 if part.rows else part.next_position
+            limit = BATCH_SIZE if misses == 0 else 1
+            part = await read_part(session, keys, chat_history_id, limit, after=first - 1)
             next_position = part.next_position
-            if first < next_position:
-                continue
+            if misses == 0:
+                ids += [row.message_id for row in part.rows]
+                first = part.rows[-1].position + 1 if part.rows else next_position
+                if first < next_position:
+                    continue
+            else:  # the messages may state other ids than the index, which has those of all messages
+                ids = list(await read_ids(session, keys, chat_history_id))
         answer = await change(ids, next_position)
         if answer == ["MISSING"]:
             raise message_not_found(from_message_id)
         if answer == ["OTHERS"]:
+            misses += 1
             ids, first = [], None
         elif answer != ["MORE"]:
             return written(answer, expected_revision)
+    raise contradicting(chat_history_id)
 
 
 def written(answer: Any, expected_revision: int | None) -> int:

@@ -225,7 +225,9 @@ if redis.call('HEXISTS', history, 'message_count') == 1 then
         unindex(chat_history_id, 0)
         if before then redis.call('ZREM', users_key(before), chat_history_id) end
         if owner then
-            redis.call('ZADD', users_key(owner), redis.call('ZSCORE', directory, chat_history_id), chat_history_id)
+            local listed_at = redis.call('ZSCORE', directory, chat_history_id)  -- it may have lost the history
+                or redis.call('HGET', history, 'updated_at')
+            redis.call('ZADD', users_key(owner), tonumber(listed_at or nil) and listed_at or 0, chat_history_id)
             redis.call('HSET', owners, chat_history_id, owner)
         else
             redis.call('HDEL', owners, chat_history_id)
@@ -400,7 +402,7 @@ end
 if redis.call('EXISTS', directory) == 0 then redis.call('UNLINK', schema_version, origins) end
 
 -- From here on, the names stand for what belongs to the other id.
-local chat_history_id, updated_at, result = new_id, last_updated_at, 0
+local chat_history_id, updated_at, result = new_id, last_updated_at or created_at, 0
 local known_calls = redis.call('HGET', renamed[1], 'calls') or ''
 is_new, revision, kept_revision = true, new_revision, revision_there
 history, contents, roles, message_ids, times = unpack(renamed)

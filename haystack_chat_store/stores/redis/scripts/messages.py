@@ -109,10 +109,10 @@ if result > 0 then
     end
     {LIST_HISTORY}
     {REMEMBER_CALL}
+    {EXPIRE}
 end
+return result
 """,
-    EXPIRE,
-    "return result",
 )
 
 # Returns the position at which the last `wanted` messages begin for which a condition holds, or 0 if there are fewer.
@@ -280,6 +280,7 @@ end
 """
 # All of them must be known by their ids. Others are there if the history was deleted and has begun anew meanwhile.
 _CHECK_ALL_ARE_GONE = """
+if start >= position then return redis.error_reply('DAMAGED ' .. history) end
 local _, following = string.gsub(redis.call('GETRANGE', roles, start, -1), '[^x]', '')
 if #gone_ids ~= following then return {'OTHERS'} end
 """

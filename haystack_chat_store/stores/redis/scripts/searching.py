@@ -84,13 +84,13 @@ return {ALL_INDEXED}
 """,
 )
 
-#: Have a history indexed anew. Keys: those of the bucket. Arguments: its id; the position to begin at; then keys of
-#: words to remove. It is not called on a cluster.
+#: Have a history indexed anew. Keys: those of the bucket. Arguments: its id; then keys of words to remove. It is not
+#: called on a cluster.
 REINDEX = Script(
     OF_BUCKET,
     """
-for index = 3, #ARGV do redis.call('UNLINK', ARGV[index]) end
-unindex(ARGV[1], ARGV[2])
+for index = 2, #ARGV do redis.call('UNLINK', ARGV[index]) end
+unindex(ARGV[1], 0)
 """,
 )
 
