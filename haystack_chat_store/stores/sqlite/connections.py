@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 from haystack import logging
@@ -34,6 +35,7 @@ from haystack_chat_store.stores.sqlite.files import (
     files_at,
     has_content,
     identity,
+    keeps_moving,
     leaves_traces_of_reading,
     log_of_moved,
     make_database,
@@ -53,6 +55,8 @@ _MAX_IDLE_CONNECTIONS = 16
 _MAX_READERS = 16
 # How often a fork checks whether the calls under way are done, and a call whether the fork is.
 _POLL_SECONDS = 0.002
+# So often a call looks for files that are moved meanwhile, however short its timeout.
+_MIN_ATTEMPTS = 20
 # Pause between batches, because SQLite's busy handler polls every 100 ms.
 _PAUSE_SECONDS = 0.02
 # A fork waits for the calls under way, which may themselves wait for a lock.
@@ -281,15 +285,16 @@ class Database:
             if connection.is_to_files_at(self.settings.path):
                 return connection
             self._take_back(connection, is_sound=True)
-        while True:
-            self._leave_moved_files(time.monotonic() + self.settings.timeout)
+        for deadline in self._attempts(time.monotonic() + self.settings.timeout):
+            self._leave_moved_files(deadline)
             connection = self._new_reader()
             if connection is not None:
                 return connection
+        raise keeps_moving(self.settings.path)
 
     def _writer_in_transaction(self, deadline: float) -> Connection:
         """Lend a connection for writing whose files lie at the path, in a transaction: no other process writes now."""
-        while True:
+        for _ in self._attempts(deadline):
             connection = self._lent_idle(self._idle_writers)
             if connection is None:
                 self._leave_moved_files(deadline)
@@ -306,6 +311,14 @@ class Database:
                 raise
             self._take_back(connection, is_sound=True)
             self._leave_moved_files(deadline)
+        raise keeps_moving(self.settings.path)
+
+    def _attempts(self, deadline: float) -> Iterator[float]:
+        """Try to find the files in their place: a few times at once, and then, with pauses, until the deadline."""
+        yield from repeat(deadline, _MIN_ATTEMPTS)
+        while time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            yield deadline
 
     def _leave_moved_files(self, deadline: float) -> None:
         """Have all stores of this process on this file do so."""
