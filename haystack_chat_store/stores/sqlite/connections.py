@@ -104,7 +104,7 @@ class Database:
         self._lent: weakref.WeakSet[Connection] = weakref.WeakSet()  # weak: an interrupted call may lose one
         self._lock = threading.Lock()
         self._is_closed = False
-        self._is_forking = False
+        self._forks = 0  # that are under way: threads may fork at once
         # Writers of this process wait here, which is faster and fairer than polling the file's lock. Only the thread
         # that holds an RLock can release it: so an interrupted call may try to, whether it got the lock or not.
         self._write_lock = threading.RLock()
@@ -200,7 +200,8 @@ class Database:
         SQLite remembers in the process which locks it holds on a file. A child that inherits this takes no locks on its
         own connections, and loses what it writes (https://www.sqlite.org/howtocorrupt.html, section 2.6).
         """
-        self._is_forking = True
+        with self._lock:
+            self._forks += 1
         waits_until = time.monotonic() + max(_MIN_FORK_WAIT_SECONDS, 2 * self.settings.timeout)
         if self._lent:
             gc.collect()  # a connection that an interrupted call has lost may be part of a cycle
@@ -209,8 +210,9 @@ class Database:
         self._close_idle()
 
     def after_fork_in_parent(self) -> None:
-        """Lend connections again."""
-        self._is_forking = False
+        """Lend connections again, unless another thread is forking."""
+        with self._lock:
+            self._forks -= 1
 
     def after_fork_in_child(self) -> None:
         """Neither use nor close the connections that were still lent, and open no others to their file."""
@@ -233,7 +235,7 @@ class Database:
             written there now. Nothing was changed.
         """
         path = self.settings.path
-        while self._is_forking:
+        while self._forks:
             time.sleep(_POLL_SECONDS)
         while any(connection.has_log_at(path) for connection in self._lent_to_others()):
             if time.monotonic() > deadline:
@@ -433,7 +435,7 @@ class Database:
             )
         while True:
             with self._lock:
-                if not self._is_forking:
+                if not self._forks:
                     return self._lent_to_this_thread(connect())
             time.sleep(_POLL_SECONDS)
 
@@ -450,7 +452,7 @@ class Database:
         """Lend an idle connection of the first kind that has any, as soon as this process does not fork."""
         while True:
             with self._lock:
-                if not self._is_forking:
+                if not self._forks:
                     idle = next(filter(None, kinds), None)
                     return self._lent_to_this_thread(idle.pop()) if idle else None
             time.sleep(_POLL_SECONDS)
@@ -469,7 +471,7 @@ class Database:
             return  # closing it would write to the file of the parent, which still uses it
         idle = self._idle(connection)
         with self._lock:
-            if is_sound and not self._is_closed and not self._is_forking and len(idle) < _MAX_IDLE_CONNECTIONS:
+            if is_sound and not self._is_closed and not self._forks and len(idle) < _MAX_IDLE_CONNECTIONS:
                 self._lent.discard(connection)
                 idle.append(connection)
                 return
