@@ -279,7 +279,7 @@ def test_a_fork_waits_for_a_database_in_the_making(new_sqlite_store, monkeypatch
 
     def migrate_while_the_process_forks(connection, path):
         is_begun.set()
-        while not connections.databases.get(store.engine.settings)._is_forking:
+        while not connections.databases.get(store.engine.settings)._forks:
             time.sleep(0.001)
         time.sleep(0.2)
         migrate(connection, path)
@@ -386,7 +386,7 @@ def test_a_fork_that_waits_for_one_file_does_not_hold_up_the_first_use_of_anothe
     is_used = threading.Event()
 
     def use_other():
-        while not connections.databases.get(store.engine.settings)._is_forking:
+        while not connections.databases.get(store.engine.settings)._forks:
             time.sleep(0.001)
         other.write_messages("history", [ChatMessage.from_user("Hi!")])
         is_used.set()

@@ -5,6 +5,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
+from haystack_chat_store.errors import StoreUnavailableError
+
 ArgumentsT = ParamSpec("ArgumentsT")
 ResultT = TypeVar("ResultT")
 
@@ -48,3 +50,12 @@ async def to_thread_if_large(
     if characters > MAX_CHARACTERS_ON_LOOP:
         return await asyncio.to_thread(function, *arguments, **options)
     return function(*arguments, **options)
+
+
+def no_thread(error: RuntimeError) -> StoreUnavailableError:
+    """Return the error of an asynchronous call for which no thread could be started."""
+    if "shutdown" in str(error):
+        return StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.")
+    return StoreUnavailableError(
+        f"No thread could be started: {error}. Raise the limit of threads, or use the synchronous methods."
+    )

@@ -23,6 +23,8 @@ from haystack_chat_store.errors import (
 )
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
+from haystack_chat_store.stores.sqlite import visibility
+from haystack_chat_store.stores.times import microseconds_now
 from haystack_chat_store.testing.kit import texts
 from haystack_chat_store.testing.messages import conversation, user, with_id
 from haystack_chat_store.testing.processes import Program
@@ -410,3 +412,16 @@ def test_who_waits_for_the_file_changes_it_when_its_turn_has_come(written, path,
         connection.execute("COMMIT")
     thread.join()
     assert written.engine.run(written.engine.history, written.scope, "chat").updated_at >= until
+
+
+@pytest.mark.parametrize("call", ["create", "update", "rename"])
+def test_a_history_that_expires_in_the_middle_of_a_change_is_returned_as_it_was_written(new_store, monkeypatch, call):
+    store = new_store(ttl=60)
+    store.write_messages("old", [user()])
+    monkeypatch.setattr(visibility, "microseconds_now", lambda: microseconds_now() + 61_000_000)
+    changed = {
+        "create": lambda: store.create_chat_history("new"),
+        "update": lambda: store.update_chat_history("old", title="new"),
+        "rename": lambda: store.rename_chat_history("old", "new"),
+    }[call]()
+    assert "new" in (changed.chat_history_id, changed.title)

@@ -297,3 +297,19 @@ def test_deleting_everything_goes_in_steps_between_which_others_write(new_store,
     assert len(left) >= 9
     assert store.statistics().messages == 0
     assert said(other) == ["theirs"] + ["meanwhile"] * len(left)
+
+
+def test_while_one_of_two_forks_is_still_under_way_no_connection_is_lent(store):
+    say(store, "before")
+    database = connections.databases.get(store.engine.settings)
+    is_written = threading.Event()
+    database.before_fork()
+    database.before_fork()
+    database.after_fork_in_parent()
+    writing = threading.Thread(target=lambda: (say(store, "after"), is_written.set()))
+    writing.start()
+    assert not is_written.wait(0.2)
+    assert not database._lent
+    database.after_fork_in_parent()
+    writing.join(50)
+    assert said(store) == ["before", "after"]

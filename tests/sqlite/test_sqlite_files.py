@@ -2,8 +2,10 @@
 """The database file: its path, and what can be wrong with it."""
 
 import asyncio
+import errno
 import os
 import re
+import stat
 import tempfile
 import threading
 from contextlib import closing, contextmanager
@@ -197,6 +199,25 @@ def test_a_write_that_fails_is_explained_and_stores_nothing(store, path, write, 
     assert store.count_messages("history") == 2 + 2 * earlier
     assert len(connections_of_stores(path)) <= 2  # one that writes, and one that reads
     assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("fails_at", ["file", "folder"])
+def test_a_first_write_that_cannot_be_flushed_is_explained(store, path, write, monkeypatch, fails_at):
+    flush = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == (fails_at == "folder"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fsync)
+        with pytest.raises(StoreUnavailableError, match="No space left on device") as caught:
+            write(store, "refused")
+    assert_says(caught.value, path, "Look at its disk")
+    assert os.listdir(os.path.dirname(path)) == (["chat_history.db"] if fails_at == "folder" else [])
+    write(store, "written")
+    assert said(store)[0] == "written"
 
 
 def test_a_locked_database_can_be_read(store, path):

@@ -2,6 +2,7 @@
 """A database that is moved, replaced or deleted while it is in use: no acknowledged message is lost by it."""
 
 import asyncio
+import errno
 import os
 import shutil
 import sqlite3
@@ -99,6 +100,71 @@ def test_no_message_is_lost_of_a_database_behind_a_symbolic_link(new_store, tmp_
     say(store, "after")
     store.close()
     assert sorted({*texts_in(moved), *texts_in(path)} - {"from the backup"}) == ["after", "before"]
+
+
+def put_link_in_place(path, moved):
+    """As one who moves a file to a larger disk, and does not restart the program."""
+    os.rename(path, moved)
+    os.symlink(moved, path)
+
+
+BECAME_LINK = r"has become a symbolic link.*Make the store anew"
+
+
+@pytest.mark.parametrize("is_closed", [False, True], ids=["in use", "closed"])
+def test_a_link_that_takes_the_place_of_the_database_is_not_followed(new_store, path, moved, is_closed):
+    store = new_store(timeout=0.2)
+    say(store, "before")
+    if is_closed:
+        store.close()
+    put_link_in_place(path, moved)
+    for call in (lambda: say(store, "after"), lambda: said(store), lambda: say(store, "after")):
+        with pytest.raises(StoreUnavailableError, match=BECAME_LINK):
+            call()
+    assert not os.path.exists(f"{path}-wal")
+    anew = new_store(path)
+    say(anew, "by a store that was made anew")
+    assert said(anew) == ["before", "by a store that was made anew"] == texts_in(moved)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows moves no file that is open")
+def test_a_call_that_always_finds_another_file_gives_up_at_the_timeout(new_store, path, monkeypatch):
+    store = new_store(timeout=0.2)
+    say(store, "before")
+    store.close()
+    real = os.lstat
+
+    def new_inode_each_time(place, *arguments, **options):
+        if place == path:
+            os.rename(path, f"{path}.old")
+            shutil.copy(f"{path}.old", path)
+        return real(place, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "lstat", new_inode_each_time)
+        for call in (lambda: say(store, "after"), lambda: said(store)):
+            started = time.monotonic()
+            with pytest.raises(StoreUnavailableError, match="moved or replaced again and again"):
+                call()
+            assert time.monotonic() - started < 10
+    assert said(store) == ["before"]
+
+
+def test_a_log_that_cannot_be_removed_keeps_no_other_process_from_writing(new_store, path, moved, monkeypatch):
+    store, elsewhere = new_store(timeout=0.2), new_store(moved, timeout=0.2)
+    say(store, "before")
+    move_database(path, moved)
+
+    def remove(place):
+        raise PermissionError(errno.EPERM, "Operation not permitted", place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "remove", remove)
+        with pytest.raises(StoreUnavailableError, match="Operation not permitted"):
+            say(store, "refused")
+        assert say(elsewhere, "elsewhere") == 1
+        store.close()  # which says in the log that it is left
+    assert said(elsewhere) == ["before", "elsewhere"]
 
 
 def write_when_told(store, report):
@@ -344,13 +410,13 @@ def test_no_file_is_asked_for_more_than_twice_in_a_call(store, monkeypatch):
     """To notice costs two questions to the system."""
     say(store, "Hi!")
     asked = []
-    stat = os.stat
+    stat = os.lstat
 
     def counted(path, *arguments, **options):
         asked.append(path)
         return stat(path, *arguments, **options)
 
-    monkeypatch.setattr(os, "stat", counted)
+    monkeypatch.setattr(os, "lstat", counted)
     say(store, "Hi!")
     store.count_messages("history")
     assert len(asked) == 4

@@ -348,6 +348,14 @@ def test_a_backup_replaces_nothing(store, path, tmp_path):
     assert said(store) == ["Hi!"]
 
 
+@pytest.mark.parametrize("place", ["", b"copy.db", "a\x00b", "file:copy.db", ":memory:", None, 5])
+def test_a_path_that_is_no_file_is_refused_for_a_backup(store, path, place):
+    say(store, "Hi!")
+    for call in (lambda: store.backup(place), lambda: asyncio.run(store.backup_async(place))):
+        with pytest.raises(ValueError, match="path must be"):
+            call()
+
+
 def test_nothing_is_no_backup(store, path):
     with pytest.raises(StoreConfigurationError, match="nothing to back up"):
         store.backup(f"{path}.backup")

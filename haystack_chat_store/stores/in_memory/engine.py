@@ -5,6 +5,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import copy_context
 from typing import Concatenate
 
 from haystack_chat_store.stores.connection_registry import hold_during_forks
@@ -14,6 +15,7 @@ from haystack_chat_store.stores.in_memory.histories import Memory
 from haystack_chat_store.stores.in_memory.reading import Reading
 from haystack_chat_store.stores.in_memory.search import Search
 from haystack_chat_store.stores.in_memory.writing import Writing
+from haystack_chat_store.stores.sync_async import no_thread
 
 _lock = threading.RLock()
 _memory = Memory(_lock)
@@ -75,10 +77,17 @@ class InMemoryEngine(Writing, Reading, Directory, Search):
                 with suppress(RuntimeError):
                     _lock.release()
         lock = _LockOfCall()
+
+        def call() -> ResultT:
+            return plain_result(operation(_memory.with_lock(lock), *arguments, **options))
+
         try:
-            return await asyncio.to_thread(
-                lambda: plain_result(operation(_memory.with_lock(lock), *arguments, **options))
-            )
+            begun = asyncio.get_running_loop().run_in_executor(None, copy_context().run, call)
+        except RuntimeError as error:
+            lock.is_withdrawn = True  # a thread that is there already may still come to it
+            raise no_thread(error) from error
+        try:
+            return await begun
         except asyncio.CancelledError:
             lock.is_withdrawn = True
             raise

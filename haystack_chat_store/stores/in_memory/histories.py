@@ -313,9 +313,11 @@ class Namespace:
         :param meta: The meta that it has under its new id.
         """
         history = self.histories[old_id]
-        self.put(old_id, None)  # which keeps its revision
-        self.put(new_id, replace(history, revision=self.deleted_revision + 1, meta=meta))
+        revision = max(self.deleted_revision, history.revision) + 1
+        # The new one comes first: Ctrl-C between them leaves both, and loses nothing.
+        self.put(new_id, replace(history, revision=revision, meta=meta))
         self.note_branch(new_id)
+        self.put(old_id, None)  # which keeps its revision
         for each, branch in self._branches_of(old_id):
             if branch.user_id == history.user_id and each in self.histories:
                 names = renamed_branch_ids(each, old_id, new_id)

@@ -72,7 +72,8 @@ class Writing(Engine[Memory]):
         """Remove the namespace's histories and its index."""
         namespace = session.of(scope)
         if scope.user_id is not None:
-            for chat_history_id in namespace.with_prefix(scope, ""):
+            theirs = [each for each, history in namespace.histories.items() if scope.includes(history.user_id)]
+            for chat_history_id in theirs:  # with those that have expired
                 namespace.put(chat_history_id, None)
             return False
         revisions = [history.revision for history in namespace.histories.values()]
@@ -196,11 +197,13 @@ class Writing(Engine[Memory]):
     ) -> int:
         """Import all histories, if none of them exists."""
         namespace = session.of(scope)
-        for history, _ in histories:
+        imported: dict[str, tuple[HistoryRow, list[Stored]]] = {}
+        for history, rows in histories:
             existing = namespace.find_to_write(scope, history.chat_history_id)
-            if existing is not None:
+            if existing is not None or history.chat_history_id in imported:
                 raise history_exists(history.chat_history_id)
-        return sum(_import(namespace, scope, history, list(map(_imported, rows)), 0) for history, rows in histories)
+            imported[history.chat_history_id] = history, list(map(_imported, rows))
+        return sum(_import(namespace, scope, history, messages, 0) for history, messages in imported.values())
 
     @locked
     def remove(self, session: Memory, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
@@ -253,6 +256,7 @@ def _import(
         target = History(
             history.created_at,
             namespace.deleted_revision,
+            updated_at=history.updated_at,
             title=history.title,
             meta=history.meta,
             exists_without_messages=True,

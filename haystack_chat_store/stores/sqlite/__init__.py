@@ -74,16 +74,7 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         :param timeout: The number of seconds to wait for a database that another process has locked. Defaults to 30.
         :raises ValueError: If a setting is wrong, or the path is empty or `":memory:"`.
         """
-        if not isinstance(path, (str, os.PathLike)):
-            raise ValueError(f"path must be text or a Path, got {type(path).__name__}.")
-        self.path = os.fspath(path)
-        if not isinstance(self.path, str) or not self.path or "\x00" in self.path:
-            raise ValueError(f"path must be the path of a file, got {self.path!r}.")
-        if self.path == ":memory:" or self.path.startswith("file:"):
-            raise ValueError(
-                f"path must be the path of a file, got {self.path!r}. "
-                "For histories that need not outlive the process, use InMemoryChatMessageStore."
-            )
+        self.path = _validated_path(path)
         if durability not in ("full", "normal"):
             raise ValueError(f'durability must be "full" or "normal", got {durability!r}.')
         self.durability = durability
@@ -110,6 +101,7 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         this returns. Only its owner may read it.
 
         :param path: The path of the new file. Nothing may be there.
+        :raises ValueError: If the path is none, as in the constructor.
         :raises FileExistsError: If there is something at the path. It was left as it is.
         :raises OSError: If the file cannot be written.
         :raises StoreConfigurationError: If there is nothing to back up.
@@ -117,12 +109,12 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
         :raises ChatMessageStoreError: If the store's file cannot be read.
         """
         self._check_backup()
-        self.engine.run(self.engine.backup, self.scope, os.path.abspath(os.fspath(path)))
+        self.engine.run(self.engine.backup, self.scope, os.path.abspath(_validated_path(path)))
 
     async def backup_async(self, path: "str | os.PathLike[str]") -> None:
         """Do what `backup` does, without blocking the event loop."""
         self._check_backup()
-        await self.engine.run_async(self.engine.backup, self.scope, os.path.abspath(os.fspath(path)))
+        await self.engine.run_async(self.engine.backup, self.scope, os.path.abspath(_validated_path(path)))
 
     def _check_backup(self) -> None:
         if self.user_id is not None:
@@ -148,3 +140,22 @@ class SQLiteChatMessageStore(BaseChatMessageStore):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, namespace={self.namespace!r})"
+
+
+def _validated_path(path: object) -> str:
+    """
+    Return the path of a file as text.
+
+    :raises ValueError: If it is none, is empty, or has a meaning of its own for SQLite.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path must be text or a Path, got {type(path).__name__}.")
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text or "\x00" in text:
+        raise ValueError(f"path must be the path of a file, got {text!r}.")
+    if text == ":memory:" or text.startswith("file:"):
+        raise ValueError(
+            f"path must be the path of a file, got {text!r}. "
+            "For histories that need not outlive the process, use InMemoryChatMessageStore."
+        )
+    return text

@@ -17,7 +17,7 @@ from typing import Any
 
 from haystack import logging
 
-from haystack_chat_store.stores.sqlite import failures
+from haystack_chat_store.stores.sync_async import no_thread
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class CallOfTask(Call):
             try:
                 is_taken = submit()
             except RuntimeError as error:
-                raise failures.no_thread(error) from error
+                raise no_thread(error) from error
             if not is_taken:
                 seconds = max(self.deadline - time.monotonic(), _LEAST_WAIT_SECONDS)
                 timer = self.loop.call_later(seconds, self._give_up, timed_out)

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 from haystack import logging
@@ -34,6 +35,7 @@ from haystack_chat_store.stores.sqlite.files import (
     files_at,
     has_content,
     identity,
+    keeps_moving,
     leaves_traces_of_reading,
     log_of_moved,
     make_database,
@@ -53,6 +55,8 @@ _MAX_IDLE_CONNECTIONS = 16
 _MAX_READERS = 16
 # How often a fork checks whether the calls under way are done, and a call whether the fork is.
 _POLL_SECONDS = 0.002
+# So often a call looks for files that are moved meanwhile, however short its timeout.
+_MIN_ATTEMPTS = 20
 # Pause between batches, because SQLite's busy handler polls every 100 ms.
 _PAUSE_SECONDS = 0.02
 # A fork waits for the calls under way, which may themselves wait for a lock.
@@ -100,7 +104,7 @@ class Database:
         self._lent: weakref.WeakSet[Connection] = weakref.WeakSet()  # weak: an interrupted call may lose one
         self._lock = threading.Lock()
         self._is_closed = False
-        self._is_forking = False
+        self._forks = 0  # that are under way: threads may fork at once
         # Writers of this process wait here, which is faster and fairer than polling the file's lock. Only the thread
         # that holds an RLock can release it: so an interrupted call may try to, whether it got the lock or not.
         self._write_lock = threading.RLock()
@@ -196,7 +200,8 @@ class Database:
         SQLite remembers in the process which locks it holds on a file. A child that inherits this takes no locks on its
         own connections, and loses what it writes (https://www.sqlite.org/howtocorrupt.html, section 2.6).
         """
-        self._is_forking = True
+        with self._lock:
+            self._forks += 1
         waits_until = time.monotonic() + max(_MIN_FORK_WAIT_SECONDS, 2 * self.settings.timeout)
         if self._lent:
             gc.collect()  # a connection that an interrupted call has lost may be part of a cycle
@@ -205,8 +210,9 @@ class Database:
         self._close_idle()
 
     def after_fork_in_parent(self) -> None:
-        """Lend connections again."""
-        self._is_forking = False
+        """Lend connections again, unless another thread is forking."""
+        with self._lock:
+            self._forks -= 1
 
     def after_fork_in_child(self) -> None:
         """Neither use nor close the connections that were still lent, and open no others to their file."""
@@ -229,7 +235,7 @@ class Database:
             written there now. Nothing was changed.
         """
         path = self.settings.path
-        while self._is_forking:
+        while self._forks:
             time.sleep(_POLL_SECONDS)
         while any(connection.has_log_at(path) for connection in self._lent_to_others()):
             if time.monotonic() > deadline:
@@ -281,15 +287,16 @@ class Database:
             if connection.is_to_files_at(self.settings.path):
                 return connection
             self._take_back(connection, is_sound=True)
-        while True:
-            self._leave_moved_files(time.monotonic() + self.settings.timeout)
+        for deadline in self._attempts(time.monotonic() + self.settings.timeout):
+            self._leave_moved_files(deadline)
             connection = self._new_reader()
             if connection is not None:
                 return connection
+        raise keeps_moving(self.settings.path)
 
     def _writer_in_transaction(self, deadline: float) -> Connection:
         """Lend a connection for writing whose files lie at the path, in a transaction: no other process writes now."""
-        while True:
+        for _ in self._attempts(deadline):
             connection = self._lent_idle(self._idle_writers)
             if connection is None:
                 self._leave_moved_files(deadline)
@@ -306,6 +313,14 @@ class Database:
                 raise
             self._take_back(connection, is_sound=True)
             self._leave_moved_files(deadline)
+        raise keeps_moving(self.settings.path)
+
+    def _attempts(self, deadline: float) -> Iterator[float]:
+        """Try to find the files in their place: a few times at once, and then, with pauses, until the deadline."""
+        yield from repeat(deadline, _MIN_ATTEMPTS)
+        while time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            yield deadline
 
     def _leave_moved_files(self, deadline: float) -> None:
         """Have all stores of this process on this file do so."""
@@ -420,7 +435,7 @@ class Database:
             )
         while True:
             with self._lock:
-                if not self._is_forking:
+                if not self._forks:
                     return self._lent_to_this_thread(connect())
             time.sleep(_POLL_SECONDS)
 
@@ -437,7 +452,7 @@ class Database:
         """Lend an idle connection of the first kind that has any, as soon as this process does not fork."""
         while True:
             with self._lock:
-                if not self._is_forking:
+                if not self._forks:
                     idle = next(filter(None, kinds), None)
                     return self._lent_to_this_thread(idle.pop()) if idle else None
             time.sleep(_POLL_SECONDS)
@@ -456,7 +471,7 @@ class Database:
             return  # closing it would write to the file of the parent, which still uses it
         idle = self._idle(connection)
         with self._lock:
-            if is_sound and not self._is_closed and not self._is_forking and len(idle) < _MAX_IDLE_CONNECTIONS:
+            if is_sound and not self._is_closed and not self._forks and len(idle) < _MAX_IDLE_CONNECTIONS:
                 self._lent.discard(connection)
                 idle.append(connection)
                 return

@@ -30,6 +30,7 @@ _SELECT_HISTORY = """
     FROM haystack_chat_histories
 """
 _HISTORY = _SELECT_HISTORY + f"WHERE {IS_VISIBLE_HISTORY}"
+_WRITTEN_HISTORY = _SELECT_HISTORY + "WHERE namespace = ?1 AND chat_history_id = ?2"
 _HISTORIES_BY_ID = f"""
     {_SELECT_HISTORY}
     WHERE namespace = ?1 AND chat_history_id >= ?2 AND chat_history_id < ?6 AND {IS_VISIBLE} {{condition}}
@@ -359,9 +360,8 @@ def _listed(
 
 
 def _history(connection: sqlite3.Connection, scope: Scope, chat_history_id: str) -> HistoryRow:
-    """Return a history that this transaction has written."""
-    everyone = replace(scope, user_id=None)  # it may have been handed over just now
-    return _history_rows(readable_rows(connection, _HISTORY, visible_history(everyone, chat_history_id)))[0]
+    """Return a history that this transaction has written. It may have been handed over, or have expired, just now."""
+    return _history_rows(readable_rows(connection, _WRITTEN_HISTORY, (scope.namespace, chat_history_id)))[0]
 
 
 def _first_step(found: Sequence[tuple[int, int]]) -> list[int]:

@@ -53,7 +53,7 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
     ) -> ResultT:
         """Run an operation in this thread, or in that of another writer whose transaction it shares."""
         database, deadline = databases.get(self.settings), self._deadline()
-        size = _size_to_share(operation, arguments)
+        size = _size_to_share(operation, arguments, options)
         if size is None or threading.get_ident() == threading.main_thread().ident:
             return _run_on(database, deadline, operation, *arguments, **options)
         return cast(ResultT, database.turns.run(partial(_call, operation, arguments, options), deadline, size))
@@ -66,7 +66,7 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
     ) -> ResultT:
         """Run an operation in a thread: sqlite3 can wait for a lock or a disk only by blocking."""
         database, deadline = databases.get(self.settings), self._deadline()
-        size = _size_to_share(operation, arguments)
+        size = _size_to_share(operation, arguments, options)
         if size is not None:
             write = partial(_call, operation, arguments, options)
             return cast(ResultT, await database.turns.run_async(write, deadline, size))
@@ -101,11 +101,12 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
         return time.monotonic() + self.settings.timeout
 
 
-def _size_to_share(operation: Callable[..., Any], arguments: Sequence[Any]) -> int | None:
+def _size_to_share(operation: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]) -> int | None:
     """Return the number of characters of a write that may share a transaction, or `None` if it may not: it may last."""
     name = operation.__name__
     if name == "append":
-        size = sum([len(message.content) for message in arguments[2]])
+        messages = options["messages"] if "messages" in options else arguments[2]
+        size = sum([len(message.content) for message in messages])
         return size if size <= MAX_SIZE else None
     return 0 if name in _WRITES_THAT_SHARE else None
 

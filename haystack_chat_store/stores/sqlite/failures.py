@@ -67,15 +67,6 @@ def is_of_damaged_text(error: sqlite3.Error) -> bool:
     return "Could not decode" in str(error)
 
 
-def no_thread(error: RuntimeError) -> StoreUnavailableError:
-    """Return the error of an asynchronous call for which no thread could be started."""
-    if "shutdown" in str(error):
-        return StoreUnavailableError("The interpreter is shutting down. Use the synchronous methods.")
-    return StoreUnavailableError(
-        f"No thread could be started: {error}. Raise the limit of threads, or use the synchronous methods."
-    )
-
-
 def timed_out(path: str, timeout: float, holder: str) -> StoreTimeoutError:
     """Return the error of a call that waited for a lock in vain."""
     return StoreTimeoutError(

@@ -22,7 +22,7 @@ from uuid import uuid4
 
 from haystack import logging
 
-from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
+from haystack_chat_store.errors import ChatMessageStoreError, StoreConfigurationError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Connection(sqlite3.Connection):
         if self.files is None:
             return self.unchanging is not None and self.unchanging == contents_at(path)
         try:
-            database, log = os.stat(path), os.stat(path + LOG)
+            database, log = os.lstat(path), os.lstat(path + LOG)
         except OSError:
             return self.files == files_at(path)
         return self.files == ((database.st_dev, database.st_ino), (log.st_dev, log.st_ino))
@@ -112,9 +112,13 @@ def path_of_database(path: str) -> str:
 
 
 def identity(path: str) -> Identity:
-    """Return which file lies at a path."""
+    """
+    Return which file lies at a path.
+
+    A symbolic link is no database: SQLite would keep the log beside the file that it names. See `path_of_database`.
+    """
     try:
-        status = os.stat(path)
+        status = os.lstat(path)
     except OSError:
         return None
     return status.st_dev, status.st_ino
@@ -123,7 +127,7 @@ def identity(path: str) -> Identity:
 def content(path: str) -> Content:
     """Return what lies at a path, and when it was changed."""
     try:
-        status = os.stat(path)
+        status = os.lstat(path)
     except OSError:
         return _NOTHING
     return Content((status.st_dev, status.st_ino), status.st_size, status.st_mtime_ns)
@@ -144,10 +148,10 @@ def has_content(path: str) -> bool:
     Whether there is a file with anything in it.
 
     :raises StoreConfigurationError: If its folder does not exist.
-    :raises StoreUnavailableError: If it is something else than a file.
+    :raises StoreUnavailableError: If it is something else than a file, or has become a symbolic link.
     """
     try:
-        status = os.stat(path)
+        status = os.lstat(path)
     except FileNotFoundError:
         folder = os.path.dirname(path)
         if not os.path.isdir(folder):
@@ -157,6 +161,11 @@ def has_content(path: str) -> bool:
         return False
     except OSError as error:
         raise StoreUnavailableError(f"{path} cannot be opened: {error.strerror}.") from error
+    if stat.S_ISLNK(status.st_mode):
+        raise StoreUnavailableError(
+            f"{path} has become a symbolic link since this store was made, so it is not used. Nothing was changed. "
+            "Make the store anew (restart the process): it then uses the file that the link names."
+        )
     if not stat.S_ISREG(status.st_mode):
         raise StoreUnavailableError(f"{path} cannot be opened. It must be a file that this process may read and write.")
     return status.st_size > 0
@@ -206,7 +215,11 @@ def make_database(
     """
     temporary = os.path.join(os.path.dirname(path), f"{_TEMPORARY}{uuid4().hex}")
     # While this one is made, another one may come to the path, be written to, and be moved. Its log stays there.
-    with suppress(FileExistsError), _appearing(temporary, path, lambda: remove_empty_log(path)):
+    with (
+        _os_errors_explained(path),
+        suppress(FileExistsError),
+        _appearing(temporary, path, lambda: remove_empty_log(path)),
+    ):
         with lent(lambda: _connected(temporary, timeout, uri=False)) as connection:
             connection.execute("PRAGMA synchronous = off")
             connection.execute("PRAGMA journal_mode = memory")
@@ -229,7 +242,7 @@ def remove_empty_log(path: str) -> None:
             refuse_log_without_database(path)
             if identity(path) is None:
                 for ending in (LOG_INDEX, LOG):
-                    with suppress(FileNotFoundError):
+                    with _os_errors_explained(path), suppress(FileNotFoundError):
                         os.remove(path + ending)
         time.sleep(_POLL_SECONDS)
 
@@ -238,7 +251,7 @@ def write_log_to_database(connection: Connection, path: str, deadline: float) ->
     """
     Write everything in the log of a database that lies no longer at the path to it, and remove the log.
 
-    :raises StoreUnavailableError: If other processes use the log for too long. Nothing was lost.
+    :raises StoreUnavailableError: If others use the log for too long, or it cannot be removed. Nothing was lost.
     """
     while connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()[0]:
         if time.monotonic() > deadline:
@@ -246,19 +259,30 @@ def write_log_to_database(connection: Connection, path: str, deadline: float) ->
     # From now on, each process that has this database open finds out before it writes. If there is anything in the log
     # all the same, it is of a database that was put at the path meanwhile, or moved back there: it stays.
     connection.execute("BEGIN IMMEDIATE")  # no process writes to the log while it is removed
-    log = content(path + LOG)
-    is_own = connection.files is not None and log.identity == connection.files.log
-    if log.identity is None or (is_own and log.size == 0):
-        # The log goes last: as long as it is there, no new database is made at the path, which could find the index.
-        if connection.index is not None and identity(path + LOG_INDEX) == connection.index:
-            os.remove(path + LOG_INDEX)
-        if is_own and log.identity is not None:
-            os.remove(path + LOG)
-    connection.execute("ROLLBACK")
+    try:
+        log = content(path + LOG)
+        is_own = connection.files is not None and log.identity == connection.files.log
+        if log.identity is None or (is_own and log.size == 0):
+            # The log goes last: while it is there, no new database is made at the path, which could find the index.
+            with _os_errors_explained(path):
+                if connection.index is not None and identity(path + LOG_INDEX) == connection.index:
+                    os.remove(path + LOG_INDEX)
+                if is_own and log.identity is not None:
+                    os.remove(path + LOG)
+    finally:
+        connection.execute("ROLLBACK")
     logger.warning(
         "{path} was moved, replaced or deleted while it was in use. All messages up to then are in the file that was "
         "there.",
         path=path,
+    )
+
+
+def keeps_moving(path: str) -> StoreUnavailableError:
+    """Return the error of a call that found another file at the path, or none, whenever it looked."""
+    return StoreUnavailableError(
+        f"{path} was moved or replaced again and again while it was opened, or its log is not where it must be: at "
+        f"{path}{LOG}. Nothing was changed. Look at what else uses this path."
     )
 
 
@@ -358,6 +382,20 @@ def _appearing(temporary: str, path: str, check: Callable[[], None] | None = Non
                 os.unlink(temporary + ending)
     if os.name == "posix":  # Windows cannot open a folder
         _sync(os.path.dirname(path))
+
+
+@contextmanager
+def _os_errors_explained(path: str) -> Iterator[None]:
+    """Turn what the system says of the files of a database into this package's exception."""
+    try:
+        yield
+    except ChatMessageStoreError:  # some are an OSError, too
+        raise
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"The files of {path} could not be written or removed: {error.strerror or error}. Look at its disk, its "
+            "folder and their rights. Then try again."
+        ) from error
 
 
 def _move_where_nothing_is(source: str, target: str) -> None:

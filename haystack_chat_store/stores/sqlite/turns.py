@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from haystack_chat_store.errors import ChatMessageStoreError, StoreUnavailableError
 from haystack_chat_store.stores.sqlite import failures
 from haystack_chat_store.stores.sqlite.calls import Call, CallOfTask, answer
+from haystack_chat_store.stores.sync_async import no_thread
 
 if TYPE_CHECKING:
     from haystack_chat_store.stores.sqlite.connections import Database, Settings
@@ -155,7 +156,7 @@ class Turns:
                 raise
             refused = []
             while (write := _first(self._tasks)) is not None:
-                write.error = failures.no_thread(error)
+                write.error = no_thread(error)
                 refused.append(write)
             answer(refused)
 
