@@ -397,7 +397,10 @@ class TurnWriter:
 def question_is_gone(question_id: str | int | None) -> MessageNotFoundError:
     """Return the error of an answer to a question that the history does not have, or not any more."""
     if question_id is None:
-        return MessageNotFoundError("The history has no question that this could answer. Nothing was written.")
+        return MessageNotFoundError(
+            "The history has no question that this could answer: there was none, or it was deleted while the model "
+            "answered. Nothing was written."
+        )
     return MessageNotFoundError(
         f"The history has no question with the id {question_id!r}: it was deleted while the model answered. Nothing "
         "was written."
