@@ -238,6 +238,27 @@ def test_an_archive_with_numbered_files_is_read_whole(store, tmp_path):
         import_histories(store, tmp_path / "other.zip", format="chatgpt")
 
 
+@pytest.mark.parametrize("damage", ["flipped", "encrypted", "cut off"])
+def test_an_archive_that_cannot_be_unpacked_is_refused(store, tmp_path, damage):
+    path = tmp_path / "export.zip"
+    entries = [chatgpt_conversation(conversation_id=f"chat-{number}")[0] for number in range(50)]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("conversations.json", json.dumps(entries))
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[200:230] = b"\xff" * 30
+    elif damage == "encrypted":  # one bit of the file's header, and of its entry in the directory
+        data[6] |= 1
+        data[data.rindex(b"PK\x01\x02") + 8] |= 1
+    else:
+        directory = data.rindex(b"PK\x01\x02")
+        data[300:directory] = bytes(directory - 300)
+    path.write_bytes(data)
+    with pytest.raises(DamagedFileError, match=r"export\.zip"):
+        import_histories(store, path, format="chatgpt")
+    assert ids(store) == []
+
+
 # ---------------------------------------------------------------------- Claude
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from decimal import Decimal
@@ -22,6 +23,8 @@ from haystack_chat_store.types import Fault
 
 _CHUNK = 1 << 16
 _BLANK = re.compile(r"[ \t\r\n]*")
+# The flag of a file in an archive that is encrypted.
+_IS_ENCRYPTED = 1
 # The conversations in the archives that ChatGPT and Claude hand out: one file, or several numbered ones.
 _MEMBER = re.compile(r"(?:.*/)?conversations(?:-\d+)?\.json")
 
@@ -129,8 +132,10 @@ class JsonFile:
                 names = sorted(name for name in archive.namelist() if _MEMBER.fullmatch(name))
                 if not names:
                     raise DamagedFileError(f"{self._name} has no file conversations.json in it.")
+                if any(archive.getinfo(name).flag_bits & _IS_ENCRYPTED for name in names):
+                    raise DamagedFileError(f"{self._name} is encrypted. Unpack it, and import its conversations.json.")
                 yield ((name, opened.enter_context(archive.open(name))) for name in names)  # type: ignore[misc]
-            except (zipfile.BadZipFile, NotImplementedError) as error:
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
                 raise DamagedFileError(f"{self._name} cannot be read as an archive: {error}.") from None
 
 

@@ -11,6 +11,7 @@ import base64
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall, ToolCallResult
@@ -55,7 +56,7 @@ class LlmDatabase(ReadOnlyDatabase):
         :param faults: Receives what is left out.
         """
         with SeenIds() as ids:
-            for conversation in (*self._threads(faults), *self._conversations()):
+            for conversation in chain(self._threads(faults), self._conversations()):
                 if not ids.add(conversation.chat_history_id):
                     description = "What an earlier version of llm logged under the same id was left out."
                     faults[Fault(chat_history_id=conversation.chat_history_id, description=description)] = None
