@@ -2,7 +2,7 @@
 """Validates arguments: each function returns an argument in the form that stores use, or raises a `ValueError`."""
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 from haystack.dataclasses import ChatMessage, ChatRole, TextContent
@@ -246,11 +246,15 @@ def microseconds(time: Any, name: str) -> int:
     """
     Return a time in microseconds since 1970, UTC.
 
-    :raises ValueError: If it is not an aware datetime. Without a time zone, a datetime does not name a moment.
+    :raises ValueError: If it is not an aware datetime, or lies outside the years 1 to 9999 in UTC: no `datetime` could
+        be read back. Without a time zone, a datetime does not name a moment.
     """
     if not isinstance(time, datetime) or time.utcoffset() is None:
         raise ValueError(f"{name} must be a datetime with a time zone, such as datetime.now(timezone.utc).")
-    return (time - EPOCH) // MICROSECOND
+    try:
+        return (time.astimezone(timezone.utc) - EPOCH) // MICROSECOND
+    except OverflowError:
+        raise ValueError(f"{name} must lie in the years 1 to 9999 in UTC.") from None
 
 
 def validate_last_k(last_k: Any) -> None:

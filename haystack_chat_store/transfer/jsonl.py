@@ -102,11 +102,9 @@ def _microseconds(text: str) -> int:
     """
     Return the time of a text, in microseconds since 1970.
 
-    :raises ValueError, TypeError, OverflowError: If the text is not a time, or `datetime` cannot hold it in UTC.
+    :raises ValueError, TypeError: If the text is not a time, or `datetime` cannot hold it in UTC.
     """
-    microseconds = validation.microseconds(parsed_time(text), "a time")
-    datetime_of(microseconds)
-    return microseconds
+    return validation.microseconds(parsed_time(text), "a time")
 
 
 def verify(file: BinaryIO, name: str, progress: Progress) -> int:

@@ -34,6 +34,7 @@ from haystack_chat_store import (
 from haystack_chat_store.testing.kit import number_of_examples, without_ids
 from haystack_chat_store.testing.messages import conversation, user
 from haystack_chat_store.transfer import export_histories, import_histories, import_messages, import_messages_async
+from haystack_chat_store.transfer.importers.conversations import time_of
 
 DATA = Path(__file__).parents[1] / "data"
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -755,3 +756,14 @@ def test_wrong_messages_are_refused_and_nothing_is_imported(store, messages, err
 def test_a_history_without_messages_can_be_imported(store):
     assert import_messages(store, "user_456", [], title="Empty") == 0
     assert store.get_chat_history("user_456").title == "Empty"
+
+
+def test_a_time_that_could_not_be_read_back_is_refused(store):
+    for time in (
+        datetime.max.replace(tzinfo=timezone(timedelta(hours=-14))),
+        datetime.min.replace(tzinfo=timezone(timedelta(hours=14))),
+    ):
+        with pytest.raises(ValueError, match="years 1 to 9999"):
+            import_messages(store, "user_456", [(time, user())])
+        assert time_of(time.isoformat()) is None
+    assert ids(store) == []
