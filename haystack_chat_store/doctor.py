@@ -122,11 +122,14 @@ def _faults_of(
     :param salvage: Where messages that cannot be read back are saved before they are removed. `None` keeps them.
     """
     examined = list(map(examine, rows))
-    removed = set() if salvage is None else {message.position for message in examined if message.message is None}
-    if removed and salvage is not None:
-        saved = [(row, message) for row, message in zip(rows, examined, strict=True) if row.position in removed]
-        _save(salvage, store.namespace, chat_history_id, saved)
-        store.engine.run(store.engine.remove, store.scope, chat_history_id, sorted(removed))
+    removed: set[int] = set()
+    damaged = [each for each in zip(rows, examined, strict=True) if each[1].message is None]
+    if damaged and salvage is not None:
+        _save(salvage, store.namespace, chat_history_id, damaged)
+        saved = [row for row, _ in damaged]
+        # Others may have written since the messages were read: what is not saved stays.
+        others = store.engine.run(store.engine.remove, store.scope, chat_history_id, saved)
+        removed = {row.position for row in saved}.difference(others)
     for message in examined:
         for description in message.faults:
             yield Fault(

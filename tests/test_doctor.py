@@ -26,7 +26,7 @@ from haystack_chat_store import (
 )
 from haystack_chat_store.doctor import check, check_async, examined_messages
 from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
-from haystack_chat_store.stores.rows import HistoryRow
+from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.messages import conversation, sample_messages
 
 NO_MESSAGE = "Its stored text is not that of a message."
@@ -182,6 +182,13 @@ def odd_store():
                 rows = super().page(*arguments)
                 return [replace(row, **changed) if row.position == 1 else row for row in rows]
 
+            def remove(self, session, scope, chat_history_id, rows):
+                stored = super().page(session, scope, chat_history_id, None, None, 9)
+                positions = [row.position for row in rows]
+                return super().remove(
+                    session, scope, chat_history_id, [row for row in stored if row.position in positions]
+                )
+
         store = store_on(OddEngine())
         store.write_messages("chat", conversation("uau"))
         return store
@@ -232,6 +239,26 @@ def test_what_stood_where_text_should_is_saved_too(odd_store, tmp_path):
     saved = json.loads((tmp_path / "salvage.jsonl").read_text())
     assert (saved["message_id"], saved["created_at"]) == (r"b'\xff'", None)
     assert store.count_messages("chat") == 2
+
+
+def test_what_others_have_written_since_a_page_was_read_stays(tmp_path):
+    class SlowEngine(InMemoryEngine):
+        def remove(self, *arguments):
+            others = store_on(self, namespace=store.namespace)
+            others.delete_messages("chat")
+            others.write_messages("chat", conversation("uaua"))
+            return super().remove(*arguments)
+
+    store = store_on(SlowEngine())
+    rows = [MessageRow(0, 0, "a", "user", "no JSON"), MessageRow(1, 0, "b", "user", "no JSON either")]
+    history = HistoryRow(chat_history_id="chat", created_at=0, updated_at=0)
+    store.engine.run(store.engine.import_history, store.scope, history, [rows], 0)
+
+    faults = check(store, repair=True, salvage=tmp_path / "salvage.jsonl")
+
+    assert [(fault.position, fault.is_repaired) for fault in faults] == [(0, False), (1, False)]
+    assert store.count_messages("chat") == 4
+    assert len((tmp_path / "salvage.jsonl").read_text().splitlines()) == 2
 
 
 def test_what_the_engine_has_reported_is_not_reported_again(odd_store):

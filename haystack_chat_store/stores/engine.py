@@ -633,9 +633,14 @@ class Engine(ABC, Generic[SessionT]):
         )
 
     def remove(
-        self, session: SessionT, scope: Scope, chat_history_id: str, positions: Sequence[int]
-    ) -> Operation[None]:
-        """Delete messages by their positions, even if their contents are damaged."""
+        self, session: SessionT, scope: Scope, chat_history_id: str, rows: Sequence[MessageRow]
+    ) -> Operation[list[int]]:
+        """
+        Delete messages, even if they are damaged. What is not stored as in its row any more stays.
+
+        :param rows: Some of the messages of a page, as `page` returned them, in their order.
+        :returns: The positions where another message stays.
+        """
         raise self.unsupported("repairing", "remove")
 
     def unsupported(self, what: str, operation: str) -> UnsupportedOperationError:

@@ -6,7 +6,7 @@ Rows are not frozen, because a frozen dataclass takes six times as long to creat
 that an engine can create them from rows of a query.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, NamedTuple
@@ -81,6 +81,18 @@ class MessageRow:
     message_id: str
     role: str
     content: str
+
+
+def compare_rows(rows: Sequence[MessageRow], stored: Iterable[MessageRow]) -> tuple[list[int], list[int]]:
+    """
+    Compare rows with what is stored now at their positions.
+
+    :returns: The positions of those that are the same, and of those that are others. What is not stored is neither.
+    """
+    known = {row.position: row for row in rows}
+    found = [row for row in stored if row.position in known]
+    same = [row.position for row in found if row == known[row.position]]
+    return same, [row.position for row in found if row != known[row.position]]
 
 
 class WindowRows(NamedTuple):

@@ -23,7 +23,7 @@ from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.contract_directory import listed
 from haystack_chat_store.testing.contract_users import answer, imported, skip_without
-from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, ids, texts
+from haystack_chat_store.testing.kit import Calls, ClosableStore, ContractTest, StoreFactory, ids, message_rows, texts
 from haystack_chat_store.testing.messages import user, with_id
 
 # Long enough for a test to write and read within it, in seconds.
@@ -172,7 +172,9 @@ class Rule17SidebarTest(ContractTest):
             ("1", "user", "3"),
         ),
         "remove": (
-            lambda calls, store: store.engine.run(store.engine.remove, store.scope, "chat", [0, 3]),
+            lambda calls, store: store.engine.run(
+                store.engine.remove, store.scope, "chat", message_rows(store, "chat", [0, 3])
+            ),
             ("2", "user", "2"),
         ),
     }
@@ -185,15 +187,35 @@ class Rule17SidebarTest(ContractTest):
         change(calls, store)
         assert shown(calls, store) == expected
 
+    def test_what_has_changed_since_it_was_read_is_not_removed(self, store: ClosableStore, calls: Calls) -> None:
+        skip_without(self, "keeps_previews")
+        engine: Any = store
+
+        def remove(rows: list[MessageRow]) -> list[int]:
+            others: list[int] = engine.engine.run(engine.engine.remove, engine.scope, "chat", rows)
+            return others
+
+        calls.write(store, "chat", [with_id("q", "1"), answer("a", "A"), with_id("r", "2"), answer("b", "B")])
+        read = message_rows(store, "chat", range(4))
+        calls.write(store, "chat", [with_id("r", "2, edited")], policy=DuplicatePolicy.OVERWRITE)
+        calls.call(store, "delete_messages", "chat", message_ids=["q"])
+        calls.write(store, "chat", [with_id("s", "3")])
+        assert remove(read[:3]) == [2]
+        assert texts(calls.call(store, "retrieve_messages", "chat", last_k=None)) == ["2, edited", "B", "3"]
+
+        calls.call(store, "delete_messages", "chat")
+        assert remove(read) == []
+        calls.write(store, "chat", [with_id("q", "1"), with_id("a", "another")])  # begun anew
+        assert remove(read) == [0, 1]
+        assert texts(calls.call(store, "retrieve_messages", "chat", last_k=None)) == ["1", "another"]
+
     def test_copies_and_imports_have_previews(self, store: ClosableStore, calls: Calls) -> None:
         skip_without(self, "keeps_previews")
         calls.write(store, "chat", [with_id("q", "1"), answer("a", "A"), with_id("r", "2"), answer("b", "B")])
         calls.call(store, "copy_messages", "chat", "copy", until_message_id="a")
         assert shown(calls, store, "copy") == ("1", "assistant", "A")
-        engine: Any = store
-        rows: list[MessageRow] = engine.engine.run(engine.engine.page, engine.scope, "chat", None, -1, 9)
         history = HistoryRow(chat_history_id="imported", created_at=5, updated_at=5)
-        assert imported(calls, store, history, rows[:3]) == 3
+        assert imported(calls, store, history, message_rows(store, "chat", range(3))) == 3
         assert shown(calls, store, "imported") == ("1", "user", "2")
 
     # ------------------------------------------------------------------ meta

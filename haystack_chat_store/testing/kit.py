@@ -9,7 +9,7 @@ of messages.
 import asyncio
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -20,6 +20,7 @@ from hypothesis import settings
 
 from haystack_chat_store.errors import UnsupportedOperationError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
+from haystack_chat_store.stores.rows import MessageRow
 from haystack_chat_store.types import AsyncChatMessageStore
 
 TestT = TypeVar("TestT", bound=Callable[..., Any])
@@ -234,6 +235,12 @@ class ContractTest:
 def ids(messages: list[ChatMessage]) -> list[str]:
     """Return the ids of retrieved messages."""
     return [message.meta[MESSAGE_ID_KEY] for message in messages]
+
+
+def message_rows(store: Any, chat_history_id: str, positions: Container[int]) -> list[MessageRow]:
+    """Return what is stored of a history's messages at some positions."""
+    rows: list[MessageRow] = store.engine.run(store.engine.page, store.scope, chat_history_id, None, None, 1000)
+    return [row for row in rows if row.position in positions]
 
 
 def texts(messages: list[ChatMessage]) -> list[str | None]:

@@ -12,6 +12,7 @@ from haystack_chat_store.stores import faults as listed_faults
 from haystack_chat_store.stores.postgres import checking
 from haystack_chat_store.stores.postgres.schema import history_key
 from haystack_chat_store.stores.rows import HistoryRow
+from haystack_chat_store.testing.kit import message_rows
 
 VERSIONS = NEWEST_AND_OLDEST
 IMAGE = ImageContent(base64_image="iVBORw0KGgo=", mime_type="image/png", validation=False)
@@ -162,7 +163,7 @@ def test_a_content_that_is_no_message_disturbs_no_check(store, change, content):
     change("UPDATE {0}.haystack_chat_messages SET content = '" + quoted + "' WHERE message_id = 'b'")
     assert len(faults(store, repair=True)) == 2
     assert faults(store) == []
-    store.engine.run(store.engine.remove, store.scope, "history", [1, 99])
+    store.engine.run(store.engine.remove, store.scope, "history", message_rows(store, "history", [1]))
     assert store.count_messages("history") == 2
     assert faults(store) == []
 

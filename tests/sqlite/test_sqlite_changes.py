@@ -25,7 +25,7 @@ from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.stores.sqlite import visibility
 from haystack_chat_store.stores.times import microseconds_now
-from haystack_chat_store.testing.kit import texts
+from haystack_chat_store.testing.kit import message_rows, texts
 from haystack_chat_store.testing.messages import conversation, user, with_id
 from haystack_chat_store.testing.processes import Program
 
@@ -375,7 +375,9 @@ CHANGES = {
         [imported_rows(3, 5)],
         store.get_chat_history("chat").revision,
     ),
-    "remove": lambda store: store.engine.run(store.engine.remove, store.scope, "chat", [0]),
+    "remove": lambda store: store.engine.run(
+        store.engine.remove, store.scope, "chat", message_rows(store, "chat", [0])
+    ),
 }
 
 

@@ -22,6 +22,7 @@ from haystack_chat_store.ids import MESSAGE_ID_KEY
 from haystack_chat_store.search_text import parsed_query, terms
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.stores.sqlite import search, term_index
+from haystack_chat_store.testing.kit import message_rows
 from haystack_chat_store.testing.processes import Program
 
 WORDS = ["fox", "quick", "brown", "東京都", "Straße", "déjà", "x²"]
@@ -160,7 +161,7 @@ def change_at_random(store, chance, steps):
                 (store.delete_messages, other),
                 (partial(store.delete_chat_histories, prefix=other),),
                 (import_some, store, history, 3, words),
-                (store.engine.run, store.engine.remove, store.scope, history, [0, 3]),
+                (store.engine.run, store.engine.remove, store.scope, history, message_rows(store, history, [0, 3])),
             ]
         )
         change(*arguments)
@@ -220,7 +221,7 @@ def test_a_damaged_message_neither_stops_a_write_nor_the_indexing(new_store, pat
     searching.index_messages()
     assert found(searching, "fox") == [("chat", 0), ("chat", 2)]
     searching.copy_messages("chat", "copy")
-    searching.engine.run(searching.engine.remove, searching.scope, "chat", [1])
+    searching.engine.run(searching.engine.remove, searching.scope, "chat", message_rows(searching, "chat", [1]))
     assert found(searching, "fox") == [("chat", 0), ("chat", 2), ("copy", 0), ("copy", 2)]
     searching.delete_messages("copy")
     assert index_says_what_messages_say(path)

@@ -592,7 +592,7 @@ def test_a_damaged_message_hides_no_other_and_can_be_removed(two_histories, path
     assert [(row.position, row.role) for row in rows] == [(0, "user"), (1, "user"), (2, "user"), (3, "assistant")]
     assert all(isinstance(row.content, str) for row in rows)
     faults_of(two_histories, repair=True)
-    two_histories.engine.run(two_histories.engine.remove, two_histories.scope, "chat", [1])
+    two_histories.engine.run(two_histories.engine.remove, two_histories.scope, "chat", rows[1:2])
     assert [stored.position for stored in two_histories.list_messages("chat")] == [0, 2, 3]
     info = two_histories.get_chat_history("chat")
     assert (info.message_count, info.round_count) == (3, 2)

@@ -21,7 +21,7 @@ from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.in_memory.histories import History, Memory, Namespace, Stored, locked
 from haystack_chat_store.stores.in_memory.search_index import SearchIndex
 from haystack_chat_store.stores.previews import beginning_of_content
-from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, compare_rows
 from haystack_chat_store.stores.times import microseconds_now
 
 
@@ -206,9 +206,13 @@ class Writing(Engine[Memory]):
         return sum(_import(namespace, scope, history, messages, 0) for history, messages in imported.values())
 
     @locked
-    def remove(self, session: Memory, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
+    def remove(self, session: Memory, scope: Scope, chat_history_id: str, rows: Sequence[MessageRow]) -> list[int]:
         """Leave a gap at the position of each message."""
-        _remove(session.of(scope), scope, chat_history_id, positions)
+        namespace = session.of(scope)
+        history = namespace.find_to_write(scope, chat_history_id)
+        gone, others = compare_rows(rows, [] if history is None else history.page(None, None, len(history.messages)))
+        _remove(namespace, scope, chat_history_id, gone)
+        return others
 
 
 def _append(

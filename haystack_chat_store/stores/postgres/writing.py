@@ -7,6 +7,7 @@ history, for which appends queue, too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import starmap
 from typing import Any
 
 from haystack.document_stores.types import DuplicatePolicy
@@ -36,7 +37,7 @@ from haystack_chat_store.stores.postgres.importing import import_locked, import_
 from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key
 from haystack_chat_store.stores.postgres.session import Session, in_transaction
 from haystack_chat_store.stores.postgres.statements import Statement
-from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, compare_rows
 
 _DELETE_SOME = """
     WITH gone AS (DELETE FROM {{messages}} WHERE history_key = %(key)s AND {which} RETURNING role),
@@ -53,7 +54,7 @@ _DELETE_BY_ID, _DELETE_FROM, _DELETE_BY_POSITION = (
     for which in ("message_id = ANY (%(ids)s)", "position BETWEEN %(start)s AND %(end)s", "position = ANY (%(places)s)")
 )
 _COUNT_FROM = Statement("SELECT count(*) FROM {messages} WHERE history_key = %s AND position >= %s")
-_MESSAGE = Statement("SELECT {message_row} FROM {messages} WHERE history_key = %s AND position = %s")
+_MESSAGES = Statement("SELECT {message_row} FROM {messages} WHERE history_key = %s AND position = ANY (%s)")
 _SET_CONTENT = Statement("""
     WITH history AS (UPDATE {histories} SET revision = %(revision)s WHERE history_key = %(key)s)
     UPDATE {messages} SET content = %(content)s::json, revision = %(revision)s
@@ -187,20 +188,26 @@ class Writing(Engine[Session]):
         position = None if history is None else await position_of(session, key, message_id)
         if history is None or position is None:
             raise message_not_found(message_id)
-        row = MessageRow(*(await session.fetch(_MESSAGE, [key, position]))[0])
+        row = MessageRow(*(await session.fetch(_MESSAGES, [key, [position]]))[0])
         row.content = change(row.content)
         parameters = {"key": key, "position": position, "content": row.content, "revision": history.next_revision}
         await session.run(_SET_CONTENT, parameters)
         return row
 
     @in_transaction
-    async def remove(self, session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
-        """Delete messages in a transaction that has the history locked."""
-        if history := await lock_history(session, scope, chat_history_id):
-            key = history_key(scope, chat_history_id)
-            parameters = {"key": key, "places": list(positions), "revision": history.next_revision}
-            await session.run(_DELETE_BY_POSITION, parameters)
-            await find_previews(session, key)
+    async def remove(
+        self, session: Session, scope: Scope, chat_history_id: str, rows: Sequence[MessageRow]
+    ) -> list[int]:
+        """Compare and delete messages in a transaction that has the history locked."""
+        history = await lock_history(session, scope, chat_history_id)
+        if history is None:
+            return []
+        key = history_key(scope, chat_history_id)
+        stored = await session.fetch(_MESSAGES, [key, [row.position for row in rows]])
+        gone, others = compare_rows(rows, starmap(MessageRow, stored))
+        await session.run(_DELETE_BY_POSITION, {"key": key, "places": gone, "revision": history.next_revision})
+        await find_previews(session, key)
+        return others
 
     @in_transaction
     async def copy(

@@ -36,7 +36,7 @@ from haystack_chat_store.stores.redis.scripts import directory as of_directory
 from haystack_chat_store.stores.redis.scripts import messages as scripts
 from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.redis.staging import Stage
-from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, compare_rows
 
 # How many histories `delete_all` deletes by one script.
 _DELETED_HISTORIES_PER_STEP = 100
@@ -209,14 +209,24 @@ class Writing(RedisOperations):
         arguments: list[str | int] = [chat_history_id, lifetime(scope), keys.user]
         await session.run(scripts.RENEW, keys.to_write(chat_history_id), arguments)
 
-    async def remove(self, session: Session, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
-        """Delete the messages that the index has at these positions."""
-        if positions:
-            keys = self.keys(scope)
-            wanted = set(positions)
+    async def remove(
+        self, session: Session, scope: Scope, chat_history_id: str, rows: Sequence[MessageRow]
+    ) -> list[int]:
+        """Compare the messages, and delete what the index has at their positions if the revision is still the same."""
+        keys = self.keys(scope)
+        first, last = rows[0].position, rows[-1].position
+        for _ in range(_ATTEMPTS):
+            histories = await read_histories(session, keys, [chat_history_id])
+            part = await read_part(session, keys, chat_history_id, last - first + 1, after=first - 1)
+            gone, others = compare_rows(rows, part.rows)
+            if not histories or not gone:
+                return others
             index = await read_ids(session, keys, chat_history_id)
-            ids = [message_id for message_id, position in index.items() if position in wanted]
-            await remove_ids(session, keys, chat_history_id, ids)
+            ids = [message_id for message_id, position in index.items() if position in set(gone)]
+            revision = histories[chat_history_id].row.revision
+            if isinstance(await remove_ids(session, keys, chat_history_id, ids, revision), int):
+                return others
+        return [row.position for row in rows]
 
     # ------------------------------------------------------------------ copying and importing
 

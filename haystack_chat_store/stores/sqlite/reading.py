@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations that read messages."""
 
+import sqlite3
 from itertools import starmap
 
 from haystack_chat_store.conversation.rounds import Window
@@ -95,17 +96,23 @@ class Reading(Engine[Database]):
         self, session: Database, scope: Scope, chat_history_id: str, before: int | None, after: int | None, limit: int
     ) -> list[MessageRow]:
         """Read a range of keys."""
-        history = visible_history(scope, chat_history_id)
         with session.connection() as connection:
             if after is not None:
-                rows = readable_rows(connection, _PAGE_AFTER, (*history, after + 1, MAX_POSITION, limit))
-            else:
-                last = MAX_POSITION if before is None else before - 1
-                rows = readable_rows(connection, _PAGE_BEFORE, (*history, 0, last, limit))[::-1]
-        return list(starmap(MessageRow, rows))
+                return page_after(connection, scope, chat_history_id, after, limit)
+            last = MAX_POSITION if before is None else before - 1
+            values = (*visible_history(scope, chat_history_id), 0, last, limit)
+            return list(starmap(MessageRow, readable_rows(connection, _PAGE_BEFORE, values)[::-1]))
 
     def position(self, session: Database, scope: Scope, chat_history_id: str, message_id: str) -> int | None:
         """Look up the key of a message."""
         with session.connection() as connection:
             found = connection.execute(_POSITION, (*visible_history(scope, chat_history_id), message_id)).fetchone()
             return None if found is None else int(found[0])
+
+
+def page_after(
+    connection: sqlite3.Connection, scope: Scope, chat_history_id: str, after: int, limit: int
+) -> list[MessageRow]:
+    """Return the first messages after a position."""
+    values = (*visible_history(scope, chat_history_id), after + 1, MAX_POSITION, limit)
+    return list(starmap(MessageRow, readable_rows(connection, _PAGE_AFTER, values)))

@@ -15,9 +15,10 @@ from haystack_chat_store.stores.conflicts import (
     planned,
 )
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope
+from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, compare_rows
 from haystack_chat_store.stores.sqlite.connections import Database
 from haystack_chat_store.stores.sqlite.histories import Histories
+from haystack_chat_store.stores.sqlite.reading import page_after
 from haystack_chat_store.stores.sqlite.schema import key_range
 from haystack_chat_store.stores.sqlite.turns import WriteSession
 from haystack_chat_store.stores.times import microseconds_now
@@ -185,15 +186,20 @@ class Writing(Engine[Database]):
                 stored.check_is_new(row.chat_history_id)
             return sum(stored.import_batches(row, [messages], 0) for row, messages in histories)
 
-    def remove(self, session: Database, scope: Scope, chat_history_id: str, positions: Sequence[int]) -> None:
-        """Delete messages by their keys, and recount the history."""
+    def remove(self, session: Database, scope: Scope, chat_history_id: str, rows: Sequence[MessageRow]) -> list[int]:
+        """Compare the messages and delete them by their keys, and recount the history."""
         with session.transaction() as connection:
             histories = Histories(connection, scope, session.settings.search)
             history = histories.find(chat_history_id)
-            if history is not None:
-                keys = [history.first_key + position for position in positions]
-                histories.delete_messages(history, [(key, key) for key in keys])
-                histories.recount(history.history_key)
+            if history is None or not rows:
+                return []
+            first, last = rows[0].position, rows[-1].position
+            stored = page_after(connection, scope, chat_history_id, first - 1, last - first + 1)
+            gone, others = compare_rows(rows, stored)
+            keys = [history.first_key + position for position in gone]
+            histories.delete_messages(history, [(key, key) for key in keys])
+            histories.recount(history.history_key)
+            return others
 
 
 def _new(chat_history_id: str, now: int, user_id: str | None = None) -> HistoryRow:
