@@ -10,13 +10,14 @@ import argparse
 import platform
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack
 from pathlib import Path
 
+from engines import KEYS, SERVERS, chosen
 from haystack.dataclasses import ChatMessage, ImageContent
 from measuring import Trial, medians
 
-from haystack_chat_store import BaseChatMessageStore, InMemoryChatMessageStore, SQLiteChatMessageStore, match_transcript
+from haystack_chat_store import BaseChatMessageStore, match_transcript
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 #: What a transcript begins with. All questions with known texts are read in one pass, other transcripts one by one.
@@ -50,22 +51,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3000)
+    parser.add_argument("--engines", default="memory,sqlite-normal,postgres,redis", help=f"of {', '.join(KEYS)}")
     options = parser.parse_args()
     print(f"Python {platform.python_version()}, {options.rounds} rounds against 10, medians of {options.repetitions}.")
     print("\n| store | transcript begins with | 10 rounds, µs | long, µs | ratio |\n|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        stores = {
-            "memory": InMemoryChatMessageStore(last_k=None),
-            "SQLite": SQLiteChatMessageStore(Path(folder) / "chat.db", durability="normal", last_k=None),
-        }
-        for name, store in stores.items():
-            with closing(store):
+    with ExitStack() as running, tempfile.TemporaryDirectory() as folder:
+        for engine in chosen(options.engines.split(","), dict.fromkeys(SERVERS), running):
+            with engine.open_store(Path(folder)) as store:
                 for what, beginning in BEGINNINGS.items():
                     calls = {rounds: turn(store, rounds, beginning) for rounds in (10, options.rounds)}
                     trials = [Trial(rounds, call, tuple) for rounds, call in calls.items()]
                     took = medians([trials], options.repetitions)
                     short, long = took[10], took[options.rounds]
-                    print(f"| {name} | {what} | {short:.0f} | {long:.0f} | {long / short:.1f} |")
+                    print(f"| {engine.name} | {what} | {short:.0f} | {long:.0f} | {long / short:.1f} |")
 
 
 if __name__ == "__main__":
