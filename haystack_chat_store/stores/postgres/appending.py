@@ -154,6 +154,7 @@ async def append_to_new_history(
         return None
     parameters = await append_parameters(session, scope, chat_history_id, messages)
     await session.run(_APPEND_FIRST, parameters, prepare=True)
+    session.appended_in_transaction = [message.message_id for message in messages]
     return len(messages)
 
 
@@ -197,6 +198,8 @@ async def append_locked(
     await session.run(APPEND_LOCKED, parameters, prepare=True)
     if plan.replaced:
         await find_previews(session, key)
+    if policy is DuplicatePolicy.SKIP and expected_revision is None:
+        session.appended_in_transaction = [message.message_id for message in plan.new]
     return len(plan.new) + len(plan.replaced)
 
 
