@@ -3,7 +3,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial, wraps
 from typing import Any, NamedTuple, TypeVar, cast
@@ -14,6 +14,7 @@ from psycopg.pq import TransactionStatus
 
 from haystack_chat_store.stores.postgres.schema import BEGINNING, Tables
 from haystack_chat_store.stores.postgres.statements import BEGIN_AND_NUMBER, STATUS_OF_TRANSACTION, Statement
+from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 from haystack_chat_store.types import Fault
 
 logger = logging.getLogger(__name__)
@@ -205,6 +206,17 @@ class Session:
     async def to_thread(self, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
         """Call a function that takes a while or waits: in a thread, if an event loop would have to wait for it."""
         return await asyncio.to_thread(function, *arguments) if self._is_async else function(*arguments)
+
+    async def to_thread_if_large(
+        self, texts: Iterable[str], function: Callable[..., ResultT], *arguments: Any
+    ) -> ResultT:
+        """
+        Call a function that works on texts: in a thread, if they are large and an event loop would have to wait.
+
+        :param texts: The texts, for their size.
+        """
+        is_large = sum(map(len, texts)) > MAX_CHARACTERS_ON_LOOP
+        return await self.to_thread(function, *arguments) if is_large else function(*arguments)
 
     async def try_append(self, statement: str, parameters: Parameters, message_ids: Sequence[str]) -> bool:
         """
