@@ -2,6 +2,7 @@
 """What an operation works with: a connection that it has for itself, and what the process knows of the database."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
@@ -242,6 +243,20 @@ class Session:
         finally:
             self.connection.remove_notice_handler(warnings.append)
         return not warnings
+
+    async def run_however_long_it_takes(self, statement: str) -> None:
+        """
+        Execute a statement that takes as long as a table is large. Afterwards, the call has its whole timeout again.
+
+        It must not wait for locks, or limit that by `lock_timeout`.
+        """
+        deadline, self.connection.deadline = self.connection.deadline, math.inf
+        try:
+            await self.run(statement)
+        except BaseException:
+            self.connection.deadline = deadline
+            raise
+        self.renew_deadline()
 
     def renew_deadline(self, seconds: float | None = None) -> None:
         """
