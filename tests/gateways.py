@@ -40,7 +40,11 @@ class Gateway:
         self._forgotten_before = self.connections
 
     def cut(self):
-        """End all connections that there are. A server at work on a request does not notice before its answer."""
+        """
+        End all connections that there are, forgotten ones as well.
+
+        A server at work on a request does not notice before its answer.
+        """
         self._cut_before = self.connections
 
     def url(self, url):
@@ -63,7 +67,8 @@ class Gateway:
                 for ready in select.select([client, server], [], [], 0.2)[0]:
                     data = ready.recv(1 << 20)
                     if number <= self._forgotten_before:
-                        self._ends.wait()  # neither end hears of anything
+                        while number > self._cut_before and not self._ends.wait(0.02):
+                            pass  # neither end hears of anything
                         return
                     if not data:
                         return

@@ -321,7 +321,8 @@ class BaseChatMessageStore(DirectoryMethods, ReadingMethods):
     ) -> StoredMessage:
         """Do what `update_message_meta` does, without blocking the event loop."""
         arguments = _checked_merge(chat_history_id, message_id, merge)
-        return stored_messages([await self.engine.run_async(self.engine.update_message, self.scope, *arguments)])[0]
+        row = await self.engine.run_async(self.engine.update_message, self.scope, *arguments)
+        return (await to_thread_if_large(len(row.content), stored_messages, [row]))[0]
 
     def delete_messages(
         self,

@@ -54,6 +54,11 @@ def beginning_of_content(content: str) -> str | None:
     return None
 
 
+def first_beginning(contents: Iterable[str]) -> str | None:
+    """Return the beginning of the first content that has text, or `None`."""
+    return next(filter(None, map(beginning_of_content, contents)), None)
+
+
 def first_question(messages: Sequence[MessageT]) -> str | None:
     """Return the beginning of the first user message that has text, or `None`."""
     for message in messages:

@@ -198,7 +198,8 @@ def test_a_transaction_that_the_server_has_lost_in_a_crash_was_not_committed(mak
     store = make_store()
 
     async def asked(session):
-        return await session.was_committed(Commit(2**50, None)), await session.fetch("SELECT 1")
+        session.commit = Commit(2**50, None, ())
+        return await session.was_committed(session), await session.fetch("SELECT 1")
 
     calls.write(store, "history", [user()])
     assert calls.call(store.engine, "run", asked) == (False, [(1,)])

@@ -6,7 +6,16 @@ from contextlib import ExitStack
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
-from postgres_stores import DIRECTLY_OR_POOLED, NEWEST_AND_OLDEST, counted, execute, say, statements_of, stores_on
+from postgres_stores import (
+    DIRECTLY_OR_POOLED,
+    NEWEST_AND_OLDEST,
+    counted,
+    execute,
+    say,
+    statements_of,
+    store_at,
+    stores_on,
+)
 
 from haystack_chat_store import search_text
 from haystack_chat_store.errors import UnsupportedOperationError
@@ -93,6 +102,22 @@ def test_what_a_process_writes_that_connected_before_search_was_turned_on_is_fou
     unknowing.close()
     unknowing.write_messages("history", [ChatMessage.from_user("fourth", meta={"chat_message_id": "3"})])
     assert found(searching, "fourth") == ["3"]
+
+
+@pytest.mark.parametrize("index", ["messages_by_terms", "histories_by_title", "messages_unindexed"])
+def test_an_index_of_search_may_take_longer_than_a_call(database, index):
+    """The larger the table, the longer it takes."""
+    say(store_at(database), "message")
+    execute(
+        database,
+        "CREATE FUNCTION slowly() RETURNS event_trigger LANGUAGE plpgsql AS "
+        f"$$BEGIN IF current_query() LIKE '%{index}%' THEN PERFORM pg_sleep(3); END IF; END$$",
+        "CREATE EVENT TRIGGER slowly ON ddl_command_start WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION slowly()",
+    )
+    searching = store_at(database, search=True, timeout=2)
+    searching.index_messages()
+    assert [hit.snippet for hit in searching.search_messages("message")] == ["message"]
+    searching.close()
 
 
 def test_a_store_without_search_keeps_the_index_once_it_is_there(make_store, server):

@@ -313,3 +313,45 @@ def test_while_one_of_two_forks_is_still_under_way_no_connection_is_lent(store):
     database.after_fork_in_parent()
     writing.join(50)
     assert said(store) == ["before", "after"]
+
+
+# ---------------------------------------------------------------------- a write in the middle of a write
+
+
+class WritesAsItGoes:
+    """An object whose finalizer writes."""
+
+    def __init__(self, write, errors):
+        self._write, self._errors = write, errors
+
+    def __del__(self):
+        try:
+            self._write()
+        except StoreUnavailableError as error:
+            self._errors.append(error)
+
+
+@pytest.mark.parametrize("way", ["in the main thread", "in a thread", "in a task"])
+@pytest.mark.parametrize("inner", ["append", "delete"])
+def test_a_finalizer_that_writes_in_the_middle_of_a_write_hears_so_at_once(store, way, inner):
+    say(store, "before")
+    errors = []
+
+    def renew(session, holder):
+        with session.transaction() as connection:
+            holder.clear()
+            return connection.in_transaction
+
+    inner = {"append": lambda: say(store, "inner"), "delete": lambda: store.delete_messages("history")}[inner]
+    holder = [WritesAsItGoes(inner, errors)]
+    if way == "in the main thread":
+        assert store.engine.run(renew, holder)
+    elif way == "in a thread":
+        assert in_threads(lambda _: store.engine.run(renew, holder), 1) == [True]
+    else:
+        assert asyncio.run(store.engine.run_async(renew, holder))
+    (error,) = errors
+    assert not isinstance(error, StoreTimeoutError)
+    assert "in the middle of another write" in str(error)
+    say(store, "after")
+    assert said(store) == ["before", "after"]

@@ -5,7 +5,9 @@ import asyncio
 import errno
 import os
 import re
+import sqlite3
 import stat
+import sys
 import tempfile
 import threading
 from contextlib import closing, contextmanager
@@ -16,7 +18,12 @@ from haystack.dataclasses import ChatMessage
 from sqlite_stores import SECRET, SIDE_FILES, assert_says, connections_of_stores, opened, rows, said, say
 
 from haystack_chat_store import SQLiteChatMessageStore
-from haystack_chat_store.errors import StoreConfigurationError, StoreTimeoutError, StoreUnavailableError
+from haystack_chat_store.errors import (
+    MessageEncodingError,
+    StoreConfigurationError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+)
 from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.testing.processes import Program, run_program
 
@@ -176,9 +183,20 @@ def limited_in_size(path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@contextmanager
+def small(path):
+    """SQLite takes smaller texts than usual."""
+    if sys.version_info < (3, 11):
+        pytest.skip("The limit cannot be set.")
+    for connection in connections_of_stores(path):
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
+    yield
+
+
 @pytest.mark.parametrize(
     ("failure", "error", "says"),
     [
+        (small, MessageEncodingError, "too big.*gigabyte"),
         (locked, StoreTimeoutError, r"locked.* 0\.2 seconds.*Try again"),
         (full, StoreUnavailableError, "is full.*[Mm]ake room"),
         (limited_in_size, StoreUnavailableError, "disk"),

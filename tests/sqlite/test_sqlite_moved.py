@@ -167,6 +167,37 @@ def test_a_log_that_cannot_be_removed_keeps_no_other_process_from_writing(new_st
     assert said(elsewhere) == ["before", "elsewhere"]
 
 
+@pytest.mark.parametrize("is_closed", [False, True], ids=["in use", "closed"])
+@pytest.mark.parametrize("ending", SIDE_FILES)
+def test_a_log_that_could_not_be_removed_is_removed_later(new_store, path, moved, monkeypatch, ending, is_closed):
+    """This process has written meanwhile to the database where it lies now."""
+    store, elsewhere = new_store(timeout=0.2), new_store(moved, timeout=0.2)
+    say(store, "before")
+    move_database(path, moved)
+    remove = os.remove
+
+    def refuse(place):
+        if place.endswith(ending):
+            raise PermissionError(errno.EPERM, "Operation not permitted", place)
+        remove(place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "remove", refuse)
+        with pytest.raises(StoreUnavailableError, match="Operation not permitted"):
+            say(store, "refused")
+        say(elsewhere, "elsewhere")
+        with pytest.raises(StoreUnavailableError, match="Operation not permitted"):
+            said(store)
+    if is_closed:
+        elsewhere.close()
+    assert said(store) == []
+    say(store, "anew")
+    assert (said(store), said(elsewhere)) == (["anew"], ["before", "elsewhere"])
+    store.close()
+    elsewhere.close()
+    assert (texts_in(path), texts_in(moved)) == (["anew"], ["before", "elsewhere"])
+
+
 def write_when_told(store, report):
     """Write once now, and once more at each line of input, until an empty one."""
     import sys

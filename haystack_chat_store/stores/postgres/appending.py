@@ -18,7 +18,6 @@ from haystack_chat_store.stores.postgres.terms import tsvectors
 from haystack_chat_store.stores.postgres.turns import Append
 from haystack_chat_store.stores.previews import first_question, last_said
 from haystack_chat_store.stores.rows import EncodedMessage, MessageRow, Scope, round_count
-from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 
 # The history's row is the lock that gives out positions. A writer holds it until its messages are committed. A history
 # that this transaction has made has revision 0. Its first revision is looked up by a later statement than the one that
@@ -154,6 +153,7 @@ async def append_to_new_history(
         return None
     parameters = await append_parameters(session, scope, chat_history_id, messages)
     await session.run(_APPEND_FIRST, parameters, prepare=True)
+    session.appended_in_transaction = [message.message_id for message in messages]
     return len(messages)
 
 
@@ -197,6 +197,8 @@ async def append_locked(
     await session.run(APPEND_LOCKED, parameters, prepare=True)
     if plan.replaced:
         await find_previews(session, key)
+    if policy is DuplicatePolicy.SKIP and expected_revision is None:
+        session.appended_in_transaction = [message.message_id for message in plan.new]
     return len(plan.new) + len(plan.replaced)
 
 
@@ -249,8 +251,7 @@ async def sent_parameters(
     contents = [message.content.replace("\n", " ") for message in messages]
     terms = None
     if session.database.has_search and with_terms:
-        is_long = sum(map(len, contents)) > MAX_CHARACTERS_ON_LOOP
-        terms = await session.to_thread(tsvectors, contents) if is_long else tsvectors(contents)
+        terms = await session.to_thread_if_large(contents, tsvectors, contents)
     return {
         "message_ids": json.dumps([message.message_id for message in messages]),
         "roles": " ".join([message.role for message in messages]),

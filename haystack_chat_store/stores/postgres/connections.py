@@ -43,6 +43,7 @@ from haystack_chat_store.stores.fair_semaphore import FairSemaphore
 from haystack_chat_store.stores.postgres import upgrading
 from haystack_chat_store.stores.postgres.connection_string import DEFAULT_SCHEMA, parsed
 from haystack_chat_store.stores.postgres.session import Database, Session
+from haystack_chat_store.stores.postgres.statements import SERVER_RUN
 from haystack_chat_store.stores.postgres.turns import Turns
 from haystack_chat_store.stores.sync_async import run_sync
 
@@ -119,6 +120,7 @@ class _Limited:
     idle_since = -math.inf
     is_ready = False
     prepares = False
+    server_run: tuple[str | None, ...] = ()
     loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
@@ -399,20 +401,23 @@ class Pool(ServerConnections):
             session.connection.adapters.register_loader("json", TextLoader)  # the codec parses a window at once
             await upgrading.check_encoding(session)
             await upgrading.prepare(session, reads=reads)
-            await self._keep_plans(session)
+            await self._look_at_server(session)
             session.connection.is_ready = True
         if search and not reads and not self.database.has_search:
             await upgrading.turn_search_on(session)
 
     @staticmethod
-    async def _keep_plans(session: Session) -> None:
+    async def _look_at_server(session: Session) -> None:
         """
-        Let the server keep the plans of the statements of every turn, which takes a third of their time.
+        Note since when the server runs, and let it keep the plans of the statements of every turn.
+
+        That takes a third of their time.
 
         A pooler reports a process id of its own. Behind it the next statement may run on another server connection,
         which does not know what this one has prepared.
         """
-        ((backend_pid,),) = await session.fetch("SELECT pg_backend_pid()")
+        ((backend_pid, *server_run),) = await session.fetch(f"SELECT pg_backend_pid(), {SERVER_RUN}")
+        session.connection.server_run = tuple(server_run)
         if backend_pid == session.connection.info.backend_pid:
             await session.run(_KEEP_TO_INDEXES)
             session.connection.prepares = True

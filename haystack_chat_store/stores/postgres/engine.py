@@ -237,16 +237,23 @@ async def _repeat(
     """
     Finish an operation whose connection was lost.
 
-    If the lost session's commit is known to have succeeded, return its result. Otherwise run the operation again if it
-    can be repeated, and raise `cause` if not.
+    If the lost session's commit is known to have succeeded, return its result. If it is known to have failed, run the
+    operation again if it can be repeated, and raise `cause` if not. If neither is known, run an append again, which
+    looks for its messages, and raise `cause` otherwise.
 
     :param lost: The session whose connection was lost.
     :param cause: The error of the lost connection.
     """
-    if lost.commit is not None and await session.was_committed(lost.commit):
+    is_committed = await session.was_committed(lost)
+    if lost.commit is not None and is_committed:
         return cast(ResultT, lost.commit.result)
+    appended = lost.appending or lost.appended_earlier
+    if lost.commit is not None and is_committed is None:
+        appended = lost.commit.appended or appended
+        if not appended:
+            raise cause
     if not lost.is_repeatable:
         raise cause
     # The second attempt counts what earlier ones may have appended or repaired as its own work.
-    session.appended_earlier, session.found_earlier = lost.appending or lost.appended_earlier, lost.faults
+    session.appended_earlier, session.found_earlier = appended, lost.faults
     return await _coroutine(operation(session, *arguments, **options))

@@ -9,7 +9,7 @@ from haystack_chat_store.stores.conflicts import check_access
 from haystack_chat_store.stores.postgres.schema import history_key
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.statements import Statement
-from haystack_chat_store.stores.previews import beginning_of_content
+from haystack_chat_store.stores.previews import beginning_of_content, first_beginning
 from haystack_chat_store.stores.rows import HistoryRow, Scope
 
 # A history that this transaction has made has revision 0 until its first change.
@@ -174,11 +174,13 @@ async def find_previews(session: Session, key: uuid.UUID) -> None:
     """Find the first question and the last message of a history anew."""
     preview, position = None, -1
     while preview is None and (rows := await session.fetch(NEXT_QUESTIONS, [key, position])):
-        preview, position = next(filter(None, (beginning_of_content(row[1]) for row in rows)), None), rows[-1][0]
+        contents, position = [content for _, content in rows], rows[-1][0]
+        preview = await session.to_thread_if_large(contents, first_beginning, contents)
     found = await session.fetch(_LAST_MESSAGE, [key])
     last, role, content = found[0] if found else (None, None, "")
-    parameters = {"key": key, "preview": preview, "position": last, "last_role": role}
-    await session.run(_SET_PREVIEWS, {**parameters, "last_text": beginning_of_content(content)})
+    last_text = await session.to_thread_if_large([content], beginning_of_content, content)
+    parameters = {"key": key, "preview": preview, "position": last, "last_role": role, "last_text": last_text}
+    await session.run(_SET_PREVIEWS, parameters)
 
 
 async def position_of(session: Session, key: uuid.UUID, message_id: str) -> int | None:

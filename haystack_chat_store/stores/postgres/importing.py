@@ -99,7 +99,9 @@ async def _append_imported(
         }
         ((revision,),) = await session.fetch(_IMPORT_HISTORY, parameters)
     imported = rounds = 0
-    parts, preview, last = _parts(batches), None, None
+    preview: str | None = None
+    last: MessageRow | None = None
+    parts = _parts(batches)
     while (rows := await session.to_thread(next, parts, None)) is not None:
         session.renew_deadline()
         sent = await sent_parameters(session, rows)
@@ -108,14 +110,18 @@ async def _append_imported(
         await session.run(_IMPORT_MESSAGES, {**sent, **place})
         imported += len(rows)
         rounds += round_count(rows)
-        preview, last = preview or first_question(rows), last_said(rows) or last
+        preview = preview or await session.to_thread(first_question, rows)
+        last = last_said(rows) or last
     session.renew_deadline()
+    last_text: str | None = None
+    if last is not None:
+        last_text = await session.to_thread_if_large([last.content], beginning_of_content, last.content)
     counted = {"key": key, "count": imported, "rounds": rounds, "updated_at": history.updated_at}
     previews = {
         "lifetime": scope.lifetime,
         "preview": preview,
         "last_role": last and last.role,
-        "last_text": last and beginning_of_content(last.content),
+        "last_text": last_text,
         "last_at": last and last.created_at,
     }
     await session.run(_IMPORTED, {**counted, **previews, "revision": revision})

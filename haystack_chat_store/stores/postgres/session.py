@@ -2,8 +2,9 @@
 """What an operation works with: a connection that it has for itself, and what the process knows of the database."""
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial, wraps
 from typing import Any, NamedTuple, TypeVar, cast
@@ -14,6 +15,7 @@ from psycopg.pq import TransactionStatus
 
 from haystack_chat_store.stores.postgres.schema import BEGINNING, Tables
 from haystack_chat_store.stores.postgres.statements import BEGIN_AND_NUMBER, STATUS_OF_TRANSACTION, Statement
+from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 from haystack_chat_store.types import Fault
 
 logger = logging.getLogger(__name__)
@@ -53,10 +55,17 @@ class Database:
 
 
 class Commit(NamedTuple):
-    """A transaction that is being committed: its number, and what its operation returns if it is."""
+    """
+    A transaction that is being committed.
+
+    :param number: Its number.
+    :param result: What its operation returns if it is committed.
+    :param appended: The ids of the messages that it appends, if that is all it does.
+    """
 
     number: int
     result: Any
+    appended: Sequence[str]
 
 
 class Session:
@@ -78,7 +87,9 @@ class Session:
         self.commit: Commit | None = None
         #: The ids of messages that a statement outside of a transaction is appending. They are all stored, or none.
         self.appending: Sequence[str] = ()
-        #: What `appending` was when an earlier attempt of this call lost its connection.
+        #: The ids of the messages that the transaction appends, if that is all it does.
+        self.appended_in_transaction: Sequence[str] = ()
+        #: What an earlier attempt of this call may have appended when it lost its connection.
         self.appended_earlier: Sequence[str] = ()
         #: What a repair has found, and what an earlier attempt of this call had found when its connection was lost.
         self.faults: list[Fault] = []
@@ -140,9 +151,11 @@ class Session:
         self.is_repeatable = repeatable
         while True:
             try:
+                self.appended_in_transaction = ()
                 number = await self._begin(begin)
                 result = await work(self, *arguments)
-                self.commit = Commit(number, result) if number is not None and is_result(result) else None
+                if number is not None and is_result(result):
+                    self.commit = Commit(number, result, self.appended_in_transaction)
                 await self.run("COMMIT")
                 self.commit = None
                 return result
@@ -168,20 +181,43 @@ class Session:
         (number,) = await fetched if self._is_async else fetched
         return int(number)
 
-    async def was_committed(self, commit: Commit) -> bool:
-        """Return whether a transaction was committed. If the server is still at work on it, wait for its end."""
+    async def was_committed(self, lost: "Session") -> bool | None:
+        """
+        Return whether the transaction that a lost session was committing is committed.
+
+        If the server is still at work on it, wait for its end.
+
+        :returns: `None` if this is not known: the server has crashed, or is another one, and what is committed may be a
+            later transaction. A server that crashes forgets numbers that it has not written to its log, and gives them
+            out again.
+        """
+        if lost.commit is None:
+            return False
         while True:
             try:
-                ((status,),) = await self.fetch(STATUS_OF_TRANSACTION, [commit.number])
+                ((status, *server_run),) = await self.fetch(STATUS_OF_TRANSACTION, [lost.commit.number])
             except psycopg.errors.InvalidParameterValue:  # the server crashed, and has lost the number with the rest
                 return False
+            if status == "committed":
+                return True if tuple(server_run) == lost.connection.server_run else None
             if status != "in progress":
-                return bool(status == "committed")
+                return False
             await self.run(_PAUSE_BEFORE_RETRY)
 
     async def to_thread(self, function: Callable[..., ResultT], *arguments: Any) -> ResultT:
         """Call a function that takes a while or waits: in a thread, if an event loop would have to wait for it."""
         return await asyncio.to_thread(function, *arguments) if self._is_async else function(*arguments)
+
+    async def to_thread_if_large(
+        self, texts: Iterable[str], function: Callable[..., ResultT], *arguments: Any
+    ) -> ResultT:
+        """
+        Call a function that works on texts: in a thread, if they are large and an event loop would have to wait.
+
+        :param texts: The texts, for their size.
+        """
+        is_large = sum(map(len, texts)) > MAX_CHARACTERS_ON_LOOP
+        return await self.to_thread(function, *arguments) if is_large else function(*arguments)
 
     async def try_append(self, statement: str, parameters: Parameters, message_ids: Sequence[str]) -> bool:
         """
@@ -207,6 +243,20 @@ class Session:
         finally:
             self.connection.remove_notice_handler(warnings.append)
         return not warnings
+
+    async def run_however_long_it_takes(self, statement: str) -> None:
+        """
+        Execute a statement that takes as long as a table is large. Afterwards, the call has its whole timeout again.
+
+        It must not wait for locks, or limit that by `lock_timeout`.
+        """
+        deadline, self.connection.deadline = self.connection.deadline, math.inf
+        try:
+            await self.run(statement)
+        except BaseException:
+            self.connection.deadline = deadline
+            raise
+        self.renew_deadline()
 
     def renew_deadline(self, seconds: float | None = None) -> None:
         """

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The statistics of histories."""
 
+from collections.abc import Sequence
 from datetime import date, timedelta
 from typing import Any
 
@@ -53,9 +54,8 @@ async def count_all(session: Session, parameters: dict[str, Any]) -> StoreStatis
     ((histories, messages, rounds),) = await session.fetch(_TOTALS, parameters)
     ((size,),) = await session.fetch(_SIZE_ON_DISK)
     per_day = await session.fetch(_PER_DAY, parameters)
-    usage = UsageCounter()
-    for created_at, meta in await session.fetch(_USAGE, parameters):
-        usage.add_text(created_at, meta)
+    replies = await session.fetch(_USAGE, parameters)
+    usage = await session.to_thread(_usage, replies)
     return StoreStatistics(
         chat_histories=histories,
         messages=messages,
@@ -66,3 +66,10 @@ async def count_all(session: Session, parameters: dict[str, Any]) -> StoreStatis
         usage=usage.total(),
         usage_per_day=usage.per_day(),
     )
+
+
+def _usage(replies: Sequence[tuple[int, str]]) -> UsageCounter:
+    usage = UsageCounter()
+    for created_at, meta in replies:
+        usage.add_text(created_at, meta)
+    return usage

@@ -118,8 +118,7 @@ async def _bring_up_to_date(session: Session) -> None:
         await session.run(_LOCK_TIMEOUT)
         await session.run(tables.lock)
     for statement in tables.upgrade(version):
-        session.renew_deadline()
-        await session.run(statement)
+        await session.run_however_long_it_takes(statement)
     if version == 0:
         logger.info("Made the tables {name}.", name=tables.name)
     else:
@@ -129,8 +128,8 @@ async def _bring_up_to_date(session: Session) -> None:
 async def _create_search_index(session: Session) -> None:
     await session.run(_UPGRADE_LOCK)
     await session.run(_LOCK_TIMEOUT)
-    await session.run(session.database.tables.create_search_index)
-    await session.run(session.database.tables.create_title_index)
+    await session.run_however_long_it_takes(session.database.tables.create_search_index)
+    await session.run_however_long_it_takes(session.database.tables.create_title_index)
     if await session.fetch(session.database.tables.has_messages) == [(False,)]:
         await session.run(session.database.tables.create_unindexed)
 
@@ -138,7 +137,7 @@ async def _create_search_index(session: Session) -> None:
 async def _create_unindexed(session: Session) -> None:
     await session.run(_UPGRADE_LOCK)
     await session.run(_LOCK_TIMEOUT)
-    await session.run(session.database.tables.create_unindexed)
+    await session.run_however_long_it_takes(session.database.tables.create_unindexed)
 
 
 async def _version(session: Session) -> int:

@@ -189,7 +189,7 @@ class Writing(Engine[Session]):
         if history is None or position is None:
             raise message_not_found(message_id)
         row = MessageRow(*(await session.fetch(_MESSAGES, [key, [position]]))[0])
-        row.content = change(row.content)
+        row.content = await session.to_thread_if_large([row.content], change, row.content)
         parameters = {"key": key, "position": position, "content": row.content, "revision": history.next_revision}
         await session.run(_SET_CONTENT, parameters)
         return row

@@ -155,11 +155,14 @@ class Database:
 
         :param before_commit: What to do at the end if nothing was raised.
         :raises StoreTimeoutError: If other threads keep the database busy for longer than the timeout.
+        :raises StoreUnavailableError: If this thread is in the middle of another write.
         """
         deadline = self._deadline()
         try:
             if not self._write_lock.acquire(timeout=max(0, deadline - time.monotonic())):
                 raise failures.timed_out(self.settings.path, self.settings.timeout, "other threads of this process")
+            if self._is_written_by_this_thread():
+                raise failures.in_the_middle_of_a_write(self.settings.path)
             connection = self._writer_in_transaction(deadline)
             try:
                 try:
@@ -278,6 +281,13 @@ class Database:
         with self._lock:
             lent = list(self._lent)
         return [connection for connection in lent if connection.thread_id != threading.get_ident()]
+
+    def _is_written_by_this_thread(self) -> bool:
+        """Whether this thread is in the middle of a write: the lock of writers does not keep it out a second time."""
+        with self._lock:
+            lent = list(self._lent)
+        thread_id = threading.get_ident()
+        return any(each.thread_id == thread_id and each.is_writable and each.in_transaction for each in lent)
 
     def _reader(self) -> Connection:
         """Lend an idle connection whose files lie at the path, or a new one that can only read."""

@@ -6,6 +6,7 @@ import sqlite3
 from haystack_chat_store.errors import (
     ChatMessageStoreError,
     MessageDecodingError,
+    MessageEncodingError,
     StoreConfigurationError,
     StoreTimeoutError,
     StoreUnavailableError,
@@ -20,6 +21,7 @@ _ADVICE: dict[str, tuple[type[ChatMessageStoreError], str]] = {
     "readonly": (StoreUnavailableError, "Give this process write access to the file and its folder."),
     "is full": (StoreUnavailableError, "Make room on the disk."),
     "I/O error": (StoreUnavailableError, "Look at its disk, quota and limits."),
+    "too big": (MessageEncodingError, "One of these texts is larger than the gigabyte that SQLite can hold."),
     "malformed": (
         StoreUnavailableError,
         "The file is damaged. Restore it from a backup, or recover what is readable with SQLite's own tools.",
@@ -65,6 +67,14 @@ def cause_of_explained(error: sqlite3.Error) -> sqlite3.Error | None:
 def is_of_damaged_text(error: sqlite3.Error) -> bool:
     """Whether SQLite could not decode a text. Its message quotes the text."""
     return "Could not decode" in str(error)
+
+
+def in_the_middle_of_a_write(path: str) -> StoreUnavailableError:
+    """Return the error of a write that would wait for another one of its own thread."""
+    return StoreUnavailableError(
+        f"This thread is in the middle of another write to {path}, which called this one: a finalizer (`__del__`), a "
+        "callback of a weak reference, or the source of an import. This one stored nothing. Make it in another thread."
+    )
 
 
 def timed_out(path: str, timeout: float, holder: str) -> StoreTimeoutError:

@@ -63,6 +63,8 @@ class Connection(sqlite3.Connection):
 
     :ivar is_writable: Whether it may change the database.
     :ivar files: What it has open. `None` until that is known, and for a connection to `unchanging` files or to none.
+    :ivar is_log_written: Whether everything in its log was written to its database, because that lay no longer at the
+        path.
     :ivar unchanging: The contents of a database and its log that nothing in their place can change. The connection is
         of use only as long as they are these.
     :ivar thread_id: The thread that uses it.
@@ -72,6 +74,7 @@ class Connection(sqlite3.Connection):
     is_writable = False
     files: Files | None = None
     index: Identity = None
+    is_log_written = False
     unchanging: tuple[Content, Content] | None = None
     copies: "tempfile.TemporaryDirectory[str] | None" = None
     thread_id: int | None = None
@@ -253,12 +256,20 @@ def write_log_to_database(connection: Connection, path: str, deadline: float) ->
 
     :raises StoreUnavailableError: If others use the log for too long, or it cannot be removed. Nothing was lost.
     """
-    while connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()[0]:
-        if time.monotonic() > deadline:
-            raise log_of_moved(path, "Another process is still reading it. Try again.")
-    # From now on, each process that has this database open finds out before it writes. If there is anything in the log
-    # all the same, it is of a database that was put at the path meanwhile, or moved back there: it stays.
-    connection.execute("BEGIN IMMEDIATE")  # no process writes to the log while it is removed
+    try:
+        while connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()[0]:
+            if time.monotonic() > deadline:
+                raise log_of_moved(path, "Another process is still reading it. Try again.")
+        # From now on, each process that has this database open finds out before it writes. If there is anything in the
+        # log all the same, it is of a database that was put at the path meanwhile, or moved back there: it stays.
+        connection.is_log_written = True
+        connection.execute("BEGIN IMMEDIATE")  # no process writes to the log while it is removed
+    except sqlite3.OperationalError:
+        # The log was written to the database by an earlier call, which could not remove it. Then this process wrote to
+        # the database where it lies now, with a log there. All connections of a process to a file share the index of
+        # their log in memory, so this one looks in its own log for what is in the other one.
+        if not connection.is_log_written or content(path + LOG).size:
+            raise
     try:
         log = content(path + LOG)
         is_own = connection.files is not None and log.identity == connection.files.log
@@ -270,7 +281,8 @@ def write_log_to_database(connection: Connection, path: str, deadline: float) ->
                 if is_own and log.identity is not None:
                     os.remove(path + LOG)
     finally:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
     logger.warning(
         "{path} was moved, replaced or deleted while it was in use. All messages up to then are in the file that was "
         "there.",

@@ -76,6 +76,7 @@ class Turns:
         """Begin with no writer."""
         self._database = database
         self._turn = threading.Lock()  # which a thread may take, and another one release
+        self._thread = threading.local()
         self._threads: deque[_WriteOfThread] = deque()
         self._tasks: deque[CallOfTask] = deque()
         self._is_writer_called = False
@@ -90,6 +91,8 @@ class Turns:
         :param deadline: How long to wait for locks, as a time of `time.monotonic`.
         :param size: The number of its characters.
         """
+        if getattr(self._thread, "has_turn", False):
+            raise failures.in_the_middle_of_a_write(self._database.settings.path)
         if not self._turn.acquire(blocking=False):
             write = _WriteOfThread(call, deadline, size)
             self._threads.append(write)
@@ -99,9 +102,11 @@ class Turns:
             if not write.has_turn:
                 return write.outcome()
         group = _Group(self._database, self._next)
+        self._thread.has_turn = True
         try:
             return group.make(call, deadline)
         finally:
+            self._thread.has_turn = False
             if group.taken:
                 answer(_answer_threads(group.taken))
             self._pass_on()
@@ -165,6 +170,7 @@ class Turns:
         self._is_writer_called = False
         if not self._turn.acquire(blocking=False):
             return ()
+        self._thread.has_turn = True
         try:
             write = _first(self._tasks)
             if write is None:
@@ -176,6 +182,7 @@ class Turns:
                 write.error = error
             return (write, *_answer_threads(group.taken))
         finally:
+            self._thread.has_turn = False
             self._pass_on()
 
     def _next(self, number: int) -> Call | None:
