@@ -59,7 +59,8 @@ class PipelineWrapper(BasePipelineWrapper):
             if not isinstance(metadata, dict):
                 raise ValueError('metadata must be an object, such as {"chat_history_id": "trip"}.')
             transcript = [ChatMessage.from_openai_dict_format(message) for message in messages]
-            if not any(message.is_from("user") and (message.images or message.text.strip()) for message in transcript):
+            questions = [message for message in transcript if message.is_from("user")]
+            if not any(each.images or each.files or (each.text or "").strip() for each in questions):
                 raise ValueError("The request has no message of a user that says something.")
             user, chat = ids_of(headers, body, metadata.get("chat_history_id"))
             if chat is not None and not is_task(transcript, headers):
