@@ -7,6 +7,7 @@ The agent of `web_chatbot.py`. It remembers, and leaves sums to a tool. Rules an
 
 import re
 import time
+import uuid
 from typing import Any
 
 from agent_chatbot import calculate
@@ -27,7 +28,8 @@ def answer(messages: list[ChatMessage]) -> str | ChatMessage:
     if result := messages[-1].tool_call_result:
         return f"It is {result.result}."
     if sums := re.search(r"what is ([-+*/(). \d]+)\?", messages[-1].text or "", re.IGNORECASE):
-        return ChatMessage.from_assistant(tool_calls=[ToolCall("calculate", {"expression": sums[1]}, id="call")])
+        call = ToolCall("calculate", {"expression": sums[1]}, id=f"call_{uuid.uuid4().hex}")
+        return ChatMessage.from_assistant(tool_calls=[call])
     return answer_from_memory(messages)
 
 

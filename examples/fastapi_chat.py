@@ -6,83 +6,39 @@ A chat service: FastAPI streams answers as server-sent events, a store keeps the
     curl -N localhost:8000/chats/trip/messages -H "X-User: ada" --json '{"text": "My name is Ada.", "request_id": "1"}'
 
 HAYSTACK_CHAT_STORE_URL names another store than chat_history.db. Rules answer or, with OPENAI_API_KEY, a real model.
+`fastapi_turn.py` runs the turns.
 """
 
-import json
+import asyncio
 import os
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
-import anyio
-from fastapi import Body, Depends, FastAPI, Header, HTTPException
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from haystack.components.generators.chat import MockChatGenerator, OpenAIChatGenerator
-from haystack.dataclasses import ChatMessage, StreamingChunk
-from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+from fastapi import Body, Depends, FastAPI, Header
+from fastapi.responses import Response
+from fastapi_turn import Json, failed, streamed, turns
+from haystack.dataclasses import ChatMessage
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
-from terminal_chatbot import answer_from_memory
 
 from haystack_chat_store import BaseChatMessageStore, errors, store_from_url
 
-SYSTEM = ChatMessage.from_system("You are helpful.")
-STATUS: dict[type, int] = {LookupError: 404, ValueError: 422, ConnectionError: 503, errors.ConflictError: 409}
-STATUS |= {errors.UnsupportedOperationError: 501}
 url = os.environ.get("HAYSTACK_CHAT_STORE_URL", "sqlite:///chat_history.db")
 store = store_from_url(url, search=not url.startswith("redis"))  # few servers of Redis can
-llm = OpenAIChatGenerator() if os.environ.get("OPENAI_API_KEY") else MockChatGenerator(response_fn=answer_from_memory)
 
 
 @asynccontextmanager
-async def lifespan(app: FastAPI) -> Any:
-    async with anyio.create_task_group() as app.state.turns:  # waits for turns whose clients have gone
-        yield
+async def lifespan(_: FastAPI) -> Any:
+    yield
+    await asyncio.gather(*turns)  # those whose clients have gone
     await store.close_async()
 
 
-class Json(JSONResponse):
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":")).encode()  # ASCII: half an emoji has no UTF-8
-
-
 app = FastAPI(lifespan=lifespan, default_response_class=Json)
+app.add_exception_handler(ValueError, failed)
+app.add_exception_handler(errors.ChatMessageStoreError, failed)
 # Each user's store has this user's histories, and no others. A header proves nothing: your login comes here.
 Store = Annotated[BaseChatMessageStore, Depends(lambda x_user=Header(): store.for_user(x_user))]
 Text = Annotated[str, Body(embed=True)]
-
-
-@app.exception_handler(ValueError)
-@app.exception_handler(errors.ChatMessageStoreError)
-async def failed(_: object, error: Exception) -> Json:
-    if isinstance(error, errors.ChatHistoryAccessError | errors.ChatHistoryNotFoundError):
-        error = errors.ChatHistoryNotFoundError("There is no such chat.")  # the same for chats of other users
-    status = next((STATUS[each] for each in STATUS if isinstance(error, each)), 500)
-    return Json({"status": status, "error": type(error).__name__, "text": str(error)}, status)
-
-
-async def streamed(mine: Store, chat: str, question: list[ChatMessage], replace: Any = None, **show: Any) -> Response:
-    """Stream the answer. If the client goes away, the turn goes on. What is replaced stays until its end."""
-    retriever = ChatMessageRetriever(mine, last_k=None, max_tokens=8000)
-    shown = await retriever.run_async(chat, current_messages=[SYSTEM, *question], **show)
-    sender, events = anyio.create_memory_object_stream(float("inf"))
-    sender.send_nowait(("question", Json([message.to_dict() for message in question])))
-    app.state.turns.start_soon(answer, sender, mine, chat, question, shown, replace)
-    texts = (f"event: {name}\ndata: {data.body.decode()}\n\n" async for name, data in events)
-    return StreamingResponse(texts, media_type="text/event-stream")
-
-
-async def answer(sender: Any, mine: Store, chat: str, question: Any, shown: Any, replace: Any) -> None:
-    async def on_chunk(chunk: StreamingChunk) -> None:
-        sender.send_nowait(("token", Json(chunk.content)))
-
-    writer = ChatMessageWriter(mine, question_is_stored=True)  # a chat that is deleted meanwhile stays deleted
-    instead = {"replace_from_message_id": replace, "expected_revision": shown["revision"]} if replace else {}
-    with sender:
-        try:
-            asked = shown if "replies" in shown else await llm.run_async(shown["messages"], streaming_callback=on_chunk)
-            stored = await writer.run_async(chat, question, asked["replies"], **instead)
-            sender.send_nowait(("done", Json([message.to_dict() for message in stored["replies"]])))
-        except Exception as error:
-            sender.send_nowait(("error", await failed(None, error)))
 
 
 @app.post("/chats/{chat}/messages")
@@ -99,7 +55,7 @@ async def regenerate(mine: Store, chat: str, question_id: str, answer_id: Text) 
 
 @app.post("/chats/{chat}/messages/{question_id}/stop")
 async def stop(mine: Store, chat: str, question_id: str, text: Text) -> list[dict[str, Any]]:
-    """Keep what the user has seen as the answer. The model's own answer comes second, so it is not stored."""
+    """Keep what the user has seen as the answer. The turn finds it, in whatever worker it is, and cancels the model."""
     question = [ChatMessage.from_user("?", meta={"chat_message_id": question_id})]  # the stored text stays
     seen = [ChatMessage.from_assistant(text.strip() or "(stopped)")]
     stored = await ChatMessageWriter(mine, question_is_stored=True).run_async(chat, question, seen)
@@ -114,7 +70,7 @@ async def edit(mine: Store, chat: str, question_id: str, text: Text, request_id:
     if request_id in ids:  # the request is sent again
         return await streamed(mine, chat, edited)
     if question_id not in ids:
-        raise HTTPException(404)
+        raise errors.MessageNotFoundError("There is no such message.")
     show = {"last_k": 0} if ids[0] == question_id else {"until_message_id": ids[ids.index(question_id) - 1]}
     return await streamed(mine, chat, edited, replace=question_id, **show)
 

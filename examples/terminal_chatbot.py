@@ -67,7 +67,7 @@ def build_pipeline(store: ChatMessageStore, llm: str) -> Pipeline:
     template = [ChatMessage.from_system(SYSTEM_PROMPT), ChatMessage.from_user("{{ query }}")]
     pipeline.add_component("prompt_builder", ChatPromptBuilder(template, required_variables="*"))
     pipeline.add_component("question_writer", ChatMessageWriter(store))
-    pipeline.add_component("retriever", ChatMessageRetriever(store, last_k=None))
+    pipeline.add_component("retriever", ChatMessageRetriever(store, last_k=None, max_tokens=8000))
     pipeline.add_component("llm", generator)
     pipeline.add_component("answer_writer", ChatMessageWriter(store, question_is_stored=True))
     pipeline.connect("prompt_builder.prompt", "question_writer.messages")
@@ -126,9 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     store: Any
     try:
         if options.store is None:
-            store = SQLiteChatMessageStore(options.db, last_k=None)
+            store = SQLiteChatMessageStore(options.db)
         else:
-            store = store_from_url(options.store, last_k=None)
+            store = store_from_url(options.store)
     except (ImportError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     try:

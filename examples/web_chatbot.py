@@ -10,7 +10,7 @@ from typing import Any
 
 import streamlit as st
 from demo_agent import build_agent
-from haystack.dataclasses import ChatMessage, ImageContent
+from haystack.dataclasses import ChatMessage, ImageContent, ToolCallResult
 
 from haystack_chat_store import store_from_url
 
@@ -20,18 +20,29 @@ USER = "me"  # with a login: st.user.email
 @st.cache_resource  # once for all pages
 def parts(store: str, llm: str) -> Any:
     opened = store_from_url(store, search=not store.startswith("redis"))  # Redis cannot search
-    return opened, build_agent(opened, llm), ThreadPoolExecutor(100), {}
+    return opened, build_agent(opened, llm), ThreadPoolExecutor(100), set()
 
 
 def show(message: ChatMessage) -> None:
     with st.chat_message(message.role.value):
         for call in message.tool_calls:
             with st.expander(call.tool_name, icon=":material/build:"):
-                st.code(f"{call.arguments}\n{results.get(call.id, 'There is no result.')}", language=None)
+                st.code(str(call.arguments), language=None)
+                waiting.append((call, st.empty()))
+                waiting[-1][1].text("There is no result.")
         if message.text:
             (st.text if message.is_from("user") else st.markdown)(message.text)
         for image in message.images:
             st.image(base64.b64decode(image.base64_image), width=300)
+
+
+def show_result(result: ToolCallResult) -> None:
+    """Show a result with its call. An id may occur twice, so it is the first such call that has no result yet."""
+    for call, place in waiting:
+        if call == result.origin:
+            waiting.remove((call, place))
+            place.code(result.result, language=None)
+            return
 
 
 arguments = argparse.ArgumentParser()
@@ -65,12 +76,16 @@ if info:
             go({"chat": new})
             st.rerun()
 limit = st.session_state.get("limit", 50)
-wait(filter(None, [turns.get(history)]))  # a page that is reloaded waits for the answer that is under way
+# A page that is reloaded waits for the answer that is under way.
+wait([turn for chat, turn in list(turns) if chat == history])
 messages = [stored.message for stored in store.list_messages(history, limit=limit)]
-results = {result.origin.id: result.result for message in messages for result in message.tool_call_results}
+waiting: list[Any] = []  # calls that have no result so far, each with the place for it
+asked = None
 if len(messages) == limit < 800:
     st.button("Earlier messages", on_click=st.session_state.update, args=[{"limit": limit * 2}])
 for message in messages:
+    for result in message.tool_call_results:
+        show_result(result)
     if not message.tool_call_results:
         show(message)
     if message.is_from("user"):
@@ -79,7 +94,7 @@ for message in messages:
             text = st.text_area("Question", asked.text)
             if st.form_submit_button("Ask"):
                 question, replaced_id = [ChatMessage.from_user(content_parts=[text, *asked.images])], asked_id
-if messages and st.button("Ask again", icon=":material/refresh:"):
+if asked and st.button("Ask again", icon=":material/refresh:"):
     replies = messages[messages.index(asked) + 1 :]
     question, replaced_id = [], replies[0].meta["chat_message_id"] if replies else None
 if said := st.chat_input("Ask something", accept_file="multiple", file_type="image"):
@@ -93,7 +108,9 @@ if question is not None:
         chunks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         context = {"chat_history_id": history, "user_id": USER, "replace_from_message_id": replaced_id}
         options = {"streaming_callback": lambda chunk: chunks.put(chunk.content), "hook_context": context}
-        turn = turns[history] = threads.submit(agent.run, question, **options)  # it goes on if the page goes away
+        turn = threads.submit(agent.run, question, **options)  # it goes on if the page goes away
+        turns.add((history, turn))
+        turn.add_done_callback(lambda _: turns.discard((history, turn)))
         turn.add_done_callback(lambda _: chunks.put(None))
         st.write_stream(iter(chunks.get, None))
         turn.result()

@@ -6,13 +6,17 @@ forked from one that has imported Haystack; those that restart or that run YAML 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from haystack.dataclasses import ChatMessage
 
+from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.testing.fork_server import run_python
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -146,6 +150,19 @@ def test_the_chatbot_remembers_in_the_store_that_a_url_names(run):
     assert "Your name is Ada." in same_store.stdout
     assert "Your name is Ada." in same_file.stdout
     assert "Nice to meet you!" in other_store.stdout
+
+
+def test_the_chatbot_shows_a_model_only_as_much_of_a_long_history_as_its_context_holds(run, tmp_path):
+    with closing(SQLiteChatMessageStore(tmp_path / "chat_history.db")) as store:
+        for place in range(30):
+            said = ChatMessage.from_user(f"I know fact {place}. " + "It is long. " * 200)
+            store.write_messages("terminal", [said, ChatMessage.from_assistant("I see.")])
+
+    answer = run("terminal_chatbot.py", "--say", "What do you know?").stdout
+
+    number = int(re.search(r"you have told me (\d+) things", answer)[1])
+    assert 10 <= number < 20  # each has some 600 tokens
+    assert f"I know fact {30 - number}." in answer
 
 
 def test_histories_and_databases_of_the_chatbot_are_apart(run):

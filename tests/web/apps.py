@@ -3,8 +3,10 @@
 
 import json
 import re
+import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,12 +54,14 @@ class OpenAIServer:
     A server with the part of OpenAI's interface that the examples use. It answers "You said: ", and what was said.
 
     After `hold()` it stops after the first words of an answer that is streamed, and before any other one, until
-    `go_on()`. `requests` are the bodies of all requests. If it `refuses`, as at first, a question with the word
-    "refuse" gets status 400.
+    `go_on()`. `requests` are the bodies of all requests, and `cancelled` those of streams whose client has closed the
+    connection meanwhile. If it `refuses`, as at first, a question with the word "refuse" gets status 400. The stream
+    for a question with the word "garble" ends with something that is no JSON.
     """
 
     def __enter__(self):
         self.requests = []
+        self.cancelled = []
         self.refuses = True
         self._free = threading.Event()
         self._free.set()
@@ -89,6 +93,13 @@ class OpenAIServer:
         text = said if isinstance(said, str) else " ".join(part.get("text", "") for part in said)
         return f"You said: {text} This is answer {len(self.requests)}."
 
+    def _may_go_on(self, connection):
+        """Wait until `go_on()`. It is False if the client closes the connection before."""
+        while not self._free.wait(0.05):
+            if select.select([connection], [], [], 0)[0] and not connection.recv(1, socket.MSG_PEEK):
+                return False
+        return True
+
     def _handler(self):
         server = self
 
@@ -104,20 +115,21 @@ class OpenAIServer:
                 if is_refused:
                     self.wfile.write(b'{"error": {"message": "refused"}}')
                 elif body.get("stream"):
-                    self._stream(text)
+                    self._stream(text, body)
                 else:
                     message = {"role": "assistant", "content": text}
                     choice = {"index": 0, "finish_reason": "stop", "message": message}
                     self.wfile.write(json.dumps(self._envelope("chat.completion", [choice])).encode())
 
-            def _stream(self, text):
+            def _stream(self, text, body):
                 for place, word in enumerate([*re.findall(r"\S+\s*", text), None]):
-                    if place == 2:
-                        server._free.wait()
+                    if place == 2 and not server._may_go_on(self.connection):
+                        server.cancelled.append(body)
+                        return
                     delta = {} if word is None else {"role": "assistant", "content": word}
                     choice = {"index": 0, "delta": delta, "finish_reason": "stop" if word is None else None}
                     self._event(json.dumps(self._envelope("chat.completion.chunk", [choice])))
-                self._event("[DONE]")
+                self._event("{a secret" if "garble" in text else "[DONE]")
 
             def _event(self, data):
                 self.wfile.write(f"data: {data}\n\n".encode())

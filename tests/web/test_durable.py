@@ -105,15 +105,15 @@ def results_of(message):
     return [f"-> {result.result}" for result in message.tool_call_results]
 
 
-def notes(app):
-    return (app.folder / "notes.txt").read_text().split()
+def notes(app, user="ada"):
+    return (app.folder / f"notes-{user}.txt").read_text().split()
 
 
 class Pipe:
-    """Notes are written to a named pipe. So a call of the tool goes on only when the test reads what it notes."""
+    """Ada's notes are in a named pipe. So a call of the tool goes on only when the test reads what it notes."""
 
     def __init__(self, app):
-        self._app, self._path = app, app.folder / "notes.txt"
+        self._app, self._path = app, app.folder / "notes-ada.txt"
         os.mkfifo(self._path)
 
     def wait_for(self, chat, text):
@@ -123,11 +123,21 @@ class Pipe:
         """Let the call with this text go on. The next call waits again."""
         self.wait_for(chat, text)
         with write_lock(self._app):  # the result is not stored before the pipe is closed, so no other call begins
-            reader = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
-            select.select([reader], [], [], 30)
-            noted = os.read(reader, 1000).decode()
-            os.close(reader)
+            self.take(text)
+
+    def take(self, text):
+        """Take what the tool notes, after it has found that nothing is noted yet."""
+        os.close(os.open(self._path, os.O_WRONLY))
+        reader = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        select.select([reader], [], [], 30)
+        noted = os.read(reader, 1000).decode()
+        os.close(reader)
         assert noted == f"{text}\n"
+
+    def become_a_file(self, text):
+        """Become a file with what was noted."""
+        self._path.unlink()
+        self._path.write_text(f"{text}\n")
 
 
 @contextmanager
@@ -193,6 +203,29 @@ def test_a_server_that_is_killed_in_a_tool_goes_on_after_the_last_step(serve):
     assert history(app, "killed")[-2:] == ["Hello.", "I have seen 2 questions."]
 
 
+def test_a_tool_that_runs_again_after_a_crash_notes_once(serve):
+    app = serve()
+    ada, pipe = Client(app), Pipe(app)
+    run = ada.submit("noted", "Note milk")
+    pipe.wait_for("noted", "milk")
+    with write_lock(app):  # the tool has run, and its result is not stored
+        pipe.take("milk")
+        app.kill()
+    pipe.become_a_file("milk")
+    app.start()
+
+    assert ada.answer(run) == "Noted: milk I have seen 1 questions."
+    assert history(app, "noted").count("note(milk)") == 2
+    assert notes(app) == ["milk"]
+
+
+def test_each_user_has_notes_of_its_own(app):
+    for user, thing in (("carol", "milk"), ("../dave", "eggs")):
+        Client(app, user=user).ask(f"notes of {user}", f"Note {thing}")
+
+    assert (notes(app, "carol"), notes(app, "..%2Fdave")) == (["milk"], ["eggs"])
+
+
 @pytest.mark.parametrize("name", ["agent", "chat"])
 def test_a_server_that_is_killed_before_the_first_checkpoint_keeps_the_question_once(serve, model, name):
     app = serve(**model.environment)
@@ -247,7 +280,7 @@ def test_a_tool_runs_when_a_person_has_approved_it_also_after_a_crash(serve, app
     ada.resume(run, approved=approved)
 
     answer = ada.answer(run)
-    assert (app.folder / "notes.txt").exists() is not approved
+    assert (app.folder / "notes-ada.txt").exists() is not approved
     question, call, result, *rest = history(app, "approval")[4:]
     assert (question, call, rest) == ("Delete my notes.", "delete_notes()", [answer])
     assert ("All notes are deleted." in result) is approved

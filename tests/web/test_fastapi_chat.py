@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The example of a chat service, over HTTP: turns that are sent again or cut off, several workers, errors."""
 
+import asyncio
+import importlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -10,7 +12,7 @@ import pytest
 from apps import EXAMPLES, App
 from servers import HOST, unused_port, wait_until
 
-from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store import MessageDecodingError, SQLiteChatMessageStore
 
 COMMAND = ["uvicorn", "--app-dir", EXAMPLES, "fastapi_chat:app", "--port", "{port}"]
 
@@ -124,8 +126,9 @@ def test_half_an_emoji_that_a_client_has_cut_can_be_read(service, connect):
     assert ada.send("PATCH", "/chats/cut", json={"title": "Trip"}).status_code == 200
 
 
-def test_the_example_is_short():
-    assert len((EXAMPLES / "fastapi_chat.py").read_text(encoding="utf-8").splitlines()) <= 150
+@pytest.mark.parametrize("name", ["fastapi_chat.py", "fastapi_turn.py"])
+def test_the_example_is_short(name):
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) <= 110
 
 
 def test_users_see_only_their_own_conversations(service, connect):
@@ -213,6 +216,23 @@ def test_an_answer_that_is_stopped_is_what_the_user_has_seen(start, model, conne
     assert ada.send("POST", "/chats/chat/messages/2/stop", json={"text": "?"}).status_code == 404
 
 
+def test_stop_cancels_the_model_also_from_another_worker(start, model, connect):
+    app = start(*COMMAND, **model.environment)
+    other = start(*COMMAND, HAYSTACK_CHAT_STORE_URL=f"sqlite:///{app.folder / 'chat_history.db'}")
+    ada = connect(app)
+    model.hold()
+    with ada.stream("chat", "Are you there?", "1") as response:
+        events = read_events(response)
+        assert [next(events)[0], next(events)[0]] == ["question", "token"]
+        connect(other).send("POST", "/chats/chat/messages/1/stop", json={"text": "You sa"})
+    wait_until(lambda: len(model.cancelled) == 1, "the model to be cancelled")
+
+    assert ada.texts("chat") == ["Are you there?", "You sa"]
+    assert ada.ask("chat", "Are you there?", "1") == ("", "You sa")
+    assert ada.texts("chat") == ["Are you there?", "You sa"]
+    assert len(model.requests) == 1
+
+
 def test_a_turn_survives_the_death_of_the_server(start, model, connect):
     app = start(*COMMAND, **model.environment)
     ada = connect(app)
@@ -278,12 +298,38 @@ def test_errors_have_a_status(service, method, path, options, status, connect):
     assert response.headers["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize(("text", "cause"), [("Please refuse.", "refused"), ("Please garble.", "JSONDecodeError")])
+def test_what_went_wrong_inside_is_logged_and_not_shown(start, model, connect, text, cause):
+    app = start(*COMMAND, **model.environment)
+    with connect(app).stream("chat", text, "1") as response:
+        *_, (name, data) = read_events(response)
+
+    shown = {"status": 500, "error": "ServerError", "text": "Something went wrong in the server."}
+    assert (name, json.loads(data)) == ("error", shown)
+    assert cause in app.log.read_text()
+
+
+@pytest.mark.parametrize("kind", [KeyError, OSError, MessageDecodingError])
+def test_only_errors_that_the_user_can_act_upon_are_shown(monkeypatch, caplog, kind):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    failed = importlib.import_module("fastapi_turn").failed
+
+    answered = asyncio.run(failed(None, kind("a secret")))
+
+    assert answered.status_code == 500
+    assert b"secret" not in answered.body
+    assert "a secret" in caplog.text
+
+
 def test_a_store_that_is_away_or_cannot_search_has_a_status(start, connect):
     app = start(*COMMAND, HAYSTACK_CHAT_STORE_URL=f"redis://{HOST}:{unused_port()}/0")
     client = connect(app)
 
     question = {"text": "Hi", "request_id": "1"}
-    assert client.send("POST", "/chats/chat/messages", json=question).status_code == 503
+    away = client.send("POST", "/chats/chat/messages", json=question)
+    assert away.status_code == 503
+    assert HOST not in away.text
+    assert "StoreUnavailableError" in app.log.read_text()
     assert client.send("GET", "/search", params={"q": "Hi"}).status_code == 501
 
 

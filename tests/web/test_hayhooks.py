@@ -2,6 +2,7 @@
 """The examples for Hayhooks, driven by the `openai` package and by curl. The server is killed between turns."""
 
 import json
+import re
 import subprocess
 from contextlib import closing
 
@@ -181,6 +182,65 @@ def test_what_cannot_be_understood_is_refused(app, connect):
     with pytest.raises(openai.BadRequestError) as refused:
         client.responses.create(model="chat", input="Hello.", previous_response_id="resp_1")
     assert "conversation" in refused.value.response.text
+
+
+HELLO = [{"role": "user", "content": "Hello."}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": []}),
+        ("chat/completions", {"messages": [], "metadata": {"chat_history_id": "odd"}}),
+        ("chat/completions", {"messages": [{"role": "system", "content": "Be terse."}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": " "}]}),
+        ("chat/completions", {"messages": HELLO, "metadata": "odd"}),
+        ("chat/completions", {"messages": HELLO, "metadata": ["odd"]}),
+        ("chat/completions", {"messages": HELLO, "metadata": {"chat_history_id": 5}}),
+        ("chat/completions", {"messages": HELLO, "metadata": {"chat_history_id": ""}}),
+        ("chat/completions", {"messages": HELLO, "metadata": {"chat_history_id": "x" * 600}}),
+        ("chat/completions", {"messages": HELLO, "metadata": {"chat_history_id": "odd"}, "user": 5}),
+        ("responses", {"input": ""}),
+        ("responses", {"input": [], "conversation": "odd"}),
+        ("responses", {"input": " ", "conversation": "odd"}),
+        ("responses", {"input": "Hello.", "conversation": 5}),
+        ("responses", {"input": "Hello.", "conversation": ["odd"]}),
+        ("responses", {"input": "Hello.", "conversation": {}}),
+        ("responses", {"input": "Hello.", "conversation": {"id": None}}),
+        ("responses", {"input": "Hello.", "conversation": ""}),
+    ],
+)
+@pytest.mark.parametrize("is_streaming", [False, True], ids=["whole", "streamed"])
+def test_an_odd_request_is_refused_with_a_reason_and_stores_nothing(app, path, body, is_streaming):
+    before = histories(app)
+
+    request = {"model": "chat", "user": "ada", "stream": is_streaming, **body}
+    response = httpx.post(f"{app.url}/v1/{path}", json=request, timeout=60)
+
+    assert response.status_code == 400, response.text
+    assert re.search(r"must|no message|says nothing", response.json()["detail"])
+    assert histories(app) == before
+
+
+@pytest.mark.parametrize("is_streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+def test_a_conversation_is_remembered_only_for_its_user(app, path, is_streaming):
+    chat = f"private {path.split('/')[0]} {is_streaming}"
+    body = {"model": "chat", "stream": is_streaming}
+    body |= {"input": "Hello.", "conversation": chat} if path == "responses" else {"messages": HELLO}
+    body |= {"metadata": {"chat_history_id": chat}} if path == "chat/completions" else {}
+
+    def send(**user):
+        return httpx.post(f"{app.url}/v1/{path}", json={**body, **user}, timeout=60)
+
+    nobody = send()
+    assert (nobody.status_code, chat in histories(app)) == (400, False)
+    assert "needs a user" in nobody.json()["detail"]
+    assert send(user="ada").status_code == 200
+    stored = texts(app, f"ada/{chat}")
+    mallory = send(user="mallory")
+    assert (mallory.status_code, mallory.json()["detail"]) == (404, "There is no such conversation.")
+    assert texts(app, f"ada/{chat}") == stored
 
 
 @pytest.mark.parametrize("is_streaming", [False, True], ids=["whole", "streamed"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from apps import EXAMPLES, App
-from haystack.dataclasses import ChatMessage
+from haystack.dataclasses import ChatMessage, ToolCall
 from playwright.sync_api import expect, sync_playwright
 
 from haystack_chat_store import SQLiteChatMessageStore
@@ -271,6 +271,48 @@ def test_a_tool_call_is_folded_and_an_image_is_shown(app, window):
     expect(ada.messages.filter(has_text="Look at this.").locator("img")).to_be_visible()
     ada.reload()
     expect(ada.messages.filter(has_text="Look at this.").locator("img")).to_be_visible()
+
+
+def test_each_call_is_shown_with_its_own_result_also_if_ids_are_used_again(app, window):
+    def call_of(city, id_="call"):
+        return ToolCall("weather", {"city": city}, id=id_)
+
+    sequence = [
+        ChatMessage.from_user("Porto?"),
+        ChatMessage.from_assistant(tool_calls=[call_of("Porto")]),
+        ChatMessage.from_tool("Sun.", origin=call_of("Porto")),
+        ChatMessage.from_user("Leeds, Oslo and Nara?"),
+        ChatMessage.from_assistant(tool_calls=[call_of("Leeds"), call_of("Oslo"), call_of("Nara", None)]),
+        ChatMessage.from_tool("Snow.", origin=call_of("Oslo")),
+        ChatMessage.from_tool("Rain.", origin=call_of("Leeds")),
+    ]
+    with closing(SQLiteChatMessageStore(app.folder / "chat_history.db")) as store:
+        store.for_user("me").write_messages("calls", sequence)
+    ada = window(app, "/?chat=calls")
+
+    calls = ada.page.get_by_test_id("stExpander").all_text_contents()
+    assert [re.findall(r"Porto|Leeds|Oslo|Nara|Sun|Snow|Rain|no result", text) for text in calls] == [
+        ["Porto", "Sun"],
+        ["Leeds", "Rain"],
+        ["Oslo", "Snow"],
+        ["Nara", "no result"],
+    ]
+
+
+def test_the_end_of_a_long_turn_is_shown_without_its_question(app, window):
+    call = ToolCall("weather", {"city": "Porto"}, id="call")
+    steps = [ChatMessage.from_assistant(tool_calls=[call]), ChatMessage.from_tool("Sun.", origin=call)] * 30
+    with closing(SQLiteChatMessageStore(app.folder / "chat_history.db")) as store:
+        turn = [ChatMessage.from_user("Is it warm?"), *steps, ChatMessage.from_assistant("Yes.")]
+        store.for_user("me").write_messages("steps", turn)
+    ada = window(app, "/?chat=steps")
+    assert ada.texts()[-1] == "Yes."
+    expect(ada.page.get_by_text("Ask again")).to_have_count(0)
+
+    ada.click("Earlier messages")
+    ada.until(lambda: ada.texts()[0] == "Is it warm?")
+    ada.click("Ask again")
+    ada.until(lambda: len(ada.texts()) == 2)
 
 
 def test_markup_in_a_message_is_text(app, window):

@@ -14,6 +14,7 @@ import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import Header
 from hayhooks import BasePipelineWrapper
@@ -33,21 +34,27 @@ from pydantic import BaseModel
 
 from haystack_chat_store import store_from_url
 
-NOTES = Path("notes.txt")
+
+def notes_of_the_user() -> Path:
+    """Return the file with the notes of the user whose run this is."""
+    return Path(f"notes-{quote(current_durable_context().owner_id, safe='')}.txt")
 
 
 @tool
 def note(text: Annotated[str, "what to note"]) -> str:
     """Note something."""
-    with NOTES.open("a", encoding="utf-8") as file:
-        file.write(f"{text}\n")
+    line, notes = f"{text}\n", notes_of_the_user()
+    # After a crash, the tool may be called a second time. So what is noted already is not noted again.
+    if not notes.exists() or line not in notes.read_text(encoding="utf-8").splitlines(keepends=True):
+        with notes.open("a", encoding="utf-8") as file:
+            file.write(line)
     return f"Noted: {text}"
 
 
 @tool
 def delete_notes() -> str:
     """Delete all notes."""
-    NOTES.unlink(missing_ok=True)
+    notes_of_the_user().unlink(missing_ok=True)
     return "All notes are deleted."
 
 
