@@ -20,26 +20,19 @@ from haystack_chat_store.stores.conflicts import (
     other_user,
 )
 from haystack_chat_store.stores.previews import first_question, last_said
-from haystack_chat_store.stores.redis.directory import (
-    delete_branches,
-    delete_histories,
-    follow_origin,
-    read_histories,
-)
+from haystack_chat_store.stores.redis.branches import follow_origin
 from haystack_chat_store.stores.redis.documents import index_written, prepare_index
 from haystack_chat_store.stores.redis.failures import contradicting
-from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
+from haystack_chat_store.stores.redis.histories import read_histories
+from haystack_chat_store.stores.redis.keys import Keys
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
 from haystack_chat_store.stores.redis.reading import read_ids, read_part, read_positions
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, letters_of, new_name
-from haystack_chat_store.stores.redis.scripts import directory as of_directory
 from haystack_chat_store.stores.redis.scripts import messages as scripts
 from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.redis.staging import Stage
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin
 
-# How many histories `delete_all` deletes by one script.
-_DELETED_HISTORIES_PER_STEP = 100
 # How often a copy begins again because its source was edited.
 _COPY_ATTEMPTS = 10
 # How often a change begins again because the messages and the index of a history contradict each other. They do so for
@@ -83,30 +76,6 @@ class Writing(RedisOperations):
         count = written(answer, expected_revision)
         await index_written(self, session, keys, chat_history_id)
         return count
-
-    async def delete(self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
-        """Delete the keys of a history, and its entries in the lists of its bucket, then its branches."""
-        keys = self.keys(scope)
-        deleted = await delete_histories(
-            session,
-            keys,
-            bucket_of(chat_history_id),
-            [chat_history_id],
-            expected_revision=expected_revision,
-            only_own=True,
-        )
-        await delete_branches(session, keys, chat_history_id, deleted)
-
-    async def delete_all(self, session: Session, scope: Scope) -> bool:
-        """Go through the buckets, and delete all that each of them lists by then."""
-        keys = self.keys(scope)
-        for bucket in range(BUCKETS):
-            found = await session.run(of_directory.ALL, keys.of_bucket(bucket))
-            if not found and not keys.user:
-                await session.run(of_directory.FORGET_ORIGINS, keys.of_bucket(bucket))
-            for first in range(0, len(found), _DELETED_HISTORIES_PER_STEP):
-                await delete_histories(session, keys, bucket, found[first : first + _DELETED_HISTORIES_PER_STEP])
-        return False
 
     async def delete_messages(
         self,
