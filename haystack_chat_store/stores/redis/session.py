@@ -330,9 +330,15 @@ class Session(ABC):
         properties = await self._ask(connection, call.deadline, "HELLO")
         return ("role", "master") in zip(properties[::2], properties[1::2], strict=True)
 
-    async def _connected(self, address: Address, deadline: float, **options: Any) -> Any:
-        where = {} if address.port is None else address._asdict()
-        connection = self._connection_class(**{**self._options, **self._options_until(deadline), **where, **options})
+    async def _connected(self, address: Address, deadline: float, *, is_sentinel: bool = False) -> Any:
+        connection = self._connection_class(
+            **{
+                **self._options,
+                **self._options_until(deadline),
+                **({} if address.port is None else address._asdict()),
+                **(self._nodes.target.sentinel_options if is_sentinel else {}),  # no variable has its password
+            }
+        )
         self._open.add(connection)
         try:
             await self._done(connection.connect())
