@@ -4,7 +4,7 @@
 from haystack_chat_store.stores.conflicts import no_access
 from haystack_chat_store.stores.redis.branches import HandingOver, hand_over_branches
 from haystack_chat_store.stores.redis.documents import index_written, prepare_index
-from haystack_chat_store.stores.redis.failures import contradicting
+from haystack_chat_store.stores.redis.failures import changed_each_time, contradicting
 from haystack_chat_store.stores.redis.histories import listed_history, read_histories
 from haystack_chat_store.stores.redis.listing import newest_histories, next_histories
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
@@ -108,7 +108,7 @@ class Directory(RedisOperations):
             found = await read_histories(session, keys, [new_id])
             if new_id in found:  # unless it was deleted just now
                 return found[new_id].row, isinstance(answer, int)
-        raise contradicting(new_id)
+        raise (changed_each_time if isinstance(answer, int) else contradicting)(new_id)
 
     async def namespaces(self, session: Session, scope: Scope) -> list[str]:
         """Look through the keys of all servers for the lists of histories."""
