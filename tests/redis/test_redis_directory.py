@@ -154,6 +154,18 @@ def test_all_that_belongs_to_a_history_expires_with_it_however_it_came(make_stor
 
 
 @on_every_engine
+def test_the_directory_of_a_user_ends_with_the_last_history_of_its_bucket(make_store, client):
+    mortal, immortal = make_store(ttl=60), make_store()
+    lasting, *others = itertools.islice(neighbours("history"), 4)
+    say(immortal.for_user("ada"), "Hi!", history=lasting)
+    for user, history in zip("ada bob bob".split(), others, strict=True):
+        say(mortal.for_user(user), "Hi!", history=history)
+    assert [key for key in keys_of(immortal, client) if "users::" in key and client.pttl(key) > 0] == []
+    immortal.delete_chat_history(lasting)
+    assert [key for key in keys_of(immortal, client) if client.pttl(key) <= 0] == []
+
+
+@on_every_engine
 def test_a_history_that_changes_while_it_is_purged_stays(store, monkeypatch):
     for history in MANY[:20]:
         say(store, "Hi!", history=history)
