@@ -31,6 +31,17 @@ def variables_with_the_password(error):
     return found
 
 
+def fail(kind, url, way):
+    """Return the error of a call to a store with this URL."""
+    with pytest.raises((ChatMessageStoreError, ValueError)) as caught:
+        store = kind(Secret.from_token(url), timeout=1)
+        if way == "sync":
+            store.count_messages("history")
+        else:
+            asyncio.run(store.count_messages_async("history"))
+    return caught.value
+
+
 @pytest.mark.parametrize("way", ["sync", "async"])
 @pytest.mark.parametrize("option", ["", "?wrong=1", "?sslmode=wrong"])
 @pytest.mark.parametrize(
@@ -43,11 +54,13 @@ def variables_with_the_password(error):
     ],
 )
 def test_no_local_variable_shows_a_password(kind, scheme, option, way):
-    url = Secret.from_token(f"{scheme}://user:{PASSWORD}@{HOST}:{unused_port()}/0{option}")
-    with pytest.raises((ChatMessageStoreError, ValueError)) as caught:
-        store = kind(url, timeout=1)
-        if way == "sync":
-            store.count_messages("history")
-        else:
-            asyncio.run(store.count_messages_async("history"))
-    assert variables_with_the_password(caught.value) == []
+    error = fail(kind, f"{scheme}://user:{PASSWORD}@{HOST}:{unused_port()}/0{option}", way)
+    assert variables_with_the_password(error) == []
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+@pytest.mark.parametrize("hosts", [HOST, f"{HOST},"])
+@pytest.mark.parametrize("option", ["service=main", "service=", "service=main&wrong=1"])
+def test_no_local_variable_shows_the_password_of_the_sentinels(hosts, option, way):
+    url = f"redis+sentinel://{hosts}:{unused_port()}/0?{option}&sentinel_password={PASSWORD}"
+    assert variables_with_the_password(fail(RedisChatMessageStore, url, way)) == []

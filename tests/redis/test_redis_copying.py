@@ -11,7 +11,7 @@ from redis_stores import SECRET, everything, keys_of, neighbours, nodes_of, on_e
 
 from haystack_chat_store import ChatHistoryExistsError
 from haystack_chat_store.errors import ChatHistoryChangedError, DuplicateMessageError, StoreUnavailableError
-from haystack_chat_store.stores.redis import staging, writing
+from haystack_chat_store.stores.redis import directory, staging, writing
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.testing.concurrency import in_threads
 from haystack_chat_store.testing.messages import with_id
@@ -454,3 +454,39 @@ def test_a_rewind_deletes_what_comes_while_it_looks(store, monkeypatch):
     monkeypatch.setattr(writing, "remove_ids", write_and_remove)
     store.delete_messages("history", from_message_id="3")
     assert [each.message.meta["chat_message_id"] for each in store.list_messages("history")] == ["0", "1", "2"]
+
+
+@on_every_engine
+def test_a_rewind_that_others_always_come_before_says_so(store, monkeypatch):
+    names = map(str, range(2, 100))
+    remove_ids = writing.remove_ids
+
+    def begin_anew():
+        store.delete_chat_history("history")
+        store.write_messages("history", [with_id(each) for each in ("0", "1", next(names))])
+
+    async def begin_anew_and_remove(*arguments, **conditions):
+        begin_anew()
+        return await remove_ids(*arguments, **conditions)
+
+    begin_anew()
+    monkeypatch.setattr(writing, "remove_ids", begin_anew_and_remove)
+    with pytest.raises(StoreUnavailableError, match=r"Others changed the chat history 'history' .* each time"):
+        store.delete_messages("history", from_message_id="1")
+    assert store.count_messages("history") == 3
+    monkeypatch.undo()
+    store.delete_messages("history", from_message_id="1")
+    assert store.count_messages("history") == 1
+
+
+@on_every_engine
+def test_a_history_that_others_always_delete_before_it_is_returned_says_so(store, monkeypatch):
+    read_histories = directory.read_histories
+
+    async def delete_and_read(*arguments, **options):
+        store.delete_chat_history("history")
+        return await read_histories(*arguments, **options)
+
+    monkeypatch.setattr(directory, "read_histories", delete_and_read)
+    with pytest.raises(StoreUnavailableError, match=r"Others changed the chat history 'history' .* each time"):
+        store.create_chat_history("history")

@@ -35,7 +35,7 @@ from servers import HOST, RedisServer, wait_until
 
 from haystack_chat_store import ChatMessageStoreError, RedisChatMessageStore
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
-from haystack_chat_store.stores.redis import directory, writing
+from haystack_chat_store.stores.redis import erasing, writing
 from haystack_chat_store.stores.redis.keys import bucket_of
 from haystack_chat_store.stores.redis.writing import remove_ids
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
@@ -154,10 +154,22 @@ def test_all_that_belongs_to_a_history_expires_with_it_however_it_came(make_stor
 
 
 @on_every_engine
+def test_the_directory_of_a_user_ends_with_the_last_history_of_its_bucket(make_store, client):
+    mortal, immortal = make_store(ttl=60), make_store()
+    lasting, *others = itertools.islice(neighbours("history"), 4)
+    say(immortal.for_user("ada"), "Hi!", history=lasting)
+    for user, history in zip("ada bob bob".split(), others, strict=True):
+        say(mortal.for_user(user), "Hi!", history=history)
+    assert [key for key in keys_of(immortal, client) if "users::" in key and client.pttl(key) > 0] == []
+    immortal.delete_chat_history(lasting)
+    assert [key for key in keys_of(immortal, client) if client.pttl(key) <= 0] == []
+
+
+@on_every_engine
 def test_a_history_that_changes_while_it_is_purged_stays(store, monkeypatch):
     for history in MANY[:20]:
         say(store, "Hi!", history=history)
-    delete_histories = directory.delete_histories
+    delete_histories = erasing.delete_histories
 
     async def write_and_delete(session, keys, bucket, histories, *arguments):
         for history in histories[:1]:
@@ -166,7 +178,7 @@ def test_a_history_that_changes_while_it_is_purged_stays(store, monkeypatch):
         return await delete_histories(session, keys, bucket, histories, *arguments)
 
     now = datetime.now(timezone.utc)
-    monkeypatch.setattr(directory, "delete_histories", write_and_delete)
+    monkeypatch.setattr(erasing, "delete_histories", write_and_delete)
     assert store.purge(older_than=now) == 19
     assert walked(store) == [MANY[7]]
 
@@ -378,7 +390,7 @@ def test_the_size_is_what_the_servers_say(store, server):
 # ---------------------------------------------------------------------- calls whose answer was lost
 
 
-def lose_answer_of(proxy, operation, monkeypatch, module=directory):
+def lose_answer_of(proxy, operation, monkeypatch, module):
     """Have the proxy lose the first answer after a function is called, whatever a call does before."""
     original = getattr(module, operation)
 
@@ -441,7 +453,7 @@ def test_an_erasure_whose_answer_was_lost_counts_what_it_has_erased(make_store, 
         ):
             say(store, "Hi!")
             say(store, "Hi!", history=next(neighbours("history")))
-            lose_answer_of(proxy, "delete_histories", monkeypatch)
+            lose_answer_of(proxy, "delete_histories", monkeypatch, erasing)
             assert erase() == erased
             assert proxy.to_lose == 0
             assert len(walked(store)) == 2 - erased

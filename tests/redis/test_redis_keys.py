@@ -29,7 +29,7 @@ from redis_stores import (
 
 from haystack_chat_store.errors import MessageDecodingError, SchemaVersionError, StoreConfigurationError
 from haystack_chat_store.ids import MESSAGE_ID_KEY as ID
-from haystack_chat_store.stores.redis import writing
+from haystack_chat_store.stores.redis import erasing
 from haystack_chat_store.stores.redis.scripts import messages as scripts
 from haystack_chat_store.testing.messages import with_id
 
@@ -173,7 +173,7 @@ def test_deleting_everything_leaves_all_other_keys_alone(make_store, client):
 
 @on_one_server
 def test_deleting_everything_comes_to_an_end_however_fast_others_write(store, monkeypatch):
-    delete_histories = writing.delete_histories
+    delete_histories = erasing.delete_histories
     steps = []
 
     async def delete_and_write_again(session, keys, bucket, histories):
@@ -185,14 +185,14 @@ def test_deleting_everything_comes_to_an_end_however_fast_others_write(store, mo
 
     for history in MANY:
         say(store, "Hi!", history=history)
-    monkeypatch.setattr(writing, "delete_histories", delete_and_write_again)
+    monkeypatch.setattr(erasing, "delete_histories", delete_and_write_again)
     store.delete_all_messages()
     assert [said(store, history) for history in MANY] == [["Hi again!"]] * len(MANY)
 
 
 @on_one_server
 def test_deleting_everything_leaves_nothing_of_a_history_that_is_written_to_meanwhile(store, monkeypatch):
-    delete_histories = writing.delete_histories
+    delete_histories = erasing.delete_histories
 
     async def write_and_delete(session, keys, bucket, histories):
         say(store, "meanwhile")
@@ -201,7 +201,7 @@ def test_deleting_everything_leaves_nothing_of_a_history_that_is_written_to_mean
     for history in islice(neighbours("history"), 150):
         say(store, "Hi!", history=history)
     say(store, "Hi!")
-    monkeypatch.setattr(writing, "delete_histories", write_and_delete)
+    monkeypatch.setattr(erasing, "delete_histories", write_and_delete)
     store.delete_all_messages()
     assert said(store) == []
 

@@ -108,6 +108,23 @@ def words_of(store, client):
 
 @on_a_searching_server
 class TestWords:
+    def test_a_write_does_not_wait_until_all_that_others_have_left_is_indexed(self, make_store, searching, client):
+        say(searching, "Hi!", history="other")
+        plain = make_store()
+        plain.write_messages("chat", [with_id(str(each), "needle") for each in range(3000)])
+        steps = {
+            "append": lambda: searching.write_messages("chat", [with_id("a", "needle")]),
+            "replace": lambda: searching.replace_messages("chat", "a", [with_id("b", "needle")]),
+            "update": lambda: searching.update_message_meta("chat", "b", merge={"rating": "good"}),
+        }
+        indexed = 1
+        for name, write in steps.items():
+            write()
+            before, indexed = indexed, len(words_of(searching, client))
+            assert indexed - before <= 1001, name
+        searching.index_messages()
+        assert len(words_of(searching, client)) == 3002
+
     def test_words_go_with_their_messages(self, searching, client):
         searching.write_messages("chat", [with_id(each, f"needle {each}") for each in "abcdef"])
         assert words_of(searching, client) == [("chat", position) for position in range(6)]

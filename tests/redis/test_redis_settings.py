@@ -3,10 +3,13 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 from contextlib import closing
 
@@ -152,25 +155,56 @@ def certificate(tmp_path_factory):
     return folder
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl for a certificate")
-def test_tls_is_used_and_a_certificate_that_is_not_trusted_is_named(certificate, write):
+@pytest.fixture
+def tls_server(certificate):
+    """A server with TLS at a second port, and the URL of this port."""
     tls_port = unused_port()
     files = {"tls_cert_file": certificate / "cert.pem", "tls_key_file": certificate / "key.pem"}
     files["tls_ca_cert_file"] = certificate / "cert.pem"
     with RedisServer(tls_port=tls_port, tls_auth_clients="no", **files) as server:
-        url = f"rediss://:{PASSWORD}@{HOST}:{tls_port}/0"
-        with pytest.raises(StoreConfigurationError, match=r"does not trust.*ssl_ca_certs"):
-            write(RedisChatMessageStore(Secret.from_token(url)), "Hi!")
-        store = RedisChatMessageStore(Secret.from_token(f"{url}?ssl_ca_certs={certificate / 'cert.pem'}"))
-        assert write(store, "Hi!") == 1
-        store.close()
-        with pytest.raises(StoreUnavailableError, match="rediss://"):
-            write(RedisChatMessageStore(Secret.from_token(server.url.replace(f"{server.port}", f"{tls_port}"))), "Hi!")
+        yield server, f"rediss://:{PASSWORD}@{HOST}:{tls_port}/0"
+
+
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl for a certificate")
+
+
+@needs_openssl
+def test_tls_is_used_and_a_certificate_that_is_not_trusted_is_named(certificate, tls_server, write):
+    _, url = tls_server
+    with pytest.raises(StoreConfigurationError, match=r"does not trust.*ssl_ca_certs"):
+        write(RedisChatMessageStore(Secret.from_token(url)), "Hi!")
+    store = RedisChatMessageStore(Secret.from_token(f"{url}?ssl_ca_certs={certificate / 'cert.pem'}"))
+    assert write(store, "Hi!") == 1
+    store.close()
+    with pytest.raises(StoreUnavailableError, match="rediss://"):
+        write(RedisChatMessageStore(Secret.from_token(url.replace("rediss", "redis"))), "Hi!")
+
+
+@needs_openssl
+def test_an_event_loop_ends_soon_if_the_other_side_of_tls_is_dead(certificate, tls_server):
+    server, url = tls_server
+    store = RedisChatMessageStore(Secret.from_token(f"{url}?ssl_ca_certs={certificate / 'cert.pem'}"))
+    with server.client() as client:
+        process_id = client.info("server")["process_id"]
+
+    async def use():
+        await asyncio.gather(*(store.count_messages_async(f"history {number}") for number in range(5)))
+        os.kill(process_id, signal.SIGSTOP)
+
+    loop = threading.Thread(target=asyncio.run, args=[use()], daemon=True)
+    loop.start()
+    try:
+        wait_until(lambda: not loop.is_alive(), "the event loop to end")
+    finally:
+        os.kill(process_id, signal.SIGCONT)
+    loop.join()
+    store.close()
 
 
 def test_without_the_driver_the_error_says_what_to_install():
     program = """
 import sys
+import threading
 sys.modules["redis"] = None
 import haystack_chat_store
 from haystack_chat_store.stores.redis import RedisChatMessageStore

@@ -10,7 +10,7 @@ from redis_stores import keys_of, on_a_cluster, on_every_engine
 from haystack_chat_store import ChatHistoryExistsError
 from haystack_chat_store.doctor import check
 from haystack_chat_store.stores.redis import renaming
-from haystack_chat_store.stores.redis.directory import read_state
+from haystack_chat_store.stores.redis.histories import read_state
 from haystack_chat_store.stores.redis.sync_session import SyncSession
 from haystack_chat_store.testing.kit import texts
 

@@ -16,6 +16,7 @@ from typing import Any
 import redis.asyncio.connection
 from redis import exceptions
 
+from haystack_chat_store.stores import idle_connections
 from haystack_chat_store.stores.redis.cluster import ClusterSession
 from haystack_chat_store.stores.redis.nodes import Nodes
 from haystack_chat_store.stores.redis.scripts import Script
@@ -45,9 +46,9 @@ class AsyncSession(ClusterSession):
         self._guard = self._close_with_loop()
         self._ending = threading.Lock()
 
-    async def close(self, *, is_patient: bool = False) -> None:
+    async def close(self) -> None:
         """Do what `Session.close` does, on the session's own loop."""
-        await super().close(is_patient=is_patient)
+        await super().close()
         await self._guard.aclose()
 
     async def run_each(self, script: Script, calls: Sequence[tuple[Sequence[str], Sequence[str | int]]]) -> list[Any]:
@@ -99,7 +100,20 @@ class AsyncSession(ClusterSession):
         finally:
             with self._ending:  # the loop has to run once more for what another thread abandons
                 pass
-            await super().close(is_patient=True)
+            connections = self._close_and_take_idle()
+            if connections:
+                await asyncio.gather(*map(self._close_in_time, connections))
+
+    async def _close_in_time(self, connection: Any) -> None:
+        """Close a connection, and wait for the other side: not for long, since with TLS a dead one is waited for."""
+        writer = getattr(connection, "_writer", None)
+        try:
+            async with time_limit(idle_connections.probe_seconds(self.timeout)):
+                await connection.disconnect()
+        except (exceptions.RedisError, TimeoutError, asyncio.TimeoutError):
+            if writer is not None:
+                writer.transport.abort()
+                await asyncio.sleep(0)  # the loop has to run once more for it
 
     def _abandon_idle(self) -> None:
         for connection in self._close_and_take_idle():
@@ -159,12 +173,12 @@ class AsyncSession(ClusterSession):
     async def _done(self, result: Any) -> Any:
         return await result
 
-    async def _disconnect(self, connection: Any, *, is_patient: bool = False) -> None:
+    async def _disconnect(self, connection: Any) -> None:
         if not _is_running(self._loop):  # it was closed during this call, whose coroutine is being freed
             self._abandon(connection)
             return
         with suppress(exceptions.RedisError):  # it did not close in time
-            await connection.disconnect(nowait=not is_patient)
+            await connection.disconnect(nowait=True)
 
 
 def _is_running(loop: asyncio.AbstractEventLoop) -> bool:

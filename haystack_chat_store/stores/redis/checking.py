@@ -21,7 +21,7 @@ from haystack_chat_store.errors import (
 from haystack_chat_store.ids import branch_id
 from haystack_chat_store.stores.faults import FaultList
 from haystack_chat_store.stores.previews import beginning_of_content, kept_row, last_said, preview_faults
-from haystack_chat_store.stores.redis.directory import ListedHistory, branches_of, read_histories
+from haystack_chat_store.stores.redis.branches import branches_of
 from haystack_chat_store.stores.redis.documents import (
     Unindexed,
     ask_index,
@@ -32,6 +32,7 @@ from haystack_chat_store.stores.redis.documents import (
     is_searched,
     read_unindexed,
 )
+from haystack_chat_store.stores.redis.histories import ListedHistory, read_histories
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.reading import MAX_COUNT, read_ids, read_part
 from haystack_chat_store.stores.redis.renaming import Renaming

@@ -81,10 +81,10 @@ class ClusterSession(Session):
         :param unanswered: The error of an earlier attempt of the call that may have been executed. It is reported then.
         """
         failure: exceptions.RedisError = exceptions.ClusterDownError("No node knows which nodes serve the slots.")
-        service, options = self._nodes.target.service, self._nodes.target.sentinel_options
+        service = self._nodes.target.service
         for address in self._nodes.to_ask():
             try:
-                connection = await self._connected(address, call.deadline, **options)
+                connection = await self._connected(address, call.deadline, is_sentinel=service is not None)
                 try:
                     if service is None:
                         rows = await self._ask(connection, call.deadline, "CLUSTER", "SLOTS")

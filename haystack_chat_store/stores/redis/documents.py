@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # How many messages one script indexes.
 _INDEXED_PER_STEP = 200
+# How many messages that others have left an append indexes, besides its own.
+_INDEXED_PER_APPEND = 1_000
 # The server expands a prefix of a tag to a limited number of tags. So the beginnings of a term are tags, too, up to
 # this length; what begins with a longer one is among what begins with these characters.
 _LONGEST_BEGINNING = 3
@@ -252,14 +254,20 @@ async def prepare_index(engine: RedisOperations, session: Session, keys: Keys) -
         engine.searched_namespaces.add(keys.namespace)
 
 
-async def index_written(engine: RedisOperations, session: Session, keys: Keys, chat_history_id: str) -> None:
+async def index_written(
+    engine: RedisOperations, session: Session, keys: Keys, chat_history_id: str, appended: int | None = None
+) -> None:
     """
     Index what was written to a history, if the store is one that searches.
 
     The messages are stored. If indexing fails, they stay noted.
+
+    :param appended: How many messages were appended, if the write did nothing else. Then only a part of what a store
+        without search has left before them is indexed, so that the caller does not wait for a whole history.
     """
     if engine.is_searching:
+        limit = MAX_COUNT if appended is None else appended + _INDEXED_PER_APPEND
         try:
-            await index_history(session, keys, chat_history_id, MAX_COUNT)
+            await index_history(session, keys, chat_history_id, limit)
         except ChatMessageStoreError as error:
             logger.warning("Messages were stored in Redis, and could not be indexed: {error}", error=str(error))

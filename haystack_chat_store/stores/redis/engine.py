@@ -12,6 +12,7 @@ from haystack_chat_store.stores.engine import ArgumentsT, Operation, ResultT
 from haystack_chat_store.stores.redis.checking import Checking
 from haystack_chat_store.stores.redis.connections import servers
 from haystack_chat_store.stores.redis.directory import Directory
+from haystack_chat_store.stores.redis.erasing import Erasing
 from haystack_chat_store.stores.redis.nodes import Settings
 from haystack_chat_store.stores.redis.reading import Reading
 from haystack_chat_store.stores.redis.renaming import Renaming
@@ -21,7 +22,7 @@ from haystack_chat_store.stores.redis.writing import Writing
 from haystack_chat_store.stores.sync_async import run_sync
 
 
-class RedisEngine(Writing, Reading, Directory, Search, Checking, Renaming):
+class RedisEngine(Writing, Reading, Directory, Erasing, Search, Checking, Renaming):
     """Keeps chat histories in Redis, Valkey or a Redis Cluster."""
 
     system_name = "redis"

@@ -62,6 +62,13 @@ def contradicting(chat_history_id: str) -> MessageDecodingError:
     )
 
 
+def changed_each_time(chat_history_id: str) -> StoreUnavailableError:
+    """Return the error for a history that others have deleted and begun anew at each attempt of a change."""
+    return StoreUnavailableError(
+        f"Others changed the chat history {chat_history_id!r} in Redis each time while it was being changed. Try again."
+    )
+
+
 class StagedLostError(StoreUnavailableError):
     """Messages that waited to become part of a history are gone, so nothing was changed."""
 

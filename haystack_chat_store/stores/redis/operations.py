@@ -32,3 +32,9 @@ class RedisOperations(Engine[Session]):
 def lifetime(scope: Scope) -> int:
     """Return the number of milliseconds after which a history expires, or 0 for never."""
     return 0 if scope.lifetime is None else max(1, round(scope.lifetime / 1000))
+
+
+async def server_info(session: Session, section: str) -> list[dict[str, str]]:
+    """Return a section of what INFO says of every server."""
+    texts = await session.ask_masters("INFO", section)
+    return [dict(line.split(":", 1) for line in text.splitlines() if ":" in line) for text in texts]

@@ -11,18 +11,17 @@ from haystack_chat_store.errors import (
     StoreUnavailableError,
 )
 from haystack_chat_store.stores.conflicts import check_access, history_is_there, history_not_found, no_access
-from haystack_chat_store.stores.redis.directory import (
+from haystack_chat_store.stores.redis.branches import branches_of, follow_origin
+from haystack_chat_store.stores.redis.documents import index_written, prepare_index
+from haystack_chat_store.stores.redis.failures import SlotsDifferError, StagedLostError
+from haystack_chat_store.stores.redis.histories import (
     ListedHistory,
     StateOfHistory,
-    branches_of,
     delete_in_state,
-    follow_origin,
     listed_history,
     read_histories,
     read_state,
 )
-from haystack_chat_store.stores.redis.documents import index_written, prepare_index
-from haystack_chat_store.stores.redis.failures import SlotsDifferError, StagedLostError
 from haystack_chat_store.stores.redis.keys import Keys
 from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.schema import new_name

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from haystack_chat_store.errors import MessageDecodingError, StoreTimeoutError, UnsupportedOperationError
 from haystack_chat_store.search_text import Phrase, matches, relevance, searchable_text_of_content, terms
-from haystack_chat_store.stores.redis.directory import id_range, is_branch, read_histories
 from haystack_chat_store.stores.redis.documents import (
     Unindexed,
     ask_index,
@@ -15,6 +14,7 @@ from haystack_chat_store.stores.redis.documents import (
     read_unindexed,
     turn_on,
 )
+from haystack_chat_store.stores.redis.histories import id_range, is_branch, read_histories
 from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
 from haystack_chat_store.stores.redis.operations import RedisOperations
 from haystack_chat_store.stores.redis.reading import read_part

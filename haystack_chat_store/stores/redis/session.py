@@ -160,14 +160,10 @@ class Session(ABC):
         """Have every server that holds keys run a command, and return their answers."""
         return [await self.ask(address, *command) for address in await self.masters()]
 
-    async def close(self, *, is_patient: bool = False) -> None:
-        """
-        Close idle connections now, and those in use as soon as they are given back.
-
-        :param is_patient: Whether to wait for the other side.
-        """
+    async def close(self) -> None:
+        """Close idle connections now, and those in use as soon as they are given back."""
         for connection in self._close_and_take_idle():
-            await self._disconnect(connection, is_patient=is_patient)
+            await self._disconnect(connection)
 
     def leave_to_parent(self) -> None:
         """In a forked child, keep the parent's connections from being used, or freed, which would close them."""
@@ -210,8 +206,8 @@ class Session(ABC):
         """Return the result of a method of a connection."""
 
     @abstractmethod
-    async def _disconnect(self, connection: Any, *, is_patient: bool = False) -> None:
-        """Close a connection."""
+    async def _disconnect(self, connection: Any) -> None:
+        """Close a connection, without waiting for the other side."""
 
     # ------------------------------------------------------------------ one server
 
@@ -330,9 +326,15 @@ class Session(ABC):
         properties = await self._ask(connection, call.deadline, "HELLO")
         return ("role", "master") in zip(properties[::2], properties[1::2], strict=True)
 
-    async def _connected(self, address: Address, deadline: float, **options: Any) -> Any:
-        where = {} if address.port is None else address._asdict()
-        connection = self._connection_class(**{**self._options, **self._options_until(deadline), **where, **options})
+    async def _connected(self, address: Address, deadline: float, *, is_sentinel: bool = False) -> Any:
+        connection = self._connection_class(
+            **{
+                **self._options,
+                **self._options_until(deadline),
+                **({} if address.port is None else address._asdict()),
+                **(self._nodes.target.sentinel_options if is_sentinel else {}),  # no variable has its password
+            }
+        )
         self._open.add(connection)
         try:
             await self._done(connection.connect())

@@ -64,5 +64,5 @@ class SyncSession(ClusterSession):
     async def _done(self, result: Any) -> Any:
         return result
 
-    async def _disconnect(self, connection: Any, *, is_patient: bool = False) -> None:  # noqa: ARG002  (asyncio only)
+    async def _disconnect(self, connection: Any) -> None:
         connection.disconnect()

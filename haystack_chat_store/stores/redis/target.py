@@ -33,10 +33,10 @@ class Target:
     :param sentinel_options: User name and password for the Sentinels.
     """
 
-    url: str
+    url: str = field(repr=False)
     addresses: tuple[Address, ...]
     service: str | None = None
-    sentinel_options: dict[str, Any] = field(default_factory=dict)
+    sentinel_options: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 def parsed(text: str, *, cluster: bool) -> Target:

@@ -20,26 +20,19 @@ from haystack_chat_store.stores.conflicts import (
     other_user,
 )
 from haystack_chat_store.stores.previews import first_question, last_said
-from haystack_chat_store.stores.redis.directory import (
-    delete_branches,
-    delete_histories,
-    follow_origin,
-    read_histories,
-)
+from haystack_chat_store.stores.redis.branches import follow_origin
 from haystack_chat_store.stores.redis.documents import index_written, prepare_index
-from haystack_chat_store.stores.redis.failures import contradicting
-from haystack_chat_store.stores.redis.keys import BUCKETS, Keys, bucket_of
+from haystack_chat_store.stores.redis.failures import changed_each_time, contradicting
+from haystack_chat_store.stores.redis.histories import read_histories
+from haystack_chat_store.stores.redis.keys import Keys
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
 from haystack_chat_store.stores.redis.reading import read_ids, read_part, read_positions
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, letters_of, new_name
-from haystack_chat_store.stores.redis.scripts import directory as of_directory
 from haystack_chat_store.stores.redis.scripts import messages as scripts
 from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.redis.staging import Stage
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, compare_rows
 
-# How many histories `delete_all` deletes by one script.
-_DELETED_HISTORIES_PER_STEP = 100
 # How often a copy begins again because its source was edited.
 _COPY_ATTEMPTS = 10
 # How often a change begins again because the messages and the index of a history contradict each other. They do so for
@@ -81,32 +74,11 @@ class Writing(RedisOperations):
             ],
         )
         count = written(answer, expected_revision)
-        await index_written(self, session, keys, chat_history_id)
-        return count
-
-    async def delete(self, session: Session, scope: Scope, chat_history_id: str, expected_revision: int | None) -> None:
-        """Delete the keys of a history, and its entries in the lists of its bucket, then its branches."""
-        keys = self.keys(scope)
-        deleted = await delete_histories(
-            session,
-            keys,
-            bucket_of(chat_history_id),
-            [chat_history_id],
-            expected_revision=expected_revision,
-            only_own=True,
+        # What overwriting has changed may be far before the end, and was indexed.
+        await index_written(
+            self, session, keys, chat_history_id, None if policy is DuplicatePolicy.OVERWRITE else count
         )
-        await delete_branches(session, keys, chat_history_id, deleted)
-
-    async def delete_all(self, session: Session, scope: Scope) -> bool:
-        """Go through the buckets, and delete all that each of them lists by then."""
-        keys = self.keys(scope)
-        for bucket in range(BUCKETS):
-            found = await session.run(of_directory.ALL, keys.of_bucket(bucket))
-            if not found and not keys.user:
-                await session.run(of_directory.FORGET_ORIGINS, keys.of_bucket(bucket))
-            for first in range(0, len(found), _DELETED_HISTORIES_PER_STEP):
-                await delete_histories(session, keys, bucket, found[first : first + _DELETED_HISTORIES_PER_STEP])
-        return False
+        return count
 
     async def delete_messages(
         self,
@@ -170,7 +142,7 @@ class Writing(RedisOperations):
             )
 
         count = await _with_ids_from(session, keys, chat_history_id, from_message_id, replace, expected_revision)
-        await index_written(self, session, keys, chat_history_id)
+        await index_written(self, session, keys, chat_history_id, count)
         return count
 
     async def update_message(
@@ -180,16 +152,18 @@ class Writing(RedisOperations):
         keys = self.keys(scope)
         await prepare_index(self, session, keys)
         misses = 0
+        states: set[str] = set()  # of the history at each miss: if all differ, others are at work
         while misses < _ATTEMPTS:
             (position,) = await read_positions(session, keys, chat_history_id, [message_id])
             after = -1 if position is None else position - 1
-            rows = (await read_part(session, keys, chat_history_id, 1, after=after)).rows
-            row = rows[0] if position is not None and rows and rows[0].message_id == message_id else None
+            part = await read_part(session, keys, chat_history_id, 1, after=after)
+            row = part.rows[0] if position is not None and part.rows and part.rows[0].message_id == message_id else None
             if row is None:
                 await _check_is_own(session, scope, keys, chat_history_id)
                 if position is None:
                     raise message_not_found(message_id)
                 misses += 1
+                states.add(part.state)
                 continue
             content = change(row.content)
             changes_words = searchable_text_of_content(row.content) != searchable_text_of_content(content)
@@ -197,11 +171,12 @@ class Writing(RedisOperations):
             arguments += [int(changes_words), keys.user]
             answer = await session.run(scripts.SET_CONTENT, keys.to_write(chat_history_id), arguments)
             if answer == 1:
-                await index_written(self, session, keys, chat_history_id)
+                if changes_words:
+                    await index_written(self, session, keys, chat_history_id)
                 return replace(row, content=content)
             if answer[0] == "ACCESS":
                 raise no_access()
-        raise contradicting(chat_history_id)
+        raise (changed_each_time if len(states) == misses else contradicting)(chat_history_id)
 
     async def renew(self, session: Session, scope: Scope, chat_history_id: str) -> None:
         """Set the time of all keys of the history."""
@@ -346,7 +321,8 @@ async def _with_ids_from(
     """
     ids: list[str] = []
     first: int | None = None
-    misses = 0
+    misses, state = 0, ""
+    states: set[str] = set()  # of the history at each miss: if all differ, others are at work
     while misses < _ATTEMPTS:
         next_position = 0
         if first is None:
@@ -354,7 +330,7 @@ async def _with_ids_from(
         if first is not None:
             limit = BATCH_SIZE if misses == 0 else 1
             part = await read_part(session, keys, chat_history_id, limit, after=first - 1)
-            next_position = part.next_position
+            next_position, state = part.next_position, part.state
             if misses == 0:
                 ids += [row.message_id for row in part.rows]
                 first = part.rows[-1].position + 1 if part.rows else next_position
@@ -367,10 +343,11 @@ async def _with_ids_from(
             raise message_not_found(from_message_id)
         if answer == ["OTHERS"]:
             misses += 1
+            states.add(state)
             ids, first = [], None
         elif answer != ["MORE"]:
             return written(answer, expected_revision)
-    raise contradicting(chat_history_id)
+    raise (changed_each_time if len(states) == misses else contradicting)(chat_history_id)
 
 
 def written(answer: Any, expected_revision: int | None) -> int:

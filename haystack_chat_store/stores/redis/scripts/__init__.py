@@ -233,13 +233,19 @@ if #expired > 0 then
         end
     end
 end
--- If all histories of the bucket expire, its own keys expire with the last of them.
-local last = redis.call('ZREVRANGE', expiries, 0, 0, 'WITHSCORES')[2]
+-- If all histories of the bucket expire, its own keys expire with the last of them. An end never becomes earlier. So
+-- only the first one has to be set for the directories of all users.
+local last = tonumber(redis.call('ZREVRANGE', expiries, 0, 0, 'WITHSCORES')[2] or nil)
 local has_end = last and redis.call('ZCARD', expiries) == redis.call('ZCARD', directory)
+local remaining = redis.call('PTTL', directory)
+local bucket_end = has_end and string.format('%.0f', math.max(last, milliseconds + remaining))
 local own_keys = {schema_version, directory, expiries, names, owners, origins, unindexed}
 if owner then own_keys[#own_keys + 1] = users_key(owner) end
+if has_end and remaining < 0 then
+    for _, each in ipairs(redis.call('HVALS', owners)) do own_keys[#own_keys + 1] = users_key(each) end
+end
 for _, key in ipairs(own_keys) do
-    if has_end then redis.call('PEXPIREAT', key, last) else redis.call('PERSIST', key) end
+    if has_end then redis.call('PEXPIREAT', key, bucket_end) else redis.call('PERSIST', key) end
 end
 """
 
