@@ -11,9 +11,10 @@ from postgres_stores import ENGINES, NEWEST, STATEMENTS, connections_of, execute
 from servers import PgBouncer, PostgresServer, wait_until
 
 from haystack_chat_store.stores.postgres import PostgresChatMessageStore
-from haystack_chat_store.stores.postgres.schema import BEGINNING, MAX_POSITION, history_key
+from haystack_chat_store.stores.postgres.schema import BEGINNING, history_key
 from haystack_chat_store.stores.postgres.statements import prefix_parameters
 from haystack_chat_store.testing.messages import conversation, with_id
+from haystack_chat_store.validation import MAX_POSITION
 
 HISTORIES = 20_000
 LENGTH = 50_000

@@ -5,10 +5,11 @@ from itertools import starmap
 
 from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.stores.engine import Engine
-from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_parameters
+from haystack_chat_store.stores.postgres.schema import history_parameters
 from haystack_chat_store.stores.postgres.session import Session
 from haystack_chat_store.stores.postgres.statements import Statement
 from haystack_chat_store.stores.rows import NO_ROWS, MessageRow, Scope, WindowRows
+from haystack_chat_store.validation import MAX_POSITION
 
 # Both bounds are subqueries, even where they exclude nothing. The planner takes a range between two bounds that it does
 # not know for 0.5 % of the rows. So it walks along the primary key, instead of sorting, or reading the whole table,
@@ -94,10 +95,10 @@ class Reading(Engine[Session]):
         """Return a page of messages."""
         parameters = {**history_parameters(scope, chat_history_id), "limit": limit}
         if after is not None:
-            parameters["place"] = min(after, MAX_POSITION)
+            parameters["place"] = after
             rows = await session.fetch(_PAGE_AFTER, parameters, prepare=True)
         else:
-            parameters["place"] = MAX_POSITION if before is None else min(before, MAX_POSITION)
+            parameters["place"] = MAX_POSITION if before is None else before
             rows = (await session.fetch(_PAGE_BEFORE, parameters, prepare=True))[::-1]
         return list(starmap(MessageRow, rows))
 

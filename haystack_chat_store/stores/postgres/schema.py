@@ -11,8 +11,6 @@ from psycopg import sql
 from haystack_chat_store.stores.postgres.statements import FIRST_REVISION, FRAGMENTS, IS_VISIBLE, Statement
 from haystack_chat_store.stores.rows import Scope
 
-#: The greatest position: that of a bigint.
-MAX_POSITION = 2**63 - 1
 #: The place before all messages, by key and position.
 BEGINNING = (uuid.UUID(int=0), -1)
 

@@ -34,10 +34,11 @@ from haystack_chat_store.stores.postgres.appending import (
 )
 from haystack_chat_store.stores.postgres.histories import NO_HISTORY, find_previews, lock_history, position_of
 from haystack_chat_store.stores.postgres.importing import import_locked, import_several_locked
-from haystack_chat_store.stores.postgres.schema import MAX_POSITION, history_key
+from haystack_chat_store.stores.postgres.schema import history_key
 from haystack_chat_store.stores.postgres.session import Session, in_transaction
 from haystack_chat_store.stores.postgres.statements import Statement
 from haystack_chat_store.stores.rows import EncodedMessage, HistoryRow, MessageRow, Scope, branch_origin, compare_rows
+from haystack_chat_store.validation import MAX_POSITION
 
 _DELETE_SOME = """
     WITH gone AS (DELETE FROM {{messages}} WHERE history_key = %(key)s AND {which} RETURNING role),

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from haystack import logging
 
-from haystack_chat_store.errors import ChatMessageStoreError, StoreUnavailableError
+from haystack_chat_store.errors import ChatMessageStoreError, StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.connection_registry import ConnectionRegistry, keep_alive_forever
 from haystack_chat_store.stores.sqlite import failures, schema
 from haystack_chat_store.stores.sqlite.calls import Threads
@@ -79,6 +79,10 @@ class Settings(NamedTuple):
     durability: Durability
     timeout: float
     search: bool
+
+    def timed_out(self, holder: str) -> StoreTimeoutError:
+        """Return the error of a call that waited in vain for others, such as "other threads of this process"."""
+        return failures.timed_out(self.path, self.timeout, holder)
 
 
 class NoDatabaseError(Exception):
@@ -160,7 +164,7 @@ class Database:
         deadline = self._deadline()
         try:
             if not self._write_lock.acquire(timeout=max(0, deadline - time.monotonic())):
-                raise failures.timed_out(self.settings.path, self.settings.timeout, "other threads of this process")
+                raise self.settings.timed_out("other threads of this process")
             if self._is_written_by_this_thread():
                 raise failures.in_the_middle_of_a_write(self.settings.path)
             connection = self._writer_in_transaction(deadline)

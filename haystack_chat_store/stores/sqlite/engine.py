@@ -72,8 +72,7 @@ class SQLiteEngine(Writing, Reading, Directory, Search, Checking):
             return cast(ResultT, await database.turns.run_async(write, deadline, size))
         call = CallOfTask(partial(_run_on, database, deadline, operation, *arguments, **options), deadline)
         threads = database.readers if is_marked(operation, reads_only) else database.writer
-        timed_out = partial(failures.timed_out, self.settings.path, self.settings.timeout)
-        return cast(ResultT, await call.wait(partial(threads.submit, call.make), timed_out))
+        return cast(ResultT, await call.wait(partial(threads.submit, call.make), self.settings.timed_out))
 
     def check_exists(self) -> None:
         """

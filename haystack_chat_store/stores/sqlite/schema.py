@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 # Each step takes a database from the version of its index to the next. Never change a step that was released: add one.
 # A message's key is its history's key times 2**32 plus its position. So all messages of a history lie side by side in
-# the table's own tree, in order, and the newest is one look-up away.
+# the table's own tree, in order, and the newest is one look-up away. Nothing fills summary and question_id yet.
 MIGRATIONS: list[list[str]] = [
     [
         """

@@ -119,7 +119,7 @@ class Turns:
         """
         write = CallOfTask(call, deadline, size)
         self._tasks.append(write)
-        return await write.wait(self._call_writer, self._timed_out)
+        return await write.wait(self._call_writer, self._database.settings.timed_out)
 
     def after_fork_in_child(self) -> None:
         """Forget the writes of the parent."""
@@ -130,7 +130,7 @@ class Turns:
         """Wait until a write is made, or until its thread has the turn."""
         if not write.is_awaited.acquire(timeout=max(0, write.deadline - time.monotonic())):
             if write.claim():
-                raise self._timed_out("other threads of this process")
+                raise self._database.settings.timed_out("other threads of this process")
             write.is_awaited.acquire()  # it was taken just now, so it is soon known what became of it
 
     def _pass_on(self) -> None:
@@ -192,9 +192,6 @@ class Turns:
         if number % 2:
             return _first(self._threads) or _first(self._tasks)
         return _first(self._tasks) or _first(self._threads)
-
-    def _timed_out(self, holder: str) -> ChatMessageStoreError:
-        return failures.timed_out(self._database.settings.path, self._database.settings.timeout, holder)
 
 
 class _Group:

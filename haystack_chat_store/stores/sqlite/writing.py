@@ -23,7 +23,7 @@ from haystack_chat_store.stores.sqlite.schema import key_range
 from haystack_chat_store.stores.sqlite.turns import WriteSession
 from haystack_chat_store.stores.times import microseconds_now
 
-_HAS_MESSAGES = "SELECT EXISTS (SELECT 1 FROM haystack_chat_messages WHERE message_key BETWEEN ? AND ?)"
+_HISTORY_HAS_MESSAGES = "SELECT EXISTS (SELECT 1 FROM haystack_chat_messages WHERE message_key BETWEEN ? AND ?)"
 
 # Up to this many histories are deleted by one step of `delete_all`, or fewer if they are long.
 _HISTORIES_PER_STEP = 1_000
@@ -142,7 +142,7 @@ class Writing(Engine[Database]):
             target = histories.find(target_id)
             if target is not None and target.message_count:
                 raise history_has_messages(target_id)
-            if not connection.execute(_HAS_MESSAGES, (first_key, last_key)).fetchone()[0]:
+            if not connection.execute(_HISTORY_HAS_MESSAGES, (first_key, last_key)).fetchone()[0]:
                 return 0
             if target is not None:
                 check_same_user(source.user_id, target.user_id)
