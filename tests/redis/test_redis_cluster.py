@@ -8,7 +8,7 @@ import time
 
 import pytest
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
-from redis_stores import key_of, on_a_cluster, said, say, stores_on, writers_at_work
+from redis_stores import key_of, keys_of, neighbours, on_a_cluster, said, say, stores_on, writers_at_work
 from servers import HOST, PASSWORD, RedisCluster, RedisServer, wait_until
 
 from haystack_chat_store.doctor import check
@@ -16,6 +16,7 @@ from haystack_chat_store.errors import StoreConfigurationError
 from haystack_chat_store.stores.redis.connections import servers
 from haystack_chat_store.stores.redis.failures import Address
 from haystack_chat_store.stores.redis.scripts.messages import COUNT
+from haystack_chat_store.stores.redis.sync_session import SyncSession
 from haystack_chat_store.stores.sync_async import run_sync
 from haystack_chat_store.testing.concurrency import assert_whole_and_in_order, in_threads
 
@@ -135,6 +136,37 @@ def test_a_slot_that_is_about_to_move_is_waited_for(make_store, server, client):
         in_threads(finish, lambda: say(store, "while it moves"), store.list_chat_histories)
     assert said(store) == ["Hi!", "while it moves"]
     assert [info.chat_history_id for info in store.list_chat_histories().items] == ["history"]
+    server.wait_until_ok()
+
+
+@on_a_cluster
+def test_a_slot_that_has_moved_but_for_the_directory_of_a_user_is_waited_for(make_store, server, client, monkeypatch):
+    """All keys that scripts declare are at the new node. Further ones are still at the old one."""
+    store = make_store(user_id="ada", ttl=60, last_k=None)
+    say(store, "Hi!")
+    say(store, "Hello!", history=next(neighbours("history")))
+    key = next(each for each in keys_of(store, client) if each.endswith(":history:contents"))
+    slot, home = key_slot(key.encode()), client.get_node_from_key(key).port
+    source = next(node for node in server.nodes if node.port == home)
+    target = next(node for node in server.nodes if node.port != home)
+    with source.client() as at_source, target.client() as at_target:
+        source_id, target_id = (at.execute_command("CLUSTER MYID").decode() for at in (at_source, at_target))
+        at_target.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", source_id)
+        at_source.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", target_id)
+        move = "MIGRATE", HOST, target.port, "", 0, 5000, "AUTH", PASSWORD, "KEYS"
+        keys = at_source.execute_command("CLUSTER GETKEYSINSLOT", slot, 100)
+        at_source.execute_command(*move, *(each for each in keys if "users::" not in each))
+
+        async def finish(_):
+            monkeypatch.undo()
+            at_source.execute_command(*move, *(each for each in keys if "users::" in each))
+            for at in (at_target, at_source):
+                at.execute_command("CLUSTER SETSLOT", slot, "NODE", target_id)
+
+        monkeypatch.setattr(SyncSession, "pause", finish)
+        say(store, "while it moves")
+    assert said(store) == ["Hi!", "while it moves"]
+    assert len(store.list_chat_histories().items) == 2
     server.wait_until_ok()
 
 

@@ -89,7 +89,7 @@ async def hand_over_branches(
     :param passed: The histories that this was done for: two may name each other as their origin.
     """
     passed.add(chat_history_id)
-    if handing_over.before == handing_over.after or not await _may_have_branches(session, keys, chat_history_id):
+    if handing_over.before == handing_over.after or not await may_have_branches(session, keys, chat_history_id):
         return
     for branch, history in (await branches_of(session, keys, chat_history_id)).items():
         if history.row.user_id == handing_over.before and branch not in passed:
@@ -106,6 +106,6 @@ async def _hand_over(session: Session, keys: Keys, branch: str, handing_over: Ha
         await session.run(scripts.UPDATE, names, [branch, len(user) if after else 0, *user, "", "", before or ""])
 
 
-async def _may_have_branches(session: Session, keys: Keys, chat_history_id: str) -> bool:
+async def may_have_branches(session: Session, keys: Keys, chat_history_id: str) -> bool:
     """Whether a history that is there has branches, or had some. One that is not there may have some in any case."""
     return bool(await session.run(scripts.HAS_BRANCHES, keys.of_bucket_of(chat_history_id), [chat_history_id]))

@@ -51,10 +51,12 @@ class ClusterSession(Session):
                 if self._is_late(call):
                     raise (unanswered or error) from None
                 redirected = redirection(error, call.address.host)
-                if redirected is not None:
+                # The node that is taking the slot over may not have all keys yet that the script makes the names of.
+                has_to_wait = redirected is not None and redirected[1] and call.names_keys
+                if redirected is not None and not has_to_wait:
                     redirections += 1
                     call.address, call.is_asking = redirected
-                elif may_pass(error, in_cluster=True):
+                elif has_to_wait or may_pass(error, in_cluster=True):
                     redirections, call.is_asking = 0, False
                     logger.debug("Trying a call at another node of Redis again.")
                 else:

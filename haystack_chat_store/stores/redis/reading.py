@@ -75,7 +75,7 @@ class Reading(RedisOperations):
 
     async def position(self, session: Session, scope: Scope, chat_history_id: str, message_id: str) -> int | None:
         """Look up the position of a message."""
-        return (await read_positions(session, self.keys(scope), chat_history_id, [message_id]))[0]
+        return await read_position(session, self.keys(scope), chat_history_id, message_id)
 
 
 async def read_part(
@@ -100,12 +100,10 @@ async def read_part(
     return Part(exists=bool(state), user_id=user_id, state=state, next_position=next_position, rows=rows)
 
 
-async def read_positions(
-    session: Session, keys: Keys, chat_history_id: str, message_ids: Sequence[str]
-) -> list[int | None]:
-    """Return the position of each message, or `None` for those that the history does not have."""
-    found = await session.run(scripts.POSITIONS, keys.to_read(chat_history_id), [*message_ids, keys.user])
-    return [None if position is None else number(position) for position in found]
+async def read_position(session: Session, keys: Keys, chat_history_id: str, message_id: str) -> int | None:
+    """Return the position of a message, or `None` if the history does not have it."""
+    position = await session.run(scripts.POSITION, keys.to_read(chat_history_id), [message_id, keys.user])
+    return None if position is None else number(position)
 
 
 async def read_ids(session: Session, keys: Keys, chat_history_id: str) -> dict[str, int]:

@@ -11,7 +11,7 @@ from haystack_chat_store.errors import (
     StoreUnavailableError,
 )
 from haystack_chat_store.stores.conflicts import check_access, history_is_there, history_not_found, no_access
-from haystack_chat_store.stores.redis.branches import branches_of, follow_origin
+from haystack_chat_store.stores.redis.branches import branches_of, follow_origin, may_have_branches
 from haystack_chat_store.stores.redis.documents import index_written, prepare_index
 from haystack_chat_store.stores.redis.failures import SlotsDifferError, StagedLostError
 from haystack_chat_store.stores.redis.histories import (
@@ -80,7 +80,8 @@ class Renaming(RedisOperations):
             if listed.row.user_id == renamed.user_id:
                 await self._rename_branch(session, scope, listed.row, old_id, renamed)
         # Also those that an earlier call has renamed, whose own branches it may not have reached.
-        for listed in (await branches_of(session, keys, new_id)).values():
+        of_new_id = await branches_of(session, keys, new_id) if await may_have_branches(session, keys, new_id) else {}
+        for listed in of_new_id.values():
             before = listed.renamed_from
             is_own = listed.row.user_id == renamed.user_id and listed.row.chat_history_id not in passed
             if is_own and before and not await read_histories(session, keys, [before], of_all=True):

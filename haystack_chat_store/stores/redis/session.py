@@ -77,6 +77,11 @@ class Call:
     idle_since: float = -math.inf
     attempts: int = 0
 
+    @property
+    def names_keys(self) -> bool:
+        """Whether it is a script that makes the names of some of its keys."""
+        return self.script is not None and self.script.names_keys
+
 
 class _Idle(NamedTuple):
     """A connection, and since when it is idle."""

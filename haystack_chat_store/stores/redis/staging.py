@@ -11,7 +11,7 @@ from typing import Any
 from haystack_chat_store.errors import ChatMessageStoreError, MessageDecodingError
 from haystack_chat_store.stores.conflicts import duplicate, history_not_found, message_not_found
 from haystack_chat_store.stores.redis.keys import Keys, bucket_of
-from haystack_chat_store.stores.redis.reading import Part, read_part, read_positions
+from haystack_chat_store.stores.redis.reading import Part, read_part, read_position
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, GAP, TIME_LENGTH, letters_of, new_name
 from haystack_chat_store.stores.redis.scripts import directory as of_directory
 from haystack_chat_store.stores.redis.scripts import staging as scripts
@@ -97,7 +97,7 @@ class Stage:
             raise history_not_found(source_id)
         end = part.next_position
         if until_message_id is not None:
-            (position,) = await read_positions(self._session, self._keys, source_id, [until_message_id])
+            position = await read_position(self._session, self._keys, source_id, until_message_id)
             if position is None:
                 raise message_not_found(until_message_id)
             end = position + 1

@@ -26,7 +26,7 @@ from haystack_chat_store.stores.redis.failures import changed_each_time, contrad
 from haystack_chat_store.stores.redis.histories import read_histories
 from haystack_chat_store.stores.redis.keys import Keys
 from haystack_chat_store.stores.redis.operations import RedisOperations, lifetime
-from haystack_chat_store.stores.redis.reading import read_ids, read_part, read_positions
+from haystack_chat_store.stores.redis.reading import read_ids, read_part, read_position
 from haystack_chat_store.stores.redis.schema import BATCH_SIZE, letters_of, new_name
 from haystack_chat_store.stores.redis.scripts import messages as scripts
 from haystack_chat_store.stores.redis.session import Session
@@ -154,7 +154,7 @@ class Writing(RedisOperations):
         misses = 0
         states: set[str] = set()  # of the history at each miss: if all differ, others are at work
         while misses < _ATTEMPTS:
-            (position,) = await read_positions(session, keys, chat_history_id, [message_id])
+            position = await read_position(session, keys, chat_history_id, message_id)
             after = -1 if position is None else position - 1
             part = await read_part(session, keys, chat_history_id, 1, after=after)
             row = part.rows[0] if position is not None and part.rows and part.rows[0].message_id == message_id else None
@@ -326,7 +326,7 @@ async def _with_ids_from(
     while misses < _ATTEMPTS:
         next_position = 0
         if first is None:
-            (first,) = await read_positions(session, keys, chat_history_id, [from_message_id])
+            first = await read_position(session, keys, chat_history_id, from_message_id)
         if first is not None:
             limit = BATCH_SIZE if misses == 0 else 1
             part = await read_part(session, keys, chat_history_id, limit, after=first - 1)

@@ -25,6 +25,8 @@ class Script:
         :param parts: The script. Its first key is the bucket's schema version.
         """
         self.text = "".join((_CHECK_SCHEMA_VERSION, *parts))
+        #: Whether it makes the names of some of its keys.
+        self.names_keys = OF_BUCKET in self.text
         self.digest = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
 

@@ -242,19 +242,9 @@ local first = after and after + 1 or walk_back(last + 1, limit)
     "return {state, owner, position, found}",
 )
 
-#: Return the position of each message with one of these ids. Keys: the bucket's schema version, those of the history.
-#: Arguments: the ids; the user.
-POSITIONS = Script(
-    OF_HISTORY,
-    """
-if is_absent then
-    local none = {}
-    for index = 1, #ARGV - 1 do none[index] = false end
-    return none
-end
-return redis.call('HMGET', message_ids, unpack(ARGV, 1, #ARGV - 1))
-""",
-)
+#: Return the position of a message. Keys: the bucket's schema version, those of the history. Arguments: its id; the
+#: user.
+POSITION = Script(OF_HISTORY, if_absent("false"), " return redis.call('HGET', message_ids, ARGV[1])")
 
 #: Return some ids of messages and their positions. Keys: the bucket's schema version, the history's hash, its message
 #: ids. Arguments: the cursor, 0 at first; the user. Returns the next cursor, 0 at the end, then ids and positions in
