@@ -87,15 +87,15 @@ class ChatHistoryLoader:
         :param window_step: The start of the window moves only in steps of this many rounds, so that a provider's prompt
             cache can be used. Defaults to 1.
         :param portable: Whether completed rounds are shown in a form that every provider takes, so that the model may
-            change in the middle of a conversation: without reasoning, names, signatures and other content for one provider,
-            and with neutral ids of tool calls. Defaults to True. If False, they are shown as they are stored. The round
-            under way is shown as it is stored, because its model needs it.
+            change in the middle of a conversation: without reasoning, signatures, names and other content for one
+            provider, and with neutral ids of tool calls. Defaults to True. If False, they are shown as they are stored.
+            The round under way is shown as it is stored, because its model needs it.
         :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
             accept user and assistant messages only in turn. Defaults to False.
         :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
             the portable form, so that another model can go on with an interrupted round. Names and files of rounds that
-            this model has answered are shown as they are stored. Defaults to `None`: the model of the newest reply in the
-            round under way, and files in the portable form.
+            this model has answered are shown as they are stored. Defaults to `None`: the model of the newest reply in
+            the round under way, and files in the portable form.
         :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. A turn is complete if it
             ended with a successful result of one of these tools. Defaults to `None`.
         :param require_user_id: Whether a run without `hook_context["user_id"]` is refused. Defaults to False.
