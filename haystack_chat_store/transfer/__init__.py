@@ -390,7 +390,8 @@ def _export_to(
     write = _WRITERS[_checked_format(format, EXPORT_FORMATS)]
     faults = Faults()
     written = write(_exported(store, chat_history_ids, prefix, work, faults), stream)
-    return replace(written, faults=(*faults, *written.faults))
+    faults.extend(written.faults)
+    return replace(written, faults=tuple(faults))
 
 
 def _import(store: Store, file: File, format: str, work: _Work) -> TransferResult:  # noqa: A002

@@ -161,7 +161,7 @@ class ForeignDatabase(ReadOnlyDatabase):
             try:
                 validation.validated_id(chat_history_id, "the id of a session")
             except ValueError as error:
-                faults[invalid_id_fault(chat_history_id, error)] = None
+                faults.add(invalid_id_fault(chat_history_id, error))
                 continue
             times = self._microseconds(first), self._microseconds(last)
             yield (
@@ -181,7 +181,7 @@ class ForeignDatabase(ReadOnlyDatabase):
         """Yield the messages of a session as rows."""
 
         def report(description: str) -> None:
-            faults[Fault(chat_history_id=chat_history_id, description=description)] = None
+            faults.add(Fault(chat_history_id=chat_history_id, description=description))
 
         messages = (
             ImportedMessage(str(row.key), message, row.created_at)

@@ -59,7 +59,7 @@ class LlmDatabase(ReadOnlyDatabase):
             for conversation in chain(self._threads(faults), self._conversations()):
                 if not ids.add(conversation.chat_history_id):
                     description = "What an earlier version of llm logged under the same id was left out."
-                    faults[Fault(chat_history_id=conversation.chat_history_id, description=description)] = None
+                    faults.add(Fault(chat_history_id=conversation.chat_history_id, description=description))
                 elif (history := history_of(_LIBRARY, conversation, faults)) is not None:
                     yield history
 
@@ -87,7 +87,7 @@ class LlmDatabase(ReadOnlyDatabase):
             tree = branches_of({key: node["parent_hash"] for key, node in nodes.items()}, thread["tip_message_hash"])
             for key in tree.broken:
                 description = f"Message {key} was left out: its path to the first message is broken."
-                faults[Fault(chat_history_id=thread["id"], description=description)] = None
+                faults.add(Fault(chat_history_id=thread["id"], description=description))
             for branch in tree.branches:
                 conversation = Conversation(
                     thread["id"],

@@ -171,7 +171,7 @@ class AgentsDatabase(ForeignDatabase):
         yield from super().histories(faults)
         for session, clash in self._clashes:
             description = f"A branch was left out: another session or branch has its id {clash!r}."
-            faults[Fault(chat_history_id=session, description=description)] = None
+            faults.add(Fault(chat_history_id=session, description=description))
         if not self._has_branches:
             return
         for session, count in self._query(
@@ -181,7 +181,7 @@ class AgentsDatabase(ForeignDatabase):
         ):
             rows = "1 row belongs" if count == 1 else f"{count:,} rows belong"
             description = f"{rows} to no branch, and {'was' if count == 1 else 'were'} left out."
-            faults[Fault(chat_history_id=session, description=description)] = None
+            faults.add(Fault(chat_history_id=session, description=description))
 
     def _history_rows(self) -> Iterator[tuple[Any, ...]]:
         """
