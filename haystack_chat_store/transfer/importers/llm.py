@@ -34,6 +34,17 @@ from haystack_chat_store.transfer.seen_ids import SeenIds
 from haystack_chat_store.types import Fault
 
 _LIBRARY = "llm"
+# Tables with what belongs to the messages and answers.
+_LINKED_TABLES = (
+    "attachments",
+    "fragments",
+    "prompt_attachments",
+    "prompt_fragments",
+    "system_fragments",
+    "tool_calls",
+    "tool_results",
+    "tool_results_attachments",
+)
 _ROLES = {
     "user": ChatRole.USER,
     "assistant": ChatRole.ASSISTANT,
@@ -63,7 +74,7 @@ class LlmDatabase(ReadOnlyDatabase):
                 elif (history := history_of(_LIBRARY, conversation, faults)) is not None:
                     yield history
 
-    def _find_tables(self) -> None:
+    def _find_tables(self) -> list[str]:
         self._connection.row_factory = sqlite3.Row
         tables = ("threads", "turns", "messages", "parts", "conversations", "responses")
         has = {table: bool(self._columns(table)) for table in tables}
@@ -71,6 +82,7 @@ class LlmDatabase(ReadOnlyDatabase):
         self._has_conversations = all(has[table] for table in tables[4:])
         if not (self._has_threads or self._has_conversations):
             raise DamagedFileError(f"{self._name} is not a database of the format llm: it has no table conversations.")
+        return [table for table in (*tables, *_LINKED_TABLES) if self._columns(table)]
 
     def _rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
         """Return the rows of a query. What should be text is text, whatever type a damaged row gives it."""

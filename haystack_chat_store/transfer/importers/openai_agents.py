@@ -158,13 +158,14 @@ def _parts(content: list[Any], key: int, report: Report) -> list[Any]:
 class AgentsDatabase(ForeignDatabase):
     """The database of the Agents SDK, with branches or without."""
 
-    def _find_tables(self) -> None:
-        super()._find_tables()
+    def _find_tables(self) -> list[str]:
+        tables = super()._find_tables()
         self._has_branches = {"session_id", "message_id", "branch_id", "sequence_number"} <= self._columns(_STRUCTURE)
         # The session and the branch that each history is made of.
         self._branches: dict[str, tuple[str, str]] = {}
         # Branches whose history would have the id of another session or branch.
         self._clashes: list[tuple[str, str]] = []
+        return [*tables, _STRUCTURE] if self._has_branches else tables
 
     def histories(self, faults: Faults) -> Histories:
         """Yield each session, or each of its branches, as a history. Report rows that belong to no branch."""
