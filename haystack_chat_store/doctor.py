@@ -62,7 +62,8 @@ def check(
     :param progress: Called now and then with the number of messages checked so far, and `None`.
     :returns: The faults, each with its history and position, and whether it was repaired: up to 1,000 of each kind. If
         there are more, a last one of the kind says how many, in its `count`.
-    :raises ValueError: If `salvage` is not a file, or belongs to a database. Nothing was changed.
+    :raises ValueError: If `salvage` is given without `repair=True`, is not a file, or belongs to a database. Nothing
+        was changed.
     :raises ChatHistoryAccessError: If this is the store of one user: a check looks at what all users have.
     :raises UnsupportedOperationError: If the store cannot be checked or repaired.
     :raises ChatMessageStoreError: If the engine fails.
@@ -71,6 +72,8 @@ def check(
     if store.user_id is not None:
         raise only_one_user("check the histories of all users")
     if salvage is not None:
+        if not repair:
+            raise ValueError("salvage needs repair=True, because only a repair removes messages.")
         checked_target(salvage)
     operation = store.engine.repair if repair else store.engine.check
     of_engine = store.engine.run(operation, store.scope)
@@ -83,7 +86,7 @@ def check(
     for history in walk_histories(store):
         try:
             for rows in walk_readable_pages(store, history.chat_history_id):
-                faults = list(_faults_of(store, history.chat_history_id, rows, salvage if repair else None))
+                faults = list(_faults_of(store, history.chat_history_id, rows, salvage))
                 found.extend(faults)
                 removed |= {_place(fault) for fault in faults if fault.is_repaired} & places
                 checked += len(rows)
@@ -102,7 +105,11 @@ async def check_async(
     salvage: "str | os.PathLike[str] | None" = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> list[Fault]:
-    """Do what `check` does, without blocking the event loop."""
+    """
+    Do what `check` does, without blocking the event loop.
+
+    A thread does the work and calls `progress`. If the call is cancelled, the thread goes on to the end of the check.
+    """
     return await asyncio.to_thread(check, store, repair=repair, salvage=salvage, progress=progress)
 
 

@@ -421,9 +421,11 @@ def test_an_engine_that_does_not_answer_is_an_error_and_no_fault():
         check(store)
 
 
-def test_without_repair_nothing_is_changed_or_saved(store, path, tmp_path):
+def test_salvage_without_repair_is_refused_and_nothing_is_changed_or_saved(store, path, tmp_path):
     damage(path, "ada", 1, content="no JSON")
-    check(store, salvage=tmp_path / "salvage.jsonl")
+    with pytest.raises(ValueError, match="salvage needs repair=True"):
+        check(store, salvage=tmp_path / "salvage.jsonl")
+    check(store)
     assert not (tmp_path / "salvage.jsonl").exists()
     assert len(examined_messages(store, "ada")) == 4
 

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from haystack_chat_store.cli import terminal
-from haystack_chat_store.cli.histories import MAX_NAMED, existing, histories_of, note_other_namespaces
+from haystack_chat_store.cli.histories import MAX_NAMED, existing, histories_of, note_other_namespaces, with_branches
 from haystack_chat_store.cli.options import (
     AsJson,
     HistoryIds,
@@ -41,13 +41,19 @@ def delete(
     user: User = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete the named histories, those with a prefix, or all of a user."""
+    """
+    Delete the named histories, those with a prefix, or all of a user.
+
+    The branches of a named history go with it, and are counted.
+    """
     chat_history_ids = chosen_ids(histories, prefix, or_all=user is not None)
     with open_store(store, namespace, user) as chat_store:
         if chat_history_ids is None:
             found = histories_of(chat_store, prefix, branches=True)
         else:
-            found = iter([existing(chat_store, history) for history in chat_history_ids])
+            named = [existing(chat_store, history) for history in chat_history_ids]
+            going = {each.chat_history_id: each for history in named for each in with_branches(chat_store, history)}
+            found = iter(going.values())
         if not yes:
             _confirm(found)
         with terminal.progress("Deleting") as shown:
@@ -60,7 +66,8 @@ def delete(
             else:
                 deleted = 0
                 for number, history in enumerate(chat_history_ids, 1):
-                    deleted += chat_store.get_chat_history(history) is not None
+                    info = chat_store.get_chat_history(history)
+                    deleted += 0 if info is None else len(with_branches(chat_store, info))
                     chat_store.delete_messages(history)
                     shown(number, len(chat_history_ids))
             _vacuum_files(chat_store, vacuum)

@@ -3,10 +3,12 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 from haystack_chat_store.cli import terminal
 from haystack_chat_store.display import harmless_line
 from haystack_chat_store.errors import UnsupportedOperationError
+from haystack_chat_store.ids import BRANCH_OF_KEY, branch_prefix, origin_of
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.stores.conflicts import history_not_found
 from haystack_chat_store.types import ChatHistoryInfo, ChatHistoryPage
@@ -17,17 +19,23 @@ MAX_NAMED = 10
 
 
 def pages_of(
-    store: BaseChatMessageStore, prefix: str, limit: int | None = None, *, branches: bool = False
+    store: BaseChatMessageStore,
+    prefix: str,
+    limit: int | None = None,
+    *,
+    branches: bool = False,
+    meta: dict[str, Any] | None = None,
 ) -> Iterator[ChatHistoryPage]:
     """
     Yield the pages of the directory.
 
     :param limit: The greatest number of histories in all. `None` for no limit.
+    :param meta: Yield only histories with these values in their meta. Defaults to all.
     """
     cursor, left = None, limit
     while True:
         size = MAX_LIMIT if left is None else min(left, MAX_LIMIT)
-        page = store.list_chat_histories(prefix=prefix, branches=branches, limit=size, cursor=cursor)
+        page = store.list_chat_histories(prefix=prefix, branches=branches, meta=meta, limit=size, cursor=cursor)
         yield page
         cursor = page.cursor
         if left is not None:
@@ -52,6 +60,20 @@ def existing(store: BaseChatMessageStore, chat_history_id: str) -> ChatHistoryIn
     if info is None:
         raise history_not_found(chat_history_id)
     return info
+
+
+def with_branches(store: BaseChatMessageStore, history: ChatHistoryInfo) -> list[ChatHistoryInfo]:
+    """Return a history and what is deleted with it: its branches, and theirs."""
+    found = {history.chat_history_id: history}
+    waiting = [history.chat_history_id]
+    while waiting:
+        origin = waiting.pop()
+        for page in pages_of(store, branch_prefix(origin), branches=True, meta={BRANCH_OF_KEY: origin}):
+            branches = [each for each in page.items if origin_of(each.chat_history_id, origin)]
+            new = {each.chat_history_id: each for each in branches if each.chat_history_id not in found}
+            found |= new
+            waiting += new
+    return list(found.values())
 
 
 def note_other_namespaces(store: BaseChatMessageStore) -> None:

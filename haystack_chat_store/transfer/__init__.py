@@ -375,6 +375,7 @@ def _export(
     work: _Work,
 ) -> TransferResult:
     _checked_format(format, EXPORT_FORMATS)
+    _checked_store(store)
     with atomic_file(file, before_replacing=work.go_on) as stream:
         return _export_to(store, stream, format, chat_history_ids, prefix, work)
 
@@ -390,11 +391,13 @@ def _export_to(
     write = _WRITERS[_checked_format(format, EXPORT_FORMATS)]
     faults = Faults()
     written = write(_exported(store, chat_history_ids, prefix, work, faults), stream)
-    return replace(written, faults=(*faults, *written.faults))
+    faults.extend(written.faults)
+    return replace(written, faults=tuple(faults))
 
 
 def _import(store: Store, file: File, format: str, work: _Work) -> TransferResult:  # noqa: A002
     _checked_format(format, IMPORT_FORMATS)
+    _checked_store(store)
     faults = Faults()
     if format == "jsonl":
         with open(file, "rb") as stream:
@@ -402,12 +405,12 @@ def _import(store: Store, file: File, format: str, work: _Work) -> TransferResul
             total = jsonl.verify(stream, name, work.report)
             try:
                 histories = with_progress(jsonl.read(stream, name), work.report, total)
-                return import_into(_checked_store(store), histories, faults)
+                return import_into(store, histories, faults)
             except DamagedFileError as error:
                 raise DamagedFileError(f"{error} The file was changed while it was imported.") from None
     with importers.open_source(format, file) as source:
         rows = source.message_count() if work.has_progress else None
-        return import_into(_checked_store(store), with_progress(source.histories(faults), work.report, rows), faults)
+        return import_into(store, with_progress(source.histories(faults), work.report, rows), faults)
 
 
 def _copy(

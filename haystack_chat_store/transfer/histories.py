@@ -24,15 +24,33 @@ Histories: TypeAlias = Iterator[tuple[HistoryRow, Rows]]
 MAX_FAULTS = 10_000
 
 
-class Faults(dict[Fault, None]):
-    """The faults of a source, as an ordered set. It keeps only the first ones, and notes that there are more."""
+class Faults:
+    """The faults of a source, in order, each once. It keeps only the first ones, and notes that there are more."""
 
-    def __setitem__(self, fault: Fault, value: None) -> None:
+    def __init__(self) -> None:
+        """Begin without faults."""
+        self._kept: dict[Fault, None] = {}
+        self._has_more = False
+
+    def add(self, fault: Fault) -> None:
         """Add a fault."""
-        if len(self) < MAX_FAULTS or fault in self:
-            super().__setitem__(fault, value)
-        else:
-            super().__setitem__(_MORE_FAULTS, value)
+        if fault == _MORE_FAULTS:
+            self._has_more = True
+        elif len(self._kept) < MAX_FAULTS:
+            self._kept[fault] = None
+        elif fault not in self._kept:
+            self._has_more = True
+
+    def extend(self, faults: Iterable[Fault]) -> None:
+        """Add faults, such as those of another result."""
+        for fault in faults:
+            self.add(fault)
+
+    def __iter__(self) -> Iterator[Fault]:
+        """Go through the faults that were kept. If there are more, the last one says so."""
+        yield from self._kept
+        if self._has_more:
+            yield _MORE_FAULTS
 
 
 _MORE_FAULTS = Fault(description=f"There are more faults than these {MAX_FAULTS:,}.")

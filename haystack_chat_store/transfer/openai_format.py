@@ -39,7 +39,7 @@ def write(histories: Iterable[tuple[HistoryRow, Rows]], stream: BinaryIO) -> Tra
             example = list(chain.from_iterable(map(_as_openai, training_messages)))
         except ValueError:  # Haystack's error quotes the message, so it is not shown
             description = "It was left out: OpenAI's format has no form for one of its tool calls or results."
-            faults[Fault(chat_history_id=history.chat_history_id, description=description)] = None
+            faults.add(Fault(chat_history_id=history.chat_history_id, description=description))
             continue
         if example:
             stream.write(encode_values({"messages": example}, "example").encode() + b"\n")

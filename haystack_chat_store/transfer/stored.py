@@ -105,7 +105,7 @@ class StoredHistories:
         try:
             validated_id(row.chat_history_id, "its id")
         except ValueError as error:
-            self._faults[invalid_id_fault(row.chat_history_id, error)] = None
+            self._faults.add(invalid_id_fault(row.chat_history_id, error))
             return False
         return True
 
@@ -115,7 +115,7 @@ class StoredHistories:
         defaults: dict[str, Any] = {"title": None, "meta": None, "created_at": times[0], "updated_at": times[-1]}
         damaged = [name for name, (is_right, _) in _FIELDS.items() if not is_right(getattr(row, name))]
         for name in damaged:
-            self._faults[Fault(chat_history_id=row.chat_history_id, description=_FIELDS[name][1])] = None
+            self._faults.add(Fault(chat_history_id=row.chat_history_id, description=_FIELDS[name][1]))
         return replace(row, **{name: defaults[name] for name in damaged})
 
     def _report_unreadable_ids(self) -> None:
@@ -131,7 +131,7 @@ class StoredHistories:
                 return
             which = f"{left} {'history has an id' if left == 1 else 'histories have ids'}"
             fault = f"{which} that cannot be read, and {'was' if left == 1 else 'were'} left out. {_ADVICE}"
-        self._faults[Fault(description=fault)] = None
+        self._faults.add(Fault(description=fault))
 
     def _number_of_unreadable_ids(self) -> int:
         """
@@ -231,7 +231,7 @@ class _Snapshot:
         return sound
 
     def _report(self, description: str, position: int | None = None) -> None:
-        self._faults[Fault(chat_history_id=self._id, position=position, description=description)] = None
+        self._faults.add(Fault(chat_history_id=self._id, position=position, description=description))
 
 
 def _state(history: HistoryRow) -> tuple[int, int, int]:

@@ -6,10 +6,11 @@ from contextlib import closing
 from functools import partial
 
 import pytest
-from filled_stores import age, filled, names
+from filled_stores import age, branched, filled, names
 
 from haystack_chat_store import SQLiteChatMessageStore
 from haystack_chat_store.cli.options import open_store
+from haystack_chat_store.ids import branch_id
 from haystack_chat_store.testing.messages import conversation
 
 
@@ -36,6 +37,13 @@ def test_an_id_is_no_prefix(url, run):
     store.write_messages("ada:11", conversation("u"))
     assert run("delete", "ada:1", "--yes", "--store", url)[1] == "Deleted 1 chat history.\n"
     assert names(store) == {"ada:11", "ada:2", "bob:1"}
+
+
+def test_branches_that_go_with_a_named_history_are_counted(url, run_json):
+    store, branch = branched(url)
+    store.copy_messages(branch, branch_id(branch, "again"), meta={"branch_of": branch})
+    assert run_json("delete", "h", branch, "--yes", "--store", url) == [{"chat_histories": 3}]
+    assert store.list_chat_histories(branches=True).items == []
 
 
 def test_deleting_what_is_not_there_by_prefix_needs_no_answer(url, run):

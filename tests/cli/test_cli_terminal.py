@@ -463,7 +463,7 @@ def test_an_interrupted_command_ends_quietly_with_130(url, store):
     assert store.count_messages("chat") == 2
 
 
-@pytest.mark.parametrize("arguments", [("delete", "--prefix", "h"), ("purge", "--older-than", "1d")])
+@pytest.mark.parametrize("arguments", [("delete", "h"), ("delete", "--prefix", "h"), ("purge", "--older-than", "1d")])
 def test_branches_that_would_be_deleted_are_named(url, path, arguments):
     store, branch = branched(url)
     age(path, 2, "h", branch)

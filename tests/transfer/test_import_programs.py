@@ -621,6 +621,13 @@ def test_what_is_not_such_a_file_is_refused(store, tmp_path, program, text):
 
 
 @pytest.mark.parametrize("program", GOOD)
+def test_an_integer_of_millions_of_digits_is_refused_before_it_is_parsed(store, tmp_path, program):
+    (tmp_path / "c.json").write_text(f"[{'7' * 3_000_000}]")
+    with pytest.raises(DamagedFileError, match="more than 4,300 digits"):
+        import_histories(store, tmp_path / "c.json", format=program)
+
+
+@pytest.mark.parametrize("program", GOOD)
 def test_a_file_that_was_cut_off_is_refused_whole(store, tmp_path, program):
     text = json.dumps(GOOD[program] * 50).encode()
     for end in (len(text) - 1, len(text) // 2, 100):

@@ -248,6 +248,30 @@ def test_the_database_is_only_read(store, library, database):
     assert Path(database).read_bytes() == before
 
 
+def test_reading_a_database_with_a_log_leaves_nothing_beside_it(store, library, database):
+    execute(database, ["PRAGMA journal_mode = WAL"])
+    before = {path.name: path.read_bytes() for path in Path(database).parent.iterdir()}
+    assert "copy.db-wal" not in before
+    import_histories(store, database, format=library)
+    assert store.list_chat_histories().items
+    assert {path.name: path.read_bytes() for path in Path(database).parent.iterdir()} == before
+
+
+def test_a_database_that_is_damaged_is_refused_whole(store, library, database):
+    table, session, _ = TABLES[library]
+    with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute(f"CREATE INDEX lost ON {table} ({session})")
+        ((root,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'lost'")
+        ((page_size,),) = connection.execute("PRAGMA page_size")
+        connection.execute("PRAGMA wal_checkpoint")
+    with open(database, "r+b") as file:  # an empty leaf of an index: SQLite finds no row by it
+        file.seek((root - 1) * page_size)
+        file.write(bytes([10, 0, 0, 0, 0]) + page_size.to_bytes(2, "big") + bytes([0]))
+    with pytest.raises(DamagedFileError, match="is damaged"):
+        import_histories(store, database, format=library)
+    assert store.list_chat_histories().items == []
+
+
 def test_what_its_application_has_only_just_written_comes_too_and_stays_where_it_is(store, tmp_path):
     database = copied("openai-agents", tmp_path)
     with closing(sqlite3.connect(database, isolation_level=None)) as connection:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is damaged in a store is left out and reported, and hides nothing else."""
 
+import json
 import sqlite3
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -8,6 +9,7 @@ from itertools import islice
 
 import pytest
 from engine_stores import store_on
+from haystack.dataclasses import ChatMessage, ToolCall
 from servers import RedisServer
 from transferred import MOMENT, content, counts, everything, moved, put
 
@@ -20,7 +22,7 @@ from haystack_chat_store.iteration import walk_histories
 from haystack_chat_store.stores.in_memory.engine import InMemoryEngine
 from haystack_chat_store.stores.rows import HistoryRow
 from haystack_chat_store.stores.times import microseconds_now
-from haystack_chat_store.testing.messages import user
+from haystack_chat_store.testing.messages import conversation, sample_messages, user
 from haystack_chat_store.transfer import (
     EXPORT_FORMATS,
     copy_histories,
@@ -281,3 +283,28 @@ def test_any_number_of_faults_makes_a_bounded_list_that_says_that_there_are_more
     assert result.chat_histories == 13
     assert [fault.chat_history_id for fault in result.faults] == [*(f"{number:02}" for number in range(10)), None]
     assert "more faults" in result.faults[-1].description
+
+
+@pytest.mark.parametrize(("name", "nameless"), [("chatgpt", {"mapping": {}}), ("claude", {"chat_messages": []})])
+def test_any_number_of_faults_of_another_programs_file_makes_a_bounded_list_too(
+    target, file, monkeypatch, name, nameless
+):
+    monkeypatch.setattr("haystack_chat_store.transfer.histories.MAX_FAULTS", 10)
+    file.write_text(json.dumps([nameless] * 13))
+    faults = import_histories(target, file, format=name).faults
+    assert len(faults) == 11
+    assert "more faults" in faults[-1].description
+
+
+def test_the_faults_of_a_store_and_those_of_a_format_are_one_bounded_list(sqlite, file, monkeypatch):
+    monkeypatch.setattr("haystack_chat_store.transfer.histories.MAX_FAULTS", 3)
+    call = ToolCall("camera", {}, id="1")
+    image = ChatMessage.from_tool([sample_messages()["image"].images[0]], origin=call)
+    asked = [ChatMessage.from_assistant(tool_calls=[call]), image, *conversation("a")]
+    for number in range(4):
+        sqlite.write_messages(str(number), [user("damaged"), user("find it"), *asked])
+    with closing(sqlite3.connect(sqlite.path, isolation_level=None)) as connection:
+        connection.execute("UPDATE haystack_chat_messages SET content = 'no JSON' WHERE content LIKE '%damaged%'")
+    faults = export_histories(sqlite, file, format="openai").faults
+    assert len(faults) == 4
+    assert "more faults" in faults[-1].description

@@ -161,8 +161,9 @@ def test_what_is_no_store_of_ours_is_refused(store, file):
     for call in (export_histories, import_histories):
         file.write_bytes(b"")
         export_histories(store, file)
-        with pytest.raises(ValueError, match="BaseChatMessageStore, got object"):
-            call(object(), file)
+        for path in (file, file.with_name("missing")):
+            with pytest.raises(ValueError, match="BaseChatMessageStore, got object"):
+                call(object(), path)
     with pytest.raises(ValueError, match="BaseChatMessageStore"):
         copy_histories(store, None)
 

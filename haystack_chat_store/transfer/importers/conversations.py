@@ -87,11 +87,11 @@ def history_of(library: str, conversation: Conversation, faults: Faults) -> tupl
     try:
         chat_history_id = validated_id(conversation.chat_history_id, "the id of a conversation")
     except ValueError as error:
-        faults[invalid_id_fault(conversation.chat_history_id, error)] = None
+        faults.add(invalid_id_fault(conversation.chat_history_id, error))
         return None
 
     def report(description: str) -> None:
-        faults[Fault(chat_history_id=chat_history_id, description=description)] = None
+        faults.add(Fault(chat_history_id=chat_history_id, description=description))
 
     now = time.time_ns() // 1000
     begun = conversation.created_at if conversation.created_at is not None else conversation.updated_at

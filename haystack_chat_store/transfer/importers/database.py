@@ -5,7 +5,6 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +16,7 @@ from haystack_chat_store.errors import DamagedFileError, MessageEncodingError
 from haystack_chat_store.json_values import MAX_DEPTH, encode_meta, parse_json
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
 from haystack_chat_store.transfer.histories import Faults, Histories, batched, invalid_id_fault
-from haystack_chat_store.transfer.importers.conversations import ImportedMessage, Report, message_rows
-from haystack_chat_store.transfer.times import parsed_time
+from haystack_chat_store.transfer.importers.conversations import ImportedMessage, Report, message_rows, time_of
 from haystack_chat_store.types import Fault
 
 
@@ -64,25 +62,31 @@ class Layout(NamedTuple):
 
 
 class ReadOnlyDatabase:
-    """An SQLite database of another library, read in one transaction. Nothing in it or beside it is changed."""
+    """
+    An SQLite database of another library, read in one transaction. Nothing in it or beside it is changed.
+
+    Opening it checks the tables that are read, with their indexes, because SQLite may leave out rows of a damaged file
+    without an error. This takes about twice as long as reading them.
+    """
 
     def __init__(self, file: "str | os.PathLike[str]") -> None:
         """
         Open the database for reading only.
 
-        :raises DamagedFileError: If the file is not a database of the library.
+        :raises DamagedFileError: If the file is damaged, or not a database of the library.
         :raises OSError: If the file cannot be read.
         """
         path = Path(file).resolve()
-        with path.open("rb"):  # its error is clearer than SQLite's
-            pass
+        mode = _mode(path)
         self._name = os.fspath(file)
         self._opened_at = time.time_ns() // 1000
-        self._connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
+        self._connection = sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, isolation_level=None)
         self._connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
         try:
+            self._query("PRAGMA query_only = ON")
             self._query("BEGIN")
-            self._find_tables()
+            for table in self._find_tables():
+                self._check(table)
         except BaseException:
             self._connection.close()
             raise
@@ -93,12 +97,22 @@ class ReadOnlyDatabase:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def _find_tables(self) -> None:
+    def _find_tables(self) -> list[str]:
         """
         Find the tables of the library.
 
+        :returns: The quoted names of the tables that are read.
         :raises DamagedFileError: If they are not there.
         """
+        raise NotImplementedError
+
+    def _check(self, table: str) -> None:
+        for (found,) in self._query(f"PRAGMA integrity_check({table})"):
+            if found != "ok":
+                raise DamagedFileError(
+                    f"{self._name} is damaged, and SQLite may not find all of its rows. Nothing was imported. Import a "
+                    "copy that is whole, such as one that `sqlite3 FILE .recover` makes."
+                )
 
     def _columns(self, table: str) -> set[str]:
         """Return the names of a table's columns, none if there is no such table."""
@@ -118,6 +132,26 @@ class ReadOnlyDatabase:
             return work()
         except sqlite3.Error as error:  # distinguishes it from an error of the store
             raise DamagedFileError(f"{self._name} cannot be read as an SQLite database: {error}.") from error
+
+
+def _mode(path: Path) -> str:
+    """
+    Return the mode in which reading a database leaves its folder as it was.
+
+    Reading a database with a write-ahead log makes files beside it. SQLite removes them on closing, unless others use
+    them, but only if it may write. If there is a log already, closing must not write it to the database.
+
+    :raises OSError: If the file cannot be read. This error is clearer than SQLite's.
+    """
+    with path.open("rb") as file:
+        versions = file.read(_VERSIONS.stop)[_VERSIONS]
+    has_log = path.with_name(f"{path.name}-wal").exists()
+    return "rw" if versions == _WRITE_AHEAD and not has_log else "ro"
+
+
+# The place in a database's header of the versions that are needed to write and to read it, and what they are in the
+# write-ahead mode.
+_VERSIONS, _WRITE_AHEAD = slice(18, 20), b"\2\2"
 
 
 def _parameter(value: Any) -> Any:
@@ -143,8 +177,9 @@ class ForeignDatabase(ReadOnlyDatabase):
         self._layout = layout
         super().__init__(file)
 
-    def _find_tables(self) -> None:
+    def _find_tables(self) -> list[str]:
         self._table = self._table_name()
+        return [self._table]
 
     def message_count(self) -> int:
         """Return the number of rows in the table."""
@@ -161,9 +196,9 @@ class ForeignDatabase(ReadOnlyDatabase):
             try:
                 validation.validated_id(chat_history_id, "the id of a session")
             except ValueError as error:
-                faults[invalid_id_fault(chat_history_id, error)] = None
+                faults.add(invalid_id_fault(chat_history_id, error))
                 continue
-            times = self._microseconds(first), self._microseconds(last)
+            times = self._time(first), self._time(last)
             yield (
                 HistoryRow(chat_history_id=chat_history_id, created_at=times[0], updated_at=times[1], meta=meta),
                 _SessionRows(self, chat_history_id, faults),
@@ -181,7 +216,7 @@ class ForeignDatabase(ReadOnlyDatabase):
         """Yield the messages of a session as rows."""
 
         def report(description: str) -> None:
-            faults[Fault(chat_history_id=chat_history_id, description=description)] = None
+            faults.add(Fault(chat_history_id=chat_history_id, description=description))
 
         messages = (
             ImportedMessage(str(row.key), message, row.created_at)
@@ -201,7 +236,7 @@ class ForeignDatabase(ReadOnlyDatabase):
             except (ValueError, TypeError, RecursionError):
                 parsed = None
             if isinstance(parsed, dict):
-                yield ForeignRow(key, self._microseconds(created_at), parsed)
+                yield ForeignRow(key, self._time(created_at), parsed)
             else:
                 report(f"Row {key} is not a JSON object, and was left out.")
 
@@ -213,13 +248,10 @@ class ForeignDatabase(ReadOnlyDatabase):
             chat_history_id,
         )
 
-    def _microseconds(self, text: Any) -> int:
-        """Parse a time as SQLite writes it, in UTC by default. Without a valid time, return the time of the import."""
-        try:
-            time = parsed_time(text)
-            return validation.microseconds(time if time.tzinfo else time.replace(tzinfo=timezone.utc), "time")
-        except (TypeError, ValueError):
-            return self._opened_at
+    def _time(self, value: Any) -> int:
+        """Return a time in microseconds, or the time of the import for what is no time."""
+        found = time_of(value)
+        return self._opened_at if found is None else found
 
     def _table_name(self) -> str:
         """

@@ -93,7 +93,7 @@ class JsonFile:
         :param faults: Receives what is left out.
         """
         with SeenIds() as ids:
-            for conversation in self._conversations(lambda text: faults.update({Fault(description=text): None})):
+            for conversation in self._conversations(lambda text: faults.add(Fault(description=text))):
                 history = history_of(self._layout.library, conversation, faults)
                 if history is None:
                     continue
@@ -101,7 +101,7 @@ class JsonFile:
                     yield history
                 else:
                     description = "Another conversation with the same id was left out."
-                    faults[Fault(chat_history_id=conversation.chat_history_id, description=description)] = None
+                    faults.add(Fault(chat_history_id=conversation.chat_history_id, description=description))
 
     def _conversations(self, report: Report) -> Iterator[Conversation]:
         with self._streams() as streams:

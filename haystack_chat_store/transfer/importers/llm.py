@@ -34,6 +34,17 @@ from haystack_chat_store.transfer.seen_ids import SeenIds
 from haystack_chat_store.types import Fault
 
 _LIBRARY = "llm"
+# Tables with what belongs to the messages and answers.
+_LINKED_TABLES = (
+    "attachments",
+    "fragments",
+    "prompt_attachments",
+    "prompt_fragments",
+    "system_fragments",
+    "tool_calls",
+    "tool_results",
+    "tool_results_attachments",
+)
 _ROLES = {
     "user": ChatRole.USER,
     "assistant": ChatRole.ASSISTANT,
@@ -59,11 +70,11 @@ class LlmDatabase(ReadOnlyDatabase):
             for conversation in chain(self._threads(faults), self._conversations()):
                 if not ids.add(conversation.chat_history_id):
                     description = "What an earlier version of llm logged under the same id was left out."
-                    faults[Fault(chat_history_id=conversation.chat_history_id, description=description)] = None
+                    faults.add(Fault(chat_history_id=conversation.chat_history_id, description=description))
                 elif (history := history_of(_LIBRARY, conversation, faults)) is not None:
                     yield history
 
-    def _find_tables(self) -> None:
+    def _find_tables(self) -> list[str]:
         self._connection.row_factory = sqlite3.Row
         tables = ("threads", "turns", "messages", "parts", "conversations", "responses")
         has = {table: bool(self._columns(table)) for table in tables}
@@ -71,6 +82,7 @@ class LlmDatabase(ReadOnlyDatabase):
         self._has_conversations = all(has[table] for table in tables[4:])
         if not (self._has_threads or self._has_conversations):
             raise DamagedFileError(f"{self._name} is not a database of the format llm: it has no table conversations.")
+        return [table for table in (*tables, *_LINKED_TABLES) if self._columns(table)]
 
     def _rows(self, sql: str, *values: Any) -> list[dict[str, Any]]:
         """Return the rows of a query. What should be text is text, whatever type a damaged row gives it."""
@@ -87,7 +99,7 @@ class LlmDatabase(ReadOnlyDatabase):
             tree = branches_of({key: node["parent_hash"] for key, node in nodes.items()}, thread["tip_message_hash"])
             for key in tree.broken:
                 description = f"Message {key} was left out: its path to the first message is broken."
-                faults[Fault(chat_history_id=thread["id"], description=description)] = None
+                faults.add(Fault(chat_history_id=thread["id"], description=description))
             for branch in tree.branches:
                 conversation = Conversation(
                     thread["id"],

@@ -158,20 +158,21 @@ def _parts(content: list[Any], key: int, report: Report) -> list[Any]:
 class AgentsDatabase(ForeignDatabase):
     """The database of the Agents SDK, with branches or without."""
 
-    def _find_tables(self) -> None:
-        super()._find_tables()
+    def _find_tables(self) -> list[str]:
+        tables = super()._find_tables()
         self._has_branches = {"session_id", "message_id", "branch_id", "sequence_number"} <= self._columns(_STRUCTURE)
         # The session and the branch that each history is made of.
         self._branches: dict[str, tuple[str, str]] = {}
         # Branches whose history would have the id of another session or branch.
         self._clashes: list[tuple[str, str]] = []
+        return [*tables, _STRUCTURE] if self._has_branches else tables
 
     def histories(self, faults: Faults) -> Histories:
         """Yield each session, or each of its branches, as a history. Report rows that belong to no branch."""
         yield from super().histories(faults)
         for session, clash in self._clashes:
             description = f"A branch was left out: another session or branch has its id {clash!r}."
-            faults[Fault(chat_history_id=session, description=description)] = None
+            faults.add(Fault(chat_history_id=session, description=description))
         if not self._has_branches:
             return
         for session, count in self._query(
@@ -181,7 +182,7 @@ class AgentsDatabase(ForeignDatabase):
         ):
             rows = "1 row belongs" if count == 1 else f"{count:,} rows belong"
             description = f"{rows} to no branch, and {'was' if count == 1 else 'were'} left out."
-            faults[Fault(chat_history_id=session, description=description)] = None
+            faults.add(Fault(chat_history_id=session, description=description))
 
     def _history_rows(self) -> Iterator[tuple[Any, ...]]:
         """
