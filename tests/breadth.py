@@ -28,8 +28,8 @@ from haystack_chat_store.testing import (
 #: All cases, both ways; asynchronously only the first case of each test of the codec. The store in memory runs them,
 #: because it is the fastest.
 WHOLE = "whole"
-#: All cases of the rules that the engine's own code keeps, but of costly tests only some, and a smoke test of those that
-#: the base class keeps.
+#: All cases of the rules that the engine's own code keeps, though of costly tests only some, and a smoke test of those
+#: that the base class keeps.
 ENGINE = "engine"
 #: The first case of each test.
 ONCE = "once"
