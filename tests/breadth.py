@@ -28,7 +28,8 @@ from haystack_chat_store.testing import (
 #: All cases, both ways; asynchronously only the first case of each test of the codec. The store in memory runs them,
 #: because it is the fastest.
 WHOLE = "whole"
-#: All cases of the rules that the engine's own code keeps, and a smoke test of those that the base class keeps.
+#: All cases of the rules that the engine's own code keeps, though of costly tests only some, and a smoke test of those
+#: that the base class keeps.
 ENGINE = "engine"
 #: The first case of each test.
 ONCE = "once"
@@ -57,6 +58,15 @@ MAY_STUMBLE = {
     "test_hard_text_comes_back_equal_wherever_it_stands",
     "test_hard_value_comes_back_equal_and_of_the_same_type",
 }
+#: Further cases of tests that take a second of processor time each, by the values of their parameters: each value is in
+#: another case, too, or takes the same road at another moment.
+COSTLY = {
+    "test_threads_lose_double_split_and_reorder_nothing": [
+        {"histories": 1, "stores": "a store object each"},
+        {"histories": 3, "stores": "one store object"},
+    ],
+    "test_a_process_killed_while_it_writes_a_huge_batch_leaves_all_or_nothing": [{"moment": 0.3}, {"moment": 0.9}],
+}
 #: These call all methods, in any order.
 WALKS = {"test_any_sequence_of_calls_does_what_it_does_to_lists"}
 #: The fixtures that say which way a store is called.
@@ -74,6 +84,8 @@ def is_left_to_full(item: pytest.Item) -> bool:
     name = item.function.__name__
     is_async = any(item.callspec.params.get(way) == "async" for way in WAYS)
     is_first = all(n == 0 for parameter, n in item.callspec.indices.items() if parameter not in {*WAYS, "server"})
+    if breadth == ENGINE and any(case.items() <= item.callspec.params.items() for case in COSTLY.get(name, [])):
+        return True
     if breadth == WHOLE:
         return rule == Rule11LosslessTest.__name__ and is_async and not is_first  # both ways call the same codec
     if rule in names(KEPT_BY_THE_BASE_CLASS):

@@ -105,7 +105,6 @@ def pytest_collection():
 
 
 def pytest_collection_finish():
-    gc.collect()
     gc.freeze()
     gc.enable()
 

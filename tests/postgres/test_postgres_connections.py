@@ -189,7 +189,7 @@ def fork_while_threads_connect(store, report, times):
 def test_a_child_forked_while_threads_connect_can_connect_too(store, is_full):
     """What the threads hold of OpenSSL's locks at that moment would stay held in the child for ever."""
     store.count_messages("history")  # makes the tables
-    forks = 40 if is_full else 20
+    forks = 40 if is_full else 10
     with Program(fork_while_threads_connect, store, forks) as program:
         program.begin()
         assert program.reports_to_the_end() == [0] * forks

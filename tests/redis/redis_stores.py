@@ -39,6 +39,23 @@ on_one_server = pytest.mark.parametrize("server", SERVERS[:1], indirect=True)
 on_the_other_servers = pytest.mark.parametrize("server", SERVERS[1:], indirect=True)
 on_a_searching_server = pytest.mark.parametrize("server", [SEARCHING], indirect=True)
 on_a_cluster = pytest.mark.parametrize("server", [CLUSTER], indirect=True)
+
+
+def cases_on_every_engine(names, cases):
+    """Of cases that differ in one value of one node, the fast suite shows the first on a cluster."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    left = {(server, case) for server in SERVERS[1:] for case in cases} | {(CLUSTER, case) for case in cases[1:]}
+    return pytest.mark.parametrize(
+        ("server", *names),
+        [
+            pytest.param(server, *case, marks=[pytest.mark.full] if (server, case) in left else [])
+            for server in [*SERVERS, CLUSTER]
+            for case in cases
+        ],
+        indirect=["server"],
+    )
+
+
 DOCUMENTATION = (Path(__file__).parents[2] / "docs" / "redis.md").read_text(encoding="utf-8")
 
 # Put together, so that it stands in no line of source that a traceback shows.

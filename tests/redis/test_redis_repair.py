@@ -6,7 +6,18 @@ from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from redis_stores import KINDS, everything, key_of, keys_of, neighbours, on_every_engine, on_one_server, said, say
+from redis_stores import (
+    KINDS,
+    cases_on_every_engine,
+    everything,
+    key_of,
+    keys_of,
+    neighbours,
+    on_every_engine,
+    on_one_server,
+    said,
+    say,
+)
 from test_redis_copying import HISTORY, row
 
 from haystack_chat_store.doctor import check
@@ -68,8 +79,7 @@ def test_a_sound_store_has_no_faults(damaged, client):
     assert everything(damaged.store, client) == before
 
 
-@on_every_engine
-@pytest.mark.parametrize(
+@cases_on_every_engine(
     ("field", "value"),
     [("preview", "another"), ("preview", None), ("last_role", "t"), ("last_text", "another"), ("last_at", "5")],
 )
@@ -196,8 +206,7 @@ def test_an_entry_without_a_history_is_removed(damaged, client):
     assert len(damaged.store.list_chat_histories().items) == 2
 
 
-@on_every_engine
-@pytest.mark.parametrize(
+@cases_on_every_engine(
     ("field", "value"),
     [
         ("message_count", 7),
@@ -276,8 +285,7 @@ def test_a_history_with_a_counter_that_is_none_is_left_alone(damaged, client, is
     assert everything(damaged.store, client) == before
 
 
-@on_every_engine
-@pytest.mark.parametrize("junk", [b"\xff{", b"[]", b'{"role": "user", "meta": {}}', b'{"role": "robot"}'])
+@cases_on_every_engine(["junk"], [b"\xff{", b"[]", b'{"role": "user", "meta": {}}', b'{"role": "robot"}'])
 def test_a_message_that_cannot_be_read_hides_no_other_and_can_be_removed(damaged, client, junk):
     client.lset(damaged.key("contents"), 1, junk)
     assert damaged.faults() == []  # what single messages say is for the caller to check
@@ -381,8 +389,7 @@ def test_infinite_times_in_the_directory_hide_no_history(store, client):
     assert [history.chat_history_id for history in store.list_chat_histories().items] == names[::-1]
 
 
-@on_every_engine
-@pytest.mark.parametrize("time", ["9" * 400, "inf", "-inf", "noon"])
+@cases_on_every_engine(["time"], ["9" * 400, "inf", "-inf", "noon"])
 def test_a_time_of_change_that_is_no_time_is_found_and_mended(store, client, time):
     say(store, "Hi!")
     keys = store.engine.keys(store.scope)
