@@ -196,6 +196,17 @@ class TestWhatAModelWasShown:
         run(writer, "h", shown, [ASSISTANT("b")], replace_from_message_id="old")
         assert [each.text for each in store.retrieve_messages("h")] == ["q0", "new", "b"]
 
+    @pytest.mark.parametrize(
+        "said", ["text", 5, None, [], {}, {"role": "user"}, {"role": "user", "content": [{"text": 5}], "meta": {}}]
+    )
+    def test_what_is_no_message_is_refused(self, run, store, writer, said):
+        shown = USER("q", meta={"chat_shown": [said]})
+        with pytest.raises(ValueError, match="chat_shown"):
+            run(writer, "h", [USER("before"), shown], [ASSISTANT("a")])
+        with pytest.raises(ValueError, match="chat_shown"):
+            ChatMessageRetriever(store).run("h", current_messages=[shown])
+        assert store.count_messages("h") == 0
+
 
 class TestOtherStores:
     def test_the_store_of_haystack_experimental(self, run):

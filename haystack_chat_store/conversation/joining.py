@@ -8,6 +8,7 @@ what was said.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from haystack.dataclasses import ChatMessage, ChatRole, ReasoningContent, TextContent, ToolCall
 
@@ -16,6 +17,7 @@ from haystack_chat_store.conversation.copies import changed
 from haystack_chat_store.conversation.media import with_joined_texts
 from haystack_chat_store.conversation.rounds import said_parts
 from haystack_chat_store.ids import MESSAGE_ID_KEY, SHOWN_KEY, is_shown_only, message_id_of, new_message_id
+from haystack_chat_store.validation import validated_messages
 
 
 def merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
@@ -79,11 +81,21 @@ def unjoined(messages: Iterable[ChatMessage]) -> Iterator[ChatMessage]:
     Yield each message and, after one that stands for others, these.
 
     :param messages: Messages that a model was shown, or any others. They are not changed.
+    :raises ValueError: If what a message is said to stand for are no messages.
     """
     for message in messages:
         said = message.meta.get(SHOWN_KEY)
         if isinstance(said, list):
             yield changed(message, _meta={**message.meta, SHOWN_KEY: True})
-            yield from map(ChatMessage.from_dict, said)
+            yield from _originals(said)
         else:
             yield message
+
+
+def _originals(said: list[Any]) -> list[ChatMessage]:
+    name = f"meta[{SHOWN_KEY!r}]"
+    try:
+        originals = list(map(ChatMessage.from_dict, said))
+    except Exception:  # Haystack raises errors of many kinds, which quote the message
+        raise ValueError(f"{name} must be a list of messages as ChatMessage.to_dict() returns them.") from None
+    return validated_messages(originals, name)
