@@ -7,6 +7,8 @@ many of their cases the fast suite runs. All other tests say it themselves: a te
 further variant of one that the fast suite runs.
 """
 
+from typing import Any
+
 import pytest
 
 from haystack_chat_store.testing import (
@@ -73,8 +75,12 @@ WALKS = {"test_any_sequence_of_calls_does_what_it_does_to_lists"}
 WAYS = {"calls", "moving"}
 
 
-def is_left_to_full(item: pytest.Item) -> bool:
-    """Whether a collected test of the contract is left to the full suite."""
+def is_left_to_full(item: pytest.Item, seen: set[Any]) -> bool:
+    """
+    Whether a collected test of the contract is left to the full suite.
+
+    :param seen: What the tests before it were. It grows by this one.
+    """
     if not (isinstance(item, pytest.Function) and item.cls and issubclass(item.cls, ContractTest)):
         return False
     breadth = getattr(item.cls, "breadth", WHOLE)
@@ -83,7 +89,9 @@ def is_left_to_full(item: pytest.Item) -> bool:
     rule = item.function.__qualname__.partition(".")[0]  # the class that the test is written in
     name = item.function.__name__
     is_async = any(item.callspec.params.get(way) == "async" for way in WAYS)
-    is_first = all(n == 0 for parameter, n in item.callspec.indices.items() if parameter not in {*WAYS, "server"})
+    case = item.cls, name, *(item.callspec.params.get(which) for which in sorted({*WAYS, "server"}))
+    is_first = case not in seen
+    seen.add(case)
     if breadth == ENGINE and any(case.items() <= item.callspec.params.items() for case in COSTLY.get(name, [])):
         return True
     if breadth == WHOLE:

@@ -75,10 +75,11 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     from breadth import is_left_to_full
 
+    seen = set()
     for item in items:
         if NEED_SERVERS.intersection(item.fixturenames):
             item.add_marker("servers")
-        if is_left_to_full(item):
+        if is_left_to_full(item, seen):
             item.add_marker("full")
     is_full = config.getoption("--full") or "full" in config.option.markexpr
     left, kept = {}, []
