@@ -12,7 +12,8 @@ from pathlib import Path
 
 # A link or an image: `](target)` or `](target#heading)`. Web addresses and links within the page are left alone.
 _LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
-_FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
+# A block of code. One with four backquotes may have one with three in it.
+_FENCE = re.compile(r"(^ *````.*?^ *````$|^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 
 
 def replaced(text: str, replace: Callable[[str], str]) -> str:

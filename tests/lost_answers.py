@@ -157,7 +157,9 @@ CHANGES: dict[str, Callable[[Call], Any]] = {
     "import a file of several": lambda call: _import(call, "one", "two", "three"),
     "copy to another store": lambda call: call.function(transfer, "copy_histories", _filled("one", "two"), call.store),
     "check and repair": lambda call: call.function(doctor, "check", call.store, repair=True),
-    "remove what is damaged": lambda call: call.operation("remove", "history", [1]),
+    "remove what is damaged": lambda call: call.operation(
+        "remove", "history", call.operation("page", "history", None, None, 9)[1:2]
+    ),
     "renew": lambda call: call.operation("renew", "history"),
     "match a transcript": lambda call: call.function(
         haystack_chat_store, "match_transcript", call.store, "history", [user("a"), user("c")]

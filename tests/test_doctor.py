@@ -119,7 +119,7 @@ def test_of_many_damaged_messages_some_are_listed_and_all_removed(path, store, t
     connection.close()
 
     for repair in (False, True):
-        found = check(store, repair=repair, salvage=tmp_path / "salvage.jsonl")
+        found = check(store, repair=repair, salvage=tmp_path / "salvage.jsonl" if repair else None)
         for description in (NO_MESSAGE, "Its time of creation is none."):
             counts = [fault.count for fault in found if fault.description.endswith(description)]
             assert (len(counts), sum(counts)) == (1_001, 1_212)

@@ -11,6 +11,9 @@ from terminals import Terminal, forked_commands
 from haystack_chat_store import store_from_url
 from haystack_chat_store.testing.messages import conversation
 
+#: Typer's own variable: the option to show a completion takes the name of the shell.
+NO_SHELL_DETECTION = "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"
+
 
 @pytest.fixture
 def completed(run, monkeypatch):
@@ -65,7 +68,9 @@ def commands(request):
 def bash(url, commands):
     """Bash in a terminal, with our completion. Returns a function that types lines, and waits until they are obeyed."""
     path = os.pathsep.join((commands, os.environ["PATH"]))
-    terminal = Terminal(program=("bash", "--norc", "-i"), PATH=path, HAYSTACK_CHAT_STORE_URL=url)
+    # A command that is forked is no child of this shell, so the shell cannot be found among its parents.
+    is_named = {} if commands == os.path.dirname(sys.executable) else {NO_SHELL_DETECTION: "1"}
+    terminal = Terminal(program=("bash", "--norc", "-i"), PATH=path, HAYSTACK_CHAT_STORE_URL=url, **is_named)
     typed = 0
 
     def type_(*lines):

@@ -65,7 +65,7 @@ def parameters_of(store, name, statement):
     key = uuid.UUID(md5(b"1").hexdigest()) if name in OF_WHOLE_HISTORIES else history_key(store.scope, "user/long")
     positional = {
         "next_histories": ["default", "user/l", 100],
-        "message": [key, 5],
+        "messages": [key, [5, 7]],
         "next_questions": [key, -1],
         "described": ["default", BEGINNING[0], 100],
         "mismatched_titles": [[key], ["'word'"]],
