@@ -126,7 +126,7 @@ class ChatMessageStore(Protocol):
         the end of the history returns 0.
 
     28. **What is shown is not what is stored.** A message that a component or a hook shows otherwise than it is stored
-        carries `meta["chat_shown"]`, and is never stored. If it stands for messages of this turn, they are stored.
+        carries `meta["chat_shown"]`, and is never stored.
 
     29. **A transcript, once.** What `match_transcript` finds new in a transcript that a client sends whole is stored
         once. What it takes back is in a branch as a whole before it is deleted, and is deleted only if the history has

@@ -42,7 +42,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strict_model import StrictChatGenerator, problems, problems_when_asked
 
-from haystack_chat_store.conversation.joining import unjoined
 from haystack_chat_store.conversation.media import MAX_FILE_TEXT
 from haystack_chat_store.conversation.rounds import said_parts
 from haystack_chat_store.conversation.shown import (
@@ -52,7 +51,7 @@ from haystack_chat_store.conversation.shown import (
     messages_for_model,
     split_system_history_current,
 )
-from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, SHOWN_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY, SHOWN_KEY
 
 MADE_UP = (UNANSWERED, GO_ON)
 PDF = "application/pdf"
@@ -680,74 +679,6 @@ class TestMergeConsecutive:
     def test_calls_and_results_stay_apart(self):
         history = [QUESTION, calling(ROME), result_of(ROME), calling(OSLO), result_of(OSLO), SYSTEM, SYSTEM]
         assert messages_for_model(history, portable=False, merge_consecutive=True) == history
-
-    def test_what_was_joined_stands_in_it_for_a_writer(self):
-        (shown,) = messages_for_model(stored([QUESTION]), [ChatMessage.from_user("Please.")], merge_consecutive=True)
-        marked, first, second = unjoined([shown])
-        assert (first, second.text) == (stored([QUESTION])[0], "Please.")
-        assert second.meta[MESSAGE_ID_KEY]
-        assert list(unjoined([marked])) == [marked]
-        assert split_system_history_current([], [shown]).current == [first, second]
-
-    def test_messages_of_two_names_have_none_together(self):
-        ada, bob = ChatMessage.from_user("Hi!", name="Ada"), ChatMessage.from_user("Hello!", name="Bob")
-        assert [each.name for each in messages_for_model([], [ada, bob], merge_consecutive=True)] == [None]
-        assert [each.name for each in messages_for_model([], [ada, ada], merge_consecutive=True)] == ["Ada"]
-
-
-class TestWhatThisTurnBrings:
-    """What is shown in another form, stands for what is to be stored."""
-
-    def brought(self, history, current):
-        return [m for m in unjoined(messages_for_model(history, current)) if not m.meta.get(SHOWN_KEY)]
-
-    def test_a_reply_that_is_shown_as_one_with_others_is_there(self):
-        history, (current,) = stored([QUESTION, calling(ROME)]), [with_id(calling(OSLO), "new")]
-        answers = [with_id(result_of(ROME), "rome"), with_id(result_of(OSLO), "oslo")]
-        brought = self.brought(history, [current, *answers])
-        assert [message for message in brought if message not in history] == [current, *answers]
-
-    def test_a_message_with_several_results_is_there_once(self):
-        history = stored([QUESTION, calling(ROME, OSLO)])
-        both = [*result_of(ROME)._content, *result_of(OSLO)._content]
-        current = with_id(ChatMessage(ChatRole.TOOL, both), "both")
-        assert self.brought(history, [current]) == [*history, current]
-
-
-class TestNames:
-    ADA = replace(QUESTION, _name="Ada L. <ada@example.org>" + "a" * 80)
-    VALID = ("Ada_L._ada@example.org_" + "a" * 80)[:64]
-
-    def test_of_this_turn_are_made_valid_and_stored_as_they_are(self):
-        (shown,) = messages_for_model([], [self.ADA])
-        assert shown.name == self.VALID
-        (original,) = [each for each in unjoined([shown]) if not each.meta.get(SHOWN_KEY)]
-        assert (original.name, original.text) == (self.ADA.name, QUESTION.text)
-        (system,) = messages_for_model([], [replace(SYSTEM, _name="a b")])
-        assert system == replace(SYSTEM, _name="a_b")
-
-    def test_of_completed_rounds_are_shown_only_to_a_model_that_has_taken_them(self):
-        answer = ChatMessage.from_assistant("Yes.", meta={"model": "gpt-5"})
-        history = [self.ADA, answer, QUESTION, answer]
-        names = [messages_for_model(history, model=model)[0].name for model in (None, "gpt-5", "claude-5")]
-        assert names == [None, self.VALID, None]
-        assert messages_for_model(history, portable=False)[0].name == self.VALID
-        assert SHOWN_KEY in messages_for_model(history)[0].meta
-
-    def test_without_anything_that_is_allowed_are_left_out(self):
-        assert [each.name for each in messages_for_model([], [replace(QUESTION, _name="  ")])] == [None]
-
-
-class TestAddedByAHook:
-    ADDED = ChatMessage.from_user("Use metric units.", meta={QUESTION_ID_KEY: "m0"})
-
-    def test_a_reply_stands_between_results_and_a_user_message(self):
-        history = [*stored([QUESTION]), calling(ROME), result_of(ROME), self.ADDED, ANSWER, QUESTION]
-        assert [each.text for each in messages_for_model(history)][2:5] == [None, UNANSWERED, self.ADDED.text]
-
-    def test_but_not_in_the_round_under_way_of_a_model_that_takes_it(self):
-        history = [*stored([QUESTION]), calling(ROME), result_of(ROME), self.ADDED]
-        assert messages_for_model(history) == history
 
 
 class TestStrictModel:

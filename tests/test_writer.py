@@ -172,42 +172,6 @@ class TestWrongArguments:
             run(writer, chat_history_id, [USER("q0")])
 
 
-class TestWhatAModelWasShown:
-    def test_a_question_that_was_joined_to_a_stored_one_is_stored_and_answered(self, run, store, writer):
-        store.write_messages("h", [USER("q0")])
-        retriever = ChatMessageRetriever(store, merge_consecutive=True)
-        (shown,) = retriever.run("h", current_messages=[USER("q1")])["messages"]
-        assert shown.text == "q0\n\nq1"
-        for written in (2, 0):
-            assert run(writer, "h", [shown], [ASSISTANT("a")]) == written
-            q0, q1, answer = store.retrieve_messages("h")
-            assert [q0.text, q1.text, answer.text] == ["q0", "q1", "a"]
-            assert answer.meta["chat_question_id"] == q1.meta["chat_message_id"]
-            assert "chat_shown" not in q1.meta
-
-    def test_joined_questions_take_the_place_of_others(self, run, store, writer):
-        store.write_messages("h", [USER("q0"), USER("old", meta={"chat_message_id": "old"}), ASSISTANT("a")])
-        retriever = ChatMessageRetriever(store, merge_consecutive=True)
-        shown = retriever.run(
-            "h",
-            current_messages=[USER("new")],
-            until_message_id=store.retrieve_messages("h")[0].meta["chat_message_id"],
-        )["messages"]
-        run(writer, "h", shown, [ASSISTANT("b")], replace_from_message_id="old")
-        assert [each.text for each in store.retrieve_messages("h")] == ["q0", "new", "b"]
-
-    @pytest.mark.parametrize(
-        "said", ["text", 5, None, [], {}, {"role": "user"}, {"role": "user", "content": [{"text": 5}], "meta": {}}]
-    )
-    def test_what_is_no_message_is_refused(self, run, store, writer, said):
-        shown = USER("q", meta={"chat_shown": [said]})
-        with pytest.raises(ValueError, match="chat_shown"):
-            run(writer, "h", [USER("before"), shown], [ASSISTANT("a")])
-        with pytest.raises(ValueError, match="chat_shown"):
-            ChatMessageRetriever(store).run("h", current_messages=[shown])
-        assert store.count_messages("h") == 0
-
-
 class TestOtherStores:
     def test_the_store_of_haystack_experimental(self, run):
         store, history = ExperimentalStore(), uuid.uuid4().hex

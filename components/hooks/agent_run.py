@@ -15,7 +15,6 @@ from typing import Any
 from haystack.components.agents.state import State, replace_values
 from haystack.dataclasses import ChatMessage, ChatRole
 
-from haystack_chat_store.conversation.joining import unjoined
 from haystack_chat_store.ids import (
     MESSAGE_ID_KEY,
     QUESTION_ID_KEY,
@@ -118,7 +117,7 @@ class AgentRun:
         :raises ValueError: If a message has an id that is not text.
         """
         given = [with_id(message) if is_said(message) else message for message in messages]
-        self.given.update(message_id(message) for message in unjoined(given) if is_said(message))
+        self.given.update(message_id(message) for message in given if is_said(message))
         return given
 
     def collect(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
@@ -132,25 +131,19 @@ class AgentRun:
         collected: list[ChatMessage] = []
         first_with_id: dict[str, ChatMessage] = {}
         for message in messages:
-            first, *stood_for = [self._collected(each, first_with_id) for each in unjoined([message])]
-            collected.append(message if stood_for else first)
+            kept = self._identified(message, first_with_id) if is_said(message) else message
+            if is_said(message) and message_id(kept) not in self.known:
+                if self._is_first_step(kept):
+                    kept = replace(kept, _meta={**kept.meta, MESSAGE_ID_KEY: first_step_id(str(self.replaced_id))})
+                elif message_id(kept) != message_id(message):
+                    kept = self._with_step_id(kept)
+                kept = self._with_question_id(kept)
+                is_given_by_user = message_id(kept) in self.given and kept.role is ChatRole.USER
+                self.steps += not is_given_by_user
+                self.known.add(message_id(kept))
+                self.unsaved.append(kept)
+            collected.append(kept)
         return collected
-
-    def _collected(self, message: ChatMessage, first_with_id: dict[str, ChatMessage]) -> ChatMessage:
-        if not is_said(message):
-            return message
-        kept = self._identified(message, first_with_id)
-        if message_id(kept) not in self.known:
-            if self._is_first_step(kept):
-                kept = replace(kept, _meta={**kept.meta, MESSAGE_ID_KEY: first_step_id(str(self.replaced_id))})
-            elif message_id(kept) != message_id(message):
-                kept = self._with_step_id(kept)
-            kept = self._with_question_id(kept)
-            is_given_by_user = message_id(kept) in self.given and kept.role is ChatRole.USER
-            self.steps += not is_given_by_user
-            self.known.add(message_id(kept))
-            self.unsaved.append(kept)
-        return kept
 
     def _is_first_step(self, message: ChatMessage) -> bool:
         """Whether the message is the first reply of a run that replaces others."""
@@ -230,7 +223,7 @@ def run_of(state: State) -> AgentRun:
     if not isinstance(run, AgentRun):
         run = begin_run(state)
         given = run.give(state.data["messages"])
-        run.question_id = last_question_id(list(unjoined(given)))
+        run.question_id = last_question_id(given)
         set_messages(state, given)
     return run
 
@@ -271,8 +264,7 @@ def is_said(message: ChatMessage) -> bool:
     """
     Whether a message belongs in the history.
 
-    System messages do not, nor messages that a compactor created, nor those that are only shown. (What these stand for
-    may.)
+    System messages do not, nor messages that a compactor created, nor those that are only shown.
     """
     return message.role is not ChatRole.SYSTEM and not is_compacted(message) and not is_shown_only(message)
 

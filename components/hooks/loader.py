@@ -9,9 +9,8 @@ from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.conversation.joining import merged, unjoined
 from haystack_chat_store.conversation.rounds import round_starts
-from haystack_chat_store.conversation.shown import messages_for_model, split_system_history_current
+from haystack_chat_store.conversation.shown import merged, messages_for_model, split_system_history_current
 from haystack_chat_store.conversation.turns import before_turn, exit_reason, is_whole, turn_of
 from haystack_chat_store.errors import MessageNotFoundError
 from haystack_chat_store.ids import QUESTION_ID_KEY, first_step_id
@@ -87,15 +86,15 @@ class ChatHistoryLoader:
         :param window_step: The start of the window moves only in steps of this many rounds, so that a provider's prompt
             cache can be used. Defaults to 1.
         :param portable: Whether completed rounds are shown in a form that every provider takes, so that the model may
-            change in the middle of a conversation: without reasoning, signatures, names and other content for one
-            provider, and with neutral ids of tool calls. Defaults to True. If False, they are shown as they are stored.
-            The round under way is shown as it is stored, because its model needs it.
+            change in the middle of a conversation: without reasoning, signatures and other content for one provider,
+            and with neutral ids of tool calls. Defaults to True. If False, they are shown as they are stored. The round
+            under way is shown as it is stored, because its model needs it.
         :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
             accept user and assistant messages only in turn. Defaults to False.
         :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
-            the portable form, so that another model can go on with an interrupted round. Names and files of rounds that
-            this model has answered are shown as they are stored. Defaults to `None`: the model of the newest reply in
-            the round under way, and files in the portable form.
+            the portable form, so that another model can go on with an interrupted round. Files of rounds that this
+            model has answered are shown as they are stored. Defaults to `None`: the model of the newest reply in the
+            round under way, and files in the portable form.
         :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. A turn is complete if it
             ended with a successful result of one of these tools. Defaults to `None`.
         :param require_user_id: Whether a run without `hook_context["user_id"]` is refused. Defaults to False.
@@ -216,7 +215,7 @@ class ChatHistoryLoader:
     def _loading(self, state: State, run: AgentRun) -> "_Requests[None]":
         # The history itself is loaded now, so a summary of it that a compactor created and the caller passes again is
         # left out. All other messages are copied, so that no two are the same object.
-        current = [replace(message) for message in unjoined(state.data["messages"]) if not is_compacted(message)]
+        current = [replace(message) for message in state.data["messages"] if not is_compacted(message)]
         if run.replaced_id is not None and not (yield from _is_stored(run.replaced_id)):
             yield from self._resume_replacement(state, run, current)
             return

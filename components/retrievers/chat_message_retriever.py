@@ -6,7 +6,6 @@ from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.conversation.joining import unjoined
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_flag, validated_messages
 from haystack_chat_store.window_reader import TurnWindow, WindowReader
@@ -88,16 +87,15 @@ class ChatMessageRetriever:
             window then holds up to `window_step - 1` rounds more than `last_k` or, with `max_tokens`, up to that many
             fewer than would fit. Above 1, histories in stores of other packages are read whole.
         :param portable: Whether completed rounds are shown in a form that every provider takes, so that the model may
-            change in the middle of a conversation: without reasoning, signatures, names and other content for one
-            provider, with neutral ids of tool calls, and with text for files that some refuse. Defaults to True. If
-            False, they are shown as they are stored. The round under way is shown as it is stored, because its model
-            needs it.
+            change in the middle of a conversation: without reasoning, signatures and other content for one provider,
+            with neutral ids of tool calls, and with text for files that some refuse. Defaults to True. If False, they
+            are shown as they are stored. The round under way is shown as it is stored, because its model needs it.
         :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
             accept user and assistant messages only in turn. Defaults to False.
         :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
-            the portable form, so that another model can go on with an interrupted round. Names and files of rounds that
-            this model has answered are shown as they are stored. Defaults to `None`: the model of the newest reply in
-            the round under way, and files in the portable form.
+            the portable form, so that another model can go on with an interrupted round. Files of rounds that this
+            model has answered are shown as they are stored. Defaults to `None`: the model of the newest reply in the
+            round under way, and files in the portable form.
         :param require_user_id: Whether a run without a `user_id` is refused. Then a forgotten connection is an error,
             and never shows the conversations of all users. Defaults to False.
         :raises ValueError: If a setting is wrong, or `chat_message_store` does not follow the protocol.
@@ -181,8 +179,7 @@ class ChatMessageRetriever:
         :raises ChatHistoryAccessError: If `user_id` is given and the store belongs to another user.
         :raises ChatMessageStoreError: If the store fails.
         """
-        given = [] if current_messages is None else current_messages
-        current = list(unjoined(validated_messages(given, "current_messages")))
+        current = validated_messages([] if current_messages is None else current_messages, "current_messages")
         store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         reader = self._window_reader()
         window = reader.read_turn(store, chat_history_id, current, last_k, until_message_id=until_message_id)
@@ -213,8 +210,7 @@ class ChatMessageRetriever:
         :raises ChatHistoryAccessError: If `user_id` is given and the store belongs to another user.
         :raises ChatMessageStoreError: If the store fails.
         """
-        given = [] if current_messages is None else current_messages
-        current = list(unjoined(validated_messages(given, "current_messages")))
+        current = validated_messages([] if current_messages is None else current_messages, "current_messages")
         store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         reader = self._window_reader()
         window = await reader.read_turn_async(

@@ -6,7 +6,6 @@ from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
 from haystack_chat_store import protocol_calls
-from haystack_chat_store.conversation.joining import unjoined
 from haystack_chat_store.ids import is_shown_only
 from haystack_chat_store.turn_writer import TurnWriter, WrittenTurn
 from haystack_chat_store.types import ChatMessageStore
@@ -127,8 +126,7 @@ class ChatMessageWriter:
         :returns: A dictionary with the keys
 
             - `messages_written`: the number of messages that this call wrote. Messages with `meta["chat_shown"]` are
-              not written: a retriever or an agent's hook has shown them in another form than they are stored. If such
-              a message stands for new ones, because several were joined, these are written.
+              not written: a retriever or an agent's hook has shown them in another form than they are stored.
             - `messages`: the batch as the history has it now, with ids. If a turn is sent again, these are the stored
               messages. System messages are included unchanged, even if the store skips them.
             - `replies`: the replies of the turn as the history has them. If the question was answered before, this is
@@ -210,21 +208,16 @@ def _stored(
     messages: list[ChatMessage], replies: list[ChatMessage] | None
 ) -> tuple[list[ChatMessage], list[ChatMessage], list[str]]:
     """
-    Return both lists with what was said, and the name of each message in errors.
-
-    A message that is not as it is stored is left out. What it stands for takes its place.
+    Return both lists without messages that are not as they are stored, and the name of each message in errors.
 
     A name is such as `replies[0]`.
     """
     names: list[str] = []
 
     def stored(argument: list[ChatMessage], name: str) -> list[ChatMessage]:
-        kept: list[ChatMessage] = []
-        for index, message in enumerate(validated_messages(argument, name)):
-            said = [each for each in unjoined([message]) if not is_shown_only(each)]
-            names.extend([f"{name}[{index}]"] * len(said))
-            kept += said
-        return kept
+        kept = [each for each in enumerate(validated_messages(argument, name)) if not is_shown_only(each[1])]
+        names.extend(f"{name}[{index}]" for index, _ in kept)
+        return [message for _, message in kept]
 
     return stored(messages, "messages"), stored([] if replies is None else replies, "replies"), names
 

@@ -13,7 +13,6 @@ mistral-haystack 3.0, openrouter-haystack 2.0 and ollama-haystack 7.0.
 
 import json
 import operator
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,21 +33,6 @@ _CALL_ID = "call_id"
 
 #: Keys of a message's meta that are instructions for one request: where the provider's prompt cache may begin.
 REQUEST_KEYS = frozenset({"cache_control", "cachePoint"})  # Anthropic and OpenRouter; Amazon Bedrock
-
-# OpenAI takes names of up to 64 characters without these. Its Responses API and Mistral take no name at all.
-_NOT_IN_NAMES = re.compile(r"[\s<|\\/>]+")
-_LONGEST_NAME = 64
-
-
-def valid_name(message: ChatMessage) -> str | None:
-    """Return the name of a message in a form that OpenAI takes, or `None` if nothing is left of it."""
-    return _NOT_IN_NAMES.sub("_", str(message._name or "").strip())[:_LONGEST_NAME] or None
-
-
-def with_valid_name(message: ChatMessage) -> ChatMessage:
-    """Return the message, or a copy if its name is not valid."""
-    name = valid_name(message)
-    return message if name == message._name else changed(message, _name=name)
 
 
 @dataclass(frozen=True)

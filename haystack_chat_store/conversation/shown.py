@@ -29,7 +29,6 @@ from haystack.dataclasses import (
 
 from haystack_chat_store.conversation import provider_content
 from haystack_chat_store.conversation.copies import changed
-from haystack_chat_store.conversation.joining import joined, merged, standing_for, unjoined
 from haystack_chat_store.conversation.media import as_text, is_media, portable_question, with_joined_texts
 from haystack_chat_store.conversation.rounds import is_alternative, is_question, said_parts
 from haystack_chat_store.conversation.tool_calls import results_of_calls
@@ -79,15 +78,15 @@ def split_system_history_current(history: Sequence[ChatMessage], current_message
 
     A message of this turn is left out if the history has its id. `current_messages` may be a transcript that is longer
     than the window, so a message that has an id and stands before such a message is left out, too. So is a message
-    that was only shown, because it is not as it is stored. What it stands for takes its place. A system message
-    that stands in both is taken from `current_messages`.
+    that was only shown, because it is not as it is stored. A system message that stands in both is taken from
+    `current_messages`.
 
     :param history: The window, oldest first.
     :param current_messages: The messages of this turn.
     :returns: The objects that were passed in, not copies.
     """
     system = [message for message in current_messages if message.role is ChatRole.SYSTEM]
-    others = [message for message in unjoined(current_messages) if message.role is not ChatRole.SYSTEM]
+    others = [message for message in current_messages if message.role is not ChatRole.SYSTEM]
     system_ids = {message_id_of(message) for message in system} - {None}
     shown = [message for message in history if not system_ids or message_id_of(message) not in system_ids]
     ends = {message_id_of(message): end for end, message in enumerate(others, 1)}
@@ -114,9 +113,7 @@ def messages_for_model(
     - The results of a reply are put in the order of its calls, one a message.
     - Replies that follow each other and call tools are joined, so that the results come directly after their calls.
     - Calls without an id, or with one that was given before, get one.
-    - Between tool results and the next question stands a reply that says that no answer was given. Where they are
-      portable, it also stands before a user message that a hook added.
-    - What providers refuse in names is replaced.
+    - Between tool results and the next question stands a reply that says that no answer was given.
     - Where a question was deleted, and an answer and the steps to another one follow each other, a question to go on
       stands between them, unless they are portable.
     - Where another model goes on with the round under way, such a reply and a question to go on stand before its steps.
@@ -133,21 +130,37 @@ def messages_for_model(
     :param current_messages: The messages of this turn. See `split_system_history_current` for where they go. Their
         tool results answer calls in the history.
     :param portable: Whether completed rounds are shown in a form that every provider takes: without reasoning,
-        signatures, raw blocks and names, with neutral ids of calls, and with text for images and files in replies and
-        results and for those of the user that only some take. Defaults to True. If False, they are shown as they are
-        stored.
+        signatures and raw blocks, with neutral ids of calls, and with text for images and files in replies and results
+        and for those of the user that only some take. Defaults to True. If False, they are shown as they are stored.
     :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
         insist on user and assistant in turns. Defaults to False.
     :param model: The name of the model that is asked. In the round under way, replies of other models are shown in the
-        portable form, as a round that was interrupted. Names, images and files in completed rounds, all of whose
-        replies name this model, are shown as they are stored. A name with a version, such as the one in a reply's
+        portable form, as a round that was interrupted. Images and files in completed rounds, all of whose replies
+        name this model, are shown as they are stored. A name with a version, such as the one in a reply's
         `meta["model"]`, is the same model as the name without it. Without `portable`, the name has no effect.
         Defaults to the model of the newest reply in the round under way, and is not known for completed rounds.
     """
     system, shown, current = split_system_history_current(history, current_messages)
     view = _View([*_from_first_user(shown), *current], current, current_messages, portable=portable, model=model)
-    messages = [*map(provider_content.with_valid_name, system), *view.messages()]
+    messages = [*system, *view.messages()]
     return merged(messages) if merge_consecutive else messages
+
+
+def merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """
+    Join user messages that follow each other, and replies. (What follows a call is its result.)
+
+    :param messages: Messages for a model. They are not changed.
+    """
+    joined: list[ChatMessage] = []
+    for message in messages:
+        last = joined[-1] if joined else None
+        if last is not None and last.role is message.role and message.role in (ChatRole.USER, ChatRole.ASSISTANT):
+            both = _joined([last, provider_content.without_provider_content(message)])
+            joined[-1] = _marked(provider_content.up_to_date(both))
+        else:
+            joined.append(message)
+    return joined
 
 
 class _View:
@@ -185,14 +198,7 @@ class _View:
             if self._model is None and _is_reply(message):
                 self._model = message.meta.get("model")
         self._portable = portable
-        # The names of messages that are shown otherwise, by the id() of the message.
-        self._names = {
-            id(message): name
-            for index, message in enumerate(self._given)
-            if message._name is not None and (name := self._shown_name(index)) != message._name
-        }
         self._stored_of: dict[int, ChatMessage] = {}  # by the id() of a reply that is worked on
-        self._parted: set[int] = set()  # the id() of each message of this turn whose results are shown apart
         self._call_ids: set[str] = set()
         self._reasoning_ids: set[str] = set()
         self._seeds: dict[str, int] = {}
@@ -202,12 +208,11 @@ class _View:
         given, shown = self._given, list[ChatMessage]()
         end = len(given)
         index = 0
-        portable = False  # the exchange before `index`
         while index < end:
             message = given[index]
             following = given[index + 1] if index + 1 < end else None
             if message._role is not ChatRole.ASSISTANT:
-                self._close_round(shown, message, is_portable=portable)
+                self._close_round(shown, message)
                 if message._role is not ChatRole.TOOL:  # a result without a call
                     shown.append(message if self._is_simple(message) else self._said(message, index))
                 index += 1
@@ -228,8 +233,7 @@ class _View:
     def _is_simple(self, message: ChatMessage) -> bool:
         """Whether a message is one text without anything that only one provider takes. It is shown as it is."""
         is_text = id(message) in self._texts
-        is_own = self._requested is None and provider_content.ALL_KEYS.isdisjoint(message._meta)
-        return is_text and is_own and id(message) not in self._names
+        return is_text and self._requested is None and provider_content.ALL_KEYS.isdisjoint(message._meta)
 
     def _end_of_replies(self, index: int, portable: bool) -> int:
         """Return where the replies end that stand at `index`, or those of one model in the round under way."""
@@ -252,9 +256,8 @@ class _View:
             shown.append(ChatMessage.from_user(GO_ON, meta={SHOWN_KEY: True}))
 
     @staticmethod
-    def _close_round(shown: list[ChatMessage], following: ChatMessage, *, is_portable: bool) -> None:
-        is_asked = _begins_round(following) or (is_portable and is_question(following))
-        if is_asked and shown and shown[-1]._role is ChatRole.TOOL:
+    def _close_round(shown: list[ChatMessage], following: ChatMessage) -> None:
+        if shown and shown[-1]._role is ChatRole.TOOL and _begins_round(following):
             shown.append(ChatMessage.from_assistant(UNANSWERED, meta={SHOWN_KEY: True}))
 
     def _is_portable(self, index: int) -> bool:
@@ -268,19 +271,15 @@ class _View:
         """Show a message of the user or the system."""
         content = said_parts(message)
         if any(map(is_media, content)):
-            if self._is_for_every_provider(index):
+            if self._has_portable_media(index):
                 content = portable_question(content, lambda number: self._mark_of_file(message, number))
         elif len(content) > 1 and self._portable and id(message) not in self._current:
             content = with_joined_texts(content)  # of a stored question, whichever model it was for
         return self._as_shown(message, content, message.meta)
 
-    def _shown_name(self, index: int) -> str | None:
-        """Return the name of a message as it is shown, or `None` for no name."""
-        return None if self._is_for_every_provider(index) else provider_content.valid_name(self._given[index])
-
-    def _is_for_every_provider(self, index: int) -> bool:
+    def _has_portable_media(self, index: int) -> bool:
         """
-        Whether the name, the images and the files of the message are shown in a form that every provider takes.
+        Whether the images and files of the message are shown in a form that every provider takes.
 
         They are shown as they are stored where the model that is asked has taken them before: all replies of the round
         are known to be its own. So they are in the round under way, unless another model has begun it.
@@ -345,26 +344,17 @@ class _View:
                 shown.append(ChatMessage.from_tool(INTERRUPTED, origin=call, error=True, meta={SHOWN_KEY: True}))
             else:
                 part, answer = result
-                shown.append(self._result(answer, _shown_result(part, call, portable)))
+                shown.append(self._as_shown(answer, [_shown_result(part, call, portable)], answer._meta))
         return shown
-
-    def _result(self, stored: ChatMessage, result: ToolCallResult) -> ChatMessage:
-        """Show a result of a tool message. Of several that this turn brings in one message, the first stands for it."""
-        shown = self._as_shown(stored, [result], stored._meta)
-        if id(stored) not in self._current or len(stored._content) == 1:
-            return shown
-        is_first = id(stored) not in self._parted
-        self._parted.add(id(stored))
-        return standing_for([stored] if is_first else [], shown)
 
     def _reply(self, replies: Sequence[ChatMessage], portable: bool) -> ChatMessage | None:
         """Return one reply for several, or `None` if they say nothing."""
         if portable and len(replies) == 1 and _has_only_calls(replies[0]):  # as most steps are
             return self._as_shown(replies[0], self._with_neutral_ids(replies[0], replies[0]._content), replies[0]._meta)
-        originals = [self._stored_of.get(id(reply), reply) for reply in replies]
+        stored = self._stored_of.get(id(replies[0]), replies[0])
         if portable:  # which is done first, so that parts of one reply can be joined
             replies = [provider_content.without_provider_content(reply) for reply in replies]
-        reply = replies[0] if len(replies) == 1 else joined(replies)
+        reply = replies[0] if len(replies) == 1 else _joined(replies)
         content = reply._content
         if _is_plain(reply):
             pass
@@ -377,24 +367,19 @@ class _View:
             reply = self._with_unique_ids(provider_content.up_to_date(reply))
             content = said_parts(reply)
         if _says_something(content) or provider_content.says(reply):
-            shown = self._as_shown(originals[0], list(content), reply._meta)
-            brought = [original for original in originals if id(original) in self._current]
-            return standing_for(brought, shown) if brought and len(originals) > 1 else shown
+            return self._as_shown(stored, list(content), reply._meta)
         return None
 
     def _as_shown(self, stored: ChatMessage, content: list[Any], meta: dict[str, Any]) -> ChatMessage:
         """
         Return a message as it is shown: the stored one, or a marked copy if it differs.
 
-        The marks for prompt caches that were stored are left out. What this turn brings is marked only if the message
-        stands for the one to store, which has another name.
+        The marks for prompt caches that were stored are left out. What this turn brings is never marked as shown, so
+        that it is stored.
         """
         is_current = id(stored) in self._current
         if not (is_current or (self._requested is None and provider_content.REQUEST_KEYS.isdisjoint(meta))):
             meta = self._with_request_of_this_turn(stored, meta)
-        if id(stored) in self._names:
-            renamed = changed(stored, _content=content, _meta=meta, _name=self._names[id(stored)])
-            return standing_for([stored] if is_current else [], renamed)
         is_same = len(content) == len(stored._content) and all(map(operator.is_, content, stored._content))
         if is_same and (meta is stored._meta or meta == stored._meta):
             return stored
@@ -581,6 +566,25 @@ def _steps(replies: Sequence[ChatMessage], found: Sequence[_Found | None], porta
         answered += sum(result is not None for result in found[:number])
         found = found[number:]
     return steps
+
+
+def _joined(messages: Sequence[ChatMessage]) -> ChatMessage:
+    """
+    Return one message for several of a role, with the meta of the first.
+
+    Its texts become one, because some providers take only one. Calls come last.
+    """
+    content = [part for message in messages for part in said_parts(message)]
+    texts = [part for part in content if isinstance(part, TextContent)]
+    calls = [part for part in content if isinstance(part, ToolCall)]
+    others = [part for part in content if not isinstance(part, (TextContent, ToolCall))]
+    reasoning = [part for part in others if isinstance(part, ReasoningContent)]
+    content = [*reasoning, *texts, *(part for part in others if part not in reasoning), *calls]
+    return changed(messages[0], _content=with_joined_texts(content))
+
+
+def _marked(message: ChatMessage) -> ChatMessage:
+    return changed(message, _meta={**message.meta, SHOWN_KEY: True})
 
 
 def _shown_result(result: ToolCallResult, call: ToolCall, portable: bool) -> ToolCallResult:

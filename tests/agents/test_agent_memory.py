@@ -7,12 +7,10 @@ import threading
 import pytest
 from agent_programs import HISTORY, ids, questions, run_sync, tool
 from agent_runs import EARLIER, agent_with, asked, call, reply, result, says, stored_in, user
-from haystack.components.agents import Agent, State
+from haystack.components.agents import State
 from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.hooks import hook
 from haystack.token_counters import ApproximateTokenCounter
-from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
-from haystack_integrations.hooks.chat_store import ChatHistorySaver
 
 from haystack_chat_store import ChatMessageStoreError
 from haystack_chat_store.conversation.shown import INTERRUPTED, UNANSWERED
@@ -337,24 +335,6 @@ def test_a_question_that_is_joined_to_others_is_stored_where_it_replaces_message
     run(agent, [user("C")], hook_context={"chat_history_id": "h", "replace_from_message_id": "b"})
     assert asked(agent) == says([user("A\n\nC")])
     assert says(stored_in(store)) == says([user("A"), user("C"), reply("No.")])
-
-
-def retrieved(store, question):
-    return ChatMessageRetriever(store, merge_consecutive=True).run("h", current_messages=[question])["messages"]
-
-
-@pytest.mark.parametrize("loads", [False, True])
-def test_a_question_that_a_retriever_has_joined_to_a_stored_one_is_stored(store, run, loads):
-    store.write_messages("h", [user("A")])
-    (shown,) = retrieved(store, user("B"))
-    agent = agent_with(store, reply("Both."), hook_options=MERGING)
-    if not loads:
-        saves = [ChatHistorySaver(store)]
-        agent = Agent(chat_generator=agent.chat_generator, hooks={"before_run": saves, "after_run": saves})
-    run(agent, [shown])
-    assert asked(agent) == says([user("A\n\nB")])
-    assert says(stored_in(store)) == says([user("A"), user("B"), reply("Both.")])
-    assert stored_in(store)[-1].meta["chat_question_id"] == stored_in(store)[1].meta[MESSAGE_ID_KEY]
 
 
 def test_the_same_question_again_gets_the_stored_answer(store, run):

@@ -368,22 +368,3 @@ def test_a_model_with_a_similar_name_resumes_an_interrupted_round(provider, firs
 def test_a_refusal_after_a_text(second):
     reply = A("That is all that I can say.", meta={"refusal": "I cannot help with the rest."})
     check(second, [U("Question"), reply, U("Why?"), A("Because.")])
-
-
-@pytest.mark.parametrize("second", EVERY)
-def test_a_history_with_names(second):
-    stored = [U("Question", name="Ada Lovelace <ada@example.org>"), A("Answer.", name="the bot"), U("And?", name="Bob")]
-    check(second, [*stored, A("Answer.")])
-
-
-@pytest.mark.provider("openai")
-def test_names_that_the_next_model_takes_are_made_valid():
-    answer = received("openai", 1, text="Answer.")
-    check("openai", [U("Question", name="Ada Lovelace"), answer], [U("And now?", name="Ada/Lovelace " * 9)])
-
-
-@pytest.mark.parametrize("second", EVERY)
-def test_a_hook_added_a_message_after_results(second):
-    question, call = {"chat_question_id": "q"}, called("k1", "abc123def")
-    added = [A(tool_calls=[call], meta=question), answered(call), U("Use metric units.", meta=question)]
-    check(second, [U("Question", meta={"chat_message_id": "q"}), *added, A("Answer.", meta=question)])
