@@ -51,7 +51,7 @@ from haystack_chat_store.conversation.shown import (
     messages_for_model,
     split_system_history_current,
 )
-from haystack_chat_store.ids import MESSAGE_ID_KEY, SHOWN_KEY
+from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, SHOWN_KEY
 
 MADE_UP = (UNANSWERED, GO_ON)
 PDF = "application/pdf"
@@ -808,3 +808,15 @@ def test_whatever_comes_with_the_history_is_valid_and_no_new_message_is_lost(his
     kept = {*map(id, merged)}
     assert {id(message) for message in current if MESSAGE_ID_KEY not in message.meta} <= kept
     assert same_objects([m for m in merged if id(m) in {*map(id, history)}], [m for m in history if id(m) in kept])
+
+
+class TestAddedByAHook:
+    ADDED = ChatMessage.from_user("Use metric units.", meta={QUESTION_ID_KEY: "m0"})
+
+    def test_a_reply_stands_between_results_and_a_user_message(self):
+        history = [*stored([QUESTION]), calling(ROME), result_of(ROME), self.ADDED, ANSWER, QUESTION]
+        assert [each.text for each in messages_for_model(history)][2:5] == [None, UNANSWERED, self.ADDED.text]
+
+    def test_but_not_in_the_round_under_way_of_a_model_that_takes_it(self):
+        history = [*stored([QUESTION]), calling(ROME), result_of(ROME), self.ADDED]
+        assert messages_for_model(history) == history

@@ -113,7 +113,8 @@ def messages_for_model(
     - The results of a reply are put in the order of its calls, one a message.
     - Replies that follow each other and call tools are joined, so that the results come directly after their calls.
     - Calls without an id, or with one that was given before, get one.
-    - Between tool results and the next question stands a reply that says that no answer was given.
+    - Between tool results and the next question, and what a hook says to the model in a completed round that is shown
+      in portable form, stands a reply that says that no answer was given.
     - Where a question was deleted, and an answer and the steps to another one follow each other, a question to go on
       stands between them, unless they are portable.
     - Where another model goes on with the round under way, such a reply and a question to go on stand before its steps.
@@ -208,11 +209,12 @@ class _View:
         given, shown = self._given, list[ChatMessage]()
         end = len(given)
         index = 0
+        portable = False  # the exchange before `index`
         while index < end:
             message = given[index]
             following = given[index + 1] if index + 1 < end else None
             if message._role is not ChatRole.ASSISTANT:
-                self._close_round(shown, message)
+                self._close_round(shown, message, is_portable=portable)
                 if message._role is not ChatRole.TOOL:  # a result without a call
                     shown.append(message if self._is_simple(message) else self._said(message, index))
                 index += 1
@@ -256,8 +258,9 @@ class _View:
             shown.append(ChatMessage.from_user(GO_ON, meta={SHOWN_KEY: True}))
 
     @staticmethod
-    def _close_round(shown: list[ChatMessage], following: ChatMessage) -> None:
-        if shown and shown[-1]._role is ChatRole.TOOL and _begins_round(following):
+    def _close_round(shown: list[ChatMessage], following: ChatMessage, *, is_portable: bool) -> None:
+        is_asked = _begins_round(following) or (is_portable and is_question(following))
+        if is_asked and shown and shown[-1]._role is ChatRole.TOOL:
             shown.append(ChatMessage.from_assistant(UNANSWERED, meta={SHOWN_KEY: True}))
 
     def _is_portable(self, index: int) -> bool:

@@ -15,6 +15,8 @@ from haystack.hooks.human_in_the_loop import ConfirmationHook, ToolExecutionDeci
 from haystack.hooks.tool_result_offloading import AlwaysOffload, FileSystemToolResultStore, ToolResultOffloadHook
 from haystack_integrations.hooks.chat_store import ChatHistorySaver, chat_history_hooks
 
+from haystack_chat_store.conversation.shown import UNANSWERED
+
 # ---------------------------------------------------------------------- with other hooks
 
 
@@ -66,7 +68,8 @@ def test_calls_that_a_person_rejected_or_changed_are_stored_as_they_were_done(st
 
     later = agent_with(store, reply("Yes."))
     run(later, [user("Really?")])
-    assert asked(later) == says([*stored, user("Really?")])
+    # Some providers refuse a user message directly after results: Haystack's hook adds one.
+    assert asked(later) == says([*stored[:5], reply(UNANSWERED), *stored[5:], user("Really?")])
 
 
 def test_a_turn_in_which_every_call_was_rejected_goes_on(store, run):

@@ -368,3 +368,10 @@ def test_a_model_with_a_similar_name_resumes_an_interrupted_round(provider, firs
 def test_a_refusal_after_a_text(second):
     reply = A("That is all that I can say.", meta={"refusal": "I cannot help with the rest."})
     check(second, [U("Question"), reply, U("Why?"), A("Because.")])
+
+
+@pytest.mark.parametrize("second", EVERY)
+def test_a_hook_added_a_message_after_results(second):
+    question, call = {"chat_question_id": "q"}, called("k1", "abc123def")
+    added = [A(tool_calls=[call], meta=question), answered(call), U("Use metric units.", meta=question)]
+    check(second, [U("Question", meta={"chat_message_id": "q"}), *added, A("Answer.", meta=question)])
