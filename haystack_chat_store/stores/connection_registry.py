@@ -52,7 +52,7 @@ class ConnectionRegistry(Generic[SettingsT, ConnectionsT]):
         self._make = make
         self._made: dict[SettingsT, ConnectionsT] = {}
         self._alive: weakref.WeakSet[ConnectionsT] = weakref.WeakSet()  # with those closed while in use
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may run in the middle, and use a store
         atexit.register(self._close_all)
         _registries.append(self)
 
@@ -63,7 +63,7 @@ class ConnectionRegistry(Generic[SettingsT, ConnectionsT]):
             with self._lock:
                 made = self._made.get(settings)
                 if made is None:
-                    made = self._made[settings] = self._make(settings)
+                    made = self._made.setdefault(settings, self._make(settings))
                     self._alive.add(made)
         return made
 

@@ -2,6 +2,7 @@
 """Connections: of threads, of event loops that end, of processes that fork."""
 
 import asyncio
+import gc
 import os
 import re
 import shutil
@@ -355,3 +356,41 @@ def test_a_finalizer_that_writes_in_the_middle_of_a_write_hears_so_at_once(store
     assert "in the middle of another write" in str(error)
     say(store, "after")
     assert said(store) == ["before", "after"]
+
+
+class WritesInACycle(WritesAsItGoes):
+    """The same, which only the collector of garbage frees."""
+
+    def __init__(self, write, errors):
+        super().__init__(write, errors)
+        self.itself = self
+
+
+@pytest.mark.parametrize("way", ["in the main thread", "in a thread"])
+@pytest.mark.parametrize("inner", ["append", "delete", "read"])
+def test_a_finalizer_that_uses_the_store_at_any_moment_of_a_write_hangs_nothing(new_store, way, inner):
+    store = new_store(timeout=60, last_k=None)
+    inner = {
+        "append": lambda: store.write_messages("another", [ChatMessage.from_user("inner")]),
+        "delete": lambda: store.delete_messages("another"),
+        "read": lambda: store.count_messages("history"),
+    }[inner]
+    numbers, errors = [f"{number}" for number in range(60)], []
+
+    def write():
+        thresholds = gc.get_threshold()
+        gc.set_threshold(1)
+        try:
+            for number in numbers:
+                WritesInACycle(inner, errors)
+                store.write_messages("history", [ChatMessage.from_user(number)])
+        finally:
+            gc.set_threshold(*thresholds)
+            gc.collect()
+
+    if way == "in the main thread":
+        write()
+    else:
+        in_threads(lambda _: write(), 1)
+    assert not any(isinstance(error, StoreTimeoutError) for error in errors)
+    assert [message.text for message in store.retrieve_messages("history")] == numbers

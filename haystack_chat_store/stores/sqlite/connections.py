@@ -106,12 +106,13 @@ class Database:
         self._idle_readers: list[Connection] = []
         self._idle_writers: list[Connection] = []
         self._lent: weakref.WeakSet[Connection] = weakref.WeakSet()  # weak: an interrupted call may lose one
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may run in the middle, and use the store
         self._is_closed = False
         self._forks = 0  # that are under way: threads may fork at once
         # Writers of this process wait here, which is faster and fairer than polling the file's lock. Only the thread
         # that holds an RLock can release it: so an interrupted call may try to, whether it got the lock or not.
         self._write_lock = threading.RLock()
+        self._writing_thread: int | None = None  # that has the lock of writers
         self._leaving_lock = threading.RLock()
         self._deadlines = threading.local()
         self.readers = Threads(_MAX_READERS, "haystack-chat-store-reader")
@@ -161,12 +162,13 @@ class Database:
         :raises StoreTimeoutError: If other threads keep the database busy for longer than the timeout.
         :raises StoreUnavailableError: If this thread is in the middle of another write.
         """
-        deadline = self._deadline()
+        deadline, thread_id, is_writing = self._deadline(), threading.get_ident(), False
         try:
             if not self._write_lock.acquire(timeout=max(0, deadline - time.monotonic())):
                 raise self.settings.timed_out("other threads of this process")
-            if self._is_written_by_this_thread():
+            if self._writing_thread == thread_id:
                 raise failures.in_the_middle_of_a_write(self.settings.path)
+            is_writing, self._writing_thread = True, thread_id
             connection = self._writer_in_transaction(deadline)
             try:
                 try:
@@ -183,6 +185,8 @@ class Database:
                 raise
             self._take_back(connection, is_sound=True)
         finally:
+            if is_writing:
+                self._writing_thread = None
             try:
                 self._write_lock.release()
             except RuntimeError:  # this thread does not hold it
@@ -285,13 +289,6 @@ class Database:
         with self._lock:
             lent = list(self._lent)
         return [connection for connection in lent if connection.thread_id != threading.get_ident()]
-
-    def _is_written_by_this_thread(self) -> bool:
-        """Whether this thread is in the middle of a write: the lock of writers does not keep it out a second time."""
-        with self._lock:
-            lent = list(self._lent)
-        thread_id = threading.get_ident()
-        return any(each.thread_id == thread_id and each.is_writable and each.in_transaction for each in lent)
 
     def _reader(self) -> Connection:
         """Lend an idle connection whose files lie at the path, or a new one that can only read."""

@@ -256,6 +256,7 @@ def write_log_to_database(connection: Connection, path: str, deadline: float) ->
 
     :raises StoreUnavailableError: If others use the log for too long, or it cannot be removed. Nothing was lost.
     """
+    was_written = connection.is_log_written
     try:
         while connection.execute("PRAGMA wal_checkpoint (TRUNCATE)").fetchone()[0]:
             if time.monotonic() > deadline:
@@ -264,11 +265,12 @@ def write_log_to_database(connection: Connection, path: str, deadline: float) ->
         # log all the same, it is of a database that was put at the path meanwhile, or moved back there: it stays.
         connection.is_log_written = True
         connection.execute("BEGIN IMMEDIATE")  # no process writes to the log while it is removed
-    except sqlite3.OperationalError:
+    except sqlite3.OperationalError as error:
         # The log was written to the database by an earlier call, which could not remove it. Then this process wrote to
         # the database where it lies now, with a log there. All connections of a process to a file share the index of
-        # their log in memory, so this one looks in its own log for what is in the other one.
-        if not connection.is_log_written or content(path + LOG).size:
+        # their log in memory, so this one looks in its own log for what is in the other one. (But if the database was
+        # moved back, others may be writing to the log.)
+        if not was_written or "I/O error" not in str(error) or content(path + LOG).size:
             raise
     try:
         log = content(path + LOG)

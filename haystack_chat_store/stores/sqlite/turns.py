@@ -91,25 +91,27 @@ class Turns:
         :param deadline: How long to wait for locks, as a time of `time.monotonic`.
         :param size: The number of its characters.
         """
-        if getattr(self._thread, "has_turn", False):
+        if getattr(self._thread, "is_writing", False):
             raise failures.in_the_middle_of_a_write(self._database.settings.path)
-        if not self._turn.acquire(blocking=False):
-            write = _WriteOfThread(call, deadline, size)
-            self._threads.append(write)
-            if self._turn.acquire(blocking=False):  # which became free before this write could be seen
-                self._pass_on()
-            self._wait(write)
-            if not write.has_turn:
-                return write.outcome()
-        group = _Group(self._database, self._next)
-        self._thread.has_turn = True
+        self._thread.is_writing = True  # first: a write of a finalizer would wait for this one from here on
         try:
-            return group.make(call, deadline)
+            if not self._turn.acquire(blocking=False):
+                write = _WriteOfThread(call, deadline, size)
+                self._threads.append(write)
+                if self._turn.acquire(blocking=False):  # which became free before this write could be seen
+                    self._pass_on()
+                self._wait(write)
+                if not write.has_turn:
+                    return write.outcome()
+            group = _Group(self._database, self._next)
+            try:
+                return group.make(call, deadline)
+            finally:
+                if group.taken:
+                    answer(_answer_threads(group.taken))
+                self._pass_on()
         finally:
-            self._thread.has_turn = False
-            if group.taken:
-                answer(_answer_threads(group.taken))
-            self._pass_on()
+            self._thread.is_writing = False
 
     async def run_async(self, call: Callable[[WriteSession], Any], deadline: float, size: int) -> Any:
         """
@@ -168,9 +170,15 @@ class Turns:
     def _make_for_tasks(self) -> Sequence[CallOfTask]:
         """Make the writes of tasks, unless a thread has the turn, which makes them along with its own."""
         self._is_writer_called = False
+        self._thread.is_writing = True
+        try:
+            return self._made_for_tasks()
+        finally:
+            self._thread.is_writing = False
+
+    def _made_for_tasks(self) -> Sequence[CallOfTask]:
         if not self._turn.acquire(blocking=False):
             return ()
-        self._thread.has_turn = True
         try:
             write = _first(self._tasks)
             if write is None:
@@ -182,7 +190,6 @@ class Turns:
                 write.error = error
             return (write, *_answer_threads(group.taken))
         finally:
-            self._thread.has_turn = False
             self._pass_on()
 
     def _next(self, number: int) -> Call | None:
