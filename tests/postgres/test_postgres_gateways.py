@@ -19,6 +19,7 @@ from stopwatch import Stopwatch
 from haystack_chat_store.doctor import check
 from haystack_chat_store.errors import StoreTimeoutError, StoreUnavailableError
 from haystack_chat_store.stores.idle_connections import PROBE_SECONDS
+from haystack_chat_store.stores.postgres import session as sessions
 from haystack_chat_store.stores.postgres.connections import pools
 from haystack_chat_store.stores.postgres.session import Commit
 from haystack_chat_store.testing.kit import texts
@@ -203,6 +204,43 @@ def test_a_transaction_that_the_server_has_lost_in_a_crash_was_not_committed(mak
 
     calls.write(store, "history", [user()])
     assert calls.call(store.engine, "run", asked) == (False, [(1,)])
+
+
+def test_a_server_that_does_not_say_since_when_it_runs_is_used_all_the_same(gateway, make_store, calls, monkeypatch):
+    """Whether a commit is made is not known then, if its answer is lost. An append looks for its messages."""
+    monkeypatch.setattr(sessions, "SERVER_RUN", "SELECT no_such_function()")
+    store, refused = make_store(last_k=None), 0
+    calls.write(store, "another", [user()])
+    for lost in range(100):
+        losing = Losing(gateway, after=lost)
+        assert calls.write(store, "history", [user("first"), user("second")]) == 2, lost
+        try:
+            calls.call(store, "delete_messages", "history")
+        except StoreUnavailableError:
+            refused += 1
+        gateway.is_answered = lambda _: True
+        calls.call(store, "delete_messages", "history")
+        assert calls.count(store, "history") == 0
+        if losing.times > 0:
+            break
+    assert refused > 0
+    calls.close(store)
+
+
+def test_an_append_that_another_server_calls_failed_looks_for_its_messages(gateway, make_store, calls, monkeypatch):
+    """That server has got the transaction as a copy, under another number."""
+    monkeypatch.setattr(sessions, "STATUS_OF_TRANSACTION", "SELECT 'aborted' WHERE %s::bigint > 0")
+    for lost in range(100):
+        store = make_store(namespace=f"{lost}", last_k=None)
+        calls.write(make_store(namespace=f"{lost}", ttl=0.01), "history", [user("old")])
+        time.sleep(0.02)
+        losing = Losing(gateway, after=lost)
+        assert calls.write(store, "history", [user("new")]) == 1, lost
+        gateway.is_answered = lambda _: True
+        assert [message.text for message in calls.retrieve(store, "history")] == ["new"]
+        if losing.times > 0:
+            break
+    calls.close(store)
 
 
 def test_a_write_that_makes_an_expired_history_anew_is_stored_whichever_answer_was_lost(gateway, make_store, calls):

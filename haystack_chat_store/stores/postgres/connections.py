@@ -43,7 +43,6 @@ from haystack_chat_store.stores.fair_semaphore import FairSemaphore
 from haystack_chat_store.stores.postgres import upgrading
 from haystack_chat_store.stores.postgres.connection_string import DEFAULT_SCHEMA, parsed
 from haystack_chat_store.stores.postgres.session import Database, Session
-from haystack_chat_store.stores.postgres.statements import SERVER_RUN
 from haystack_chat_store.stores.postgres.turns import Turns
 from haystack_chat_store.stores.sync_async import run_sync
 
@@ -120,7 +119,7 @@ class _Limited:
     idle_since = -math.inf
     is_ready = False
     prepares = False
-    server_run: tuple[str | None, ...] = ()
+    server_run: tuple[str | None, ...] | None = None
     loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
@@ -416,8 +415,8 @@ class Pool(ServerConnections):
         A pooler reports a process id of its own. Behind it the next statement may run on another server connection,
         which does not know what this one has prepared.
         """
-        ((backend_pid, *server_run),) = await session.fetch(f"SELECT pg_backend_pid(), {SERVER_RUN}")
-        session.connection.server_run = tuple(server_run)
+        session.connection.server_run = await session.server_run()
+        ((backend_pid,),) = await session.fetch("SELECT pg_backend_pid()")
         if backend_pid == session.connection.info.backend_pid:
             await session.run(_KEEP_TO_INDEXES)
             session.connection.prepares = True

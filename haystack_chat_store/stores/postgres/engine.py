@@ -237,9 +237,9 @@ async def _repeat(
     """
     Finish an operation whose connection was lost.
 
-    If the lost session's commit is known to have succeeded, return its result. If it is known to have failed, run the
-    operation again if it can be repeated, and raise `cause` if not. If neither is known, run an append again, which
-    looks for its messages, and raise `cause` otherwise.
+    If the lost session's commit is known to have succeeded, return its result. If not, run an append again, which looks
+    for its messages, and other operations if the commit is known to have failed and they can be repeated. Otherwise
+    raise `cause`.
 
     :param lost: The session whose connection was lost.
     :param cause: The error of the lost connection.
@@ -247,11 +247,10 @@ async def _repeat(
     is_committed = await session.was_committed(lost)
     if lost.commit is not None and is_committed:
         return cast(ResultT, lost.commit.result)
-    appended = lost.appending or lost.appended_earlier
-    if lost.commit is not None and is_committed is None:
-        appended = lost.commit.appended or appended
-        if not appended:
-            raise cause
+    # A server that took over from another one may say that a transaction failed which it got as a copy.
+    appended = (lost.commit.appended if lost.commit else ()) or lost.appending or lost.appended_earlier
+    if is_committed is None and not appended:
+        raise cause
     if not lost.is_repeatable:
         raise cause
     # The second attempt counts what earlier ones may have appended or repaired as its own work.

@@ -14,7 +14,12 @@ from haystack import logging
 from psycopg.pq import TransactionStatus
 
 from haystack_chat_store.stores.postgres.schema import BEGINNING, Tables
-from haystack_chat_store.stores.postgres.statements import BEGIN_AND_NUMBER, STATUS_OF_TRANSACTION, Statement
+from haystack_chat_store.stores.postgres.statements import (
+    BEGIN_AND_NUMBER,
+    SERVER_RUN,
+    STATUS_OF_TRANSACTION,
+    Statement,
+)
 from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 from haystack_chat_store.types import Fault
 
@@ -181,6 +186,14 @@ class Session:
         (number,) = await fetched if self._is_async else fetched
         return int(number)
 
+    async def server_run(self) -> "tuple[str | None, ...] | None":
+        """Return what tells this run of the server from others, or `None` if this user may not ask."""
+        try:
+            (run,) = await self.fetch(SERVER_RUN)
+        except (psycopg.errors.InsufficientPrivilege, psycopg.errors.UndefinedFunction):
+            return None
+        return tuple(run)
+
     async def was_committed(self, lost: "Session") -> bool | None:
         """
         Return whether the transaction that a lost session was committing is committed.
@@ -195,11 +208,12 @@ class Session:
             return False
         while True:
             try:
-                ((status, *server_run),) = await self.fetch(STATUS_OF_TRANSACTION, [lost.commit.number])
+                ((status,),) = await self.fetch(STATUS_OF_TRANSACTION, [lost.commit.number])
             except psycopg.errors.InvalidParameterValue:  # the server crashed, and has lost the number with the rest
                 return False
             if status == "committed":
-                return True if tuple(server_run) == lost.connection.server_run else None
+                server_run = await self.server_run()
+                return True if server_run is not None and server_run == lost.connection.server_run else None
             if status != "in progress":
                 return False
             await self.run(_PAUSE_BEFORE_RETRY)

@@ -11,9 +11,9 @@ BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 # have the newer names of these functions.
 BEGIN_AND_NUMBER = f"{BEGIN}; SELECT txid_current()"
 _START, _RESET = "pg_postmaster_start_time()", "pg_stat_get_bgwriter_stat_reset_time()"
-#: Columns that no two servers share, and no crash leaves as they were: with it, the server's statistics begin anew.
-SERVER_RUN = f"extract(epoch FROM {_START})::text, extract(epoch FROM {_RESET})::text"
-STATUS_OF_TRANSACTION = f"SELECT txid_status(%s), {SERVER_RUN}"
+#: What no two servers share, and no crash leaves as they were: with it, the server's statistics begin anew.
+SERVER_RUN = f"SELECT extract(epoch FROM {_START})::text, extract(epoch FROM {_RESET})::text"
+STATUS_OF_TRANSACTION = "SELECT txid_status(%s)"
 # For operations that read with several statements, as of one moment.
 BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 # Connections switch sequential scans off (`_KEEP_TO_INDEXES`). Operations that read most of a table switch them on.
