@@ -22,7 +22,7 @@ MAX_QUERY_LENGTH = 1_000
 #: The largest number of histories, messages or hits that one call returns.
 MAX_LIMIT = 1_000
 
-#: Greater than the position of any message.
+#: Greater than the position of any message. So a range may include or exclude it.
 MAX_POSITION = 2**32
 #: Greater than the revision of any history. A double takes it exactly.
 MAX_REVISION = 2**53

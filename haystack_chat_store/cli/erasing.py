@@ -52,8 +52,7 @@ def delete(
             found = histories_of(chat_store, prefix, branches=True)
         else:
             named = [existing(chat_store, history) for history in chat_history_ids]
-            going = {each.chat_history_id: each for history in named for each in with_branches(chat_store, history)}
-            found = iter(going.values())
+            found = _all_with_branches(chat_store, named)
         if not yes:
             _confirm(found)
         with terminal.progress("Deleting") as shown:
@@ -74,6 +73,12 @@ def delete(
         if not deleted:
             note_other_namespaces(chat_store)
     _report_deleted(deleted, as_json)
+
+
+def _all_with_branches(store: BaseChatMessageStore, histories: list[ChatHistoryInfo]) -> Iterator[ChatHistoryInfo]:
+    """Yield histories and what is deleted with them, each once."""
+    going = {each.chat_history_id: each for history in histories for each in with_branches(store, history)}
+    yield from going.values()
 
 
 def purge(

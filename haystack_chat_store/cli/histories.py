@@ -63,13 +63,14 @@ def existing(store: BaseChatMessageStore, chat_history_id: str) -> ChatHistoryIn
 
 
 def with_branches(store: BaseChatMessageStore, history: ChatHistoryInfo) -> list[ChatHistoryInfo]:
-    """Return a history and what is deleted with it: its branches, and theirs."""
+    """Return a history and what is deleted with it: its branches, and theirs, but none of another user."""
     found = {history.chat_history_id: history}
     waiting = [history.chat_history_id]
     while waiting:
         origin = waiting.pop()
         for page in pages_of(store, branch_prefix(origin), branches=True, meta={BRANCH_OF_KEY: origin}):
-            branches = [each for each in page.items if origin_of(each.chat_history_id, origin)]
+            own = (each for each in page.items if each.user_id == history.user_id)
+            branches = [each for each in own if origin_of(each.chat_history_id, origin)]
             new = {each.chat_history_id: each for each in branches if each.chat_history_id not in found}
             found |= new
             waiting += new

@@ -9,6 +9,7 @@ import pytest
 from filled_stores import age, branched, filled, names
 
 from haystack_chat_store import SQLiteChatMessageStore
+from haystack_chat_store.cli.histories import with_branches
 from haystack_chat_store.cli.options import open_store
 from haystack_chat_store.ids import branch_id
 from haystack_chat_store.testing.messages import conversation
@@ -44,6 +45,26 @@ def test_branches_that_go_with_a_named_history_are_counted(url, run_json):
     store.copy_messages(branch, branch_id(branch, "again"), meta={"branch_of": branch})
     assert run_json("delete", "h", branch, "--yes", "--store", url) == [{"chat_histories": 3}]
     assert store.list_chat_histories(branches=True).items == []
+
+
+def test_branches_of_another_user_stay_and_are_not_counted(url, run_json):
+    store, branch = branched(url)
+    store.update_chat_history(branch, user_id="bob")
+    assert run_json("delete", "h", "--yes", "--store", url) == [{"chat_histories": 1}]
+    assert [each.chat_history_id for each in store.list_chat_histories(branches=True).items] == [branch]
+
+
+def test_the_branches_are_looked_for_once_if_nobody_is_asked(url, run, monkeypatch):
+    branched(url)
+    calls = []
+
+    def counted(store, history):
+        calls.append(history.chat_history_id)
+        return with_branches(store, history)
+
+    monkeypatch.setattr("haystack_chat_store.cli.erasing.with_branches", counted)
+    assert run("delete", "h", "--yes", "--store", url)[0] == 0
+    assert calls == ["h"]
 
 
 def test_deleting_what_is_not_there_by_prefix_needs_no_answer(url, run):

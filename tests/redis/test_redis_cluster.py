@@ -157,7 +157,10 @@ def test_a_slot_that_has_moved_but_for_the_directory_of_a_user_is_waited_for(mak
         keys = at_source.execute_command("CLUSTER GETKEYSINSLOT", slot, 100)
         at_source.execute_command(*move, *(each for each in keys if "users::" not in each))
 
-        async def finish(_):
+        known = []
+
+        async def finish(session):
+            known.append(session._nodes.slots is not None)
             monkeypatch.undo()
             at_source.execute_command(*move, *(each for each in keys if "users::" in each))
             for at in (at_target, at_source):
@@ -165,6 +168,7 @@ def test_a_slot_that_has_moved_but_for_the_directory_of_a_user_is_waited_for(mak
 
         monkeypatch.setattr(SyncSession, "pause", finish)
         say(store, "while it moves")
+    assert known == [True]  # and not discovered anew at each attempt
     assert said(store) == ["Hi!", "while it moves"]
     assert len(store.list_chat_histories().items) == 2
     server.wait_until_ok()

@@ -305,6 +305,16 @@ def test_a_message_that_cannot_be_read_hides_no_other_and_can_be_removed(damaged
 
 
 @on_every_engine
+def test_a_message_that_no_id_points_to_is_not_reported_as_removed(damaged, client):
+    client.hset(damaged.key("message_ids"), "five", 0)  # so that two ids point to the first message, and none to it
+    engine, scope = damaged.store.engine, damaged.store.scope
+    rows = engine.run(engine.page, scope, "history", None, None, 10)
+    assert engine.run(engine.remove, scope, "history", [row for row in rows if row.position in (1, 4)]) == [4]
+    assert said(damaged.store) == ["one", "four", "five"]
+    assert engine.run(engine.remove, scope, "history", []) == []
+
+
+@on_every_engine
 def test_what_is_to_expire_is_mended_to_expire_together(make_store, client):
     damaged = Damaged(make_store(ttl=60, last_k=None), client)
     say(damaged.store, "Hi!")

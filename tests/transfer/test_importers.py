@@ -267,7 +267,46 @@ def test_a_database_that_is_damaged_is_refused_whole(store, library, database):
     with open(database, "r+b") as file:  # an empty leaf of an index: SQLite finds no row by it
         file.seek((root - 1) * page_size)
         file.write(bytes([10, 0, 0, 0, 0]) + page_size.to_bytes(2, "big") + bytes([0]))
-    with pytest.raises(DamagedFileError, match="is damaged"):
+    with pytest.raises(DamagedFileError, match=r"is damaged.* missing from index lost"):
+        import_histories(store, database, format=library)
+    assert store.list_chat_histories().items == []
+
+
+def declare(database, name, old, new):
+    """Change what the schema declares, whatever is stored."""
+    execute(
+        database,
+        ["PRAGMA writable_schema = ON"],
+        ["UPDATE sqlite_master SET sql = replace(sql, ?, ?) WHERE name = ?", old, new, name],
+    )
+
+
+def test_rows_that_do_not_keep_to_the_schema_are_no_damage(store, library, database):
+    table, _, _ = TABLES[library]
+    declare(database, table, "id INTEGER", "id INTEGER CHECK (id < 0)")
+    with closing(sqlite3.connect(database)) as connection:
+        assert "CHECK constraint failed" in str(connection.execute(f"PRAGMA integrity_check({table})").fetchall())
+    import_histories(store, database, format=library)
+    assert store.count_messages("another") == 2
+
+
+def test_duplicates_in_a_unique_index_are_damage_because_they_hide_rows(store, library, database):
+    table, session, _ = TABLES[library]
+    execute(database, [f"CREATE INDEX shared ON {table} ({session})"])
+    declare(database, "shared", "CREATE INDEX", "CREATE UNIQUE INDEX")
+    with pytest.raises(DamagedFileError, match="non-unique entry in index shared"):
+        import_histories(store, database, format=library)
+
+
+def test_damage_is_found_after_many_rows_that_do_not_keep_to_the_schema(store, library, database):
+    table, session, _ = TABLES[library]
+    insert(library, database, "new", *({} for _ in range(150)))
+    with closing(sqlite3.connect(database)) as connection:
+        ((last,),) = connection.execute(f"SELECT max(id) FROM {table}")
+    execute(database, [f"CREATE INDEX lost ON {table} ({session}) WHERE id < {last}"])
+    declare(database, "lost", f" WHERE id < {last}", "")
+    declare(database, table, "id INTEGER", "id INTEGER CHECK (id < 0)")
+    with pytest.raises(DamagedFileError, match=f"row {last} missing from index lost"):
         import_histories(store, database, format=library)
     assert store.list_chat_histories().items == []
 

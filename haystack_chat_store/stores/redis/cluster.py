@@ -61,7 +61,7 @@ class ClusterSession(Session):
                     logger.debug("Trying a call at another node of Redis again.")
                 else:
                     raise
-                if not call.is_asking:
+                if not call.is_asking and not has_to_wait:
                     self._nodes.slots = None
                 if redirections != 1:  # nodes that disagree redirect a call to each other without end
                     await self.pause()

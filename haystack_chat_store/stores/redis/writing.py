@@ -187,7 +187,13 @@ class Writing(RedisOperations):
     async def remove(
         self, session: Session, scope: Scope, chat_history_id: str, rows: Sequence[MessageRow]
     ) -> list[int]:
-        """Compare the messages, and delete what the index has at their positions if the revision is still the same."""
+        """
+        Compare the messages, and delete what the index has at their positions if the revision is still the same.
+
+        A message that no id points to stays: a repair gives it one.
+        """
+        if not rows:
+            return []
         keys = self.keys(scope)
         first, last = rows[0].position, rows[-1].position
         for _ in range(_ATTEMPTS):
@@ -197,10 +203,12 @@ class Writing(RedisOperations):
             if not histories or not gone:
                 return others
             index = await read_ids(session, keys, chat_history_id)
-            ids = [message_id for message_id, position in index.items() if position in set(gone)]
+            removable = set(gone).intersection(index.values())
+            ids = [message_id for message_id, position in index.items() if position in removable]
+            staying = sorted({*gone, *others} - removable)
             revision = histories[chat_history_id].row.revision
-            if isinstance(await remove_ids(session, keys, chat_history_id, ids, revision), int):
-                return others
+            if await remove_ids(session, keys, chat_history_id, ids, revision) == len(removable):
+                return staying
         return [row.position for row in rows]
 
     # ------------------------------------------------------------------ copying and importing

@@ -8,7 +8,7 @@ from haystack_chat_store.conversation.rounds import Window
 from haystack_chat_store.stores.engine import Engine
 from haystack_chat_store.stores.rows import NO_ROWS, MessageRow, Scope, WindowRows
 from haystack_chat_store.stores.sqlite.connections import Database, readable_rows
-from haystack_chat_store.stores.sqlite.schema import MAX_POSITION
+from haystack_chat_store.stores.sqlite.schema import LAST_POSITION
 from haystack_chat_store.stores.sqlite.visibility import IS_VISIBLE_HISTORY, visible_history
 
 # Beside these, the parameters of each statement are those of `visible_history`.
@@ -99,7 +99,7 @@ class Reading(Engine[Database]):
         with session.connection() as connection:
             if after is not None:
                 return page_after(connection, scope, chat_history_id, after, limit)
-            last = MAX_POSITION if before is None else before - 1
+            last = LAST_POSITION if before is None else before - 1
             values = (*visible_history(scope, chat_history_id), 0, last, limit)
             return list(starmap(MessageRow, readable_rows(connection, _PAGE_BEFORE, values)[::-1]))
 
@@ -114,5 +114,5 @@ def page_after(
     connection: sqlite3.Connection, scope: Scope, chat_history_id: str, after: int, limit: int
 ) -> list[MessageRow]:
     """Return the first messages after a position."""
-    values = (*visible_history(scope, chat_history_id), after + 1, MAX_POSITION, limit)
+    values = (*visible_history(scope, chat_history_id), after + 1, LAST_POSITION, limit)
     return list(starmap(MessageRow, readable_rows(connection, _PAGE_AFTER, values)))

@@ -108,7 +108,7 @@ MIGRATIONS: list[list[str]] = [
 
 _POSITION_BITS = 32
 #: The greatest position that a message can have.
-MAX_POSITION = 2**_POSITION_BITS - 1
+LAST_POSITION = 2**_POSITION_BITS - 1
 # Marks a file that this package made, for programs such as `file`: the letters HCST.
 _APPLICATION_ID = 0x48435354
 
@@ -119,7 +119,7 @@ _COUNT_NAMES = "SELECT count(*), max(type = 'table' AND name = 'haystack_chat_sc
 
 def key_range(history_key: int) -> tuple[int, int]:
     """Return the first and the last key that messages of a history can have."""
-    return history_key << _POSITION_BITS, (history_key << _POSITION_BITS) + MAX_POSITION
+    return history_key << _POSITION_BITS, (history_key << _POSITION_BITS) + LAST_POSITION
 
 
 def is_empty(connection: sqlite3.Connection, path: str) -> bool:

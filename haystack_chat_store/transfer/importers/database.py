@@ -2,6 +2,7 @@
 """Reads SQLite databases of other libraries, most of which have a row for each message, with the id of its session."""
 
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from haystack.dataclasses import ChatMessage
 from typing_extensions import Self
 
 from haystack_chat_store import validation
+from haystack_chat_store.display import harmless_line
 from haystack_chat_store.errors import DamagedFileError, MessageEncodingError
 from haystack_chat_store.json_values import MAX_DEPTH, encode_meta, parse_json
 from haystack_chat_store.stores.rows import HistoryRow, MessageRow
@@ -63,7 +65,10 @@ class Layout(NamedTuple):
 
 class ReadOnlyDatabase:
     """
-    An SQLite database of another library, read in one transaction. Nothing in it or beside it is changed.
+    An SQLite database of another library, read in one transaction. No statement changes it.
+
+    SQLite may make the files of a write-ahead log beside it while it is open, and removes them on closing. If its
+    application writes at the same time, closing may move what that has written from the log to the database.
 
     Opening it checks the tables that are read, with their indexes, because SQLite may leave out rows of a damaged file
     without an error. This takes about twice as long as reading them.
@@ -107,12 +112,20 @@ class ReadOnlyDatabase:
         raise NotImplementedError
 
     def _check(self, table: str) -> None:
+        count = 0
         for (found,) in self._query(f"PRAGMA integrity_check({table})"):
-            if found != "ok":
-                raise DamagedFileError(
-                    f"{self._name} is damaged, and SQLite may not find all of its rows. Nothing was imported. Import a "
-                    "copy that is whole, such as one that `sqlite3 FILE .recover` makes."
-                )
+            self._refuse_damage(found)
+            count += 1
+        if count >= _MAX_FOUND:  # SQLite has stopped there: only a check of all tables takes another limit
+            for (found,) in self._query(f"PRAGMA integrity_check({2**31 - 1})"):
+                self._refuse_damage(found)
+
+    def _refuse_damage(self, found: str) -> None:
+        if found != "ok" and not _COSTS_NO_ROW.match(found):
+            raise DamagedFileError(
+                f"{self._name} is damaged, and SQLite may not find all of its rows: {harmless_line(found)}. Nothing "
+                "was imported. Import a copy that is whole, such as one that `sqlite3 FILE .recover` makes."
+            )
 
     def _columns(self, table: str) -> set[str]:
         """Return the names of a table's columns, none if there is no such table."""
@@ -132,6 +145,13 @@ class ReadOnlyDatabase:
             return work()
         except sqlite3.Error as error:  # distinguishes it from an error of the store
             raise DamagedFileError(f"{self._name} cannot be read as an SQLite database: {error}.") from error
+
+
+# What a check finds where rows do not keep to what the schema declares, and queries find them all the same. With
+# duplicates in a unique index, or values of another type in a column that is compared, they do not.
+_COSTS_NO_ROW = re.compile(r"NULL value in |CHECK constraint failed in ")
+# The check of a table ends after this many findings.
+_MAX_FOUND = 100
 
 
 def _mode(path: Path) -> str:
