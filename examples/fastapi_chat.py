@@ -50,6 +50,10 @@ async def ask(mine: Store, chat: str, text: Text, request_id: Text) -> Response:
 
 @app.post("/chats/{chat}/messages/{question_id}/regenerate")
 async def regenerate(mine: Store, chat: str, question_id: str, answer_id: Text) -> Response:
+    """Give an answer anew. It takes the place of the old one and of all after it."""
+    ids = [each.message.meta["chat_message_id"] async for each in mine.iterate_messages_async(chat)]
+    if {answer_id, question_id} <= {*ids} and ids.index(answer_id) <= ids.index(question_id):
+        raise errors.ConflictError("The answer does not stand behind the question.")
     return await streamed(mine, chat, [], replace=answer_id, until_message_id=question_id)
 
 

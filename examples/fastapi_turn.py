@@ -90,11 +90,15 @@ async def replies_of(
     """Wait for the model. If the question gets an answer meanwhile, as from Stop in any worker, cancel the model."""
     retriever = ChatMessageRetriever(store, last_k=0)
     try:
-        while not (await asyncio.wait([model], timeout=1))[0]:
-            with suppress(errors.StoreUnavailableError):  # the next look may find it
-                now = await retriever.run_async(chat, current_messages=question)
-                if question and "replies" in now:
-                    return now["replies"]
+        while not (await asyncio.wait([model], timeout=1 if question else None))[0]:
+            look = asyncio.create_task(retriever.run_async(chat, current_messages=question))
+            await asyncio.wait([model, look], return_when=asyncio.FIRST_COMPLETED)
+            if not look.done():  # the model has finished first
+                look.cancel()
+                break
+            with suppress(errors.ChatMessageStoreError):  # a look must not cost the answer
+                if "replies" in look.result():
+                    return look.result()["replies"]
         if error := model.exception():
             raise RuntimeError("The model has failed.") from error
         return model.result()["replies"]

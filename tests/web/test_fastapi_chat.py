@@ -282,6 +282,8 @@ def test_several_workers_answer_a_question_once(start, connect):
         ("PATCH", "/chats/missing", {"json": {"title": "A title"}}, 404),
         ("PUT", "/chats/missing/messages/1", {"json": {"text": "Hi", "request_id": "1"}}, 404),
         ("POST", "/chats/missing/messages/1/regenerate", {"json": {"answer_id": "2"}}, 404),
+        ("POST", "/chats/taken/messages/2/regenerate", {"json": {"answer_id": "2"}}, 409),
+        ("POST", "/chats/taken/messages/2/regenerate", {"json": {"answer_id": "1"}}, 409),
         ("POST", "/chats/taken/fork/taken", {}, 409),
         ("POST", "/chats/taken/messages", {"json": {"text": "Hi", "request_id": ""}}, 422),
         ("GET", "/chats?limit=0", {}, 422),

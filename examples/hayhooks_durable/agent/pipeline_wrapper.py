@@ -82,7 +82,7 @@ class AskLater:
         answers = context.state.setdefault("answers", {})
         if call not in answers:
             context.suspend_sync({"kind": "approval", "message": call}, update={"asked": call})
-        return ConfirmationUIResult("confirm" if answers[call] else "reject")
+        return ConfirmationUIResult("confirm" if answers.pop(call) else "reject")  # the next such call asks again
 
 
 class Question(BaseModel):
