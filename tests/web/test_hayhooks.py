@@ -263,22 +263,6 @@ def test_the_responses_api_remembers_a_conversation(start, connect, is_streaming
     assert texts(app, "ada/conv_1") == ["Hello.", seen(1, "Hello."), "And now?", seen(2, "And now?")]
 
 
-def test_a_second_image_that_is_sent_again_is_not_taken_for_the_first(app, connect):
-    client = connect(app)
-    for number, image in enumerate(("AAAA", "BBBB", "BBBB")):
-        client.responses.create(
-            model="chat",
-            user="ada",
-            conversation="images",
-            input=[{"role": "user", "content": [{"type": "input_image", "image_url": f"data:image/png;base64,{image}"}]}],
-            extra_headers={"x-stainless-retry-count": str(number)},
-        )
-
-    with closing(SQLiteChatMessageStore(app.folder / "chat_history.db", last_k=None)) as store:
-        stored = store.for_user("ada").retrieve_messages("images")
-    assert [image.base64_image for message in stored for image in message.images] == ["AAAA", "BBBB"]
-
-
 def test_the_yaml_pipeline_remembers_without_python(start):
     app = start(*COMMAND, **SETTINGS)
 

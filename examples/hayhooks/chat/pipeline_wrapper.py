@@ -83,12 +83,12 @@ class PipelineWrapper(BasePipelineWrapper):
                 raise ValueError("Name the conversation (conversation=…) instead of the previous response.")
             if not new:
                 raise ValueError("The input says nothing.")
-            named = isinstance(conversation, dict) and conversation.get("id")
-            user, chat = ids_of(headers, body, named or conversation)
+            is_object = isinstance(conversation, dict) and conversation.get("id")
+            user, chat = ids_of(headers, body, conversation["id"] if is_object else conversation)
             if chat is not None:
-                if is_retry(headers) and new[-1].is_from("user"):  # it may be stored already, with an id
+                if is_retry(headers):  # the question may be stored already, with an id
                     stored = await self.store.for_user(user).retrieve_messages_async(chat, last_k=1)
-                    new[-1] = next((each for each in stored if content_of(each) == content_of(new[-1])), new[-1])
+                    new = [stored[0] if stored and stored[0].text == message.text else message for message in new]
                 return await self.answer(user, chat, [*system, *new])
         return await self.answer_beside([*system, *new])
 
@@ -134,10 +134,6 @@ def ids_of(headers: Headers, body: dict[str, Any], chat: Any) -> tuple[Any, Any]
     if chat is not None and user is None:
         raise ValueError(f"A conversation needs a user: the header {USER_HEADERS[0]}, or user=… in the body.")
     return user, chat
-
-
-def content_of(message: ChatMessage) -> dict[str, Any]:
-    return {**message.to_dict(), "meta": None}
 
 
 def is_task(transcript: list[ChatMessage], headers: Headers) -> bool:
