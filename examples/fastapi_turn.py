@@ -36,7 +36,7 @@ class Json(JSONResponse):
 
 
 async def failed(_: object, error: Exception) -> Json:
-    """Show what the user can act upon. Log everything else, which may tell what is nobody's business."""
+    """Show what the user can act upon. Log everything else, which may name hosts, paths or other internals."""
     if isinstance(error, errors.ChatHistoryAccessError | errors.ChatHistoryNotFoundError):
         error = errors.ChatHistoryNotFoundError("There is no such chat.")  # the same for chats of other users
     status = next((STATUS[each] for each in STATUS if isinstance(error, each)), None)

@@ -34,7 +34,7 @@ def gateway(server):
 
 @pytest.fixture
 def store(server, gateway):
-    """A store whose transactions wait at their commit for whoever locks `1`."""
+    """A store whose transactions wait at their commit while another connection holds the lock `1`."""
     with stores_on(gateway.url(server.url), last_k=None) as make:
         store = make()
         say(store, "before", history="another")
