@@ -227,23 +227,16 @@ def test_a_server_that_does_not_say_since_when_it_runs_is_used_all_the_same(gate
     calls.close(store)
 
 
-def test_an_append_that_another_server_calls_failed_looks_for_its_messages(gateway, make_store, calls, monkeypatch):
-    """That server has got the transaction as a copy, under another number."""
-    monkeypatch.setattr(sessions, "STATUS_OF_TRANSACTION", "SELECT 'aborted' WHERE %s::bigint > 0")
-    for lost in range(100):
-        store = make_store(namespace=f"{lost}", last_k=None)
-        calls.write(make_store(namespace=f"{lost}", ttl=0.01), "history", [user("old")])
-        time.sleep(0.02)
-        losing = Losing(gateway, after=lost)
-        assert calls.write(store, "history", [user("new")]) == 1, lost
-        gateway.is_answered = lambda _: True
-        assert [message.text for message in calls.retrieve(store, "history")] == ["new"]
-        if losing.times > 0:
-            break
-    calls.close(store)
+#: What a server says of a transaction that it got as a copy from another server, under another number.
+FAILED_ELSEWHERE = "SELECT 'aborted' WHERE %s::bigint > 0"
 
 
-def test_a_write_that_makes_an_expired_history_anew_is_stored_whichever_answer_was_lost(gateway, make_store, calls):
+@pytest.mark.parametrize("status", [None, FAILED_ELSEWHERE], ids=["of this server", "of another server"])
+def test_a_write_that_makes_an_expired_history_anew_is_stored_whichever_answer_was_lost(
+    gateway, make_store, calls, monkeypatch, status
+):
+    if status is not None:
+        monkeypatch.setattr(sessions, "STATUS_OF_TRANSACTION", status)
     for lost in range(100):
         store = make_store(namespace=f"{lost}", last_k=None)
         calls.write(make_store(namespace=f"{lost}", ttl=0.01), "history", [user("old")])

@@ -5,6 +5,7 @@ import asyncio
 import os
 import signal
 import time
+from contextlib import ExitStack
 
 import pytest
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
@@ -112,26 +113,50 @@ def test_a_slot_that_moves_to_another_node_is_followed(store, server, client):
     server.wait_until_ok()
 
 
+class MovingSlot:
+    """A slot that begins to move from its node to another one."""
+
+    def __init__(self, server, client, key):
+        self._slot, home = key_slot(key.encode()), client.get_node_from_key(key).port
+        self._source = next(node for node in server.nodes if node.port == home)
+        self._target = next(node for node in server.nodes if node.port != home)
+
+    def __enter__(self):
+        with ExitStack() as clients:
+            self._at = [clients.enter_context(node.client()) for node in (self._source, self._target)]
+            source_id, self._target_id = (at.execute_command("CLUSTER MYID").decode() for at in self._at)
+            self._at[1].execute_command("CLUSTER SETSLOT", self._slot, "IMPORTING", source_id)
+            self._at[0].execute_command("CLUSTER SETSLOT", self._slot, "MIGRATING", self._target_id)
+            self._clients = clients.pop_all()
+        return self
+
+    def __exit__(self, *_):
+        self._clients.close()
+
+    def keys(self):
+        return self._at[0].execute_command("CLUSTER GETKEYSINSLOT", self._slot, 100)
+
+    def move(self, keys):
+        to_target = HOST, self._target.port, "", 0, 5000, "AUTH", PASSWORD, "KEYS"
+        self._at[0].execute_command("MIGRATE", *to_target, *keys)
+
+    def end(self):
+        for at in reversed(self._at):
+            at.execute_command("CLUSTER SETSLOT", self._slot, "NODE", self._target_id)
+
+
 @on_a_cluster
 def test_a_slot_that_is_about_to_move_is_waited_for(make_store, server, client):
     """All keys that scripts declare are still at the old node. Further ones may be at the new one."""
     store = make_store(user_id="ada", ttl=60, last_k=None)
     say(store, "Hi!")
     key = key_of(store, client, "contents")
-    slot, home = key_slot(key.encode()), client.get_node_from_key(key).port
-    source = next(node for node in server.nodes if node.port == home)
-    target = next(node for node in server.nodes if node.port != home)
-    with source.client() as at_source, target.client() as at_target:
-        source_id, target_id = (at.execute_command("CLUSTER MYID").decode() for at in (at_source, at_target))
-        at_target.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", source_id)
-        at_source.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", target_id)
+    with MovingSlot(server, client, key) as slot:
 
         def finish():
             time.sleep(0.5)
-            keys = at_source.execute_command("CLUSTER GETKEYSINSLOT", slot, 100)
-            at_source.execute_command("MIGRATE", HOST, target.port, "", 0, 5000, "AUTH", PASSWORD, "KEYS", *keys)
-            for at in (at_target, at_source):
-                at.execute_command("CLUSTER SETSLOT", slot, "NODE", target_id)
+            slot.move(slot.keys())
+            slot.end()
 
         in_threads(finish, lambda: say(store, "while it moves"), store.list_chat_histories)
     assert said(store) == ["Hi!", "while it moves"]
@@ -146,25 +171,17 @@ def test_a_slot_that_has_moved_but_for_the_directory_of_a_user_is_waited_for(mak
     say(store, "Hi!")
     say(store, "Hello!", history=next(neighbours("history")))
     key = next(each for each in keys_of(store, client) if each.endswith(":history:contents"))
-    slot, home = key_slot(key.encode()), client.get_node_from_key(key).port
-    source = next(node for node in server.nodes if node.port == home)
-    target = next(node for node in server.nodes if node.port != home)
-    with source.client() as at_source, target.client() as at_target:
-        source_id, target_id = (at.execute_command("CLUSTER MYID").decode() for at in (at_source, at_target))
-        at_target.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", source_id)
-        at_source.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", target_id)
-        move = "MIGRATE", HOST, target.port, "", 0, 5000, "AUTH", PASSWORD, "KEYS"
-        keys = at_source.execute_command("CLUSTER GETKEYSINSLOT", slot, 100)
-        at_source.execute_command(*move, *(each for each in keys if "users::" not in each))
+    with MovingSlot(server, client, key) as slot:
+        keys = slot.keys()
+        slot.move(each for each in keys if "users::" not in each)
 
         known = []
 
         async def finish(session):
             known.append(session._nodes.slots is not None)
             monkeypatch.undo()
-            at_source.execute_command(*move, *(each for each in keys if "users::" in each))
-            for at in (at_target, at_source):
-                at.execute_command("CLUSTER SETSLOT", slot, "NODE", target_id)
+            slot.move(each for each in keys if "users::" in each)
+            slot.end()
 
         monkeypatch.setattr(SyncSession, "pause", finish)
         say(store, "while it moves")

@@ -233,9 +233,9 @@ def test_a_conversation_is_remembered_only_for_its_user(app, path, is_streaming)
     def send(**user):
         return httpx.post(f"{app.url}/v1/{path}", json={**body, **user}, timeout=60)
 
-    nobody = send()
-    assert (nobody.status_code, chat in histories(app)) == (400, False)
-    assert "needs a user" in nobody.json()["detail"]
+    without_user = send()
+    assert (without_user.status_code, chat in histories(app)) == (400, False)
+    assert "needs a user" in without_user.json()["detail"]
     assert send(user="ada").status_code == 200
     stored = texts(app, f"ada/{chat}")
     mallory = send(user="mallory")
