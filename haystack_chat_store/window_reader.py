@@ -136,7 +136,7 @@ class WindowReader:
             window then holds up to `window_step - 1` rounds more than `last_k` or, with `max_tokens`, up to that many
             fewer than would fit.
         :param portable: Whether completed rounds are shown in a form that every provider takes. Defaults to True.
-        :param merge_consecutive: Whether messages of the same role that follow each other are joined. Defaults to
+        :param merge_consecutive: Whether user and assistant speak in turns: see `messages_for_model`. Defaults to
             False.
         :param model: The name of the model that is asked: see `messages_for_model`. Defaults to `None`: not known.
         :raises ValueError: If a setting is wrong.

@@ -680,6 +680,48 @@ class TestMergeConsecutive:
         history = [QUESTION, calling(ROME), result_of(ROME), calling(OSLO), result_of(OSLO), SYSTEM, SYSTEM]
         assert messages_for_model(history, portable=False, merge_consecutive=True) == history
 
+    @pytest.mark.parametrize("portable", [True, False])
+    @pytest.mark.parametrize("last", [QUESTION, ANSWER])
+    def test_what_this_turn_brings_is_not_joined_and_so_is_stored_as_it_was_said(self, last, portable):
+        history, current = (
+            [QUESTION, last],
+            [replace(last), ChatMessage(last.role, [TextContent("A"), TextContent(" ")])],
+        )
+        shown = messages_for_model(history, current, portable=portable, merge_consecutive=True)
+        assert all(one.role is not other.role for one, other in pairwise(shown))
+        assert [each.text for each in shown if SHOWN_KEY not in each.meta][-2:] == [last.text, "A"]
+        assert [each.text for each in shown if each.text == GO_ON and SHOWN_KEY in each.meta] == [GO_ON, GO_ON]
+
+    def test_messages_of_two_names_have_none_together(self):
+        ada, bob = replace(QUESTION, _name="Ada"), replace(QUESTION, _name="Bob")
+        options = {"portable": False, "merge_consecutive": True}
+        assert [each.name for each in messages_for_model([ada, bob], **options)] == [None]
+        assert [each.name for each in messages_for_model([ada, ada], **options)] == ["Ada"]
+
+
+class TestNames:
+    ADA = replace(QUESTION, _name="Ada Lovelace")
+
+    def test_stand_in_the_text_of_completed_rounds(self):
+        answer, image = replace(ANSWER, _name="bot"), ImageContent("aGk=", "image/png")
+        pictured = replace(self.ADA, _content=[image])
+        shown = messages_for_model([self.ADA, answer, pictured, answer, self.ADA])
+        assert [each.name for each in shown] == [None, None, None, None, "Ada Lovelace"]
+        assert said_of(shown[:2]) == [f"Ada Lovelace: {QUESTION.text}", ANSWER.text]
+        assert shown[2]._content == [TextContent("Ada Lovelace:"), image]
+        assert [SHOWN_KEY in each.meta for each in shown] == [True, True, True, True, False]
+
+    def test_are_kept_where_messages_are_shown_as_they_are_stored_or_are_of_this_turn(self):
+        history = [self.ADA, ANSWER, QUESTION]
+        assert same_objects(messages_for_model(history, portable=False), history)
+        assert same_objects(messages_for_model([], history), history)
+
+    def test_of_blanks_are_left_out(self):
+        shown = messages_for_model([replace(QUESTION, _name="  "), ANSWER, QUESTION])
+        assert [(each.name, each.text) for each in shown] == [
+            (None, each.text) for each in (QUESTION, ANSWER, QUESTION)
+        ]
+
 
 class TestStrictModel:
     @pytest.mark.parametrize(

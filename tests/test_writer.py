@@ -16,7 +16,7 @@ from haystack_integrations.components.retrievers.chat_store import ChatMessageRe
 from haystack_integrations.components.writers.chat_store import ChatMessageWriter
 from test_retriever import MinimalStore, cannot_be_loaded, texts
 
-from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
+from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore, with_message_ids
 from haystack_chat_store.errors import (
     ChatHistoryChangedError,
     DuplicateMessageError,
@@ -170,6 +170,23 @@ class TestWrongArguments:
     def test_an_id_that_cannot_be_one_is_refused(self, run, writer, chat_history_id):
         with pytest.raises(ValueError, match="chat_history_id must"):
             run(writer, chat_history_id, [USER("q0")])
+
+
+class TestWhatAModelWasShown:
+    @pytest.mark.parametrize("replaces", [False, True])
+    def test_a_question_after_an_unanswered_one_is_stored_where_user_and_model_speak_in_turns(
+        self, run, store, writer, replaces
+    ):
+        (q0,) = with_message_ids([USER("q0")])
+        store.write_messages("h", [q0, *([USER("old", meta={"chat_message_id": "old"})] if replaces else [])])
+        retriever = ChatMessageRetriever(store, merge_consecutive=True)
+        until = {"until_message_id": q0.meta["chat_message_id"]}
+        shown = retriever.run("h", current_messages=[USER("q1")], **(until if replaces else {}))["messages"]
+        assert [each.text for each in shown] == ["q0", "Please go on.", "q1"]
+        run(writer, "h", shown, [ASSISTANT("a")], replace_from_message_id="old" if replaces else None)
+        stored = store.retrieve_messages("h")
+        assert texts(stored) == ["q0", "q1", "a"]
+        assert stored[2].meta["chat_question_id"] == stored[1].meta["chat_message_id"]
 
 
 class TestOtherStores:

@@ -59,7 +59,8 @@ def chat_history_hooks(
     :param window_step: The start of the window moves only in steps of this many rounds. Defaults to 1.
     :param portable: Whether completed rounds are shown in a form that every provider takes. Defaults to True; see
         `ChatHistoryLoader`.
-    :param merge_consecutive: Whether messages of the same role that follow each other are joined. Defaults to False.
+    :param merge_consecutive: Whether user and assistant speak in turns, for models that insist on it. Defaults to
+        False; see `ChatHistoryLoader`.
     :param model: The name of the agent's model, so that it can resume a round of another model, and is shown the files
         that it has taken before. Defaults to `None`; see `ChatHistoryLoader`.
     :param exit_conditions: The agent's own `exit_conditions`, if it ends with a tool. Defaults to `None`.

@@ -10,7 +10,7 @@ from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import protocol_calls
 from haystack_chat_store.conversation.rounds import round_starts
-from haystack_chat_store.conversation.shown import merged, messages_for_model, split_system_history_current
+from haystack_chat_store.conversation.shown import messages_for_model, split_system_history_current
 from haystack_chat_store.conversation.turns import before_turn, exit_reason, is_whole, turn_of
 from haystack_chat_store.errors import MessageNotFoundError
 from haystack_chat_store.ids import QUESTION_ID_KEY, first_step_id
@@ -89,8 +89,9 @@ class ChatHistoryLoader:
             change in the middle of a conversation: without reasoning, signatures and other content for one provider,
             and with neutral ids of tool calls. Defaults to True. If False, they are shown as they are stored. The round
             under way is shown as it is stored, because its model needs it.
-        :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
-            accept user and assistant messages only in turn. Defaults to False.
+        :param merge_consecutive: Whether user and assistant speak in turns, for models that insist on it: stored
+            messages of the same role that follow each other are joined, and "Please go on." stands before a message of
+            this turn that would follow one of its role. Defaults to False.
         :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
             the portable form, so that another model can go on with an interrupted round. Files of rounds that this
             model has answered are shown as they are stored. Defaults to `None`: the model of the newest reply in the
@@ -238,8 +239,8 @@ class ChatHistoryLoader:
             run.question_id = last_question_id(new) or last_question_id(current) or last_question_id(history)
             run.is_question_stored = last_question_id(new) is None and run.question_id in run.known
             run.steps = max(len(turn_of(history, run.question_id)) - 1, 0) if run.question_id is not None else 0
-            loaded = messages_for_model(history, [*system, *new], portable=self.portable, model=self.model)
-            run.collect(_until_last_hidden(new, loaded, self._shown(loaded)))
+            loaded = self._shown(history, [*system, *new])
+            run.collect(_until_last_hidden(new, loaded))
         else:
             stored = [message for message in current if message_id(message) in run.known]
             loaded = yield from self._resumed(run, system, last_question_id(stored), asked_before)
@@ -279,13 +280,20 @@ class ChatHistoryLoader:
         self._set_loaded(state, run, loaded)
 
     def _set_loaded(self, state: State, run: AgentRun, loaded: list[ChatMessage]) -> None:
-        set_messages(state, self._shown(loaded))
+        set_messages(state, loaded)
         if run.exit_reason is not None:
             end_before_first_step(state)
 
-    def _shown(self, loaded: list[ChatMessage]) -> list[ChatMessage]:
-        """Return the messages as the model gets them: joined, if it insists on that."""
-        return merged(loaded) if self.merge_consecutive else loaded
+    def _shown(
+        self, history: Sequence[ChatMessage], current: Sequence[ChatMessage], *, is_model_asked: bool = True
+    ) -> list[ChatMessage]:
+        return messages_for_model(
+            history,
+            current,
+            portable=self.portable,
+            merge_consecutive=self.merge_consecutive,
+            model=self.model if is_model_asked else None,
+        )
 
     def _asked_before(self, run: AgentRun, new: list[ChatMessage]) -> "_Requests[list[ChatMessage]]":
         """
@@ -336,8 +344,7 @@ class ChatHistoryLoader:
         run.is_question_stored = run.question_id is not None
         run.exit_reason = exit_reason(turn, self.exit_conditions or ())
         # Of a complete turn no model is asked, so nothing asks one to go on.
-        model = self.model if run.exit_reason is None else None
-        return messages_for_model(run.know([*before, *turn]), system, portable=self.portable, model=model)
+        return self._shown(run.know([*before, *turn]), system, is_model_asked=run.exit_reason is None)
 
     def _window_reader(self, last_k: int | None) -> WindowReader:
         return WindowReader(
@@ -420,21 +427,18 @@ def _whole_turn(question_id: str | None, *, is_to_the_end: bool = False) -> "_Re
         count *= _PAGE_GROWTH
 
 
-def _until_last_hidden(
-    new: list[ChatMessage], loaded: list[ChatMessage], shown: list[ChatMessage]
-) -> list[ChatMessage]:
+def _until_last_hidden(new: list[ChatMessage], shown: list[ChatMessage]) -> list[ChatMessage]:
     """
     Return the new messages up to the last one that the model does not see, or does not see as it is.
 
-    :param loaded: The messages for the model, each with its own id.
-    :param shown: The same, as the model gets them. A joined message has the id of the first message in it only.
+    :param shown: The messages for the model.
     :raises ValueError: If the model sees none of the new messages.
     """
-    if not {message_id(message) for message in loaded} & {message_id(message) for message in new}:
+    seen = {message_id(message): message for message in shown}
+    if not any(message_id(message) in seen for message in new):
         raise ValueError(
             "The agent has nothing to answer: none of its new messages says anything to a model. Pass a message with "
             "text."
         )
-    seen = {message_id(message): message for message in shown}
     hidden = [index for index, message in enumerate(new) if seen.get(message_id(message)) != message]
     return new[: hidden[-1] + 1] if hidden else []

@@ -90,8 +90,9 @@ class ChatMessageRetriever:
             change in the middle of a conversation: without reasoning, signatures and other content for one provider,
             with neutral ids of tool calls, and with text for files that some refuse. Defaults to True. If False, they
             are shown as they are stored. The round under way is shown as it is stored, because its model needs it.
-        :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
-            accept user and assistant messages only in turn. Defaults to False.
+        :param merge_consecutive: Whether user and assistant speak in turns, for models that insist on it: stored
+            messages of the same role that follow each other are joined, and "Please go on." stands before a message of
+            this turn that would follow one of its role. Defaults to False.
         :param model: The name of the model that is asked. In the round under way, replies of other models are shown in
             the portable form, so that another model can go on with an interrupted round. Files of rounds that this
             model has answered are shown as they are stored. Defaults to `None`: the model of the newest reply in the

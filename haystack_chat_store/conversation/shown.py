@@ -53,6 +53,8 @@ _CALL_ID_LENGTH = 7
 _VERSION = re.compile(r"[-@:](?:latest|\d{3,8}|\d{4}-\d{2}-\d{2}|\d{2}-\d{4})\Z")
 
 _OTHERS = (ChatRole.USER, ChatRole.SYSTEM)
+# The roles that speak in turns: the other one for each.
+_SPEAKERS = {ChatRole.USER: ChatRole.ASSISTANT, ChatRole.ASSISTANT: ChatRole.USER}
 _Part = TypeVar("_Part")
 # A result, and the message that it stands in.
 _Found: TypeAlias = tuple[ToolCallResult, ChatMessage]
@@ -119,6 +121,7 @@ def messages_for_model(
       stands between them, unless they are portable.
     - Where another model goes on with the round under way, such a reply and a question to go on stand before its steps.
     - What a generator keeps for its provider goes, if the message was edited since.
+    - In a completed round in portable form, the name of who speaks goes from its field into the text.
 
     Left out are results without a call, blank texts, messages that say nothing, all but the first of several
     alternative replies, marks for prompt caches that were stored, and assistant and tool messages before the first user
@@ -131,10 +134,11 @@ def messages_for_model(
     :param current_messages: The messages of this turn. See `split_system_history_current` for where they go. Their
         tool results answer calls in the history.
     :param portable: Whether completed rounds are shown in a form that every provider takes: without reasoning,
-        signatures and raw blocks, with neutral ids of calls, and with text for images and files in replies and results
-        and for those of the user that only some take. Defaults to True. If False, they are shown as they are stored.
-    :param merge_consecutive: Whether messages of the same role that follow each other are joined, for models that
-        insist on user and assistant in turns. Defaults to False.
+        signatures, raw blocks and names, with neutral ids of calls, and with text for images and files in replies and
+        results and for those of the user that only some take. Defaults to True. If False, they are shown as stored.
+    :param merge_consecutive: Whether user and assistant speak in turns, for models that insist on it: stored messages
+        of the same role that follow each other are joined. A message that this turn brings stays as it is, and
+        "Please go on." stands before it. Defaults to False.
     :param model: The name of the model that is asked. In the round under way, replies of other models are shown in the
         portable form, as a round that was interrupted. Images and files in completed rounds, all of whose replies
         name this model, are shown as they are stored. A name with a version, such as the one in a reply's
@@ -143,25 +147,8 @@ def messages_for_model(
     """
     system, shown, current = split_system_history_current(history, current_messages)
     view = _View([*_from_first_user(shown), *current], current, current_messages, portable=portable, model=model)
-    messages = [*system, *view.messages()]
-    return merged(messages) if merge_consecutive else messages
-
-
-def merged(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    """
-    Join user messages that follow each other, and replies. (What follows a call is its result.)
-
-    :param messages: Messages for a model. They are not changed.
-    """
-    joined: list[ChatMessage] = []
-    for message in messages:
-        last = joined[-1] if joined else None
-        if last is not None and last.role is message.role and message.role in (ChatRole.USER, ChatRole.ASSISTANT):
-            both = _joined([last, provider_content.without_provider_content(message)])
-            joined[-1] = _marked(provider_content.up_to_date(both))
-        else:
-            joined.append(message)
-    return joined
+    messages = view.messages()
+    return [*system, *(view.in_turns(messages) if merge_consecutive else messages)]
 
 
 class _View:
@@ -198,6 +185,9 @@ class _View:
                 break
             if self._model is None and _is_reply(message):
                 self._model = message.meta.get("model")
+        if portable:
+            before = self._given[: self._under_way]
+            self._given[: self._under_way] = [self._without_name(message) for message in before]
         self._portable = portable
         self._stored_of: dict[int, ChatMessage] = {}  # by the id() of a reply that is worked on
         self._call_ids: set[str] = set()
@@ -232,6 +222,45 @@ class _View:
                 index = after
         return shown
 
+    def in_turns(self, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+        """
+        Let user and assistant speak in turns. (What follows a call is its result.)
+
+        Stored messages of a role that follow each other are joined. What this turn brings stays as it is, so that it is
+        stored as it was said.
+
+        :param messages: The messages that the model is shown.
+        """
+        turns: list[ChatMessage] = []
+        for message in messages:
+            last = turns[-1] if turns else None
+            if last is None or last.role is not message.role or message.role not in _SPEAKERS:
+                turns.append(message)
+            elif not self._current.isdisjoint((id(last), id(message))):
+                turns += [_go_on(_SPEAKERS[message.role]), message]
+            else:
+                both = _joined([last, provider_content.without_provider_content(message)])
+                turns[-1] = _marked(provider_content.up_to_date(both))
+        return turns
+
+    def _without_name(self, message: ChatMessage) -> ChatMessage:
+        """Return a stored message without its name. The text of a user's message begins with it instead."""
+        if message._name is None or id(message) in self._current:
+            return message
+        content: Sequence[Any] = message._content
+        if message._role is ChatRole.USER and (name := message._name.strip()):
+            first, *rest = said_parts(message)
+            named = (
+                [TextContent(f"{name}: {first.text}")]
+                if isinstance(first, TextContent)
+                else [TextContent(f"{name}:"), first]
+            )
+            content = [*named, *rest]
+        shown = changed(message, _name=None, _content=content, _meta={**message._meta, SHOWN_KEY: True})
+        if id(message) in self._texts:
+            self._texts.add(id(shown))
+        return shown
+
     def _is_simple(self, message: ChatMessage) -> bool:
         """Whether a message is one text without anything that only one provider takes. It is shown as it is."""
         is_text = id(message) in self._texts
@@ -255,7 +284,7 @@ class _View:
     def _hand_over(shown: list[ChatMessage]) -> None:
         if shown and shown[-1]._role is ChatRole.TOOL:
             shown.append(ChatMessage.from_assistant(UNANSWERED, meta={SHOWN_KEY: True}))
-            shown.append(ChatMessage.from_user(GO_ON, meta={SHOWN_KEY: True}))
+            shown.append(_go_on(ChatRole.USER))
 
     @staticmethod
     def _close_round(shown: list[ChatMessage], following: ChatMessage, *, is_portable: bool) -> None:
@@ -329,7 +358,7 @@ class _View:
             number = sum(len(reply.tool_calls) for reply in step)
             exchange = self._step(step, found[:number], portable)
             if not portable and shown and exchange and _begins_anew(shown[-1], exchange[0]):
-                shown.append(ChatMessage.from_user(GO_ON, meta={SHOWN_KEY: True}))
+                shown.append(_go_on(ChatRole.USER))
             shown += exchange
             found = found[number:]
         return shown
@@ -386,7 +415,10 @@ class _View:
         is_same = len(content) == len(stored._content) and all(map(operator.is_, content, stored._content))
         if is_same and (meta is stored._meta or meta == stored._meta):
             return stored
-        return changed(stored, _content=content, _meta=meta if is_current else {**meta, SHOWN_KEY: True})
+        shown = changed(stored, _content=content, _meta=meta if is_current else {**meta, SHOWN_KEY: True})
+        if is_current:
+            self._current.add(id(shown))
+        return shown
 
     def _with_request_of_this_turn(self, stored: ChatMessage, meta: dict[str, Any]) -> dict[str, Any]:
         content = {key: value for key, value in meta.items() if key not in provider_content.REQUEST_KEYS}
@@ -573,7 +605,7 @@ def _steps(replies: Sequence[ChatMessage], found: Sequence[_Found | None], porta
 
 def _joined(messages: Sequence[ChatMessage]) -> ChatMessage:
     """
-    Return one message for several of a role, with the meta of the first.
+    Return one message for several of a role, with the meta of the first, and with their name if they have the same.
 
     Its texts become one, because some providers take only one. Calls come last.
     """
@@ -583,7 +615,13 @@ def _joined(messages: Sequence[ChatMessage]) -> ChatMessage:
     others = [part for part in content if not isinstance(part, (TextContent, ToolCall))]
     reasoning = [part for part in others if isinstance(part, ReasoningContent)]
     content = [*reasoning, *texts, *(part for part in others if part not in reasoning), *calls]
-    return changed(messages[0], _content=with_joined_texts(content))
+    names = {message._name for message in messages}
+    name = messages[0]._name if len(names) == 1 else None
+    return changed(messages[0], _content=with_joined_texts(content), _name=name)
+
+
+def _go_on(role: ChatRole) -> ChatMessage:
+    return ChatMessage(role, [TextContent(GO_ON)], _meta={SHOWN_KEY: True})
 
 
 def _marked(message: ChatMessage) -> ChatMessage:

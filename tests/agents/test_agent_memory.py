@@ -3,17 +3,21 @@
 
 import copy
 import threading
+from dataclasses import replace
 
 import pytest
 from agent_programs import HISTORY, ids, questions, run_sync, tool
 from agent_runs import EARLIER, agent_with, asked, call, reply, result, says, stored_in, user
-from haystack.components.agents import State
+from haystack.components.agents import Agent, State
+from haystack.components.agents.state import replace_values
 from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.hooks import hook
 from haystack.token_counters import ApproximateTokenCounter
+from haystack_integrations.components.retrievers.chat_store import ChatMessageRetriever
+from haystack_integrations.hooks.chat_store import ChatHistorySaver
 
 from haystack_chat_store import ChatMessageStoreError
-from haystack_chat_store.conversation.shown import INTERRUPTED, UNANSWERED
+from haystack_chat_store.conversation.shown import GO_ON, INTERRUPTED, UNANSWERED
 from haystack_chat_store.errors import ChatHistoryChangedError, MessageNotFoundError
 from haystack_chat_store.ids import MESSAGE_ID_KEY
 
@@ -302,10 +306,11 @@ def test_what_the_model_must_not_see_of_the_question_is_stored(store, run):
 MERGING = {"merge_consecutive": True}
 
 
-def test_questions_that_the_model_gets_as_one_are_stored_each(store, run):
+def test_questions_of_a_run_are_stored_each_where_user_and_model_speak_in_turns(store, run):
     agent = agent_with(store, reply("Both."), hook_options=MERGING)
     run(agent, [user("A"), reply("One."), reply("Two."), user("B", chat_message_id="b"), user("C")])
-    assert asked(agent) == says([user("A"), reply("One.\n\nTwo."), user("B\n\nC")])
+    turns = [user("A"), reply("One."), user(GO_ON), reply("Two."), user("B"), reply(GO_ON), user("C")]
+    assert asked(agent) == says(turns)
     stored = stored_in(store)
     assert says(stored) == says([user("A"), reply("One."), reply("Two."), user("B"), user("C"), reply("Both.")])
     assert stored[-1].meta["chat_question_id"] == stored[-2].meta[MESSAGE_ID_KEY]
@@ -313,7 +318,7 @@ def test_questions_that_the_model_gets_as_one_are_stored_each(store, run):
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-def test_a_question_that_is_joined_to_one_whose_model_failed_is_stored(store, run, failures):
+def test_a_question_after_one_whose_model_failed_is_stored_where_user_and_model_speak_in_turns(store, run, failures):
     with pytest.raises(RuntimeError, match="busy"):
         run(agent_with(store, RuntimeError("busy"), hook_options=MERGING), [user("A", chat_message_id="a")])
     again = [user("B", chat_message_id="b")]
@@ -329,12 +334,37 @@ def test_a_question_that_is_joined_to_one_whose_model_failed_is_stored(store, ru
     assert stored_in(store)[-1].meta["chat_question_id"] == "b"
 
 
-def test_a_question_that_is_joined_to_others_is_stored_where_it_replaces_messages(store, run):
+def test_a_question_after_others_is_stored_where_it_replaces_messages(store, run):
     store.write_messages("h", [user("A"), user("B", chat_message_id="b"), reply("Yes.")])
     agent = agent_with(store, reply("No."), hook_options=MERGING)
     run(agent, [user("C")], hook_context={"chat_history_id": "h", "replace_from_message_id": "b"})
-    assert asked(agent) == says([user("A\n\nC")])
+    assert asked(agent) == says([user("A"), reply(GO_ON), user("C")])
     assert says(stored_in(store)) == says([user("A"), user("C"), reply("No.")])
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_question_that_a_retriever_shows_after_an_unanswered_one_is_stored(store, run, hides):
+    """What a hook of the application hides in the question is not stored either."""
+
+    @hook
+    def hide(state: State) -> None:
+        hidden = [
+            replace(each, _content=user(each.text.replace("4929", "*"))._content) for each in state.data["messages"]
+        ]
+        state.set("messages", hidden, handler_override=replace_values)
+
+    store.write_messages("h", [user("A")])
+    retriever = ChatMessageRetriever(store, merge_consecutive=True)
+    shown = retriever.run("h", current_messages=[user("My card is 4929.")])["messages"]
+    agent = agent_with(store, reply("Both."), hook_options=MERGING)
+    if hides:
+        saves = ChatHistorySaver(store)
+        agent = Agent(chat_generator=agent.chat_generator, hooks={"before_run": [hide, saves], "after_run": [saves]})
+    run(agent, shown)
+    question = user("My card is *." if hides else "My card is 4929.")
+    assert asked(agent) == says([user("A"), reply(GO_ON), question])
+    assert says(stored_in(store)) == says([user("A"), question, reply("Both.")])
+    assert stored_in(store)[-1].meta["chat_question_id"] == stored_in(store)[1].meta[MESSAGE_ID_KEY]
 
 
 def test_the_same_question_again_gets_the_stored_answer(store, run):

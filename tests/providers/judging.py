@@ -60,6 +60,9 @@ COMMON_RULES = {
 
 RULES: dict[str, dict[str, Rule]] = {
     "openai": {
+        "name": Rule(
+            "sure", f"{_GITHUB}/jekalmin/extended_openai_conversation/issues/251 (the pattern is wider since)"
+        ),
         "call-unanswered": Rule("sure", f"{_GITHUB}/camel-ai/camel/issues/3027"),
         "result-orphan": Rule("sure", "https://platform.openai.com/docs/guides/function-calling"),
         "result-twice": Rule("likely", "https://platform.openai.com/docs/guides/function-calling"),
@@ -79,6 +82,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "id-pattern": Rule("sure", f"{_GITHUB}/earendil-works/pi/issues/3369 (call_id of 64 characters)"),
         "id-twice": Rule("likely", f"{_GITHUB}/earendil-works/pi/issues/9057"),
         "id-repeated": Rule("likely", f"{_GITHUB}/earendil-works/pi/issues/9057"),
+        "name": Rule("sure", f"{_GITHUB}/theopenco/llmgateway/pull/2820 (input messages take no name)"),
         "item-id-pattern": Rule("sure", "'Expected an ID that begins with fc', https://community.openai.com"),
         "item-id-twice": Rule("sure", f"{_GITHUB}/vercel/ai/issues/7883"),
         "reasoning-item": Rule("sure", "https://platform.openai.com/docs/api-reference/responses/create"),
@@ -140,6 +144,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "ends-with-assistant": Rule("likely", "'A conversation must end with a user message', some models"),
     },
     "mistral": {
+        "name": Rule("sure", f"{_GITHUB}/nomtek/mistralai_client_dart/issues/44 (messages take no name)"),
         "call-unanswered": Rule("sure", f"{_GITHUB}/mistralai/client-ts/issues/106"),
         "result-orphan": Rule("sure", f"{_GITHUB}/mistralai/mistral-inference/issues/135"),
         "result-twice": Rule("sure", f"{_GITHUB}/mistralai/client-ts/issues/106"),
@@ -206,7 +211,7 @@ def rule_of(provider: str, rule: str) -> Rule:
 
 def problems_of(request: dict[str, Any], steps: list[Step], asked: Asked) -> list[Problem]:
     """Return why the provider refuses a request, or misreads it: nothing if it is good."""
-    problems = [*_pairing(steps, asked.provider), *_speakers(steps, asked.provider)]
+    problems = [*_pairing(steps, asked.provider), *_speakers(steps, asked.provider), *_names(request, asked.provider)]
     own = _OWN.get(asked.provider)
     if own is not None:
         problems += own(request, steps, asked)
@@ -322,6 +327,16 @@ def _seal_problem(value: Any, asked: Asked, where: str, text: str | None = None,
     if text is not None and found.checksum != checksum(text):
         return Problem("signature", f"{where} is signed for another text")
     return None
+
+
+_NAME = re.compile(r"[^\s<|\\/>]{1,64}")
+
+
+def _names(request: dict[str, Any], provider: str) -> Iterator[Problem]:
+    for index, message in enumerate(request.get("messages") or request.get("input") or ()):
+        if isinstance(message, dict) and "role" in message and "name" in message:
+            if provider != "openai" or not _NAME.fullmatch(message["name"]):
+                yield Problem("name", f"messages[{index}] has the name {message['name']!r}")
 
 
 def _anthropic(request: dict[str, Any], steps: list[Step], asked: Asked) -> Iterator[Problem]:

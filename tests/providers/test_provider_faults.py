@@ -375,3 +375,9 @@ def test_a_hook_added_a_message_after_results(second):
     question, call = {"chat_question_id": "q"}, called("k1", "abc123def")
     added = [A(tool_calls=[call], meta=question), answered(call), U("Use metric units.", meta=question)]
     check(second, [U("Question", meta={"chat_message_id": "q"}), *added, A("Answer.", meta=question)])
+
+
+@pytest.mark.parametrize("second", EVERY)
+def test_a_history_with_names(second):
+    stored = [U("Question", name="Ada Lovelace <ada@example.org>"), A("Answer.", name="the bot"), U("And?", name="Bob")]
+    check(second, [*stored, A("Answer.")])

@@ -151,6 +151,12 @@ def test_the_rules_of_mistral():
     assert "ends-with-assistant" in broken("mistral", [U("Question"), A("Answer.")])
 
 
+@pytest.mark.parametrize("provider", ["openai", "responses", "mistral"])
+def test_names_that_a_provider_does_not_take(provider):
+    assert "name" in broken(provider, [U("Question", name="Ada Lovelace")])
+    assert ("name" in broken(provider, [U("Question", name="Ada")])) == (provider != "openai")
+
+
 def test_every_rule_has_a_source():
     rules = [*COMMON_RULES.values(), *(rule for known in RULES.values() for rule in known.values())]
     assert all(rule.source and rule.level in ("sure", "likely", "unsure", "theirs") for rule in rules)
