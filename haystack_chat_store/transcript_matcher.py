@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Says what is new in a transcript that a client sends whole, and brings the history to where the client is."""
 
-from collections.abc import Generator, Iterable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from haystack.dataclasses import ChatMessage
 
@@ -14,19 +15,17 @@ from haystack_chat_store.errors import (
     ChatHistoryExistsError,
     ChatHistoryNotFoundError,
     ChatMessageStoreError,
-    ConflictError,
     MessageNotFoundError,
     TranscriptError,
 )
 from haystack_chat_store.ids import BRANCH_OF_KEY, MESSAGE_ID_KEY, branch_id, new_message_id
+from haystack_chat_store.store_requests import Request, Requests, run, run_async
 from haystack_chat_store.stores.base import BaseChatMessageStore
 from haystack_chat_store.types import ChatHistoryInfo, MatchedTranscript
 from haystack_chat_store.validation import validated_flag, validated_id
 
 # How many rounds, or messages, are read to find the last question: one or, if hooks have added user messages, more.
 _READS = (1, 16)
-# The errors that say that the history is not as it was read, or that a branch is there already.
-_REFUSALS = (ConflictError, ChatHistoryAccessError, ChatHistoryNotFoundError, MessageNotFoundError)
 # A `last_k` that is larger than any history, and small enough for any database.
 _ALL = 2**31 - 1
 
@@ -84,24 +83,8 @@ def match_transcript(
     :raises ChatMessageStoreError: If the store fails. The same request, sent again, goes on from there.
     """
     store = store if user_id is None else store.for_user(user_id)
-    requests = _Matching(store, chat_history_id, transcript, question_id, is_retry, keep_branches).requests()
-    request, matched = _advance(requests)
-    while matched is None:
-        found: Any = None
-        error: ChatMessageStoreError | None = None
-        try:
-            if isinstance(request, _Find):
-                found = store.get_chat_history(request.chat_history_id)
-            elif isinstance(request, _Read):
-                found = store.retrieve_messages(request.chat_history_id, request.last_k)
-            elif isinstance(request, _Copy):
-                store.copy_messages(request.source_id, request.target_id, **request.options)
-            else:
-                store.delete_messages(request.chat_history_id, **request.options)
-        except _REFUSALS as refusal:
-            error = refusal
-        request, matched = _advance(requests, found, error)
-    return matched
+    matching = _Matching(store, chat_history_id, transcript, question_id, is_retry, keep_branches)
+    return run(matching.requests(), store, chat_history_id)
 
 
 async def match_transcript_async(
@@ -116,57 +99,62 @@ async def match_transcript_async(
 ) -> MatchedTranscript:
     """Do what `match_transcript` does, without blocking the event loop."""
     store = store if user_id is None else store.for_user(user_id)
-    requests = _Matching(store, chat_history_id, transcript, question_id, is_retry, keep_branches).requests()
-    request, matched = _advance(requests)
-    while matched is None:
-        found: Any = None
-        error: ChatMessageStoreError | None = None
-        try:
-            if isinstance(request, _Find):
-                found = await store.get_chat_history_async(request.chat_history_id)
-            elif isinstance(request, _Read):
-                found = await store.retrieve_messages_async(request.chat_history_id, request.last_k)
-            elif isinstance(request, _Copy):
-                await store.copy_messages_async(request.source_id, request.target_id, **request.options)
-            else:
-                await store.delete_messages_async(request.chat_history_id, **request.options)
-        except _REFUSALS as refusal:
-            error = refusal
-        request, matched = _advance(requests, found, error)
-    return matched
+    matching = _Matching(store, chat_history_id, transcript, question_id, is_retry, keep_branches)
+    return await run_async(matching.requests(), store, chat_history_id)
 
 
-class _Find(NamedTuple):
-    """A request for a history without its messages."""
+@dataclass(frozen=True)
+class _Find(Request):
+    """A request for the history without its messages or, with `branch`, for this branch."""
 
-    chat_history_id: str
+    branch: str | None = None
+
+    def run(self, store: BaseChatMessageStore, chat_history_id: str) -> ChatHistoryInfo | None:
+        return store.get_chat_history(self.branch or chat_history_id)
+
+    async def run_async(self, store: BaseChatMessageStore, chat_history_id: str) -> ChatHistoryInfo | None:
+        return await store.get_chat_history_async(self.branch or chat_history_id)
 
 
-class _Read(NamedTuple):
-    """A request for the last rounds of a history."""
+@dataclass(frozen=True)
+class _Read(Request):
+    """A request for the last rounds of the history or, with `branch`, of this branch."""
 
-    chat_history_id: str
     last_k: int
+    branch: str | None = None
+
+    def run(self, store: BaseChatMessageStore, chat_history_id: str) -> list[ChatMessage]:
+        return store.retrieve_messages(self.branch or chat_history_id, self.last_k)
+
+    async def run_async(self, store: BaseChatMessageStore, chat_history_id: str) -> list[ChatMessage]:
+        return await store.retrieve_messages_async(self.branch or chat_history_id, self.last_k)
 
 
-class _Copy(NamedTuple):
-    """A request to copy a history."""
+@dataclass(frozen=True)
+class _Copy(Request):
+    """A request to copy the history to a branch."""
 
-    source_id: str
-    target_id: str
+    branch: str
     options: dict[str, Any]
 
+    def run(self, store: BaseChatMessageStore, chat_history_id: str) -> int:
+        return store.copy_messages(chat_history_id, self.branch, **self.options)
 
-class _Delete(NamedTuple):
-    """A request to delete messages."""
+    async def run_async(self, store: BaseChatMessageStore, chat_history_id: str) -> int:
+        return await store.copy_messages_async(chat_history_id, self.branch, **self.options)
 
-    chat_history_id: str
+
+@dataclass(frozen=True)
+class _Delete(Request):
+    """A request to delete messages of the history."""
+
     options: dict[str, Any]
 
+    def run(self, store: BaseChatMessageStore, chat_history_id: str) -> None:
+        store.delete_messages(chat_history_id, **self.options)
 
-_Request: TypeAlias = _Find | _Read | _Copy | _Delete
-# Yields requests, and receives what was found. A refusal is raised where the request was made.
-_Requests: TypeAlias = Generator[_Request, Any, MatchedTranscript]
+    async def run_async(self, store: BaseChatMessageStore, chat_history_id: str) -> None:
+        await store.delete_messages_async(chat_history_id, **self.options)
 
 
 class _Stored(NamedTuple):
@@ -207,7 +195,7 @@ class _Matching:
         if not self._asked.keys:
             raise TranscriptError("The transcript has no user message that says something. Nothing was changed.")
 
-    def requests(self) -> _Requests:
+    def requests(self) -> Requests[MatchedTranscript]:
         refusal: ChatMessageStoreError | None = None
         while True:
             stored = yield from self._stored()
@@ -226,14 +214,14 @@ class _Matching:
             )
             return MatchedTranscript(messages=new, outcome=stored.plan.outcome, branch_id=branch)
 
-    def _stored(self) -> Generator[_Request, Any, _Stored]:
+    def _stored(self) -> Requests[_Stored]:
         """Read as much of the history as it takes to know what the transcript means."""
-        info: ChatHistoryInfo | None = yield _Find(self._chat_history_id)
+        info: ChatHistoryInfo | None = yield _Find()
         messages: list[ChatMessage] = []
         for last_k in _READS:
             if info is None:
                 break
-            messages = yield _Read(self._chat_history_id, last_k)
+            messages = yield _Read(last_k)
             end = transcripts.conversation_of(messages)
             plan = transcripts.plan_from_end(self._asked, end, messages, info.round_count)
             if plan is not None:
@@ -241,28 +229,28 @@ class _Matching:
             if end.rounds:
                 break
         if info is not None:  # one read: others may have written since the last one, or since the count was read
-            messages = yield _Read(self._chat_history_id, _ALL)
+            messages = yield _Read(_ALL)
         whole = transcripts.conversation_of(messages)
         plan = transcripts.plan_from_all(self._asked, whole)
         return _Stored(info, messages, whole, transcripts.with_outcome(plan, whole, is_retry=self._is_retry))
 
     def _take_back(
         self, info: ChatHistoryInfo | None, messages: list[ChatMessage], going: list[ChatMessage]
-    ) -> Generator[_Request, Any, str | None]:
+    ) -> Requests[str | None]:
         """Delete messages of the history, and return the id of the branch that keeps them."""
         if info is None:
             return None
-        current: ChatHistoryInfo | None = yield _Find(self._chat_history_id)
+        current: ChatHistoryInfo | None = yield _Find()
         if current is None or current.revision != info.revision:
             raise ChatHistoryChangedError("The history has changed while it was read.")
         branch = (yield from self._branch(info, messages)) if self._keep_branches else None
         ids = [message.meta[MESSAGE_ID_KEY] for message in going]
         is_end = messages[len(messages) - len(going)] is going[0]
         which = {"from_message_id": ids[0]} if is_end else {"message_ids": ids}
-        yield _Delete(self._chat_history_id, {**which, "expected_revision": info.revision})
+        yield _Delete({**which, "expected_revision": info.revision})
         return branch
 
-    def _branch(self, info: ChatHistoryInfo, messages: list[ChatMessage]) -> Generator[_Request, Any, str]:
+    def _branch(self, info: ChatHistoryInfo, messages: list[ChatMessage]) -> Requests[str]:
         """
         Copy the history as it was read. If an earlier attempt did, its copy is used.
 
@@ -272,10 +260,10 @@ class _Matching:
         last_id = messages[-1].meta[MESSAGE_ID_KEY]
         options = {"until_message_id": last_id, "meta": {BRANCH_OF_KEY: self._chat_history_id}}
         try:
-            yield _Copy(self._chat_history_id, branch, options)
+            yield _Copy(branch, options)
         except (ChatHistoryExistsError, ChatHistoryAccessError):
             copy: ChatHistoryInfo | None = yield _Find(branch)
-            end: list[ChatMessage] = yield _Read(branch, 1)
+            end: list[ChatMessage] = yield _Read(1, branch)
             is_copy = (
                 copy is not None
                 and copy.meta.get(BRANCH_OF_KEY) == self._chat_history_id
@@ -283,15 +271,5 @@ class _Matching:
             )
             if not is_copy or not end or end[-1].meta[MESSAGE_ID_KEY] != last_id:
                 branch = branch_id(self._chat_history_id, new_message_id())
-                yield _Copy(self._chat_history_id, branch, options)
+                yield _Copy(branch, options)
         return branch
-
-
-def _advance(
-    requests: _Requests, found: Any = None, error: ChatMessageStoreError | None = None
-) -> tuple[_Request, MatchedTranscript | None]:
-    """Pass on what was found, or the refusal, and return the next request or, after the last one, the result."""
-    try:
-        return requests.send(found) if error is None else requests.throw(error), None
-    except StopIteration as done:
-        return _Find(""), done.value

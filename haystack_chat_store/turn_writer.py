@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the messages of a turn, and says what the history has of it afterwards."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, NamedTuple, TypeAlias
 
 from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store import protocol_calls
+from haystack_chat_store import protocol
 from haystack_chat_store.conversation.rounds import round_count
 from haystack_chat_store.conversation.turns import (
     answer_of,
@@ -28,11 +27,19 @@ from haystack_chat_store.ids import (
     question_id_of,
     reply_id,
 )
+from haystack_chat_store.store_requests import (
+    HasMessage,
+    Requests,
+    Retrieve,
+    Write,
+    append_answer,
+    read_until,
+    replace_keeping_others,
+    run,
+    run_async,
+)
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import usable_id_of, validated_id, validated_policy
-
-# If a page does not have what is looked for, the next page is larger by this factor.
-_PAGE_GROWTH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,48 +55,6 @@ class WrittenTurn:
     messages_written: int
     messages: list[ChatMessage]
     replies: list[ChatMessage]
-
-
-class _Write(NamedTuple):
-    """A request to write a batch."""
-
-    batch: list[ChatMessage]
-
-
-class _WriteAt(NamedTuple):
-    """A request to write a batch if the history has a revision. If the store refuses it, its error is what is found."""
-
-    batch: list[ChatMessage]
-    revision: int
-
-
-class _Revision(NamedTuple):
-    """A request for the last round, and for the revision of the history."""
-
-
-class _Replace(NamedTuple):
-    """A request to replace messages by a batch. If the store refuses it, its error is what is found."""
-
-    from_message_id: str
-    batch: list[ChatMessage]
-
-
-class _Page(NamedTuple):
-    """A request for the last rounds of the history."""
-
-    last_k: int
-
-
-class _IsStored(NamedTuple):
-    """The question whether the history has a message."""
-
-    message_id: str
-
-
-# Yields requests, and receives the number of messages written, the messages of the page, or the answer.
-_Request: TypeAlias = _Write | _WriteAt | _Revision | _Replace | _Page | _IsStored
-_Requests: TypeAlias = Generator[_Request, Any, WrittenTurn]
-_Reads: TypeAlias = Generator[_Page | _IsStored, Any, list[ChatMessage]]
 
 
 class TurnWriter:
@@ -126,11 +91,11 @@ class TurnWriter:
         self._question_is_stored = question_is_stored
         self._expected_revision = expected_revision
         self._is_skipping = validated_policy(policy) is DuplicatePolicy.SKIP
-        self._options = protocol_calls.write_options(store, policy, expected_revision)
+        self._options = protocol.write_options(store, policy, expected_revision)
         self._replaced_id: str | None = None
         if replace_from_message_id is not None:
             self._replaced_id = validated_id(replace_from_message_id, "replace_from_message_id")
-            protocol_calls.validate_replaces(store)
+            protocol.validate_replaces(store)
             if not self._is_skipping:
                 raise ValueError("replace_from_message_id cannot be given with another policy than SKIP.")
 
@@ -149,67 +114,15 @@ class TurnWriter:
         :raises ConflictError: If the options forbid the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        requests = self._requests(messages, replies)
-        request, turn = _advance(requests)
-        while turn is None:
-            found: Any
-            if isinstance(request, _Replace):
-                try:
-                    found = protocol_calls.replace_keeping_other_answers(
-                        self._store, chat_history_id, *request, **self._options
-                    )
-                except (MessageNotFoundError, ChatHistoryChangedError) as error:
-                    found = error
-            elif isinstance(request, _WriteAt):
-                options = protocol_calls.write_options(self._store, self._policy, request.revision)
-                try:
-                    found = self._store.write_messages(chat_history_id, request.batch, **options)
-                except ChatHistoryChangedError as error:
-                    found = error
-            elif isinstance(request, _Revision):
-                found = protocol_calls.retrieve(self._store, chat_history_id, 1)
-            elif isinstance(request, _Write):
-                found = self._store.write_messages(chat_history_id, request.batch, **self._options)
-            elif isinstance(request, _IsStored):
-                found = protocol_calls.has_message(self._store, chat_history_id, request.message_id)
-            else:
-                found = protocol_calls.retrieve(self._store, chat_history_id, request.last_k).messages
-            request, turn = _advance(requests, found)
-        return turn
+        return run(self._requests(messages, replies), self._store, chat_history_id)
 
     async def write_async(
         self, chat_history_id: str, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]
     ) -> WrittenTurn:
         """Do what `write` does, without blocking the event loop."""
-        requests = self._requests(messages, replies)
-        request, turn = _advance(requests)
-        while turn is None:
-            found: Any
-            if isinstance(request, _Replace):
-                try:
-                    found = await protocol_calls.replace_keeping_other_answers_async(
-                        self._store, chat_history_id, *request, **self._options
-                    )
-                except (MessageNotFoundError, ChatHistoryChangedError) as error:
-                    found = error
-            elif isinstance(request, _WriteAt):
-                options = protocol_calls.write_options(self._store, self._policy, request.revision)
-                try:
-                    found = await protocol_calls.write_async(self._store, chat_history_id, request.batch, **options)
-                except ChatHistoryChangedError as error:
-                    found = error
-            elif isinstance(request, _Revision):
-                found = await protocol_calls.retrieve_async(self._store, chat_history_id, 1)
-            elif isinstance(request, _Write):
-                found = await protocol_calls.write_async(self._store, chat_history_id, request.batch, **self._options)
-            elif isinstance(request, _IsStored):
-                found = await protocol_calls.has_message_async(self._store, chat_history_id, request.message_id)
-            else:
-                found = (await protocol_calls.retrieve_async(self._store, chat_history_id, request.last_k)).messages
-            request, turn = _advance(requests, found)
-        return turn
+        return await run_async(self._requests(messages, replies), self._store, chat_history_id)
 
-    def _requests(self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]) -> _Requests:
+    def _requests(self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]) -> Requests[WrittenTurn]:
         validate_question(messages, "messages")
         if self._replaced_id is not None:
             return (yield from self._replacing_requests(messages, replies, self._replaced_id))
@@ -224,7 +137,7 @@ class TurnWriter:
         given, answers = self._identified(messages, replies, turn)
         ids = {message_id_of(message) for message in [*given, *answers] if not self._is_skipped(message)}
         written = yield from self._append([*given, *answers])
-        self._options = protocol_calls.write_options(self._store, self._policy, None)  # of a further write
+        self._options = protocol.write_options(self._store, self._policy, None)  # of a further write
         if written >= len(ids):
             return WrittenTurn(messages_written=written, messages=[*given, *answers], replies=answers)
 
@@ -249,31 +162,21 @@ class TurnWriter:
             stored_answers = [answer]
         return self._written(written, given, stored_answers, stored)
 
-    def _append(self, batch: list[ChatMessage]) -> Generator[_Request, Any, int]:
+    def _append(self, batch: list[ChatMessage]) -> Requests[int]:
         """
         Append a batch. If its question must be stored, append it only as long as the history has the question.
 
         :raises MessageNotFoundError: If it does not.
         """
         if not self._question_is_stored or all(map(self._is_skipped, batch)):
-            return int((yield _Write(batch)))
+            return int((yield Write(batch, self._options)))
         named = [question_id_of(each) for each in batch]
         question_id = usable_id_of(last_question(batch)) or next((each for each in reversed(named) if each), None)
-        for _ in range(protocol_calls.MOST_ATTEMPTS):
-            page = yield _Revision()
-            is_stored = question_id is not None and any(message_id_of(each) == question_id for each in page.messages)
-            if not is_stored and (question_id is None or not (yield _IsStored(str(question_id)))):
-                raise question_is_gone(question_id)
-            if self._expected_revision is not None or not protocol_calls.takes_revisions(self._store):
-                return int((yield _Write(batch)))
-            written = yield _WriteAt(batch, page.revision)
-            if not isinstance(written, Exception):
-                return int(written)
-        raise written
+        return (yield from append_answer(self._store, batch, question_id, self._options))
 
     def _replacing_requests(
         self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage], replaced_id: str
-    ) -> _Requests:
+    ) -> Requests[WrittenTurn]:
         """
         Replace messages by the turn.
 
@@ -288,23 +191,25 @@ class TurnWriter:
         given, answers = self._identified(messages, replies, turn)
         batch = [*given, *answers]
         ids = {message_id_of(message) for message in batch if not self._is_skipped(message)}
-        found = yield _Replace(replaced_id, batch)
-        if not isinstance(found, Exception) and found >= len(ids):
-            return WrittenTurn(messages_written=found, messages=batch, replies=answers)
-        if isinstance(found, Exception):
+        is_repeated = False
+        try:
+            written = yield from replace_keeping_others(self._store, replaced_id, batch, self._options)
+        except (MessageNotFoundError, ChatHistoryChangedError):
             # A repeated call may come with another answer. The first reply shows what was stored.
             ids = {message_id_of(answers[0])} if answers else ids
-            is_done = bool(ids) and not (yield _IsStored(replaced_id))
+            is_done = bool(ids) and not (yield HasMessage(replaced_id))
             for message_id in ids:
-                is_done = is_done and (yield _IsStored(str(message_id)))
+                is_done = is_done and (yield HasMessage(str(message_id)))
             if not is_done:
-                raise found
+                raise
+            written, is_repeated = 0, True
+        if not is_repeated and written >= len(ids):
+            return WrittenTurn(messages_written=written, messages=batch, replies=answers)
         page = yield from _page_with(ids, round_count(given))
         stored = {message_id_of(message): message for message in page}
-        if isinstance(found, Exception):
+        if is_repeated:
             answers = [answer for answer in answers if message_id_of(answer) in stored]
-            found = 0
-        return self._written(found, given, [stored.get(message_id_of(each), each) for each in answers], stored)
+        return self._written(written, given, [stored.get(message_id_of(each), each) for each in answers], stored)
 
     def _written(
         self,
@@ -319,7 +224,9 @@ class TurnWriter:
         ]
         return WrittenTurn(messages_written=written, messages=[*stored_given, *stored_answers], replies=stored_answers)
 
-    def _stored_turn(self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]) -> _Reads:
+    def _stored_turn(
+        self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage]
+    ) -> Requests[list[ChatMessage]]:
         """
         Read the stored turn that the messages go on with, if the ids of what answers depend on it. It may be empty.
 
@@ -331,12 +238,12 @@ class TurnWriter:
         question_id = usable_id_of(question)
         if question_id is None or not any(_is_answer(each) and message_id_of(each) is None for each in messages):
             return []
-        page = yield _Page(1)
-        if any(message_id_of(message) == question_id for message in page):
-            return turn_of(page, question_id)
-        if not (yield _IsStored(question_id)):
-            return []
-        return turn_of((yield from _page_with({question_id}, _PAGE_GROWTH)), question_id)
+        page = (yield Retrieve(1)).messages
+        if question_id not in map(message_id_of, page):
+            if not (yield HasMessage(question_id)):
+                return []
+            page = yield from _page_with({question_id}, rounds=8)
+        return turn_of(page, question_id)
 
     def _identified(
         self, messages: Sequence[ChatMessage], replies: Sequence[ChatMessage], turn: Sequence[ChatMessage]
@@ -394,52 +301,28 @@ class TurnWriter:
         return message.role is ChatRole.SYSTEM and bool(getattr(self._store, "skip_system_messages", True))
 
 
-def question_is_gone(question_id: str | int | None) -> MessageNotFoundError:
-    """Return the error of an answer to a question that the history does not have, or not any more."""
-    if question_id is None:
-        return MessageNotFoundError(
-            "The history has no question that this could answer: there was none, or it was deleted while the model "
-            "answered. Nothing was written."
-        )
-    return MessageNotFoundError(
-        f"The history has no question with the id {question_id!r}: it was deleted while the model answered. Nothing "
-        "was written."
-    )
-
-
-def _advance(requests: _Requests, found: Any = None) -> tuple[_Request, WrittenTurn | None]:
-    """Pass on what was found, and return the next request or, after the last one, the result."""
-    try:
-        return requests.send(found), None
-    except StopIteration as done:
-        return _Page(0), done.value
-
-
-def _last_turn() -> _Reads:
+def _last_turn() -> Requests[list[ChatMessage]]:
     """Read the last turn of the history. It is empty if the history has no question."""
-    rounds = 1
-    while True:
-        page: list[ChatMessage] = yield _Page(rounds)
-        turn = turn_of(page, None)
-        if is_whole(turn):
-            return turn
-        if len(page) < rounds:
-            return []
-        rounds *= _PAGE_GROWTH
+    page = yield from read_until(lambda read: is_whole(turn_of(read, None)))
+    turn = turn_of(page.messages, None)
+    return turn if is_whole(turn) else []
 
 
-def _turn_that_is_replaced(replaced_id: str) -> _Reads:
+def _turn_that_is_replaced(replaced_id: str) -> Requests[list[ChatMessage]]:
     """Read the kept part of the turn whose end is replaced. It is empty if the history does not have it."""
-    rounds = 1
-    while True:
-        page: list[ChatMessage] = yield _Page(rounds)
-        kept = _kept(page, replaced_id)
-        turn = turn_of(kept, None)
-        if len(kept) < len(page) and is_whole(turn):
-            return turn
-        if len(page) < rounds:
-            return []
-        rounds *= _PAGE_GROWTH
+
+    def is_enough(read: Sequence[ChatMessage]) -> bool:
+        kept = _kept(read, replaced_id)
+        return len(kept) < len(read) and is_whole(turn_of(kept, None))
+
+    page = yield from read_until(is_enough)
+    return turn_of(_kept(page.messages, replaced_id), None) if is_enough(page.messages) else []
+
+
+def _page_with(ids: set[str | int | None], rounds: int) -> Requests[list[ChatMessage]]:
+    """Read the end of the history that has all these messages."""
+    page = yield from read_until(lambda read: ids <= set(map(message_id_of, read)), max(rounds, 1))
+    return page.messages
 
 
 def _kept(messages: Sequence[ChatMessage], replaced_id: str) -> list[ChatMessage]:
@@ -449,16 +332,6 @@ def _kept(messages: Sequence[ChatMessage], replaced_id: str) -> list[ChatMessage
         return list(messages[: ids.index(replaced_id)])
     place = next((at for at, each in enumerate(ids) if is_reply_id_instead_of(each, replaced_id)), len(ids))
     return list(messages[:place])
-
-
-def _page_with(ids: set[str | int | None], rounds: int) -> _Reads:
-    """Read the end of the history that has all these messages."""
-    rounds = max(rounds, 1)
-    while True:
-        page: list[ChatMessage] = yield _Page(rounds)
-        if ids <= set(map(message_id_of, page)) or len(page) < rounds:
-            return page
-        rounds *= _PAGE_GROWTH
 
 
 def _known(message: ChatMessage, turn: Sequence[ChatMessage]) -> ChatMessage:

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the part of a history that a model is shown."""
 
-import asyncio
 from bisect import bisect_left
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.token_counters import ApproximateTokenCounter
 from haystack.token_counters.types import TokenCounter
 
-from haystack_chat_store import protocol_calls
+from haystack_chat_store import protocol
 from haystack_chat_store.conversation.provider_content import as_text
 from haystack_chat_store.conversation.rounds import (
     Window,
@@ -27,6 +26,7 @@ from haystack_chat_store.conversation.shown import messages_for_model
 from haystack_chat_store.conversation.turns import answer_of, last_question, up_to_turn, validate_question
 from haystack_chat_store.errors import MessageNotFoundError
 from haystack_chat_store.ids import message_id_of, question_id_of
+from haystack_chat_store.store_requests import HasMessage, Requests, Retrieve, run, run_async
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import (
     usable_id_of,
@@ -40,22 +40,6 @@ from haystack_chat_store.validation import (
 # factor.
 _FIRST_PAGE_SIZE = 8
 _PAGE_GROWTH = 4
-
-
-class _Page(NamedTuple):
-    """A request for the last rounds of a history, with the `last_k` of the read."""
-
-    last_k: int | None
-
-
-class _IsStored(NamedTuple):
-    """The question whether a history has a message."""
-
-    message_id: str
-
-
-# Yields requests, receives what they ask for, and returns the messages of a window.
-_Reads: TypeAlias = Generator[_Page | _IsStored, Any, list[ChatMessage]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +179,8 @@ class WindowReader:
         :raises MessageNotFoundError: If the history does not have `until_message_id` or `before_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        search = _WindowSearch(_validated_until(until_message_id), before_message_id=before_message_id)
-        return self._run(self._reads(store, current_messages, last_k, search), store, chat_history_id)
+        until = {"until_message_id": until_message_id, "before_message_id": before_message_id}
+        return run(self.requests(store, current_messages, last_k, **until), store, chat_history_id)
 
     async def read_async(
         self,
@@ -209,8 +193,27 @@ class WindowReader:
         before_message_id: str | None = None,
     ) -> list[ChatMessage]:
         """Do what `read` does, without blocking the event loop: neither for the store nor for the token counter."""
+        until = {"until_message_id": until_message_id, "before_message_id": before_message_id}
+        requests = self.requests(store, current_messages, last_k, **until)
+        computes_in_thread = self.max_tokens is not None  # a token counter may be slow, or call a server
+        return await run_async(requests, store, chat_history_id, computes_in_thread=computes_in_thread)
+
+    def requests(
+        self,
+        store: ChatMessageStore,
+        current_messages: Sequence[ChatMessage] = (),
+        last_k: int | None = None,
+        *,
+        until_message_id: str | None = None,
+        before_message_id: str | None = None,
+    ) -> Requests[list[ChatMessage]]:
+        """
+        Make the requests of `read`, for work that has other requests, too.
+
+        :param store: The store that the requests go to. It is asked how it counts.
+        """
         search = _WindowSearch(_validated_until(until_message_id), before_message_id=before_message_id)
-        return await self._run_async(self._reads(store, current_messages, last_k, search), store, chat_history_id)
+        return self._reads(store, current_messages, last_k, search)
 
     def read_turn(
         self,
@@ -237,7 +240,7 @@ class WindowReader:
         :raises ChatMessageStoreError: If the store fails.
         """
         search = _WindowSearch.before_turn_of(current_messages, until_message_id)
-        before = self._run(self._turn_reads(store, current_messages, last_k, search), store, chat_history_id)
+        before = run(self._turn_reads(store, current_messages, last_k, search), store, chat_history_id)
         return search.turn_window(before)
 
     async def read_turn_async(
@@ -251,8 +254,9 @@ class WindowReader:
     ) -> TurnWindow:
         """Do what `read_turn` does, without blocking the event loop."""
         search = _WindowSearch.before_turn_of(current_messages, until_message_id)
-        reads = self._turn_reads(store, current_messages, last_k, search)
-        before = await self._run_async(reads, store, chat_history_id)
+        requests = self._turn_reads(store, current_messages, last_k, search)
+        computes_in_thread = self.max_tokens is not None  # a token counter may be slow, or call a server
+        before = await run_async(requests, store, chat_history_id, computes_in_thread=computes_in_thread)
         return search.turn_window(before)
 
     def shown(self, window: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> list[ChatMessage]:
@@ -281,38 +285,13 @@ class WindowReader:
         """
         return self.shown([*window.before, *_steps_of(window.turn, current_messages)], current_messages)
 
-    def _run(self, reads: _Reads, store: ChatMessageStore, chat_history_id: str) -> list[ChatMessage]:
-        request, window = _advance(reads)
-        while window is None:
-            found: Any
-            if isinstance(request, _IsStored):
-                found = protocol_calls.has_message(store, chat_history_id, request.message_id)
-            else:
-                found = protocol_calls.retrieve(store, chat_history_id, request.last_k, self.window_step)
-            request, window = _advance(reads, found)
-        return window
-
-    async def _run_async(self, reads: _Reads, store: ChatMessageStore, chat_history_id: str) -> list[ChatMessage]:
-        request, window = _advance(reads)
-        while window is None:
-            found: Any
-            if isinstance(request, _IsStored):
-                found = await protocol_calls.has_message_async(store, chat_history_id, request.message_id)
-            else:
-                found = await protocol_calls.retrieve_async(store, chat_history_id, request.last_k, self.window_step)
-            if self.max_tokens is None:
-                request, window = _advance(reads, found)
-            else:  # a token counter may be slow, or call a server
-                request, window = await asyncio.to_thread(_advance, reads, found)
-        return window
-
     def _turn_reads(
         self,
         store: ChatMessageStore,
         current_messages: Sequence[ChatMessage],
         last_k: int | None,
         search: "_WindowSearch",
-    ) -> _Reads:
+    ) -> Requests[list[ChatMessage]]:
         """
         Read the rounds before the turn.
 
@@ -322,7 +301,7 @@ class WindowReader:
             # No rounds are wanted, but the revision and the stored turn are.
             yield from search.page(store, 0 if search.is_open else 1, self.window_step)
         window = yield from self._reads(store, current_messages, last_k, search)
-        if search.may_be_further_back and (yield _IsStored(str(search.question_id))):
+        if search.may_be_further_back and (yield HasMessage(str(search.question_id))):
             search.is_turn_stored = True
             yield from search.page(store, 1, self.window_step)
             window = yield from self._reads(store, current_messages, last_k, search)
@@ -334,7 +313,7 @@ class WindowReader:
         current_messages: Sequence[ChatMessage],
         last_k: int | None,
         search: "_WindowSearch",
-    ) -> _Reads:
+    ) -> Requests[list[ChatMessage]]:
         """Read the rounds before the end: `last_k` of them or, if only the tokens limit them, as many as fit."""
         validate_last_k(last_k)
         last_k = self.last_k if last_k is None else last_k
@@ -353,7 +332,9 @@ class WindowReader:
                 return fitting
             count *= _PAGE_GROWTH
 
-    def _whole_rounds(self, store: ChatMessageStore, last_k: int | None, search: "_WindowSearch") -> _Reads:
+    def _whole_rounds(
+        self, store: ChatMessageStore, last_k: int | None, search: "_WindowSearch"
+    ) -> Requests[list[ChatMessage]]:
         """
         Read a window. If it begins in the middle of a round, read more pages, back to the round's question.
 
@@ -361,7 +342,7 @@ class WindowReader:
         user message that a hook added to a round.
         """
         window = page = yield from search.page(store, last_k, self.window_step)
-        limit = protocol_calls.default_last_k(store) if last_k is None else last_k
+        limit = protocol.default_last_k(store) if last_k is None else last_k
         if not window or limit is None or _size(window, store) < limit:
             return window
         more = _FIRST_PAGE_SIZE
@@ -420,7 +401,9 @@ class WindowReader:
         )
 
 
-def _without_earlier_questions(page: list[ChatMessage], store: ChatMessageStore, last_k: int | None) -> _Reads:
+def _without_earlier_questions(
+    page: list[ChatMessage], store: ChatMessageStore, last_k: int | None
+) -> Requests[list[ChatMessage]]:
     """
     Leave out the messages of questions that are stored before the page: they would pass for answers to another one.
 
@@ -428,13 +411,13 @@ def _without_earlier_questions(page: list[ChatMessage], store: ChatMessageStore,
 
     :param last_k: The number of rounds or messages that the page was to have.
     """
-    limit = protocol_calls.default_last_k(store) if last_k is None else last_k
+    limit = protocol.default_last_k(store) if last_k is None else last_k
     if limit is None or _size(page, store) < limit:
         return page  # the whole history
     ids = {message_id_of(message) for message in page}
     earlier = set()
     for question in dict.fromkeys(map(question_id_of, page)):
-        if isinstance(question, str) and question not in ids and (yield _IsStored(question)):
+        if isinstance(question, str) and question not in ids and (yield HasMessage(question)):
             earlier.add(question)
     return [message for message in page if question_id_of(message) not in earlier] if earlier else page
 
@@ -486,12 +469,12 @@ class _WindowSearch:
         question_id = usable_id_of(last_question(current_messages))
         return cls(_validated_until(until_message_id), question_id, _size_after=0 if question_id is None else 1)
 
-    def page(self, store: ChatMessageStore, last_k: int | None, window_step: int) -> _Reads:
+    def page(self, store: ChatMessageStore, last_k: int | None, window_step: int) -> Requests[list[ChatMessage]]:
         """Read the last rounds or messages before the end, and what comes after it, so that it is found."""
-        limit = protocol_calls.default_last_k(store) if last_k is None else last_k
+        limit = protocol.default_last_k(store) if last_k is None else last_k
         while True:
             asked = last_k if limit is None or self._size_after == 0 else limit + self._size_after
-            read, self.revision, self.rounds = yield _Page(asked)
+            read, self.revision, self.rounds = yield Retrieve(asked, window_step)
             size = _size(read, store)
             is_whole = limit is None or size < limit + self._size_after
             if self.rounds is None and is_whole:
@@ -500,7 +483,7 @@ class _WindowSearch:
             if is_whole or (is_found and _size(before, store) >= (limit or 0)):
                 if limit is None or (len(before) == len(read) and self._size_after == 0):
                     return before
-                return _last(before, Window(protocol_calls.last_k_unit(store), limit, window_step))
+                return _last(before, Window(protocol.last_k_unit(store), limit, window_step))
             growth = max(self._size_after * _PAGE_GROWTH, _FIRST_PAGE_SIZE)
             self._size_after = size - _size(before, store) if is_found else growth
 
@@ -531,14 +514,6 @@ class _WindowSearch:
         return before, bool(self.turn) or not self.is_turn_stored
 
 
-def _advance(reads: _Reads, found: Any = None) -> tuple[_Page | _IsStored, list[ChatMessage] | None]:
-    """Pass on what was found, and return the next request or, after the last one, the window."""
-    try:
-        return reads.send(found), None
-    except StopIteration as done:
-        return _Page(None), done.value
-
-
 def _validated_until(until_message_id: str | None) -> str | None:
     return None if until_message_id is None else validated_id(until_message_id, "until_message_id")
 
@@ -562,4 +537,4 @@ def _last(messages: Sequence[ChatMessage], window: Window) -> list[ChatMessage]:
 
 def _size(messages: Sequence[ChatMessage], store: ChatMessageStore) -> int:
     """Return the number of rounds or messages, in the store's unit of `last_k`."""
-    return round_count(messages) if protocol_calls.last_k_unit(store) == "round" else len(messages)
+    return round_count(messages) if protocol.last_k_unit(store) == "round" else len(messages)

@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strict_model import problems
 
-from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore, protocol_calls
+from haystack_chat_store import InMemoryChatMessageStore, SQLiteChatMessageStore
 from haystack_chat_store.conversation.shown import INTERRUPTED, UNANSWERED
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY
+from haystack_chat_store.store_requests import Retrieve
 
 USER, ASSISTANT, SYSTEM = ChatMessage.from_user, ChatMessage.from_assistant, ChatMessage.from_system
 CALL = ToolCall("weather", {"city": "Rome"}, id="call_1")
@@ -91,8 +92,8 @@ class MinimalStore:
 def test_none_of_a_store_of_another_package_is_none(last_k, window_step):
     store = MinimalStore([ChatMessage.from_user("q0"), ChatMessage.from_user("q1")])
     store.last_k = 0
-    assert protocol_calls.retrieve(store, "h", last_k, window_step).messages == []
-    assert asyncio.run(protocol_calls.retrieve_async(store, "h", last_k, window_step)).messages == []
+    assert Retrieve(last_k, window_step).run(store, "h").messages == []
+    assert asyncio.run(Retrieve(last_k, window_step).run_async(store, "h")).messages == []
     retriever = ChatMessageRetriever(store, last_k, window_step=window_step)
     assert retriever.run("h")["messages"] == []
 

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from haystack import default_to_dict
 from haystack.components.agents.state import State
 from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
-from haystack_chat_store import protocol_calls
+from haystack_chat_store import protocol, store_requests
 from haystack_chat_store.conversation.rounds import round_starts
 from haystack_chat_store.conversation.shown import messages_for_model, split_system_history_current
 from haystack_chat_store.conversation.turns import before_turn, exit_reason, is_whole, turn_of
 from haystack_chat_store.errors import MessageNotFoundError
 from haystack_chat_store.ids import QUESTION_ID_KEY, first_step_id
+from haystack_chat_store.store_requests import HasMessage, Requests, Retrieve, read_until
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_flag
 from haystack_chat_store.window_reader import WindowReader
@@ -30,8 +31,6 @@ from .agent_run import (
     message_id,
     set_messages,
 )
-
-ResultT = TypeVar("ResultT")
 
 # If a page does not contain the turn's question, the next page is larger by this factor.
 _PAGE_GROWTH = 8
@@ -114,7 +113,7 @@ class ChatHistoryLoader:
             merge_consecutive=merge_consecutive,
             model=model,
         )
-        self.chat_message_store = protocol_calls.validated_store(chat_message_store)
+        self.chat_message_store = protocol.validated_store(chat_message_store)
         self.last_k = last_k
         self.max_tokens = max_tokens
         self.token_counter = reader.token_counter
@@ -138,17 +137,8 @@ class ChatHistoryLoader:
         :raises ChatMessageStoreError: If the store fails.
         """
         run = begin_run(state)
-        store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
-        for request in self._loading(state, run):
-            if isinstance(request, _Revision):
-                if protocol_calls.takes_revisions(store):
-                    request.revision = protocol_calls.retrieve(store, run.chat_history_id, 1).revision
-            elif isinstance(request, _IsStored):
-                request.answer = protocol_calls.has_message(store, run.chat_history_id, request.message_id)
-            else:
-                request.messages = request.reader.read(
-                    store, run.chat_history_id, request.current, **request.bounds(run)
-                )
+        store = protocol.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
+        store_requests.run(self._loading(state, run, store), store, run.chat_history_id)
 
     async def run_async(self, state: State) -> None:
         """
@@ -163,17 +153,13 @@ class ChatHistoryLoader:
         :raises ChatMessageStoreError: If the store fails.
         """
         run = begin_run(state)
-        store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
-        for request in self._loading(state, run):
-            if isinstance(request, _Revision):
-                if protocol_calls.takes_revisions(store):
-                    request.revision = (await protocol_calls.retrieve_async(store, run.chat_history_id, 1)).revision
-            elif isinstance(request, _IsStored):
-                request.answer = await protocol_calls.has_message_async(store, run.chat_history_id, request.message_id)
-            else:
-                request.messages = await request.reader.read_async(
-                    store, run.chat_history_id, request.current, **request.bounds(run)
-                )
+        store = protocol.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
+        await store_requests.run_async(
+            self._loading(state, run, store),
+            store,
+            run.chat_history_id,
+            computes_in_thread=self.max_tokens is not None,  # a token counter may be slow, or call a server
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Serialize the hook, its store and its token counter."""
@@ -199,7 +185,7 @@ class ChatHistoryLoader:
         :param data: The serialized hook. It is not changed.
         :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
         """
-        return protocol_calls.component_from_dict(cls, data)
+        return protocol.component_from_dict(cls, data)
 
     def warm_up(self) -> None:
         """Warm up the token counter, if it can be warmed up."""
@@ -207,29 +193,27 @@ class ChatHistoryLoader:
 
     def close(self) -> None:
         """Close the store. The next run opens it again."""
-        protocol_calls.close(self.chat_message_store)
+        protocol.close(self.chat_message_store)
 
     async def close_async(self) -> None:
         """Do what `close` does, without blocking the event loop."""
-        await protocol_calls.close_async(self.chat_message_store)
+        await protocol.close_async(self.chat_message_store)
 
-    def _loading(self, state: State, run: AgentRun) -> "_Requests[None]":
+    def _loading(self, state: State, run: AgentRun, store: ChatMessageStore) -> Requests[None]:
         # The history itself is loaded now, so a summary of it that a compactor created and the caller passes again is
         # left out. All other messages are copied, so that no two are the same object.
         current = [replace(message) for message in state.data["messages"] if not is_compacted(message)]
-        if run.replaced_id is not None and not (yield from _is_stored(run.replaced_id)):
-            yield from self._resume_replacement(state, run, current)
+        if run.replaced_id is not None and not (yield HasMessage(run.replaced_id)):
+            yield from self._resume_replacement(state, run, store, current)
             return
-        if run.replaced_id is not None and run.expected_revision is None:
+        if run.replaced_id is not None and run.expected_revision is None and protocol.takes_revisions(store):
             # So the run does not replace messages that others store while the model answers.
-            revision = _Revision()
-            yield revision
-            run.expected_revision = revision.revision
-        window = _Read(self._window_reader(self.last_k), current)
+            run.expected_revision = (yield Retrieve(1)).revision
+        window: list[ChatMessage] = []
         if any(map(is_said, current)):
-            yield window
-        system, history, new = split_system_history_current(run.know(window.messages), current)
-        asked_before = yield from self._asked_before(run, new)
+            window = yield from self._window_reader(self.last_k).requests(store, current, **_bounds(run))
+        system, history, new = split_system_history_current(run.know(window), current)
+        asked_before = yield from self._asked_before(run, store, new)
         if asked_before:
             history, new = [*history, *asked_before], split_system_history_current(asked_before, new).current
         new = run.give(new)
@@ -243,7 +227,7 @@ class ChatHistoryLoader:
             run.collect(_until_last_hidden(new, loaded))
         else:
             stored = [message for message in current if message_id(message) in run.known]
-            loaded = yield from self._resumed(run, system, last_question_id(stored), asked_before)
+            loaded = yield from self._resumed(run, store, system, last_question_id(stored), asked_before)
             if run.replaced_id is not None and run.exit_reason is not None:
                 raise ValueError(
                     f"The agent has nothing to answer: what it is shown of the history, up to "
@@ -254,7 +238,9 @@ class ChatHistoryLoader:
                 run.expected_revision = None  # the question was stored before, and that was a change
         self._set_loaded(state, run, loaded)
 
-    def _resume_replacement(self, state: State, run: AgentRun, current: list[ChatMessage]) -> "_Requests[None]":
+    def _resume_replacement(
+        self, state: State, run: AgentRun, store: ChatMessageStore, current: list[ChatMessage]
+    ) -> Requests[None]:
         """
         Resume the turn that has taken the place of others already, in an earlier attempt of this run.
 
@@ -266,12 +252,12 @@ class ChatHistoryLoader:
             "Nothing was changed. (To repeat a run that replaces messages, give its question an id.)"
         )
         first_step = first_step_id(replaced_id)
-        if not (yield from _is_stored(first_step)):
+        if not (yield HasMessage(first_step)):
             raise error
         run.replaced_id = run.until_message_id = run.expected_revision = None
         question_id = yield from _question_of(first_step)
         system = [message for message in current if not is_said(message)]
-        loaded = yield from self._resumed(run, system, question_id)
+        loaded = yield from self._resumed(run, store, system, question_id)
         stored = [message for message in loaded if message_id(message) in run.known]
         others = split_system_history_current(stored, current).current
         if run.question_id is None or any(map(is_said, others)):
@@ -295,7 +281,9 @@ class ChatHistoryLoader:
             model=self.model if is_model_asked else None,
         )
 
-    def _asked_before(self, run: AgentRun, new: list[ChatMessage]) -> "_Requests[list[ChatMessage]]":
+    def _asked_before(
+        self, run: AgentRun, store: ChatMessageStore, new: list[ChatMessage]
+    ) -> Requests[list[ChatMessage]]:
         """
         Read the turn of a question that is sent again, if it is stored outside the window.
 
@@ -303,17 +291,18 @@ class ChatHistoryLoader:
         :returns: The messages of the turn, or none if the question is new.
         """
         question_id = last_question_id(new)
-        if question_id is None or run.replaced_id is not None or not (yield from _is_stored(question_id)):
+        if question_id is None or run.replaced_id is not None or not (yield HasMessage(question_id)):
             return []
-        return run.know((yield from _whole_turn(question_id, is_to_the_end=True)))
+        return run.know((yield from _whole_turn(store, question_id)))
 
     def _resumed(
         self,
         run: AgentRun,
+        store: ChatMessageStore,
         system: list[ChatMessage],
         question_id: str | None,
         turn: Sequence[ChatMessage] = (),
-    ) -> "_Requests[list[ChatMessage]]":
+    ) -> Requests[list[ChatMessage]]:
         """
         Resume a turn, and return what the model is shown.
 
@@ -326,20 +315,17 @@ class ChatHistoryLoader:
         """
         is_outside_the_window = bool(turn)
         if not turn:
-            turn = yield from _whole_turn(question_id)
+            turn = yield from _whole_turn(store, question_id, **_bounds(run))
         before: list[ChatMessage] = []
         if is_outside_the_window:
-            ends_before = question_id if run.until_message_id is None else None
-            window = _Read(self._window_reader(self.last_k), [*system, *turn], ends_before=ends_before)
-            yield window
-            before = list(window.messages)
+            bounds = _bounds(run) if run.until_message_id is not None else {"before_message_id": question_id}
+            before = yield from self._window_reader(self.last_k).requests(store, [*system, *turn], **bounds)
         elif is_whole(turn) and self.last_k != 0:
-            counts_rounds = protocol_calls.last_k_unit(self.chat_message_store) == "round"
+            counts_rounds = protocol.last_k_unit(self.chat_message_store) == "round"
             turn_size = len(round_starts(turn) if counts_rounds else turn)
             last_k = None if self.last_k is None else self.last_k + turn_size
-            window = _Read(self._window_reader(last_k), [*system, *turn])
-            yield window
-            before = before_turn(window.messages, turn)
+            window = yield from self._window_reader(last_k).requests(store, [*system, *turn], **_bounds(run))
+            before = before_turn(window, turn)
         run.question_id, run.steps = last_question_id(turn), max(len(turn) - 1, 0)
         run.is_question_stored = run.question_id is not None
         run.exit_reason = exit_reason(turn, self.exit_conditions or ())
@@ -358,71 +344,25 @@ class ChatHistoryLoader:
         )
 
 
-@dataclass
-class _Read:
-    """One read of a history: its arguments and, afterwards, the messages that were read."""
-
-    reader: WindowReader
-    current: Sequence[ChatMessage] = ()
-    messages: Sequence[ChatMessage] = ()
-    ends_before: str | None = None
-    is_to_the_end: bool = False
-
-    def bounds(self, run: AgentRun) -> dict[str, Any]:
-        """Return where the read ends: before a message, at the end of the history, or where the run says."""
-        if self.ends_before is not None:
-            return {"before_message_id": self.ends_before}
-        if self.is_to_the_end:
-            return {}
-        return {"until_message_id": run.until_message_id, "before_message_id": run.before_message_id}
+def _bounds(run: AgentRun) -> dict[str, Any]:
+    """Return where the history ends for a run."""
+    return {"until_message_id": run.until_message_id, "before_message_id": run.before_message_id}
 
 
-@dataclass
-class _IsStored:
-    """The question whether a history has a message and, afterwards, the answer."""
-
-    message_id: str
-    answer: bool = False
-
-
-@dataclass
-class _Revision:
-    """A request for the revision of the history and, afterwards, the revision, or `None` if the store does not say."""
-
-    revision: int | None = None
-
-
-_Requests: TypeAlias = Generator[_Read | _IsStored | _Revision, None, ResultT]
-
-
-def _is_stored(message_id: str) -> "_Requests[bool]":
-    look = _IsStored(message_id)
-    yield look
-    return look.answer
-
-
-def _question_of(own_id: str) -> "_Requests[str | None]":
+def _question_of(own_id: str) -> Requests[str | None]:
     """Find the id of the question that a stored message names."""
-    count = 1
-    while True:
-        page = _Read(WindowReader(count))
-        yield page
-        for message in page.messages:
-            if message_id(message) == own_id:
-                question_id: str | None = message.meta.get(QUESTION_ID_KEY)
-                return question_id
-        if len(page.messages) < count:
-            return None
-        count *= _PAGE_GROWTH
+    page = yield from read_until(lambda read: own_id in map(message_id, read))
+    named = (message.meta.get(QUESTION_ID_KEY) for message in page.messages if message_id(message) == own_id)
+    return next(named, None)
 
 
-def _whole_turn(question_id: str | None, *, is_to_the_end: bool = False) -> "_Requests[list[ChatMessage]]":
+def _whole_turn(store: ChatMessageStore, question_id: str | None, **bounds: Any) -> Requests[list[ChatMessage]]:
+    """Read the turn of a question, or the last turn. `bounds` say where the history ends."""
     count = 1
     while True:
-        page = _Read(WindowReader(count), is_to_the_end=is_to_the_end)
-        yield page
-        turn = turn_of(page.messages, question_id)
-        if is_whole(turn) or len(page.messages) < count:
+        page = yield from WindowReader(count).requests(store, **bounds)
+        turn = turn_of(page, question_id)
+        if is_whole(turn) or len(page) < count:
             return turn
         count *= _PAGE_GROWTH
 

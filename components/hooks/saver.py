@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from haystack import default_to_dict, logging
@@ -8,7 +6,7 @@ from haystack.components.agents.state import State
 from haystack.dataclasses import ChatMessage, ChatRole
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store import protocol_calls
+from haystack_chat_store import protocol, store_requests
 from haystack_chat_store.conversation.turns import exit_reason
 from haystack_chat_store.errors import (
     ChatHistoryAccessError,
@@ -18,7 +16,7 @@ from haystack_chat_store.errors import (
     MessageNotFoundError,
 )
 from haystack_chat_store.ids import MESSAGE_ID_KEY
-from haystack_chat_store.turn_writer import question_is_gone
+from haystack_chat_store.store_requests import Requests, Write, append_answer, read_until, replace_keeping_others
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_flag
 
@@ -26,8 +24,8 @@ from .agent_run import AgentRun, correct_result, message_id, run_of, set_message
 
 logger = logging.getLogger(__name__)
 
-# If a page does not have what is looked for, the next page is larger by this factor.
-_PAGE_GROWTH = 8
+# Another attempt would be refused, too.
+_REFUSALS = (ChatHistoryAccessError, ConflictError, MessageNotFoundError)
 
 
 class ChatHistorySaver:
@@ -62,7 +60,7 @@ class ChatHistorySaver:
         """
         if not isinstance(raise_on_failure, bool):
             raise ValueError(f"raise_on_failure must be True or False, got {raise_on_failure!r}.")
-        self.chat_message_store = protocol_calls.validated_store(chat_message_store)
+        self.chat_message_store = protocol.validated_store(chat_message_store)
         self.raise_on_failure = raise_on_failure
         self.require_user_id = validated_flag(require_user_id, "require_user_id")
 
@@ -81,19 +79,8 @@ class ChatHistorySaver:
         :raises ChatMessageStoreError: If the store fails.
         """
         run = self._collected(state)
-        store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
-        for attempt in self._attempts(state, run):
-            with attempt:
-                if isinstance(attempt, _LastRounds):
-                    attempt.found = protocol_calls.retrieve(store, run.chat_history_id, attempt.last_k)
-                elif isinstance(attempt, _IsStored):
-                    attempt.answer = protocol_calls.has_message(store, run.chat_history_id, attempt.message_id)
-                elif attempt.replaced_id is None:
-                    attempt.written = store.write_messages(run.chat_history_id, attempt.messages, **attempt.options)
-                else:
-                    attempt.written = protocol_calls.replace_keeping_other_answers(
-                        store, run.chat_history_id, attempt.replaced_id, attempt.messages, **attempt.options
-                    )
+        store = protocol.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
+        store_requests.run(self._saving(state, run, store), store, run.chat_history_id)
 
     async def run_async(self, state: State) -> None:
         """
@@ -110,23 +97,8 @@ class ChatHistorySaver:
         :raises ChatMessageStoreError: If the store fails.
         """
         run = self._collected(state)
-        store = protocol_calls.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
-        for attempt in self._attempts(state, run):
-            with attempt:
-                if isinstance(attempt, _LastRounds):
-                    attempt.found = await protocol_calls.retrieve_async(store, run.chat_history_id, attempt.last_k)
-                elif isinstance(attempt, _IsStored):
-                    attempt.answer = await protocol_calls.has_message_async(
-                        store, run.chat_history_id, attempt.message_id
-                    )
-                elif attempt.replaced_id is None:
-                    attempt.written = await protocol_calls.write_async(
-                        store, run.chat_history_id, attempt.messages, **attempt.options
-                    )
-                else:
-                    attempt.written = await protocol_calls.replace_keeping_other_answers_async(
-                        store, run.chat_history_id, attempt.replaced_id, attempt.messages, **attempt.options
-                    )
+        store = protocol.for_user(self.chat_message_store, run.user_id, is_required=self.require_user_id)
+        await store_requests.run_async(self._saving(state, run, store), store, run.chat_history_id)
 
     def to_dict(self) -> dict[str, Any]:
         """Serialize the hook and its store."""
@@ -145,15 +117,15 @@ class ChatHistorySaver:
         :param data: The serialized hook. It is not changed.
         :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
         """
-        return protocol_calls.component_from_dict(cls, data)
+        return protocol.component_from_dict(cls, data)
 
     def close(self) -> None:
         """Close the store. The next run opens it again."""
-        protocol_calls.close(self.chat_message_store)
+        protocol.close(self.chat_message_store)
 
     async def close_async(self) -> None:
         """Do what `close` does, without blocking the event loop."""
-        await protocol_calls.close_async(self.chat_message_store)
+        await protocol.close_async(self.chat_message_store)
 
     def _collected(self, state: State) -> AgentRun:
         """
@@ -164,9 +136,9 @@ class ChatHistorySaver:
         """
         run = run_of(state)
         if run.replaced_id is not None:
-            protocol_calls.validate_replaces(self.chat_message_store)
+            protocol.validate_replaces(self.chat_message_store)
         elif run.expected_revision is not None:
-            protocol_calls.write_options(self.chat_message_store, DuplicatePolicy.SKIP, run.expected_revision)
+            protocol.write_options(self.chat_message_store, DuplicatePolicy.SKIP, run.expected_revision)
         # A run that ends before its first step has produced no messages, even if hooks have added some.
         if run.exit_reason is None:
             if run.brought is None and all(message.role is ChatRole.SYSTEM for message in state.data["messages"]):
@@ -182,79 +154,59 @@ class ChatHistorySaver:
             run.brought = len(run.unsaved) if is_before_run else 0
         return run
 
-    def _attempts(self, state: State, run: AgentRun) -> Iterator["_Attempt | _LastRounds | _IsStored"]:
+    def _saving(self, state: State, run: AgentRun, store: ChatMessageStore) -> Requests[None]:
         if run.replaced_id is not None and not run.has_reply:
             return  # until then, the old messages stay
         size = run.tried or len(run.unsaved)
         while run.unsaved:
-            attempt = _Attempt.of(run, size)
-            yield from self._tried(run, attempt)
-            if attempt.error is None:
-                ids = map(message_id, attempt.messages)
-                run.is_question_stored |= attempt.replaced_id is not None or run.question_id in ids
-                run.replaced_id = run.expected_revision = run.tried = None
-            if (
-                attempt.written == 0
-                and attempt.replaced_id is None
-                and not run.is_question_tried
-                and run.question_id in map(message_id, attempt.messages)
-            ):
-                raise ValueError(
-                    f"Another run has stored the question with the {MESSAGE_ID_KEY} {run.question_id!r} since this run "
-                    "loaded the history, and is answering it. Repeat the run later: then it returns the stored answer, "
-                    "or goes on."
-                )
-            if attempt.written is not None and attempt.written < len(attempt.messages):
-                yield from self._compare(state, run, attempt.messages)
-            # Another attempt would be refused, too.
-            is_refused = isinstance(attempt.error, (ChatHistoryAccessError, ConflictError, MessageNotFoundError))
-            if attempt.error is not None and (self.raise_on_failure or is_refused):
-                raise attempt.error
-            # A MessageEncodingError is one, and so is the error of an id that a store does not take.
-            is_invalid = isinstance(attempt.error, ValueError)
-            if is_invalid and size > 1:
-                size = 1  # save one by one, to leave out only messages that cannot be saved
-                continue
-            if is_invalid:
-                logger.error("A message of an agent's run cannot be saved: {error}", error=attempt.error)
-            elif attempt.error is not None:
-                # The messages may be stored nevertheless.
-                run.is_question_tried |= run.question_id in map(message_id, attempt.messages)
-                is_repeated = attempt.replaced_id is not None or run.expected_revision is not None
-                run.tried = len(attempt.messages) if is_repeated else None
-                logger.error(
-                    "{number} messages of an agent's run are not saved yet: {error}",
-                    number=len(run.unsaved),
-                    # The text of any other error may contain message text.
-                    error=attempt.error
-                    if isinstance(attempt.error, ChatMessageStoreError)
-                    else type(attempt.error).__name__,
-                )
-                return
+            messages = run.unsaved[:size]
+            try:
+                written = yield from self._write(run, store, messages)
+            except Exception as error:
+                if self.raise_on_failure or isinstance(error, _REFUSALS):
+                    raise
+                if not isinstance(error, ValueError):
+                    _note_failure(run, messages, error)
+                    return
+                # A MessageEncodingError is one, and so is the error of an id that a store does not take.
+                if size > 1:
+                    size = 1  # save one by one, to leave out only messages that cannot be saved
+                    continue
+                logger.error("A message of an agent's run cannot be saved: {error}", error=error)
+            else:
+                yield from self._check_written(state, run, messages, written)
             run.unsaved = run.unsaved[size:]
 
-    def _tried(self, run: AgentRun, attempt: "_Attempt") -> "Iterator[_Attempt | _LastRounds | _IsStored]":
-        """Write. If the question was stored before, write only as long as the history has it."""
-        is_free = attempt.replaced_id is not None or bool(attempt.options) or not run.is_question_stored
-        if is_free or not protocol_calls.takes_revisions(self.chat_message_store):
-            yield attempt
-            return
-        for _ in range(protocol_calls.MOST_ATTEMPTS):
-            look, stored = _LastRounds(1), _IsStored(str(run.question_id))
-            yield look
-            if look.error is None and run.question_id not in map(message_id, look.found.messages):
-                yield stored
-                if stored.error is None and not stored.answer:
-                    stored.error = question_is_gone(run.question_id)
-            attempt.error = look.error or stored.error
-            if attempt.error is not None:
-                return
-            attempt.options = {"expected_revision": look.found.revision}
-            yield attempt
-            if not isinstance(attempt.error, ChatHistoryChangedError):
-                return
+    @staticmethod
+    def _write(run: AgentRun, store: ChatMessageStore, messages: list[ChatMessage]) -> Requests[int]:
+        """Write messages. If the question was stored before, write only as long as the history has it."""
+        options = {} if run.expected_revision is None else {"expected_revision": run.expected_revision}
+        if run.replaced_id is not None:
+            return (yield from replace_keeping_others(store, run.replaced_id, messages, options))
+        if run.is_question_stored and not options and protocol.takes_revisions(store):
+            return (yield from append_answer(store, messages, run.question_id, options))
+        return int((yield Write(messages, options)))
 
-    def _compare(self, state: State, run: AgentRun, written: list[ChatMessage]) -> Iterator["_LastRounds"]:
+    def _check_written(self, state: State, run: AgentRun, messages: list[ChatMessage], written: int) -> Requests[None]:
+        """
+        Note that messages are saved, and look at those that the store has skipped.
+
+        :raises ValueError: If another run has stored the question meanwhile.
+        :raises ChatHistoryChangedError: If another run has stored another step of the turn meanwhile.
+        """
+        asks, replaced_id = run.question_id in map(message_id, messages), run.replaced_id
+        run.is_question_stored |= asks or replaced_id is not None
+        run.replaced_id = run.expected_revision = run.tried = None
+        if written == 0 and asks and replaced_id is None and not run.is_question_tried:
+            raise ValueError(
+                f"Another run has stored the question with the {MESSAGE_ID_KEY} {run.question_id!r} since this run "
+                "loaded the history, and is answering it. Repeat the run later: then it returns the stored answer, or "
+                "goes on."
+            )
+        if written < len(messages):
+            yield from self._compare(state, run, messages)
+
+    def _compare(self, state: State, run: AgentRun, written: list[ChatMessage]) -> Requests[None]:
         """
         Compare messages that the store has skipped with those that it has under their ids.
 
@@ -263,15 +215,13 @@ class ChatHistorySaver:
         :raises ChatHistoryChangedError: If another run has stored another step of the turn meanwhile.
         """
         ids = {message_id(message) for message in written}
-        look, stored = _LastRounds(1), dict[Any, ChatMessage]()
-        while True:
-            yield look
-            if look.error is not None and self.raise_on_failure:
-                raise look.error
-            stored = {message_id(message): message for message in look.found.messages}
-            if ids <= set(stored) or len(look.found.messages) < look.last_k:
-                break
-            look = _LastRounds(look.last_k * _PAGE_GROWTH)
+        try:
+            page = yield from read_until(lambda read: ids <= set(map(message_id, read)))
+        except Exception:
+            if self.raise_on_failure:
+                raise
+            return
+        stored = {message_id(message): message for message in page.messages}
         others = {message_id(each): stored.get(message_id(each), each) for each in written}
         different = [each for each in written if not _says_the_same(each, others[message_id(each)])]
         for message in different:
@@ -286,55 +236,18 @@ class ChatHistorySaver:
             )
 
 
+def _note_failure(run: AgentRun, messages: list[ChatMessage], error: Exception) -> None:
+    """Note that a write has failed. The messages may be stored nevertheless."""
+    run.is_question_tried |= run.question_id in map(message_id, messages)
+    is_repeated = run.replaced_id is not None or run.expected_revision is not None
+    run.tried = len(messages) if is_repeated else None
+    logger.error(
+        "{number} messages of an agent's run are not saved yet: {error}",
+        number=len(run.unsaved),
+        # The text of any other error may contain message text.
+        error=error if isinstance(error, ChatMessageStoreError) else type(error).__name__,
+    )
+
+
 def _says_the_same(message: ChatMessage, other: ChatMessage) -> bool:
     return message.role is other.role and message._content == other._content
-
-
-class _Call:
-    """One call of the store. Afterwards, it has the error that it failed with, or `None`."""
-
-    error: Exception | None = None
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        self.error = error if isinstance(error, Exception) else None
-        return self.error is not None
-
-
-class _LastRounds(_Call):
-    """A read of the last rounds and, afterwards, their messages."""
-
-    def __init__(self, last_k: int) -> None:
-        self.last_k = last_k
-        self.found = protocol_calls.Retrieved([])
-
-
-class _IsStored(_Call):
-    """The question whether the history has a message and, afterwards, the answer."""
-
-    def __init__(self, message_id: str) -> None:
-        self.message_id = message_id
-        self.answer = False
-
-
-@dataclass
-class _Attempt(_Call):
-    """
-    One write: its arguments and, afterwards, the number of messages written or the error that it failed with.
-
-    :param replaced_id: The id of the first message to replace, or `None` if the messages are appended.
-    :param options: Further arguments.
-    """
-
-    messages: list[ChatMessage]
-    replaced_id: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    written: int | None = None
-    error: Exception | None = None
-
-    @classmethod
-    def of(cls, run: AgentRun, size: int) -> "_Attempt":
-        """Return the attempt to write the next messages of a run."""
-        options = {} if run.expected_revision is None else {"expected_revision": run.expected_revision}
-        return cls(run.unsaved[:size], run.replaced_id, options)

@@ -5,7 +5,7 @@ from haystack import component, default_to_dict
 from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
-from haystack_chat_store import protocol_calls
+from haystack_chat_store import protocol
 from haystack_chat_store.types import ChatMessageStore
 from haystack_chat_store.validation import validated_flag, validated_messages
 from haystack_chat_store.window_reader import TurnWindow, WindowReader
@@ -101,7 +101,7 @@ class ChatMessageRetriever:
             and never shows the conversations of all users. Defaults to False.
         :raises ValueError: If a setting is wrong, or `chat_message_store` does not follow the protocol.
         """
-        self.chat_message_store = protocol_calls.validated_store(chat_message_store)
+        self.chat_message_store = protocol.validated_store(chat_message_store)
         self.last_k = last_k
         self.max_tokens = max_tokens
         self.token_counter = token_counter
@@ -135,7 +135,7 @@ class ChatMessageRetriever:
         :param data: The serialized component. It is not changed.
         :raises DeserializationError: If the store is missing, or its class cannot be imported or is not trusted.
         """
-        return protocol_calls.component_from_dict(cls, data)
+        return protocol.component_from_dict(cls, data)
 
     @component.output_types(messages=list[ChatMessage], replies=list[ChatMessage], revision=int, omitted_rounds=int)
     def run(
@@ -181,7 +181,7 @@ class ChatMessageRetriever:
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
-        store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
+        store = protocol.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         reader = self._window_reader()
         window = reader.read_turn(store, chat_history_id, current, last_k, until_message_id=until_message_id)
         return _outputs(reader, window, current)
@@ -212,7 +212,7 @@ class ChatMessageRetriever:
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
-        store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
+        store = protocol.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         reader = self._window_reader()
         window = await reader.read_turn_async(
             store, chat_history_id, current, last_k, until_message_id=until_message_id
@@ -225,11 +225,11 @@ class ChatMessageRetriever:
 
     def close(self) -> None:
         """Close the store. The next run opens it again."""
-        protocol_calls.close(self.chat_message_store)
+        protocol.close(self.chat_message_store)
 
     async def close_async(self) -> None:
         """Do what `close` does, without blocking the event loop."""
-        await protocol_calls.close_async(self.chat_message_store)
+        await protocol.close_async(self.chat_message_store)
 
     def _window_reader(self) -> WindowReader:
         # Created for each run, because the settings are attributes that users may change.

@@ -7,7 +7,7 @@ from haystack import component, default_to_dict
 from haystack.components.generators.chat.types import ChatGenerator
 from haystack.dataclasses import ChatMessage, ChatRole
 
-from haystack_chat_store import protocol_calls
+from haystack_chat_store import protocol
 from haystack_chat_store.errors import ChatHistoryAccessError, ChatHistoryNotFoundError
 from haystack_chat_store.types import ChatHistoryInfo, ChatMessageStore, StoredMessage
 from haystack_chat_store.validation import validated_flag
@@ -75,7 +75,7 @@ class ChatHistoryTitler:
         :param require_user_id: Whether a run without a `user_id` is refused. Defaults to False.
         :raises ValueError: If a setting is wrong.
         """
-        self.chat_message_store = protocol_calls.validated_store(chat_message_store)
+        self.chat_message_store = protocol.validated_store(chat_message_store)
         missing = [name for name in _NEEDED_METHODS if not hasattr(chat_message_store, name)]
         if missing:
             raise ValueError(f"{type(chat_message_store).__name__} keeps no titles: it has no {missing[0]}.")
@@ -99,7 +99,7 @@ class ChatHistoryTitler:
         :param data: The serialized component. It is not changed.
         :raises DeserializationError: If the store is missing, or a class cannot be imported or is not trusted.
         """
-        return protocol_calls.component_from_dict(cls, data)
+        return protocol.component_from_dict(cls, data)
 
     @component.output_types(title=str | None)
     def run(
@@ -121,7 +121,7 @@ class ChatHistoryTitler:
         :raises ChatHistoryAccessError: If `user_id` is given and the store belongs to another user.
         :raises ChatMessageStoreError: If the store fails. If the ChatGenerator fails, its error is raised.
         """
-        store: Any = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
+        store: Any = protocol.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         info = store.get_chat_history(chat_history_id)
         prompt = None
         if not _is_settled(info):
@@ -155,7 +155,7 @@ class ChatHistoryTitler:
         :raises ChatHistoryAccessError: If `user_id` is given and the store belongs to another user.
         :raises ChatMessageStoreError: If the store fails. If the ChatGenerator fails, its error is raised.
         """
-        store: Any = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
+        store: Any = protocol.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         info = await _call(store, "get_chat_history", chat_history_id)
         prompt = None
         if not _is_settled(info):
@@ -186,7 +186,7 @@ class ChatHistoryTitler:
             if hasattr(self.chat_generator, "close"):
                 self.chat_generator.close()
         finally:
-            protocol_calls.close(self.chat_message_store)
+            protocol.close(self.chat_message_store)
 
     async def close_async(self) -> None:
         """Do what `close` does, without blocking the event loop."""
@@ -196,7 +196,7 @@ class ChatHistoryTitler:
             elif hasattr(self.chat_generator, "close"):
                 self.chat_generator.close()
         finally:
-            await protocol_calls.close_async(self.chat_message_store)
+            await protocol.close_async(self.chat_message_store)
 
 
 async def _call(owner: Any, name: str, *arguments: Any, **options: Any) -> Any:

@@ -5,7 +5,7 @@ from haystack import DeserializationError, component, default_to_dict
 from haystack.dataclasses import ChatMessage
 from haystack.document_stores.types import DuplicatePolicy
 
-from haystack_chat_store import protocol_calls
+from haystack_chat_store import protocol
 from haystack_chat_store.ids import is_shown_only
 from haystack_chat_store.turn_writer import TurnWriter, WrittenTurn
 from haystack_chat_store.types import ChatMessageStore
@@ -56,11 +56,11 @@ class ChatMessageWriter:
         :raises ValueError: If `chat_message_store` does not follow the protocol, or its `write_messages` does not take
             a `policy` and the policy is not SKIP or NONE.
         """
-        self.chat_message_store = protocol_calls.validated_store(chat_message_store)
+        self.chat_message_store = protocol.validated_store(chat_message_store)
         self.policy = policy
         self.require_user_id = validated_flag(require_user_id, "require_user_id")
         self.question_is_stored = validated_flag(question_is_stored, "question_is_stored")
-        protocol_calls.write_options(self.chat_message_store, policy, None)
+        protocol.write_options(self.chat_message_store, policy, None)
 
     def to_dict(self) -> dict[str, Any]:
         """Serialize the component and its store."""
@@ -86,7 +86,7 @@ class ChatMessageWriter:
             if settings["policy"] not in DuplicatePolicy.__members__:
                 raise DeserializationError(f"policy must be one of {[*DuplicatePolicy.__members__]}.")
             data = {**data, "init_parameters": {**settings, "policy": DuplicatePolicy[settings["policy"]]}}
-        return protocol_calls.component_from_dict(cls, data)
+        return protocol.component_from_dict(cls, data)
 
     @component.output_types(messages_written=int, messages=list[ChatMessage], replies=list[ChatMessage])
     def run(
@@ -139,7 +139,7 @@ class ChatMessageWriter:
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
+        store = protocol.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         writer = TurnWriter(
             store,
             self.policy,
@@ -148,7 +148,7 @@ class ChatMessageWriter:
             question_is_stored=self.question_is_stored,
         )
         stored, stored_replies, names = _stored(messages, replies)
-        with protocol_calls.arguments_named(names):
+        with protocol.arguments_named(names):
             return _outputs(writer.write(chat_history_id, stored, stored_replies))
 
     @component.output_types(messages_written=int, messages=list[ChatMessage], replies=list[ChatMessage])
@@ -183,7 +183,7 @@ class ChatMessageWriter:
         :raises ConflictError: If the policy or `expected_revision` forbids the write. Nothing was written.
         :raises ChatMessageStoreError: If the store fails.
         """
-        store = protocol_calls.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
+        store = protocol.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         writer = TurnWriter(
             store,
             self.policy,
@@ -192,16 +192,16 @@ class ChatMessageWriter:
             question_is_stored=self.question_is_stored,
         )
         stored, stored_replies, names = _stored(messages, replies)
-        with protocol_calls.arguments_named(names):
+        with protocol.arguments_named(names):
             return _outputs(await writer.write_async(chat_history_id, stored, stored_replies))
 
     def close(self) -> None:
         """Close the store. The next run opens it again."""
-        protocol_calls.close(self.chat_message_store)
+        protocol.close(self.chat_message_store)
 
     async def close_async(self) -> None:
         """Do what `close` does, without blocking the event loop."""
-        await protocol_calls.close_async(self.chat_message_store)
+        await protocol.close_async(self.chat_message_store)
 
 
 def _stored(
