@@ -12,12 +12,13 @@ from contextlib import ExitStack
 import pytest
 from haystack.dataclasses import ChatMessage
 from haystack.utils import Secret
-from redis_stores import clients_of, nodes_of, on_every_engine, said
+from redis_stores import clients_of, nodes_of, on_every_engine, on_one_server, said
 from servers import wait_until
 
-from haystack_chat_store.stores.redis import RedisChatMessageStore
+from haystack_chat_store.stores.redis import RedisChatMessageStore, writing
 from haystack_chat_store.stores.redis.async_session import AsyncSession
 from haystack_chat_store.stores.redis.connections import servers
+from haystack_chat_store.stores.usage import UsageCounter
 from haystack_chat_store.testing.processes import Program
 
 
@@ -175,3 +176,27 @@ def test_a_fork_does_not_disturb_calls_under_way_in_a_loop(store, server):
         assert list(reports) == []
         assert program.exit_code() == 0
     assert sorted(said(store)) == sorted([*map(str, range(5)), "the parent", "the child", "the child awaits"])
+
+
+@on_one_server
+def test_large_messages_are_worked_on_outside_of_the_event_loop(store, monkeypatch):
+    """When one is changed, and when usage is counted."""
+    seen = []
+
+    def noting(function):
+        def noted(*arguments):
+            seen.append((function.__name__, threading.current_thread() is threading.main_thread()))
+            return function(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(writing, "searchable_text_of_content", noting(writing.searchable_text_of_content))
+    monkeypatch.setattr(UsageCounter, "add_text", noting(UsageCounter.add_text))
+    for size, is_on_loop in ((10, True), (200_000, False)):
+        seen.clear()
+        reply = ChatMessage.from_assistant("a" * size, meta={"chat_message_id": "reply", "usage": {"total_tokens": 5}})
+        store.write_messages("history", [reply])
+        asyncio.run(store.update_message_meta_async("history", "reply", merge={"rating": 1}))
+        assert asyncio.run(store.statistics_async()).messages == 1
+        assert set(seen) == {("searchable_text_of_content", is_on_loop), ("add_text", is_on_loop)}
+        store.delete_chat_history("history")

@@ -25,7 +25,6 @@ from haystack_chat_store.stores.redis.reading import MAX_COUNT, rows_of
 from haystack_chat_store.stores.redis.schema import TERMS_VERSION, number
 from haystack_chat_store.stores.redis.scripts import searching as scripts
 from haystack_chat_store.stores.redis.session import Session
-from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +205,7 @@ async def index_history(session: Session, keys: Keys, chat_history_id: str, limi
         if len(rows) == arguments[1]:
             end = rows[-1].position + 1
         contents = [row.content for row in rows]
-        is_large = sum(map(len, contents)) > MAX_CHARACTERS_ON_LOOP
-        documents = await session.to_thread(_documents, contents) if is_large else _documents(contents)
+        documents = await session.to_thread_if_large(contents, _documents, contents)
         added = [
             part
             for row, document in zip(rows, documents, strict=True)

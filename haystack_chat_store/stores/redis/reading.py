@@ -12,7 +12,6 @@ from haystack_chat_store.stores.redis.schema import ROLES, id_and_role, number
 from haystack_chat_store.stores.redis.scripts import messages as scripts
 from haystack_chat_store.stores.redis.session import Session
 from haystack_chat_store.stores.rows import MessageRow, Scope, WindowRows
-from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 
 #: More messages than a history can have. Lua, whose numbers are doubles, still takes it exactly.
 MAX_COUNT = 2**53
@@ -50,8 +49,7 @@ class Reading(RedisOperations):
         size, revision, round_count, texts = await session.run(
             script, keys.to_read(chat_history_id), [*counts, keys.user]
         )
-        is_large = sum(map(len, texts)) > MAX_CHARACTERS_ON_LOOP
-        contents = await session.to_thread(_contents, texts) if is_large else _contents(texts)
+        contents = await session.to_thread_if_large(texts, _contents, texts)
         return WindowRows(contents, size, revision, round_count)
 
     async def count(self, session: Session, scope: Scope, chat_history_id: str) -> int:
@@ -90,8 +88,7 @@ async def read_part(
     """Return up to `limit` messages as of one moment: the last ones before a position, or the first ones after one."""
     page = ["" if after is None else after, min(before, MAX_COUNT), limit, keys.user]
     state, user_id, next_position, found = await session.run(scripts.PAGE, keys.to_read(chat_history_id), page)
-    is_large = sum(map(len, found[3::4])) > MAX_CHARACTERS_ON_LOOP
-    rows = await session.to_thread(rows_of, found) if is_large else rows_of(found)
+    rows: list[MessageRow] = await session.to_thread_if_large(found[3::4], rows_of, found)
     if not all(row.message_id for row in rows):  # damaged messages, whose ids only the index knows
         ids = {
             position: message_id for message_id, position in (await read_ids(session, keys, chat_history_id)).items()

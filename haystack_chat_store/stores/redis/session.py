@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from haystack_chat_store.stores.connection_registry import keep_alive_forever
 from haystack_chat_store.stores.redis.failures import Address, explained, has_run_nothing, may_pass
 from haystack_chat_store.stores.redis.nodes import Nodes
 from haystack_chat_store.stores.redis.scripts import Script
+from haystack_chat_store.stores.sync_async import MAX_CHARACTERS_ON_LOOP
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,15 @@ class Session(ABC):
         keep_alive_forever(self)
         for connection in self._open:
             keep_alive_forever(connection)
+
+    async def to_thread_if_large(self, texts: Iterable[str], work: Callable[..., Any], *arguments: Any) -> Any:
+        """
+        Call a function that works on texts: in a thread, if they are large and an event loop would have to wait.
+
+        :param texts: The texts, for their size.
+        """
+        is_large = sum(map(len, texts)) > MAX_CHARACTERS_ON_LOOP
+        return await self.to_thread(work, *arguments) if is_large else work(*arguments)
 
     # ------------------------------------------------------------------ where synchronous and asynchronous differ
 

@@ -3,6 +3,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from haystack_chat_store.errors import StoreConfigurationError, StoreUnavailableError
 from haystack_chat_store.stores.redis.histories import ListedHistory, is_branch, next_ids, read_histories
@@ -107,9 +108,13 @@ async def _usage(session: Session, keys: Keys, history: ListedHistory) -> UsageC
         first, found = await session.run(scripts.USAGE, counted, [first, last, keys.user])
         if first < 0:
             return None
-        for time, content in zip(found[::2], found[1::2], strict=True):
-            usage.add_text(number(time), content)
+        await session.to_thread_if_large(found[1::2], _add_usage, usage, found)
     return usage
+
+
+def _add_usage(usage: UsageCounter, found: Sequence[Any]) -> None:
+    for time, content in zip(found[::2], found[1::2], strict=True):
+        usage.add_text(number(time), content)
 
 
 async def _used_memory(session: Session) -> int | None:

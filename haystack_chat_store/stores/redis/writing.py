@@ -165,8 +165,7 @@ class Writing(RedisOperations):
                 misses += 1
                 states.add(part.state)
                 continue
-            content = change(row.content)
-            changes_words = searchable_text_of_content(row.content) != searchable_text_of_content(content)
+            content, changes_words = await session.to_thread_if_large([row.content], _changed, row.content, change)
             arguments: list[str | int] = [message_id, row.position, row.content, content, new_name()]
             arguments += [int(changes_words), keys.user]
             answer = await session.run(scripts.SET_CONTENT, keys.to_write(chat_history_id), arguments)
@@ -278,6 +277,12 @@ class Writing(RedisOperations):
             check_access(scope, existing.row.user_id)
             raise history_exists(existing_id)
         return sum([await self.import_history(session, scope, history, [rows], 0) for history, rows in histories])
+
+
+def _changed(content: str, change: Callable[[str], str]) -> tuple[str, bool]:
+    """Return the changed content of a message, and whether other words are found in it."""
+    after = change(content)
+    return after, searchable_text_of_content(content) != searchable_text_of_content(after)
 
 
 async def _check_is_own(session: Session, scope: Scope, keys: Keys, chat_history_id: str) -> None:
