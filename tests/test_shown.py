@@ -43,13 +43,13 @@ from hypothesis import strategies as st
 from strict_model import StrictChatGenerator, problems, problems_when_asked
 
 from haystack_chat_store.conversation.media import MAX_FILE_TEXT
+from haystack_chat_store.conversation.parts import split_system_history_current
 from haystack_chat_store.conversation.rounds import said_parts
 from haystack_chat_store.conversation.shown import (
     GO_ON,
     INTERRUPTED,
     UNANSWERED,
     messages_for_model,
-    split_system_history_current,
 )
 from haystack_chat_store.ids import MESSAGE_ID_KEY, QUESTION_ID_KEY, SHOWN_KEY
 

@@ -9,8 +9,9 @@ from haystack.dataclasses import ChatMessage
 from haystack.token_counters import TokenCounter
 
 from haystack_chat_store import protocol, store_requests
+from haystack_chat_store.conversation.parts import split_system_history_current
 from haystack_chat_store.conversation.rounds import round_starts
-from haystack_chat_store.conversation.shown import messages_for_model, split_system_history_current
+from haystack_chat_store.conversation.shown import messages_for_model
 from haystack_chat_store.conversation.turns import before_turn, exit_reason, is_whole, turn_of
 from haystack_chat_store.errors import MessageNotFoundError
 from haystack_chat_store.ids import QUESTION_ID_KEY, first_step_id

@@ -10,13 +10,9 @@ The **round under way** is the last question and what follows it. The model that
 All rounds before it are completed. In a **portable** form they hold only what every provider takes.
 """
 
-import hashlib
-import json
 import operator
-import re
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from haystack.dataclasses import (
     ChatMessage,
@@ -30,9 +26,13 @@ from haystack.dataclasses import (
 from haystack_chat_store.conversation import provider_content
 from haystack_chat_store.conversation.copies import changed
 from haystack_chat_store.conversation.media import as_text, is_media, portable_question, with_joined_texts
-from haystack_chat_store.conversation.rounds import is_alternative, is_question, said_parts
+from haystack_chat_store.conversation.model_names import is_same_model
+from haystack_chat_store.conversation.parts import split_system_history_current
+from haystack_chat_store.conversation.replies import Found, joined, steps_of, without_alternatives
+from haystack_chat_store.conversation.rounds import is_question, said_parts
+from haystack_chat_store.conversation.shown_ids import ShownIds
 from haystack_chat_store.conversation.tool_calls import results_of_calls
-from haystack_chat_store.ids import SHOWN_KEY, is_shown_only, message_id_of, question_id_of
+from haystack_chat_store.ids import SHOWN_KEY, message_id_of, question_id_of
 
 #: The result that answers a tool call whose own result is not there.
 INTERRUPTED = "The call was interrupted. It is not known whether the tool has run, and what its result was."
@@ -43,59 +43,10 @@ UNANSWERED = "I was interrupted before I could answer."
 #: thoughts in completed rounds only. So the other model's steps are shown as a round that ended with `UNANSWERED`.
 GO_ON = "Please go on."
 _NO_OUTPUT = "(no output)"
-# `fc`, which OpenAI's Responses API wants, and seven letters and digits: Mistral takes exactly nine.
-_CALL_ID_PREFIX = "fc"
-_CALL_ID_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
-_CALL_ID_LENGTH = 7
-
-# A version at the end of a model's name: a date, a number of three digits or more, or "latest".
-# Shorter numbers are parts of the name: Claude Opus 4.1 is `claude-opus-4-1`.
-_VERSION = re.compile(r"[-@:](?:latest|\d{3,8}|\d{4}-\d{2}-\d{2}|\d{2}-\d{4})\Z")
-
 _OTHERS = (ChatRole.USER, ChatRole.SYSTEM)
 # The roles that speak in turns: the other one for each.
 _SPEAKERS = {ChatRole.USER: ChatRole.ASSISTANT, ChatRole.ASSISTANT: ChatRole.USER}
 _Part = TypeVar("_Part")
-# A result, and the message that it stands in.
-_Found: TypeAlias = tuple[ToolCallResult, ChatMessage]
-
-
-class Parts(NamedTuple):
-    """
-    The messages that a model is shown: first `system`, then `history`, then `current`.
-
-    :param system: The system messages of this turn.
-    :param history: The window of the history, without the messages in `system`.
-    :param current: The other messages of this turn that are not in the history.
-    """
-
-    system: list[ChatMessage]
-    history: list[ChatMessage]
-    current: list[ChatMessage]
-
-
-def split_system_history_current(history: Sequence[ChatMessage], current_messages: Sequence[ChatMessage]) -> Parts:
-    """
-    Split what a model is shown into system messages, history and current messages, without repetitions.
-
-    A message of this turn is left out if the history has its id. `current_messages` may be a transcript that is longer
-    than the window, so a message that has an id and stands before such a message is left out, too. So is a message
-    that was only shown, because it is not as it is stored. A system message that stands in both is taken from
-    `current_messages`.
-
-    :param history: The window, oldest first.
-    :param current_messages: The messages of this turn.
-    :returns: The objects that were passed in, not copies.
-    """
-    system = [message for message in current_messages if message.role is ChatRole.SYSTEM]
-    others = [message for message in current_messages if message.role is not ChatRole.SYSTEM]
-    system_ids = {message_id_of(message) for message in system} - {None}
-    shown = [message for message in history if not system_ids or message_id_of(message) not in system_ids]
-    ends = {message_id_of(message): end for end, message in enumerate(others, 1)}
-    ends.pop(None, None)
-    known = max((ends.get(message_id_of(message), 0) for message in shown), default=0) if ends else 0
-    without_id = [message for message in others[:known] if message_id_of(message) is None]
-    return Parts(system, shown, [new for new in without_id + others[known:] if not is_shown_only(new)])
 
 
 def messages_for_model(
@@ -190,9 +141,7 @@ class _View:
             self._given[: self._under_way] = [self._without_name(message) for message in before]
         self._portable = portable
         self._stored_of: dict[int, ChatMessage] = {}  # by the id() of a reply that is worked on
-        self._call_ids: set[str] = set()
-        self._reasoning_ids: set[str] = set()
-        self._seeds: dict[str, int] = {}
+        self._ids = ShownIds()
 
     def messages(self) -> list[ChatMessage]:
         """Return the messages that the model is shown."""
@@ -239,7 +188,7 @@ class _View:
             elif not self._current.isdisjoint((id(last), id(message))):
                 turns += [_go_on(_SPEAKERS[message.role]), message]
             else:
-                both = _joined([last, provider_content.without_provider_content(message)])
+                both = joined([last, provider_content.without_provider_content(message)])
                 turns[-1] = _marked(provider_content.up_to_date(both))
         return turns
 
@@ -297,14 +246,14 @@ class _View:
         if index < self._under_way or not _is_reply(self._given[index]):
             return self._portable and index < self._under_way
         model = self._given[index].meta.get("model")
-        return self._portable and not _is_same_model(model, self._model)
+        return self._portable and not is_same_model(model, self._model)
 
     def _said(self, message: ChatMessage, index: int) -> ChatMessage:
         """Show a message of the user or the system."""
         content = said_parts(message)
         if any(map(is_media, content)):
             if self._has_portable_media(index):
-                content = portable_question(content, lambda number: self._mark_of_file(message, number))
+                content = portable_question(content, lambda number: self._ids.mark_of_file(message, number))
         elif len(content) > 1 and self._portable and id(message) not in self._current:
             content = with_joined_texts(content)  # of a stored question, whichever model it was for
         return self._as_shown(message, content, message.meta)
@@ -325,16 +274,9 @@ class _View:
             if _is_reply(message):
                 models.append(message.meta.get("model"))
         if index >= self._under_way:
-            return not all(_is_same_model(model, self._model) for model in models)
+            return not all(is_same_model(model, self._model) for model in models)
         is_own = isinstance(self._asked, str) and all(isinstance(model, str) for model in models)
-        return not (models and is_own and all(_is_same_model(model, self._asked) for model in models))
-
-    def _mark_of_file(self, message: ChatMessage, number: int) -> str:
-        """Return a text that only this file of a message has, and that is the same in each prompt."""
-        seed = message_id_of(message)
-        if seed is None:
-            self._seeds[""] = number = self._seeds.get("", -1) + 1
-        return _short_id(f"{seed} file {number}").removeprefix(_CALL_ID_PREFIX)
+        return not (models and is_own and all(is_same_model(model, self._asked) for model in models))
 
     def _exchange(
         self, replies: Sequence[ChatMessage], answers: Sequence[ChatMessage], portable: bool, *, is_last: bool
@@ -347,14 +289,14 @@ class _View:
             self._stored_of = {id(reply): original for reply, original in zip(replies, stored, strict=True)}
         results = [(result, answer) for answer in answers for result in _parts_of_type(answer, ToolCallResult)]
         if len(replies) > 1:
-            replies = _without_alternatives(replies)
+            replies = without_alternatives(replies)
         calls = [call for reply in replies for call in _parts_of_type(reply, ToolCall)]
         paired = results_of_calls(calls, [result for result, _ in results])
         found = [None if index is None else results[index] for index in paired]
         if len(replies) == 1:
             return self._step(replies, found, portable)
         shown: list[ChatMessage] = []
-        for step in _steps(replies, found, portable):
+        for step in steps_of(replies, found, portable):
             number = sum(len(reply.tool_calls) for reply in step)
             exchange = self._step(step, found[:number], portable)
             if not portable and shown and exchange and _begins_anew(shown[-1], exchange[0]):
@@ -363,9 +305,7 @@ class _View:
             found = found[number:]
         return shown
 
-    def _step(
-        self, replies: Sequence[ChatMessage], found: Sequence[_Found | None], portable: bool
-    ) -> list[ChatMessage]:
+    def _step(self, replies: Sequence[ChatMessage], found: Sequence[Found | None], portable: bool) -> list[ChatMessage]:
         """Show one reply for several, and then a result for each of its calls."""
         reply = self._reply(replies, portable)
         if reply is None:
@@ -382,11 +322,13 @@ class _View:
     def _reply(self, replies: Sequence[ChatMessage], portable: bool) -> ChatMessage | None:
         """Return one reply for several, or `None` if they say nothing."""
         if portable and len(replies) == 1 and _has_only_calls(replies[0]):  # as most steps are
-            return self._as_shown(replies[0], self._with_neutral_ids(replies[0], replies[0]._content), replies[0]._meta)
+            return self._as_shown(
+                replies[0], self._ids.with_neutral_ids(replies[0], replies[0]._content), replies[0]._meta
+            )
         stored = self._stored_of.get(id(replies[0]), replies[0])
         if portable:  # which is done first, so that parts of one reply can be joined
             replies = [provider_content.without_provider_content(reply) for reply in replies]
-        reply = replies[0] if len(replies) == 1 else _joined(replies)
+        reply = replies[0] if len(replies) == 1 else joined(replies)
         content = reply._content
         if _is_plain(reply):
             pass
@@ -394,9 +336,9 @@ class _View:
             content = said_parts(reply)
             if len(content) > 1 or not isinstance(content[0] if content else None, ToolCall):
                 content = with_joined_texts(list(map(as_text, content)))
-            content = self._with_neutral_ids(reply, content)
+            content = self._ids.with_neutral_ids(reply, content)
         else:
-            reply = self._with_unique_ids(provider_content.up_to_date(reply))
+            reply = self._ids.with_unique_ids(provider_content.up_to_date(reply))
             content = said_parts(reply)
         if _says_something(content) or provider_content.says(reply):
             return self._as_shown(stored, list(content), reply._meta)
@@ -424,64 +366,6 @@ class _View:
         content = {key: value for key, value in meta.items() if key not in provider_content.REQUEST_KEYS}
         return {**content, **(self._requested or {}).get(message_id_of(stored), {})}
 
-    def _with_neutral_ids(self, reply: ChatMessage, content: Sequence[Any]) -> list[Any]:
-        """Give the calls in the content of a reply ids that every provider takes."""
-        number = -1
-        shown = []
-        for part in content:
-            if isinstance(part, ToolCall):
-                number += 1
-                shown.append(provider_content.with_id(part, self._new_id(reply, number, part)))
-            else:
-                shown.append(part)
-        return shown
-
-    def _with_unique_ids(self, reply: ChatMessage) -> ChatMessage:
-        """Give ids to calls that have none, or one that was shown before. Leave out reasoning whose id was."""
-        reasoning_ids = [
-            str(part.extra.get("id") or "") for part in reply._content if isinstance(part, ReasoningContent)
-        ]
-        if any(each in self._reasoning_ids for each in reasoning_ids if each):
-            reply = provider_content.without_provider_content(reply)
-        self._reasoning_ids.update(each for each in reasoning_ids if each)
-        ids: list[str] = []
-        for number, call in enumerate(reply.tool_calls):
-            is_usable = call.id and call.id not in self._call_ids
-            ids.append(call.id if call.id and is_usable else self._new_id(reply, number, call))
-            self._call_ids.add(ids[-1])
-        if ids == [call.id for call in reply.tool_calls]:
-            return reply
-        if provider_content.is_bound_to_ids(reply):
-            reply = provider_content.without_provider_content(reply)
-            ids = [self._new_id(reply, number, call) for number, call in enumerate(reply.tool_calls)]
-        return provider_content.with_call_ids(reply, ids)
-
-    def _new_id(self, reply: ChatMessage, number: int, call: ToolCall) -> str:
-        """
-        Make an id of a call that is the same in each prompt, from the id of its message and its number there.
-
-        Without an id of the message it is made from what the call says, and from the number of equal calls before it.
-        """
-        seed = message_id_of(reply)
-        if seed is None:
-            arguments = json.dumps(call.arguments, sort_keys=True, default=str)
-            seed = f"{call.id} {call.tool_name} {arguments}"
-            self._seeds[seed] = number = self._seeds.get(seed, -1) + 1
-        while (new := _short_id(f"{seed} {number}")) in self._call_ids:
-            seed = f"{seed} again"
-        self._call_ids.add(new)
-        return new
-
-
-@lru_cache(maxsize=4096)
-def _short_id(seed: str) -> str:
-    digest = int.from_bytes(hashlib.sha256(seed.encode("utf-8", "surrogatepass")).digest(), "big")
-    letters = ""
-    for _ in range(_CALL_ID_LENGTH):
-        digest, letter = divmod(digest, len(_CALL_ID_LETTERS))
-        letters += _CALL_ID_LETTERS[letter]
-    return _CALL_ID_PREFIX + letters
-
 
 def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Leave out the assistant and tool messages before the first question."""
@@ -489,26 +373,6 @@ def _from_first_user(history: Sequence[ChatMessage]) -> list[ChatMessage]:
         if is_question(message):
             return [*(message for message in history[:index] if message.role is ChatRole.SYSTEM), *history[index:]]
     return [message for message in history if message.role is ChatRole.SYSTEM]
-
-
-def _is_same_model(one: Any, other: Any) -> bool:
-    """
-    Whether two names may be the same model: providers name the version in their replies.
-
-    A name that goes on otherwise, such as `gpt-4o-mini` after `gpt-4o`, is another model. To take two models for one
-    can make a provider refuse the request; to take one for two cannot.
-    """
-    if not (isinstance(one, str) and isinstance(other, str)):
-        return True  # one of them is not known
-    (name, version), (other_name, other_version) = _name_and_version(one), _name_and_version(other)
-    return name == other_name and (not version or not other_version or version == other_version)
-
-
-def _name_and_version(model: str) -> tuple[str, str]:
-    """Split the name of a model into what comes before its version, and the digits of the version, if it has one."""
-    name = model.strip().lower()
-    found = _VERSION.search(name)
-    return (name, "") if found is None else (name[: found.start()], re.sub(r"\D", "", found[0]))
 
 
 def _begins_round(message: ChatMessage) -> bool:
@@ -562,62 +426,6 @@ def _begins_anew(before: ChatMessage, reply: ChatMessage) -> bool:
 def _says_something(content: Sequence[Any]) -> bool:
     # Providers refuse reasoning without the text or call that it led to.
     return not all(isinstance(part, ReasoningContent) for part in content)
-
-
-def _without_alternatives(replies: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
-    """Leave out the replies that a model gave besides the first: their `meta["index"]` is greater than 0."""
-    if len(replies) == 1:
-        return replies
-    return [reply for place, reply in enumerate(replies) if place == 0 or not is_alternative(reply)]
-
-
-def _steps(replies: Sequence[ChatMessage], found: Sequence[_Found | None], portable: bool) -> list[list[ChatMessage]]:
-    """
-    Group replies that follow each other into steps: a step is shown as one reply, with its results directly after it.
-
-    A reply belongs to the step before it if a result of that step comes only after the reply: it is a part of the same
-    reply of the model, which was stored apart. So are texts before a reply that calls tools, because Gemini takes calls
-    only directly after a question or a result. Not so a reply that has provider content of its own, or an answer after
-    calls without any result: the turn was interrupted, and went on.
-
-    :param found: The result of each call of the replies.
-    """
-    steps: list[list[ChatMessage]] = []
-    calls = 0  # of the last step
-    answered = 0  # of these, how many have a result
-    last_call = max((index for index, reply in enumerate(replies) if reply.tool_calls), default=-1)
-    for index, reply in enumerate(replies):
-        number = len(reply.tool_calls)
-        is_part = bool(answered) if calls else index <= last_call
-        if steps and calls and index <= last_call and not portable and provider_content.is_in(steps[-1][0]):
-            is_part = True  # a model that reasons would have done so again
-        has_own = provider_content.is_in(reply) or (not calls and bool(steps) and provider_content.is_in(steps[-1][0]))
-        if steps and is_part and (portable or not has_own):
-            steps[-1].append(reply)
-        else:
-            steps.append([reply])
-            calls = answered = 0
-        calls += number
-        answered += sum(result is not None for result in found[:number])
-        found = found[number:]
-    return steps
-
-
-def _joined(messages: Sequence[ChatMessage]) -> ChatMessage:
-    """
-    Return one message for several of a role, with the meta of the first, and with their name if they have the same.
-
-    Its texts become one, because some providers take only one. Calls come last.
-    """
-    content = [part for message in messages for part in said_parts(message)]
-    texts = [part for part in content if isinstance(part, TextContent)]
-    calls = [part for part in content if isinstance(part, ToolCall)]
-    others = [part for part in content if not isinstance(part, (TextContent, ToolCall))]
-    reasoning = [part for part in others if isinstance(part, ReasoningContent)]
-    content = [*reasoning, *texts, *(part for part in others if part not in reasoning), *calls]
-    names = {message._name for message in messages}
-    name = messages[0]._name if len(names) == 1 else None
-    return changed(messages[0], _content=with_joined_texts(content), _name=name)
 
 
 def _go_on(role: ChatRole) -> ChatMessage:
