@@ -70,13 +70,7 @@ async def stop(mine: Store, chat: str, question_id: str, text: Text) -> list[dic
 async def edit(mine: Store, chat: str, question_id: str, text: Text, request_id: Text) -> Response:
     """Ask an edited question in the place of the old one and of all after it."""
     edited = [ChatMessage.from_user(text, meta={"chat_message_id": request_id})]
-    ids = [each.message.meta["chat_message_id"] async for each in mine.iterate_messages_async(chat)]
-    if request_id in ids:  # the request is sent again
-        return await streamed(mine, chat, edited)
-    if question_id not in ids:
-        raise errors.MessageNotFoundError("There is no such message.")
-    show = {"last_k": 0} if ids[0] == question_id else {"until_message_id": ids[ids.index(question_id) - 1]}
-    return await streamed(mine, chat, edited, replace=question_id, **show)
+    return await streamed(mine, chat, edited, replace=question_id, before_message_id=question_id)
 
 
 @app.get("/chats/{chat}/messages")

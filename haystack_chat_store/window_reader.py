@@ -223,6 +223,7 @@ class WindowReader:
         last_k: int | None = None,
         *,
         until_message_id: str | None = None,
+        before_message_id: str | None = None,
     ) -> TurnWindow:
         """
         Read the part of a history before a turn, and what is stored of the turn itself.
@@ -235,11 +236,14 @@ class WindowReader:
         :param current_messages: The messages of this turn.
         :param last_k: The number of rounds before the turn; 0 for none. Defaults to this reader's `last_k`.
         :param until_message_id: The id of the last message to read. Defaults to `None`: the last one of the history.
+        :param before_message_id: The id of the message after the last one to read. If the history does not have it, but
+            has the turn's question, this turn has taken its place: all is read. Give only one of the two. Defaults to
+            `None`.
         :raises ValueError: If an argument is wrong, or the question says nothing.
-        :raises MessageNotFoundError: If the history does not have `until_message_id`.
+        :raises MessageNotFoundError: If the history does not have `until_message_id` or `before_message_id`.
         :raises ChatMessageStoreError: If the store fails.
         """
-        search = _WindowSearch.before_turn_of(current_messages, until_message_id)
+        search = _WindowSearch.before_turn_of(current_messages, until_message_id, before_message_id)
         before = run(self._turn_reads(store, current_messages, last_k, search), store, chat_history_id)
         return search.turn_window(before)
 
@@ -251,9 +255,10 @@ class WindowReader:
         last_k: int | None = None,
         *,
         until_message_id: str | None = None,
+        before_message_id: str | None = None,
     ) -> TurnWindow:
         """Do what `read_turn` does, without blocking the event loop."""
-        search = _WindowSearch.before_turn_of(current_messages, until_message_id)
+        search = _WindowSearch.before_turn_of(current_messages, until_message_id, before_message_id)
         requests = self._turn_reads(store, current_messages, last_k, search)
         computes_in_thread = self.max_tokens is not None  # a token counter may be slow, or call a server
         before = await run_async(requests, store, chat_history_id, computes_in_thread=computes_in_thread)
@@ -286,6 +291,23 @@ class WindowReader:
         return self.shown([*window.before, *_steps_of(window.turn, current_messages)], current_messages)
 
     def _turn_reads(
+        self,
+        store: ChatMessageStore,
+        current_messages: Sequence[ChatMessage],
+        last_k: int | None,
+        search: "_WindowSearch",
+    ) -> Requests[list[ChatMessage]]:
+        """Read the rounds before the turn. If the turn has taken the place of `before_message_id`, read all."""
+        try:
+            return (yield from self._reads_before_turn(store, current_messages, last_k, search))
+        except MessageNotFoundError:
+            may_be_replaced = search.before_message_id is not None and search.question_id is not None
+            if not may_be_replaced or not (yield HasMessage(str(search.question_id))):
+                raise
+        search.before_message_id = None  # an earlier attempt of this turn has taken its place
+        return (yield from self._reads_before_turn(store, current_messages, last_k, search))
+
+    def _reads_before_turn(
         self,
         store: ChatMessageStore,
         current_messages: Sequence[ChatMessage],
@@ -459,15 +481,26 @@ class _WindowSearch:
         return self.until_message_id is None and self.before_message_id is None and self.question_id is None
 
     @classmethod
-    def before_turn_of(cls, current_messages: Sequence[ChatMessage], until_message_id: str | None) -> "_WindowSearch":
+    def before_turn_of(
+        cls, current_messages: Sequence[ChatMessage], until_message_id: str | None, before_message_id: str | None
+    ) -> "_WindowSearch":
         """
         Return a search for the window before the turn of the last question.
 
         If the question has an id, its turn is probably stored as the last one.
         """
         validate_question(current_messages, "current_messages")
+        if until_message_id is not None and before_message_id is not None:
+            raise ValueError("until_message_id and before_message_id cannot be given together.")
         question_id = usable_id_of(last_question(current_messages))
-        return cls(_validated_until(until_message_id), question_id, _size_after=0 if question_id is None else 1)
+        return cls(
+            None if until_message_id is None else validated_id(until_message_id, "until_message_id"),
+            question_id,
+            before_message_id=None
+            if before_message_id is None
+            else validated_id(before_message_id, "before_message_id"),
+            _size_after=0 if question_id is None else 1,
+        )
 
     def page(self, store: ChatMessageStore, last_k: int | None, window_step: int) -> Requests[list[ChatMessage]]:
         """Read the last rounds or messages before the end, and what comes after it, so that it is found."""

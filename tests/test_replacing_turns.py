@@ -281,11 +281,11 @@ def pipeline_of(store, model, is_edit):
 
 def turn_of(is_edit, replaced_id):
     query, request_id = ("edited", "new id") if is_edit else ("q1", "id1")
-    until = "id0:reply:0" if is_edit else "id1"
+    end = {"before_message_id": replaced_id} if is_edit else {"until_message_id": "id1"}
     return {
         "prompt_builder": {"query": query, "request_id": request_id},
         **({} if is_edit else {"question_writer": {"chat_history_id": "h"}}),
-        "retriever": {"chat_history_id": "h", "until_message_id": until},
+        "retriever": {"chat_history_id": "h", **end},
         "answer_writer": {"chat_history_id": "h", "replace_from_message_id": replaced_id},
     }
 

@@ -439,6 +439,48 @@ class TestUntil:
             run(retriever, "h", last_k=last_k, until_message_id="")
 
 
+class TestBefore:
+    @pytest.mark.parametrize("message_id", ["q20", None, "new"], ids=["the same id", "no id", "a new id"])
+    @pytest.mark.parametrize(("last_k", "expected"), [(0, []), (1, ["q19", "a19"])])
+    def test_a_question_is_edited_by_asking_another_before_it(self, run, store, rounds, message_id, last_k, expected):
+        edited = USER("edited", meta={"chat_message_id": message_id})
+        retriever = ChatMessageRetriever(store, len(expected) if store.last_k_unit == "message" else last_k)
+        outputs = run(retriever, "h", before_message_id="q20", current_messages=[edited])
+        assert texts(outputs["messages"]) == [*expected, "edited"]
+        assert outputs["omitted_rounds"] == 20 - last_k
+        assert outputs["revision"] == store.get_chat_history("h").revision
+
+    @pytest.mark.parametrize("last_k", [0, 3])
+    def test_nothing_stands_before_the_first_message(self, run, retriever, rounds, last_k):
+        outputs = run(retriever, "h", last_k=last_k, before_message_id="q0", current_messages=[question("new")])
+        assert (texts(outputs["messages"]), outputs["omitted_rounds"]) == (["new"], 0)
+
+    @pytest.mark.parametrize("last_k", [0, 1, None])
+    @pytest.mark.parametrize("replaced", ["q29", "q3"])
+    def test_a_turn_that_has_taken_its_place_before_gets_the_stored_answer(self, run, store, rounds, last_k, replaced):
+        retriever, edited = ChatMessageRetriever(store, last_k), question("new")
+        writer = ChatMessageWriter(store)
+        for answer in ("first", "second"):
+            shown = run(retriever, "h", before_message_id=replaced, current_messages=[edited])
+            replies = shown.get("replies", [ASSISTANT(answer)])
+            end = {"replace_from_message_id": replaced, "expected_revision": shown["revision"]}
+            assert texts(writer.run("h", [edited], replies, **end)["replies"]) == ["first"]
+        assert texts(shown["replies"]) == ["first"]
+        assert texts(store.retrieve_messages("h", 1000))[-3:] == [f"a{int(replaced[1:]) - 1}", "new", "first"]
+
+    @pytest.mark.parametrize("last_k", [0, 1, None])
+    @pytest.mark.parametrize("current", [[], [question("new")], [USER("without an id")]])
+    def test_a_message_that_is_not_there_is_an_error(self, run, retriever, rounds, last_k, current):
+        with pytest.raises(MessageNotFoundError, match="nowhere"):
+            run(retriever, "h", last_k=last_k, before_message_id="nowhere", current_messages=current)
+
+    def test_wrong_arguments_are_refused(self, run, retriever, rounds):
+        with pytest.raises(ValueError, match="before_message_id must"):
+            run(retriever, "h", before_message_id="")
+        with pytest.raises(ValueError, match="cannot be given together"):
+            run(retriever, "h", before_message_id="q1", until_message_id="a0")
+
+
 class TestOmittedRounds:
     @pytest.mark.parametrize(("last_k", "omitted"), [(0, 30), (1, 29), (29, 1), (30, 0), (31, 0)])
     def test_are_those_that_are_not_shown(self, run, store, rounds, last_k, omitted):

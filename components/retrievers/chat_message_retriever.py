@@ -146,6 +146,7 @@ class ChatMessageRetriever:
         current_messages: list[ChatMessage] | None = None,
         user_id: str | None = None,
         until_message_id: str | None = None,
+        before_message_id: str | None = None,
     ) -> dict[str, Any]:
         """
         Retrieve the end of a history, and add the messages of this turn.
@@ -165,6 +166,10 @@ class ChatMessageRetriever:
             the store, if it has one.
         :param until_message_id: The id of a message. The conversation is shown up to and including it, as if it ended
             there. Defaults to `None`: the whole conversation.
+        :param before_message_id: The id of a message, such as a question that is edited. The conversation is shown up
+            to the message before it, as if it ended there. If the message is gone, but the question of this turn is
+            stored, this turn has taken its place before, and the whole conversation is read. Give only one of the two.
+            Defaults to `None`.
         :returns: A dictionary with the keys
 
             - `messages`: a list of `ChatMessage`s for a ChatGenerator. The key is missing if there are `replies`.
@@ -176,14 +181,15 @@ class ChatMessageRetriever:
             - `omitted_rounds`: the number of rounds before this turn that are not shown. (A store of another package
               may not count rounds. Then the key is missing, unless the whole history is shown.)
         :raises ValueError: If an argument is wrong, or the question of this turn says nothing.
-        :raises MessageNotFoundError: If the history does not have `until_message_id`.
+        :raises MessageNotFoundError: If the history does not have `until_message_id` or `before_message_id`.
         :raises ChatHistoryAccessError: If `user_id` is given and the store belongs to another user.
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
         store = protocol.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         reader = self._window_reader()
-        window = reader.read_turn(store, chat_history_id, current, last_k, until_message_id=until_message_id)
+        end = {"until_message_id": until_message_id, "before_message_id": before_message_id}
+        window = reader.read_turn(store, chat_history_id, current, last_k, **end)
         return _outputs(reader, window, current)
 
     @component.output_types(messages=list[ChatMessage], replies=list[ChatMessage], revision=int, omitted_rounds=int)
@@ -195,6 +201,7 @@ class ChatMessageRetriever:
         current_messages: list[ChatMessage] | None = None,
         user_id: str | None = None,
         until_message_id: str | None = None,
+        before_message_id: str | None = None,
     ) -> dict[str, Any]:
         """
         Do what `run` does, without blocking the event loop. A store without asynchronous methods runs in a thread.
@@ -205,18 +212,18 @@ class ChatMessageRetriever:
         :param current_messages: The messages of this turn.
         :param user_id: The user of the history. Defaults to `None`: the user of the store, if it has one.
         :param until_message_id: The id of the last message to show. Defaults to `None`: the last one of the history.
+        :param before_message_id: The id of the message after the last one to show. Defaults to `None`.
         :returns: A dictionary with the keys `messages` or `replies`, `revision`, and `omitted_rounds`.
         :raises ValueError: If an argument is wrong, or the question of this turn says nothing.
-        :raises MessageNotFoundError: If the history does not have `until_message_id`.
+        :raises MessageNotFoundError: If the history does not have `until_message_id` or `before_message_id`.
         :raises ChatHistoryAccessError: If `user_id` is given and the store belongs to another user.
         :raises ChatMessageStoreError: If the store fails.
         """
         current = validated_messages([] if current_messages is None else current_messages, "current_messages")
         store = protocol.for_user(self.chat_message_store, user_id, is_required=self.require_user_id)
         reader = self._window_reader()
-        window = await reader.read_turn_async(
-            store, chat_history_id, current, last_k, until_message_id=until_message_id
-        )
+        end = {"until_message_id": until_message_id, "before_message_id": before_message_id}
+        window = await reader.read_turn_async(store, chat_history_id, current, last_k, **end)
         return _outputs(reader, window, current)
 
     def warm_up(self) -> None:

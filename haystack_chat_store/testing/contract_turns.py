@@ -160,3 +160,6 @@ class Rule26TurnsTest(ContractTest):
             window = self._read(store, calls, [], until_message_id=f"q{number}")
             assert texts(window.before)[-3:] == [f"q{number - 1}", f"a{number - 1}", f"q{number}"]
             assert window.rounds_after == 19 - number
+            window = self._read(store, calls, [], before_message_id=f"q{number}")
+            assert texts(window.before)[-2:] == [f"q{number - 1}", f"a{number - 1}"]
+            assert window.rounds_after == 20 - number
