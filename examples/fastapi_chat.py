@@ -51,10 +51,12 @@ async def ask(mine: Store, chat: str, text: Text, request_id: Text) -> Response:
 @app.post("/chats/{chat}/messages/{question_id}/regenerate")
 async def regenerate(mine: Store, chat: str, question_id: str, answer_id: Text) -> Response:
     """Give an answer anew. It takes the place of the old one and of all after it."""
-    ids = [each.message.meta["chat_message_id"] async for each in mine.iterate_messages_async(chat)]
-    if {answer_id, question_id} <= {*ids} and ids.index(answer_id) <= ids.index(question_id):
+    stored = {each.message.meta["chat_message_id"]: each.message async for each in mine.iterate_messages_async(chat)}
+    if question_id not in stored:
+        raise errors.MessageNotFoundError("There is no such question.")
+    if answer_id in [*stored][: [*stored].index(question_id) + 1]:
         raise errors.ConflictError("The answer does not stand behind the question.")
-    return await streamed(mine, chat, [], replace=answer_id, until_message_id=question_id)
+    return await streamed(mine, chat, [stored[question_id]], answer_id)
 
 
 @app.post("/chats/{chat}/messages/{question_id}/stop")
@@ -70,7 +72,7 @@ async def stop(mine: Store, chat: str, question_id: str, text: Text) -> list[dic
 async def edit(mine: Store, chat: str, question_id: str, text: Text, request_id: Text) -> Response:
     """Ask an edited question in the place of the old one and of all after it."""
     edited = [ChatMessage.from_user(text, meta={"chat_message_id": request_id})]
-    return await streamed(mine, chat, edited, replace=question_id, before_message_id=question_id)
+    return await streamed(mine, chat, edited, question_id)
 
 
 @app.get("/chats/{chat}/messages")

@@ -50,11 +50,11 @@ async def failed(_: object, error: Exception) -> Json:
 
 
 async def streamed(
-    store: BaseChatMessageStore, chat: str, question: list[ChatMessage], replace: str | None = None, **show: Any
+    store: BaseChatMessageStore, chat: str, question: list[ChatMessage], replace: str | None = None
 ) -> Response:
     """Begin a turn, and stream it as server-sent events. What is replaced stays until the answer is there."""
     retriever = ChatMessageRetriever(store, last_k=None, max_tokens=8000)
-    shown = await retriever.run_async(chat, current_messages=[SYSTEM, *question], **show)
+    shown = await retriever.run_async(chat, current_messages=[SYSTEM, *question], before_message_id=replace)
     sender, events = anyio.create_memory_object_stream[tuple[str, Json]](float("inf"))
     sender.send_nowait(("question", Json([message.to_dict() for message in question])))
     turn = asyncio.create_task(run_turn(sender, store, chat, question, shown, replace))

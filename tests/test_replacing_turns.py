@@ -281,11 +281,10 @@ def pipeline_of(store, model, is_edit):
 
 def turn_of(is_edit, replaced_id):
     query, request_id = ("edited", "new id") if is_edit else ("q1", "id1")
-    end = {"before_message_id": replaced_id} if is_edit else {"until_message_id": "id1"}
     return {
         "prompt_builder": {"query": query, "request_id": request_id},
         **({} if is_edit else {"question_writer": {"chat_history_id": "h"}}),
-        "retriever": {"chat_history_id": "h", **end},
+        "retriever": {"chat_history_id": "h", "before_message_id": replaced_id},
         "answer_writer": {"chat_history_id": "h", "replace_from_message_id": replaced_id},
     }
 

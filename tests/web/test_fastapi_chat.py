@@ -177,9 +177,12 @@ def test_an_answer_is_given_anew_once_and_a_failing_model_leaves_the_old_one(sta
     dave.ask("chat", "Hello.", "1")
     regenerate = "/chats/chat/messages/1/regenerate"
     old_id = dave.ids("chat")[1]
-    for _ in range(2):
-        assert dave.turn("POST", regenerate, {"answer_id": old_id})[1] == "You said: Hello. This is answer 2."
+    for answer_id in (old_id, old_id, "one that was replaced before"):
+        assert dave.turn("POST", regenerate, {"answer_id": answer_id})[1] == "You said: Hello. This is answer 2."
     assert dave.texts("chat") == ["Hello.", "You said: Hello. This is answer 2."]
+    assert len(model.requests) == 2
+    missing = dave.send("POST", "/chats/chat/messages/2/regenerate", json={"answer_id": old_id})
+    assert missing.status_code == 404
 
     body = {"text": "Please refuse.", "request_id": "2"}
     with dave._http.stream("PUT", "/chats/chat/messages/1", json=body) as response:
