@@ -114,7 +114,8 @@ def _history_row(file: Path) -> HistoryRow:
         message_count=len(messages),
         round_count=sum(role == "user" for _, role, _, _ in messages),
         created_at=messages[0][3],
-        updated_at=file.stat().st_mtime_ns // 1000,
+        # The clock of files may be some milliseconds behind.
+        updated_at=max(file.stat().st_mtime_ns // 1000, messages[-1][3]),
         revision=revision,
     )
 

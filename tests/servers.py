@@ -721,8 +721,15 @@ class RedisSentinels:
     @property
     def master(self) -> RedisServer:
         """The server that the Sentinels name."""
-        wait_until(lambda: len(self._named()) == 1, "the Sentinels to agree")
-        return next(server for server in self.servers if {server.port} == self._named())
+        named: list[RedisServer] = []
+
+        def agree() -> bool:
+            ports = self._named()  # asked once: they may change their minds
+            named[:] = [server for server in self.servers if {server.port} == ports]
+            return bool(named)
+
+        wait_until(agree, "the Sentinels to agree")
+        return named[0]
 
     def wait_until_ok(self) -> None:
         """Until each Sentinel knows the others and the replica, which follows its master."""
