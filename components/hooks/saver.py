@@ -217,7 +217,7 @@ class ChatHistorySaver:
         ids = {message_id(message) for message in written}
         try:
             page = yield from read_until(lambda read: ids <= set(map(message_id, read)))
-        except Exception:
+        except Exception:  # whatever a store of another package raises, as for a write
             if self.raise_on_failure:
                 raise
             return
