@@ -3,6 +3,7 @@
 The example of a store of one's own keeps the contract, apart from what it says it does not: it is for one process.
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,18 @@ def test_writing_nothing_makes_no_history_and_what_a_crash_left_hides_none(tmp_p
 
 
 @pytest.mark.usefixtures("_registered")
+def test_history_is_never_changed_before_its_last_message(tmp_path):
+    """The clock of files may be behind."""
+    from own_store_directory import SearchableFolderChatMessageStore
+
+    store = SearchableFolderChatMessageStore(str(tmp_path))
+    store.write_messages("chat", conversation("ua"))
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        os.utime(file, (0, 0))
+    info = store.get_chat_history("chat")
+    assert info.created_at <= info.updated_at
+
+
 def test_command_line_works_on_a_registered_store(tmp_path, capsys):
     url = f"folder:///{tmp_path}/chats"
     store_from_url(url).write_messages("trip", conversation("ua"))
