@@ -100,7 +100,6 @@ def test_writing_nothing_makes_no_history_and_what_a_crash_left_hides_none(tmp_p
     assert [info.chat_history_id for info in store.list_chat_histories().items] == ["chat"]
 
 
-@pytest.mark.usefixtures("_registered")
 def test_history_is_never_changed_before_its_last_message(tmp_path):
     """The clock of files may be behind."""
     from own_store_directory import SearchableFolderChatMessageStore
@@ -113,6 +112,7 @@ def test_history_is_never_changed_before_its_last_message(tmp_path):
     assert info.created_at <= info.updated_at
 
 
+@pytest.mark.usefixtures("_registered")
 def test_command_line_works_on_a_registered_store(tmp_path, capsys):
     url = f"folder:///{tmp_path}/chats"
     store_from_url(url).write_messages("trip", conversation("ua"))
